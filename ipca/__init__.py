@@ -1,0 +1,54 @@
+"""Fine-tune a chosen window of the singular components of pretrained weights.
+
+>>> model = ipca.apply_pc(model, rank=16, window="middle")
+>>> print(ipca.summary(model))
+>>> optimizer = torch.optim.AdamW(ipca.adapter_parameters(model), lr=1e-3)
+>>> ...
+>>> ipca.save_adapter(model, "adapter")   # stock PEFT loads it on the original base
+
+The method is that of "Least but not Last: Fine-tuning Intermediate Principal Components for Better
+Performance-Forgetting Trade-Offs", arXiv 2602.03493.
+"""
+
+from ipca._namesake import refuse_namesake
+
+refuse_namesake()
+
+from ipca import nn  # noqa: E402
+from ipca._version import __version__  # noqa: E402
+from ipca.config import PCConfig  # noqa: E402
+from ipca.io import export, load_adapter, save_adapter  # noqa: E402
+from ipca.model import (  # noqa: E402
+    Summary,
+    adapter_parameters,
+    apply_pc,
+    disabled,
+    merge_adapter,
+    summary,
+    unload,
+    unmerge_adapter,
+)
+from ipca.svd import SVDReport, WindowSVD, singular_values, window_svd  # noqa: E402
+from ipca.window import Window  # noqa: E402
+
+__all__ = [
+    "PCConfig",
+    "SVDReport",
+    "Summary",
+    "Window",
+    "WindowSVD",
+    "__version__",
+    "adapter_parameters",
+    "apply_pc",
+    "disabled",
+    "export",
+    "load_adapter",
+    "merge_adapter",
+    "nn",
+    "save_adapter",
+    "singular_values",
+    "summary",
+    "unload",
+    "unmerge_adapter",
+    "window_svd",
+]

@@ -1,0 +1,202 @@
+"""save_adapter and load_adapter: one folder that is our checkpoint and, for the original base, a stock PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipca._version import __version__
+from ipca.fingerprint import tensor_sha256
+from ipca.io.export import savable, write_peft
+from ipca.io.files import staged_files
+from ipca.io.peft_format import WEIGHTS
+from ipca.io.read import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter
+from ipca.model import (
+    Target,
+    adapted_layers,
+    install,
+    refuse,
+    train_only_adapter,
+    uninterrupted,
+)
+from ipca.nn import LinearPC, WindowStart, certify_start
+from ipca.nn.kinds import read_layer
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
+    """Write the adapter of ``model`` to ``folder``: factors, whole-trained modules, configuration.
+
+    Writes ``adapter_model.safetensors`` and ``adapter_config.json``, which stock PEFT (and transformers'
+    ``load_adapter``) load on the original base model, and ``ipca.json`` with what only :func:`load_adapter` needs:
+    windows, form, a hash of each base weight. Files of the same names are replaced together, and only once the new
+    ones are complete.
+
+    Args:
+        model: has LinearPC layers, from :func:`apply_pc` or in its own code. Every other module with trainable
+            parameters is written whole, as PEFT's ``modules_to_save``.
+        folder: made if missing.
+        base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
+
+    Raises:
+        ValueError: nothing is adapted, or something trains that an adapter file cannot hold.
+        OSError: ``folder`` cannot be written; what was there is intact.
+    """
+    layers, whole = savable(model)
+    base_model = base_model if base_model is not None else getattr(model, "name_or_path", None) or None
+    with staged_files(folder) as stage:
+        write_peft(model, stage, base_model)
+        sidecar = {
+            "format": 1,
+            "versions": {"ipca": __version__, "torch": torch.__version__},
+            "adapter_sha256": file_sha256(stage / WEIGHTS),
+            "modules_to_save": list(whole),
+            "layers": {name: asdict(_saved(layer)) for name, layer in layers.items()},
+        }
+        (stage / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    form: str | None = None,
+    check_base: bool = True,
+    trainable: bool = True,
+) -> nn.Module:
+    """Put the adapter in ``folder`` on ``model``, without an SVD.
+
+    Args:
+        model: the original base, or that base already adapted by the same windows (a checkpoint is then resumed in
+            place). Changed in place.
+        folder: written by :func:`save_adapter`.
+        form: ``"residual"`` or ``"intact"``; default as saved.
+        check_base: compare the hash of every base weight with the one the adapter was made on.
+        trainable: let factors and saved modules train; everything else is frozen.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: ``folder`` lacks a file.
+        ValueError: a damaged file, shapes or layers that do not fit, or another base; the model is unchanged.
+    """
+    saved = read_adapter(folder)
+    whole = _whole_state(model, saved)
+    present = adapted_layers(model)
+    mixed = set(present) - set(saved.layers)
+    if mixed:
+        raise ValueError(
+            f"{sorted(mixed)[0]} is adapted, but the adapter in {folder} does not hold it; unload it first."
+        )
+    if present:
+        _check_resumable(present, saved, form, check_base)
+        fresh = []
+    else:
+        fresh = _fresh_layers(model, saved, form, check_base)
+    with uninterrupted(), torch.no_grad():
+        install(model, fresh)
+        for name, layer in adapted_layers(model).items():
+            layer.unmerge()
+            layer.lora_A.copy_(saved.factors[name].A)
+            layer.lora_B.copy_(saved.factors[name].B)
+        for module, state in whole:
+            module.load_state_dict(state)
+        train_only_adapter(model, saved.whole, trainable=trainable)
+    return model
+
+
+def _saved(layer: LinearPC) -> SavedLayer:
+    assert layer.window is not None
+    return SavedLayer(
+        kind=layer.kind,
+        shape=(layer.out_features, layer.in_features),
+        dtype=str(layer.weight.dtype).removeprefix("torch."),
+        start=int(layer.window.start),
+        rank=layer.rank,
+        alpha=layer.alpha,
+        form=layer.form,
+        dropout=layer.dropout,
+        base_sha256=layer.base_sha256,
+        svd=None if layer.svd_report is None else _svd_record(layer),
+    )
+
+
+def _svd_record(layer: LinearPC) -> dict[str, Any]:
+    record = asdict(layer.svd_report)  # type: ignore[arg-type]
+    del record["window"]
+    return record
+
+
+def _whole_state(model: nn.Module, saved: AdapterFolder) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """The modules that the adapter holds whole, each with its state, names and shapes checked."""
+    found = []
+    for name, state in saved.whole.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the adapter holds the module {name!r}, which this model does not have.") from None
+        here = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        there = {key: tuple(value.shape) for key, value in state.items()}
+        if here != there:
+            raise ValueError(f"{name}: the adapter holds {there}, this model has {here}.")
+        found.append((module, state))
+    return found
+
+
+def _check_resumable(present: dict[str, LinearPC], saved: AdapterFolder, form: str | None, check_base: bool) -> None:
+    for name, layer in saved.layers.items():
+        if name not in present:
+            raise ValueError(f"the adapter holds {name}, which is not adapted in this model; load onto the plain base.")
+        mine = _saved(present[name])
+        wanted = {"shape": layer.shape, "rank": layer.rank, "alpha": layer.alpha, "form": form or layer.form}
+        for field, value in wanted.items():
+            if getattr(mine, field) != value:
+                raise ValueError(
+                    f"{name} has {field} {getattr(mine, field)}, the adapter {value}; load onto the plain base."
+                )
+        if check_base and layer.base_sha256 and mine.base_sha256 != layer.base_sha256:
+            raise ValueError(_other_base(name, layer, mine.dtype))
+        factors = saved.factors[name]
+        for ours, theirs in ((present[name].lora_A0, factors.A0), (present[name].lora_B0, factors.B0)):
+            if not torch.equal(ours.cpu(), theirs.to(ours.dtype)):
+                raise ValueError(f"{name} starts from other factors than the adapter; load onto the plain base.")
+
+
+def _fresh_layers(
+    model: nn.Module, saved: AdapterFolder, form: str | None, check_base: bool
+) -> list[tuple[Target, WindowStart]]:
+    modules = dict(model.named_modules())
+    targets = []
+    for name, layer in saved.layers.items():
+        if name not in modules:
+            raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
+        targets.append(Target(name, modules[name], layer.window, layer.alpha, form or layer.form, layer.dropout))
+    refuse(model, targets)
+    return [(target, _start(target, saved, check_base)) for target in targets]
+
+
+def _start(target: Target, saved: AdapterFolder, check_base: bool) -> WindowStart:
+    layer, factors = saved.layers[target.name], saved.factors[target.name]
+    weight, _ = read_layer(target.module)
+    if tuple(weight.shape) != layer.shape:
+        raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
+    digest = tensor_sha256(weight)
+    if check_base and layer.base_sha256 and digest != layer.base_sha256:
+        raise ValueError(_other_base(target.name, layer, str(weight.dtype).removeprefix("torch.")))
+    A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)
+    scaling = target.alpha / target.window.rank
+    certificate = certify_start(weight, A0, B0, scaling=scaling, form=target.form)
+    return WindowStart(A0, B0, target.window, digest, layer.report(), certificate)
+
+
+def _other_base(name: str, layer: SavedLayer, dtype: str) -> str:
+    cause = f"it is {dtype} here and was {layer.dtype}" if dtype != layer.dtype else "its values differ"
+    return (
+        f"{name}: this is not the base weight the adapter was made on ({cause}). "
+        "Load the original base, or pass check_base=False if you know that they fit."
+    )

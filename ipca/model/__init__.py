@@ -1,0 +1,34 @@
+"""Whole models: choose layers, adapt them, summarise, merge, unload."""
+
+from ipca.model.adapter import (
+    adapter_parameters,
+    disabled,
+    merge_adapter,
+    require_adapted,
+    unload,
+    unmerge_adapter,
+    whole_modules,
+)
+from ipca.model.apply import adapted_layers, apply_pc, install, replace_module, train_only_adapter, uninterrupted
+from ipca.model.summary import Summary, summary
+from ipca.model.targets import Target, refuse
+
+__all__ = [
+    "Summary",
+    "Target",
+    "adapted_layers",
+    "adapter_parameters",
+    "apply_pc",
+    "disabled",
+    "install",
+    "merge_adapter",
+    "refuse",
+    "replace_module",
+    "require_adapted",
+    "summary",
+    "train_only_adapter",
+    "uninterrupted",
+    "unload",
+    "unmerge_adapter",
+    "whole_modules",
+]

@@ -1,0 +1,81 @@
+"""What to do with an adapted model: its parameters, its base function, merging, and its plain form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from ipca.model.apply import adapted_layers, replace_module
+from ipca.nn import LinearPC
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter the adapter consists of: all factors, then those of modules that train whole.
+
+    These are what an optimiser takes and what :func:`ipca.save_adapter` writes.
+    """
+    for layer in require_adapted(model).values():
+        yield layer.lora_A
+        yield layer.lora_B
+    for module in whole_modules(model).values():
+        yield from (p for p in module.parameters() if p.requires_grad)
+
+
+def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost modules, other than LinearPC, with trainable parameters of their own: ``modules_to_save``."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        own = any(p.requires_grad for p in module.parameters(recurse=False))
+        if own and not isinstance(module, LinearPC) and not name.startswith(tuple(f"{outer}." for outer in found)):
+            found[name] = module
+    return found
+
+
+def merge_adapter(model: Model) -> Model:
+    """Fold every layer's factors into its weight: plain speed, no training until :func:`unmerge_adapter`.
+
+    Each merged layer keeps its weight of before, so memory grows by the adapted weights; :func:`unload` does not.
+    """
+    for layer in require_adapted(model).values():
+        layer.merge()
+    return model
+
+
+def unmerge_adapter(model: Model) -> Model:
+    """Undo :func:`merge_adapter`, to the bit."""
+    for layer in require_adapted(model).values():
+        layer.unmerge()
+    return model
+
+
+def unload(model: Model, *, merge: bool = True) -> Model:
+    """Put plain layers back, of the original types.
+
+    Args:
+        merge: with the trained function; else with the pretrained one (``form="residual"``: up to rounding).
+    """
+    for name, layer in require_adapted(model).items():
+        replace_module(model, name, layer.to_linear(base=not merge).train(layer.training))
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block every adapted layer computes the pretrained function; modules that train whole stay."""
+    with ExitStack() as stack:
+        for layer in require_adapted(model).values():
+            stack.enter_context(layer.disabled())
+        yield
+
+
+def require_adapted(model: nn.Module) -> dict[str, LinearPC]:
+    """The LinearPC layers of ``model`` by path, or a ValueError where there is none."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no LinearPC layer; call apply_pc or load_adapter first.")
+    return layers

@@ -1,0 +1,131 @@
+"""apply_pc: replace linear layers of a model by LinearPC. All that can fail happens before the model is touched."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ipca.config import PCConfig
+from ipca.model.targets import Target, find_targets, saved_modules
+from ipca.nn import LinearPC, WindowStart, window_start
+from ipca.nn.kinds import read_layer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = True, **options: Any) -> Model:
+    """Adapt a window of singular components of the model's linear layers, and freeze everything else.
+
+    Args:
+        model: any ``nn.Module``, its weights loaded; changed in place.
+        config: what to adapt; or give its fields as options, ``apply_pc(model, rank=16, window="middle",
+            targets=["query", "value"])``; ``window`` may also be a :class:`ipca.Window`.
+        progress: show a progress bar.
+
+    Returns:
+        The same model. ``print(ipca.summary(model))`` shows layers, windows, trainable share and certificates.
+
+    The model computes what it computed before, and every layer's initialisation certificate is checked. Memory: the
+    factors of all layers, and for one layer at a time up to two ``(d, d)`` float64 matrices beside the layer itself
+    (about seven layers in float64 where a full SVD is needed: d < 256, rank > d / 4, or a window that cuts a tie).
+
+    Raises:
+        TypeError, ValueError: a bad option, nothing matches, or a layer cannot be adapted; the message names every such
+            layer. The model is unchanged.
+        RuntimeError: a layer misses its certificate. The model is unchanged.
+    """
+    if config is not None and options:
+        raise TypeError(f"give a PCConfig or options, not both; got {', '.join(options)} beside a config.")
+    config = config or PCConfig.create(**options)
+    saved = saved_modules(model, config)
+    targets = find_targets(model, config)
+    bar = tqdm(targets, desc="Window SVD", unit="layer", disable=not progress)
+    starts = [_start(target, config) for target in bar]
+    with uninterrupted():
+        install(model, zip(targets, starts, strict=True))
+        train_only_adapter(model, saved)
+    return model
+
+
+def install(model: nn.Module, layers: Iterable[tuple[Target, WindowStart]]) -> None:
+    """Put a LinearPC in each target's place."""
+    for target, start in layers:
+        layer = LinearPC.from_start(target.module, start, alpha=target.alpha, form=target.form, dropout=target.dropout)
+        replace_module(model, target.name, layer)
+
+
+def train_only_adapter(model: nn.Module, train_whole: Iterable[str] = (), *, trainable: bool = True) -> None:
+    """Freeze all of ``model`` but the factors of its LinearPC layers and the modules ``train_whole``."""
+    model.requires_grad_(False)
+    for layer in adapted_layers(model).values():
+        layer.lora_A.requires_grad_(trainable)
+        layer.lora_B.requires_grad_(trainable)
+    for name in train_whole:
+        model.get_submodule(name).requires_grad_(trainable)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LinearPC]:
+    """The LinearPC layers of ``model`` by path, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LinearPC)}
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set the submodule at the path ``name``.
+
+    ``nn.TransformerEncoderLayer`` has a fast path that reads its linear layers' weights without calling them; it is
+    switched off for a layer that holds a LinearPC, and for the encoders around it.
+    """
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, child, module)
+    if isinstance(owner, nn.TransformerEncoderLayer):
+        owner.activation_relu_or_gelu = 0
+        for outer in model.modules():
+            if isinstance(outer, nn.TransformerEncoder):
+                outer.use_nested_tensor = False
+
+
+def _start(target: Target, config: PCConfig) -> WindowStart:
+    weight, _ = read_layer(target.module)
+    try:
+        return window_start(
+            weight,
+            target.window,
+            scaling=target.alpha / target.window.rank,
+            form=target.form,
+            adapter_dtype=_adapter_dtype(config, weight.dtype),
+            tol=config.tol,
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{target.name}: {error}") from None
+
+
+def _adapter_dtype(config: PCConfig, dtype: torch.dtype) -> torch.dtype:
+    if config.adapter_dtype is not None:
+        named = getattr(torch, config.adapter_dtype)
+        assert isinstance(named, torch.dtype)
+        return named
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done; elsewhere than in the main thread there is nothing to hold."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pending and callable(before):
+            before(*pending[0])

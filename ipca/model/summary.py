@@ -1,0 +1,79 @@
+"""A printable account of an adapted model: layers, trainable share, windows, time, certificates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from ipca.model.apply import adapted_layers
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`summary` found; ``str()`` gives the table.
+
+    Attributes:
+        layers: number of LinearPC layers.
+        trainable, total: parameters, as counts; ``total`` is that of the plain model plus the factors.
+        windows: ``(how many, (out, in), start, rank, alpha, form)`` for each distinct kind of layer.
+        svd_seconds: time of the decompositions; 0 where the factors came from a file.
+        uncertified: ``(layer, why)`` where the window's indices are not proven.
+        worst_residual: the largest relative residual of a decomposition.
+        worst_start: ``(layer, relative, max_abs, dtype)`` of the largest initialisation error, None if none is known.
+    """
+
+    layers: int
+    trainable: int
+    total: int
+    windows: tuple[tuple[int, tuple[int, int], int, int, float, str], ...]
+    svd_seconds: float
+    uncertified: tuple[tuple[str, str], ...]
+    worst_residual: float
+    worst_start: tuple[str, float, float, str] | None
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        lines = [f"{self.layers} layers adapted, {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)"]
+        for count, (out, inner), start, rank, alpha, form in self.windows:
+            d = min(out, inner)
+            lines.append(
+                f"  {count:4d} × ({out}, {inner})  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}"
+            )
+        proven = self.layers - len(self.uncertified)
+        lines.append(
+            f"window SVD: {self.svd_seconds:.2f} s, worst residual {self.worst_residual:.1e}, {proven} of "
+            f"{self.layers} windows certified"
+        )
+        lines += [f"  not certified: {name}: {why}" for name, why in self.uncertified[:5]]
+        if self.worst_start is not None:
+            name, relative, largest, dtype = self.worst_start
+            lines.append(
+                f"before training: worst ‖W_eff − W‖/‖W‖ = {relative:.1e}, "
+                f"max|W_eff − W| = {largest:.1e} ({dtype}, {name})"
+            )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Account for the LinearPC layers of ``model``, at any time after they are in place."""
+    layers = adapted_layers(model)
+    shapes = Counter(
+        ((m.out_features, m.in_features), m.window.index, m.rank, m.alpha, m.form)
+        for m in layers.values()
+        if m.window is not None
+    )
+    reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
+    starts = [(name, m.certificate) for name, m in layers.items() if m.certificate is not None]
+    worst = max(starts, key=lambda item: item[1].relative, default=None)
+    return Summary(
+        layers=len(layers),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+        windows=tuple((count, *kind) for kind, count in shapes.items()),
+        svd_seconds=sum(r.seconds for r in reports.values()),
+        uncertified=tuple((name, r.certificate) for name, r in reports.items() if not r.certified),
+        worst_residual=max((r.residual for r in reports.values()), default=0.0),
+        worst_start=None if worst is None else (worst[0], worst[1].relative, worst[1].max_abs, worst[1].dtype),
+    )

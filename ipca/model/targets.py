@@ -1,0 +1,167 @@
+"""Which layers of a model to adapt: patterns are matched and every reason against is found before anything changes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from ipca.config import PCConfig
+from ipca.nn import LinearPC
+from ipca.nn.kinds import layer_kind, read_layer
+from ipca.svd import check_matrix
+from ipca.window import Window
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to adapt and its own settings."""
+
+    name: str
+    module: nn.Module
+    window: Window
+    alpha: float
+    form: str
+    dropout: float
+
+
+def find_targets(model: nn.Module, config: PCConfig) -> list[Target]:
+    """The layers of ``model`` that ``config`` names, in the model's order, each checked.
+
+    Raises:
+        ValueError: no module matches, a pattern matches nothing, or a layer cannot be adapted; the message lists every
+            such layer with its reason.
+    """
+    modules = dict(model.named_modules())
+    names = _matching(model, modules, config)
+    targets = []
+    for name in names:
+        rank = lookup(config.rank_pattern, name, config.rank)
+        window = Window(lookup(config.window_pattern, name, config.window), rank)
+        alpha = lookup(config.alpha_pattern, name, config.alpha)
+        alpha = float(rank if alpha is None else alpha)
+        targets.append(Target(name, modules[name], window, alpha, config.form, config.dropout))
+    for field in ("rank_pattern", "window_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            if not any(matches(pattern, name) for name in names):
+                raise ValueError(f"{field} {pattern!r} matches none of the layers to adapt.")
+    refuse(model, targets)
+    return targets
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` is the path ``name``, its end, or a regular expression for the whole of it."""
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is neither a module name nor a regular expression: {error}.") from None
+
+
+def matches_any(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of ``patterns`` matches the module ``name`` or a module that contains it."""
+    parts = name.split(".")
+    parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return any(matches(pattern, parent) for pattern in patterns for parent in parents)
+
+
+def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the first pattern that matches ``name``."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+
+
+def saved_modules(model: nn.Module, config: PCConfig) -> list[str]:
+    """The outermost modules that ``modules_to_save`` names.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in config.modules_to_save:
+        if not any(matches(pattern, name) for name in names):
+            raise ValueError(f"modules_to_save {pattern!r} matches no module.")
+    found = [name for name in names if any(matches(p, name) for p in config.modules_to_save)]
+    return [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
+
+
+def _matching(model: nn.Module, modules: dict[str, nn.Module], config: PCConfig) -> list[str]:
+    left_alone = (*config.exclude, *config.modules_to_save)
+    free = [name for name in modules if not matches_any(left_alone, name)]
+    if config.targets == "all-linear":
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        names = [name for name in free if _adaptable(modules[name]) and modules[name] is not head]
+        if not names:
+            raise ValueError(f"{type(model).__name__} has no linear layer to adapt.")
+        return names
+    patterns = (config.targets,) if isinstance(config.targets, str) else config.targets
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in free if name):
+            leaves = sorted({n.rpartition(".")[2] for n in free if n and _adaptable(modules[n])})
+            called = ", ".join(leaves) or "(none)"
+            raise ValueError(f"no module matches the target {pattern!r}; linear layers here are called {called}.")
+    return [name for name in free if name and any(matches(pattern, name) for pattern in patterns)]
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return layer_kind(module) is not None or isinstance(module, LinearPC)
+
+
+def _in_attention(modules: dict[str, nn.Module], name: str) -> bool:
+    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def refuse(model: nn.Module, targets: list[Target]) -> None:
+    """Raise with every reason why a target cannot be adapted."""
+    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
+    reasons = []
+    for target in targets:
+        why = _reason(target, modules, paths, owners)
+        if why:
+            reasons.append(f"{target.name or type(model).__name__}: {why}")
+    if reasons:
+        more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""
+        raise ValueError("cannot adapt " + "; ".join(reasons[:5]) + more)
+
+
+def _reason(target: Target, modules: dict[str, nn.Module], paths: Counter[int], owners: Counter[int]) -> str | None:
+    module = target.module
+    if isinstance(module, LinearPC):
+        return "it is adapted already; merge or unload the adapter first, or exclude it"
+    if not target.name:
+        return "it is the model itself; use LinearPC.from_linear"
+    if _in_attention(modules, target.name):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrised; remove the parametrisation first"
+    if layer_kind(module) is None:
+        return f"it is a {type(module).__name__}, not an nn.Linear or a transformers Conv1D"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+        return "it has hooks or a replaced forward, which would be lost; adapt the model before attaching them"
+    if paths[id(module)] > 1:
+        return "the same module stands in several places of the model"
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
+    if target.form == "residual" and owners[id(weight)] > 1:
+        return "its weight is tied to another module's; use form='intact', or exclude it"
+    try:
+        weight, _ = read_layer(module)
+        check_matrix(weight)
+        if not target.window.needs_spectrum:
+            target.window.resolve(min(weight.shape))
+        elif target.window.rank > min(weight.shape):
+            raise ValueError(f"rank {target.window.rank} is above its {min(weight.shape)} singular values.")
+    except (TypeError, ValueError) as error:
+        return str(error).rstrip(".")
+    return None

@@ -1,0 +1,430 @@
+"""LinearPC: a linear layer that trains one window of its pretrained weight's singular components."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ipca.nn.kinds import build_layer, layer_kind, read_layer
+from ipca.nn.lowrank import Term, add_low_rank
+from ipca.nn.start import FORMS, InitCertificate, WindowStart, kept_weight, window_start
+from ipca.ops import pc_linear
+from ipca.svd import SVDReport
+from ipca.window import Window, as_window
+
+
+class LinearPC(nn.Module):
+    """``y = x weightᵀ + bias + scaling · (z Aᵀ) Bᵀ``, the last term a window of the pretrained weight's components.
+
+    For a pretrained ``W = U S Vh``, shape ``(out, in)``, and a window ``w = [start, start + rank)``::
+
+        A0 = √(S_w / scaling) Vh_w,   B0 = U_w √(S_w / scaling),   scaling = alpha / rank
+
+        form="residual"   weight = W − scaling · B0 A0     y = x weightᵀ + bias + scaling · z Aᵀ Bᵀ
+        form="intact"     weight = W                       y = x weightᵀ + bias + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)
+
+    with ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained; all else is frozen. Before
+    training the layer computes ``x Wᵀ + bias``: exactly so in the intact form, up to one rounding of ``W_res`` in the
+    residual form (and up to dropout, while training, in the residual form only).
+
+    Used like ``nn.Linear`` in a model's own code: a new layer draws a random weight as ``nn.Linear`` does and takes its
+    window; the state dict of a plain ``nn.Linear`` loads into it and sets the window anew, from that weight; its own
+    state dict restores it without an SVD. Built on the meta device it waits for either.
+
+    Shapes: ``x (…, in)``, ``y (…, out)``, ``weight (out, in)``, ``bias (out,)``, ``lora_A, lora_A0 (rank, in)``,
+    ``lora_B, lora_B0 (out, rank)``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        rank: number of components; 16 by default.
+        window: a :class:`~ipca.Window` or its start, such as ``"middle"``, ``0.33`` or ``"start=256"``.
+        alpha: ``scaling · rank``; default ``rank``, so that scaling is 1, as in the paper.
+        form: ``"residual"`` (fastest) or ``"intact"`` (the base weight stays untouched).
+        dropout: probability of dropping an entry of the low-rank branch's input while training.
+        adapter_dtype: of the factors; default the weight's, but float32 for 16-bit weights.
+        tol: of the decomposition, see :func:`ipca.window_svd`.
+
+    Raises:
+        ValueError: an argument out of range, a window that does not fit ``min(in_features, out_features)``, or NaN or
+            Inf in the weight.
+
+    Source: "Least but not Last", arXiv 2602.03493; PiSSA, arXiv 2404.02948; LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | None = None,
+        window: Window | str | float = "middle",
+        bias: bool = True,
+        *,
+        alpha: float | None = None,
+        form: str = "residual",
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        tol: float | str = "default",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.requested_window = as_window(window, rank)
+        self.in_features, self.out_features = in_features, out_features
+        self.rank = self.requested_window.rank
+        self.alpha = float(self.rank if alpha is None else alpha)
+        self.form, self.dropout, self.tol = form, float(dropout), tol
+        self.kind = "linear"
+        self._check_arguments()
+
+        self.window: Window | None = None
+        self.base_sha256: str | None = None
+        self.svd_report: SVDReport | None = None
+        self.certificate: InitCertificate | None = None
+        self._disabled = False
+        self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple, so that it is no parameter of the module
+
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        narrow = weight.dtype in (torch.float16, torch.bfloat16)
+        adapter = {"device": device, "dtype": adapter_dtype or (torch.float32 if narrow else weight.dtype)}
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(weight.new_empty(out_features), requires_grad=False) if bias else None
+        self.lora_A = nn.Parameter(torch.empty(self.rank, in_features, **adapter))
+        self.lora_B = nn.Parameter(torch.empty(out_features, self.rank, **adapter))
+        self.register_buffer("lora_A0", torch.empty_like(self.lora_A, requires_grad=False))
+        self.register_buffer("lora_B0", torch.empty_like(self.lora_B, requires_grad=False))
+        self.lora_A0: Tensor
+        self.lora_B0: Tensor
+        if not weight.is_meta:
+            self.reset_parameters()
+
+    @property
+    def scaling(self) -> float:
+        """``alpha / rank``."""
+        return self.alpha / self.rank
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.window is None:
+            raise RuntimeError("This LinearPC has no window yet: load a state dict, or call reset_parameters().")
+        if self.merged and not self._disabled:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("A merged LinearPC cannot train: call unmerge() first, or eval().")
+            return F.linear(x, self.weight, self.bias)
+        weight = self._kept()
+        if self._disabled:
+            if self.form == "intact":
+                return F.linear(x, weight, self.bias)
+            return pc_linear(x, weight, self.lora_A0, self.lora_B0, self.bias, scaling=self.scaling)
+        A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
+        dropout = self.dropout if self.training else 0.0
+        return pc_linear(
+            x, weight, self.lora_A, self.lora_B, self.bias, scaling=self.scaling, A0=A0, B0=B0, dropout=dropout
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        window: Window | str | float = "middle",
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        form: str = "residual",
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        tol: float | str = "default",
+    ) -> LinearPC:
+        """A LinearPC that computes what ``linear`` computes, which stays as it is.
+
+        Args:
+            linear: an ``nn.Linear`` or a transformers ``Conv1D``. The intact form shares the memory of an
+                ``nn.Linear``'s weight, both forms share the bias's.
+            window, rank, alpha, form, dropout, adapter_dtype, tol: as for the class.
+
+        Raises:
+            TypeError: ``linear`` is another type, or its weight has no supported dtype.
+            ValueError: as for the class.
+        """
+        layer = cls._like(linear, as_window(window, rank), alpha, form, dropout, adapter_dtype, tol)
+        layer._begin(linear, layer.start_for(read_layer(linear)[0]))
+        return layer
+
+    @classmethod
+    def from_start(
+        cls,
+        linear: nn.Module,
+        start: WindowStart,
+        *,
+        alpha: float,
+        form: str,
+        dropout: float = 0.0,
+    ) -> LinearPC:
+        """As :meth:`from_linear`, with the factors already at hand: no SVD."""
+        layer = cls._like(linear, start.window, alpha, form, dropout, start.A0.dtype, "default")
+        layer._begin(linear, start)
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Draw ``weight`` and ``bias`` as ``nn.Linear`` does, and take the window of that weight."""
+        self.unmerge()
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.in_features)
+                nn.init.uniform_(self.bias, -bound, bound)
+            start = self.start_for(self.weight.detach())
+            self.weight.copy_(kept_weight(self.weight, start.A0, start.B0, scaling=self.scaling, form=self.form))
+            for factor, value in self._factors(start).items():
+                getattr(self, factor).copy_(value)
+        self._remember(start)
+
+    def start_for(self, weight: Tensor) -> WindowStart:
+        """The factors this layer would start from on the pretrained ``weight (out, in)``; changes nothing."""
+        return window_start(
+            weight,
+            self.requested_window,
+            scaling=self.scaling,
+            form=self.form,
+            adapter_dtype=self.lora_A.dtype,
+            tol=self.tol,
+        )
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """``W_eff (out, in)``, the one matrix the layer multiplies by, in the weight's dtype, as a new tensor."""
+        return add_low_rank(self._kept(), self._terms())
+
+    @torch.no_grad()
+    def base_weight(self) -> Tensor:
+        """The pretrained ``W (out, in)``, in the weight's dtype, as a new tensor (residual form: up to rounding)."""
+        return add_low_rank(
+            self._kept(), [(self.scaling, self.lora_B0, self.lora_A0)] if self.form == "residual" else []
+        )
+
+    @torch.no_grad()
+    def residual_weight(self) -> Tensor:
+        """``W_res = W − scaling · B0 A0 (out, in)``, in the weight's dtype, as a new tensor."""
+        return add_low_rank(
+            self._kept(), [(-self.scaling, self.lora_B0, self.lora_A0)] if self.form == "intact" else []
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the factors into ``weight``. The weight of before is kept beside it, for an exact :meth:`unmerge`."""
+        if not self.merged:
+            unmerged = self.weight
+            self.weight = nn.Parameter(self.effective_weight(), requires_grad=False)
+            self._unmerged = (unmerged,)
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`, to the bit."""
+        if self._unmerged is not None:
+            self.weight, self._unmerged = self._unmerged[0], None
+
+    def to_linear(self, *, base: bool = False) -> nn.Module:
+        """A plain layer of the original type with the effective weight; shares no memory with this one.
+
+        Args:
+            base: with the pretrained weight instead.
+        """
+        weight = self.base_weight() if base else self.effective_weight()
+        return build_layer(self.kind, weight, None if self.bias is None else self.bias.detach().clone())
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the layer computes the pretrained function (residual form: up to rounding)."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def extra_repr(self) -> str:
+        where = repr(self.requested_window.text)
+        if self.window is not None:
+            where = f"[{self.window.start}, {self.window.start + self.rank})"  # type: ignore[operator]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"window={where}, rank={self.rank}, alpha={self.alpha:g}, form={self.form}"
+            + (f", dropout={self.dropout:g}" if self.dropout else "")
+            + (", merged" if self.merged else "")
+        )
+
+    # State: tensors as usual, and one JSON record that a state dict carries as bytes.
+
+    def get_extra_state(self) -> Tensor:
+        record = {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "form": self.form,
+            "start": None if self.window is None else self.window.start,
+            "base_sha256": self.base_sha256,
+        }
+        return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        record = json.loads(bytes(state.cpu().tolist()))
+        self.window = None if record["start"] is None else Window(record["start"], self.rank)
+        self.base_sha256 = record["base_sha256"]
+        self.svd_report = self.certificate = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self._kept() if keep_vars else self._kept().detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        weight = state_dict.get(prefix + "weight")
+        plain = weight is not None and prefix + "lora_A" not in state_dict
+        start = None
+        try:
+            if plain:
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                state_dict, start = self._from_plain(state_dict, prefix, weight, assign)
+            else:
+                self._check_record(state_dict.get(prefix + "_extra_state"))
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'LinearPC'}: {error}")
+            return
+        self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if start is not None and not self.weight.is_meta:
+            self._remember(start)
+
+    def _from_plain(
+        self, state_dict: dict[str, Any], prefix: str, weight: Tensor, assign: bool
+    ) -> tuple[dict[str, Any], WindowStart]:
+        """The state dict that this layer would have had on the plain ``weight``."""
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"the weight has shape {tuple(weight.shape)}, this layer {tuple(self.weight.shape)}.")
+        if not assign:
+            weight = weight.to(dtype=self.weight.dtype)
+            weight = weight if self.weight.is_meta else weight.to(self.weight.device)
+        start = self.start_for(weight)
+        own = {prefix + name: value for name, value in self._factors(start).items()}
+        own[prefix + "weight"] = kept_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
+        own[prefix + "_extra_state"] = self.get_extra_state()
+        return {**state_dict, **own}, start
+
+    def _check_record(self, state: Tensor | None) -> None:
+        if state is None:
+            return  # strict loading reports the missing key
+        record = json.loads(bytes(state.cpu().tolist()))
+        for name in ("rank", "alpha", "form"):
+            if record[name] != getattr(self, name):
+                raise ValueError(
+                    f"the state dict was saved with {name}={record[name]!r}, this layer has {getattr(self, name)!r}."
+                )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LinearPC:
+        """Move or cast. Casting the residual form rounds its parts anew, so that they still add up to ``W``."""
+        merged = self.merged
+        self.unmerge()
+        weight, A0, B0 = self.weight.detach(), self.lora_A0, self.lora_B0
+        super()._apply(fn, recurse)
+        cast = self.lora_A0.dtype != A0.dtype or self.weight.dtype != weight.dtype
+        if self.form == "residual" and cast and not (weight.is_meta or self.weight.is_meta):
+            new = [t.to(weight.device) for t in (self.lora_B0, self.lora_A0)]
+            rebalanced = add_low_rank(
+                weight, [(self.scaling, B0, A0), (-self.scaling, new[0], new[1])], dtype=self.weight.dtype
+            )
+            with torch.no_grad():
+                self.weight.copy_(rebalanced)
+        if merged:
+            self.merge()
+        return self
+
+    def _kept(self) -> nn.Parameter:
+        return self.weight if self._unmerged is None else self._unmerged[0]
+
+    def _terms(self) -> list[Term]:
+        terms: list[Term] = [(self.scaling, self.lora_B, self.lora_A)]
+        return terms if self.form == "residual" else [*terms, (-self.scaling, self.lora_B0, self.lora_A0)]
+
+    def _check_arguments(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be positive, got {self.alpha}.")
+        d = min(self.in_features, self.out_features)
+        if self.rank > d:
+            raise ValueError(
+                f"rank {self.rank} is above the {d} singular values of a "
+                f"({self.out_features}, {self.in_features}) weight; lower `rank`."
+            )
+
+    @classmethod
+    def _like(
+        cls,
+        linear: nn.Module,
+        window: Window,
+        alpha: float | None,
+        form: str,
+        dropout: float,
+        adapter_dtype: torch.dtype | None,
+        tol: float | str,
+    ) -> LinearPC:
+        """An empty layer on the meta device with the shape, dtype and type of ``linear``."""
+        kind = layer_kind(linear)
+        if kind is None:
+            raise TypeError(f"expected an nn.Linear or a transformers Conv1D, got {type(linear).__name__}.")
+        weight, bias = read_layer(linear)
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            window=window,
+            bias=bias is not None,
+            alpha=alpha,
+            form=form,
+            dropout=dropout,
+            adapter_dtype=adapter_dtype,
+            tol=tol,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        layer.kind = kind
+        return layer.train(linear.training)
+
+    def _begin(self, linear: nn.Module, start: WindowStart) -> None:
+        weight, bias = read_layer(linear)
+        kept = kept_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
+        self.weight = nn.Parameter(kept.contiguous(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        factors = self._factors(start)
+        self.lora_A, self.lora_B = nn.Parameter(factors["lora_A"]), nn.Parameter(factors["lora_B"])
+        self.lora_A0, self.lora_B0 = factors["lora_A0"], factors["lora_B0"]
+        self._remember(start)
+
+    def _factors(self, start: WindowStart) -> dict[str, Tensor]:
+        return {
+            "lora_A": start.A0.clone(),
+            "lora_B": start.B0.clone(),
+            "lora_A0": start.A0,
+            "lora_B0": start.B0,
+        }
+
+    def _remember(self, start: WindowStart) -> None:
+        self.window, self.base_sha256 = start.window, start.base_sha256
+        self.svd_report, self.certificate = start.svd, start.certificate

@@ -1,0 +1,102 @@
+"""Where a layer begins: the window's factors, and the proof that they leave the function unchanged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipca.fingerprint import tensor_sha256
+from ipca.nn.lowrank import add_low_rank, wide_blocks
+from ipca.svd import SVDReport, window_svd
+from ipca.window import Window
+
+FORMS = ("residual", "intact")
+
+
+@dataclass(frozen=True)
+class InitCertificate:
+    """How far the layer's effective weight is from the pretrained one before training.
+
+    Attributes:
+        dtype: of the weight, such as ``"bfloat16"``.
+        max_abs: ``max|W_eff − W|``.
+        relative: ``‖W_eff − W‖_F / ‖W‖_F``.
+        bound: the largest ``relative`` that rounding ``W_res`` once to ``dtype`` can explain; 0 for ``intact``.
+    """
+
+    dtype: str
+    max_abs: float
+    relative: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.relative <= self.bound
+
+
+@dataclass(frozen=True)
+class WindowStart:
+    """The factors a layer starts from, ``A0 (rank, in)`` and ``B0 (out, rank)``, and where they come from.
+
+    ``svd`` is None where the factors were read from a file that does not say.
+    """
+
+    A0: Tensor
+    B0: Tensor
+    window: Window
+    base_sha256: str
+    svd: SVDReport | None
+    certificate: InitCertificate
+
+
+def window_start(
+    weight: Tensor, window: Window, *, scaling: float, form: str, adapter_dtype: torch.dtype, tol: float | str
+) -> WindowStart:
+    """Decompose ``weight (out, in)`` and split the window between the factors.
+
+    ``B0 = U √(S / scaling)`` and ``A0 = √(S / scaling) Vh``, rounded to the dtype of ``weight`` and held in
+    ``adapter_dtype``, so that a cast to the compute dtype changes nothing before training.
+
+    Raises:
+        TypeError, ValueError: as :func:`ipca.window_svd`.
+        RuntimeError: the initialisation certificate does not hold.
+    """
+    found = window_svd(weight, window, tol=tol, dtype=weight.dtype if weight.device.type == "mps" else torch.float64)
+    root = (found.S / scaling).sqrt()
+    A0 = (root[:, None] * found.Vh).to(weight.dtype).to(adapter_dtype)
+    B0 = (found.U * root).to(weight.dtype).to(adapter_dtype)
+    certificate = certify_start(weight, A0, B0, scaling=scaling, form=form)
+    return WindowStart(A0, B0, found.report.window, tensor_sha256(weight), found.report, certificate)
+
+
+def kept_weight(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> Tensor:
+    """The weight a layer keeps: ``W`` itself (intact), or ``W_res = W − scaling · B0 A0``, rounded once (residual)."""
+    return weight if form == "intact" else add_low_rank(weight, [(-scaling, B0, A0)])
+
+
+def certify_start(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> InitCertificate:
+    """Measure ``‖W_eff(0) − W‖`` of a layer that starts from ``A0, B0``, and raise if it is above the dtype's bound."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if form == "intact":
+        return InitCertificate(dtype, 0.0, 0.0, 0.0)
+    kept = kept_weight(weight, A0, B0, scaling=scaling, form=form)
+    largest = error = norm = 0.0
+    for rows, effective in wide_blocks(kept, [(scaling, B0, A0)]):
+        base = weight[rows].to(effective.dtype)
+        difference = effective - base
+        largest = max(largest, difference.abs().max().item())
+        error = math.hypot(error, difference.norm().item())
+        norm = math.hypot(norm, base.norm().item())
+    info = torch.finfo(weight.dtype)
+    subnormal = math.sqrt(weight.numel()) * info.smallest_normal * info.eps
+    bound = info.eps + subnormal / norm if norm > 0 else 0.0
+    certificate = InitCertificate(dtype, largest, error / norm if norm > 0 else error, bound)
+    if not certificate.holds:
+        raise RuntimeError(
+            f"the effective weight is off by {certificate.relative:.1e} (relative) before training, "
+            f"but one rounding to {dtype} explains at most {bound:.1e}; please report this weight."
+        )
+    return certificate

@@ -1,0 +1,53 @@
+"""What window_svd returns: the factors, and for each matrix how they were found and how far they can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ipca.window import Window
+
+
+@dataclass(frozen=True)
+class SVDReport:
+    """How one matrix was decomposed.
+
+    Attributes:
+        path: ``"range"`` (LAPACK range solver on the float64 Gram matrix) or ``"full"`` (float64 SVD).
+        window: the resolved window, its start an index.
+        residual: ``max(‖W V − U S‖₂, ‖Wᵀ U − V S‖₂, σ₁ ‖UᵀU − I‖₂, σ₁ ‖VᵀV − I‖₂) / σ₁``, in float64, before
+            rounding to the dtype that is returned.
+        certified: whether the indices are proven, see :mod:`ipca.svd.certificate`.
+        certificate: the proof, or why there is none, in words.
+        seconds: wall time.
+    """
+
+    path: str
+    window: Window
+    residual: float
+    certified: bool
+    certificate: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WindowSVD:
+    """``W ≈ … + U diag(S) Vh + …`` for the components of one window.
+
+    Attributes:
+        U: ``(m, r)``, orthonormal columns; ``(L, m, r)`` for a stack.
+        S: ``(r,)``, descending; ``(L, r)`` for a stack.
+        Vh: ``(r, n)``, orthonormal rows, the largest entry of each positive; ``(L, r, n)`` for a stack.
+        reports: one :class:`SVDReport` for each matrix.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    reports: tuple[SVDReport, ...]
+
+    @property
+    def report(self) -> SVDReport:
+        """The report of the matrix, or of a stack's worst: an uncertified one first, then the largest residual."""
+        return max(self.reports, key=lambda r: (not r.certified, r.residual))

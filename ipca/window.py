@@ -1,0 +1,171 @@
+"""Which consecutive singular components of a weight are trained.
+
+A weight of shape ``(out, in)`` has ``d = min(out, in)`` singular values, in descending order. A window
+``[start, start + rank)`` names ``rank`` of them. ``start`` is an index, or a rule that finds the index for each
+layer, so that one setting serves layers of every size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_NAMED = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
+_FORMS = '"principal", "middle", "minor", a fraction such as "0.33", "start=256", "energy=0.9" or "erank"'
+
+
+@dataclass(frozen=True, init=False)
+class Window:
+    """The half-open window ``[start, start + rank)`` of singular components, zero-based, largest first.
+
+    ``start`` is one of
+
+    ============================  ==========================================================================
+    an ``int`` or ``"start=256"``  that index
+    ``"principal"``               0: the largest components, as PiSSA trains (arXiv 2404.02948)
+    ``"middle"``                  ``(d - rank) // 2``, the default everywhere in this package
+    ``"minor"``                   ``d - rank``: the smallest components, as MiLoRA trains (arXiv 2406.09044)
+    a ``float`` or ``"0.33"``     ``floor(fraction * (d - rank))``: 0 is principal, 1 is minor
+    ``"energy=0.9"``              the number of leading components that hold 90 % of ``sum(S ** 2)``
+    ``"erank"``                   the effective rank ``exp(-sum(p * log p))``, ``p = S / sum(S)``, rounded down
+                                  (Roy & Vetterli, "The effective rank", EUSIPCO 2007)
+    ============================  ==========================================================================
+
+    The last two look at the layer's singular values and never start later than ``d - rank``.
+
+    "Least but not Last" (arXiv 2602.03493) uses one index for a whole model: ``Window(256, rank)`` of d = 768 for
+    ViT-B and ``Window(2048, rank)`` of d = 4096 for LLaMA-2-7B.
+
+    Raises:
+        TypeError: ``start`` or ``rank`` has the wrong type.
+        ValueError: ``rank`` is below 1, ``start`` is negative, or the text is none of the forms above.
+    """
+
+    start: int | str
+    rank: int
+
+    def __init__(self, start: int | float | str, rank: int) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"rank must be an int, got {rank!r}.")
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}.")
+        object.__setattr__(self, "start", _normalise(start))
+        object.__setattr__(self, "rank", rank)
+
+    @classmethod
+    def principal(cls, rank: int) -> Window:
+        """The ``rank`` largest components."""
+        return cls("principal", rank)
+
+    @classmethod
+    def middle(cls, rank: int) -> Window:
+        """The ``rank`` components in the middle of the index range."""
+        return cls("middle", rank)
+
+    @classmethod
+    def minor(cls, rank: int) -> Window:
+        """The ``rank`` smallest components."""
+        return cls("minor", rank)
+
+    @classmethod
+    def at(cls, fraction: float, rank: int) -> Window:
+        """The window that starts at ``floor(fraction * (d - rank))``, ``0 <= fraction <= 1``."""
+        return cls(float(fraction), rank)
+
+    @classmethod
+    def energy(cls, quantile: float, rank: int) -> Window:
+        """The window right after the components that hold ``quantile`` of the energy ``sum(S ** 2)``."""
+        return cls(f"energy={quantile}", rank)
+
+    @classmethod
+    def effective_rank(cls, rank: int) -> Window:
+        """The window that starts at the layer's effective rank."""
+        return cls("erank", rank)
+
+    @property
+    def text(self) -> str:
+        """The text form of ``start``, as the command line and the config files write it."""
+        return f"start={self.start}" if isinstance(self.start, int) else self.start
+
+    @property
+    def needs_spectrum(self) -> bool:
+        """Whether :meth:`resolve` must be given the singular values."""
+        return isinstance(self.start, str) and (self.start == "erank" or self.start.startswith("energy="))
+
+    def resolve(self, d: int, singular_values: Tensor | None = None) -> Window:
+        """The same window with ``start`` as an index, for a weight of ``d`` singular values.
+
+        Args:
+            d: ``min(out, in)`` of the weight.
+            singular_values: shape ``(d,)``, descending; read only where :attr:`needs_spectrum`.
+
+        Raises:
+            ValueError: the window does not fit into ``[0, d)``.
+        """
+        if self.rank > d:
+            raise ValueError(f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`.")
+        if self.needs_spectrum:
+            assert singular_values is not None, "resolve() needs the singular values for this window"
+            start = min(_spectral_start(self.text, singular_values), d - self.rank)
+        elif isinstance(self.start, int):
+            start = self.start
+        else:
+            fraction = _NAMED[self.start] if self.start in _NAMED else float(self.start)
+            start = int(fraction * (d - self.rank) + 1e-9)
+        if start + self.rank > d:
+            raise ValueError(
+                f"{self} ends at {start + self.rank}, but there are only {d} singular values; "
+                "lower `start` or `rank`, or use a relative window such as 'middle'."
+            )
+        return Window(start, self.rank)
+
+
+def as_window(window: Window | str | float, rank: int | None, default_rank: int = 16) -> Window:
+    """A :class:`Window` from what users write: a window, or the rule for its start beside a rank.
+
+    Raises:
+        ValueError: both ``window`` and ``rank`` name a rank, and they differ.
+    """
+    if isinstance(window, Window):
+        if rank is not None and rank != window.rank:
+            raise ValueError(f"{window} has rank {window.rank}, but rank={rank} was given too; give one of them.")
+        return window
+    return Window(window, default_rank if rank is None else rank)
+
+
+def _normalise(start: int | float | str) -> int | str:
+    if isinstance(start, bool) or not isinstance(start, (int, float, str)):
+        raise TypeError(f"A window starts at an int or is {_FORMS}; got {start!r}.")
+    if isinstance(start, int):
+        if start < 0:
+            raise ValueError(f"A window cannot start at {start}: indices count from 0, the largest singular value.")
+        return start
+    text = str(start).strip().lower()
+    if text in _NAMED or text == "erank":
+        return text
+    key, _, value = text.rpartition("=")
+    try:
+        if key == "start":
+            return _normalise(int(value))
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"Unknown window {start!r}: use {_FORMS}.") from None
+    if key not in ("", "energy"):
+        raise ValueError(f"Unknown window {start!r}: use {_FORMS}.")
+    if not 0.0 <= number <= 1.0:
+        hint = "" if key else f" For an index write 'start={value}' or Window({value}, rank)."
+        raise ValueError(f"The fraction in window {start!r} must lie in [0, 1].{hint}")
+    return text
+
+
+def _spectral_start(text: str, singular_values: Tensor) -> int:
+    S = singular_values.double()
+    if not S.any():
+        return 0
+    if text == "erank":
+        p = S / S.sum()
+        return int((-p.xlogy(p).sum()).exp())
+    energy = S.square().cumsum(0)
+    quantile = float(text.removeprefix("energy="))
+    return int((energy < quantile * energy[-1] * (1 - 1e-12)).sum()) + (quantile > 0)
