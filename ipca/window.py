@@ -89,6 +89,13 @@ class Window:
         return f"start={self.start}" if isinstance(self.start, int) else self.start
 
     @property
+    def index(self) -> int:
+        """``start`` as an index; ValueError unless the window is resolved."""
+        if not isinstance(self.start, int):
+            raise ValueError(f"{self} has no index before resolve().")
+        return self.start
+
+    @property
     def needs_spectrum(self) -> bool:
         """Whether :meth:`resolve` must be given the singular values."""
         return isinstance(self.start, str) and (self.start == "erank" or self.start.startswith("energy="))

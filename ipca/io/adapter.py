@@ -116,7 +116,7 @@ def _saved(layer: LinearPC) -> SavedLayer:
         kind=layer.kind,
         shape=(layer.out_features, layer.in_features),
         dtype=str(layer.weight.dtype).removeprefix("torch."),
-        start=int(layer.window.start),
+        start=layer.window.index,
         rank=layer.rank,
         alpha=layer.alpha,
         form=layer.form,

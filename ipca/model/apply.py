@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ipca.config import PCConfig
 from ipca.model.targets import Target, find_targets, saved_modules
-from ipca.nn import LinearPC, WindowStart, window_start
+from ipca.nn import LinearPC, WindowStart, default_adapter_dtype, window_start
 from ipca.nn.kinds import read_layer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -112,7 +112,7 @@ def _adapter_dtype(config: PCConfig, dtype: torch.dtype) -> torch.dtype:
         named = getattr(torch, config.adapter_dtype)
         assert isinstance(named, torch.dtype)
         return named
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return default_adapter_dtype(dtype)
 
 
 @contextmanager

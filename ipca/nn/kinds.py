@@ -43,5 +43,5 @@ def build_layer(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         with torch.device("meta"):
             layer = Conv1D(out_features, in_features)
         layer.weight = nn.Parameter(weight.mT.contiguous())
-    layer.bias = None if bias is None else nn.Parameter(bias)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return layer

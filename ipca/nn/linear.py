@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from ipca.nn.kinds import build_layer, layer_kind, read_layer
 from ipca.nn.lowrank import Term, add_low_rank
-from ipca.nn.start import FORMS, InitCertificate, WindowStart, kept_weight, window_start
+from ipca.nn.start import (
+    FORMS,
+    InitCertificate,
+    WindowStart,
+    default_adapter_dtype,
+    kept_weight,
+    window_start,
+)
 from ipca.ops import pc_linear
 from ipca.svd import SVDReport
 from ipca.window import Window, as_window
@@ -91,12 +98,11 @@ class LinearPC(nn.Module):
         self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple, so that it is no parameter of the module
 
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
-        narrow = weight.dtype in (torch.float16, torch.bfloat16)
-        adapter = {"device": device, "dtype": adapter_dtype or (torch.float32 if narrow else weight.dtype)}
+        factor = weight.new_empty(0, dtype=adapter_dtype or default_adapter_dtype(weight.dtype))
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(weight.new_empty(out_features), requires_grad=False) if bias else None
-        self.lora_A = nn.Parameter(torch.empty(self.rank, in_features, **adapter))
-        self.lora_B = nn.Parameter(torch.empty(out_features, self.rank, **adapter))
+        self.lora_A = nn.Parameter(factor.new_empty(self.rank, in_features))
+        self.lora_B = nn.Parameter(factor.new_empty(out_features, self.rank))
         self.register_buffer("lora_A0", torch.empty_like(self.lora_A, requires_grad=False))
         self.register_buffer("lora_B0", torch.empty_like(self.lora_B, requires_grad=False))
         self.lora_A0: Tensor
@@ -252,7 +258,7 @@ class LinearPC(nn.Module):
     def extra_repr(self) -> str:
         where = repr(self.requested_window.text)
         if self.window is not None:
-            where = f"[{self.window.start}, {self.window.start + self.rank})"  # type: ignore[operator]
+            where = f"[{self.window.index}, {self.window.index + self.rank})"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"window={where}, rank={self.rank}, alpha={self.alpha:g}, form={self.form}"
@@ -267,7 +273,7 @@ class LinearPC(nn.Module):
             "rank": self.rank,
             "alpha": self.alpha,
             "form": self.form,
-            "start": None if self.window is None else self.window.start,
+            "start": None if self.window is None else self.window.index,
             "base_sha256": self.base_sha256,
         }
         return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
@@ -293,10 +299,9 @@ class LinearPC(nn.Module):
         error_msgs: list[str],
     ) -> None:
         weight = state_dict.get(prefix + "weight")
-        plain = weight is not None and prefix + "lora_A" not in state_dict
         start = None
         try:
-            if plain:
+            if weight is not None and prefix + "lora_A" not in state_dict:
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 state_dict, start = self._from_plain(state_dict, prefix, weight, assign)
             else:

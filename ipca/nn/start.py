@@ -16,6 +16,11 @@ from ipca.window import Window
 FORMS = ("residual", "intact")
 
 
+def default_adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """The factors' dtype beside a weight of ``weight_dtype``: the same, but float32 for 16-bit weights."""
+    return torch.promote_types(weight_dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class InitCertificate:
     """How far the layer's effective weight is from the pretrained one before training.
