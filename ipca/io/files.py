@@ -20,6 +20,7 @@ def staged_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: ``folder`` cannot be made or written; nothing in it has changed.
     """
     target = Path(folder)
+    check_target(target)
     with _explained(target):
         existed = target.is_dir()
         target.mkdir(parents=True, exist_ok=True)
@@ -45,9 +46,8 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: ``folder`` holds files, or cannot be made; nothing has changed.
     """
     target = Path(folder).absolute()
+    check_target(target, empty=True)
     with _explained(target):
-        if target.is_dir() and any(target.iterdir()):
-            raise FileExistsError(f"{target} is not empty; choose a new folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -60,9 +60,30 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
+def check_target(folder: str | os.PathLike[str], *, empty: bool = False) -> None:
+    """Raise OSError now where writing ``folder`` later would fail, before hours of work go into it.
+
+    Args:
+        folder: where files are to be written; need not exist.
+        empty: whether it must be new or empty.
+    """
+    target = Path(folder).absolute()
+    if empty and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; choose a new folder.")
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"cannot write {target}: {existing} is not a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {target}: no permission to write in {existing}.")
+
+
 def _fsync(folder: Path) -> None:
+    """Put the files on disk, readable as the process's other files are: safetensors keeps its own to the owner."""
+    umask = os.umask(0)
+    os.umask(umask)
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o666 & ~umask)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 

@@ -123,14 +123,18 @@ def refuse(model: nn.Module, targets: list[Target]) -> None:
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for target in targets:
         why = _reason(target, modules, paths, owners)
         if why:
-            reasons.append(f"{target.name or type(model).__name__}: {why}")
+            reasons.setdefault(why, []).append(target.name or type(model).__name__)
     if reasons:
-        more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""
-        raise ValueError("cannot adapt " + "; ".join(reasons[:5]) + more)
+        raise ValueError("cannot adapt " + "; ".join(f"{_few(names)}: {why}" for why, names in reasons.items()))
+
+
+def _few(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _reason(target: Target, modules: dict[str, nn.Module], paths: Counter[int], owners: Counter[int]) -> str | None:

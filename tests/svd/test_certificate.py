@@ -1,0 +1,215 @@
+import pytest
+import torch
+
+from ipca import Window, window_svd
+from ipca.svd import certificate, dispatch
+from ipca.svd.blocks import Blocks
+from ipca.svd.range import range_svd, rayleigh_ritz
+
+F64 = torch.float64
+EPS = torch.finfo(F64).eps
+M, N, START, RANK = 300, 260, 40, 8
+
+
+def orthonormal(m, n):
+    return torch.linalg.qr(torch.randn(m, n, dtype=F64))[0]
+
+
+def symmetric(eigenvalues):
+    Q = orthonormal(len(eigenvalues), len(eigenvalues))
+    G = (Q * torch.as_tensor(eigenvalues, dtype=F64)) @ Q.mT
+    return (G + G.mT) / 2
+
+
+def matrix(S):
+    """``W (M, N)``, its blocks, its Gram matrix and its singular vectors."""
+    U, V = orthonormal(M, N), orthonormal(N, N)
+    W = (U * S) @ V.mT
+    blocks = Blocks(W)
+    return W, blocks, blocks.gram(), U, S / blocks.scale, V
+
+
+def falling():
+    return torch.linspace(2, 1, N, dtype=F64)
+
+
+def judge(blocks, G, U, S, V, start=START):
+    """The residual relative to σ₁, and whether ``U, S, V`` are certified as the window that starts at ``start``."""
+    sigma1 = certificate.largest_singular_value(G)
+    rho = certificate.residual(blocks, U, S, V)
+    return rho / sigma1, *certificate.certify(G, S, rho, sigma1, start)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 40, 129])
+def test_counts_agree_with_eigenvalues_on_indefinite_matrices(n):
+    G = symmetric(torch.randn(n))
+    eigenvalues = torch.linalg.eigvalsh(G)
+    middles = (eigenvalues[1:] + eigenvalues[:-1]) / 2
+    for threshold in (eigenvalues[0] - 1, *middles, eigenvalues[-1] + 1):
+        assert certificate.count_above(G, threshold.item()) == (eigenvalues > threshold).sum()
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 41, 130])
+def test_counts_agree_where_a_zero_diagonal_forces_two_by_two_pivots(n):
+    G = torch.randn(n, n, dtype=F64)
+    G = (G + G.mT).fill_diagonal_(0)
+    _, pivots = torch.linalg.ldl_factor(G)
+    assert (pivots < 0).any()
+    assert certificate.count_above(G, 0.0) == (torch.linalg.eigvalsh(G) > 0).sum()
+
+
+def test_counts_agree_on_a_chain_of_two_by_two_pivots():
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=F64)
+    G = torch.block_diag(swap, 3 * swap, 2 * torch.eye(3, dtype=F64), 5 * swap, -torch.eye(2, dtype=F64))
+    assert certificate.count_above(G, 0.0) == 6
+    assert certificate.count_above(G, 1.5) == 5
+    assert certificate.count_above(G, -2.0) == 9
+
+
+def test_counting_leaves_the_matrix_alone():
+    G = symmetric([3.0, 2.0, 1.0])
+    kept = G.clone()
+    assert certificate.count_above(G, 1.5) == 2
+    assert torch.equal(G, kept)
+
+
+@pytest.mark.parametrize("start", [0, 1, START, N - RANK])
+def test_the_right_window_is_certified_by_counts(start):
+    _, blocks, G, *_ = matrix(falling())
+    relative, certified, words = judge(blocks, G, *range_svd(blocks, G, start, RANK), start=start)
+    assert relative <= 10 * EPS * M
+    assert certified
+    assert (f"{start} above" in words) is (start > 0)
+    assert (f"{start + RANK} through" in words) is (start + RANK < N)
+
+
+def test_all_components_need_no_count():
+    _, blocks, G, *_ = matrix(falling())
+    assert judge(blocks, G, *range_svd(blocks, G, 0, N), start=0)[1:] == (True, "inertia: every component")
+
+
+@pytest.mark.parametrize("shift", [-START, -1, 1, 2, N - START - RANK])
+def test_the_components_of_another_window_are_not_certified(shift):
+    _, blocks, G, *_ = matrix(falling())
+    relative, certified, words = judge(blocks, G, *range_svd(blocks, G, START + shift, RANK))
+    assert relative <= 10 * EPS * M
+    assert not certified
+    if shift > -START:
+        assert f"{START + shift} singular values lie above the window, not {START}" in words
+
+
+@pytest.mark.parametrize("skipped", range(1, RANK))
+def test_a_window_that_skips_a_component_is_not_certified(skipped):
+    _, blocks, G, U, S, V = matrix(falling())
+    kept = [k for k in range(START, START + RANK + 1) if k != START + skipped]
+    relative, certified, words = judge(blocks, G, U[:, kept], S[kept], V[:, kept])
+    assert relative <= 10 * EPS * M
+    assert not certified
+    assert f"{START + RANK + 1} singular values lie above the window's end, not {START + RANK}" in words
+
+
+def test_a_component_taken_twice_shows_in_the_orthogonality():
+    _, blocks, G, U, S, V = matrix(falling())
+    twice = [*range(START, START + RANK - 1), START + RANK - 2]
+    assert judge(blocks, G, U[:, twice], S[twice], V[:, twice])[0] <= 10 * EPS * M
+    assert certificate.orthogonality(U[:, twice], V[:, twice]) == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_vectors_shifted_by_one_index_show_in_the_residual(side):
+    _, blocks, _, U, S, V = matrix(falling())
+    window, shifted = slice(START, START + RANK), slice(START + 1, START + RANK + 1)
+    left, right = (shifted if side in ("left", "both") else window), (shifted if side in ("right", "both") else window)
+    found = certificate.residual(blocks, U[:, left], S[window], V[:, right])
+    spacing = (S[START] - S[START + 1]).item()
+    assert found >= 0.99 * (spacing if side == "both" else S[START].item())
+
+
+@pytest.mark.parametrize("angle", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_rotated_vector_shows_in_the_residual(side, angle):
+    _, blocks, _, U, S, V = matrix(falling())
+    window, far = slice(START, START + RANK), N - 1
+    wrong = (U if side == "left" else V).clone()
+    wrong[:, START] = wrong[:, START] * (1 - angle**2) ** 0.5 + angle * wrong[:, far]
+    left, right = (wrong, V) if side == "left" else (U, wrong)
+    found = certificate.residual(blocks, left[:, window], S[window], right[:, window])
+    assert found >= 0.5 * angle * (S[START] - S[far]).item()
+    assert found <= 2 * angle * S[START].item()
+
+
+def test_noise_in_V_is_not_certified():
+    _, blocks, G, _, _, V = matrix(falling())
+    noisy = torch.linalg.qr(V[:, START : START + RANK] + 1e-2 * torch.randn(N, RANK, dtype=F64))[0]
+    relative, certified, _ = judge(blocks, G, *rayleigh_ritz(blocks, noisy))
+    assert relative > 1e-3
+    assert not certified
+
+
+@pytest.mark.parametrize("value", [1.5, 0.5, 1e-3])
+@pytest.mark.parametrize("start", [START - 2, START + 2, START + RANK - 2])
+def test_a_tie_across_an_edge_is_not_certified(start, value):
+    S = torch.cat(
+        [torch.linspace(3, 2, START), torch.full((RANK,), value), value * torch.linspace(0.9, 0.1, N - START - RANK)]
+    )
+    _, blocks, G, *_ = matrix(S.double())
+    assert judge(blocks, G, *range_svd(blocks, G, START, RANK))[1]
+    assert not judge(blocks, G, *range_svd(blocks, G, start, RANK), start=start)[1]
+
+
+@pytest.mark.parametrize("level", [1e-8, 1e-9, 0.0])
+def test_a_window_below_the_noise_of_the_gram_matrix_is_not_certified(level):
+    S = falling()
+    S[START:] = level * torch.linspace(1, 0.5, N - START)
+    _, blocks, G, *_ = matrix(S)
+    _, certified, words = judge(blocks, G, *range_svd(blocks, G, START, RANK))
+    assert not certified
+    assert words.endswith("of the largest singular value, too low to count")
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_range_solver_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift):
+    S = falling()
+    W = matrix(S)[0]
+    want = window_svd(W, Window(START, RANK))
+    monkeypatch.setattr(dispatch, "range_svd", lambda blocks, G, start, rank: range_svd(blocks, G, start + shift, rank))
+    found = window_svd(W, Window(START, RANK))
+    assert (want.report.path, found.report.path) == ("range", "full")
+    assert found.report.certified
+    assert (found.S - S[START : START + RANK]).abs().max() <= 10 * EPS * M * S[0]
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-2])
+def test_a_range_solver_that_misses_tol_falls_back_to_the_full_svd(monkeypatch, noise):
+    def noisy(blocks, G, start, rank):
+        V = range_svd(blocks, G, start, rank)[2]
+        return rayleigh_ritz(blocks, torch.linalg.qr(V + noise * torch.randn(V.shape, dtype=F64))[0])
+
+    monkeypatch.setattr(dispatch, "range_svd", noisy)
+    report = window_svd(matrix(falling())[0], Window(START, RANK)).report
+    assert (report.path, report.certified) == ("full", True)
+    assert report.residual <= 10 * EPS * M
+
+
+@pytest.mark.parametrize("edge", [START, START + RANK])
+@pytest.mark.parametrize(("distance", "certified"), [(0.0, False), (0.5, False), (4.0, True)])
+def test_a_full_svd_cannot_tell_values_apart_within_its_rounding(edge, distance, certified):
+    spectrum = falling()
+    spectrum[edge] = spectrum[edge - 1] - distance * M * EPS * spectrum[0]
+    found, words = certificate.certify_full(spectrum, START, RANK, N, M)
+    assert found is certified
+    assert (f"edge at index {edge} cuts a tie" in words) is not certified
+
+
+def test_the_ends_of_the_spectrum_are_no_edges():
+    assert certificate.certify_full(torch.ones(9, dtype=F64), 0, 9, 9, 9)[0]
+    assert not certificate.certify_full(torch.ones(9, dtype=F64), 0, 8, 9, 9)[0]
+    assert not certificate.certify_full(torch.ones(9, dtype=F64), 1, 8, 9, 9)[0]
+
+
+def test_the_largest_singular_value_is_a_close_lower_bound():
+    for _ in range(5):
+        G = Blocks(torch.randn(M, N)).gram()
+        sigma1 = torch.linalg.eigvalsh(G)[-1].sqrt().item()
+        assert 0.95 * sigma1 <= certificate.largest_singular_value(G) <= sigma1 * (1 + N * EPS)
+    assert certificate.largest_singular_value(torch.zeros(4, 4, dtype=F64)) == 0
