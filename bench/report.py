@@ -20,9 +20,10 @@ def demo_section(path: Path) -> str:
     seconds = sum(float(row["seconds"]) for row in rows)
     return (
         f"{table(rows)}\n\n"
-        f"Mean over {seeds} seeds (smallest … largest); {first['steps']} steps of {first['batch']}, rank {first['rank']}, "
-        f"AdamW {float(first['lr']):g}; probe accuracy {float(first['probe_before']):.2f} before. Measured on {first['device']}, "
-        f"torch {first['torch']}, Python {first['python']}; {seconds:.0f} s for all runs. Rows: `bench/results/{path.name}`."
+        f"Mean over {seeds} seeds (smallest … largest); {first['steps']} steps of {first['batch']}, "
+        f"rank {first['rank']}, AdamW {float(first['lr']):g}; probe accuracy {float(first['probe_before']):.2f} before. "
+        f"Measured on {first['device']}, torch {first['torch']}, Python {first['python']}; {seconds:.0f} s for all "
+        f"runs. Rows: `bench/results/{path.name}`."
     )
 
 

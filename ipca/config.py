@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ipca.nn import FORMS
+from ipca.nn import check_options
 from ipca.svd import TOLERANCES
 from ipca.window import Window, as_window
 
@@ -63,12 +62,7 @@ class PCConfig:
             for window in (self.window, *self.window_pattern.values()):
                 Window(window, rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-                raise ValueError(f"alpha must be positive, got {alpha}.")
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+            check_options(form=self.form, dropout=self.dropout, alpha=self.rank if alpha is None else alpha)
         if self.adapter_dtype not in (None, "float16", "bfloat16", "float32", "float64"):
             raise ValueError(f"adapter_dtype must name a float dtype such as 'float32'; got {self.adapter_dtype!r}.")
         if isinstance(self.tol, str) and self.tol not in TOLERANCES:

@@ -68,7 +68,7 @@ def demo(args: argparse.Namespace) -> tuple[Record, str]:
     """Train four ways on real text; prints as it goes."""
     from ipca.demo import demo as run_demo
 
-    return run_demo(args.text, args.out, seeds=args.seeds, steps=args.steps), ""
+    return run_demo(args.text, args.out, seeds=args.seeds, steps=args.steps, sentences=args.sentences), ""
 
 
 def _config(args: argparse.Namespace) -> PCConfig:

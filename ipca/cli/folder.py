@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
@@ -30,7 +32,7 @@ def load_model(folder: Path) -> Any:
         names = getattr(config, "architectures", None) or []
         model_class = getattr(transformers, names[0], None) if names else None
         model = (model_class or transformers.AutoModel).from_pretrained(folder, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
     return model.eval()
 

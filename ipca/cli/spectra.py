@@ -57,7 +57,7 @@ def inspect_model(model: nn.Module, config: PCConfig) -> list[LayerSpectrum]:
     """The spectra of the layers that ``config`` would adapt; the model stays as it is."""
     rows = []
     for target in tqdm(find_targets(model, config), desc="Spectra", unit="layer"):
-        weight, _ = read_layer(target.module)
+        weight, _ = read_layer(model.get_submodule(target.name))
         S = singular_values(weight)
         dtype = str(weight.dtype).removeprefix("torch.")
         window = target.window.resolve(len(S), S)

@@ -55,8 +55,10 @@ def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int =
 
     Raises:
         FileNotFoundError: the archive is not there; the message says how to fetch it.
-        ValueError: it is another archive.
+        ValueError: it is another archive, or does not hold that many sentences.
     """
+    if min(train, test) < 1 or probe < len(SOURCES):
+        raise ValueError(f"each set needs a sentence, and the probe one of each source; got {train}, {test}, {probe}.")
     rated = _read(archive)
     rng = random.Random(0)
     for sentences in rated.values():
@@ -67,10 +69,14 @@ def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int =
         taken = [(text, k) for k, name in enumerate(SOURCES) for _, text in _take(rated[name], count)]
         sets.append(_labelled(taken))
     clear = [(text, int(rating > 0)) for rating, text in rated["movie"] if abs(rating) > 0.5]
+    if len(clear) < train + test:
+        raise ValueError(f"the text has no {train} + {test} movie sentences beside a probe of {probe}; ask for fewer.")
     return Text(_labelled(clear[:train]), _labelled(clear[train : train + test]), sets[1], sets[0])
 
 
 def _take(items: list[tuple[float, str]], count: int) -> list[tuple[float, str]]:
+    if len(items) < count:
+        raise ValueError(f"a source has {len(items)} sentences left, but {count} are wanted; ask for fewer.")
     taken = items[:count]
     del items[:count]
     return taken

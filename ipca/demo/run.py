@@ -24,7 +24,7 @@ _STOCK_PEFT = Path(__file__).with_name("stock_peft.py")
 KEPT = "middle"  # the adapter that is saved, loaded elsewhere and merged
 
 
-def demo(archive: Path, out: Path, *, seeds: int = 3, steps: int = 60) -> dict[str, object]:
+def demo(archive: Path, out: Path, *, seeds: int = 3, steps: int = 60, sentences: int = 400) -> dict[str, object]:
     """Run the demo and write ``demo.csv``, ``demo.png``, ``adapter/`` and ``merged/`` below ``out``.
 
     Args:
@@ -32,6 +32,7 @@ def demo(archive: Path, out: Path, *, seeds: int = 3, steps: int = 60) -> dict[s
         out: made if missing; files of an earlier run are replaced, each only when the new one is complete.
         seeds: runs of each method.
         steps: training steps of each run.
+        sentences: held-out sentences of the task's test and of the probe's.
 
     Returns:
         What was printed, as a dictionary.
@@ -43,7 +44,7 @@ def demo(archive: Path, out: Path, *, seeds: int = 3, steps: int = 60) -> dict[s
     began = time.perf_counter()
     check_target(out)
     settings = Settings(steps=steps)
-    text = load_text(archive)
+    text = load_text(archive, test=sentences, probe=sentences)
     _quiet()
     base = load_encoder(settings)
     probe = Probe(base, text)

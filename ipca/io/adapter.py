@@ -170,19 +170,19 @@ def _check_resumable(present: dict[str, LinearPC], saved: AdapterFolder, form: s
 def _fresh_layers(
     model: nn.Module, saved: AdapterFolder, form: str | None, check_base: bool
 ) -> list[tuple[Target, WindowStart]]:
-    modules = dict(model.named_modules())
+    modules = {name for name, _ in model.named_modules()}
     targets = []
     for name, layer in saved.layers.items():
         if name not in modules:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
-        targets.append(Target(name, modules[name], layer.window, layer.alpha, form or layer.form, layer.dropout))
+        targets.append(Target(name, layer.window, layer.alpha, form or layer.form, layer.dropout))
     refuse(model, targets)
-    return [(target, _start(target, saved, check_base)) for target in targets]
+    return [(target, _start(model, target, saved, check_base)) for target in targets]
 
 
-def _start(target: Target, saved: AdapterFolder, check_base: bool) -> WindowStart:
+def _start(model: nn.Module, target: Target, saved: AdapterFolder, check_base: bool) -> WindowStart:
     layer, factors = saved.layers[target.name], saved.factors[target.name]
-    weight, _ = read_layer(target.module)
+    weight, _ = read_layer(model.get_submodule(target.name))
     if tuple(weight.shape) != layer.shape:
         raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
     digest = tensor_sha256(weight)

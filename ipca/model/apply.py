@@ -47,7 +47,7 @@ def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = T
     saved = saved_modules(model, config)
     targets = find_targets(model, config)
     bar = tqdm(targets, desc="Window SVD", unit="layer", disable=not progress)
-    starts = [_start(target, config) for target in bar]
+    starts = [_start(model, target, config) for target in bar]
     with uninterrupted():
         install(model, zip(targets, starts, strict=True))
         train_only_adapter(model, saved)
@@ -57,7 +57,8 @@ def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = T
 def install(model: nn.Module, layers: Iterable[tuple[Target, WindowStart]]) -> None:
     """Put a LinearPC in each target's place."""
     for target, start in layers:
-        layer = LinearPC.from_start(target.module, start, alpha=target.alpha, form=target.form, dropout=target.dropout)
+        linear = model.get_submodule(target.name)
+        layer = LinearPC.from_start(linear, start, alpha=target.alpha, form=target.form, dropout=target.dropout)
         replace_module(model, target.name, layer)
 
 
@@ -92,8 +93,8 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
                 outer.use_nested_tensor = False
 
 
-def _start(target: Target, config: PCConfig) -> WindowStart:
-    weight, _ = read_layer(target.module)
+def _start(model: nn.Module, target: Target, config: PCConfig) -> WindowStart:
+    weight, _ = read_layer(model.get_submodule(target.name))
     try:
         return window_start(
             weight,

@@ -21,10 +21,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt and its own settings."""
+    """One layer to adapt and its own settings.
+
+    It names the layer and does not hold it: a list of targets must not keep the old weights alive.
+    """
 
     name: str
-    module: nn.Module
     window: Window
     alpha: float
     form: str
@@ -46,7 +48,7 @@ def find_targets(model: nn.Module, config: PCConfig) -> list[Target]:
         window = Window(lookup(config.window_pattern, name, config.window), rank)
         alpha = lookup(config.alpha_pattern, name, config.alpha)
         alpha = float(rank if alpha is None else alpha)
-        targets.append(Target(name, modules[name], window, alpha, config.form, config.dropout))
+        targets.append(Target(name, window, alpha, config.form, config.dropout))
     for field in ("rank_pattern", "window_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
             if not any(matches(pattern, name) for name in names):
@@ -138,7 +140,7 @@ def _few(names: list[str], shown: int = 3) -> str:
 
 
 def _reason(target: Target, modules: dict[str, nn.Module], paths: Counter[int], owners: Counter[int]) -> str | None:
-    module = target.module
+    module = modules[target.name]
     if isinstance(module, LinearPC):
         return "it is adapted already; merge or unload the adapter first, or exclude it"
     if not target.name:

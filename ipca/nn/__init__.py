@@ -6,6 +6,7 @@ from ipca.nn.start import (
     InitCertificate,
     WindowStart,
     certify_start,
+    check_options,
     default_adapter_dtype,
     window_start,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "LinearPC",
     "WindowStart",
     "certify_start",
+    "check_options",
     "default_adapter_dtype",
     "window_start",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 
 from ipca.nn.kinds import build_layer, layer_kind, read_layer
 from ipca.nn.lowrank import Term, add_low_rank
+from ipca.nn.record import check_record, decode_record, encode_record
 from ipca.nn.start import (
-    FORMS,
     InitCertificate,
     WindowStart,
+    check_options,
     default_adapter_dtype,
     kept_weight,
     window_start,
@@ -88,7 +88,12 @@ class LinearPC(nn.Module):
         self.alpha = float(self.rank if alpha is None else alpha)
         self.form, self.dropout, self.tol = form, float(dropout), tol
         self.kind = "linear"
-        self._check_arguments()
+        check_options(form=form, dropout=self.dropout, alpha=self.alpha)
+        if self.rank > min(in_features, out_features):
+            raise ValueError(
+                f"rank {self.rank} is above the {min(in_features, out_features)} singular values of a "
+                f"({out_features}, {in_features}) weight; lower `rank`."
+            )
 
         self.window: Window | None = None
         self.base_sha256: str | None = None
@@ -139,44 +144,28 @@ class LinearPC(nn.Module):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Module,
-        window: Window | str | float = "middle",
-        *,
-        rank: int | None = None,
-        alpha: float | None = None,
-        form: str = "residual",
-        dropout: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        tol: float | str = "default",
+        cls, linear: nn.Module, window: Window | str | float = "middle", *, rank: int | None = None, **options: Any
     ) -> LinearPC:
         """A LinearPC that computes what ``linear`` computes, which stays as it is.
 
         Args:
             linear: an ``nn.Linear`` or a transformers ``Conv1D``. The intact form shares the memory of an
                 ``nn.Linear``'s weight, both forms share the bias's.
-            window, rank, alpha, form, dropout, adapter_dtype, tol: as for the class.
+            window, rank: as for the class.
+            options: ``alpha``, ``form``, ``dropout``, ``adapter_dtype``, ``tol``, as for the class.
 
         Raises:
             TypeError: ``linear`` is another type, or its weight has no supported dtype.
             ValueError: as for the class.
         """
-        layer = cls._like(linear, as_window(window, rank), alpha, form, dropout, adapter_dtype, tol)
+        layer = cls._like(linear, as_window(window, rank), **options)
         layer._begin(linear, layer.start_for(read_layer(linear)[0]))
         return layer
 
     @classmethod
-    def from_start(
-        cls,
-        linear: nn.Module,
-        start: WindowStart,
-        *,
-        alpha: float,
-        form: str,
-        dropout: float = 0.0,
-    ) -> LinearPC:
+    def from_start(cls, linear: nn.Module, start: WindowStart, **options: Any) -> LinearPC:
         """As :meth:`from_linear`, with the factors already at hand: no SVD."""
-        layer = cls._like(linear, start.window, alpha, form, dropout, start.A0.dtype, "default")
+        layer = cls._like(linear, start.window, adapter_dtype=start.A0.dtype, **options)
         layer._begin(linear, start)
         return layer
 
@@ -269,17 +258,10 @@ class LinearPC(nn.Module):
     # State: tensors as usual, and one JSON record that a state dict carries as bytes.
 
     def get_extra_state(self) -> Tensor:
-        record = {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "form": self.form,
-            "start": None if self.window is None else self.window.index,
-            "base_sha256": self.base_sha256,
-        }
-        return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+        return encode_record(self)
 
     def set_extra_state(self, state: Tensor) -> None:
-        record = json.loads(bytes(state.cpu().tolist()))
+        record = decode_record(state)
         self.window = None if record["start"] is None else Window(record["start"], self.rank)
         self.base_sha256 = record["base_sha256"]
         self.svd_report = self.certificate = None
@@ -305,7 +287,7 @@ class LinearPC(nn.Module):
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 state_dict, start = self._from_plain(state_dict, prefix, weight, assign)
             else:
-                self._check_record(state_dict.get(prefix + "_extra_state"))
+                check_record(self, state_dict.get(prefix + "_extra_state"))
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'LinearPC'}: {error}")
             return
@@ -330,16 +312,6 @@ class LinearPC(nn.Module):
         own[prefix + "weight"] = kept_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
         own[prefix + "_extra_state"] = self.get_extra_state()
         return {**state_dict, **own}, start
-
-    def _check_record(self, state: Tensor | None) -> None:
-        if state is None:
-            return  # strict loading reports the missing key
-        record = json.loads(bytes(state.cpu().tolist()))
-        for name in ("rank", "alpha", "form"):
-            if record[name] != getattr(self, name):
-                raise ValueError(
-                    f"the state dict was saved with {name}={record[name]!r}, this layer has {getattr(self, name)!r}."
-                )
 
     def _apply(self, fn: Any, recurse: bool = True) -> LinearPC:
         """Move or cast. Casting the residual form rounds its parts anew, so that they still add up to ``W``."""
@@ -366,49 +338,16 @@ class LinearPC(nn.Module):
         terms: list[Term] = [(self.scaling, self.lora_B, self.lora_A)]
         return terms if self.form == "residual" else [*terms, (-self.scaling, self.lora_B0, self.lora_A0)]
 
-    def _check_arguments(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be positive, got {self.alpha}.")
-        d = min(self.in_features, self.out_features)
-        if self.rank > d:
-            raise ValueError(
-                f"rank {self.rank} is above the {d} singular values of a "
-                f"({self.out_features}, {self.in_features}) weight; lower `rank`."
-            )
-
     @classmethod
-    def _like(
-        cls,
-        linear: nn.Module,
-        window: Window,
-        alpha: float | None,
-        form: str,
-        dropout: float,
-        adapter_dtype: torch.dtype | None,
-        tol: float | str,
-    ) -> LinearPC:
+    def _like(cls, linear: nn.Module, window: Window, **options: Any) -> LinearPC:
         """An empty layer on the meta device with the shape, dtype and type of ``linear``."""
         kind = layer_kind(linear)
         if kind is None:
             raise TypeError(f"expected an nn.Linear or a transformers Conv1D, got {type(linear).__name__}.")
         weight, bias = read_layer(linear)
-        layer = cls(
-            weight.shape[1],
-            weight.shape[0],
-            window=window,
-            bias=bias is not None,
-            alpha=alpha,
-            form=form,
-            dropout=dropout,
-            adapter_dtype=adapter_dtype,
-            tol=tol,
-            device="meta",
-            dtype=weight.dtype,
-        )
+        out_features, in_features = weight.shape
+        options["device"] = "meta"
+        layer = cls(in_features, out_features, window=window, bias=bias is not None, dtype=weight.dtype, **options)
         layer.kind = kind
         return layer.train(linear.training)
 

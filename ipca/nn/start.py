@@ -16,6 +16,16 @@ from ipca.window import Window
 FORMS = ("residual", "intact")
 
 
+def check_options(*, form: str, dropout: float, alpha: float) -> None:
+    """Raise ValueError for a value out of range."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be positive, got {alpha}.")
+
+
 def default_adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     """The factors' dtype beside a weight of ``weight_dtype``: the same, but float32 for 16-bit weights."""
     return torch.promote_types(weight_dtype, torch.float32)

@@ -78,7 +78,8 @@ def inputs_for(name: str) -> torch.Tensor:
 
 def output_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     y = model(x)
-    return y if isinstance(y, torch.Tensor) else y[0]
+    parts = [y] if isinstance(y, torch.Tensor) else [part for part in y.to_tuple() if isinstance(part, torch.Tensor)]
+    return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 def train(model: nn.Module, x: torch.Tensor, steps: int = 15) -> list[float]:

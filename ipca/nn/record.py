@@ -1,0 +1,38 @@
+"""What a LinearPC is besides its tensors, as a JSON record that a state dict carries as a tensor of bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ipca.nn.linear import LinearPC
+
+_MUST_AGREE = ("rank", "alpha", "form")
+
+
+def encode_record(layer: LinearPC) -> Tensor:
+    """The record of ``layer`` as a 1-D uint8 tensor, which every checkpoint format can hold."""
+    record = {name: getattr(layer, name) for name in _MUST_AGREE}
+    record["start"] = None if layer.window is None else layer.window.index
+    record["base_sha256"] = layer.base_sha256
+    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def decode_record(state: Tensor) -> dict[str, Any]:
+    """The inverse of :func:`encode_record`."""
+    record: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
+    return record
+
+
+def check_record(layer: LinearPC, state: Tensor | None) -> None:
+    """Raise ValueError where a state dict's record contradicts ``layer``; strict loading reports a missing one."""
+    record = {} if state is None else decode_record(state)
+    for name, value in record.items():
+        if name in _MUST_AGREE and value != getattr(layer, name):
+            raise ValueError(
+                f"the state dict was saved with {name}={value!r}, this layer has {getattr(layer, name)!r}."
+            )

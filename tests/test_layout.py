@@ -1,0 +1,230 @@
+"""Imports go down only: a module may import its own package and what lies on strictly lower levels."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import ipca
+from ipca._namesake import refuse_namesake
+
+LEVELS = {
+    **dict.fromkeys(("window", "fingerprint", "_version", "_namesake", "kernels"), 0),
+    **dict.fromkeys(("svd", "ops"), 1),
+    "nn": 2,
+    "config": 3,
+    "model": 4,
+    "io": 5,
+    "": 5.5,  # ipca/__init__.py offers all of the above
+    **dict.fromkeys(("interop", "analysis"), 6),
+    "demo": 7,
+    "cli": 8,
+    "__main__": 9,
+}
+WITH_PEFT = ("demo", "interop")
+WITH_TRANSFORMERS = ("demo", "interop", "cli")
+
+
+def sources():
+    """``(dotted module name, whether it is a package, source text)`` of every file, through symbolic links too."""
+    root = Path(ipca.__file__).parent
+    for folder, _, names in os.walk(root, followlinks=True):
+        for path in sorted(Path(folder, name) for name in names if name.endswith(".py")):
+            parts = ("ipca", *path.relative_to(root).with_suffix("").parts)
+            is_package = parts[-1] == "__init__"
+            yield ".".join(parts[:-1] if is_package else parts), is_package, path.read_text(encoding="utf-8")
+
+
+def part_of(dotted):
+    """The name below ``ipca`` that has a level; what ``ipca/__init__.py`` itself defines is its part ``""``."""
+    below = dotted.split(".")[1:2]
+    return below[0] if below and below[0] in LEVELS else ""
+
+
+def imported(node, package):
+    """The absolute dotted names that one syntax node imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+        base = ".".join([*parents, *([node.module] if node.module else [])])
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and "import" in ast.unparse(node.func) and node.args:
+        return [node.args[0].value] if isinstance(getattr(node.args[0], "value", None), str) else []
+    return []
+
+
+def complaint(target, part, lazy):
+    """What is wrong with a module of ``part`` importing ``target``, or None."""
+    root = target.split(".")[0]
+    if root == "kernels":
+        return "a bare `kernels` is another distribution; say ipca.kernels"
+    if root == "peft" and part not in WITH_PEFT:
+        return f"only {', '.join(WITH_PEFT)} may import peft"
+    if root == "transformers" and part not in WITH_TRANSFORMERS and not lazy:
+        return "transformers is imported inside functions only"
+    below = part_of(target)
+    if root == "ipca" and below != part and LEVELS[below] >= LEVELS[part]:
+        return f"{part or 'ipca'} (level {LEVELS[part]}) may not import {below or 'ipca'} (level {LEVELS[below]})"
+    return None
+
+
+def check(module, is_package, text):
+    """Every complaint about one source text."""
+    top = module.split(".")[1:2]
+    if top and top[0] not in LEVELS:
+        return [f"{module}: {top[0]} has no level"]
+    tree = ast.parse(text)
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lazy = {inner for function in functions for inner in ast.walk(function)}
+    package = module if is_package else module.rpartition(".")[0]
+    found = [
+        (node.lineno, complaint(target, part_of(module), node in lazy))
+        for node in ast.walk(tree)
+        for target in imported(node, package)
+    ]
+    return [f"{module}:{line}: {words}" for line, words in found if words]
+
+
+def test_every_module_belongs_to_a_level_and_imports_only_what_it_may():
+    files = list(sources())
+    assert {"ipca", "ipca.window", "ipca.svd.dispatch", "ipca.io.adapter"} <= {module for module, *_ in files}
+    assert [words for file in files for words in check(*file)] == []
+
+
+def test_every_part_that_exists_is_where_the_levels_say():
+    parts = {part_of(module) for module, *_ in sources()}
+    assert {"window", "svd", "ops", "nn", "config", "model", "io", ""} <= parts <= set(LEVELS)
+
+
+PLANTED = [
+    ("ipca.window", "from ipca.svd import window_svd", "window (level 0) may not import svd (level 1)"),
+    ("ipca.window", "import ipca.fingerprint", "window (level 0) may not import fingerprint (level 0)"),
+    ("ipca.svd.range", "from ipca.ops.linear import pc_linear", "svd (level 1) may not import ops (level 1)"),
+    ("ipca.svd.range", "from ..nn import LinearPC", "svd (level 1) may not import nn (level 2)"),
+    ("ipca.svd.range", "from .. import nn", "svd (level 1) may not import nn (level 2)"),
+    ("ipca.nn.linear", "from ipca import config", "nn (level 2) may not import config (level 3)"),
+    ("ipca.nn.linear", "from ipca import PCConfig", "nn (level 2) may not import ipca (level 5.5)"),
+    ("ipca.nn.linear", "from ipca import *", "nn (level 2) may not import ipca (level 5.5)"),
+    ("ipca.nn.linear", "import ipca", "nn (level 2) may not import ipca (level 5.5)"),
+    ("ipca.nn.linear", "import torch, ipca.model", "nn (level 2) may not import model (level 4)"),
+    ("ipca.nn.linear", "def f():\n    from ipca.io import export", "nn (level 2) may not import io (level 5)"),
+    ("ipca.nn.linear", "importlib.import_module('ipca.model')", "nn (level 2) may not import model (level 4)"),
+    ("ipca.model.apply", "from ipca.io.files import staged_files", "model (level 4) may not import io (level 5)"),
+    ("ipca.interop.hub", "from ipca.analysis import angles", "interop (level 6) may not import analysis (level 6)"),
+    ("ipca.analysis.angles", "import ipca.demo.data", "analysis (level 6) may not import demo (level 7)"),
+    ("ipca.demo.task", "from ipca.cli import main", "demo (level 7) may not import cli (level 8)"),
+    ("ipca.io.read", "import peft", "only demo, interop may import peft"),
+    ("ipca.cli", "def f():\n    from peft import LoraConfig", "only demo, interop may import peft"),
+    (
+        "ipca.nn.kinds",
+        "from transformers.pytorch_utils import Conv1D",
+        "transformers is imported inside functions only",
+    ),
+    ("ipca.analysis.text", "class A:\n    import transformers", "transformers is imported inside functions only"),
+    ("ipca.ops.linear", "import kernels", "a bare `kernels` is another distribution"),
+    ("ipca.ops.linear", "def f():\n    from kernels.linear import run", "a bare `kernels` is another distribution"),
+    ("ipca.cli", "__import__('kernels')", "a bare `kernels` is another distribution"),
+    ("ipca.plots", "", "plots has no level"),
+    ("ipca.extra.plots", "import torch", "extra has no level"),
+]
+
+
+@pytest.mark.parametrize(("module", "text", "words"), PLANTED, ids=[f"{m}: {t!r}" for m, t, _ in PLANTED])
+def test_the_checker_sees_a_planted_violation(module, text, words):
+    (found,) = check(module, False, text)
+    assert found.startswith(module)
+    assert words in found
+
+
+@pytest.mark.parametrize("part", ["cli", "demo", "interop", "analysis"])
+def test_the_checker_keeps_the_front_free_of_what_lies_above_it(part):
+    assert check("ipca", True, f"from ipca.{part} import main")
+    assert check("ipca", True, f"from .{part} import main")
+    assert check("ipca", True, f"from . import {part}")
+    assert check(f"ipca.{part}", True, "import ipca") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "is_package", "text"),
+    [
+        ("ipca", True, "from ipca import nn\nfrom ipca.io import export\nfrom . import model"),
+        ("ipca.svd", True, "from ipca.svd.dispatch import window_svd\nfrom .result import WindowSVD"),
+        ("ipca.svd.range", False, "from ipca.window import Window\nfrom . import blocks\nfrom ..window import Window"),
+        ("ipca.ops.linear", False, "def f():\n    from ipca.kernels.pc_linear import run"),
+        ("ipca.nn.kinds", False, "def f():\n    from transformers.pytorch_utils import Conv1D"),
+        ("ipca.demo.task", False, "import ipca, peft, transformers\nfrom ipca.analysis import angles"),
+        ("ipca.interop.hub", False, "from peft import LoraConfig\nimport ipca.io"),
+        (
+            "ipca.cli",
+            False,
+            "import transformers, ipca.demo\nfrom ipca import apply_pc\nimport kernels_of_another_name",
+        ),
+    ],
+)
+def test_the_checker_allows_what_is_allowed(module, is_package, text):
+    assert check(module, is_package, text) == []
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = """
+import builtins, json, sys
+import torch
+plain, before, tried = builtins.__import__, set(sys.modules), []
+def watched(name, globals=None, locals=None, fromlist=(), level=0):
+    if not level:
+        tried.append(name)
+    return plain(name, globals, locals, fromlist, level)
+builtins.__import__ = watched
+import ipca
+print(json.dumps([sorted({*tried, *set(sys.modules) - before}), torch.cuda.is_initialized()]))
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    names, cuda_started = json.loads(done.stdout)
+    roots = {name.split(".")[0] for name in names}
+    assert {"ipca", "torch", "scipy"} <= roots
+    assert roots & {"triton", "transformers", "peft", "matplotlib", "kernels"} == set()
+    assert "ipca.cli" not in names
+    assert "ipca.demo" not in names
+    assert not cuda_started
+
+
+def test_no_namesake_is_no_error(monkeypatch):
+    asked = []
+
+    def missing(name):
+        asked.append(name)
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    assert refuse_namesake() is None
+    assert asked == ["ipca"]
+
+
+def test_a_namesake_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(version="0.6.7"))
+    with pytest.raises(ImportError, match=r"distribution 'ipca' 0\.6\.7 .* installed beside 'ipca-lora'") as error:
+        refuse_namesake()
+    assert "pip uninstall -y ipca ipca-lora && pip install ipca-lora" in str(error.value)
+
+
+def test_an_installed_namesake_stops_the_import(tmp_path):
+    folder = tmp_path / "ipca-0.6.7.dist-info"
+    folder.mkdir()
+    folder.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: ipca\nVersion: 0.6.7\n")
+    done = run_python("import ipca", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "ImportError: The distribution 'ipca' 0.6.7" in done.stderr
