@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from ipca.nn import check_options
-from ipca.svd import TOLERANCES
+from ipca.svd import tolerance
 from ipca.window import Window, as_window
 
 
@@ -51,22 +52,22 @@ class PCConfig:
     tol: float | str = "default"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", as_window(self.window, None).text)
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", _texts("targets", self.targets))
+        set_field = partial(object.__setattr__, self)
+        set_field("window", as_window(self.window, self.rank).text)
+        set_field("targets", self.targets if isinstance(self.targets, str) else _texts("targets", self.targets))
         for name in ("exclude", "modules_to_save"):
-            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+            set_field(name, _texts(name, getattr(self, name)))
         for name in ("rank_pattern", "window_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, dict(getattr(self, name)))
-        for rank in (self.rank, *self.rank_pattern.values()):
-            for window in (self.window, *self.window_pattern.values()):
-                Window(window, rank)
+            set_field(name, _mapping(name, getattr(self, name)))
+        set_field("window_pattern", {k: as_window(v, None).text for k, v in self.window_pattern.items()})
+        for rank in self.rank_pattern.values():
+            Window(self.window, rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            check_options(form=self.form, dropout=self.dropout, alpha=self.rank if alpha is None else alpha)
+            alpha = self.rank if alpha is None else alpha
+            check_options(form=self.form, dropout=_number("dropout", self.dropout), alpha=_number("alpha", alpha))
         if self.adapter_dtype not in (None, "float16", "bfloat16", "float32", "float64"):
             raise ValueError(f"adapter_dtype must name a float dtype such as 'float32'; got {self.adapter_dtype!r}.")
-        if isinstance(self.tol, str) and self.tol not in TOLERANCES:
-            raise ValueError(f"tol must be a number or one of {', '.join(TOLERANCES)}; got {self.tol!r}.")
+        tolerance(self.tol)
 
     @classmethod
     def create(cls, *, window: Window | str | float = "middle", rank: int | None = None, **options: Any) -> PCConfig:
@@ -105,7 +106,19 @@ class PCConfig:
 
 
 def _texts(name: str, values: Any) -> tuple[str, ...]:
-    values = (values,) if isinstance(values, str) else tuple(values)
-    if not all(isinstance(value, str) for value in values):
+    values = (values,) if isinstance(values, str) else values
+    if not isinstance(values, Iterable) or not all(isinstance(value, str) for value in values):
         raise TypeError(f"{name} must be strings, got {values!r}.")
-    return values
+    return tuple(values)
+
+
+def _mapping(name: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise TypeError(f"{name} must be a dictionary of patterns, got {values!r}.")
+    return dict(values)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    return value

@@ -7,6 +7,7 @@ layer, so that one setting serves layers of every size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -113,7 +114,8 @@ class Window:
         if self.rank > d:
             raise ValueError(f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`.")
         if self.needs_spectrum:
-            assert singular_values is not None, "resolve() needs the singular values for this window"
+            if singular_values is None:
+                raise ValueError(f"{self} depends on the singular values; pass singular_values.")
             start = min(_spectral_start(self.text, singular_values), d - self.rank)
         elif isinstance(self.start, int):
             start = self.start
@@ -153,17 +155,17 @@ def _normalise(start: int | float | str) -> int | str:
         return text
     key, _, value = text.rpartition("=")
     try:
-        if key == "start":
-            return _normalise(int(value))
-        number = float(value)
+        if key not in ("", "start", "energy"):
+            raise ValueError
+        number = int(value) if key == "start" else float(value)
     except ValueError:
         raise ValueError(f"Unknown window {start!r}: use {_FORMS}.") from None
-    if key not in ("", "energy"):
-        raise ValueError(f"Unknown window {start!r}: use {_FORMS}.")
+    if isinstance(number, int):
+        return _normalise(number)
     if not 0.0 <= number <= 1.0:
-        hint = "" if key else f" For an index write 'start={value}' or Window({value}, rank)."
-        raise ValueError(f"The fraction in window {start!r} must lie in [0, 1].{hint}")
-    return text
+        meant = f" For an index write 'start={int(number)}'." if number > 1 and number.is_integer() else ""
+        raise ValueError(f"The fraction in window {start!r} must lie in [0, 1].{meant}")
+    return f"{key}={number}" if key else str(number)
 
 
 def _spectral_start(text: str, singular_values: Tensor) -> int:
@@ -172,7 +174,7 @@ def _spectral_start(text: str, singular_values: Tensor) -> int:
         return 0
     if text == "erank":
         p = S / S.sum()
-        return int((-p.xlogy(p).sum()).exp())
+        return int(math.exp(-p.xlogy(p).sum().item()) * (1 + 1e-12))
     energy = S.square().cumsum(0)
     quantile = float(text.removeprefix("energy="))
     return int((energy < quantile * energy[-1] * (1 - 1e-12)).sum()) + (quantile > 0)

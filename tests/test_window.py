@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -119,6 +120,11 @@ def test_energy_is_exact_on_a_flat_spectrum(d, quantile):
     assert Window.energy(quantile, 1).resolve(d, torch.ones(d)).index == quantile * d
 
 
+@pytest.mark.parametrize("k", range(1, 10))
+def test_energy_does_not_trip_over_rounding(k):
+    assert Window.energy(k / 10, 1).resolve(10, torch.full((10,), 0.1, dtype=torch.float64)).index == k
+
+
 def test_all_the_energy_ends_with_the_last_nonzero_component():
     S = torch.tensor([3.0, 2.0, 1.0, 0.0, 0.0, 0.0])
     assert Window.energy(1, 1).resolve(6, S).index == 3
@@ -203,7 +209,7 @@ def test_a_fraction_out_of_range(start):
 
 
 def test_an_index_written_as_text_says_how_to_write_it():
-    with pytest.raises(ValueError, match=r"For an index write 'start=256' or Window\(256, rank\)"):
+    with pytest.raises(ValueError, match=r"For an index write 'start=256'\."):
         Window("256", 4)
 
 
@@ -226,6 +232,8 @@ def test_a_window_past_the_end_says_where_it_ends():
     with pytest.raises(ValueError, match="ends at 56, but there are only 48 singular values") as error:
         window.resolve(48)
     assert "Window(start=40, rank=16)" in str(error.value)
+    with pytest.raises(ValueError, match="ends at 56, but there are only 55"):
+        window.resolve(55)
     assert window.resolve(56) == window
 
 
@@ -245,3 +253,37 @@ def test_as_window_reads_what_users_write(start):
 def test_as_window_refuses_two_ranks():
     with pytest.raises(ValueError, match=r"rank=7\) has rank 7, but rank=8 was given too; give one of them"):
         as_window(Window.middle(7), 8)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 7, 50, 199])
+def test_the_effective_rank_of_a_flat_spectrum_is_its_length(count):
+    S = torch.cat([torch.ones(count), torch.zeros(50)])
+    assert Window.effective_rank(1).resolve(len(S), S).index == count
+
+
+def test_a_negative_index_in_text_says_so():
+    with pytest.raises(ValueError, match="cannot start at -1"):
+        Window("start=-1", 1)
+
+
+@pytest.mark.parametrize("start", [256.0, "256"])
+def test_the_cure_for_a_large_fraction_works(start):
+    with pytest.raises(ValueError, match="write 'start=256'"):
+        Window(start, 4)
+    assert Window("start=256", 4).start == 256
+
+
+@pytest.mark.parametrize("start", [math.nan, math.inf, -0.5, 1.5])
+def test_no_cure_is_offered_where_none_fits(start):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]\.$"):
+        Window(start, 4)
+
+
+def test_a_spectral_window_without_a_spectrum_says_what_to_pass():
+    with pytest.raises(ValueError, match="pass singular_values"):
+        Window.energy(0.5, 2).resolve(5)
+
+
+def test_equal_numbers_are_equal_windows():
+    assert Window("0.50", 3) == Window(0.5, 3)
+    assert Window("energy=0.90", 3) == Window.energy(0.9, 3)

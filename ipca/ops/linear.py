@@ -95,9 +95,11 @@ def pc_linear(
         ``(…, N)``, of the dtype of ``x``, or the autocast dtype.
 
     Raises:
-        ValueError: the shapes do not fit, or only one of ``A0, B0`` is given.
+        ValueError: the shapes do not fit, only one of ``A0, B0`` is given, or ``dropout`` is not in [0, 1].
     """
     _check(x, weight, A, B, bias, A0, B0)
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must lie in [0, 1], got {dropout}.")
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

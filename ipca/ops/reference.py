@@ -27,13 +27,19 @@ def pc_linear(
     z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``y`` and ``h``; ``z`` is the input of the low-rank branch where dropout makes it differ from ``x``."""
-    z = x if z is None else z
     y = F.linear(x, weight, bias)
-    h = F.linear(z, A.to(x.dtype))
-    low = F.linear(h, B.to(x.dtype))
+    # As rows and with contiguous factors: else F.linear may take different paths for a trained and a frozen factor.
+    rows = (x if z is None else z).reshape(-1, x.shape[-1])
+    h, low = _low_rank(rows, A, B)
     if A0 is not None and B0 is not None:
-        low = low - F.linear(F.linear(z, A0.to(x.dtype)), B0.to(x.dtype))
-    return y.add(low, alpha=scaling), h
+        low = low - _low_rank(rows, A0, B0)[1]
+    return y.add(low.view(y.shape), alpha=scaling), h.view(*x.shape[:-1], A.shape[0])
+
+
+def _low_rank(rows: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """``rows Aᵀ (M, R)`` and ``(rows Aᵀ) Bᵀ (M, N)``."""
+    h = F.linear(rows, A.to(rows.dtype).contiguous())
+    return h, F.linear(h, B.to(rows.dtype).contiguous())
 
 
 def pc_linear_backward(

@@ -47,9 +47,11 @@ def window_svd(
     check_matrix(W, dims=(2, 3))
     if not isinstance(window, Window):
         raise TypeError(f"window must be a Window, for example Window.middle(16); got {window!r}.")
-    bound = _tolerance(tol)
+    bound = tolerance(tol)
     if dtype is None:
         dtype = torch.float64 if bound < 1e-6 else torch.promote_types(W.dtype, torch.float32)
+    elif dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be a 16-, 32- or 64-bit float, got {dtype!r}.")
     parts = [_window_svd(matrix, window, bound, dtype) for matrix in (W if W.ndim == 3 else W[None])]
     Us, Ss, Vhs, reports = zip(*parts, strict=True)
     U, S, Vh = torch.stack(Us), torch.stack(Ss), torch.stack(Vhs)
@@ -69,6 +71,8 @@ def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> None:
         raise TypeError(f"expected a torch.Tensor, got {type(W).__name__}.")
     if W.dtype not in FLOAT_DTYPES:
         raise TypeError(f"cannot decompose a {W.dtype} tensor; dequantise or cast it to a 16-, 32- or 64-bit float.")
+    if W.layout != torch.strided:
+        raise TypeError(f"cannot decompose a {W.layout} tensor; make it dense first.")
     if W.ndim not in dims or W.numel() == 0:
         wanted = " or ".join({2: "a matrix (m, n)", 3: "a stack (L, m, n)"}[k] for k in dims)
         raise ValueError(f"expected {wanted} with at least one entry, got shape {tuple(W.shape)}.")
@@ -97,9 +101,11 @@ def _window_svd(W: Tensor, window: Window, tol: float, dtype: torch.dtype) -> tu
         U, V = V, U
     sign = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
     U, V = U * sign, V * sign
+    S = (S * blocks.scale).to(dtype)
+    if not torch.isfinite(S).all():
+        raise ValueError(f"the singular values overflow {dtype}; pass dtype=torch.float64.")
     report = SVDReport(path, window, error, certified, words, time.perf_counter() - began)
-    S = S * blocks.scale
-    return U.to(W.device, dtype), S.to(W.device, dtype), V.mT.to(W.device, dtype), report
+    return U.to(W.device, dtype), S.to(W.device), V.mT.to(W.device, dtype), report
 
 
 _Found = tuple[Tensor, Tensor, Tensor, float, bool, str]
@@ -129,13 +135,14 @@ def _full(blocks: Blocks, start: int, rank: int) -> _Found:
     return U, S, V, max(relative, certificate.orthogonality(U, V)), certified, words
 
 
-def _tolerance(tol: float | str) -> float:
+def tolerance(tol: float | str) -> float:
+    """The number that ``tol`` means, or a ValueError."""
     if isinstance(tol, str):
         if tol not in TOLERANCES:
             raise ValueError(f"tol must be a number or one of {', '.join(TOLERANCES)}; got {tol!r}.")
         return TOLERANCES[tol]
-    if not 1e-12 <= tol < 1:
-        raise ValueError(f"tol must lie in [1e-12, 1), which float64 can reach; got {tol!r}.")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 1e-12 <= tol < 1:
+        raise ValueError(f"tol must be a number in [1e-12, 1), which float64 can reach; got {tol!r}.")
     return float(tol)
 
 

@@ -233,3 +233,13 @@ def test_equal_factors_leave_exactly_the_linear_layer(dtype, factors, M, bias):
         t.A0, t.B0 = t.A.detach().clone(), t.B.detach().clone()
         assert torch.equal(call(t), F.linear(t.x, t.weight, t.bias))
         assert torch.equal(call(t, dropout=0.4), F.linear(t.x, t.weight, t.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_equal_factors_cancel_on_strided_inputs_and_factors(dtype):
+    """The layout of patch embeddings, a trained and a frozen pair, and factors of equal values but other strides."""
+    x = torch.randn(2, 257, 5, dtype=dtype).transpose(1, 2)
+    weight, A, B = (torch.randn(shape, dtype=dtype) for shape in ((130, 257), (16, 257), (130, 16)))
+    y = pc_linear(x, weight, A.clone().requires_grad_(), B.clone().requires_grad_(), A0=A, B0=B)
+    assert torch.equal(y, F.linear(x, weight))
+    assert torch.equal(pc_linear(x, weight, A, B, A0=A.t().contiguous().t(), B0=B), F.linear(x, weight))

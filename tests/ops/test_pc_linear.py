@@ -117,8 +117,9 @@ def test_dropout_keeps_the_expectation(intact):
 
 def test_no_dropout_draws_no_random_number():
     A, B, _ = factors()
+    x = torch.randn(6, K)
     before = torch.get_rng_state()
-    pc_linear(torch.randn(0, K), torch.zeros(N, K), A, B, dropout=0.0)
+    pc_linear(x, torch.zeros(N, K), A, B, dropout=0.0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -195,5 +196,5 @@ def test_shapes_that_do_not_fit(shapes, message, dropout):
 
 def test_a_dropout_above_one():
     A, B, _ = factors()
-    with pytest.raises(ValueError, match=r"between 0 and 1, but got 1\.5"):
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\], got 1\.5"):
         pc_linear(torch.randn(6, K), torch.randn(N, K), A, B, dropout=1.5)

@@ -73,7 +73,7 @@ def test_counting_leaves_the_matrix_alone():
     assert torch.equal(G, kept)
 
 
-@pytest.mark.parametrize("start", [0, 1, START, N - RANK])
+@pytest.mark.parametrize("start", [0, 1, START, N - RANK - 1, N - RANK])
 def test_the_right_window_is_certified_by_counts(start):
     _, blocks, G, *_ = matrix(falling())
     relative, certified, words = judge(blocks, G, *range_svd(blocks, G, start, RANK), start=start)
@@ -112,7 +112,9 @@ def test_a_component_taken_twice_shows_in_the_orthogonality():
     _, blocks, G, U, S, V = matrix(falling())
     twice = [*range(START, START + RANK - 1), START + RANK - 2]
     assert judge(blocks, G, U[:, twice], S[twice], V[:, twice])[0] <= 10 * EPS * M
-    assert certificate.orthogonality(U[:, twice], V[:, twice]) == pytest.approx(1, rel=1e-12)
+    for left, right in ((U[:, twice], V[:, twice]), (U[:, twice], V), (U, V[:, twice])):
+        left, right = left[:, -RANK:], right[:, -RANK:]
+        assert certificate.orthogonality(left, right) == pytest.approx(1, rel=1e-12)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -138,6 +140,15 @@ def test_a_rotated_vector_shows_in_the_residual(side, angle):
     assert found <= 2 * angle * S[START].item()
 
 
+def test_left_vectors_outside_the_range_of_the_matrix_show_in_the_residual():
+    _, blocks, _, U, S, V = matrix(falling())
+    window = slice(START, START + RANK)
+    outside = torch.linalg.svd(U)[0][:, N : N + RANK]
+    assert blocks.rmatmul(outside).norm() <= 10 * EPS * M
+    found = certificate.residual(blocks, U[:, window] + 1e-3 * outside, S[window], V[:, window])
+    assert found == pytest.approx(1e-3 * S[START].item(), rel=1e-6)
+
+
 def test_noise_in_V_is_not_certified():
     _, blocks, G, _, _, V = matrix(falling())
     noisy = torch.linalg.qr(V[:, START : START + RANK] + 1e-2 * torch.randn(N, RANK, dtype=F64))[0]
@@ -155,6 +166,17 @@ def test_a_tie_across_an_edge_is_not_certified(start, value):
     _, blocks, G, *_ = matrix(S.double())
     assert judge(blocks, G, *range_svd(blocks, G, START, RANK))[1]
     assert not judge(blocks, G, *range_svd(blocks, G, start, RANK), start=start)[1]
+
+
+@pytest.mark.parametrize("edge", [START, START + RANK])
+@pytest.mark.parametrize(("distance", "certified"), [(0.5, False), (4.0, True)])
+def test_values_that_the_gram_matrix_cannot_tell_apart_are_not_certified(edge, distance, certified):
+    """Of squares near 1e-12, all but the window's two neighbours stand far apart; the rounding is ``N eps``."""
+    squares = torch.cat([torch.linspace(1, 1e-3, START), torch.full((RANK,), 1e-12), torch.zeros(N - START - RANK)])
+    squares = squares.double()
+    squares[START - 1 if edge == START else edge] = 1e-12 + (1 if edge == START else -1) * distance * N * EPS
+    S = squares[START : START + RANK].sqrt()
+    assert certificate.certify(torch.diag(squares), S, 0.0, 1.0, START)[0] is certified
 
 
 @pytest.mark.parametrize("level", [1e-8, 1e-9])
@@ -222,3 +244,8 @@ def test_the_largest_singular_value_is_a_close_lower_bound():
         sigma1 = torch.linalg.eigvalsh(G)[-1].sqrt().item()
         assert 0.95 * sigma1 <= certificate.largest_singular_value(G) <= sigma1 * (1 + N * EPS)
     assert certificate.largest_singular_value(torch.zeros(4, 4, dtype=F64)) == 0
+
+
+def test_a_pivot_of_exactly_zero_is_not_above():
+    assert certificate.count_above(torch.zeros(3, 3, dtype=torch.float64), 0.0) == 0
+    assert certificate.count_above(torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)), 2.0) == 1

@@ -6,6 +6,7 @@ import torch
 
 from ipca import Window, singular_values, window_svd
 from ipca.svd import TOLERANCES, check_matrix, dispatch
+from ipca.svd.blocks import Blocks
 
 F64 = torch.float64
 PATHS = {"full": (75, 64), "range": (257, 300)}
@@ -45,6 +46,21 @@ def test_the_dtype_follows_the_tolerance(tol, dtype, want):
     assert found.report.residual <= TOLERANCES.get(tol, tol)
     asked = window_svd(torch.randn(7, 5).to(dtype), Window.middle(2), tol=tol, dtype=torch.bfloat16)
     assert asked.U.dtype == asked.S.dtype == asked.Vh.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("m", [7, 1024, 1025, 2100])
+@pytest.mark.parametrize("largest", [3e-40, 1.0, 1.5, 3e38])
+def test_blocks_multiply_as_the_scaled_matrix_does(m, largest):
+    W = torch.randn(m, 7)
+    W *= largest / W.abs().max()
+    blocks, dense = Blocks(W), W.double() / Blocks(W).scale
+    assert 1 <= dense.abs().max() < 2
+    assert math.log2(blocks.scale).is_integer()
+    X, Y = torch.randn(7, 3, dtype=F64), torch.randn(m, 3, dtype=F64)
+    assert torch.equal(blocks.dense(), dense)
+    torch.testing.assert_close(blocks.gram(), dense.mT @ dense, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(blocks.matmul(X), dense @ X, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(blocks.rmatmul(Y), dense.mT @ Y, rtol=1e-12, atol=1e-9)
 
 
 NOT_DECOMPOSABLE = [
@@ -110,7 +126,9 @@ def test_a_tolerance_of_unknown_name():
 
 @pytest.mark.parametrize("tol", [0, -1e-6, 1e-13, 1, 2.5, math.nan, math.inf])
 def test_a_tolerance_out_of_range(tol):
-    with pytest.raises(ValueError, match=rf"tol must lie in \[1e-12, 1\), which float64 can reach; got {tol!r}"):
+    with pytest.raises(
+        ValueError, match=rf"tol must be a number in \[1e-12, 1\), which float64 can reach; got {tol!r}"
+    ):
         window_svd(torch.eye(3), Window(0, 1), tol=tol)
 
 
@@ -127,3 +145,20 @@ def test_a_full_svd_that_misses_tol_raises(monkeypatch, path):
     with pytest.raises(RuntimeError, match=r"the full float64 SVD left a residual of .*, above tol=1e-06; raise tol"):
         window_svd(torch.randn(PATHS[path]), Window.middle(4))
     assert window_svd(torch.randn(PATHS[path]), Window.middle(4), tol=1e-2).report.residual > 1e-6
+
+
+def test_a_dtype_that_is_no_float_is_refused():
+    with pytest.raises(TypeError, match="dtype must be a 16-, 32- or 64-bit float"):
+        window_svd(torch.randn(4, 4), Window(0, 2), dtype=torch.int32)
+
+
+def test_a_sparse_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"cannot decompose a torch.sparse_coo tensor"):
+        window_svd(torch.eye(4).to_sparse(), Window(0, 2))
+
+
+def test_singular_values_beyond_the_dtype_are_refused():
+    W = torch.full((8, 8), 3e38)
+    with pytest.raises(ValueError, match=r"overflow torch\.float32; pass dtype=torch\.float64"):
+        window_svd(W, Window(0, 2))
+    assert window_svd(W, Window(0, 2), dtype=torch.float64).S[0].item() == pytest.approx(8 * W[0, 0].item())

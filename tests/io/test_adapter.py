@@ -1,0 +1,268 @@
+"""save_adapter and load_adapter: the same model again, training that goes on, and refusals that change nothing."""
+
+import copy
+import signal
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import ipca
+import ipca.nn.start
+from ipca import Window
+from ipca.fingerprint import tensor_sha256
+from ipca.nn import LinearPC
+
+FORMS = ("residual", "intact")
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 20):
+        super().__init__()
+        self.a, self.b = nn.Linear(width, 12), nn.Linear(12, width, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.head(self.norm(x + self.b(self.a(x).relu())))
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
+        [(name, tensor_sha256(b)) for name, b in model.named_buffers()],
+    )
+
+
+def jitter(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def adapted(model: nn.Module, **options) -> nn.Module:
+    options = {"rank": 3, "alpha": 5.0, "modules_to_save": ["norm"], **options}
+    return jitter(ipca.apply_pc(model, progress=False, **options))
+
+
+@pytest.fixture
+def pair():
+    """A base and a trained copy of it."""
+    base = Net()
+    return base, adapted(copy.deepcopy(base))
+
+
+def refuses(model: nn.Module, folder, words: str, **options) -> None:
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        ipca.load_adapter(model, folder, **options)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("new", [None, *FORMS])
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip_without_an_svd(form, new, tmp_path, monkeypatch):
+    base = Net()
+    options = {"dropout": 0.2, "rank_pattern": {"a": 4}, "window_pattern": {"b": "minor"}, "alpha_pattern": {"a": 7.5}}
+    model = adapted(copy.deepcopy(base), form=form, **options)
+    ipca.save_adapter(model, tmp_path / "deep" / "folder")
+    monkeypatch.setattr(ipca.nn.start, "window_svd", lambda *a, **k: pytest.fail("an SVD ran"))
+    assert ipca.load_adapter(base, tmp_path / "deep" / "folder", form=new) is base
+    x = torch.randn(6, 20)
+    y, back = model.eval()(x), base.eval()(x)
+    assert (back - y).norm() <= (0.0 if new in (None, form) else 1e-5) * y.norm()
+    if new in (None, form):
+        state = model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
+    for name in ("a", "b", "head"):
+        mine, theirs = base.get_submodule(name), model.get_submodule(name)
+        assert (mine.rank, mine.alpha, mine.window, mine.dropout) == (
+            (theirs.rank, theirs.alpha, theirs.window, theirs.dropout)
+        )
+        assert mine.form == (new or form)
+        assert mine.svd_report == theirs.svd_report
+        assert mine.certificate.holds
+    flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    assert [(name, p.requires_grad) for name, p in base.named_parameters()] == flags
+
+
+def test_untrainable_adapter_is_frozen(pair, tmp_path):
+    base, model = pair
+    ipca.save_adapter(model, tmp_path)
+    ipca.load_adapter(base, tmp_path, trainable=False)
+    assert not any(p.requires_grad for p in base.parameters())
+    ipca.load_adapter(base, tmp_path)
+    assert sum(p.requires_grad for p in base.parameters()) == 8
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
+    losses = []
+    for step in range(count):
+        generator = torch.Generator().manual_seed(step)
+        x, target = torch.randn(8, 20, generator=generator), torch.randn(8, 5, generator=generator)
+        loss = F.mse_loss(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("where", ["fresh base", "in place", "merged in place"])
+@pytest.mark.parametrize("form", FORMS)
+def test_resumed_training_repeats_the_losses_exactly(form, where, tmp_path):
+    base = Net()
+    model = adapted(copy.deepcopy(base), form=form)
+    optimizer = torch.optim.AdamW(ipca.adapter_parameters(model), lr=1e-2)
+    steps(model, optimizer, 5)
+    ipca.save_adapter(model, tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    wanted = steps(model, optimizer, 5)
+    layer = model.a
+    resumed = base if where == "fresh base" else model
+    if where == "merged in place":
+        ipca.merge_adapter(model)
+    ipca.load_adapter(resumed, tmp_path)
+    assert where == "fresh base" or model.a is layer
+    optimizer = torch.optim.AdamW(ipca.adapter_parameters(resumed), lr=1e-2)
+    optimizer.load_state_dict(state)
+    assert steps(resumed, optimizer, 5) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip_of_other_dtypes(form, dtype, tmp_path):
+    base = Net().to(dtype)
+    model = adapted(copy.deepcopy(base), form=form)
+    ipca.save_adapter(model, tmp_path)
+    ipca.load_adapter(base, tmp_path)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
+
+
+def test_round_trip_of_a_transformers_model(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(**sizes, vocab_size=40)
+    base = transformers.BertForSequenceClassification(config).eval()
+    model = adapted(copy.deepcopy(base), modules_to_save=["classifier"])
+    ipca.save_adapter(model, tmp_path)
+    ipca.load_adapter(base, tmp_path)
+    ids = torch.randint(0, 40, (3, 7))
+    assert torch.equal(base(ids).logits, model(ids).logits)
+    assert torch.equal(base.classifier.weight, model.classifier.weight)
+    assert base.classifier.weight.requires_grad
+
+
+def test_layers_in_a_model_of_ones_own(tmp_path):
+    plain = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 5))
+    first, second = (nn.Sequential(LinearPC(20, 12, 3), nn.ReLU(), LinearPC(12, 5, 2)) for _ in range(2))
+    first.load_state_dict(plain.state_dict())
+    ipca.save_adapter(jitter(first), tmp_path)
+    refuses(second, tmp_path, r"0: this is not the base weight the adapter was made on \(its values differ\)")
+    second.load_state_dict(plain.state_dict())
+    ipca.load_adapter(second, tmp_path)
+    ipca.load_adapter(plain, tmp_path)
+    x = torch.randn(4, 20)
+    assert torch.equal(second(x), first(x))
+    assert torch.equal(plain(x), first(x))
+
+
+def test_another_base_is_refused_unless_told_otherwise(pair, tmp_path):
+    base, model = pair
+    ipca.save_adapter(model, tmp_path)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.b.weight[3, 4] += 1e-6
+    refuses(
+        other, tmp_path, r"^b: this is not the base weight the adapter was made on \(its values differ\).*check_base"
+    )
+    ipca.load_adapter(other, tmp_path, check_base=False)
+    x = torch.randn(4, 20)
+    assert torch.allclose(other(x), model(x), rtol=1e-4, atol=1e-5)
+    half = copy.deepcopy(base).to(torch.bfloat16)
+    refuses(half, tmp_path, r"^a: this is not the base weight .*\(it is bfloat16 here and was float32\)")
+    ipca.load_adapter(half, tmp_path, check_base=False)
+    assert (half(x.bfloat16()) - model(x)).norm() <= 0.05 * model(x).norm()
+
+
+def test_bases_of_another_shape_are_refused(pair, tmp_path):
+    base, model = pair
+    ipca.save_adapter(model, tmp_path)
+    no_b = copy.deepcopy(base)
+    no_b.b = nn.Identity()
+    refuses(no_b, tmp_path, "cannot adapt b: it is a Identity, not an nn.Linear")
+    del no_b.b
+    refuses(no_b, tmp_path, "the adapter holds b, which this Net does not have")
+    wide = copy.deepcopy(base)
+    wide.head = nn.Linear(20, 6)
+    refuses(wide, tmp_path, r"head has shape \(6, 20\), but the adapter was made for \(5, 20\)")
+    wide.norm = nn.LayerNorm(21)
+    refuses(wide, tmp_path, r"norm: the adapter holds .*\(20,\).* this model has .*\(21,\)")
+    wide.norm = nn.LayerNorm(20, bias=False)
+    refuses(wide, tmp_path, "norm: the adapter holds")
+    del wide.norm
+    refuses(wide, tmp_path, "the adapter holds the module 'norm', which this model does not have")
+    base.a.register_forward_hook(print)
+    refuses(base, tmp_path, "cannot adapt a: it has hooks")
+
+
+def test_models_adapted_in_another_way_are_refused(pair, tmp_path):
+    base, model = pair
+    ipca.save_adapter(model, tmp_path)
+    refuses(model, tmp_path, "a has form residual, the adapter intact; load onto the plain base", form="intact")
+    cases = {
+        "a has alpha 3.0, the adapter 5.0; load onto the plain base": {"alpha": 3.0},
+        "a has rank 2, the adapter 3": {"rank": 2},
+        "a starts from other factors than the adapter": {"window": Window(0, 3), "rank": None},
+        "the adapter holds a, which is not adapted in this model": {"exclude": ["a"]},
+    }
+    for words, options in cases.items():
+        refuses(adapted(copy.deepcopy(base), **options), tmp_path, words)
+    ipca.save_adapter(adapted(copy.deepcopy(base), exclude=["b"]), tmp_path)
+    refuses(model, tmp_path, "b is adapted, but the adapter in .* does not hold it; unload it first")
+
+
+def test_interrupt_while_loading_leaves_a_whole_model(pair, tmp_path, monkeypatch):
+    base, model = pair
+    ipca.save_adapter(model, tmp_path)
+    from_start = LinearPC.from_start
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return from_start(*args, **options)
+
+    monkeypatch.setattr(LinearPC, "from_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ipca.load_adapter(base, tmp_path)
+    x = torch.randn(4, 20)
+    assert torch.equal(base(x), model(x))
+
+
+def grow(model):
+    model.extra = nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (Net, "this Net has no LinearPC layer"),
+        (lambda: LinearPC(8, 8, 2), "the model is itself a LinearPC; save its state_dict, or put it into a module"),
+        (lambda: nn.Sequential(LinearPC(8, 8, 2, device="meta")), "0 has no window yet; load its weights first"),
+        (
+            lambda: grow(model := adapted(Net())) or model,
+            "Net has trainable parameters of its own beside the adapted a",
+        ),
+        (lambda: adapted(Net()).requires_grad_(True), "a: its weight or bias trains"),
+    ],
+    ids=["plain", "itself", "meta", "own", "trains"],
+)
+def test_what_an_adapter_file_cannot_hold(build, words, tmp_path):
+    model = build()
+    for write in (ipca.save_adapter, ipca.export):
+        with pytest.raises(ValueError, match=words):
+            write(model, tmp_path / "new")
+        assert not (tmp_path / "new").exists()

@@ -1,0 +1,194 @@
+"""Writing: complete files or the old ones, whatever fails in between, and never a trace of the attempt."""
+
+import copy
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+import ipca
+import ipca.io.adapter
+from ipca.fingerprint import tensor_sha256
+from ipca.io import staged_files, staged_folder
+from ipca.io.read import read_adapter
+
+WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(20, 12), nn.Linear(12, 20), nn.LayerNorm(20)
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    ipca.apply_pc(model, rank=3, modules_to_save=["norm"], progress=False)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+WRITERS = {
+    "save": ipca.save_adapter,
+    "peft": ipca.export,
+    "residual": lambda model, folder: ipca.export(model, folder, form="residual"),
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base and the folder of an adapter for it."""
+    base = Net()
+    ipca.save_adapter(adapted(copy.deepcopy(base)), tmp_path / "adapter")
+    return base, tmp_path / "adapter"
+
+
+def test_folder_holds_three_readable_files(saved):
+    _, folder = saved
+    assert sorted(os.listdir(folder)) == sorted([WEIGHTS, CONFIG, SIDECAR])
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in os.listdir(folder)} == {0o666 & ~umask}
+    record = json.loads((folder / SIDECAR).read_text())
+    assert record["format"] == 1
+    assert record["modules_to_save"] == ["norm"]
+    assert record["layers"]["a"]["shape"] == [12, 20]
+    assert set(record["versions"]) == {"ipca", "torch"}
+
+
+@pytest.mark.parametrize("below", ["file/adapter", "file/deep/adapter", "file"])
+@pytest.mark.parametrize("write", WRITERS)
+def test_folder_that_cannot_be_made(tmp_path, below, write):
+    (tmp_path / "file").write_text("kept")
+    model = adapted(Net())
+    before = snapshot(model)
+    with pytest.raises(OSError, match=r"cannot write .*file"):
+        WRITERS[write](model, tmp_path / below)
+    assert contents(tmp_path) == {"file": b"kept"}
+    assert snapshot(model) == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc, which refuses even root")
+def test_folder_that_even_root_cannot_write():
+    with pytest.raises(OSError, match="cannot write /proc/adapter"):
+        ipca.save_adapter(adapted(Net()), "/proc/adapter")
+
+
+def broken(error: BaseException):
+    def write(tensors, filename, metadata=None):
+        Path(filename).write_bytes(b"garbage")
+        raise error
+
+    return write
+
+
+ERRORS = [OSError(28, "No space left on device"), SafetensorError("I/O error"), KeyboardInterrupt(), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_failure_while_writing_leaves_the_old_files(saved, error, monkeypatch, tmp_path):
+    base, folder = saved
+    (folder / "notes.txt").write_text("mine")
+    before, model = contents(tmp_path), adapted(copy.deepcopy(base))
+    # `ipca.io.export` is the function
+    monkeypatch.setattr(sys.modules["ipca.io.export"], "save_file", broken(error))
+    expected = OSError if isinstance(error, SafetensorError) else type(error)
+    for name, target in [("save", folder), ("peft", folder), *((name, tmp_path / "new") for name in WRITERS)]:
+        with pytest.raises(expected):
+            WRITERS[name](model, target)
+        assert contents(tmp_path) == before
+        assert os.listdir(tmp_path) == ["adapter"]
+        assert sorted(os.listdir(folder)) == sorted([WEIGHTS, CONFIG, SIDECAR, "notes.txt"])
+    read_adapter(folder)
+
+
+def test_failure_after_the_tensors_leaves_the_old_files(saved, monkeypatch, tmp_path):
+    base, folder = saved
+    before = contents(tmp_path)
+    monkeypatch.setattr(ipca.io.adapter, "file_sha256", lambda path: path / 0)
+    with pytest.raises(TypeError):
+        ipca.save_adapter(adapted(copy.deepcopy(base)), folder)
+    assert contents(tmp_path) == before
+    assert len(os.listdir(folder)) == 3
+
+
+def test_saving_again_replaces_our_files_alone(saved):
+    base, folder = saved
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    model = adapted(copy.deepcopy(base))
+    ipca.save_adapter(model, folder)
+    after = contents(folder)
+    assert after.keys() == before.keys()
+    assert after["notes.txt"] == b"mine"
+    assert after[WEIGHTS] != before[WEIGHTS]
+    ipca.load_adapter(base, folder)
+    assert torch.equal(base.b.lora_B, model.b.lora_B)
+
+
+def test_staged_files_appear_together(tmp_path):
+    with staged_files(tmp_path / "x" / "y") as stage:
+        (stage / "one").write_text("1")
+        assert contents(tmp_path / "x").keys() == {str((stage / "one").relative_to(tmp_path / "x"))}
+        assert not (tmp_path / "x" / "y" / "one").exists()
+    assert contents(tmp_path) == {"x/y/one": b"1"}
+    assert os.listdir(tmp_path / "x" / "y") == ["one"]
+
+
+def fill(stage: Path, text: str, error: BaseException | None = None) -> None:
+    (stage / "sub").mkdir()
+    (stage / "sub" / "one").write_text(text)
+    if error is not None:
+        raise error
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_staged_folder_appears_whole_or_not_at_all(tmp_path, exists):
+    target = tmp_path / "x" / "y"
+    if exists:
+        target.mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), staged_folder(target) as stage:
+        fill(stage, "1", ZeroDivisionError())
+    assert contents(tmp_path) == {}
+    assert target.exists() == exists
+    with staged_folder(target) as stage:
+        fill(stage, "1")
+        assert not exists or os.listdir(target) == []
+    assert contents(tmp_path) == {"x/y/sub/one": b"1"}
+    assert os.listdir(tmp_path / "x") == ["y"]
+
+
+def test_staged_folder_must_be_new_or_empty(tmp_path):
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "mine").write_text("1")
+    with pytest.raises(FileExistsError, match="y is not empty; choose a new folder"), staged_folder(tmp_path / "y"):
+        pass
+    with pytest.raises(FileExistsError, match="y is not empty; choose a new folder"):
+        ipca.export(adapted(Net()), tmp_path / "y", form="residual")
+    assert contents(tmp_path) == {"y/mine": b"1"}
+
+
+def test_export_names_its_forms(tmp_path):
+    with pytest.raises(ValueError, match="form must be one of peft, residual; got 'onnx'"):
+        ipca.export(adapted(Net()), tmp_path / "new", form="onnx")
+    assert not (tmp_path / "new").exists()

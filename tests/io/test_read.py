@@ -1,0 +1,190 @@
+"""Reading damaged, missing and mixed files: an error that says what is wrong, and the model as it was."""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ipca
+from ipca.fingerprint import tensor_sha256
+from ipca.io.read import file_sha256
+
+WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(20, 12), nn.Linear(12, 20), nn.LayerNorm(20)
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    ipca.apply_pc(model, rank=3, modules_to_save=["norm"], progress=False)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base and the folder of an adapter for it."""
+    base = Net()
+    ipca.save_adapter(adapted(copy.deepcopy(base)), tmp_path / "adapter")
+    return base, tmp_path / "adapter"
+
+
+def refuses(base: nn.Module, folder: Path, words: str, error: type[Exception] = ValueError) -> None:
+    resumed = adapted(copy.deepcopy(base))
+    for model in (base, resumed):
+        before = snapshot(model)
+        with pytest.raises(error, match=words):
+            ipca.load_adapter(model, folder)
+        assert snapshot(model) == before
+
+
+def change_sidecar(folder: Path, change) -> None:
+    record = json.loads((folder / SIDECAR).read_text())
+    change(record)
+    (folder / SIDECAR).write_text(json.dumps(record))
+
+
+def change_tensors(folder: Path, change) -> None:
+    """Rewrite the tensors and make the sidecar agree with the new file."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    change_sidecar(folder, lambda record: record.update(adapter_sha256=file_sha256(folder / WEIGHTS)))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 9, 200, -4000, -100, -1])
+def test_truncated_tensors(saved, cut):
+    base, folder = saved
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:cut])
+    refuses(base, folder, r"adapter_model\.safetensors is damaged or truncated")
+
+
+@pytest.mark.parametrize("where", [0, 7, 8, 12])
+def test_corrupted_header(saved, where):
+    base, folder = saved
+    damaged = bytearray((folder / WEIGHTS).read_bytes())
+    damaged[where] ^= 0xFF
+    (folder / WEIGHTS).write_bytes(damaged)
+    refuses(base, folder, r"adapter_model\.safetensors is damaged or truncated")
+
+
+def test_one_flipped_bit_among_the_values(saved):
+    base, folder = saved
+    damaged = bytearray((folder / WEIGHTS).read_bytes())
+    damaged[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(damaged)
+    refuses(base, folder, r"adapter_model\.safetensors is not the file that ipca\.json was written with; save .* again")
+
+
+def test_tensors_of_another_save(saved, tmp_path):
+    base, folder = saved
+    ipca.save_adapter(adapted(copy.deepcopy(base)), tmp_path / "other")
+    os.replace(tmp_path / "other" / WEIGHTS, folder / WEIGHTS)
+    refuses(base, folder, "is not the file that ipca.json was written with")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (WEIGHTS, r"has no adapter_model\.safetensors: it is no adapter folder"),
+        (SIDECAR, r"has no ipca\.json: it was not written by ipca\.save_adapter"),
+    ],
+)
+def test_missing_file(saved, name, words):
+    base, folder = saved
+    (folder / name).unlink()
+    refuses(base, folder, words, FileNotFoundError)
+    (folder / name).mkdir()
+    refuses(base, folder, words, FileNotFoundError)
+
+
+def test_not_a_folder(saved):
+    base, folder = saved
+    for path in (folder / "none", folder / WEIGHTS):
+        refuses(base, path, "is not a folder; give the folder that save_adapter wrote", FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"x"', "{}", '{"format": 1}', '{"format": 1, "layers": []}', b"\xff\xfe{}"]
+)
+def test_damaged_sidecar(saved, text):
+    base, folder = saved
+    (folder / SIDECAR).write_bytes(text if isinstance(text, bytes) else text.encode())
+    refuses(base, folder, r"ipca\.json is damaged: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.update(format=2), r"ipca\.json has format 2, which a newer ipca wrote; upgrade ipca"),
+        (lambda r: r.update(layers={}), r"ipca\.json names no layer"),
+        (lambda r: r.pop("layers"), r"ipca\.json is damaged: KeyError: 'layers'"),
+        (lambda r: r["layers"]["b"].update(note=1), r"ipca\.json is damaged: TypeError: .*note"),
+        (lambda r: r["layers"]["b"].pop("alpha"), r"ipca\.json is damaged: TypeError: .*alpha"),
+        (lambda r: r["layers"]["b"].update(form="both"), r"ipca\.json names the unknown form 'both'"),
+        (lambda r: r["layers"]["b"].update(rank="3"), r"ipca\.json is damaged: TypeError: rank must be an int"),
+        (lambda r: r["layers"]["b"]["svd"].pop("path"), r"ipca\.json is damaged: TypeError: .*path"),
+        (
+            lambda r: r["layers"]["b"].update(rank=2),
+            r"b\.lora_A\.weight has shape \(6, 12\), but ipca\.json says \(4, 12",
+        ),
+        (lambda r: r["layers"].update(c=r["layers"]["b"]), r"has no tensor base_model\.model\.c\.lora_A\.weight"),
+        (lambda r: r["layers"].pop("b"), r"holds base_model\.model\.b\.lora_A\.weight, which belongs to no layer"),
+        (lambda r: r["modules_to_save"].clear(), r"holds base_model\.model\.norm\.\w+, which belongs to no layer"),
+        (lambda r: r["modules_to_save"].append("head"), "the module 'head', which this model does not have"),
+    ],
+    ids=["format", "none", "key", "more", "less", "form", "type", "svd", "rank", "c", "b", "norm", "head"],
+)
+def test_sidecar_that_does_not_fit(saved, change, words):
+    base, folder = saved
+    change_sidecar(folder, change)
+    refuses(base, folder, words)
+
+
+KEY = "base_model.model.b.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.update({KEY: t[KEY][:-1].clone()}),
+            r"b\.lora_A\.weight has shape \(5, 12\), but .* says \(6, 12\)",
+        ),
+        (lambda t: t.update({KEY: t[KEY].flatten()}), r"b\.lora_A\.weight has shape \(72,\)"),
+        (lambda t: t.pop(KEY), r"adapter_model\.safetensors has no tensor .*b\.lora_A\.weight"),
+        (lambda t: t.update(extra=torch.ones(2)), "holds extra, which belongs to no layer of the adapter"),
+        (lambda t: t.update({"base_model.model.norm.weight": torch.ones(3)}), r"norm: the adapter holds .*\(3,\)"),
+        (lambda t: t.pop("base_model.model.norm.bias"), "norm: the adapter holds .*, this model has .*bias"),
+    ],
+    ids=["short", "flat", "missing", "extra", "norm shape", "norm bias"],
+)
+def test_tensors_that_do_not_fit(saved, change, words):
+    base, folder = saved
+    change_tensors(folder, change)
+    refuses(base, folder, words)
+
+
+def test_adapter_config_is_for_peft_alone(saved):
+    base, folder = saved
+    (folder / CONFIG).unlink()
+    ipca.load_adapter(base, folder)
