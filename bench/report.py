@@ -21,8 +21,8 @@ def demo_section(path: Path) -> str:
     return (
         f"{table(rows)}\n\n"
         f"Mean over {seeds} seeds (smallest … largest); {first['steps']} steps of {first['batch']}, "
-        f"rank {first['rank']}, AdamW {float(first['lr']):g}; probe accuracy {float(first['probe_before']):.2f} before. "
-        f"Measured on {first['device']}, torch {first['torch']}, Python {first['python']}; {seconds:.0f} s for all "
+        f"rank {first['rank']}, AdamW {float(first['lr']):g}; probe accuracy {float(first['probe_before']):.2f} "
+        f"before. Measured on {first['device']}, torch {first['torch']}, Python {first['python']}; {seconds:.0f} s for all "
         f"runs. Rows: `bench/results/{path.name}`."
     )
 
