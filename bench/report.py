@@ -18,12 +18,12 @@ def demo_section(path: Path) -> str:
     first = rows[0]
     seeds = len({row["seed"] for row in rows})
     seconds = sum(float(row["seconds"]) for row in rows)
+    settings = f"{first['steps']} steps of {first['batch']}, rank {first['rank']}, AdamW {float(first['lr']):g}"
+    machine = f"{first['device']}, torch {first['torch']}, Python {first['python']}"
     return (
         f"{table(rows)}\n\n"
-        f"Mean over {seeds} seeds (smallest … largest); {first['steps']} steps of {first['batch']}, "
-        f"rank {first['rank']}, AdamW {float(first['lr']):g}; probe accuracy {float(first['probe_before']):.2f} "
-        f"before. Measured on {first['device']}, torch {first['torch']}, Python {first['python']}; {seconds:.0f} s for all "
-        f"runs. Rows: `bench/results/{path.name}`."
+        f"Mean over {seeds} seeds (smallest … largest); {settings}; probe accuracy {float(first['probe_before']):.2f} "
+        f"before. Measured on {machine}; {seconds:.0f} s for all runs. Rows: `bench/results/{path.name}`."
     )
 
 
