@@ -13,5 +13,5 @@ def refuse_namesake() -> None:
         return
     raise ImportError(
         f"The distribution 'ipca' {other.version} (instrumented PCA) is installed beside 'ipca-lora', and both provide "
-        "the package `ipca`. Run: pip uninstall -y ipca ipca-lora && pip install ipca-lora"
+        "the package `ipca`. Uninstall both and install ipca-lora again."
     )

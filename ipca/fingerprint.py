@@ -11,8 +11,8 @@ _ROWS = 1024
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """Hex digest over dtype, shape and values in row-major order; the same on every device and memory layout."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    """``"float32-<hex digest>"`` over shape and values in row-major order; alike on every device and memory layout."""
+    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
     for rows in tensor.detach().split(_ROWS):
         digest.update(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return f"{str(tensor.dtype).removeprefix('torch.')}-{digest.hexdigest()}"

@@ -112,7 +112,9 @@ class Window:
             ValueError: the window does not fit into ``[0, d)``.
         """
         if self.rank > d:
-            raise ValueError(f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`.")
+            raise ValueError(
+                f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`, or leave it out."
+            )
         if self.needs_spectrum:
             if singular_values is None:
                 raise ValueError(f"{self} depends on the singular values; pass singular_values.")
@@ -153,9 +155,9 @@ def _normalise(start: int | float | str) -> int | str:
     text = str(start).strip().lower()
     if text in _NAMED or text == "erank":
         return text
-    key, _, value = text.rpartition("=")
+    key, equals, value = text.rpartition("=")
     try:
-        if key not in ("", "start", "energy"):
+        if key not in ("start", "energy") and equals:
             raise ValueError
         number = int(value) if key == "start" else float(value)
     except ValueError:

@@ -10,7 +10,8 @@ from ipca.fingerprint import tensor_sha256
 
 def test_digest_is_that_of_dtype_shape_and_bytes():
     tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-    assert tensor_sha256(tensor) == hashlib.sha256(b"torch.float32 (2, 3)" + tensor.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(b"(2, 3)" + tensor.numpy().tobytes()).hexdigest()
+    assert tensor_sha256(tensor) == f"float32-{digest}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.bool])
@@ -22,7 +23,8 @@ def test_memory_layout_does_not_count(shape, dtype):
     spread = torch.stack([tensor, tensor], dim=-1)[..., 0]
     assert turned.shape == spread.shape == tensor.shape
     assert tensor_sha256(turned) == tensor_sha256(spread) == tensor_sha256(tensor.clone()) == digest
-    assert len(digest) == 64
+    assert digest.startswith(str(dtype).removeprefix("torch.") + "-")
+    assert len(digest.partition("-")[2]) == 64
 
 
 def test_gradient_tracking_does_not_count():

@@ -31,6 +31,10 @@ def inspect(args: argparse.Namespace) -> tuple[Record, str]:
 def init(args: argparse.Namespace) -> tuple[Record, str]:
     """Write the adapter of a model folder before training."""
     check_target(args.out, empty=args.form == "residual")
+    if args.out.absolute() == args.model.absolute():
+        raise ValueError(
+            f"{args.out} is the model itself, which would then load with the adapter; choose another folder."
+        )
     model = ipca.apply_pc(load_model(args.model), _config(args))
     summary = ipca.summary(model)
     record: Record = {"layers": summary.layers, "trainable": summary.trainable, "out": str(args.out)}

@@ -40,6 +40,9 @@ def load_model(folder: Path) -> Any:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the small files beside the weights (tokenizer, templates, licence) that ``target`` does not have yet."""
     for path in sorted(source.iterdir()):
-        wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_ENDINGS)
+        other = (
+            path.name.startswith((".", "adapter_")) or path.name.endswith(WEIGHT_ENDINGS) or path.name == "ipca.json"
+        )
+        wanted = path.is_file() and not other
         if wanted and not (target / path.name).exists():
             shutil.copy2(path, target / path.name)

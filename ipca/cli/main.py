@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _common(add)
     _model(add)
     _choice_of_window(add)
-    add.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the spectra")
+    add.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw the spectra")
 
     add = commands.add_parser("init", help="decompose and write the adapter before training")
     _common(add)
@@ -144,6 +144,13 @@ def _choice_of_window(parser: argparse.ArgumentParser) -> None:
 def _out(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
     text = "folder to write" + (f" (default {default})" if default else "")
     parser.add_argument("-o", "--out", type=Path, required=default is None, default=default, help=text)
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg")
+    return path
 
 
 def _positive(text: str) -> int:

@@ -27,7 +27,7 @@ class Settings:
     batch: int = 16
     rank: int = 16
     lr: float = 2e-3
-    max_tokens: int = 40
+    max_tokens: int = 32
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,6 @@ def _saved(layer: LinearPC) -> SavedLayer:
     return SavedLayer(
         kind=layer.kind,
         shape=(layer.out_features, layer.in_features),
-        dtype=str(layer.weight.dtype).removeprefix("torch."),
         start=layer.window.index,
         rank=layer.rank,
         alpha=layer.alpha,
@@ -160,7 +159,7 @@ def _check_resumable(present: dict[str, LinearPC], saved: AdapterFolder, form: s
                     f"{name} has {field} {getattr(mine, field)}, the adapter {value}; load onto the plain base."
                 )
         if check_base and layer.base_sha256 and mine.base_sha256 != layer.base_sha256:
-            raise ValueError(_other_base(name, layer, mine.dtype))
+            raise ValueError(_other_base(name, layer, mine.base_sha256))
         factors = saved.factors[name]
         for ours, theirs in ((present[name].lora_A0, factors.A0), (present[name].lora_B0, factors.B0)):
             if not torch.equal(ours.cpu(), theirs.to(ours.dtype)):
@@ -187,15 +186,16 @@ def _start(model: nn.Module, target: Target, saved: AdapterFolder, check_base: b
         raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
     digest = tensor_sha256(weight)
     if check_base and layer.base_sha256 and digest != layer.base_sha256:
-        raise ValueError(_other_base(target.name, layer, str(weight.dtype).removeprefix("torch.")))
+        raise ValueError(_other_base(target.name, layer, digest))
     A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)
     scaling = target.alpha / target.window.rank
     certificate = certify_start(weight, A0, B0, scaling=scaling, form=target.form)
     return WindowStart(A0, B0, target.window, digest, layer.report(), certificate)
 
 
-def _other_base(name: str, layer: SavedLayer, dtype: str) -> str:
-    cause = f"it is {dtype} here and was {layer.dtype}" if dtype != layer.dtype else "its values differ"
+def _other_base(name: str, layer: SavedLayer, digest: str | None) -> str:
+    here, was = (str(value).partition("-")[0] for value in (digest, layer.base_sha256))
+    cause = f"it is {here} here and was {was}" if here != was else "its values differ"
     return (
         f"{name}: this is not the base weight the adapter was made on ({cause}). "
         "Load the original base, or pass check_base=False if you know that they fit."

@@ -16,6 +16,8 @@ from ipca.model import adapted_layers, require_adapted, whole_modules
 from ipca.nn import LinearPC
 
 FORMS = ("peft", "residual")
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def export(
@@ -55,11 +57,13 @@ def savable(model: nn.Module) -> tuple[dict[str, LinearPC], dict[str, nn.Module]
     """The adapted layers and the modules trained whole, or a ValueError for what an adapter file cannot hold."""
     layers, whole = require_adapted(model), whole_modules(model)
     for name, layer in layers.items():
+        if _WRAPPERS.intersection(name.split(".")) or isinstance(model, _PARALLEL):
+            raise ValueError(f"{name} belongs to a wrapper, not to the model; save the model inside it.")
         if not name:
             raise ValueError("the model is itself a LinearPC; save its state_dict, or put it into a module.")
         if layer.window is None:
             raise ValueError(f"{name} has no window yet; load its weights first.")
-        if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+        if layer.kept_weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
             raise ValueError(f"{name}: its weight or bias trains, which an adapter file does not hold; freeze them.")
     for name in whole:
         inside = [path for path in layers if not name or path.startswith(f"{name}.")]
@@ -77,6 +81,8 @@ def write_peft(model: nn.Module, folder: Path, base_model: str | None, *, double
     names = [name for name, _ in model.named_modules()]
     save_file(adapter_tensors(layers, whole, doubled=doubled), folder / WEIGHTS, metadata={"format": "pt"})
     config = adapter_config(layers, whole, names, base_model, doubled=doubled)
+    if type(model).__module__.startswith("transformers."):  # what peft.AutoPeftModel loads the base with
+        config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -84,7 +90,7 @@ def write_peft(model: nn.Module, folder: Path, base_model: str | None, *, double
 def residual_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model with ``W_res`` in place of every adapted ``W``."""
     layers = adapted_layers(model)
-    ours = tuple(f"{name}.{key}" for name in layers for key in ("lora_", "_extra_state"))
+    ours = tuple(f"{name}.{key}" for name in layers for key in ("lora_", "kept_weight", "_extra_state"))
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(ours)}
     for name, layer in layers.items():
         weight = layer.residual_weight()

@@ -1,4 +1,4 @@
-"""Writing that leaves either the old files or the new ones, never something between."""
+"""Writing that leaves the old files or the new ones: complete first, then exchanged in one go."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from ipca.model import uninterrupted
 
 
 @contextmanager
@@ -28,14 +30,15 @@ def staged_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield stage
             _fsync(stage)
-            for path in sorted(stage.iterdir()):
-                os.replace(path, target / path.name)
+            with uninterrupted():
+                _exchange(stage, target)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             if not existed:
-                shutil.rmtree(target, ignore_errors=True)
+                with suppress(OSError):
+                    target.rmdir()  # only if it is empty: somebody else may have written there
             raise
-        stage.rmdir()
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager
@@ -55,9 +58,38 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             _fsync(stage)
             stage.chmod(0o755)
             os.replace(stage, target)
+            _fsync_folder(target.parent)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
+
+
+def _exchange(stage: Path, target: Path) -> None:
+    """Move the files of ``stage`` into ``target``; where one move fails, undo those before it."""
+    new, old = sorted(stage.iterdir()), stage / ".old"
+    old.mkdir()
+    done = []
+    try:
+        for path in new:
+            done.append(path.name)
+            if (target / path.name).exists():
+                os.replace(target / path.name, old / path.name)
+            os.replace(path, target / path.name)
+    except OSError:
+        for name in done:
+            if (old / name).exists():
+                os.replace(old / name, target / name)
+        raise
+    _fsync_folder(target)
+
+
+def _fsync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_target(folder: str | os.PathLike[str], *, empty: bool = False) -> None:

@@ -23,11 +23,10 @@ SIDECAR = "ipca.json"
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """What ``ipca.json`` says of one layer; ``shape`` is ``(out, in)``, ``dtype`` that of the base weight."""
+    """What ``ipca.json`` says of one layer; ``shape`` is ``(out, in)``."""
 
     kind: str
     shape: tuple[int, int]
-    dtype: str
     start: int
     rank: int
     alpha: float

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ipca.model.apply import adapted_layers, replace_module
+from ipca.model.apply import TRAINS_WHOLE, adapted_layers, replace_module
 from ipca.nn import LinearPC
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,15 +23,19 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield layer.lora_A
         yield layer.lora_B
     for module in whole_modules(model).values():
-        yield from (p for p in module.parameters() if p.requires_grad)
+        yield from module.parameters()
 
 
 def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules, other than LinearPC, with trainable parameters of their own: ``modules_to_save``."""
+    """What an adapter holds whole: ``modules_to_save``, and modules with trainable parameters of their own."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         own = any(p.requires_grad for p in module.parameters(recurse=False))
-        if own and not isinstance(module, LinearPC) and not name.startswith(tuple(f"{outer}." for outer in found)):
+        if (
+            (own or getattr(module, TRAINS_WHOLE, False))
+            and not isinstance(module, LinearPC)
+            and not name.startswith(tuple(f"{outer}." for outer in found))
+        ):
             found[name] = module
     return found
 
@@ -58,9 +62,11 @@ def unload(model: Model, *, merge: bool = True) -> Model:
 
     Args:
         merge: with the trained function; else with the pretrained one (``form="residual"``: up to rounding).
+
+    Like the rest of the model the plain layers are frozen; ``model.requires_grad_(True)`` trains everything again.
     """
     for name, layer in require_adapted(model).items():
-        replace_module(model, name, layer.to_linear(base=not merge).train(layer.training))
+        replace_module(model, name, layer.to_linear(base=not merge).train(layer.training).requires_grad_(False))
     return model
 
 

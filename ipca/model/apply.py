@@ -18,6 +18,7 @@ from ipca.nn import LinearPC, WindowStart, default_adapter_dtype, window_start
 from ipca.nn.kinds import read_layer
 
 Model = TypeVar("Model", bound=nn.Module)
+TRAINS_WHOLE = "_ipca_trains_whole"
 
 
 def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = True, **options: Any) -> Model:
@@ -34,13 +35,17 @@ def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = T
 
     The model computes what it computed before, and every layer's initialisation certificate is checked. Memory: the
     factors of all layers, and for one layer at a time up to two ``(d, d)`` float64 matrices beside the layer itself
-    (about seven layers in float64 where a full SVD is needed: d < 256, rank > d / 4, or a window that cuts a tie).
+    (about seven layers in float64 where a full SVD is needed: d < 256, rank > d / 4, a window that cuts a tie, or one
+    that looks at the spectrum).
 
     Raises:
         TypeError, ValueError: a bad option, nothing matches, or a layer cannot be adapted; the message names every such
             layer. The model is unchanged.
-        RuntimeError: a layer misses its certificate. The model is unchanged.
+        RuntimeError: a layer misses its certificate, or memory ran out during its decomposition; the model is
+            unchanged. (Only where memory runs out later, while layers are exchanged, are some of them adapted.)
     """
+    if not isinstance(config, PCConfig | None):
+        raise TypeError(f"config must be a PCConfig, got {config!r}; give fields by name, such as rank=16.")
     if config is not None and options:
         raise TypeError(f"give a PCConfig or options, not both; got {', '.join(options)} beside a config.")
     config = config or PCConfig.create(**options)
@@ -63,13 +68,19 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, WindowStart]]) -> N
 
 
 def train_only_adapter(model: nn.Module, train_whole: Iterable[str] = (), *, trainable: bool = True) -> None:
-    """Freeze all of ``model`` but the factors of its LinearPC layers and the modules ``train_whole``."""
+    """Freeze all of ``model`` but the factors of its LinearPC layers and the modules ``train_whole``.
+
+    Those modules are marked, so that freezing them later does not drop them from the adapter.
+    """
     model.requires_grad_(False)
     for layer in adapted_layers(model).values():
         layer.lora_A.requires_grad_(trainable)
         layer.lora_B.requires_grad_(trainable)
     for name in train_whole:
-        model.get_submodule(name).requires_grad_(trainable)
+        setattr(model.get_submodule(name), TRAINS_WHOLE, True)
+    for module in model.modules():
+        if getattr(module, TRAINS_WHOLE, False):
+            module.requires_grad_(trainable)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LinearPC]:
@@ -78,19 +89,9 @@ def adapted_layers(model: nn.Module) -> dict[str, LinearPC]:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the submodule at the path ``name``.
-
-    ``nn.TransformerEncoderLayer`` has a fast path that reads its linear layers' weights without calling them; it is
-    switched off for a layer that holds a LinearPC, and for the encoders around it.
-    """
+    """Set the submodule at the path ``name``."""
     parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    setattr(owner, child, module)
-    if isinstance(owner, nn.TransformerEncoderLayer):
-        owner.activation_relu_or_gelu = 0
-        for outer in model.modules():
-            if isinstance(outer, nn.TransformerEncoder):
-                outer.use_nested_tensor = False
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _start(model: nn.Module, target: Target, config: PCConfig) -> WindowStart:
@@ -127,6 +128,6 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)  # None: set outside Python
         if pending and callable(before):
             before(*pending[0])

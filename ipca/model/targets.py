@@ -83,18 +83,29 @@ def saved_modules(model: nn.Module, config: PCConfig) -> list[str]:
     """The outermost modules that ``modules_to_save`` names.
 
     Raises:
-        ValueError: a pattern matches nothing.
+        ValueError: a pattern matches nothing, or a module's parameters are tied to another's or cannot train.
     """
     names = [name for name, _ in model.named_modules() if name]
     for pattern in config.modules_to_save:
         if not any(matches(pattern, name) for name in names):
             raise ValueError(f"modules_to_save {pattern!r} matches no module.")
     found = [name for name in names if any(matches(p, name) for p in config.modules_to_save)]
-    return [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
+    outermost = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name in outermost:
+        own = Counter(id(p) for _, p in model.get_submodule(name).named_parameters(remove_duplicate=False))
+        if any(owners[key] != count for key, count in own.items()):
+            raise ValueError(f"modules_to_save {name!r} shares parameters with another module; untie them first.")
+        if not all(p.is_floating_point() for p in model.get_submodule(name).parameters()):
+            raise ValueError(f"modules_to_save {name!r} has parameters that are no floats and cannot train.")
+    return outermost
 
 
 def _matching(model: nn.Module, modules: dict[str, nn.Module], config: PCConfig) -> list[str]:
     left_alone = (*config.exclude, *config.modules_to_save)
+    for pattern in config.exclude:
+        if not any(matches(pattern, name) for name in modules):
+            raise ValueError(f"exclude {pattern!r} matches no module.")
     free = [name for name in modules if not matches_any(left_alone, name)]
     if config.targets == "all-linear":
         get_head = getattr(model, "get_output_embeddings", None)
@@ -118,6 +129,13 @@ def _adaptable(module: nn.Module) -> bool:
 
 def _in_attention(modules: dict[str, nn.Module], name: str) -> bool:
     return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _in_peft(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether a tuner layer of PEFT holds the module; known by its base class's name, as PEFT need not be there."""
+    parts = name.split(".")
+    holders = [modules.get(".".join(parts[:i])) for i in range(len(parts))]
+    return any(base.__name__ == "BaseTunerLayer" for holder in holders for base in type(holder).__mro__)
 
 
 def refuse(model: nn.Module, targets: list[Target]) -> None:
@@ -145,6 +163,8 @@ def _reason(target: Target, modules: dict[str, nn.Module], paths: Counter[int], 
         return "it is adapted already; merge or unload the adapter first, or exclude it"
     if not target.name:
         return "it is the model itself; use LinearPC.from_linear"
+    if _in_peft(modules, target.name):
+        return "it belongs to a PEFT adapter; merge_and_unload() that first"
     if _in_attention(modules, target.name):
         return "nn.MultiheadAttention reads its weight without calling it"
     if hasattr(module, "parametrizations"):

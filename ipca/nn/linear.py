@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.nn.kinds import build_layer, layer_kind, read_layer
-from ipca.nn.lowrank import Term, add_low_rank
+from ipca.nn.lowrank import add_low_rank
 from ipca.nn.record import check_record, decode_record, encode_record
 from ipca.nn.start import (
     InitCertificate,
@@ -28,25 +28,28 @@ from ipca.window import Window, as_window
 
 
 class LinearPC(nn.Module):
-    """``y = x weightᵀ + bias + scaling · (z Aᵀ) Bᵀ``, the last term a window of the pretrained weight's components.
+    """A linear layer of which a window of the pretrained weight's singular components trains.
 
     For a pretrained ``W = U S Vh``, shape ``(out, in)``, and a window ``w = [start, start + rank)``::
 
         A0 = √(S_w / scaling) Vh_w,   B0 = U_w √(S_w / scaling),   scaling = alpha / rank
 
-        form="residual"   weight = W − scaling · B0 A0     y = x weightᵀ + bias + scaling · z Aᵀ Bᵀ
-        form="intact"     weight = W                       y = x weightᵀ + bias + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)
+        form="residual"   K = W − scaling · B0 A0    y = x Kᵀ + bias + scaling · z Aᵀ Bᵀ
+        form="intact"     K = W                      y = x Kᵀ + bias + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)
 
-    with ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained; all else is frozen. Before
-    training the layer computes ``x Wᵀ + bias``: exactly so in the intact form, up to one rounding of ``W_res`` in the
-    residual form (and up to dropout, while training, in the residual form only).
+    with ``K = kept_weight`` and ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained; all
+    else is frozen. Before training the layer computes ``x Wᵀ + bias``: exactly so in the intact form, up to the
+    rounding of ``W_res`` and of the two products in the residual form (and up to dropout while training, there only).
 
     Used like ``nn.Linear`` in a model's own code: a new layer draws a random weight as ``nn.Linear`` does and takes its
     window; the state dict of a plain ``nn.Linear`` loads into it and sets the window anew, from that weight; its own
     state dict restores it without an SVD. Built on the meta device it waits for either.
 
-    Shapes: ``x (…, in)``, ``y (…, out)``, ``weight (out, in)``, ``bias (out,)``, ``lora_A, lora_A0 (rank, in)``,
-    ``lora_B, lora_B0 (out, rank)``.
+    ``weight`` is not a parameter here but the effective weight, computed on every access, so that code which reads a
+    layer's weight without calling it stays right.
+
+    Shapes: ``x (…, in)``, ``y (…, out)``, ``kept_weight, weight (out, in)``, ``bias (out,)``,
+    ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
@@ -100,11 +103,11 @@ class LinearPC(nn.Module):
         self.svd_report: SVDReport | None = None
         self.certificate: InitCertificate | None = None
         self._disabled = False
-        self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple, so that it is no parameter of the module
+        self._merged: Tensor | None = None
 
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         factor = weight.new_empty(0, dtype=adapter_dtype or default_adapter_dtype(weight.dtype))
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.kept_weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(weight.new_empty(out_features), requires_grad=False) if bias else None
         self.lora_A = nn.Parameter(factor.new_empty(self.rank, in_features))
         self.lora_B = nn.Parameter(factor.new_empty(out_features, self.rank))
@@ -122,25 +125,37 @@ class LinearPC(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self._unmerged is not None
+        return self._merged is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """``W_eff (out, in)``, computed anew, for code that reads a layer's weight instead of calling the layer.
+
+        It is what ``forward`` multiplies by at the moment (disabled, merged or neither); gradients reach the factors.
+        """
+        if self._merged is not None and not self._disabled:
+            return self._merged
+        frozen = self._product(self.lora_B0, self.lora_A0)
+        if self._disabled:
+            return self.kept_weight if self.form == "intact" else self.kept_weight + self.scaling * frozen
+        trained = self._product(self.lora_B, self.lora_A)
+        return self.kept_weight + self.scaling * (trained if self.form == "residual" else trained - frozen)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.window is None:
-            raise RuntimeError("This LinearPC has no window yet: load a state dict, or call reset_parameters().")
-        if self.merged and not self._disabled:
+            raise RuntimeError("This LinearPC has no window yet: load a state dict with load_state_dict().")
+        if self._merged is not None and not self._disabled:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LinearPC cannot train: call unmerge() first, or eval().")
-            return F.linear(x, self.weight, self.bias)
-        weight = self._kept()
+            return F.linear(x, self._merged, self.bias)
+        A, B, A0, B0 = self.lora_A, self.lora_B, self.lora_A0, self.lora_B0
         if self._disabled:
             if self.form == "intact":
-                return F.linear(x, weight, self.bias)
-            return pc_linear(x, weight, self.lora_A0, self.lora_B0, self.bias, scaling=self.scaling)
-        A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
+                return F.linear(x, self.kept_weight, self.bias)
+            return pc_linear(x, self.kept_weight, A0, B0, self.bias, scaling=self.scaling)
+        frozen = {"A0": A0, "B0": B0} if self.form == "intact" else {}
         dropout = self.dropout if self.training else 0.0
-        return pc_linear(
-            x, weight, self.lora_A, self.lora_B, self.bias, scaling=self.scaling, A0=A0, B0=B0, dropout=dropout
-        )
+        return pc_linear(x, self.kept_weight, A, B, self.bias, scaling=self.scaling, dropout=dropout, **frozen)
 
     @classmethod
     def from_linear(
@@ -173,12 +188,12 @@ class LinearPC(nn.Module):
         """Draw ``weight`` and ``bias`` as ``nn.Linear`` does, and take the window of that weight."""
         self.unmerge()
         with torch.no_grad():
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.kept_weight, a=math.sqrt(5))
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(self.bias, -bound, bound)
-            start = self.start_for(self.weight.detach())
-            self.weight.copy_(kept_weight(self.weight, start.A0, start.B0, scaling=self.scaling, form=self.form))
+            start = self.start_for(self.kept_weight.detach())
+            self.kept_weight.copy_(self._kept_of(self.kept_weight, start))
             for factor, value in self._factors(start).items():
                 getattr(self, factor).copy_(value)
         self._remember(start)
@@ -196,35 +211,28 @@ class LinearPC(nn.Module):
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """``W_eff (out, in)``, the one matrix the layer multiplies by, in the weight's dtype, as a new tensor."""
-        return add_low_rank(self._kept(), self._terms())
+        """``W_eff (out, in)`` of the trained layer, added up in float64, in the weight's dtype, as a new tensor."""
+        trained, frozen = (1, self.lora_B, self.lora_A), (-1, self.lora_B0, self.lora_A0)
+        return self._plus(trained) if self.form == "residual" else self._plus(trained, frozen)
 
     @torch.no_grad()
     def base_weight(self) -> Tensor:
         """The pretrained ``W (out, in)``, in the weight's dtype, as a new tensor (residual form: up to rounding)."""
-        return add_low_rank(
-            self._kept(), [(self.scaling, self.lora_B0, self.lora_A0)] if self.form == "residual" else []
-        )
+        return self._plus((1, self.lora_B0, self.lora_A0)) if self.form == "residual" else self._plus()
 
     @torch.no_grad()
     def residual_weight(self) -> Tensor:
         """``W_res = W − scaling · B0 A0 (out, in)``, in the weight's dtype, as a new tensor."""
-        return add_low_rank(
-            self._kept(), [(-self.scaling, self.lora_B0, self.lora_A0)] if self.form == "intact" else []
-        )
+        return self._plus() if self.form == "residual" else self._plus((-1, self.lora_B0, self.lora_A0))
 
-    @torch.no_grad()
     def merge(self) -> None:
-        """Fold the factors into ``weight``. The weight of before is kept beside it, for an exact :meth:`unmerge`."""
+        """Compute ``W_eff`` once and multiply by it alone. What is kept stays beside it, for :meth:`unmerge`."""
         if not self.merged:
-            unmerged = self.weight
-            self.weight = nn.Parameter(self.effective_weight(), requires_grad=False)
-            self._unmerged = (unmerged,)
+            self._merged = self.effective_weight()
 
     def unmerge(self) -> None:
         """Undo :meth:`merge`, to the bit."""
-        if self._unmerged is not None:
-            self.weight, self._unmerged = self._unmerged[0], None
+        self._merged = None
 
     def to_linear(self, *, base: bool = False) -> nn.Module:
         """A plain layer of the original type with the effective weight; shares no memory with this one.
@@ -253,6 +261,7 @@ class LinearPC(nn.Module):
             f"window={where}, rank={self.rank}, alpha={self.alpha:g}, form={self.form}"
             + (f", dropout={self.dropout:g}" if self.dropout else "")
             + (", merged" if self.merged else "")
+            + (", disabled" if self._disabled else "")
         )
 
     # State: tensors as usual, and one JSON record that a state dict carries as bytes.
@@ -266,10 +275,6 @@ class LinearPC(nn.Module):
         self.base_sha256 = record["base_sha256"]
         self.svd_report = self.certificate = None
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self._kept() if keep_vars else self._kept().detach()
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -280,14 +285,13 @@ class LinearPC(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        weight = state_dict.get(prefix + "weight")
         start = None
         try:
-            if weight is not None and prefix + "lora_A" not in state_dict:
+            if prefix + "weight" in state_dict and prefix + "kept_weight" not in state_dict:
                 assign = local_metadata.get("assign_to_params_buffers", False)
-                state_dict, start = self._from_plain(state_dict, prefix, weight, assign)
+                state_dict, start = self._from_plain(state_dict, prefix, assign)
             else:
-                check_record(self, state_dict.get(prefix + "_extra_state"))
+                check_record(self, state_dict, prefix)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'LinearPC'}: {error}")
             return
@@ -295,48 +299,49 @@ class LinearPC(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if start is not None and not self.weight.is_meta:
+        if start is not None and not self.kept_weight.is_meta:
             self._remember(start)
 
-    def _from_plain(
-        self, state_dict: dict[str, Any], prefix: str, weight: Tensor, assign: bool
-    ) -> tuple[dict[str, Any], WindowStart]:
-        """The state dict that this layer would have had on the plain ``weight``."""
-        if weight.shape != self.weight.shape:
-            raise ValueError(f"the weight has shape {tuple(weight.shape)}, this layer {tuple(self.weight.shape)}.")
+    def _from_plain(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> tuple[dict[str, Any], WindowStart]:
+        """The state dict that this layer would have had on the plain layer's ``weight``."""
+        weight = state_dict[prefix + "weight"]
+        weight = weight.mT if self.kind == "conv1d" else weight
+        kept = self.kept_weight
+        if weight.shape != kept.shape:
+            raise ValueError(f"the weight has shape {tuple(weight.shape)}, this layer {tuple(kept.shape)}.")
         if not assign:
-            weight = weight.to(dtype=self.weight.dtype)
-            weight = weight if self.weight.is_meta else weight.to(self.weight.device)
+            weight = weight.to(dtype=kept.dtype, device=weight.device if kept.is_meta else kept.device)
         start = self.start_for(weight)
         own = {prefix + name: value for name, value in self._factors(start).items()}
-        own[prefix + "weight"] = kept_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
+        own[prefix + "kept_weight"] = self._kept_of(weight, start)
         own[prefix + "_extra_state"] = self.get_extra_state()
-        return {**state_dict, **own}, start
+        return {**{key: value for key, value in state_dict.items() if key != prefix + "weight"}, **own}, start
 
     def _apply(self, fn: Any, recurse: bool = True) -> LinearPC:
         """Move or cast. Casting the residual form rounds its parts anew, so that they still add up to ``W``."""
         merged = self.merged
         self.unmerge()
-        weight, A0, B0 = self.weight.detach(), self.lora_A0, self.lora_B0
+        kept, A0, B0 = self.kept_weight.detach(), self.lora_A0, self.lora_B0
         super()._apply(fn, recurse)
-        cast = self.lora_A0.dtype != A0.dtype or self.weight.dtype != weight.dtype
-        if self.form == "residual" and cast and not (weight.is_meta or self.weight.is_meta):
-            new = [t.to(weight.device) for t in (self.lora_B0, self.lora_A0)]
-            rebalanced = add_low_rank(
-                weight, [(self.scaling, B0, A0), (-self.scaling, new[0], new[1])], dtype=self.weight.dtype
-            )
+        new = self.kept_weight
+        cast = self.lora_A0.dtype != A0.dtype or new.dtype != kept.dtype
+        if self.form == "residual" and cast and not (kept.is_meta or new.is_meta):
+            change = [(self.scaling, B0, A0), (-self.scaling, self.lora_B0.to(B0.device), self.lora_A0.to(A0.device))]
             with torch.no_grad():
-                self.weight.copy_(rebalanced)
+                new.copy_(add_low_rank(kept, change, dtype=new.dtype))
         if merged:
             self.merge()
         return self
 
-    def _kept(self) -> nn.Parameter:
-        return self.weight if self._unmerged is None else self._unmerged[0]
+    def _product(self, B: Tensor, A: Tensor) -> Tensor:
+        return B.to(self.kept_weight.dtype) @ A.to(self.kept_weight.dtype)
 
-    def _terms(self) -> list[Term]:
-        terms: list[Term] = [(self.scaling, self.lora_B, self.lora_A)]
-        return terms if self.form == "residual" else [*terms, (-self.scaling, self.lora_B0, self.lora_A0)]
+    def _plus(self, *terms: tuple[int, Tensor, Tensor]) -> Tensor:
+        """``kept_weight + Σ sign · scaling · B A`` in float64, rounded once."""
+        return add_low_rank(self.kept_weight, [(sign * self.scaling, B, A) for sign, B, A in terms])
+
+    def _kept_of(self, weight: Tensor, start: WindowStart) -> Tensor:
+        return kept_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form).contiguous()
 
     @classmethod
     def _like(cls, linear: nn.Module, window: Window, **options: Any) -> LinearPC:
@@ -353,8 +358,7 @@ class LinearPC(nn.Module):
 
     def _begin(self, linear: nn.Module, start: WindowStart) -> None:
         weight, bias = read_layer(linear)
-        kept = kept_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
-        self.weight = nn.Parameter(kept.contiguous(), requires_grad=False)
+        self.kept_weight = nn.Parameter(self._kept_of(weight, start), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         factors = self._factors(start)
         self.lora_A, self.lora_B = nn.Parameter(factors["lora_A"]), nn.Parameter(factors["lora_B"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-_ROWS = 1024
+_ROWS = 256
 
 Term = tuple[float, Tensor, Tensor]
 """``(c, B (out, r), A (r, in))``."""

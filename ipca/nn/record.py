@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ipca.nn.linear import LinearPC
 
 _MUST_AGREE = ("rank", "alpha", "form")
+_FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
 
 
 def encode_record(layer: LinearPC) -> Tensor:
@@ -28,8 +30,16 @@ def decode_record(state: Tensor) -> dict[str, Any]:
     return record
 
 
-def check_record(layer: LinearPC, state: Tensor | None) -> None:
-    """Raise ValueError where a state dict's record contradicts ``layer``; strict loading reports a missing one."""
+def check_record(layer: LinearPC, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise ValueError where a state dict of a LinearPC contradicts ``layer``, or has its kept weight without factors.
+
+    Strict loading reports other missing keys.
+    """
+    if prefix + "kept_weight" in state_dict:
+        missing = [name for name in _FACTORS if prefix + name not in state_dict]
+        if missing:
+            raise ValueError(f"the state dict holds kept_weight, which means nothing without {', '.join(missing)}.")
+    state = state_dict.get(prefix + "_extra_state")
     record = {} if state is None else decode_record(state)
     for name, value in record.items():
         if name in _MUST_AGREE and value != getattr(layer, name):

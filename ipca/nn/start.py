@@ -83,6 +83,8 @@ def window_start(
     root = (found.S / scaling).sqrt()
     A0 = (root[:, None] * found.Vh).to(weight.dtype).to(adapter_dtype)
     B0 = (found.U * root).to(weight.dtype).to(adapter_dtype)
+    if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
+        raise RuntimeError(f"the factors overflow {weight.dtype} or {adapter_dtype}; choose another adapter_dtype.")
     certificate = certify_start(weight, A0, B0, scaling=scaling, form=form)
     return WindowStart(A0, B0, found.report.window, tensor_sha256(weight), found.report, certificate)
 

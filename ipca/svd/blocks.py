@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ROWS = 1024
+_ROWS = 256
 
 
 class Blocks:
@@ -26,11 +26,11 @@ class Blocks:
 
     def __iter__(self) -> Iterator[Tensor]:
         for rows in self.W.split(_ROWS):
-            yield rows.double() / self.scale
+            yield rows.to(torch.float64, copy=True).div_(self.scale)
 
     def dense(self) -> Tensor:
         """``W (m, n)`` as one float64 tensor."""
-        return self.W.double() / self.scale
+        return self.W.to(torch.float64, copy=True).div_(self.scale)
 
     def gram(self) -> Tensor:
         """``Wᵀ W (n, n)``."""

@@ -48,9 +48,10 @@ def orthogonality(U: Tensor, V: Tensor) -> float:
 
 def count_above(G: Tensor, threshold: float) -> int:
     """How many eigenvalues of the symmetric ``G (n, n)`` exceed ``threshold``, from one LDLᵀ factorisation."""
-    shifted = G.clone()
-    shifted.diagonal().sub_(threshold)
-    LD, pivots, _ = torch.linalg.ldl_factor_ex(shifted)  # a pivot of exactly 0 is no error: it is not above
+    diagonal = G.diagonal().clone()
+    G.diagonal().sub_(threshold)  # in place and undone: a second copy of G would be the peak of memory
+    LD, pivots, _ = torch.linalg.ldl_factor_ex(G)  # a pivot of exactly 0 is no error: it is not above
+    G.diagonal().copy_(diagonal)
     # A negative pivot marks a row of a 2 × 2 block, which Bunch–Kaufman picks only where one eigenvalue is positive.
     positive = ((LD.diagonal() > 0) & (pivots > 0)).sum() + (pivots < 0).sum() // 2
     return int(positive)

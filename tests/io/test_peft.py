@@ -161,6 +161,11 @@ def test_config_is_that_of_a_lora_of_twice_the_rank(tmp_path):
     assert (config["use_rslora"], config["init_lora_weights"], config["bias"]) == (False, True, "none")
 
 
+def test_config_says_which_weights_are_stored_transposed(tmp_path):
+    assert written_config(gpt2(), tmp_path)["fan_in_fan_out"] is True
+    assert written_config(bert(), tmp_path)["fan_in_fan_out"] is False
+
+
 def test_config_names_the_base_model(tmp_path):
     model = bert()
     model.name_or_path = "some/base"

@@ -145,7 +145,7 @@ def test_saved_modules_are_the_outermost_that_match():
         (
             {"rank": 13},
             ValueError,
-            r"cannot adapt a, b: .* only 12; lower `rank`; head: .* only 5",
+            r"cannot adapt a, b: .* only 12; lower `rank`, or leave it out; head: .* only 5",
         ),
         (
             {"rank": 13, "window": "energy=0.5"},
@@ -296,4 +296,4 @@ def test_tied_weights_are_adapted_in_the_intact_form():
     ipca.apply_pc(model, rank=2, form="intact", progress=False)
     assert torch.equal(model(x), y)
     assert torch.equal(model.table.weight, table)
-    assert model.b.weight.data_ptr() == model.table.weight.data_ptr()
+    assert model.b.kept_weight.data_ptr() == model.table.weight.data_ptr()

@@ -41,7 +41,7 @@ def reference_weight(layer: LinearPC) -> torch.Tensor:
     low = layer.lora_B.double() @ layer.lora_A.double()
     if layer.form == "intact":
         low = low - layer.lora_B0.double() @ layer.lora_A0.double()
-    return layer.weight.double() + layer.alpha / layer.rank * low
+    return layer.kept_weight.double() + layer.alpha / layer.rank * low
 
 
 def relative(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -166,7 +166,7 @@ def test_dropout_falls_on_the_low_rank_branch_alone():
     y = layer(x)
     torch.manual_seed(1)
     z = F.dropout(x, 0.4)
-    wanted = F.linear(x, layer.weight, layer.bias) + F.linear(F.linear(z, layer.lora_A), layer.lora_B)
+    wanted = F.linear(x, layer.kept_weight, layer.bias) + F.linear(F.linear(z, layer.lora_A), layer.lora_B)
     assert torch.allclose(y, wanted, rtol=1e-5, atol=1e-6)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
@@ -175,7 +175,7 @@ def test_dropout_falls_on_the_low_rank_branch_alone():
 def test_intact_form_shares_the_weight_and_residual_does_not():
     linear = nn.Linear(23, 37)
     residual, intact = (LinearPC.from_linear(linear, rank=5, form=form) for form in FORMS)
-    assert intact.weight.data_ptr() == linear.weight.data_ptr() != residual.weight.data_ptr()
+    assert intact.kept_weight.data_ptr() == linear.weight.data_ptr() != residual.kept_weight.data_ptr()
     assert intact.bias.data_ptr() == residual.bias.data_ptr() == linear.bias.data_ptr()
     assert [name for name, p in intact.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
     assert linear.weight.requires_grad
@@ -259,7 +259,7 @@ def test_a_weight_that_is_not_finite_is_refused(value):
 
 def test_layer_on_meta_waits_for_its_weights():
     layer = LinearPC(8, 8, rank=2, device="meta")
-    with pytest.raises(RuntimeError, match=r"no window yet: load a state dict, or call reset_parameters"):
+    with pytest.raises(RuntimeError, match=r"no window yet: load a state dict with load_state_dict"):
         layer(torch.empty(1, 8, device="meta"))
     layer.to_empty(device="cpu").reset_parameters()
     assert layer.window == Window(3, 2)

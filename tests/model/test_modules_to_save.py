@@ -1,0 +1,110 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ipca
+
+
+def network():
+    head = nn.Sequential(nn.BatchNorm1d(12, affine=False), nn.Linear(12, 3))
+    return nn.ModuleDict({"body": nn.Linear(8, 12), "head": head})
+
+
+def forward(model, x):
+    return model["head"](model["body"](x))
+
+
+def train(model):
+    optimizer = torch.optim.SGD(ipca.adapter_parameters(model), lr=0.3)
+    for _ in range(5):
+        loss = forward(model, torch.randn(16, 8)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_saved_module_travels_whole_frozen_or_not(tmp_path, freeze):
+    base = network()
+    model = train(ipca.apply_pc(copy.deepcopy(base), rank=2, modules_to_save=["head"], progress=False))
+    model.requires_grad_(not freeze)
+    model["body"].requires_grad_(False)
+    ipca.save_adapter(model, tmp_path)
+    again = ipca.load_adapter(copy.deepcopy(base), tmp_path, trainable=False).eval()
+    x = torch.randn(5, 8)
+    assert torch.equal(forward(again, x), forward(model, x))
+    assert not torch.allclose(forward(again, x), forward(base.eval(), x), atol=1e-3)
+    ipca.save_adapter(again, tmp_path)
+    assert torch.equal(forward(ipca.load_adapter(copy.deepcopy(base), tmp_path).eval(), x), forward(model, x))
+
+
+def test_a_second_call_keeps_what_the_first_one_trains():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "head": nn.Linear(8, 3)})
+    ipca.apply_pc(model, rank=2, targets=["a"], modules_to_save=["head"], progress=False)
+    ipca.apply_pc(model, rank=2, targets=["b"], progress=False)
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert training == {"a.lora_A", "a.lora_B", "b.lora_A", "b.lora_B", "head.weight", "head.bias"}
+    assert {id(p) for p in ipca.adapter_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def tied_llama():
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=30,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (tied_llama, {"modules_to_save": ["embed_tokens"]}, "'model.embed_tokens' shares parameters"),
+        (network, {"exclude": ["nosuchlayer"]}, "exclude 'nosuchlayer' matches no module"),
+        (network, {"modules_to_save": ["nosuchlayer"]}, "modules_to_save 'nosuchlayer' matches no module"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(model, options, message):
+    model = model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        ipca.apply_pc(model, rank=2, progress=False, **options)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_whole_integer_modules_are_refused():
+    model = network()
+    model["table"] = nn.ParameterList([nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)])
+    with pytest.raises(ValueError, match="'table' has parameters that are no floats"):
+        ipca.apply_pc(model, rank=2, targets=["body"], modules_to_save=["table"], progress=False)
+    assert type(model["body"]) is nn.Linear
+
+
+def test_layers_of_a_peft_adapter_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(network(), LoraConfig(r=2, target_modules=["body"]))
+    with pytest.raises(ValueError, match=r"belongs to a PEFT adapter; merge_and_unload"):
+        ipca.apply_pc(model, rank=2, progress=False)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapper_is_not_saved(wrap, tmp_path):
+    model = ipca.apply_pc(network(), rank=2, progress=False)
+    with pytest.raises(ValueError, match="belongs to a wrapper"):
+        ipca.save_adapter(wrap(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [16, {"rank": 4}, "middle"])
+def test_a_config_of_another_type_is_refused(config):
+    with pytest.raises(TypeError, match="config must be a PCConfig"):
+        ipca.apply_pc(network(), config)
