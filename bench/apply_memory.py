@@ -1,0 +1,65 @@
+"""Peak memory of ``apply_pc`` above the model, in units of the largest layer in float64; one process for each case.
+
+Writes bench/results/apply_memory.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results" / "apply_memory.csv"
+CASES = [
+    (kind, d, form)
+    for kind, d in (("square", 1024), ("square", 2048), ("mlp", 1024))
+    for form in ("residual", "intact")
+]
+
+
+def measure(kind: str, d: int, form: str) -> None:
+    """Print the peak above the model over the largest layer in float64, of ``apply_pc`` at rank 16."""
+    import torch
+    from torch import nn
+
+    import ipca
+
+    def model(d: int) -> nn.Sequential:
+        shapes = [(d, d)] * 4 if kind == "square" else [(d, d)] * 4 + [(d, 3 * d), (3 * d, d)]
+        return nn.Sequential(*[nn.Linear(*shape) for shape in shapes])
+
+    ipca.apply_pc(model(320), rank=16, form=form, progress=False)  # libraries and their buffers
+    large = model(d)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _status("VmRSS")
+    ipca.apply_pc(large, rank=16, form=form, progress=False)
+    largest = max(layer.out_features * layer.in_features for layer in large) * 8
+    print(f"{(_status('VmHWM') - before) / largest:.2f},{largest / 2**20:.0f},{torch.__version__}")
+
+
+def main() -> None:
+    """Measure every case in a process of its own."""
+    rows = []
+    for kind, d, form in CASES:
+        # glibc raises this threshold as it goes, and then keeps freed blocks in fragments that differ from run to run.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, kind, str(d), form]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        ratio, size, version = done.stdout.strip().split(",")
+        rows.append({"layers": kind, "d": d, "form": form, "peak_layers": ratio, "largest_mib": size, "torch": version})
+        print(rows[-1])
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1], int(sys.argv[2]), sys.argv[3]) if len(sys.argv) > 1 else main()
