@@ -1,6 +1,6 @@
 # make demo   a fresh machine with Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
-# make test   the test suite            make check   lint, format, types, import floors, README in step
-# make results   run the demo again and put its CSV, its picture and README's table in place
+# make test   the test suite            make check   lint, format, types, import floors, tables in step
+# make results   measure again (demo, memory) and put CSV files, the picture and the tables in place
 #
 # On Linux pip's torch is the CUDA build, some gigabytes. The small CPU build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -37,6 +37,7 @@ report: $(READY)
 
 results: demo
 	cp demo-out/demo.csv demo-out/demo.png bench/results/
+	$(BIN)/python bench/apply_memory.py
 	$(BIN)/python bench/report.py
 
 $(READY): pyproject.toml constraints.txt Makefile

@@ -35,7 +35,7 @@ def measure(kind: str, d: int, form: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = _status("VmRSS")
     ipca.apply_pc(large, rank=16, form=form, progress=False)
-    largest = max(layer.out_features * layer.in_features for layer in large) * 8
+    largest = max(p.numel() for p in large.parameters()) * 8
     print(f"{(_status('VmHWM') - before) / largest:.2f},{largest / 2**20:.0f},{torch.__version__}")
 
 

@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md from bench/results/*.csv; with --check only say whether they are in step."""
+"""Write the measured tables of README and docs from bench/results/*.csv; with --check say whether they are in step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from ipca.demo.report import read_rows, table
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def demo_section(path: Path) -> str:
@@ -27,30 +28,44 @@ def demo_section(path: Path) -> str:
     )
 
 
-def render(text: str) -> str:
+def memory_section(path: Path) -> str:
+    """Peak memory of apply_pc."""
+    rows = read_rows(path)
+    lines = ["| layers | d | form | peak, in largest layers in float64 |", "|---|---|---|---|"]
+    lines += [f"| {row['layers']} | {row['d']} | {row['form']} | {row['peak_layers']} |" for row in rows]
+    return "\n".join(lines) + f"\n\ntorch {rows[0]['torch']}, rank 16. Rows: `bench/results/{path.name}`."
+
+
+def render(text: str, sections: dict[str, str]) -> str:
     """``text`` with everything between its ``report`` markers made anew."""
-    for name, section in {"demo": demo_section(ROOT / "bench/results/demo.csv")}.items():
-        pattern = rf"(<!-- report:{name} -->\n).*?(\n<!-- /report:{name} -->)"
-        text, count = re.subn(pattern, lambda m, s=section: m[1] + s + m[2], text, flags=re.DOTALL)  # type: ignore[misc]
+    for name, section in sections.items():
+        pattern = rf"(<!-- report:{name} -->\n).*?(<!-- /report:{name} -->)"
+        text, count = re.subn(pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
         if count != 1:
-            raise ValueError(f"README.md must have the markers of report:{name} once, found {count}.")
+            raise ValueError(f"the markers of report:{name} must stand once, found {count}.")
     return text
 
 
 def main() -> int:
-    """Rewrite README.md, or check it."""
+    """Rewrite the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of step")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of step")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = render(before)
-    if args.check:
+    pages = {
+        ROOT / "README.md": {"demo": demo_section(RESULTS / "demo.csv")},
+        ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
+    }
+    stale = []
+    for page, sections in pages.items():
+        before = page.read_text()
+        after = render(before, sections)
         if after != before:
-            print("README.md is out of step with bench/results; run: make report", file=sys.stderr)
-        return int(after != before)
-    readme.write_text(after)
-    return 0
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(after)
+    if args.check and stale:
+        print(f"{', '.join(stale)} out of step with bench/results; run: make report", file=sys.stderr)
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":
