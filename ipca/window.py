@@ -112,9 +112,7 @@ class Window:
             ValueError: the window does not fit into ``[0, d)``.
         """
         if self.rank > d:
-            raise ValueError(
-                f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`, or leave it out."
-            )
+            raise ValueError(f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`.")
         if self.needs_spectrum:
             if singular_values is None:
                 raise ValueError(f"{self} depends on the singular values; pass singular_values.")

@@ -48,3 +48,11 @@ def test_dtype_shape_and_order_count():
     assert len(digests) == 7
     square = torch.randn(5, 5)
     assert tensor_sha256(square) != tensor_sha256(square.mT)
+
+
+@pytest.mark.parametrize("rows", [1, 1025, 2049])
+def test_a_chunk_of_one_value(rows):
+    tensor = torch.randn(1, rows).mT
+    assert tensor_sha256(tensor) == tensor_sha256(tensor.clone(memory_format=torch.contiguous_format))
+    spread = torch.randn(rows, 2)[:, :1]
+    assert tensor_sha256(spread) == tensor_sha256(spread + 0)

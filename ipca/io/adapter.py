@@ -21,6 +21,7 @@ from ipca.model import (
     adapted_layers,
     install,
     refuse,
+    refuse_inference_mode,
     train_only_adapter,
     uninterrupted,
 )
@@ -85,6 +86,7 @@ def load_adapter(
         FileNotFoundError: ``folder`` lacks a file.
         ValueError: a damaged file, shapes or layers that do not fit, or another base; the model is unchanged.
     """
+    refuse_inference_mode()
     saved = read_adapter(folder)
     whole = _whole_state(model, saved)
     present = adapted_layers(model)

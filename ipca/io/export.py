@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ipca.io.files import staged_files, staged_folder
 from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, adapter_tensors
-from ipca.model import adapted_layers, require_adapted, whole_modules
+from ipca.model import adapted_layers, refuse_suffix, require_adapted, whole_modules
 from ipca.nn import LinearPC
 
 FORMS = ("peft", "residual")
@@ -65,6 +66,11 @@ def savable(model: nn.Module) -> tuple[dict[str, LinearPC], dict[str, nn.Module]
             raise ValueError(f"{name} has no window yet; load its weights first.")
         if layer.kept_weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
             raise ValueError(f"{name}: its weight or bias trains, which an adapter file does not hold; freeze them.")
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for name, layer in layers.items():
+        if places[id(layer)] > 1:
+            raise ValueError(f"{name} stands in several places of the model, which PEFT's format cannot say.")
     for name in whole:
         inside = [path for path in layers if not name or path.startswith(f"{name}.")]
         if inside:
@@ -72,6 +78,7 @@ def savable(model: nn.Module) -> tuple[dict[str, LinearPC], dict[str, nn.Module]
                 f"{name or type(model).__name__} has trainable parameters of its own beside the adapted {inside[0]}; "
                 "an adapter file holds whole modules only, so freeze them."
             )
+        refuse_suffix(name, names)
     return layers, whole
 
 

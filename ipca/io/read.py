@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, split_factors
-from ipca.nn import FORMS
+from ipca.nn import check_options
 from ipca.svd import SVDReport
 from ipca.window import Window
 
@@ -99,19 +99,24 @@ def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str]:
     try:
         record = json.loads(path.read_text())
         if record["format"] != 1:
-            raise ValueError(f"{path} has format {record['format']}, which a newer ipca wrote; upgrade ipca.")
+            raise ValueError(f"format {record['format']} is that of a newer ipca; upgrade it")
         layers = {name: _layer(values) for name, values in record["layers"].items()}
-        wrong = [layer.form for layer in layers.values() if layer.form not in FORMS]
-        if wrong or not layers:
-            raise ValueError(f"{path} names " + (f"the unknown form {wrong[0]!r}." if wrong else "no layer."))
+        if not layers:
+            raise ValueError("it names no layer")
+        if not isinstance(record["modules_to_save"], list):
+            raise TypeError(f"modules_to_save is {record['modules_to_save']!r}, not a list")
         return layers, record["modules_to_save"], record["adapter_sha256"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _layer(values: dict[str, Any]) -> SavedLayer:
+    """One layer's record; whatever is wrong with it must fail here and not when the model is being changed."""
     layer = SavedLayer(**{**values, "shape": tuple(values["shape"])})
-    layer.report()  # a record that does not fit must fail here
+    out_features, in_features = layer.shape
+    layer.window.resolve(min(out_features, in_features))
+    check_options(form=layer.form, dropout=layer.dropout, alpha=layer.alpha)
+    layer.report()
     return layer
 
 

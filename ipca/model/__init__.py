@@ -9,9 +9,17 @@ from ipca.model.adapter import (
     unmerge_adapter,
     whole_modules,
 )
-from ipca.model.apply import adapted_layers, apply_pc, install, replace_module, train_only_adapter, uninterrupted
+from ipca.model.apply import (
+    adapted_layers,
+    apply_pc,
+    install,
+    refuse_inference_mode,
+    replace_module,
+    train_only_adapter,
+    uninterrupted,
+)
 from ipca.model.summary import Summary, summary
-from ipca.model.targets import Target, refuse
+from ipca.model.targets import Target, refuse, refuse_suffix
 
 __all__ = [
     "Summary",
@@ -23,6 +31,8 @@ __all__ = [
     "install",
     "merge_adapter",
     "refuse",
+    "refuse_inference_mode",
+    "refuse_suffix",
     "replace_module",
     "require_adapted",
     "summary",

@@ -48,6 +48,7 @@ def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = T
         raise TypeError(f"config must be a PCConfig, got {config!r}; give fields by name, such as rank=16.")
     if config is not None and options:
         raise TypeError(f"give a PCConfig or options, not both; got {', '.join(options)} beside a config.")
+    refuse_inference_mode()
     config = config or PCConfig.create(**options)
     saved = saved_modules(model, config)
     targets = find_targets(model, config)
@@ -123,11 +124,17 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pending: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    pending: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)  # None: set outside Python
-        if pending and callable(before):
-            before(*pending[0])
+        if pending:
+            signal.raise_signal(signal.SIGINT)
+
+
+def refuse_inference_mode() -> None:
+    """Raise within ``torch.inference_mode()``, where new factors could never train."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("within torch.inference_mode() new factors could never train; leave it first.")

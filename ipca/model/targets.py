@@ -17,6 +17,7 @@ from ipca.svd import check_matrix
 from ipca.window import Window
 
 T = TypeVar("T")
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,20 @@ def saved_modules(model: nn.Module, config: PCConfig) -> list[str]:
     outermost = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in outermost:
+        refuse_suffix(name, names)
         own = Counter(id(p) for _, p in model.get_submodule(name).named_parameters(remove_duplicate=False))
         if any(owners[key] != count for key, count in own.items()):
             raise ValueError(f"modules_to_save {name!r} shares parameters with another module; untie them first.")
         if not all(p.is_floating_point() for p in model.get_submodule(name).parameters()):
             raise ValueError(f"modules_to_save {name!r} has parameters that are no floats and cannot train.")
     return outermost
+
+
+def refuse_suffix(name: str, names: Iterable[str]) -> None:
+    """Raise where PEFT, which matches ``modules_to_save`` by bare endings, would take other modules for ``name``."""
+    others = [other for other in names if other.endswith(name) and other != name]
+    if others:
+        raise ValueError(f"modules_to_save {name!r} would make PEFT save {others[0]!r} too; rename one of them.")
 
 
 def _matching(model: nn.Module, modules: dict[str, nn.Module], config: PCConfig) -> list[str]:
@@ -115,6 +124,8 @@ def _matching(model: nn.Module, modules: dict[str, nn.Module], config: PCConfig)
             raise ValueError(f"{type(model).__name__} has no linear layer to adapt.")
         return names
     patterns = (config.targets,) if isinstance(config.targets, str) else config.targets
+    if not patterns:
+        raise ValueError("targets is empty; name layers to adapt, or say 'all-linear'.")
     for pattern in patterns:
         if not any(matches(pattern, name) for name in free if name):
             leaves = sorted({n.rpartition(".")[2] for n in free if n and _adaptable(modules[n])})
@@ -171,7 +182,7 @@ def _reason(target: Target, modules: dict[str, nn.Module], paths: Counter[int], 
         return "its weight is parametrised; remove the parametrisation first"
     if layer_kind(module) is None:
         return f"it is a {type(module).__name__}, not an nn.Linear or a transformers Conv1D"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+    if "forward" in vars(module) or any(getattr(module, f"_{hooks}_hooks") for hooks in _HOOKS):
         return "it has hooks or a replaced forward, which would be lost; adapt the model before attaching them"
     if paths[id(module)] > 1:
         return "the same module stands in several places of the model"
@@ -189,5 +200,5 @@ def _reason(target: Target, modules: dict[str, nn.Module], paths: Counter[int], 
         elif target.window.rank > min(weight.shape):
             raise ValueError(f"rank {target.window.rank} is above its {min(weight.shape)} singular values.")
     except (TypeError, ValueError) as error:
-        return str(error).rstrip(".")
+        return str(error).rstrip(".") + " (or exclude the layer, or name it in modules_to_save)"
     return None

@@ -25,8 +25,14 @@ def encode_record(layer: LinearPC) -> Tensor:
 
 
 def decode_record(state: Tensor) -> dict[str, Any]:
-    """The inverse of :func:`encode_record`."""
-    record: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
+    """The inverse of :func:`encode_record`, or a ValueError."""
+    try:
+        record: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
+        missing = {*_MUST_AGREE, "start", "base_sha256"} - record.keys()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the layer's record is damaged: {error}.") from None
+    if missing:
+        raise ValueError(f"the layer's record lacks {', '.join(sorted(missing))}.")
     return record
 
 

@@ -76,13 +76,15 @@ def window_start(
     ``adapter_dtype``, so that a cast to the compute dtype changes nothing before training.
 
     Raises:
-        TypeError, ValueError: as :func:`ipca.window_svd`.
-        RuntimeError: the initialisation certificate does not hold.
+        TypeError, ValueError: as :func:`ipca.window_svd`, or the factors underflow to zeros.
+        RuntimeError: the factors overflow their dtype, or the initialisation certificate does not hold.
     """
     found = window_svd(weight, window, tol=tol, dtype=weight.dtype if weight.device.type == "mps" else torch.float64)
     root = (found.S / scaling).sqrt()
     A0 = (root[:, None] * found.Vh).to(weight.dtype).to(adapter_dtype)
     B0 = (found.U * root).to(weight.dtype).to(adapter_dtype)
+    if found.S.any() and not (A0.any() and B0.any()):
+        raise ValueError(f"the factors are all 0 in {weight.dtype} and could never train; lower alpha.")
     if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
         raise RuntimeError(f"the factors overflow {weight.dtype} or {adapter_dtype}; choose another adapter_dtype.")
     certificate = certify_start(weight, A0, B0, scaling=scaling, form=form)

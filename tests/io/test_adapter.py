@@ -270,3 +270,10 @@ def test_what_an_adapter_file_cannot_hold(build, words, tmp_path):
         with pytest.raises(ValueError, match=words):
             write(model, tmp_path / "new")
         assert not (tmp_path / "new").exists()
+
+
+def test_model_cast_after_apply_names_the_dtype_of_its_base(tmp_path):
+    base = nn.Sequential(nn.Linear(20, 12))
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=2, progress=False).to(torch.bfloat16), tmp_path)
+    with pytest.raises(ValueError, match="it is bfloat16 here and was float32"):
+        ipca.load_adapter(copy.deepcopy(base).to(torch.bfloat16), tmp_path)

@@ -135,12 +135,18 @@ def test_damaged_sidecar(saved, text):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.update(format=2), r"ipca\.json has format 2, which a newer ipca wrote; upgrade ipca"),
-        (lambda r: r.update(layers={}), r"ipca\.json names no layer"),
+        (
+            lambda r: r.update(format=2),
+            r"ipca\.json is damaged: ValueError: format 2 is that of a newer ipca; upgrade it",
+        ),
+        (lambda r: r.update(layers={}), r"ipca\.json is damaged: ValueError: it names no layer"),
         (lambda r: r.pop("layers"), r"ipca\.json is damaged: KeyError: 'layers'"),
         (lambda r: r["layers"]["b"].update(note=1), r"ipca\.json is damaged: TypeError: .*note"),
         (lambda r: r["layers"]["b"].pop("alpha"), r"ipca\.json is damaged: TypeError: .*alpha"),
-        (lambda r: r["layers"]["b"].update(form="both"), r"ipca\.json names the unknown form 'both'"),
+        (
+            lambda r: r["layers"]["b"].update(form="both"),
+            r"ipca\.json is damaged: ValueError: form must be one of residual, intact; got 'both'",
+        ),
         (lambda r: r["layers"]["b"].update(rank="3"), r"ipca\.json is damaged: TypeError: rank must be an int"),
         (lambda r: r["layers"]["b"]["svd"].pop("path"), r"ipca\.json is damaged: TypeError: .*path"),
         (

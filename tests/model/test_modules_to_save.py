@@ -108,3 +108,51 @@ def test_a_wrapper_is_not_saved(wrap, tmp_path):
 def test_a_config_of_another_type_is_refused(config):
     with pytest.raises(TypeError, match="config must be a PCConfig"):
         ipca.apply_pc(network(), config)
+
+
+def test_a_name_that_ends_another_one_is_refused():
+    model = nn.ModuleDict({"q_proj": nn.Linear(10, 10), "proj": nn.Linear(10, 4)})
+    with pytest.raises(ValueError, match="'proj' would make PEFT save 'q_proj' too"):
+        ipca.apply_pc(model, rank=2, targets=["q_proj"], modules_to_save=["proj"], progress=False)
+    ipca.apply_pc(model, rank=2, targets=["q_proj"], progress=False)
+    model["proj"].requires_grad_(True)
+    with pytest.raises(ValueError, match="'proj' would make PEFT save 'q_proj' too"):
+        ipca.export(model, "unused")
+
+
+def test_no_targets_and_hooks_of_every_kind_are_refused():
+    with pytest.raises(ValueError, match="targets is empty"):
+        ipca.apply_pc(network(), rank=2, targets=[], progress=False)
+    model = network()
+    model["body"].register_full_backward_pre_hook(print)
+    with pytest.raises(ValueError, match="body: it has hooks"):
+        ipca.apply_pc(model, rank=2, progress=False)
+
+
+def test_a_small_new_head_is_named_with_the_cure():
+    with pytest.raises(ValueError, match=r"head\.1: .* name it in modules_to_save"):
+        ipca.apply_pc(network(), rank=4, progress=False)
+
+
+def test_a_layer_in_two_places_is_not_saved(tmp_path):
+    layer = ipca.nn.LinearPC(8, 8, 2)
+    with pytest.raises(ValueError, match="several places"):
+        ipca.save_adapter(nn.Sequential(layer, nn.ReLU(), layer), tmp_path)
+
+
+def test_inference_mode_is_refused(tmp_path):
+    ipca.save_adapter(ipca.apply_pc(network(), rank=2, progress=False), tmp_path)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="could never train"):
+            ipca.apply_pc(network(), rank=2, progress=False)
+        with pytest.raises(RuntimeError, match="could never train"):
+            ipca.load_adapter(network(), tmp_path)
+
+
+def test_a_layer_of_an_encoder_alone():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[0, 0, 0, 0, 1], [0, 0, 1, 1, 1]]).bool()
+    with torch.no_grad():
+        y = encoder(x, src_key_padding_mask=mask)
+        ipca.apply_pc(encoder.layers[1], rank=3, progress=False)
+        assert torch.allclose(encoder(x, src_key_padding_mask=mask)[~mask], y[~mask], rtol=1e-4, atol=1e-5)

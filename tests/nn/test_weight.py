@@ -123,3 +123,27 @@ def test_factors_that_overflow_their_dtype_are_refused():
         linear.weight.mul_(1e12)
     with pytest.raises(RuntimeError, match="factors overflow"):
         LinearPC.from_linear(linear, rank=2, form="intact", adapter_dtype=torch.float16)
+
+
+def test_conv1d_with_one_input():
+    from transformers.pytorch_utils import Conv1D
+
+    LinearPC.from_linear(Conv1D(1025, 1), rank=1)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12)])
+def test_plain_conv1d_state_dict_loads_into_its_layer(shape):
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(*shape)
+    layer = LinearPC.from_linear(conv, rank=2)
+    layer.load_state_dict(conv.state_dict())
+    x = torch.randn(3, shape[1])
+    assert torch.allclose(layer(x), conv(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("alpha", "words"), [(1e-12, "factors overflow"), (1e20, "factors are all 0")])
+def test_factors_that_leave_the_range_of_float16(form, alpha, words):
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        LinearPC.from_linear(nn.Linear(20, 20).half(), rank=4, alpha=alpha, form=form)

@@ -1,0 +1,64 @@
+"""Values in ipca.json that cannot be: refused by the file's name before the model is touched."""
+
+import copy
+import json
+
+import pytest
+from torch import nn
+
+import ipca
+from ipca.fingerprint import tensor_sha256
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(20, 12), nn.Linear(12, 20), nn.Linear(20, 5)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(x).relu()))
+
+
+def snapshot(model):
+    return (
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dropout", 7),
+        ("dropout", None),
+        ("alpha", -1),
+        ("alpha", "x"),
+        ("alpha", None),
+        ("rank", 0),
+        ("start", -1),
+        ("start", 1.5),
+        ("shape", [3]),
+    ],
+)
+@pytest.mark.parametrize("form", ["residual", "intact"])
+def test_sidecar_with_values_out_of_range(tmp_path, field, value, form):
+    base = Plain()
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=2, form=form, progress=False), tmp_path)
+    record = json.loads((tmp_path / "ipca.json").read_text())
+    record["layers"]["b"][field] = value
+    (tmp_path / "ipca.json").write_text(json.dumps(record))
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"ipca\.json"):
+        ipca.load_adapter(base, tmp_path)
+    assert snapshot(base) == before
+
+
+@pytest.mark.parametrize("value", [None, 3, "norm"])
+def test_sidecar_with_a_wrong_list(tmp_path, value):
+    base = Plain()
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=2, progress=False), tmp_path)
+    record = json.loads((tmp_path / "ipca.json").read_text())
+    record["modules_to_save"] = value
+    (tmp_path / "ipca.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"ipca\.json is damaged"):
+        ipca.load_adapter(base, tmp_path)
