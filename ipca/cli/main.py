@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("vaderSentiment-3.3.2.tar.gz"),
         help="the source distribution of vaderSentiment 3.3.2 (default: in this folder)",
     )
-    add.add_argument("--seeds", type=_positive, default=3, help="runs of each method (default 3)")
+    add.add_argument("--seeds", type=_positive, default=1, help="runs of each method (default 1)")
     add.add_argument("--steps", type=_positive, default=60, help="training steps of a run (default 60)")
     add.add_argument("--sentences", type=_positive, default=400, help="held-out sentences of each test (default 400)")
     _out(add, default=Path("demo-out"))

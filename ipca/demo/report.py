@@ -35,7 +35,7 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """A Markdown table: for each method the mean over seeds, and the smallest and largest seed in brackets."""
+    """A Markdown table: for each method the mean over seeds, in brackets the smallest and largest."""
     lines = ["| trained | accuracy | probe drop | drift |", "|---|---|---|---|"]
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [_cell(values(rows, method, measure)) for measure in MEASURES]
@@ -84,4 +84,5 @@ def _panel(axis: Axes, rows: list[Row], measure: str, title: str) -> None:
 
 
 def _cell(points: list[float]) -> str:
-    return f"{mean(points):.2f} ({min(points):.2f} … {max(points):.2f})"
+    spread = f" ({min(points):.2f} … {max(points):.2f})" if len(points) > 1 else ""
+    return f"{mean(points):.2f}{spread}"
