@@ -2,18 +2,17 @@
 
 import copy
 import signal
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from common import snapshot
 from torch import nn
 
 import ipca
 import ipca.nn.start
 from ipca import Window
-from ipca.fingerprint import tensor_sha256
 from ipca.nn import LinearPC
 
 FORMS = ("residual", "intact")
@@ -27,14 +26,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.norm(x + self.b(self.a(x).relu())))
-
-
-def snapshot(model: nn.Module) -> tuple[Any, ...]:
-    return (
-        [(name, id(module), module.training) for name, module in model.named_modules()],
-        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
-        [(name, tensor_sha256(b)) for name, b in model.named_buffers()],
-    )
 
 
 def jitter(model: nn.Module) -> nn.Module:

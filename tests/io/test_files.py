@@ -6,41 +6,18 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from common import Net, adapted, snapshot
 from safetensors import SafetensorError
-from torch import nn
 
 import ipca
 import ipca.io.adapter
-from ipca.fingerprint import tensor_sha256
 from ipca.io import staged_files, staged_folder
 from ipca.io.read import read_adapter
 
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.norm = nn.Linear(20, 12), nn.Linear(12, 20), nn.LayerNorm(20)
-
-
-def adapted(model: nn.Module) -> nn.Module:
-    ipca.apply_pc(model, rank=3, modules_to_save=["norm"], progress=False)
-    with torch.no_grad():
-        for parameter in ipca.adapter_parameters(model):
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def snapshot(model: nn.Module) -> tuple[Any, ...]:
-    return (
-        [(name, id(module), module.training) for name, module in model.named_modules()],
-        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
-    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,39 +4,17 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from common import Net, adapted, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ipca
-from ipca.fingerprint import tensor_sha256
 from ipca.io.read import file_sha256
 
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.norm = nn.Linear(20, 12), nn.Linear(12, 20), nn.LayerNorm(20)
-
-
-def adapted(model: nn.Module) -> nn.Module:
-    ipca.apply_pc(model, rank=3, modules_to_save=["norm"], progress=False)
-    with torch.no_grad():
-        for parameter in ipca.adapter_parameters(model):
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def snapshot(model: nn.Module) -> tuple[Any, ...]:
-    return (
-        [(name, id(module), module.training) for name, module in model.named_modules()],
-        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
-    )
 
 
 @pytest.fixture

@@ -4,26 +4,9 @@ import copy
 import json
 
 import pytest
-from torch import nn
+from common import Plain, snapshot
 
 import ipca
-from ipca.fingerprint import tensor_sha256
-
-
-class Plain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(20, 12), nn.Linear(12, 20), nn.Linear(20, 5)
-
-    def forward(self, x):
-        return self.head(self.b(self.a(x).relu()))
-
-
-def snapshot(model):
-    return (
-        [(name, id(module), module.training) for name, module in model.named_modules()],
-        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
-    )
 
 
 @pytest.mark.parametrize(

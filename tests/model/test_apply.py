@@ -5,17 +5,16 @@ import copy
 import os
 import signal
 import threading
-from typing import Any
 
 import pytest
 import torch
+from common import snapshot
 from torch import nn
 
 import ipca
 import ipca.model.apply
 import ipca.nn.start
 from ipca import PCConfig, Window
-from ipca.fingerprint import tensor_sha256
 from ipca.nn import LinearPC
 
 FORMS = ("residual", "intact")
@@ -29,13 +28,6 @@ class Plain(nn.Module):
 
     def forward(self, x):
         return self.head(self.b(self.a(x).relu()))
-
-
-def snapshot(model: nn.Module) -> tuple[Any, ...]:
-    return (
-        [(name, id(module), module.training) for name, module in model.named_modules()],
-        [(name, id(p), p.requires_grad, tensor_sha256(p)) for name, p in model.named_parameters()],
-    )
 
 
 def on_call(number: int, function, action):

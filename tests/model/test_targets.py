@@ -1,28 +1,18 @@
 """Which layers are chosen, and every reason to refuse one: named, and with the model left as it was."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 import transformers
+from common import Plain, snapshot
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import ipca
 from ipca import PCConfig, Window
-from ipca.fingerprint import tensor_sha256
 from ipca.model.targets import find_targets, matches, matches_any, saved_modules
 from ipca.nn import LinearPC
-
-
-class Plain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(20, 12), nn.Linear(12, 20), nn.Linear(20, 5)
-
-    def forward(self, x):
-        return self.head(self.b(self.a(x).relu()))
 
 
 class Subclass(nn.Linear): ...
@@ -35,15 +25,6 @@ def blocks() -> nn.Module:
     block = {"q_proj": (16, 16), "up_proj": (16, 24), "down_proj": (24, 16)}
     layers = [nn.ModuleDict({name: nn.Linear(*shape) for name, shape in block.items()}) for _ in range(3)]
     return nn.ModuleDict({"layers": nn.ModuleList(layers), "norm": nn.LayerNorm(16), "proj": nn.Linear(16, 4)})
-
-
-def snapshot(model: nn.Module) -> tuple[Any, ...]:
-    """Which modules and parameters stand where, whether they train, and every bit of them."""
-    parameters = list(model.named_parameters(remove_duplicate=False)) + list(model.named_buffers())
-    return (
-        [(name, id(module), module.training) for name, module in model.named_modules(remove_duplicate=False)],
-        [(name, id(p), p.requires_grad, "" if p.is_meta else tensor_sha256(p)) for name, p in parameters],
-    )
 
 
 def names(model: nn.Module, **options) -> list[str]:
