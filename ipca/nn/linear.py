@@ -56,7 +56,7 @@ class LinearPC(nn.Module):
         rank: number of components; 16 by default.
         window: a :class:`~ipca.Window` or its start, such as ``"middle"``, ``0.33`` or ``"start=256"``.
         alpha: ``scaling · rank``; default ``rank``, so that scaling is 1, as in the paper.
-        form: ``"residual"`` (fastest) or ``"intact"`` (the base weight stays untouched).
+        form: ``"residual"`` (one low-rank product) or ``"intact"`` (two; the base weight stays untouched).
         dropout: probability of dropping an entry of the low-rank branch's input while training.
         adapter_dtype: of the factors; default the weight's, but float32 for 16-bit weights.
         tol: of the decomposition, see :func:`ipca.window_svd`.
@@ -135,11 +135,13 @@ class LinearPC(nn.Module):
         """
         if self._merged is not None and not self._disabled:
             return self._merged
-        frozen = self._product(self.lora_B0, self.lora_A0)
-        if self._disabled:
-            return self.kept_weight if self.form == "intact" else self.kept_weight + self.scaling * frozen
-        trained = self._product(self.lora_B, self.lora_A)
-        return self.kept_weight + self.scaling * (trained if self.form == "residual" else trained - frozen)
+        if self._disabled and self.form == "intact":
+            return self.kept_weight
+        B, A = (self.lora_B0, self.lora_A0) if self._disabled else (self.lora_B, self.lora_A)
+        low = self._product(B, A)
+        if self.form == "intact":
+            low = low - self._product(self.lora_B0, self.lora_A0)
+        return self.kept_weight + self.scaling * low
 
     def forward(self, x: Tensor) -> Tensor:
         if self.window is None:
