@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test check format report results clean
 
-# Passive waiting: with the default, OpenMP threads spin, and beside another busy process a step took 11 times as long.
+# Passive waiting: by default OpenMP threads spin, and beside another busy process every step waits for them.
 demo: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out
 

@@ -14,27 +14,31 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results" / "apply_memory.csv"
 CASES = [
     (kind, d, form)
-    for kind, d in (("square", 1024), ("square", 2048), ("mlp", 1024))
+    for kind, d in (("square", 1024), ("square", 2048), ("mlp", 1024), ("full", 1024))
     for form in ("residual", "intact")
 ]
 
 
 def measure(kind: str, d: int, form: str) -> None:
-    """Print the peak above the model over the largest layer in float64, of ``apply_pc`` at rank 16."""
+    """Print the peak above the model over the largest layer in float64, of ``apply_pc``.
+
+    ``"square"`` and ``"mlp"`` take rank 16; ``"full"`` takes rank d / 2 of one layer, which needs the full SVD.
+    """
     import torch
     from torch import nn
 
     import ipca
 
     def model(d: int) -> nn.Sequential:
-        shapes = [(d, d)] * 4 if kind == "square" else [(d, d)] * 4 + [(d, 3 * d), (3 * d, d)]
+        shapes = [(d, d)] * (1 if kind == "full" else 4) + ([(d, 3 * d), (3 * d, d)] if kind == "mlp" else [])
         return nn.Sequential(*[nn.Linear(*shape) for shape in shapes])
 
+    rank = d // 2 if kind == "full" else 16
     ipca.apply_pc(model(320), rank=16, form=form, progress=False)  # libraries and their buffers
     large = model(d)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = _status("VmRSS")
-    ipca.apply_pc(large, rank=16, form=form, progress=False)
+    ipca.apply_pc(large, rank=rank, form=form, progress=False)
     largest = max(p.numel() for p in large.parameters()) * 8
     print(f"{(_status('VmHWM') - before) / largest:.2f},{largest / 2**20:.0f},{torch.__version__}")
 

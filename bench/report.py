@@ -33,7 +33,8 @@ def memory_section(path: Path) -> str:
     rows = read_rows(path)
     lines = ["| layers | d | form | peak, in largest layers in float64 |", "|---|---|---|---|"]
     lines += [f"| {row['layers']} | {row['d']} | {row['form']} | {row['peak_layers']} |" for row in rows]
-    return "\n".join(lines) + f"\n\ntorch {rows[0]['torch']}, rank 16. Rows: `bench/results/{path.name}`."
+    ranks = 'rank 16; in the rows "full" d / 2, which needs the full SVD'
+    return "\n".join(lines) + f"\n\ntorch {rows[0]['torch']}, {ranks}. Rows: `bench/results/{path.name}`."
 
 
 def render(text: str, sections: dict[str, str]) -> str:

@@ -48,7 +48,6 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
         OSError: ``folder`` cannot be written; what was there is intact.
     """
     layers, whole = savable(model)
-    base_model = base_model if base_model is not None else getattr(model, "name_or_path", None) or None
     with staged_files(folder) as stage:
         write_peft(model, stage, base_model)
         sidecar = {

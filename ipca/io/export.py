@@ -42,7 +42,6 @@ def export(
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
     if form == "peft":
-        base_model = base_model if base_model is not None else getattr(model, "name_or_path", None) or None
         with staged_files(folder) as stage:
             write_peft(model, stage, base_model)
         return
@@ -57,6 +56,8 @@ def export(
 def savable(model: nn.Module) -> tuple[dict[str, LinearPC], dict[str, nn.Module]]:
     """The adapted layers and the modules trained whole, or a ValueError for what an adapter file cannot hold."""
     layers, whole = require_adapted(model), whole_modules(model)
+    paths = list(model.named_modules(remove_duplicate=False))
+    places = Counter(id(module) for _, module in paths)
     for name, layer in layers.items():
         if _WRAPPERS.intersection(name.split(".")) or isinstance(model, _PARALLEL):
             raise ValueError(f"{name} belongs to a wrapper, not to the model; save the model inside it.")
@@ -66,9 +67,6 @@ def savable(model: nn.Module) -> tuple[dict[str, LinearPC], dict[str, nn.Module]
             raise ValueError(f"{name} has no window yet; load its weights first.")
         if layer.kept_weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
             raise ValueError(f"{name}: its weight or bias trains, which an adapter file does not hold; freeze them.")
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    for name, layer in layers.items():
         if places[id(layer)] > 1:
             raise ValueError(f"{name} stands in several places of the model, which PEFT's format cannot say.")
     for name in whole:
@@ -78,13 +76,14 @@ def savable(model: nn.Module) -> tuple[dict[str, LinearPC], dict[str, nn.Module]
                 f"{name or type(model).__name__} has trainable parameters of its own beside the adapted {inside[0]}; "
                 "an adapter file holds whole modules only, so freeze them."
             )
-        refuse_suffix(name, names)
+        refuse_suffix(name, [path for path, _ in paths])
     return layers, whole
 
 
 def write_peft(model: nn.Module, folder: Path, base_model: str | None, *, doubled: bool = True) -> None:
-    """Write PEFT's two files into ``folder``, which exists."""
+    """Write PEFT's two files into ``folder``, which exists; ``base_model`` defaults to ``model.name_or_path``."""
     layers, whole = savable(model)
+    base_model = base_model if base_model is not None else getattr(model, "name_or_path", None) or None
     names = [name for name, _ in model.named_modules()]
     save_file(adapter_tensors(layers, whole, doubled=doubled), folder / WEIGHTS, metadata={"format": "pt"})
     config = adapter_config(layers, whole, names, base_model, doubled=doubled)

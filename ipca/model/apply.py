@@ -35,7 +35,7 @@ def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = T
 
     The model computes what it computed before, and every layer's initialisation certificate is checked. Memory: the
     factors of all layers, and for one layer at a time up to two ``(d, d)`` float64 matrices beside the layer itself
-    (about seven layers in float64 where a full SVD is needed: d < 256, rank > d / 4, a window that cuts a tie, or one
+    (about eight layers in float64 where a full SVD is needed: d < 256, rank > d / 4, a window that cuts a tie, or one
     that looks at the spectrum).
 
     Raises:

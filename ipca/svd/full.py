@@ -1,6 +1,6 @@
 """A window cut out of the full float64 SVD: for small matrices, wide windows, ties, null spaces, and GPU tensors.
 
-Needs about seven times the matrix in float64 while it runs.
+Needs about eight times the matrix in float64 while it runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A window by LAPACK's range solver: eigenvectors of the float64 Gram matrix, by index, then Rayleigh–Ritz on W.
 
 The Gram matrix squares the condition number, so small singular values lose digits; Rayleigh–Ritz on ``W`` wins those
-of ``S`` and ``U`` back, and the residual shows what is left. Costs about 0.2–0.5 of a full SVD on a CPU.
+of ``S`` and ``U`` back, and the residual shows what is left.
 """
 
 from __future__ import annotations
