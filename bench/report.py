@@ -7,10 +7,13 @@ import re
 import sys
 from pathlib import Path
 
+from facts import RESULTS, ROOT
+from plots import draw
+from result_tables import Row, against, compiled_lines, latest, pc_linear_table, training_table
+
 from ipca.demo.report import read_rows, table
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+NO_GPU = "No GPU result has been measured yet; what follows is a CPU."
 
 
 def demo_section(path: Path) -> str:
@@ -37,6 +40,50 @@ def memory_section(path: Path) -> str:
     return "\n".join(lines) + f"\n\ntorch {rows[0]['torch']}, {ranks}. Rows: `bench/results/{path.name}`."
 
 
+def pc_linear_section(results: Path) -> str:
+    """For each device the fused linear against a bare ``nn.Linear`` and PEFT, and where it loses."""
+    parts = []
+    for path in device_files(results, "pc_linear"):
+        rows = latest(read_rows(path))
+        lines = [*against(rows, most=3), *compiled_lines(rows)]
+        parts += [
+            f"{measured_on(rows[0])} Forward and backward of one layer; rows: `bench/results/{path.name}`.",
+            pc_linear_table(rows),
+            "\n".join(f"- {line}" for line in lines),
+            f"![time over that of a bare nn.Linear](bench/results/{path.with_suffix('.png').name})",
+        ]
+    return "\n\n".join(gpu_or_not(results, "pc_linear") + parts)
+
+
+def training_section(results: Path) -> str:
+    """For each device whole training steps, beside PEFT."""
+    parts = []
+    for path in device_files(results, "training"):
+        rows = latest(read_rows(path))
+        first = rows[0]
+        model = f"{int(first['parameters']) / 1e6:.0f} M parameters, {first['layers']} layers of {first['hidden']}"
+        steps = f"rank {first['rank']}, {first['batch']} × {first['length']} tokens a step"
+        about = f"{measured_on(first)} A LLaMA-shaped model, {model}; {steps}; rows: `bench/results/{path.name}`."
+        parts += [about, training_table(rows)]
+    return "\n\n".join(gpu_or_not(results, "training") + parts)
+
+
+def device_files(results: Path, bench: str) -> list[Path]:
+    """The CSV files of one bench, the CPU's last."""
+    return sorted(results.glob(f"{bench}_*.csv"), key=lambda path: (path.stem.endswith("_cpu"), path.name))
+
+
+def gpu_or_not(results: Path, bench: str) -> list[str]:
+    """A first sentence where no GPU has been measured."""
+    return [] if any(not path.stem.endswith("_cpu") for path in device_files(results, bench)) else [NO_GPU]
+
+
+def measured_on(row: Row) -> str:
+    """Device and versions, as a sentence."""
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton") if row[name])
+    return f"**{row['device']}**, {row['dtype']}; {versions}, PEFT {row['peft']}, Python {row['python']}."
+
+
 def render(text: str, sections: dict[str, str]) -> str:
     """``text`` with everything between its ``report`` markers made anew."""
     for name, section in sections.items():
@@ -53,7 +100,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of step")
     args = parser.parse_args()
     pages = {
-        ROOT / "README.md": {"demo": demo_section(RESULTS / "demo.csv")},
+        ROOT / "README.md": {
+            "demo": demo_section(RESULTS / "demo.csv"),
+            "pc_linear": pc_linear_section(RESULTS),
+            "training": training_section(RESULTS),
+        },
         ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
     }
     stale = []
@@ -64,6 +115,9 @@ def main() -> int:
             stale.append(page.name)
             if not args.check:
                 page.write_text(after)
+    if not args.check:
+        for path in device_files(RESULTS, "pc_linear"):
+            draw(read_rows(path), path.with_suffix(".png"))
     if args.check and stale:
         print(f"{', '.join(stale)} out of step with bench/results; run: make report", file=sys.stderr)
     return int(args.check and bool(stale))

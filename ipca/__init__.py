@@ -28,6 +28,8 @@ from ipca.model import (  # noqa: E402
     unload,
     unmerge_adapter,
 )
+from ipca.nn import backends, explain  # noqa: E402
+from ipca.ops import set_backend  # noqa: E402
 from ipca.svd import SVDReport, WindowSVD, singular_values, window_svd  # noqa: E402
 from ipca.window import Window  # noqa: E402
 
@@ -40,12 +42,15 @@ __all__ = [
     "__version__",
     "adapter_parameters",
     "apply_pc",
+    "backends",
     "disabled",
+    "explain",
     "export",
     "load_adapter",
     "merge_adapter",
     "nn",
     "save_adapter",
+    "set_backend",
     "singular_values",
     "summary",
     "unload",

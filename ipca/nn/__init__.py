@@ -1,6 +1,8 @@
 """Layers: ``from ipca.nn import LinearPC``."""
 
+from ipca.nn.explain import Explanation, backends, explain
 from ipca.nn.linear import LinearPC
+from ipca.nn.shared import SharedInput
 from ipca.nn.start import (
     FORMS,
     InitCertificate,
@@ -13,11 +15,15 @@ from ipca.nn.start import (
 
 __all__ = [
     "FORMS",
+    "Explanation",
     "InitCertificate",
     "LinearPC",
+    "SharedInput",
     "WindowStart",
+    "backends",
     "certify_start",
     "check_options",
     "default_adapter_dtype",
+    "explain",
     "window_start",
 ]

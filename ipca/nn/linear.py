@@ -22,7 +22,7 @@ from ipca.nn.start import (
     kept_weight,
     window_start,
 )
-from ipca.ops import pc_linear
+from ipca.ops import Layer, pc_linear
 from ipca.svd import SVDReport
 from ipca.window import Window, as_window
 
@@ -128,6 +128,16 @@ class LinearPC(nn.Module):
         return self._merged is not None
 
     @property
+    def is_disabled(self) -> bool:
+        """Whether the layer computes the pretrained function, inside :meth:`disabled`."""
+        return self._disabled
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``forward`` is one product with a weight at the moment: merged, or intact and disabled."""
+        return self.form == "intact" if self._disabled else self.merged
+
+    @property
     def weight(self) -> Tensor:
         """``W_eff (out, in)``, computed anew, for code that reads a layer's weight instead of calling the layer.
 
@@ -158,6 +168,11 @@ class LinearPC(nn.Module):
         frozen = {"A0": A0, "B0": B0} if self.form == "intact" else {}
         dropout = self.dropout if self.training else 0.0
         return pc_linear(x, self.kept_weight, A, B, self.bias, scaling=self.scaling, dropout=dropout, **frozen)
+
+    def tensors(self) -> Layer:
+        """What :func:`ipca.ops.pc_linear_shared` takes of a layer."""
+        A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
+        return Layer(self.kept_weight, self.lora_A, self.lora_B, self.bias, A0, B0, self.scaling)
 
     @classmethod
     def from_linear(

@@ -1,5 +1,8 @@
-"""Registered PyTorch ops and the functions that call them."""
+"""Registered PyTorch ops, the functions that call them, and which backend computes them."""
 
+from ipca.ops.backend import BACKENDS, set_backend
 from ipca.ops.linear import pc_linear
+from ipca.ops.shared import pc_linear_shared
+from ipca.ops.split import Layer
 
-__all__ = ["pc_linear"]
+__all__ = ["BACKENDS", "Layer", "pc_linear", "pc_linear_shared", "set_backend"]

@@ -1,22 +1,28 @@
-"""The op ``ipca::pc_linear`` and the function that calls it: checks, autocast, dropout; then one op, one autograd rule.
+"""The op ``ipca::pc_linear`` and the function that calls it: checks, autocast, a seed for dropout; then one op.
 
-Registered with ``custom_op``: ``torch.library.triton_op`` imports triton at decoration, or logs that it is missing, and
-``import ipca`` must do neither.
+The op exists twice with one body and one autograd rule: here as a ``custom_op`` for every device, and in
+:mod:`ipca.ops.cuda` as a ``triton_op``, which torch.compile sees through. That module is imported when the first CUDA
+tensor arrives, because ``triton_op`` loads triton and ``import ipca`` must not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ipca.ops import reference
+from ipca.ops import backend as backends
+from ipca.ops import reference, split
+from ipca.ops.dropout import new_seed
+from ipca.ops.split import Layer, Needs
+
+Grad = Callable[..., list[Tensor]]
 
 
-@torch.library.custom_op("ipca::pc_linear", mutates_args=())
-def pc_linear_op(
+def forward(
     x: Tensor,
     weight: Tensor,
     A: Tensor,
@@ -24,44 +30,98 @@ def pc_linear_op(
     bias: Tensor | None,
     A0: Tensor | None,
     B0: Tensor | None,
+    seed: Tensor | None,
     scaling: float,
+    dropout: float,
+    backend: str,
+    training: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``y (…, N)`` and ``h = x Aᵀ (…, R)``, see :mod:`ipca.ops.reference`."""
-    return reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling)
+    """``y (…, N)`` and ``h = z Aᵀ (…, R)``, see :mod:`ipca.ops.reference`."""
+    rows = x.reshape(-1, x.shape[-1])
+    choice = backends.choose(backend, backends.problem_of(rows, weight, A, A0, dropout, training))
+    with on_device_of(x):
+        (y,), (h,) = split.forward(x, [Layer(weight, A, B, bias, A0, B0, scaling)], seed, dropout, choice)
+    return y.view(*x.shape[:-1], weight.shape[0]), h.view(*x.shape[:-1], A.shape[0])
 
 
-@pc_linear_op.register_fake
-def _(
+def backward(
+    dy: Tensor,
     x: Tensor,
+    h: Tensor,
     weight: Tensor,
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
     A0: Tensor | None,
     B0: Tensor | None,
+    seed: Tensor | None,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], A.shape[0])
+    dropout: float,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Of ``dx, dW, dA, dB, dbias`` those that ``needs`` asks for."""
+    rows, layer = x.reshape(-1, x.shape[-1]), Layer(weight, A, B, bias, A0, B0, scaling)
+    choice = backends.choose(backend, backends.problem_of(rows, weight, A, A0, dropout, True))
+    with on_device_of(x):
+        dx, (grads,) = split.backward(
+            [dy.reshape(-1, dy.shape[-1])],
+            rows,
+            [h.reshape(-1, h.shape[-1])],
+            [layer],
+            seed,
+            dropout,
+            choice,
+            needs[0],
+            [Needs(*needs[1:])],
+        )
+    found = (dx if dx is None else dx.view(x.shape), *grads)
+    return [grad for grad, need in zip(found, needs, strict=True) if need and grad is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, A, B, _, A0, B0, ctx.scaling = inputs
-    ctx.save_for_backward(x, output[1], weight, A, B, A0, B0)
+@contextmanager
+def on_device_of(x: Tensor) -> Iterator[None]:
+    """Kernels start on the current device: make it that of ``x``. The dtypes are settled: no autocast."""
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext(), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the inputs and ``h``; nothing else is stored."""
+    x, weight, A, B, bias, A0, B0, seed, ctx.scaling, ctx.dropout, ctx.backend, _ = inputs
+    ctx.save_for_backward(x, output[1], weight, A, B, bias, A0, B0, seed)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, h, weight, A, B, A0, B0 = ctx.saved_tensors
-    if dy is None:
-        if dh is None:
-            return (None,) * 8
-        dy = dh.new_zeros(*dh.shape[:-1], weight.shape[0])
-    needs = ctx.needs_input_grad[:5]
-    dx, dW, dA, dB, dbias = reference.pc_linear_backward(dy, dh, x, h, weight, A, B, A0, B0, ctx.scaling, needs)
-    return dx, dW, dA, dB, dbias, None, None, None
+def autograd_rule(run: Grad) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The op's gradient, through ``run`` or, where it is itself differentiated, through the reference."""
+
+    def rule(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h, weight, A, B, bias, A0, B0, seed = ctx.saved_tensors
+        if dy is None and dh is None:
+            return (None,) * 12
+        needs = list(ctx.needs_input_grad[:5])
+        if dh is not None or torch.is_grad_enabled():
+            dy = x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
+            given = (dy, dh, x, h, weight, A, B, A0, B0, ctx.scaling, seed, ctx.dropout, needs)
+            grads: list[Tensor | None] = list(reference.pc_linear_backward(*given))
+        else:
+            found = iter(run(dy, x, h, weight, A, B, bias, A0, B0, seed, ctx.scaling, ctx.dropout, ctx.backend, needs))
+            grads = [next(found) if need else None for need in needs]
+        return (*grads, *(None,) * 7)
+
+    return rule
 
 
-pc_linear_op.register_autograd(_backward, setup_context=_setup_context)
+pc_linear_op = torch.library.custom_op("ipca::pc_linear", forward, mutates_args=())
+
+
+@pc_linear_op.register_fake
+def _(x: Tensor, weight: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], A.shape[0])
+
+
+pc_linear_op.register_autograd(autograd_rule(backward), setup_context=setup_context)
 
 
 def pc_linear(
@@ -80,7 +140,7 @@ def pc_linear(
 
     Without ``A0, B0`` their term is absent. With them, and ``A = A0``, ``B = B0``, the low-rank term is exactly 0.
     Gradients flow to ``x``, ``weight``, ``A``, ``B`` and ``bias``; ``A0`` and ``B0`` are constants. Under autocast the
-    product runs in the autocast dtype, as ``nn.Linear`` does.
+    product runs in the autocast dtype, as ``nn.Linear`` does. :func:`ipca.set_backend` says what computes it.
 
     Args:
         x: ``(…, K)``.
@@ -89,28 +149,50 @@ def pc_linear(
         B, B0: ``(N, R)``, likewise.
         bias: ``(N,)`` or None.
         scaling: the factor of the low-rank term.
-        dropout: probability of dropping an entry of the low-rank branch's input, the same entries for both pairs.
+        dropout: probability of dropping an entry of the low-rank branch's input, the same entries for both pairs, in
+            steps of 2⁻¹⁶.
 
     Returns:
         ``(…, N)``, of the dtype of ``x``, or the autocast dtype.
 
     Raises:
         ValueError: the shapes do not fit, only one of ``A0, B0`` is given, or ``dropout`` is not in [0, 1].
+        RuntimeError: the backend asked for by name cannot run, or dropout under a ``torch.func`` transform.
     """
-    _check(x, weight, A, B, bias, A0, B0)
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must lie in [0, 1], got {dropout}.")
+    check(x, weight, A, B, bias, A0, B0, dropout)
+    x, weight, bias = to_autocast(x, weight, bias)
+    A0, B0 = (None, None) if A0 is None or B0 is None else (A0.detach(), B0.detach())
+    if transformed():
+        return _under_transform(x, weight, A, B, bias, A0, B0, scaling, dropout)
+    seed = new_seed(x.device) if dropout > 0 else None
+    op = op_for(x)
+    return op(x, weight, A, B, bias, A0, B0, seed, scaling, dropout, backends.asked_for(), torch.is_grad_enabled())[0]
+
+
+def op_for(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op for the device of ``x``; a CUDA tensor loads triton."""
+    if not x.is_cuda:
+        return pc_linear_op
+    from ipca.ops.cuda import pc_linear_cuda_op
+
+    return pc_linear_cuda_op
+
+
+def to_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
+    """All tensors in the dtype of autocast, where that is on and ``x`` is not float64, as ``nn.Linear`` has it."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return _pc_linear(x, weight, A, B, bias, A0, B0, scaling, dropout)
-    return _pc_linear(x, weight, A, B, bias, A0, B0, scaling, dropout)
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
 
 
-def _pc_linear(
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform (grad, vmap, jvp) is running."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _under_transform(
     x: Tensor,
     weight: Tensor,
     A: Tensor,
@@ -121,15 +203,19 @@ def _pc_linear(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    if A0 is not None and B0 is not None:
-        A0, B0 = A0.detach(), B0.detach()
+    """The reference, which ``torch.func`` sees through."""
+    if backends.asked_for() not in ("auto", "reference"):
+        raise RuntimeError(
+            f"backend {backends.asked_for()!r} has no rule for torch.func transforms; "
+            "say ipca.set_backend('auto') or 'reference' around them."
+        )
     if dropout > 0:
-        return reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling, z=F.dropout(x, dropout))[0]
-    y, _ = pc_linear_op(x, weight, A, B, bias, A0, B0, scaling)
-    return y
+        raise RuntimeError("pc_linear has no dropout under torch.func transforms; call eval() or set dropout=0.")
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling)[0]
 
 
-def _check(
+def check(
     x: Tensor,
     weight: Tensor,
     A: Tensor,
@@ -137,7 +223,9 @@ def _check(
     bias: Tensor | None,
     A0: Tensor | None,
     B0: Tensor | None,
+    dropout: float,
 ) -> None:
+    """Refuse what does not fit, before anything is computed."""
     N, K = weight.shape
     R = A.shape[0]
     if x.shape[-1] != K:
@@ -152,3 +240,5 @@ def _check(
         raise ValueError("A0 and B0 go together: give both or neither.")
     if A0 is not None and B0 is not None and (A0.shape != A.shape or B0.shape != B.shape):
         raise ValueError(f"A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} must have the shapes of A and B.")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must lie in [0, 1], got {dropout}.")

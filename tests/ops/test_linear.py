@@ -37,6 +37,12 @@ def call(t, **options):
     return pc_linear(t.x, t.weight, t.A, t.B, t.bias, scaling=SCALING, A0=t.A0, B0=t.B0, **options)
 
 
+def op_arguments(t, *, x=None, seed=None, dropout=0.0, backend="auto"):
+    """What the op itself takes."""
+    x = t.x if x is None else x
+    return (x, t.weight, t.A, t.B, t.bias, t.A0, t.B0, seed, SCALING, dropout, backend, True)
+
+
 def plain(t):
     """The formula as anybody would write it, with PyTorch's own autograd."""
     low = F.linear(F.linear(t.x, t.A.to(t.x.dtype)), t.B.to(t.x.dtype))
@@ -66,14 +72,14 @@ def assert_within_twice(got, other, exact):
 )
 def test_the_op_passes_opcheck(intact, M, bias):
     t = inputs(M=M, intact=intact, bias=bias, dtype=torch.float32)
-    torch.library.opcheck(pc_linear_op, (t.x, t.weight, t.A, t.B, t.bias, t.A0, t.B0, SCALING))
+    torch.library.opcheck(pc_linear_op, op_arguments(t))
 
 
 @FORMS
 def test_the_op_passes_opcheck_on_mixed_dtypes_and_strided_input(intact):
     t = inputs(M=(5,), intact=intact, dtype=torch.bfloat16, factors=torch.float32)
     x = torch.randn(29, 10, dtype=torch.bfloat16)[:, ::2].mT.requires_grad_()
-    torch.library.opcheck(pc_linear_op, (x, t.weight, t.A, t.B, t.bias, t.A0, t.B0, SCALING))
+    torch.library.opcheck(pc_linear_op, op_arguments(t, x=x))
 
 
 @FORMS
@@ -95,7 +101,7 @@ def test_gradients_of_the_second_output(intact):
     t = inputs(M=(3,), N=3, K=5, R=2, intact=intact, train=("x", "weight", "A", "B"))
 
     def f(x, weight, A, B):
-        return pc_linear_op(x, weight, A, B, t.bias, t.A0, t.B0, SCALING)
+        return pc_linear_op(x, weight, A, B, *op_arguments(t)[4:])
 
     assert gradcheck(f, (t.x, t.weight, t.A, t.B))
     assert gradcheck(lambda x, A: f(x, t.weight, A, t.B)[1], (t.x, t.A))

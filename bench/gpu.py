@@ -1,0 +1,216 @@
+"""Everything that needs a GPU, in one command that fits a time limit and continues where an earlier call stopped.
+
+python bench/gpu.py --out DIR: environment, tests, memory checker, tuning, both benches, picture and summary. Each step
+is a process with a limit of its own, so that one that hangs or breaks leaves the others their time. DIR gets at most
+eight files: state.json, environment.json, log.txt, summary.txt, the tuning table, two CSV files and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+SUMMARY_SECONDS = 15
+"""Kept back for the picture and the summary."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """``arguments`` of the interpreter; ``{seconds}`` and ``{out}`` are filled in.
+
+    ``limit`` is the most it may take, ``keep`` what it must leave for the steps behind it. One that ``resumes`` is run
+    by every call: it knows itself what is left to do.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    limit: float
+    keep: float = 0.0
+    resumes: bool = False
+    before: tuple[str, ...] = ()
+
+
+SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
+SELF = str(BENCH / "gpu.py")
+GRID, TRAINING = str(BENCH / "bench_pc_linear.py"), str(BENCH / "bench_training.py")
+ON_GPU = ("--device", "cuda", "--out", "{out}", "--seconds", "{seconds}")
+STEPS = (
+    Step("environment", (SELF, "--environment", "--out", "{out}"), 60),
+    Step("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests"), 150),
+    Step("memcheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "memcheck")),
+    Step("tune", (SELF, "--tune", "--out", "{out}", "--seconds", "{seconds}"), 100, resumes=True),
+    Step("pc_linear", (GRID, *ON_GPU), 10_000, keep=90, resumes=True),
+    Step("training", (TRAINING, *ON_GPU), 150, resumes=True),
+    Step("racecheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "racecheck")),
+)
+START_SECONDS = 15
+"""What a process needs to start and to end beside the ``seconds`` that it is told."""
+AGAIN = 3
+"""The exit status of a bench that lost the device and can go on in a new process."""
+
+
+def run_all(steps: tuple[Step, ...], out: Path, seconds: float) -> int:
+    """Run every step that is not done yet; 1 if one has failed, now or before."""
+    deadline = time.monotonic() + seconds - SUMMARY_SECONDS
+    state = read_state(out)
+    for step in steps:
+        if state.get(step.name, {}).get("status") == "done" and not step.resumes:
+            continue
+        left = min(step.limit, deadline - time.monotonic() - step.keep)
+        state[step.name] = run_step(step, out, left)
+        (out / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    return int(any(entry["status"] == "failed" for entry in state.values()))
+
+
+def read_state(out: Path) -> dict[str, dict[str, str]]:
+    """What earlier calls did."""
+    path = out / "state.json"
+    state: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
+    return state
+
+
+def run_step(step: Step, out: Path, seconds: float) -> dict[str, str]:
+    """Run one step, its output into log.txt and the end of it on the screen where it fails."""
+    if step.before and not shutil.which(step.before[0]):
+        return report(step, "skipped", f"{step.before[0]} is not on PATH")
+    began = time.monotonic()
+    while True:
+        left = seconds - (time.monotonic() - began)
+        if left < START_SECONDS:
+            return report(step, "no time", "left for another call")
+        fill = {"out": str(out), "seconds": str(int(left - START_SECONDS))}
+        command = [*step.before, sys.executable, *(argument.format(**fill) for argument in step.arguments)]
+        code = bounded(command, out, left)
+        if code != AGAIN or not step.resumes:
+            break
+    took = f"{time.monotonic() - began:.0f} s"
+    if code == 0:
+        return report(step, "done", took)
+    print((out / "log.txt").read_text(errors="replace")[-2000:])
+    return report(step, "failed", f"stopped after {took}" if code is None else f"exit {code} after {took}")
+
+
+def report(step: Step, status: str, words: str) -> dict[str, str]:
+    """The entry for state.json, also printed."""
+    print(f"{step.name}: {status}, {words}", flush=True)
+    return {"status": status, "words": words}
+
+
+def bounded(command: list[str], out: Path, seconds: float) -> int | None:
+    """The exit status; None where the command and all that it started had to be killed."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment |= {"PYTHONUNBUFFERED": "1", "IPCA_CACHE": str(out), "TQDM_MININTERVAL": "10"}
+    with (out / "log.txt").open("a") as log:
+        log.write(f"\n===== {' '.join(command)}\n")
+        log.flush()
+        options: Any = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+def write_environment(out: Path) -> None:
+    """What ran: device, driver, versions, commit."""
+    import torch
+    from facts import facts
+
+    found = {**facts(torch.device("cuda")), "cuda": torch.version.cuda or "", "platform": platform.platform()}
+    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
+    found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    (out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def sanitize_case() -> None:
+    """Forward and backward of the Triton kernels at odd shapes, small enough to run under a memory checker."""
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else an overrun stays within the cache's larger block
+    import torch
+    from checks import results
+    from providers import FORMS, Cell, Provider, Sample, active, layer_call, trained
+
+    cells = [Cell(33, 65, 97, rank=5, dropout=0.1), Cell(1, 128, 72), Cell(130, 64, 256, rank=24, dropout=0.1)]
+    for cell in cells:
+        sample = Sample(cell, torch.device("cuda"), seed=0)
+        for provider in (Provider("ipca-triton", form) for form in FORMS):
+            parameters = trained(sample.layer(provider))
+            with active(provider):
+                found = results(layer_call(provider, sample), sample.x, sample.dy, parameters)
+            assert all(torch.isfinite(value).all() for value in found.values()), (cell, provider)
+
+
+def tune(out: Path, seconds: float) -> None:
+    """Measure the configurations for every shape of the grid, in its order, into the table that the benches read."""
+    import torch
+    from grid import grid
+
+    from ipca.kernels.tables import cache_file
+    from ipca.kernels.tune import tune_grid
+
+    names = ("M", "N", "K", "rank", "dtype")
+    cells = list(dict.fromkeys(tuple(getattr(cell, name) for name in names) for cell in grid("cuda")))
+    path = out / cache_file(torch.device("cuda")).name
+    tune_grid([dict(zip(names, cell, strict=True)) for cell in cells], path, seconds)
+
+
+def summarise(out: Path) -> None:
+    """Draw the picture; print and write the tables."""
+    from facts import read_rows
+    from plots import draw
+    from result_tables import against, compiled_lines, goal_line, latest, pc_linear_table, training_table
+
+    lines = [f"{name}: {entry['status']}, {entry['words']}" for name, entry in read_state(out).items()]
+    for path in out.glob("training_*.csv"):
+        lines += ["", training_table(read_rows(path))]
+    for path in out.glob("pc_linear_*.csv"):
+        rows = latest(read_rows(path))
+        draw(rows, path.with_suffix(".png"))
+        lines += ["", pc_linear_table(rows), "", *against(rows), *compiled_lines(rows), "", goal_line(rows)]
+    text = "\n".join(lines)
+    (out / "summary.txt").write_text(text + "\n")
+    print(f"\n{text}")
+
+
+def main() -> int:
+    """All steps, or the one that is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results; default gpu-out")
+    parser.add_argument("--seconds", type=float, default=520, help="limit for all steps together; default 520")
+    for name in ("environment", "sanitize-case", "tune"):
+        parser.add_argument(f"--{name}", action="store_true", help="this step alone, in this process")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if args.environment:
+        write_environment(out)
+    elif args.sanitize_case:
+        sanitize_case()
+    elif args.tune:
+        tune(out, args.seconds)
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("bench/gpu.py needs a CUDA device, and torch sees none here.")
+        failed = run_all(STEPS, out, args.seconds)
+        summarise(out)
+        return failed
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Registers, spills, shared memory and matrix instructions of every kernel that ships, compiled without a GPU.
+
+Writes bench/results/kernels.csv; exits with 1 if a kernel may not ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from offline import Compiled, Row, compile_all
+
+RESULTS = Path(__file__).resolve().parent / "results" / "kernels.csv"
+COLUMNS = ("kernel", "variant", "config", "arch", "registers", "spills", "smem", "tmem", "matrix", "tma", "triton")
+
+
+def record(row: Row, triton: str) -> dict[str, str]:
+    """One line of the table; a kernel that does not compile has no numbers."""
+    named = {"kernel": row.kernel, "variant": row.variant, "config": row.config, "arch": f"sm_{row.arch}"}
+    return {**dict.fromkeys(COLUMNS, "-"), **named, **(numbers(row.compiled) if row.compiled else {}), "triton": triton}
+
+
+def numbers(made: Compiled) -> dict[str, str]:
+    """The columns that the compiler fills."""
+    return {
+        "registers": str(made.registers),
+        "spills": str(made.spills),
+        "smem": str(made.shared),
+        "tmem": str(made.tensor_memory),
+        "matrix": " ".join(sorted(made.matrix_instructions)) or "none",
+        "tma": "yes" if made.uses_tma else "no",
+    }
+
+
+def print_table(records: list[dict[str, str]]) -> None:
+    """Columns as wide as their widest entry."""
+    lines = [COLUMNS, *(tuple(record.values()) for record in records)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    for line in lines:
+        print("  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip())
+
+
+def main() -> int:
+    """Compile, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2, help="compilers at a time (default 2)")
+    rows = compile_all(workers=parser.parse_args().workers)
+    import triton
+
+    records = [record(row, triton.__version__) for row in rows]
+    print_table(records)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    problems = [problem for row in rows for problem in row.problems()]
+    sys.stderr.writelines(f"{problem}\n" for problem in problems)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

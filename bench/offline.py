@@ -1,0 +1,281 @@
+"""Compile Triton kernels for sm_80, sm_90 and sm_100 without a GPU, and read what the compiler made of them.
+
+A stand-in for Triton's driver names the architecture; ``warmup`` then specialises a kernel as its launch would and
+stops before loading it. The ptxas and cuobjdump that Triton brings do the rest. Triton is imported where it is used,
+not above: a worker has to leave the interpreter's mode first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+TENSOR_MEMORY_LIMIT = 512
+"""Columns of tensor memory of an sm_100 multiprocessor. A kernel that wants more compiles to a trap, without a word."""
+
+SHIPPED = "ipca.kernels.shipped:shipped"
+INTEGERS = {"i32": 16, "i64": 1 << 40}  # what a launch passes: the value decides the type, and 16 divides it
+
+
+class CompileFailure(Exception):
+    """A kernel that does not compile; the message is the compiler's."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas made of a kernel: ``spills`` in bytes of local memory a thread, ``tensor_memory`` in columns."""
+
+    registers: int
+    spills: int
+    shared: int
+    tensor_memory: int
+    sass: str = field(repr=False)
+
+    @property
+    def matrix_instructions(self) -> frozenset[str]:
+        """Such as ``{"HMMA"}`` (sm_80), ``{"HGMMA"}`` (sm_90), ``{"UTCHMMA"}`` (sm_100)."""
+        return frozenset(re.findall(r"\b(?:UTC)?[HIQDOF]G?MMA\b", self.sass))
+
+    @property
+    def uses_tma(self) -> bool:
+        """Whether tiles are loaded through descriptors."""
+        return "UTMALDG" in self.sass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on one architecture: what came out, or the ``error``."""
+
+    kernel: str
+    variant: str
+    config: str
+    arch: int
+    matrix: bool
+    compiled: Compiled | None = None
+    error: str = ""
+    seconds: float = 0.0
+
+    def problems(self) -> list[str]:
+        """Why this kernel may not ship, each as a line that says which kernel it is."""
+        where = f"{self.kernel} | {self.variant} | {self.config} | sm_{self.arch}: "
+        return [where + problem for problem in self._problems()]
+
+    def _problems(self) -> Iterator[str]:
+        if self.compiled is None:
+            yield f"does not compile: {self.error}"
+            return
+        from ipca.kernels.shipped import LIMITS
+
+        made, limit = self.compiled, LIMITS[self.arch].shared
+        if made.tensor_memory > TENSOR_MEMORY_LIMIT:
+            yield f"{made.tensor_memory} columns of tensor memory, the limit is {TENSOR_MEMORY_LIMIT}"
+        elif self.matrix and not made.matrix_instructions:
+            yield "no matrix instruction"
+        if made.spills:
+            yield f"spills registers: {made.spills} bytes a thread"
+        if made.shared > limit:
+            yield f"{made.shared} bytes of shared memory, the limit is {limit}"
+
+
+def compile_kernel(
+    kernel: Any,
+    args: Mapping[str, Any],
+    arch: int,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    divisible_by_16: Collection[str] | None = None,
+) -> Compiled:
+    """Compile ``kernel`` as a launch with such arguments would.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        args: a value for every argument. A type, ``"*bf16"``, ``"i32"``, ``"fp32"``, stands for some value of it. A
+            number, ``None`` or a ``tl.constexpr`` argument's value is passed on: a stride of 1 becomes a constant.
+        arch: 80, 90 or 100.
+        num_warps, num_stages: as in the launch.
+        divisible_by_16: the pointers and integers given as types that 16 divides; all of them unless said.
+
+    Raises:
+        CompileFailure: with the compiler's message.
+    """
+    from triton.runtime.driver import driver
+
+    if not hasattr(kernel, "warmup"):
+        raise TypeError(f"{kernel} is no compiled kernel; TRITON_INTERPRET must not be set when it is defined.")
+    if set(args) != set(kernel.arg_names):
+        raise CompileFailure(
+            f"{sorted(set(args) ^ set(kernel.arg_names))}: in the kernel's arguments or in `args`, not in both"
+        )
+    values = {}
+    for parameter in kernel.params:
+        value = args[parameter.name]
+        if isinstance(value, str) and not parameter.is_constexpr:
+            value = _stand_in(value, divisible_by_16 is None or parameter.name in divisible_by_16)
+        values[parameter.name] = value
+    before = driver._active
+    driver.set_active(_Driver(arch))
+    with _messages() as messages:
+        try:
+            made = kernel.warmup(**values, num_warps=num_warps, num_stages=num_stages, grid=(1,))
+        except Exception as error:
+            raise CompileFailure(messages(error)) from error
+        finally:
+            driver._active = before  # `reset_active` would look for a GPU
+    registers, spills, sass = _disassemble(made.asm["cubin"])
+    return Compiled(registers, spills, made.metadata.shared, made.metadata.tmem_size or 0, sass)
+
+
+def compile_all(source: str = SHIPPED, workers: int = 2) -> list[Row]:
+    """Compile every case of ``source`` for every architecture that it is meant for, ``workers`` at a time.
+
+    ``source`` is ``"module:function"`` or ``"path.py:function"``. The function yields cases with the fields of
+    :class:`ipca.kernels.shipped.Case`, and ``args`` as :func:`compile_kernel` takes them.
+    """
+    with tempfile.TemporaryDirectory() as cache_dir:
+        with _pool(workers, cache_dir) as pool:
+            rows = pool.submit(_uncompiled, source).result()
+            futures = [pool.submit(_compile_case, source, case, arch) for case, arch, _ in rows]
+            done = [
+                None if isinstance(future.exception(), BrokenProcessPool) else future.result() for future in futures
+            ]
+        # A compiler that crashes takes every unfinished case with it: these have another chance, each alone.
+        for i, (case, arch, row) in enumerate(rows):
+            if done[i] is None:
+                with _pool(1, cache_dir) as pool, contextlib.suppress(BrokenProcessPool):
+                    done[i] = pool.submit(_compile_case, source, case, arch).result()
+                done[i] = done[i] or replace(row, error="the compiler's process crashed")
+    return [row for row in done if row is not None]
+
+
+class _Driver:
+    """What Triton asks its driver before a launch; every architecture is a device of its own."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Pointer:
+    """What a launch asks a tensor."""
+
+    def __init__(self, dtype: str, address: int) -> None:
+        self.dtype, self.address = dtype, address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _stand_in(kind: str, divisible: bool) -> Any:
+    """A value that a launch gives the type ``kind``."""
+    if kind.startswith("*"):
+        return _Pointer(kind[1:], 0 if divisible else 8)
+    return 1.5 if kind == "fp32" else INTEGERS[kind] + (not divisible)
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[Callable[[BaseException], str]]:
+    """Silence the compiler; the function given says an exception, its causes and what the compiler wrote of it.
+
+    MLIR writes to the process's stderr and not to ``sys.stderr``; and a dump of the module is no message.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as written, contextlib.redirect_stdout(io.StringIO()):
+        stderr = os.dup(2)
+        os.dup2(written.fileno(), 2)
+
+        def messages(error: BaseException | None) -> str:
+            said = []
+            while error is not None:
+                said.append(f"{type(error).__name__}: {error}")
+                error = error.__cause__
+            written.seek(0)
+            said += re.findall(r".*(?:error:|note: Pipeline|Assertion).*", written.read())
+            return "\n".join(said)
+
+        try:
+            yield messages
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of local memory, and the code."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .* LOCAL:(\d+)", text)
+    assert usage is not None, text[:1000]
+    registers, stack, local = map(int, usage.groups())
+    return registers, stack + local, text
+
+
+def _pool(workers: int, cache_dir: str) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start, (cache_dir,))
+
+
+def _start(cache_dir: str) -> None:
+    """Compile anew, and compile: the tests may run in the interpreter's mode."""
+    os.environ["TRITON_CACHE_DIR"] = cache_dir
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+@cache
+def _cases(source: str) -> list[Any]:
+    name, function = source.rsplit(":", 1)
+    if not name.endswith(".py"):
+        return list(getattr(importlib.import_module(name), function)())
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(getattr(module, function)())
+
+
+def _uncompiled(source: str) -> list[tuple[int, int, Row]]:
+    """Number of the case, architecture, and the row without its result."""
+    return [
+        (i, arch, Row(case.name, case.variant, case.config.describe(), arch, case.matrix))
+        for i, case in enumerate(_cases(source))
+        for arch in case.archs
+    ]
+
+
+def _compile_case(source: str, i: int, arch: int) -> Row:
+    case = _cases(source)[i]
+    made, error, start = None, "", time.perf_counter()
+    try:
+        made = compile_kernel(case.kernel, case.args, arch, case.config.num_warps, case.config.num_stages)
+    except CompileFailure as failure:
+        error = str(failure)
+    seconds = time.perf_counter() - start
+    return Row(case.name, case.variant, case.config.describe(), arch, case.matrix, made, error, seconds)

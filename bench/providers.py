@@ -1,0 +1,195 @@
+"""The layers that are timed against each other, all built on the same weight and factors.
+
+``linear`` is a bare frozen ``nn.Linear``; ``ipca-…`` a ``LinearPC`` with that backend; ``peft-…`` stock PEFT's LoRA on
+the residual weight, which computes the function of the residual form. Its three arms differ where the weight has 16
+bits: ``peft-bf16`` has factors of the weight's dtype, ``peft-autocast`` float32 factors under ``torch.autocast``,
+``peft-default`` float32 factors without it, as ``get_peft_model`` makes them. ``LinearPC`` holds float32 factors there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import ipca
+from ipca.nn import LinearPC, WindowStart, certify_start, default_adapter_dtype
+
+BACKENDS = ("triton", "addmm", "merged", "reference", "auto")
+FORMS = ("residual", "intact")
+ARMS = ("bf16", "autocast", "default")
+"""PEFT's, see above."""
+
+Layer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem: ``x (M, K)``, ``weight (N, K)``. ``compiled``: its rows are those of torch.compile."""
+
+    M: int
+    N: int
+    K: int
+    rank: int = 16
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+    compiled: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One layer, as the column ``provider`` of a row names it, its form and whether torch.compile compiles it."""
+
+    name: str
+    form: str = ""
+    compiled: bool = False
+
+    @property
+    def backend(self) -> str | None:
+        """The backend to set while it runs."""
+        return self.name.removeprefix("ipca-") if self.name.startswith("ipca-") else None
+
+
+def providers(cell: Cell) -> list[Provider]:
+    """Everything that is measured in ``cell``, the yardsticks of the ratios first."""
+    arms = ARMS if cell.torch_dtype.itemsize == 2 else ("default",)
+    peft = [f"peft-{arm}" for arm in arms]
+    yardsticks = [Provider("linear"), *map(Provider, peft)]
+    if cell.compiled:
+        compiled = [Provider("ipca-auto", form, True) for form in FORMS] + [Provider(name, "", True) for name in peft]
+        return yardsticks + compiled
+    return yardsticks + [Provider(f"ipca-{backend}", form) for form in FORMS for backend in BACKENDS]
+
+
+@contextmanager
+def active(provider: Provider) -> Iterator[None]:
+    """Within the block ``ipca`` runs with the provider's backend."""
+    if provider.backend is None:
+        yield
+        return
+    before = ipca.set_backend(provider.backend)
+    try:
+        yield
+    finally:
+        ipca.set_backend(before)
+
+
+@dataclass
+class Sample:
+    """One set of inputs of a cell, random and from ``seed`` alone, and the layers on its weight, built when asked for.
+
+    ``x`` and ``dy`` are of the size that activations and gradients have; the low-rank branch is of the size that a
+    window's is, and its trained factors have moved away from where they started.
+    """
+
+    cell: Cell
+    device: torch.device
+    seed: int
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        M, N, K, r = self.cell.M, self.cell.N, self.cell.K, self.cell.rank
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self.weight = self._random(N, K, K**-0.5)
+        self.x = self._random(M, K, 1.0).requires_grad_()
+        self.dy = self._random(M, N, 1.0)
+        self.A, self.B = self._random(r, K, K**-0.5), self._random(N, r, N**-0.5)
+
+    def _random(self, rows: int, columns: int, scale: float) -> Tensor:
+        dtype = self.cell.torch_dtype
+        values = torch.randn(rows, columns, device=self.device, dtype=dtype, generator=self.generator)
+        return values.mul_(scale)
+
+    @cached_property
+    def start(self) -> WindowStart:
+        return cheap_start(self.weight, self.cell.rank, self.generator)
+
+    def layer(self, provider: Provider) -> nn.Module:
+        """The layer of ``provider``, in training mode; providers that differ in how they run it share it."""
+        key = provider.form or {"peft-autocast": "peft-default"}.get(provider.name, provider.name)
+        if key not in self.layers:
+            self.layers[key] = self._build(key).train()
+        return self.layers[key]
+
+    def _build(self, key: str) -> nn.Module:
+        if key in FORMS:
+            return self._moved(linear_pc(self.weight, self.start, key, self.cell.dropout))
+        kept = self.layer(Provider("ipca-auto", "residual")).kept_weight
+        assert isinstance(kept, Tensor)
+        base = plain_linear(kept)
+        if key == "linear":
+            return base
+        return self._moved(peft_lora(base, self.cell.rank, self.cell.dropout, sixteen_bit=key == "peft-bf16"))
+
+    @torch.no_grad()
+    def _moved(self, layer: nn.Module) -> nn.Module:
+        for parameter, value in zip(trained(layer), (self.A, self.B), strict=True):
+            parameter.copy_(value)
+        return layer
+
+
+def cheap_start(weight: Tensor, rank: int, generator: torch.Generator) -> WindowStart:
+    """Factors of the size that a middle window of ``weight (N, K)`` has, nearly orthogonal, without a decomposition."""
+    N, K = weight.shape
+    adapter_dtype = default_adapter_dtype(weight.dtype)
+    sigma = float(weight.float().norm()) / min(N, K) ** 0.5  # root mean square of the singular values
+
+    def factor(rows: int, columns: int, size: int) -> Tensor:
+        values = torch.randn(rows, columns, device=weight.device, generator=generator) * (sigma / size) ** 0.5
+        return values.to(weight.dtype).to(adapter_dtype)
+
+    A0, B0 = factor(rank, K, K), factor(N, rank, N)
+    certificate = certify_start(weight, A0, B0, scaling=1.0, form="residual")
+    return WindowStart(A0, B0, ipca.Window(0, rank), "", None, certificate)
+
+
+def linear_pc(weight: Tensor, start: WindowStart, form: str, dropout: float) -> LinearPC:
+    """A LinearPC on ``weight`` that starts from ``start``."""
+    return LinearPC.from_start(plain_linear(weight), start, form=form, dropout=dropout)
+
+
+def plain_linear(weight: Tensor) -> nn.Linear:
+    """A frozen ``nn.Linear`` without bias that shares the memory of ``weight``."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
+
+
+def peft_lora(base: nn.Linear, rank: int, dropout: float, *, sixteen_bit: bool) -> nn.Module:
+    """Stock PEFT's LoRA layer around ``base``, which it keeps as it is."""
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=["layer"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for a model's config
+        model = get_peft_model(nn.ModuleDict({"layer": base}), config, autocast_adapter_dtype=not sixteen_bit)
+    return model.get_submodule("base_model.model.layer")
+
+
+def trained(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train, ``A`` before ``B``."""
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+
+def layer_call(provider: Provider, sample: Sample) -> Layer:
+    """What stands for ``y = layer(x)`` in a model that uses ``provider``."""
+    module = sample.layer(provider)
+    call: Layer = torch.compile(module, dynamic=False) if provider.compiled else module
+    if provider.name != "peft-autocast":
+        return call
+
+    def autocast(x: Tensor) -> Tensor:
+        with torch.autocast(sample.device.type, torch.bfloat16):
+            return call(x)
+
+    return autocast

@@ -1,0 +1,92 @@
+"""Which backend computes a layer for an input, and why; which others could."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipca.nn.linear import LinearPC
+from ipca.ops import BACKENDS
+from ipca.ops.backend import Problem, asked_for, choose, problem_of, refusal
+from ipca.ops.linear import to_autocast, transformed
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs for one layer and one input."""
+
+    backend: str
+    """``"triton"``, ``"addmm"``, ``"merged"``, ``"reference"``, or ``"linear"`` where no low-rank part is computed."""
+    reason: str
+    kernels: tuple[str, ...]
+    """The Triton kernels of the forward and their configurations, none where PyTorch's own run."""
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def explain(layer: LinearPC, x: Tensor) -> Explanation:
+    """Which backend runs ``layer(x)`` and why. Computes nothing; what it says is decided by the code that runs.
+
+    Args:
+        layer: an adapted layer.
+        x: an input, ``(…, in_features)``, on the layer's device.
+
+    Raises:
+        TypeError: ``layer`` is another module.
+        ValueError: ``x`` has the wrong number of features.
+        RuntimeError: the backend asked for by name cannot run.
+    """
+    problem = _problem(layer, x)
+    if layer.is_plain:
+        reason = "the layer is merged" if layer.merged and not layer.is_disabled else "the layer is disabled"
+        return Explanation("linear", reason, (), f"{problem}: one plain product, because {reason}.")
+    if transformed():
+        return Explanation("reference", "a torch.func transform", (), "The reference, inside a torch.func transform.")
+    choice = choose(asked_for(), problem)
+    kernels = _kernels(layer, x, choice.backend) if choice.low_rank_in_triton else ()
+    text = f"{problem}: {choice.backend}, because {choice.reason}."
+    if kernels:
+        text += f" Kernels: {'; '.join(kernels)}."
+    return Explanation(choice.backend, choice.reason, kernels, text)
+
+
+def backends(layer: LinearPC, x: Tensor) -> dict[str, str]:
+    """For every backend why it cannot run ``layer(x)``, or an empty text where it can."""
+    problem = _problem(layer, x)
+    return {name: refusal(name, problem) for name in BACKENDS}
+
+
+def _problem(layer: LinearPC, x: Tensor) -> Problem:
+    if not isinstance(layer, LinearPC):
+        raise TypeError(f"expected a LinearPC, got {type(layer).__name__}; take one from a model's modules().")
+    if x.shape[-1] != layer.in_features:
+        raise ValueError(f"x has {x.shape[-1]} features, but the layer takes {layer.in_features}.")
+    x, weight = to_autocast(x, layer.kept_weight)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    frozen = layer.lora_A0 if layer.form == "intact" else None
+    dropout = layer.dropout if layer.training and not layer.is_disabled else 0.0
+    return problem_of(rows, weight, layer.lora_A, frozen, dropout, torch.is_grad_enabled())
+
+
+def _kernels(layer: LinearPC, x: Tensor, backend: str) -> tuple[str, ...]:
+    """The forward's kernels with their configurations."""
+    from ipca.kernels import few_tokens, linear
+    from ipca.kernels.tuning import choose as config
+
+    x, weight = to_autocast(x, layer.kept_weight)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    frozen, dropout = layer.form == "intact", bool(layer.dropout) and layer.training and not layer.is_disabled
+    R, (N, K) = layer.rank, weight.shape
+    hard: dict[str, bool] = {"frozen": frozen, "dropout": dropout}
+    if backend == "triton" and few_tokens.takes(rows, R):
+        return (f"few_tokens {config('few_tokens', rows, N=N, K=K, R=R, **hard, rerun=None).describe()}",)
+    project = f"project {config('project', rows, N=R, K=K, R=R, **hard, rerun=None).describe()}"
+    if backend != "triton":
+        return (project,)
+    tma = linear.uses_descriptors(rows, weight)
+    large = config("linear", rows, N=N, K=K, R=R, frozen=frozen, dropout=False, tma=tma, rerun=None)
+    return project, f"linear {large.describe()}, {'TMA' if tma else 'pointers'}"

@@ -1,0 +1,147 @@
+"""Which implementation runs: named by hand, or chosen by shape from what was measured on the device.
+
+| backend | the large product | for |
+|---|---|---|
+| ``triton`` | one Triton kernel that adds the low-rank part as it stores | CUDA, 16-bit and float32 |
+| ``addmm`` | the library's matrix product, added to the low-rank part (beta = 1) | every device |
+| ``merged`` | the library's matrix product by ``W_eff``, built anew in each call | every device, no dropout |
+| ``reference`` | the library's matrix product, then the low-rank part on top | every device |
+
+The first three take Triton's kernels for the low-rank products where those run, ``reference`` is PyTorch throughout.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "addmm", "merged", "reference")
+VARIABLE = "IPCA_BACKEND"
+
+_asked_for: str | None = None
+
+
+class Problem(NamedTuple):
+    """What decides: ``x (M, K)``, ``weight (N, K)``, rank ``R``."""
+
+    device: torch.device
+    dtype: torch.dtype
+    M: int
+    N: int
+    K: int
+    R: int
+    frozen: bool
+    dropout: bool
+    training: bool
+
+    def __str__(self) -> str:
+        return (
+            f"x ({self.M}, {self.K}) by weight ({self.N}, {self.K}), rank {self.R}, "
+            f"{'intact' if self.frozen else 'residual'} form{', dropout' if self.dropout else ''}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        )
+
+
+class Choice(NamedTuple):
+    """A backend, whether Triton computes the low-rank products, and why."""
+
+    backend: str
+    low_rank_in_triton: bool
+    reason: str
+
+
+def set_backend(name: str) -> str:
+    """Run ``pc_linear`` through one backend from now on, or through the measured best (``"auto"``, the default).
+
+    Args:
+        name: ``"auto"``, ``"triton"``, ``"addmm"``, ``"merged"`` or ``"reference"``. Without a call the environment
+            variable ``IPCA_BACKEND`` decides.
+
+    Returns:
+        The name that was in force before.
+
+    Raises:
+        ValueError: another name.
+
+    A backend asked for by name runs, or the call says why it cannot. Only ``"auto"`` chooses.
+    """
+    global _asked_for
+    before, _asked_for = asked_for(), _known(name, "set_backend")
+    return before
+
+
+def asked_for() -> str:
+    """The name in force: that of :func:`set_backend`, of the environment, or ``"auto"``."""
+    return _asked_for or _known(os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}")
+
+
+def _known(name: str, source: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} got {name!r}; backends are 'auto', {', '.join(map(repr, BACKENDS))}.")
+    return name
+
+
+def choose(name: str, problem: Problem) -> Choice:
+    """What ``name`` means for ``problem``.
+
+    Raises:
+        RuntimeError: a backend asked for by name cannot run.
+    """
+    if name == "auto":
+        return _measured_best(problem)
+    why_not = refusal(name, problem)
+    if why_not:
+        raise RuntimeError(f"backend {name!r} cannot run {problem}: {why_not}. Say ipca.set_backend('auto').")
+    return Choice(name, name != "reference" and not refusal("triton", problem), f"{name!r} was asked for by name")
+
+
+def refusal(name: str, problem: Problem) -> str:
+    """Why a backend cannot run, or an empty text."""
+    if name == "merged" and problem.dropout:
+        return "dropout acts on the low-rank branch alone, and a merged weight has none"
+    return _triton_refusal(problem) if name == "triton" else ""
+
+
+def _triton_refusal(problem: Problem) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernels take float16, bfloat16 and float32, not {problem.dtype}"
+    if problem.device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and problem.device.type == "cpu"
+        return "" if interpreted else f"it needs a CUDA device, x is on {problem.device}"
+    capability = torch.cuda.get_device_capability(problem.device)
+    return "" if capability >= (8, 0) else f"it needs compute capability 8.0, this device has {capability}"
+
+
+def _measured_best(problem: Problem) -> Choice:
+    """The fastest backend at the nearest measured shape."""
+    if problem.device.type != "cuda":
+        return Choice("reference", False, f"x is on {problem.device}: the kernels are for CUDA")
+    if problem.dtype == torch.float64:
+        return Choice("reference", False, "the kernels have no float64")
+    in_triton = not refusal("triton", problem)
+    if not in_triton:
+        return Choice("addmm", False, refusal("triton", problem))
+    from ipca.kernels import tables, tuning
+
+    shape = (tuning.bucket(problem.M), problem.N, problem.K, problem.R)
+    of = (str(problem.dtype).removeprefix("torch."), problem.frozen, problem.dropout, problem.training)
+    row = tables.nearest("backends", of, shape, problem.device)
+    if row is None:
+        device = torch.cuda.get_device_name(problem.device)
+        return Choice("addmm", True, f"no backend was measured on {device} or its kind; bench/gpu.py measures")
+    times: dict[str, float] = {name: ms for name, ms in row.found.items() if not refusal(name, problem)}
+    best = min(times, key=lambda name: times[name])
+    others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
+    return Choice(best, best != "reference", f"measured at (M, N, K, R) = {row.shape} in {row.source}: {others}")
+
+
+def problem_of(x: Tensor, weight: Tensor, A: Tensor, A0: Any, dropout: float, training: bool) -> Problem:
+    """The facts about one call, with ``x`` as rows."""
+    (N, K), M = weight.shape, x.shape[0]
+    return Problem(x.device, x.dtype, M, N, K, A.shape[0], A0 is not None, dropout > 0, training)

@@ -1,0 +1,180 @@
+"""The products that forward and backward are made of, in plain PyTorch, under the names of their kernels.
+
+x (M, K) | weight (N, K) | A, A0 (R, K) | B, B0 (N, R) | h, h0, g, g0 (M, R) | z = dropout(x). Factors are cast to the
+dtype of what they multiply.
+
+The large product comes in two orders: *base first*, ``x Wᵀ`` and then the low-rank part on top, as the formula is
+written, and *low first*, where the matrix product of ``W`` adds itself to the low-rank part (beta = 1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ipca.ops.dropout import dropout
+
+MOST_FUSED = 1 << 30  # components that products() takes
+
+
+def project(
+    x: Tensor, A: Tensor, A0: Tensor | None = None, seed: Tensor | None = None, p: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """``h = z Aᵀ`` and ``h0 = z A0ᵀ``."""
+    z = x if seed is None else dropout(x, seed, p)
+    return F.linear(z, _like(A, x)), None if A0 is None else F.linear(z, _like(A0, x))
+
+
+def products(
+    dy: Tensor,
+    h: Tensor,
+    B: Tensor,
+    B0: Tensor | None = None,
+    *,
+    scaling: float,
+    needs_bias: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """``g = scaling · dy B``, ``g0 = scaling · dy B0``, ``dB = scaling · dyᵀ h``, ``dbias = Σ dy``."""
+    g, g0 = project(dy, B.mT, None if B0 is None else B0.mT)
+    dB = outer(h, dy, B.dtype, scaling=scaling, transposed=True)
+    return _scaled(g, scaling), None if g0 is None else _scaled(g0, scaling), dB, dy.sum(0) if needs_bias else None
+
+
+def outer(
+    g: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    *,
+    scaling: float = 1.0,
+    transposed: bool = False,
+) -> Tensor:
+    """``scaling · gᵀ z (R, K)``, or its transpose, as ``dtype``."""
+    z = x if seed is None else dropout(x, seed, p)
+    return _scaled(z.mT @ g if transposed else g.mT @ z, scaling).to(dtype)
+
+
+def linear_base_first(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    B: Tensor,
+    h0: Tensor | None = None,
+    B0: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+) -> Tensor:
+    """``y = x Wᵀ + bias``, then ``y += scaling · (h Bᵀ − h0 B0ᵀ)``: to the bit that of ``nn.Linear`` if they cancel.
+
+    For the sake of those bits ``x (…, K)`` comes as the caller has it, and ``y (…, N)`` likewise.
+    """
+    y = F.linear(x, weight, bias)
+    if h0 is not None and B0 is not None:
+        return y.add_(_difference(h, B, h0, B0).view(y.shape), alpha=scaling)
+    rows = y.reshape(-1, y.shape[-1])
+    return rows.addmm_(h, _like(B, x).mT, alpha=scaling)
+
+
+def linear_low_first(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    B: Tensor,
+    h0: Tensor | None = None,
+    B0: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+) -> Tensor:
+    """``y = scaling · (h Bᵀ − h0 B0ᵀ) + bias``, then ``y += x Wᵀ``."""
+    if h0 is None or B0 is None:
+        start, beta = (x.new_empty(()), 0.0) if bias is None else (bias, 1.0)
+        y = torch.addmm(start, h, _like(B, x).mT, beta=beta, alpha=scaling)
+    else:
+        y = _scaled(_difference(h, B, h0, B0), scaling)
+        y = y if bias is None else y.add_(bias)
+    return y.addmm_(x, weight.mT)
+
+
+def linear_merged(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """``y = x W_effᵀ + bias`` with ``W_eff`` in the dtype of ``weight``."""
+    return F.linear(x, effective_weight(weight, A, B, A0, B0, scaling), bias)
+
+
+def effective_weight(
+    weight: Tensor, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, scaling: float
+) -> Tensor:
+    """``W + scaling · (B A − B0 A0)``, rounded once to the dtype of ``weight``."""
+    if A0 is None or B0 is None:
+        return torch.addmm(weight, _like(B, weight), _like(A, weight), alpha=scaling)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # a difference of products rounded to 16 bits loses them
+    low = (B.to(wide) @ A.to(wide)).sub_(B0.to(wide) @ A0.to(wide))
+    return weight.add(low.to(weight.dtype) if weight.dtype == wide else low, alpha=scaling).to(weight.dtype)
+
+
+def input_grad_base_first(
+    dy: Tensor,
+    weight: Tensor,
+    g: Tensor,
+    A: Tensor,
+    g0: Tensor | None = None,
+    A0: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``dx = dy W``, then ``dx += mask ∘ (g A − g0 A0)``; added to ``out`` where that is given."""
+    dx = dy @ weight if out is None else out.addmm_(dy, weight)
+    if seed is None and (g0 is None or A0 is None):
+        return dx.addmm_(g, _like(A, dy))
+    return dx.add_(_low_grad(g, A, g0, A0, seed, p))
+
+
+def input_grad_low_first(
+    dy: Tensor,
+    weight: Tensor,
+    g: Tensor,
+    A: Tensor,
+    g0: Tensor | None = None,
+    A0: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``dx = mask ∘ (g A − g0 A0)``, then ``dx += dy W``; added to ``out`` where that is given."""
+    low = _low_grad(g, A, g0, A0, seed, p)
+    return (low if out is None else out.add_(low)).addmm_(dy, weight)
+
+
+def _low_grad(g: Tensor, A: Tensor, g0: Tensor | None, A0: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+    low = g @ _like(A, g)
+    if g0 is not None and A0 is not None:
+        low = low.sub_(g0 @ _like(A0, g))
+    return low if seed is None else dropout(low, seed, p)
+
+
+def _difference(h: Tensor, B: Tensor, h0: Tensor, B0: Tensor) -> Tensor:
+    return F.linear(h, _like(B, h)).sub_(F.linear(h0, _like(B0, h)))
+
+
+def _like(factor: Tensor, x: Tensor) -> Tensor:
+    """A factor in the dtype of ``x``; contiguous, else a trained and a frozen one may be summed in different orders."""
+    return factor.to(x.dtype).contiguous()
+
+
+def _scaled(value: Tensor, scaling: float) -> Tensor:
+    return value if scaling == 1.0 else value.mul_(scaling)

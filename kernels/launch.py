@@ -1,0 +1,52 @@
+"""How a launcher starts its kernel: captured where PyTorch traces, with an allocator where descriptors are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+INTERPRETED_PROGRAMS = 4
+
+
+def grid_of(kernel: Any, grid: tuple[Any, ...]) -> Callable[..., Any]:
+    """``kernel[grid]``, visible to torch.compile; the interpreter's kernels cannot be captured."""
+    return (torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel)[grid]
+
+
+def dropout_arguments(p: float) -> tuple[int, float]:
+    """``threshold, keep_scale`` as :mod:`ipca.kernels.dropout` takes them: ``p`` in steps of 2⁻¹⁶, the scale exact."""
+    threshold = round(p * 65536)
+    return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+@cache
+def programs(device: torch.device) -> int:
+    """Programs of a persistent grid: one a multiprocessor."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def allow_descriptors() -> None:
+    """Give Triton memory for descriptors made on the device; a thread has its own setting, and backward its thread."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device="cuda")
+
+    triton.set_allocator(allocate)
+
+
+def descriptor_fits(tensor: Tensor) -> bool:
+    """Whether TMA can read the 2-D ``tensor``: rows contiguous, start and row stride multiples of 16 bytes."""
+    stride, step = tensor.stride()
+    return (
+        step == 1
+        and (stride * tensor.element_size()) % 16 == 0
+        and tensor.storage_offset() * tensor.element_size() % 16 == 0
+    )

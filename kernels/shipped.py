@@ -1,0 +1,121 @@
+"""Every kernel in every configuration that ships, with argument types: what the offline compilation has to pass.
+
+A case is the hardest of its kind: frozen factors and dropout on where the kernel has them, rank 128 beside rank 16,
+float32 factors on a bf16 weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ipca.kernels.configs import (
+    CONFIGS,
+    Config,
+    Limits,
+    fitting,
+    linear_rank_block,
+    most_components_at_once,
+    padded_rank,
+    subtiles,
+)
+from ipca.kernels.few_tokens import _few_tokens_kernel
+from ipca.kernels.linear import _linear_kernel
+from ipca.kernels.outer import _outer_kernel
+from ipca.kernels.products import MOST_COMPONENTS as FUSED_COMPONENTS
+from ipca.kernels.products import _products_kernel
+from ipca.kernels.project import _project_kernel
+from ipca.kernels.reduce import _add_up_kernel
+
+LIMITS = {80: Limits(166_912, 0), 90: Limits(232_448, 0), 100: Limits(232_448, 512)}
+KERNELS = {
+    "linear": _linear_kernel,
+    "few_tokens": _few_tokens_kernel,
+    "project": _project_kernel,
+    "products": _products_kernel,
+    "outer": _outer_kernel,
+}
+POINTERS = {  # w: of the weight's dtype, f: a factor, always float32 here, p: a float32 partial
+    "linear": {"a": "w", "w": "w", "l": "w", "c": "f", "l0": "w", "c0": "f", "bias": "w", "out": "w"},
+    "few_tokens": {"x": "w", "w": "w", "a": "f", "b": "f", "a0": "f", "b0": "f", "bias": "w", "y": "w", "h": "w"},
+    "project": {"x": "w", "a": "f", "a0": "f", "h": "w", "h0": "w"},
+    "products": {"dy": "w", "b": "f", "b0": "f", "h": "w", "g": "p", "g0": "p", "db": "p", "dbias": "p"},
+    "outer": {"g": "w", "x": "w", "out": "p"},
+}
+
+
+class Case(NamedTuple):
+    """One compilation: ``args`` maps every argument to a type such as ``"*bf16"`` or to a constant."""
+
+    kernel: Any
+    name: str
+    variant: str
+    config: Config
+    args: dict[str, Any]
+    archs: tuple[int, ...]
+    matrix: bool
+
+
+def shipped() -> Iterator[Case]:
+    """Every case."""
+    for (name, kind), configs in CONFIGS.items():
+        for config in configs:
+            ends = config == configs[0], config == configs[-1]
+            for variant, archs, options in variants(name, kind, *ends):
+                hard = {"frozen": options["HAS_FROZEN"], "dropout": options["DROPOUT"], "tma": options["TMA"]}
+                fits = tuple(a for a in archs if config in fitting(name, kind, options["R"], LIMITS[a], **hard))
+                if fits:
+                    args = arguments(name, kind, config, options)
+                    yield Case(KERNELS[name], name, variant, config, args, fits, kind != "float32")
+    args = {
+        "partial_ptr": "*fp32",
+        "out_ptr": "*bf16",
+        "numel": "i32",
+        "splits": "i32",
+        "scaling": "fp32",
+        "BLOCK": 1024,
+    }
+    yield Case(_add_up_kernel, "reduce", "bf16", Config(0, 0, 0, 4, 1), args, tuple(LIMITS), False)
+
+
+def variants(name: str, kind: str, first: bool, last: bool) -> Iterator[tuple[str, tuple[int, ...], dict[str, Any]]]:
+    """The cases of one kernel: words, architectures, and the options that are no block sizes.
+
+    The light case of small kernels comes with the first configuration alone, pointers where TMA would do with the last.
+    """
+    rank = {"products": FUSED_COMPONENTS // 2, "few_tokens": most_components_at_once(kind)}.get(name, 128)
+    light = {"R": 16, "HAS_FROZEN": False, "DROPOUT": False, "HAS_BIAS": False, "NEEDS_BIAS": False}
+    heavy = {"R": rank, "HAS_FROZEN": True, "DROPOUT": True, "HAS_BIAS": True, "NEEDS_BIAS": True}
+    every = tuple(LIMITS)
+    hows = ((False, "pointers, "), (True, "TMA, ")) if name == "linear" else ((False, ""),)
+    for tma, how in hows if kind != "float32" else hows[:1]:
+        both = {"PRECISION": "tf32" if kind == "tf32" else "ieee", "TMA": tma}
+        forward = {**both, "ACCUMULATE": False, "ROWS_ARE_N": True}
+        archs = every[1:] if tma else (every if last or name != "linear" or kind == "float32" else every[:1])
+        if first or name == "linear":
+            yield f"{kind}, {how}r={light['R']}", archs, {**light, **forward}
+        if name == "linear":
+            backward = {**both, "ACCUMULATE": True, "ROWS_ARE_N": False, "HAS_BIAS": False}
+            yield f"{kind}, {how}r={rank}, frozen factors", archs, {**heavy, **forward, "DROPOUT": False}
+            yield f"{kind}, {how}r={rank}, frozen factors, dropout, dx", archs, {**heavy, **backward}
+        else:
+            yield f"{kind}, r={rank}, frozen factors, dropout", archs, {**heavy, **forward}
+
+
+def arguments(name: str, kind: str, config: Config, options: dict[str, Any]) -> dict[str, Any]:
+    """A value for every argument of the kernel, in its order; unit strides are the constant 1, as a launch has it."""
+    kinds = {"w": "*bf16" if kind == "16-bit" else "*fp32", "f": "*fp32", "p": "*fp32"}
+    contiguous = {"linear": ("ak", "wk", "c0r", "cr") if options.get("ROWS_ARE_N") else ("ak", "wn", "cn", "c0n")}
+    unit = contiguous.get(name, ("xk", "wk", "ak", "a0k", "br", "b0r", "dyn", "ok"))
+    values: dict[str, Any] = {f"{pointer}_ptr": kinds[kind] for pointer, kind in POINTERS[name].items()}
+    values |= {"seed_ptr": "*i64", "scaling": "fp32", "keep_scale": "fp32", "threshold": "i32", "rows_each": "i32"}
+    values |= dict.fromkeys("MNK", "i32") | options | config._asdict()
+    values["SUBTILE"] = subtiles(config, kind, frozen=options["HAS_FROZEN"], dropout=options["DROPOUT"])
+    R = options["R"]
+    values["BLOCK_R"] = linear_rank_block(R, kind) if name == "linear" else padded_rank(R, config.BLOCK_R)
+    values["PROGRAMS"] = 132
+    chosen = {}
+    for argument in KERNELS[name].arg_names:
+        stride = argument.removeprefix("stride_") if argument.startswith("stride_") else None
+        chosen[argument] = values[argument] if stride is None else (1 if stride in unit else "i32")
+    return chosen

@@ -1,0 +1,92 @@
+"""Measured rows for a device: shipped in ``kernels/tables/*.json``, and in a cache on disk; the nearest one wins.
+
+A table holds ``device``, ``capability``, ``versions`` and two lists of rows, each with its shape ``(M, N, K, R)``:
+``configs`` (kernel, item size, pairs of factors: the fastest configuration) and ``backends`` (item size, pairs,
+training or not, dropout or not: milliseconds of each backend). The device's own cache speaks before its shipped table,
+that before a table of the same architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SHIPPED = Path(__file__).parent / "tables"
+
+
+class Row(NamedTuple):
+    """What was measured at one shape; ``of`` says of what, as a tuple that must match exactly."""
+
+    of: tuple[Any, ...]
+    shape: tuple[int, int, int, int]
+    found: Any
+    source: str
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where what is measured on ``device`` is kept: below ``IPCA_CACHE``, by default ``~/.cache/ipca``."""
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "-").replace("/", "-")
+    return Path(os.environ.get("IPCA_CACHE") or Path.home() / ".cache" / "ipca") / f"{name}.json"
+
+
+def tables_for(device: torch.device) -> tuple[dict[str, Any], ...]:
+    """Every table that speaks for ``device``, the closest first."""
+    if device.type != "cuda":
+        return ()
+    return _tables_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), cache_file(device))
+
+
+@cache
+def _tables_for(name: str, capability: tuple[int, int], own: Path) -> tuple[dict[str, Any], ...]:
+    shipped = [read(path) for path in sorted(SHIPPED.glob("*.json"))]
+    same = [table for table in shipped if table["device"] == name]
+    related = [t for t in shipped if t["device"] != name and t["capability"][0] == capability[0]]
+    return (*([read(own)] if own.exists() else []), *same, *related)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One table; ``ValueError`` where the file is none."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(table["device"], str)
+        assert isinstance(table["capability"], list)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is not a tuning table ({error!r}); delete it to measure anew.") from error
+    return {"configs": [], "backends": [], **table, "source": path.name}
+
+
+def add_rows(path: Path, device: torch.device, **rows: list[Any]) -> None:
+    """Append ``configs`` or ``backends`` rows to a table, made where it is missing, in one atomic step."""
+    table = read(path) if path.exists() else {"configs": [], "backends": []}
+    table |= {"device": torch.cuda.get_device_name(device), "capability": [*torch.cuda.get_device_capability(device)]}
+    for name, new in rows.items():
+        keys = [row[:-1] for row in new]
+        table[name] = [row for row in table[name] if row[:-1] not in keys] + new
+    table.pop("source", None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(table, file)
+    os.replace(file.name, path)
+    _tables_for.cache_clear()
+
+
+def nearest(kind: str, of: tuple[Any, ...], shape: tuple[int, int, int, int], device: torch.device) -> Row | None:
+    """The row of ``kind`` about ``of`` whose shape is closest in octaves, from the closest table that has one."""
+    for table in tables_for(device):
+        rows = [row for row in table[kind] if tuple(row[0]) == of]
+        if rows:
+            row = min(rows, key=lambda row: octaves(row[1], shape))
+            return Row(of, tuple(row[1]), row[2], table["source"])
+    return None
+
+
+def octaves(one: Any, other: Any) -> float:
+    """The distance of two shapes: Euclidean, in powers of two."""
+    return math.dist([math.log2(max(1, size)) for size in one], [math.log2(max(1, size)) for size in other])

@@ -1,0 +1,171 @@
+import shutil
+import sys
+
+import facts
+import pytest
+import report
+import result_tables as tables
+from bench_pc_linear import COLUMNS
+from bench_training import COLUMNS as TRAINING_COLUMNS
+
+from ipca.demo.report import read_rows
+
+OURS = [("ipca-auto", form) for form in ("residual", "intact")]
+
+
+def layer_rows(times, *, M=8192, device="NVIDIA H100 80GB HBM3", commit="new", **columns):
+    """A full step of one cell from milliseconds by ``(provider, form)``; nn.Linear takes 1."""
+    times = {("linear", ""): 1.0, ("peft-default", ""): 2.0, ("peft-bf16", ""): 1.5, **times}
+    shared = {"op": "pc_linear", "mode": "full", "M": M, "N": 4096, "K": 4096, "rank": 16, "dtype": "bfloat16"}
+    shared |= {"dropout": 0.0, "compiled": 0, "status": "ok", "peak_mib": 100.0, "device": device, "commit": commit}
+    shared |= {"torch": "2.11.0", "triton": "3.6.0", "peft": "0.21.2", "python": "3.12", "backend": "triton"}
+    rows = []
+    for (provider, form), ms in times.items():
+        ratios = {"ratio_linear": ms, "ratio_peft_default": ms / times["peft-default", ""]}
+        ratios["ratio_peft_bf16"] = ms / times["peft-bf16", ""]
+        rows.append({**shared, "provider": provider, "form": form, "median_ms": ms, **ratios, **columns})
+    return rows
+
+
+def written(folder, rows, name="pc_linear_h100.csv", columns=COLUMNS):
+    facts.append_rows(folder / name, rows, columns)
+    return read_rows(folder / name)
+
+
+def training_rows(provider, form, losses, seconds, status="ok", device="NVIDIA H100 80GB HBM3"):
+    shared = {"provider": provider, "form": form, "status": status, "seconds": seconds, "peak_mib": "4000"}
+    shared |= {"tokens_per_s": 8192 / seconds, "parameters": 1100048384, "layers": 22, "hidden": 2048, "rank": 16}
+    shared |= {"batch": 4, "length": 2048, "dtype": "bfloat16", "device": device, "torch": "2.11.0", "triton": "3.6.0"}
+    shared |= {"peft": "0.21.2", "python": "3.12", "commit": "new"}
+    return [{**shared, "step": k, "loss": loss, "loss_difference": 1e-3 * k} for k, loss in enumerate(losses)]
+
+
+def test_the_table_says_ratio_speedup_and_memory(tmp_path):
+    written(tmp_path, layer_rows({OURS[0]: 1.1, OURS[1]: 1.25}))
+    text = report.pc_linear_section(tmp_path)
+    assert "| 8192 | 4096 × 4096 | 16 | 0.0 | 1.000 | 1.10 | 1.25 | 1.36× | – | 1.82× | 100.0 / 100.0 |" in text
+    assert "**NVIDIA H100 80GB HBM3**, bfloat16; torch 2.11.0, triton 3.6.0, PEFT 0.21.2, Python 3.12." in text
+    assert "![time over that of a bare nn.Linear](bench/results/pc_linear_h100.png)" in text
+    assert report.NO_GPU not in text
+
+
+def test_without_a_gpu_file_the_section_says_so_first(tmp_path):
+    assert report.pc_linear_section(tmp_path) == report.training_section(tmp_path) == report.NO_GPU
+    written(tmp_path, layer_rows({OURS[0]: 1.1}, device="cpu x86_64, 2 threads"), "pc_linear_cpu.csv")
+    text = report.pc_linear_section(tmp_path)
+    assert text.startswith(report.NO_GPU)
+    assert "**cpu x86_64, 2 threads**" in text
+    written(tmp_path, layer_rows({OURS[0]: 1.1}))
+    text = report.pc_linear_section(tmp_path)
+    assert report.NO_GPU not in text
+    assert text.index("H100") < text.index("cpu x86_64")
+
+
+def test_what_speaks_against_us_is_named(tmp_path):
+    rows = layer_rows({OURS[0]: 1.1, ("ipca-addmm", "residual"): 1.0, OURS[1]: 1.3})
+    rows += layer_rows({OURS[0]: 1.8, OURS[1]: 1.51}, M=256)
+    lines = tables.against(written(tmp_path, rows))
+    slower = "auto, residual form, is slower than PEFT's fastest arm by over 2 %"
+    assert lines[0] == f"{slower} in 1 of 2 cells: M=256 4096×4096 r=16 (1.20)"
+    assert lines[1].endswith("in 1 of 2 cells: M=8192 4096×4096 r=16 (1.10)")
+    assert lines[2].endswith("by over 2 % in 0 of 2 cells")  # 1.51 against 1.5 is a tie
+    assert lines[3].endswith("in 0 of 2 cells")
+
+
+def test_the_worst_cells_are_named_first_and_the_rest_counted(tmp_path):
+    rows = [row for k in range(5) for row in layer_rows({OURS[0]: 1.6 + 0.1 * k}, M=256 * (k + 1))]
+    line = tables.against(written(tmp_path, rows), most=2)[0]
+    assert line.endswith("in 5 of 5 cells: M=1280 4096×4096 r=16 (1.33), M=1024 4096×4096 r=16 (1.27), …")
+
+
+def test_wrong_and_failed_rows_are_shown(tmp_path):
+    rows = layer_rows({OURS[0]: 1.1})
+    rows[-1] |= {"status": "wrong: dA is off by 1.0e-01, allowed 1.0e-03", "median_ms": "", "ratio_linear": ""}
+    rows += layer_rows({OURS[1]: 1.2}, M=256)
+    text = report.pc_linear_section(tmp_path) if written(tmp_path, rows) else ""
+    assert "ipca-auto residual at M=8192 4096×4096 r=16, full: wrong: dA is off by 1.0e-01" in text
+    assert "| 8192 | 4096 × 4096 | 16 | 0.0 | 1.000 | – | – | – | – | – | – / 100.0 |" in text
+
+
+def test_only_the_last_commit_counts(tmp_path):
+    rows = layer_rows({OURS[0]: 1.9}, commit="old") + layer_rows({OURS[0]: 1.1})
+    text = report.pc_linear_section(tmp_path) if written(tmp_path, rows) else ""
+    assert "1.90" not in text
+    assert "| 1.10 |" in text
+
+
+def test_compiled_rows_have_a_line_of_their_own(tmp_path):
+    rows = layer_rows({OURS[0]: 1.1}) + layer_rows({OURS[0]: 1.05}, compiled=1)
+    written(tmp_path, rows)
+    text = report.pc_linear_section(tmp_path)
+    assert "- under torch.compile at M=8192 4096×4096 r=16, over nn.Linear: linear 1.00," in text
+    assert "ipca-auto residual 1.05" in text
+    assert text.count("| 8192 |") == 1
+
+
+def test_the_goal_in_one_line(tmp_path):
+    rows = written(tmp_path, layer_rows({OURS[0]: 1.1, OURS[1]: 1.2}))
+    assert tables.goal_line(rows) == (
+        "goal, M=8192 4096×4096 r=16, forward + backward: residual 1.10 of nn.Linear (triton), intact 1.20; "
+        "faster than PEFT: 1.36× bf16, 1.82× default; peak 100.0 MiB"
+    )
+    assert tables.goal_line([]) == "goal: not measured"
+
+
+def test_the_training_table(tmp_path):
+    rows = training_rows("peft-default", "", [10.0, 8.0, 7.0], 0.5)
+    rows += training_rows("ipca-auto", "residual", [10.0, 8.0, 7.007], 0.25)
+    rows += training_rows("peft-bf16", "", [10.0, 8.5, 9.0], 0.4, status="wrong")
+    written(tmp_path, rows, "training_h100.csv", TRAINING_COLUMNS)
+    text = report.training_section(tmp_path)
+    assert "| ipca-auto residual | 32768 | 2.00× | 4000 | 10.000 → 7.007 | 2.0e-03 |" in text
+    assert "| peft-bf16 | 20480 | 1.25× | 4000 | 10.000 → 9.000 | 2.0e-03 **wrong** |" in text
+    assert "1100 M parameters, 22 layers of 2048; rank 16, 4 × 2048 tokens a step" in text
+
+
+def test_the_picture_is_drawn_from_the_rows(tmp_path):
+    rows = [row for M in (256, 8192) for row in layer_rows({OURS[0]: 1.1}, M=M)]
+    report.draw(written(tmp_path, rows), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    refused = [{**row, "status": "refused: no"} for row in read_rows(tmp_path / "pc_linear_h100.csv")]
+    report.draw(refused, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
+def test_a_page_is_made_anew_between_its_markers_and_nowhere_else():
+    page = "before\n<!-- report:demo -->\nold\n<!-- /report:demo -->\nafter\n"
+    made = report.render(page, {"demo": r"new \1"})
+    assert made == "before\n<!-- report:demo -->\nnew \\1\n<!-- /report:demo -->\nafter\n"
+    assert report.render(made, {"demo": r"new \1"}) == made
+    with pytest.raises(ValueError, match="report:other must stand once, found 0"):
+        report.render(page, {"other": ""})
+    with pytest.raises(ValueError, match="found 2"):
+        report.render(page * 2, {"demo": ""})
+
+
+def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, capsys):
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    for name in ("demo.csv", "apply_memory.csv"):
+        shutil.copy(report.RESULTS / name, results)
+    written(results, layer_rows({OURS[0]: 1.1}))
+    markers = {"README.md": ("demo", "pc_linear", "training"), "docs/method.md": ("memory",)}
+    for page, names in markers.items():
+        (tmp_path / page).write_text("".join(f"<!-- report:{n} -->\n<!-- /report:{n} -->\n" for n in names))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", results)
+
+    def command(*options):
+        monkeypatch.setattr(sys, "argv", ["report.py", *options])
+        return report.main()
+
+    assert command("--check") == 1
+    assert "README.md, method.md out of step" in capsys.readouterr().err
+    assert not (results / "pc_linear_h100.png").exists()
+    assert command() == 0
+    assert command("--check") == 0
+    assert (results / "pc_linear_h100.png").exists()
+    assert "| 1.10 |" in (tmp_path / "README.md").read_text()
+    written(results, layer_rows({OURS[0]: 1.3}, M=256))
+    assert command("--check") == 1

@@ -1,0 +1,152 @@
+"""Every kernel that ships compiles for the GPUs it is meant for, without one; the gate says so where one does not."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+from offline import SHIPPED, Compiled, Row, compile_all
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return compile_all(SHIPPED)
+
+
+@pytest.mark.parametrize(
+    "kind", ["does not compile", "spills", "shared memory", "tensor memory", "no matrix instruction"]
+)
+def test_shipped_kernels(shipped, kind):
+    assert shipped
+    problems = [problem for row in shipped for problem in row.problems() if kind in problem]
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
+
+
+def test_descriptors_become_tma_loads(shipped):
+    sound = [row for row in shipped if not row.problems()]
+    assert [row for row in sound if row.compiled.uses_tma != ("TMA" in row.variant)] == []
+
+
+@triton.jit
+def _product(x_ptr, w_ptr, y_ptr, K, stride_x, stride_k, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs_m, offs_n, offs_k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_x + offs_k[None, :] * stride_k
+    w_ptrs = w_ptr + offs_n[None, :] * stride_x + offs_k[:, None] * stride_k
+    acc = tl.zeros((M, N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        acc = tl.dot(tl.load(x_ptrs + k), tl.load(w_ptrs + k), acc)
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc)
+
+
+@triton.jit
+def _three_products(x_ptr, w_ptr, y_ptr, K, stride, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs_m, offs_n, offs_k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m[:, None] * stride + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :] * stride + offs_k[:, None]
+    acc0, acc1, acc2 = tl.zeros((M, N), tl.float32), tl.zeros((M, N), tl.float32), tl.zeros((M, N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(x_ptrs + k)
+        acc0 = tl.dot(x, tl.load(w_ptrs + k), acc0)
+        acc1 = tl.dot(x, tl.load(w_ptrs + N * stride + k), acc1)
+        acc2 = tl.dot(x, tl.load(w_ptrs + 2 * N * stride + k), acc2)
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc0 - acc1 - acc2)
+
+
+@triton.jit
+def _copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+
+
+@triton.jit
+def _broken(x_ptr, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK == 32, "a block of 32")
+
+
+def case(kernel, variant, args, arch, num_warps=4, num_stages=3):
+    config = SimpleNamespace(num_warps=num_warps, num_stages=num_stages, describe=lambda: f"{num_warps} warps")
+    fields = {"kernel": kernel, "name": "planted", "variant": variant, "config": config, "args": args}
+    return SimpleNamespace(**fields, archs=(arch,), matrix=True)
+
+
+def product(variant, arch, M, N, BLOCK_K, num_warps, num_stages, stride_k=1):
+    args = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*fp32", "K": "i32", "stride_x": "i32", "stride_k": stride_k}
+    return case(_product, variant, {**args, "M": M, "N": N, "BLOCK_K": BLOCK_K}, arch, num_warps, num_stages)
+
+
+class Crash:
+    warmup, arg_names = None, ()
+
+    @property
+    def params(self):
+        os.abort()
+
+
+def planted():
+    for arch in (80, 90, 100):
+        yield product("good", arch, 128, 128, 64, 8, 3)
+    yield product("unknown stride", 80, 128, 128, 64, 8, 3, stride_k="i32")
+    yield product("spilling", 80, 128, 256, 32, 4, 3)
+    yield product("large", 90, 128, 256, 64, 8, 6)
+    three = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*fp32", "K": "i32", "stride": "i32"}
+    yield case(_three_products, "wide", {**three, "M": 128, "N": 256, "BLOCK_K": 32}, 100, 8, 2)
+    yield case(_copy, "copy", {"x_ptr": "*fp32", "y_ptr": "*fp32", "BLOCK": 1024}, 90)
+    yield case(_broken, "broken", {"x_ptr": "*fp32", "BLOCK": 64}, 90)
+    yield case(_broken, "misnamed", {"x_ptr": "*fp32", "block": 32}, 90)
+    yield case(Crash(), "crash", {}, 90)  # the last: a crash takes the cases that run or wait with it
+
+
+@pytest.fixture(scope="module")
+def found():
+    return compile_all(f"{__file__}:planted")
+
+
+def rows_of(found, variant):
+    return [row for row in found if row.variant == variant]
+
+
+def test_a_good_kernel_passes_with_the_matrix_instructions_of_its_architecture(found):
+    good = rows_of(found, "good")
+    assert [row.problems() for row in good] == [[], [], []]
+    assert [set(row.compiled.matrix_instructions) for row in good] == [{"HMMA"}, {"HGMMA"}, {"UTCHMMA"}]
+
+
+def test_a_stride_of_one_is_folded_into_the_kernel_as_a_launch_does(found):
+    # Only then are 8 neighbouring numbers known to lie together, to be copied at once.
+    assert "LDGSTS.E.BYPASS.128" in rows_of(found, "good")[0].compiled.sass
+    assert "LDGSTS.E.BYPASS.128" not in rows_of(found, "unknown stride")[0].compiled.sass
+
+
+@pytest.mark.parametrize(
+    ("variant", "arch", "words"),
+    [
+        ("spilling", 80, "spills registers: "),
+        ("large", 90, "bytes of shared memory, the limit is 232448"),
+        ("wide", 100, "columns of tensor memory, the limit is 512"),
+        ("copy", 90, "no matrix instruction"),
+        ("broken", 90, "a block of 32"),
+        ("misnamed", 90, "['BLOCK', 'block']"),
+        ("crash", 90, "crashed"),
+    ],
+)
+def test_a_bad_kernel_is_named_with_its_fault(found, variant, arch, words):
+    (row,) = rows_of(found, variant)
+    (problem,) = [line for line in row.problems() if words in line]
+    assert problem.startswith(f"planted | {variant} | ")
+    assert f"sm_{arch}: " in problem
+
+
+def test_limits_hold_to_the_byte():
+    def of(arch, shared):
+        return Row("linear", "16-bit", "", arch, True, Compiled(128, 0, shared, 0, "HMMA.16816"))
+
+    assert not of(80, 166_912).problems()
+    assert of(80, 166_913).problems()
+    assert not of(90, 232_448).problems()
+    assert of(90, 232_449).problems()
