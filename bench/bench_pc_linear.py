@@ -42,8 +42,6 @@ SECONDS = {"cuda": 1.0, "cpu": 3.0}
 EXPECTED_FLOPS = 6e14  # of a GPU, to guess how often a short call fits into one replay
 DEVICE_LOST = 3
 """Exit status after which another call continues with the next cell."""
-
-
 SMALL = Cell(64, 256, 256, dtype="float32")
 """What pytest-benchmark runs."""
 
@@ -58,24 +56,26 @@ def bench_cell(cell: Cell, device: torch.device, seconds: float | None = None) -
     # Each layer and mode compiles anew, never silently not at all; a backward timed alone runs again on what it saved.
     compiling = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     with dynamo_config.patch(compiling), functorch_config.patch(donated_buffer=False):
-        rows = bench_modes(cell, device, seconds or SECONDS[device.type])
+        rows = bench_modes(cell, device, seconds or SECONDS[device.type], providers(cell))
     # In a cell of torch.compile the others are timed for the ratios; their rows belong to the cell without it.
     return [row for row in rows if row["compiled"] == int(cell.compiled)]
 
 
-def bench_modes(cell: Cell, device: torch.device, seconds: float) -> list[Row]:
-    """The rows of every provider and mode."""
+def bench_modes(
+    cell: Cell, device: torch.device, seconds: float, who: Sequence[Provider], modes: Sequence[str] = MODES
+) -> list[Row]:
+    """The rows of these providers and modes."""
     input_bytes = (cell.M * cell.K + cell.N * cell.K) * cell.torch_dtype.itemsize
     samples = [Sample(cell, device, seed) for seed in range(rotation(input_bytes, device))]
-    status = statuses(cell, samples[0])
-    return [row for mode in MODES for row in bench_mode(cell, mode, status, samples, seconds)]
+    status = statuses(who, samples[0])
+    return [row for mode in modes for row in bench_mode(cell, mode, status, samples, seconds)]
 
 
-def statuses(cell: Cell, sample: Sample) -> dict[Provider, str]:
+def statuses(who: Sequence[Provider], sample: Sample) -> dict[Provider, str]:
     """For each provider "ok", or why it is not timed: "refused: …", "wrong: …" or "failed: …"."""
     truths = {form: truth_of(sample, form) for form in ("", *FORMS)}
     found = {}
-    for provider in providers(cell):
+    for provider in who:
         truth = truths["residual" if provider.name.startswith("peft") else provider.form]
         try:
             reason = refusal(provider, sample)
@@ -111,7 +111,10 @@ def bench_mode(
         except Exception as error:
             runners.pop(provider, None)
             rows[provider]["status"] = failure(provider, device, error)
-    times = dict(zip(runners, measure([*runners.values()], device, seconds), strict=True))
+    try:
+        times = dict(zip(runners, measure([*runners.values()], device, seconds), strict=True))
+    except RuntimeError as error:  # each of them had run before
+        raise DeviceLostError(Provider("any"), f"failed: while {mode} was timed: {error}".splitlines()[0]) from error
     for provider, own in times.items():
         rows[provider] |= timings(own, times, flops) | {"timer": runners[provider].timer}
     return list(rows.values())

@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one command that fits a time limit and continues where an earlier call stopped.
 
-python bench/gpu.py --out DIR: environment, tests, memory checker, tuning, both benches, picture and summary. Each step
-is a process with a limit of its own, so that one that hangs or breaks leaves the others their time. DIR gets at most
-eight files: state.json, environment.json, log.txt, summary.txt, the tuning table, two CSV files and a picture.
+python bench/gpu.py --out DIR: environment, tests, memory checker, tuning, choice of backends, both benches, picture and
+summary. Each step is a process with a limit of its own, so that one that hangs or breaks leaves the others their time.
+DIR gets at most eight files: state.json, environment.json, log.txt, summary.txt, the tuning table, two CSV files and a
+picture.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ STEPS = (
     Step("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests"), 150),
     Step("memcheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "memcheck")),
     Step("tune", (SELF, "--tune", "--out", "{out}", "--seconds", "{seconds}"), 100, resumes=True),
+    Step("backends", (SELF, "--backends", "--out", "{out}", "--seconds", "{seconds}"), 75, resumes=True),
     Step("pc_linear", (GRID, *ON_GPU), 10_000, keep=90, resumes=True),
     Step("training", (TRAINING, *ON_GPU), 150, resumes=True),
     Step("racecheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "racecheck")),
@@ -167,6 +169,18 @@ def tune(out: Path, seconds: float) -> None:
     tune_grid([dict(zip(names, cell, strict=True)) for cell in cells], path, seconds)
 
 
+def choose_backends(out: Path, seconds: float) -> None:
+    """Time our backends against each other, so that "auto" has something to choose by in the benches."""
+    import torch
+    from backend_table import measure_backends
+    from grid import grid
+
+    from ipca.kernels.tables import cache_file
+
+    cells = [cell for cell in grid("cuda") if not cell.compiled]
+    measure_backends(cells, out / cache_file(torch.device("cuda")).name, seconds)
+
+
 def summarise(out: Path) -> None:
     """Draw the picture; print and write the tables."""
     from facts import read_rows
@@ -190,7 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results; default gpu-out")
     parser.add_argument("--seconds", type=float, default=520, help="limit for all steps together; default 520")
-    for name in ("environment", "sanitize-case", "tune"):
+    for name in ("environment", "sanitize-case", "tune", "backends"):
         parser.add_argument(f"--{name}", action="store_true", help="this step alone, in this process")
     args = parser.parse_args()
     out = args.out.resolve()
@@ -201,6 +215,8 @@ def main() -> int:
         sanitize_case()
     elif args.tune:
         tune(out, args.seconds)
+    elif args.backends:
+        choose_backends(out, args.seconds)
     else:
         import torch
 

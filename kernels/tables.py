@@ -1,9 +1,9 @@
-"""Measured rows for a device: shipped in ``kernels/tables/*.json``, and in a cache on disk; the nearest one wins.
+"""Measured rows for a device: shipped in ``kernels/measured/*.json``, and in a cache on disk; the nearest one wins.
 
 A table holds ``device``, ``capability``, ``versions`` and two lists of rows, each with its shape ``(M, N, K, R)``:
 ``configs`` (kernel, item size, pairs of factors: the fastest configuration) and ``backends`` (item size, pairs,
-training or not, dropout or not: milliseconds of each backend). The device's own cache speaks before its shipped table,
-that before a table of the same architecture.
+training or not, dropout or not: milliseconds of each backend). Tables of the device itself, its cache and the shipped
+one, speak before those of another device of the same architecture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-SHIPPED = Path(__file__).parent / "tables"
+SHIPPED = Path(__file__).parent / "measured"
 
 
 class Row(NamedTuple):
@@ -36,19 +36,22 @@ def cache_file(device: torch.device) -> Path:
     return Path(os.environ.get("IPCA_CACHE") or Path.home() / ".cache" / "ipca") / f"{name}.json"
 
 
-def tables_for(device: torch.device) -> tuple[dict[str, Any], ...]:
-    """Every table that speaks for ``device``, the closest first."""
+Tables = tuple[dict[str, Any], ...]
+
+
+def tables_for(device: torch.device) -> tuple[Tables, Tables]:
+    """The tables of ``device`` itself, its own cache first, and those of other devices of its architecture."""
     if device.type != "cuda":
-        return ()
+        return (), ()
     return _tables_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), cache_file(device))
 
 
 @cache
-def _tables_for(name: str, capability: tuple[int, int], own: Path) -> tuple[dict[str, Any], ...]:
+def _tables_for(name: str, capability: tuple[int, int], own: Path) -> tuple[Tables, Tables]:
     shipped = [read(path) for path in sorted(SHIPPED.glob("*.json"))]
     same = [table for table in shipped if table["device"] == name]
     related = [t for t in shipped if t["device"] != name and t["capability"][0] == capability[0]]
-    return (*([read(own)] if own.exists() else []), *same, *related)
+    return (*([read(own)] if own.exists() else []), *same), tuple(related)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -78,12 +81,16 @@ def add_rows(path: Path, device: torch.device, **rows: list[Any]) -> None:
 
 
 def nearest(kind: str, of: tuple[Any, ...], shape: tuple[int, int, int, int], device: torch.device) -> Row | None:
-    """The row of ``kind`` about ``of`` whose shape is closest in octaves, from the closest table that has one."""
-    for table in tables_for(device):
-        rows = [row for row in table[kind] if tuple(row[0]) == of]
+    """The row of ``kind`` about ``of`` whose shape is closest in octaves, of another device only where this has none."""
+    for tables in tables_for(device):
+        rows = [
+            Row(of, tuple(row[1]), row[2], table["source"])
+            for table in tables
+            for row in table[kind]
+            if tuple(row[0]) == of
+        ]
         if rows:
-            row = min(rows, key=lambda row: octaves(row[1], shape))
-            return Row(of, tuple(row[1]), row[2], table["source"])
+            return min(rows, key=lambda row: octaves(row.shape, shape))
     return None
 
 

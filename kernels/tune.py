@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +24,37 @@ def tune_grid(cells: Iterable[Mapping[str, Any]], path: Path, seconds: float) ->
     Args:
         cells: ``M``, ``N``, ``K``, ``rank`` and ``dtype`` (a name of torch's) of each.
         path: the table, as :func:`tables.cache_file` names it; rows that it holds are not measured again.
-        seconds: no cell is begun after it.
+        seconds: no kernel is begun after it.
     """
     device = torch.device("cuda")
     os.environ |= {"IPCA_AUTOTUNE": "1", "IPCA_CACHE": str(path.parent)}
     assert tables.cache_file(device) == path
     deadline = time.monotonic() + seconds
     for cell in tqdm(list(cells), desc="tuning", unit="shape"):
-        if time.monotonic() > deadline:
-            break
-        run_every_kernel(cell["M"], cell["N"], cell["K"], cell["rank"], getattr(torch, cell["dtype"]), device)
+        shape = (cell["M"], cell["N"], cell["K"], cell["rank"])
+        for _ in every_kernel(*shape, getattr(torch, cell["dtype"]), device):
+            if time.monotonic() > deadline:
+                return
 
 
-def run_every_kernel(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Each kernel once, with and without frozen factors, at one shape; the launch measures what it has to."""
+def every_kernel(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> Iterator[object]:
+    """Run each kernel, with and without frozen factors, at one shape; the launch measures what it has to."""
 
-    def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, dtype=of, device=device)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
 
     x, dy, weight, A, B = random(M, K), random(M, N), random(N, K), random(R, K), random(N, R)
     for frozen_A, frozen_B in ((None, None), (A, B)):
         if takes(x, R):
-            few_tokens(x, weight, A, B, None, frozen_A, frozen_B, scaling=1.0)
+            yield few_tokens(x, weight, A, B, None, frozen_A, frozen_B, scaling=1.0)
         h, h0 = project(x, A, frozen_A)
-        linear(x, weight, h, B, h0, frozen_B, scaling=1.0)
+        yield h
+        yield linear(x, weight, h, B, h0, frozen_B, scaling=1.0)
         if R * (1 if frozen_B is None else 2) <= MOST_FUSED:
             g, g0, _, _ = products(dy, h, B, frozen_B, scaling=1.0)
         else:
             g, g0 = project(dy, B.mT, None if frozen_B is None else frozen_B.mT)
-        input_grad(dy, weight, g, A, g0, frozen_A)
-    outer(h, x, dtype)
-    outer(h, dy, dtype, transposed=True)
+        yield g
+        yield input_grad(dy, weight, g, A, g0, frozen_A)
+    yield outer(h, x, dtype)
+    yield outer(h, dy, dtype, transposed=True)

@@ -19,6 +19,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def kernel_masks(monkeypatch):
+    """Dropout in plain PyTorch draws the masks of the kernels on a CPU too, to be compared with the interpreter."""
+    from ipca.ops import dropout
+
+    monkeypatch.setattr(dropout, "keep_mask", dropout.kernel_mask)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -1,13 +1,14 @@
-"""Dropout from a seed, in plain PyTorch: the mask that the kernels draw, see :mod:`ipca.kernels.dropout`.
+"""Dropout from a seed: a mask is a function of seed and place, so backward draws it again instead of storing it.
 
 Entry ``(m, k)`` of an ``(M, K)`` input is dropped where its 16 random bits are below ``threshold = round(65536 p)``.
-They are half ``k % 2`` of word ``k % 8 // 2`` of Philox4x32-7 with the counter ``(k // 8, m, 0, 0)`` and the seed as
-key (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So a mask is a function of seed and place,
-and backward draws it again instead of storing it.
+They come from Philox, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
+on a GPU Philox4x32-7 on row and column, as the kernels draw it in registers, see :mod:`ipca.kernels.dropout`; on a CPU
+NumPy's Philox4x64-10 in one stream, which is much faster there. A seed gives different masks on the two.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,15 +26,37 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     threshold = round(p * 65536)
     if threshold == 65536:
         return torch.zeros_like(x)
-    return torch.where(keep_mask(seed, x.shape[0], x.shape[1], p), x * (65536 / (65536 - threshold)), 0.0)
+    mask = keep_mask(seed, x.shape[0], x.shape[1], p)
+    return torch.where(mask, x * (65536 / (65536 - threshold)), 0.0)
 
 
 def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """``(M, K)`` booleans: what dropout keeps."""
+    return (cpu_mask if seed.device.type == "cpu" else kernel_mask)(seed, M, K, p)
+
+
+@torch.library.custom_op("ipca::cpu_mask", mutates_args=())
+def cpu_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """The mask on a CPU. An op, because PyTorch cannot see through NumPy."""
+    words = np.random.Philox(key=int(seed)).random_raw((M * K + 3) // 4)
+    bits = words.astype("<u8", copy=False).view("<u2")[: M * K]
+    return torch.from_numpy(bits >= round(p * 65536)).view(M, K)
+
+
+@cpu_mask.register_fake
+def _(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    return seed.new_empty(M, K, dtype=torch.bool)
+
+
+def kernel_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """The mask of the kernels, on any device.
+
+    Entry ``(m, k)`` reads half ``k % 2`` of word ``k % 8 // 2`` of Philox4x32-7 at counter ``(k // 8, m, 0, 0)``.
+    """
     columns = torch.arange((K + 7) // 8, device=seed.device).expand(M, -1)
     rows = torch.arange(M, device=seed.device)[:, None].expand_as(columns)
     words = torch.stack(_philox(seed, columns, rows), dim=-1)
-    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(M, -1)[:, :K]
+    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(M, 8 * columns.shape[1])[:, :K]
     return bits >= round(p * 65536)
 
 

@@ -7,8 +7,8 @@ tensor arrives, because ``triton_op`` loads triton and ``import ipca`` must not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -79,11 +79,14 @@ def backward(
     return [grad for grad, need in zip(found, needs, strict=True) if need and grad is not None]
 
 
-@contextmanager
-def on_device_of(x: Tensor) -> Iterator[None]:
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Kernels start on the current device: make it that of ``x``. The dtypes are settled: no autocast."""
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext(), torch.autocast(x.device.type, enabled=False):
-        yield
+    stack = ExitStack()
+    if x.is_cuda:
+        stack.enter_context(torch.cuda.device(x.device))
+    if torch.is_autocast_enabled(x.device.type):
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    return stack
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -138,9 +138,10 @@ def input_grad_base_first(
 ) -> Tensor:
     """``dx = dy W``, then ``dx += mask ∘ (g A − g0 A0)``; added to ``out`` where that is given."""
     dx = dy @ weight if out is None else out.addmm_(dy, weight)
-    if seed is None and (g0 is None or A0 is None):
-        return dx.addmm_(g, _like(A, dy))
-    return dx.add_(_low_grad(g, A, g0, A0, seed, p))
+    if seed is not None:
+        return dx.add_(_low_grad(g, A, g0, A0, seed, p))
+    dx.addmm_(g, _like(A, dy))
+    return dx if g0 is None or A0 is None else dx.addmm_(g0, _like(A0, dy), alpha=-1)
 
 
 def input_grad_low_first(

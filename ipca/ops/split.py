@@ -66,8 +66,7 @@ def forward(
     merged = choice.backend == "merged"
     As, A0s = [layer.A for layer in layers], [layer.A0 for layer in layers if layer.A0 is not None and not merged]
     h, h0 = _small(choice).project(x, _rows(As), _rows(A0s) if A0s else None, seed, p)
-    hs = [part.contiguous() for part in h.split(ranks, dim=1)]
-    h0s = [None] * len(layers) if h0 is None else [part.contiguous() for part in h0.split(ranks, dim=1)]
+    hs, h0s = _columns(h, ranks), [None] * len(layers) if h0 is None else _columns(h0, ranks)
     if merged:
         return [plain.linear_merged(x, *layer) for layer in layers], hs
     linear, rows = _large(choice)[0], given if choice.backend == "reference" else x
@@ -162,6 +161,10 @@ def _large(choice: Choice) -> tuple[Any, Any]:
     if choice.backend == "addmm":
         return plain.linear_low_first, plain.input_grad_low_first
     return plain.linear_base_first, plain.input_grad_base_first
+
+
+def _columns(h: Tensor, ranks: list[int]) -> list[Tensor]:
+    return [h] if len(ranks) == 1 else [part.contiguous() for part in h.split(ranks, dim=1)]
 
 
 def _rows(factors: list[Tensor]) -> Tensor:

@@ -227,6 +227,17 @@ def test_a_lost_device_is_recorded_and_the_next_call_goes_on(monkeypatch, tmp_pa
     assert facts.read_rows(tmp_path / "rows.csv") == [row]
 
 
+def test_a_device_lost_while_timing_is_recorded_too(monkeypatch, tmp_path):
+    def lost(*arguments):
+        raise RuntimeError("unspecified launch failure\nand more")
+
+    monkeypatch.setattr(bench, "measure", lost)
+    with pytest.raises(bench.DeviceLostError):
+        bench.run_grid([CELL], tmp_path / "rows.csv", CPU, seconds=60)
+    (row,) = facts.read_rows(tmp_path / "rows.csv")
+    assert (row["provider"], row["status"]) == ("any", "failed: while forward was timed: unspecified launch failure")
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_command_says_by_its_status_whether_all_were_right(monkeypatch, tmp_path, capsys, wrong):
     if wrong:

@@ -8,6 +8,8 @@ from ipca.kernels.tuning import force
 from ipca.ops import reference
 from ipca.ops.dropout import new_seed
 
+pytestmark = pytest.mark.usefixtures("kernel_masks")
+
 SCALING = 0.7
 FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["residual", "intact"])
 

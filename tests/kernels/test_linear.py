@@ -9,6 +9,8 @@ from ipca.kernels.linear import input_grad, linear
 from ipca.kernels.tuning import force
 from ipca.ops.dropout import dropout, new_seed
 
+pytestmark = pytest.mark.usefixtures("kernel_masks")
+
 SCALING = 0.7
 FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["residual", "intact"])
 ALIGNED = (130, 72, 136, 20)

@@ -8,6 +8,8 @@ from ipca.kernels.reduce import add_up, split_rows
 from ipca.kernels.tuning import force
 from ipca.ops.dropout import dropout, new_seed
 
+pytestmark = pytest.mark.usefixtures("kernel_masks")
+
 
 def check(t, dtype, layout="contiguous", transposed=False, seed=None, p=0.0):
     with poisoned():

@@ -6,6 +6,8 @@ from kernel_data import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, pois
 from ipca.kernels.project import project
 from ipca.ops.dropout import dropout, new_seed
 
+pytestmark = pytest.mark.usefixtures("kernel_masks")
+
 
 @pytest.mark.parametrize("shape", [*SHAPES, (40, 8, 96, 300)], ids=str)
 @pytest.mark.parametrize(("dtype", "factors"), PLACES, ids=str)

@@ -94,6 +94,7 @@ def test_wide_factors_on_a_narrow_weight(backend, intact, dtype):
 
 @pytest.mark.parametrize("backend", ["triton", "addmm", "reference"])
 @FORMS
+@pytest.mark.usefixtures("kernel_masks")
 @pytest.mark.parametrize("R", [5, 40])
 def test_dropout_drops_the_same_entries_in_every_backend_and_in_backward(backend, intact, R):
     check(inputs(R=R, intact=intact), p=0.3)
@@ -323,7 +324,10 @@ def test_auto_takes_the_fastest_of_the_nearest_measured_shape(monkeypatch):
     monkeypatch.setattr(
         tables,
         "tables_for",
-        lambda device: ({"backends": [[list(of), list(s), ms] for s, ms in rows.items()], "source": "test.json"},),
+        lambda device: (
+            ({"backends": [[list(of), list(s), ms] for s, ms in rows.items()], "source": "test.json"},),
+            (),
+        ),
     )
     monkeypatch.setattr(backends, "_triton_refusal", lambda problem: "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
@@ -345,6 +349,9 @@ def test_auto_takes_the_fastest_of_the_nearest_measured_shape(monkeypatch):
     monkeypatch.setattr(
         tables,
         "tables_for",
-        lambda device: ({"backends": [[list(of), list(s), ms] for s, ms in rows.items()], "source": "test.json"},),
+        lambda device: (
+            ({"backends": [[list(of), list(s), ms] for s, ms in rows.items()], "source": "test.json"},),
+            (),
+        ),
     )
     assert best(8192, dropout=True).backend == "triton"  # merged is faster in the table and cannot run

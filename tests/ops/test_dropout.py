@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ipca.ops.dropout import dropout, keep_mask, new_seed
+from ipca.ops.dropout import cpu_mask, dropout, keep_mask, kernel_mask, new_seed
+
+BOTH = pytest.mark.parametrize("draw", [kernel_mask, cpu_mask], ids=["kernel", "cpu"])
 
 
 def philox(counter, key, rounds):
@@ -27,16 +29,17 @@ def test_the_generator_gives_the_known_answers_of_its_paper():
 @pytest.mark.parametrize("seed", [0, 1, 12345678901234567, 2**63 - 1])
 def test_the_mask_is_that_of_the_generator(seed):
     M, K, p = 5, 19, 0.3
-    mask = keep_mask(torch.tensor([seed]), M, K, p)
+    mask = kernel_mask(torch.tensor([seed]), M, K, p)
     for m in range(M):
         for k in range(K):
             word = philox((k // 8, m, 0, 0), (seed & 0xFFFFFFFF, seed >> 32), 7)[k % 8 // 2]
             assert mask[m, k] == ((word >> 16 * (k % 2)) & 0xFFFF >= round(65536 * p))
 
 
+@BOTH
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.95])
-def test_how_many_are_dropped(p):
-    mask = keep_mask(new_seed(torch.device("cpu")), 400, 1000, p)
+def test_how_many_are_dropped(draw, p):
+    mask = draw(new_seed(torch.device("cpu")), 400, 1000, p)
     deviation = (p * (1 - p) / mask.numel()) ** 0.5
     assert abs((~mask).double().mean() - p) < 5 * deviation
     assert np.corrcoef(mask[:, :-1].flatten(), mask[:, 1:].flatten())[0, 1] < 0.01
@@ -55,3 +58,18 @@ def test_seeds_follow_the_generator_and_differ():
     torch.manual_seed(5)
     assert torch.equal(one, new_seed(torch.device("cpu")))
     assert not torch.equal(one, two)
+
+
+@BOTH
+@pytest.mark.parametrize(("M", "K"), [(0, 5), (1, 1), (3, 7), (5, 16)])
+def test_any_shape_and_the_same_again(draw, M, K):
+    seed = torch.tensor([2**62 + 5])
+    mask = draw(seed, M, K, 0.5)
+    assert mask.shape == (M, K)
+    assert torch.equal(mask, draw(seed, M, K, 0.5))
+
+
+def test_a_cpu_draws_the_cpu_mask_and_its_op_is_sound():
+    seed = torch.tensor([77])
+    assert torch.equal(keep_mask(seed, 5, 9, 0.3), cpu_mask(seed, 5, 9, 0.3))
+    torch.library.opcheck(cpu_mask, (seed, 5, 9, 0.3))

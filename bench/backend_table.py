@@ -1,0 +1,65 @@
+"""Time our backends against each other at the cells of a grid, into the table that ``"auto"`` chooses by.
+
+A row: item type, form, dropout, training or not; ``(M, N, K, R)``; milliseconds of each backend that can run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_pc_linear import bench_modes
+from facts import Row
+from providers import BACKENDS, FORMS, Cell, Provider
+from timing import side_stream
+from tqdm import tqdm
+
+from ipca.kernels import tables
+from ipca.kernels.tuning import bucket
+
+MODES = {"full": True, "forward": False}
+"""Whether a mode is training, as the table says it."""
+SECONDS = 0.3
+"""For the rounds of one mode of one cell."""
+
+
+def measure_backends(cells: Iterable[Cell], path: Path, seconds: float) -> None:
+    """Add the rows of every cell that ``path`` lacks; none is begun after ``seconds``."""
+    device = torch.device("cuda")
+    deadline = time.perf_counter() + seconds
+    ours = [Provider(f"ipca-{backend}", form) for form in FORMS for backend in BACKENDS if backend != "auto"]
+    with side_stream(device):
+        for cell in tqdm([cell for cell in cells if not known(cell, path)], desc="Backends", unit="cell"):
+            if time.perf_counter() > deadline:
+                return
+            rows = bench_modes(cell, device, SECONDS, ours, tuple(MODES))
+            tables.add_rows(path, device, backends=table_rows(cell, rows))
+
+
+def table_rows(cell: Cell, rows: Iterable[Row]) -> list[list[Any]]:
+    """What the table says of a cell: a row for each form and mode; backends without a time are left out."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            key = (row["form"], row["mode"])
+            times.setdefault(key, {})[row["provider"].removeprefix("ipca-")] = float(row["median_ms"])
+    return [
+        [[cell.dtype, form == "intact", cell.dropout > 0, MODES[mode]], shape_of(cell), found]
+        for (form, mode), found in times.items()
+    ]
+
+
+def known(cell: Cell, path: Path) -> bool:
+    """Whether the table has this cell."""
+    if not path.exists():
+        return False
+    of = [cell.dtype, cell.dropout > 0]
+    return any([*row[0][::2]] == of and row[1] == shape_of(cell) for row in tables.read(path)["backends"])
+
+
+def shape_of(cell: Cell) -> list[int]:
+    """``M, N, K, R`` as the table counts them."""
+    return [bucket(cell.M), cell.N, cell.K, cell.rank]
