@@ -31,9 +31,13 @@ class Row(NamedTuple):
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where what is measured on ``device`` is kept: below ``IPCA_CACHE``, by default ``~/.cache/ipca``."""
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-").replace("/", "-")
-    return Path(os.environ.get("IPCA_CACHE") or Path.home() / ".cache" / "ipca") / f"{name}.json"
+    """Where what is measured on ``device`` is kept."""
+    return cache_folder() / f"{torch.cuda.get_device_name(device).lower().replace(' ', '-').replace('/', '-')}.json"
+
+
+def cache_folder() -> Path:
+    """``IPCA_CACHE``, by default ``~/.cache/ipca``."""
+    return Path(os.environ.get("IPCA_CACHE") or Path.home() / ".cache" / "ipca")
 
 
 Tables = tuple[dict[str, Any], ...]
@@ -81,7 +85,7 @@ def add_rows(path: Path, device: torch.device, **rows: list[Any]) -> None:
 
 
 def nearest(kind: str, of: tuple[Any, ...], shape: tuple[int, int, int, int], device: torch.device) -> Row | None:
-    """The row of ``kind`` about ``of`` whose shape is closest in octaves, of another device only where this has none."""
+    """The row of ``kind`` about ``of`` whose shape is closest in octaves, of another device only if this has none."""
     for tables in tables_for(device):
         rows = [
             Row(of, tuple(row[1]), row[2], table["source"])

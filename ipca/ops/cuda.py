@@ -6,11 +6,28 @@ would go through PyTorch's tracing machinery in eager mode, at about a milliseco
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from torch.library import triton_op
 
+from ipca.kernels import tables
 from ipca.ops import linear, shared
+
+
+def _build() -> str:
+    """A hash of what decides how the ops decompose: their sources, the kernels', and every measured table.
+
+    torch.compile keeps compiled graphs on disk under a key that holds an op's name and arguments, and not its body. As
+    an argument this keeps a graph of an earlier version, or from before a measurement, from passing for a present one.
+    """
+    folders = (Path(__file__).parent, Path(tables.__file__).parent, tables.SHIPPED, tables.cache_folder())
+    files = sorted(path for folder in folders for path in folder.glob("*") if path.suffix in (".py", ".json"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+BUILD = _build()
 
 pc_linear_cuda_op: Any = triton_op("ipca::pc_linear_cuda", linear.forward, mutates_args=())
 pc_linear_cuda_backward_op = triton_op("ipca::pc_linear_cuda_backward", linear.backward, mutates_args=())

@@ -1,7 +1,7 @@
 """Dropout from a seed: a mask is a function of seed and place, so backward draws it again instead of storing it.
 
 Entry ``(m, k)`` of an ``(M, K)`` input is dropped where its 16 random bits are below ``threshold = round(65536 p)``.
-They come from Philox, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
+They come from Philox, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011):
 on a GPU Philox4x32-7 on row and column, as the kernels draw it in registers, see :mod:`ipca.kernels.dropout`; on a CPU
 NumPy's Philox4x64-10 in one stream, which is much faster there. A seed gives different masks on the two.
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ipca.ops import backend as backends
 from ipca.ops import reference, split
@@ -34,9 +35,10 @@ def forward(
     scaling: float,
     dropout: float,
     backend: str,
+    build: str,
     training: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``y (…, N)`` and ``h = z Aᵀ (…, R)``, see :mod:`ipca.ops.reference`."""
+    """``y (…, N)`` and ``h = z Aᵀ (…, R)``, see :mod:`ipca.ops.reference`; ``build`` is for torch.compile's cache."""
     rows = x.reshape(-1, x.shape[-1])
     choice = backends.choose(backend, backends.problem_of(rows, weight, A, A0, dropout, training))
     with on_device_of(x):
@@ -58,6 +60,7 @@ def backward(
     scaling: float,
     dropout: float,
     backend: str,
+    build: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """Of ``dx, dW, dA, dB, dbias`` those that ``needs`` asks for."""
@@ -91,7 +94,8 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs and ``h``; nothing else is stored."""
-    x, weight, A, B, bias, A0, B0, seed, ctx.scaling, ctx.dropout, ctx.backend, _ = inputs
+    x, weight, A, B, bias, A0, B0, seed, *settings, _ = inputs
+    ctx.scaling, ctx.dropout, ctx.backend, ctx.build = settings
     ctx.save_for_backward(x, output[1], weight, A, B, bias, A0, B0, seed)
     ctx.set_materialize_grads(False)
 
@@ -102,18 +106,24 @@ def autograd_rule(run: Grad) -> Callable[..., tuple[Tensor | None, ...]]:
     def rule(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, weight, A, B, bias, A0, B0, seed = ctx.saved_tensors
         if dy is None and dh is None:
-            return (None,) * 12
+            return (None,) * 13
         needs = list(ctx.needs_input_grad[:5])
-        if dh is not None or torch.is_grad_enabled():
+        if dh is not None or differentiated_again(dy):
             dy = x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
             given = (dy, dh, x, h, weight, A, B, A0, B0, ctx.scaling, seed, ctx.dropout, needs)
             grads: list[Tensor | None] = list(reference.pc_linear_backward(*given))
         else:
-            found = iter(run(dy, x, h, weight, A, B, bias, A0, B0, seed, ctx.scaling, ctx.dropout, ctx.backend, needs))
+            settings = (ctx.scaling, ctx.dropout, ctx.backend, ctx.build, needs)
+            found = iter(run(dy, x, h, weight, A, B, bias, A0, B0, seed, *settings))
             grads = [next(found) if need else None for need in needs]
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
     return rule
+
+
+def differentiated_again(dy: Tensor | None) -> bool:
+    """Whether a backward pass is itself recorded (``create_graph=True``); tracing records without meaning that."""
+    return torch.is_grad_enabled() and not isinstance(dy, FunctionalTensor)
 
 
 pc_linear_op = torch.library.custom_op("ipca::pc_linear", forward, mutates_args=())
@@ -168,17 +178,18 @@ def pc_linear(
     if transformed():
         return _under_transform(x, weight, A, B, bias, A0, B0, scaling, dropout)
     seed = new_seed(x.device) if dropout > 0 else None
-    op = op_for(x)
-    return op(x, weight, A, B, bias, A0, B0, seed, scaling, dropout, backends.asked_for(), torch.is_grad_enabled())[0]
+    op, build = op_for(x)
+    settings = (scaling, dropout, backends.asked_for(), build, torch.is_grad_enabled())
+    return op(x, weight, A, B, bias, A0, B0, seed, *settings)[0]
 
 
-def op_for(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op for the device of ``x``; a CUDA tensor loads triton."""
+def op_for(x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
+    """The op for the device of ``x`` and its build; a CUDA tensor loads triton."""
     if not x.is_cuda:
-        return pc_linear_op
-    from ipca.ops.cuda import pc_linear_cuda_op
+        return pc_linear_op, ""
+    from ipca.ops import cuda
 
-    return pc_linear_cuda_op
+    return cuda.pc_linear_cuda_op, cuda.BUILD
 
 
 def to_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:

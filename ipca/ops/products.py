@@ -73,7 +73,7 @@ def linear_base_first(
     """
     y = F.linear(x, weight, bias)
     if h0 is not None and B0 is not None:
-        return y.add_(_difference(h, B, h0, B0).view(y.shape), alpha=scaling)
+        return y.add_(_scaled(_difference(h, B, h0, B0), scaling).view(y.shape))
     rows = y.reshape(-1, y.shape[-1])
     return rows.addmm_(h, _like(B, x).mT, alpha=scaling)
 
@@ -121,7 +121,7 @@ def effective_weight(
         return torch.addmm(weight, _like(B, weight), _like(A, weight), alpha=scaling)
     wide = torch.promote_types(weight.dtype, torch.float32)  # a difference of products rounded to 16 bits loses them
     low = (B.to(wide) @ A.to(wide)).sub_(B0.to(wide) @ A0.to(wide))
-    return weight.add(low.to(weight.dtype) if weight.dtype == wide else low, alpha=scaling).to(weight.dtype)
+    return weight.to(wide).add(_scaled(low, scaling)).to(weight.dtype)
 
 
 def input_grad_base_first(
@@ -178,4 +178,5 @@ def _like(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def _scaled(value: Tensor, scaling: float) -> Tensor:
+    """``scaling · value`` in place; as ``add(…, alpha=scaling)``, inductor 2.13 loses the factor beside a product."""
     return value if scaling == 1.0 else value.mul_(scaling)

@@ -39,7 +39,7 @@ def pc_linear(
     h, low = _low_rank(z, A, B)
     if A0 is not None and B0 is not None:
         low = low - _low_rank(z, A0, B0)[1]
-    return y.add(low.view(y.shape), alpha=scaling), h.view(*x.shape[:-1], A.shape[0])
+    return y + scaling * low.view(y.shape), h.view(*x.shape[:-1], A.shape[0])
 
 
 def _low_rank(rows: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

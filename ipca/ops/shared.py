@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ipca.ops import backend as backends
-from ipca.ops import split
+from ipca.ops import reference, split
 from ipca.ops.dropout import new_seed
-from ipca.ops.linear import check, on_device_of, pc_linear, to_autocast, transformed
+from ipca.ops.linear import check, differentiated_again, on_device_of, pc_linear, to_autocast, transformed
 from ipca.ops.split import Layer, Needs
 
 
@@ -32,6 +32,7 @@ def forward(
     has_bias: list[bool],
     dropout: float,
     backend: str,
+    build: str,
     training: bool,
 ) -> list[Tensor]:
     """``y_i (…, N_i)``, then ``h_i (…, R_i)``; ``A0, B0`` are empty without frozen factors."""
@@ -57,6 +58,7 @@ def backward(
     has_bias: list[bool],
     dropout: float,
     backend: str,
+    build: str,
     needs_x: bool,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -101,7 +103,8 @@ def _choice(x: Tensor, layers: list[Layer], dropout: float, backend: str, traini
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep the inputs and every ``h_i``."""
-    x, weight, A, B, bias, A0, B0, seed, ctx.scaling, ctx.has_bias, ctx.dropout, ctx.backend, _ = inputs
+    x, weight, A, B, bias, A0, B0, seed, *settings, _ = inputs
+    ctx.scaling, ctx.has_bias, ctx.dropout, ctx.backend, ctx.build = settings
     ctx.count = len(weight)
     ctx.save_for_backward(x, seed, *output[ctx.count :], *weight, *A, *B, *bias, *A0, *B0)
     ctx.lengths = [len(part) for part in (output[ctx.count :], weight, A, B, bias, A0, B0)]
@@ -112,28 +115,56 @@ def autograd_rule(run: Callable[..., list[Tensor]]) -> Callable[..., tuple[Any, 
     """The op's gradient, through ``run``."""
 
     def rule(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() or any(dh is not None for dh in grads[ctx.count :]):
-            raise RuntimeError("pc_linear_shared has no second derivative; call each layer by itself.")
         x, seed, *rest = ctx.saved_tensors
         parts = []
         for length in ctx.lengths:
             parts.append(rest[:length])
             rest = rest[length:]
-        has_dy = [dy is not None for dy in grads[: ctx.count]]
+        dys, dhs = grads[: ctx.count], grads[ctx.count :]
+        if any(map(differentiated_again, dys)) or any(dh is not None for dh in dhs):
+            return _through_the_reference(ctx, dys, dhs, x, seed, *parts)
+        has_dy = [dy is not None for dy in dys]
         needs_x, *of = ctx.needs_input_grad[:5]
         biases = iter(of[3])
         flags = [[W, a, b, has and next(biases)] for W, a, b, has in zip(*of[:3], ctx.has_bias, strict=True)]
         needs = [need and has for has, flag in zip(has_dy, flags, strict=True) for need in flag]
-        settings = (ctx.scaling, ctx.has_bias, ctx.dropout, ctx.backend, needs_x, needs)
-        found = iter(run([g for g in grads[: ctx.count] if g is not None], has_dy, x, *parts, seed, *settings))
+        settings = (ctx.scaling, ctx.has_bias, ctx.dropout, ctx.backend, ctx.build, needs_x, needs)
+        found = iter(run([dy for dy in dys if dy is not None], has_dy, x, *parts, seed, *settings))
         dx = next(found) if needs_x and any(has_dy) else None
         each = [next(found) if need else None for need in needs]
         dW, dA, dB = (each[i::4] for i in range(3))
         dbias = [each[4 * i + 3] for i, has in enumerate(ctx.has_bias) if has]
         frozen = [None] * ctx.lengths[-1]
-        return (dx, dW, dA, dB, dbias, frozen, list(frozen), *(None,) * 6)
+        return (dx, dW, dA, dB, dbias, frozen, list(frozen), *(None,) * 7)
 
     return rule
+
+
+def _through_the_reference(
+    ctx: Any,
+    dys: list[Tensor | None],
+    dhs: list[Tensor | None],
+    x: Tensor,
+    seed: Tensor | None,
+    h: list[Tensor],
+    *parts: list[Tensor],
+) -> tuple[Any, ...]:
+    """All gradients, a layer at a time, by operations that are differentiable themselves."""
+    dx: Any = None
+    each: list[list[Tensor]] = [[], [], [], []]
+    weight, A, B, bias, A0, B0 = parts
+    layers = _layers(weight, A, B, bias, A0, B0, ctx.scaling, ctx.has_bias)
+    for layer, own_h, dy, dh in zip(layers, h, dys, dhs, strict=True):
+        W, a, b, has, a0, b0, scaling = layer
+        dy = x.new_zeros(*x.shape[:-1], W.shape[0]) if dy is None else dy
+        needs = [True, True, True, True, has is not None]
+        more, *own = reference.pc_linear_backward(dy, dh, x, own_h, W, a, b, a0, b0, scaling, seed, ctx.dropout, needs)
+        dx = more if dx is None else dx + more
+        for grads, grad in zip(each, own, strict=True):
+            if grad is not None:
+                grads.append(grad)
+    frozen = [None] * ctx.lengths[-1]
+    return (dx, *each, frozen, list(frozen), *(None,) * 7)
 
 
 pc_linear_shared_op = torch.library.custom_op("ipca::pc_linear_shared", forward, mutates_args=())
@@ -160,7 +191,7 @@ def pc_linear_shared(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.0
 
     Raises:
         ValueError: as :func:`pc_linear`, or layers that cannot share.
-        RuntimeError: as :func:`pc_linear`; a second derivative.
+        RuntimeError: as :func:`pc_linear`.
     """
     for layer in layers:
         check(x, layer.weight, layer.A, layer.B, layer.bias, layer.A0, layer.B0, dropout)
@@ -176,7 +207,8 @@ def pc_linear_shared(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.0
     x, *cast = to_autocast(x, *weights, *biases)
     weights, biases = cast[:count], cast[count:]
     seed = new_seed(x.device) if dropout > 0 else None
-    outputs = op_for(x)(
+    op, build = op_for(x)
+    outputs = op(
         x,
         weights,
         As,
@@ -189,15 +221,16 @@ def pc_linear_shared(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.0
         [bias is not None for bias in biases],
         dropout,
         backends.asked_for(),
+        build,
         torch.is_grad_enabled(),
     )
     return list(outputs[:count])
 
 
-def op_for(x: Tensor) -> Callable[..., list[Tensor]]:
-    """The op for the device of ``x``."""
+def op_for(x: Tensor) -> tuple[Callable[..., list[Tensor]], str]:
+    """The op for the device of ``x`` and its build."""
     if not x.is_cuda:
-        return pc_linear_shared_op
-    from ipca.ops.cuda import pc_linear_shared_cuda_op
+        return pc_linear_shared_op, ""
+    from ipca.ops import cuda
 
-    return pc_linear_shared_cuda_op
+    return cuda.pc_linear_shared_cuda_op, cuda.BUILD

@@ -107,7 +107,7 @@ def backward(
         together = torch.cat([*gs.values()], dim=1) if len(gs) > 1 else next(iter(gs.values()))
         dA = _small(choice).outer(together, x, layers[next(iter(gs))].A.dtype, seed, p)
         for i, part in zip(gs, dA.split([g.shape[1] for g in gs.values()]), strict=True):
-            grads[i] = grads[i]._replace(A=part)
+            grads[i] = grads[i]._replace(A=part.clone() if len(gs) > 1 else part)
     return dx, grads
 
 
@@ -164,7 +164,10 @@ def _large(choice: Choice) -> tuple[Any, Any]:
 
 
 def _columns(h: Tensor, ranks: list[int]) -> list[Tensor]:
-    return [h] if len(ranks) == 1 else [part.contiguous() for part in h.split(ranks, dim=1)]
+    """The parts of ``h`` side by side, each in memory of its own: what an op returns may not overlap."""
+    if len(ranks) == 1:
+        return [h]
+    return [part.clone(memory_format=torch.contiguous_format) for part in h.split(ranks, dim=1)]
 
 
 def _rows(factors: list[Tensor]) -> Tensor:

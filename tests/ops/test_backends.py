@@ -268,11 +268,19 @@ def test_shared_layers_that_cannot_share():
         pc_linear_shared(t.x, [one[0]._replace(A=one[0].B)])
 
 
-def test_a_second_derivative_of_shared_layers_is_refused():
-    t = inputs(intact=True, train=("x",))
-    y = pc_linear_shared(t.x, shared(t, [(70, 5)], intact=True, biases=(True,)))[0]
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.sum(), t.x, create_graph=True)
+@FORMS
+def test_second_derivatives_of_shared_layers(intact):
+    t = inputs(5, 6, 7, 2, intact=intact, train=("x",))
+    layers = shared(t, [(6, 2), (4, 3)], intact=intact, biases=(True, False))
+    results = []
+    for ys in (
+        pc_linear_shared(t.x, layers),
+        [pc_linear(t.x, *layer[:4], A0=layer.A0, B0=layer.B0, scaling=layer.scaling) for layer in layers],
+    ):
+        (dx,) = torch.autograd.grad(sum(y.square().sum() for y in ys), t.x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [t.x, layers[0].A, layers[1].B]))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # What decides.

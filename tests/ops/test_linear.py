@@ -40,7 +40,7 @@ def call(t, **options):
 def op_arguments(t, *, x=None, seed=None, dropout=0.0, backend="auto"):
     """What the op itself takes."""
     x = t.x if x is None else x
-    return (x, t.weight, t.A, t.B, t.bias, t.A0, t.B0, seed, SCALING, dropout, backend, True)
+    return (x, t.weight, t.A, t.B, t.bias, t.A0, t.B0, seed, SCALING, dropout, backend, "", True)
 
 
 def plain(t):

@@ -1,0 +1,149 @@
+"""The registrations for CUDA, as far as a CPU can tell: the same body under ``triton_op``."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_data import DEVICE
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ipca.ops import cuda, linear, pc_linear, pc_linear_shared, shared
+from ipca.ops.split import Layer
+
+N, K, R = 17, 24, 5
+FORMS = pytest.mark.parametrize("intact", [False, True], ids=["residual", "intact"])
+
+
+def tensors(intact, *, bias=True):
+    A, B = torch.randn(R, K, device=DEVICE) / K**0.5, torch.randn(N, R, device=DEVICE)
+    frozen = (torch.randn_like(A) / K**0.5, torch.randn_like(B)) if intact else (None, None)
+    weight = torch.randn(N, K, device=DEVICE) / K**0.5
+    return Layer(
+        weight, A.requires_grad_(), B.requires_grad_(), torch.randn(N, device=DEVICE) if bias else None, *frozen, 0.7
+    )
+
+
+@pytest.fixture
+def _cuda_ops(monkeypatch):
+    """Calls go to the ops of CUDA, on whatever device."""
+    monkeypatch.setattr(linear, "op_for", lambda x: (cuda.pc_linear_cuda_op, cuda.BUILD))
+    monkeypatch.setattr(shared, "op_for", lambda x: (cuda.pc_linear_shared_cuda_op, cuda.BUILD))
+
+
+@FORMS
+@pytest.mark.parametrize("M", [5, 0])
+def test_opcheck(intact, M):
+    W, A, B, bias, A0, B0, scaling = tensors(intact)
+    x = torch.randn(M, K, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(cuda.pc_linear_cuda_op, (x, W, A, B, bias, A0, B0, None, scaling, 0.0, "reference", "", True))
+    given = [t if t is None else t.detach() for t in (x, x @ A.mT, W, A, B, bias, A0, B0)]
+    settings = (None, scaling, 0.0, "reference", "", [True, False, True, True, False])
+    dy = torch.randn(M, N, device=DEVICE)
+    torch.library.opcheck(cuda.pc_linear_cuda_backward_op, (dy, *given, *settings))
+
+
+@FORMS
+def test_opcheck_of_shared_inputs(intact):
+    layers = [tensors(intact), tensors(intact, bias=False)]
+    x = torch.randn(5, K, device=DEVICE, requires_grad=True)
+    W, A, B, A0, B0 = ([t for layer in layers if (t := layer[i]) is not None] for i in (0, 1, 2, 4, 5))
+    for op in (shared.pc_linear_shared_op, cuda.pc_linear_shared_cuda_op):
+        settings = ([0.7, 0.5], [True, False], 0.0, "reference", "", True)
+        torch.library.opcheck(op, (x, W, A, B, [layers[0].bias], A0, B0, None, *settings))
+    held = [[t.detach() for t in part] for part in (W, A, B, [layers[0].bias], A0, B0)]
+    h = [x.detach() @ a.mT for a in held[1]]
+    dy, needs = [torch.randn(5, N, device=DEVICE)], [False] * 4 + [False, True, True, False]
+    settings = ([0.7, 0.5], [True, False], 0.0, "reference", "", True, needs)
+    args = (dy, [False, True], x.detach(), h, *held, None, *settings)
+    torch.library.opcheck(cuda.pc_linear_shared_cuda_backward_op, args)
+
+
+@FORMS
+@pytest.mark.usefixtures("_cuda_ops")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_whole_without_recompiling(intact, dropout, together, backend):
+    """As a whole graph; varying numbers of tokens take the code of the first; the same numbers as eager."""
+    layers = [tensors(intact), tensors(intact, bias=False)]
+
+    def step(x):
+        if together:
+            return torch.cat(pc_linear_shared(x, layers, dropout=dropout), dim=-1).relu()
+        W, A, B, bias, A0, B0, scaling = layers[0]
+        return pc_linear(x, W, A, B, bias, A0=A0, B0=B0, scaling=scaling, dropout=dropout).relu()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    frames = []
+    for M in (300, 700, 33):
+        x = torch.randn(M, K, device=DEVICE, requires_grad=True)
+        found = compiled(x)
+        dy = torch.randn_like(found)
+        grads = torch.autograd.grad(found, [x, layers[0].A, layers[0].B], dy)
+        frames.append(counter.frame_count)
+        if dropout == 0.0:  # inductor has random numbers of its own
+            want = step(x)
+            wanted = torch.autograd.grad(want, [x, layers[0].A, layers[0].B], dy)
+            for got, other in zip((found, *grads), (want, *wanted), strict=True):
+                torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert found.isfinite().all()
+            assert not torch.equal(found, compiled(x))  # a new mask in every call
+    assert len(set(frames)) == 1
+
+
+@pytest.mark.usefixtures("_cuda_ops")
+def test_a_compiled_graph_sees_through_the_op():
+    """AOT decomposes it: the compiler gets matrix products, not a sealed call."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    W, A, B, bias, _, _, scaling = tensors(False)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: pc_linear(x, W, A, B, bias, scaling=scaling), backend=aot_autograd(fw_compiler=keep), fullgraph=True
+    )
+    compiled(torch.randn(6, K, device=DEVICE, requires_grad=True)).sum().backward()
+    forward, backward = graphs
+    assert "ipca" not in forward + backward
+    assert "aten.addmm" in forward
+    assert "aten.mm" in backward or "aten.addmm" in backward
+
+
+def test_the_build_follows_sources_and_measurements(monkeypatch, tmp_path):
+    """Else torch.compile would take a graph from its disk cache that another version, or no measurement, has left."""
+    monkeypatch.setenv("IPCA_CACHE", str(tmp_path))
+    assert cuda._build() == cuda._build() == cuda.BUILD
+    (tmp_path / "some-gpu.json").write_text("{}")
+    assert cuda._build() != cuda.BUILD
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_loads_neither_triton_nor_cuda():
+    code = (
+        "import sys, torch, ipca; print([name in sys.modules for name in ('triton', 'ipca.ops.cuda', 'ipca.kernels')])"
+    )
+    assert run(code) == "[False, False, False]"
+    assert run("import torch, ipca; print(torch.cuda.is_initialized())") == "False"
+
+
+def test_a_cpu_tensor_loads_no_kernel():
+    code = """
+import sys, torch, ipca
+layer = ipca.nn.LinearPC(16, 8, rank=2)
+layer(torch.randn(3, 16)).sum().backward()
+ipca.explain(layer, torch.randn(3, 16))
+print([name for name in sys.modules if name.startswith(("ipca.kernels", "ipca.ops.cuda"))])
+"""
+    assert run(code) == "[]"
