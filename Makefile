@@ -1,6 +1,8 @@
 # make demo   a fresh machine with Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
 # make test   the test suite            make check   lint, format, types, import floors, tables in step
-# make results   measure again (demo, memory) and put CSV files, the picture and the tables in place
+# make results   measure again on this CPU (demo, memory, throughput) and put CSV files, pictures and tables in place
+# make gpu OUT=folder   on a machine with a GPU: tests, memory checker, tuning and benches; again to go on
+# make kernels   compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
 #
 # On Linux pip's torch is the CUDA build, some gigabytes. The small CPU build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -11,8 +13,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEXT := $(VENV)/share/vaderSentiment-3.3.2.tar.gz
 READY := $(VENV)/.ready
+OUT ?= gpu-out
 
-.PHONY: demo test check format report results clean
+.PHONY: demo test check format report results gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and beside another busy process every step waits for them.
 demo: $(READY)
@@ -39,7 +42,16 @@ results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out --seeds 3
 	cp demo-out/demo.csv demo-out/demo.png bench/results/
 	$(BIN)/python bench/apply_memory.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_pc_linear.py --device cpu --out bench/results
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_training.py --device cpu --out bench/results
 	$(BIN)/python bench/report.py
+
+# PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
+gpu:
+	$(PYTHON) bench/gpu.py --out $(OUT)
+
+kernels: $(READY)
+	$(BIN)/python bench/kernel_report.py
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
@@ -51,4 +63,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out build dist *.egg-info
+	rm -rf $(VENV) demo-out gpu-out build dist *.egg-info

@@ -9,6 +9,7 @@ picture.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -47,9 +48,11 @@ SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
 SELF = str(BENCH / "gpu.py")
 GRID, TRAINING = str(BENCH / "bench_pc_linear.py"), str(BENCH / "bench_training.py")
 ON_GPU = ("--device", "cuda", "--out", "{out}", "--seconds", "{seconds}")
+SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+"""Compiling kernels takes the tests' time; pytest-xdist does it on several cores."""
 STEPS = (
     Step("environment", (SELF, "--environment", "--out", "{out}"), 60),
-    Step("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests"), 150),
+    Step("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *SIDE_BY_SIDE, "tests"), 300),
     Step("memcheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "memcheck")),
     Step("tune", (SELF, "--tune", "--out", "{out}", "--seconds", "{seconds}"), 100, resumes=True),
     Step("backends", (SELF, "--backends", "--out", "{out}", "--seconds", "{seconds}"), 75, resumes=True),

@@ -86,7 +86,9 @@ def arithmetic(x: Tensor) -> str:
     """Which matrix instructions rows like those of ``x`` take: ``"16-bit"``, ``"tf32"`` or ``"float32"`` (none)."""
     if x.element_size() == 2:
         return "16-bit"
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "float32"
+    precision = torch.backends.cuda.matmul.fp32_precision
+    precision = getattr(torch.backends, "fp32_precision", "none") if precision == "none" else precision
+    return "tf32" if precision == "tf32" else "float32"
 
 
 def padded_rank(R: int, limit: int) -> int:

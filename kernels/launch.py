@@ -47,6 +47,7 @@ def descriptor_fits(tensor: Tensor) -> bool:
     stride, step = tensor.stride()
     return (
         step == 1
+        and stride >= tensor.shape[1]
         and (stride * tensor.element_size()) % 16 == 0
         and tensor.storage_offset() * tensor.element_size() % 16 == 0
     )

@@ -1,8 +1,7 @@
 """The kernels of the low-rank products, under the names that ``ipca.ops.products`` gives them in plain PyTorch."""
 
 from ipca.kernels.outer import outer
-from ipca.kernels.products import MOST_COMPONENTS as MOST_FUSED
-from ipca.kernels.products import products
+from ipca.kernels.products import fuses, products
 from ipca.kernels.project import project
 
-__all__ = ["MOST_FUSED", "outer", "products", "project"]
+__all__ = ["fuses", "outer", "products", "project"]

@@ -16,7 +16,7 @@ from ipca.kernels.reduce import add_up, split_rows
 from ipca.kernels.tuning import choose
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_each", "threshold"])  # they vary from step to step
 def _outer_kernel(
     g_ptr,
     x_ptr,

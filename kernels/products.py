@@ -15,10 +15,17 @@ from ipca.kernels.reduce import add_up, split_rows
 from ipca.kernels.tuning import choose
 
 MOST_COMPONENTS = 64
-"""Of all factors together. Above it the partials of ``g`` take more memory traffic than a second read of ``dy``."""
+"""Of all factors together: what :func:`products` takes."""
 
 
-@triton.jit
+def fuses(dy: Tensor, B: Tensor, B0: Tensor | None) -> bool:
+    """Whether :func:`products` pays: the partials of ``g``, written and read, are less than a second read of ``dy``."""
+    (N, R), pairs = B.shape, 1 if B0 is None else 2
+    config = choose("products", dy, N=N, K=0, R=R, frozen=B0 is not None, rerun=None)
+    return R * pairs <= MOST_COMPONENTS and 8 * R * pairs <= config.BLOCK_N * dy.element_size()
+
+
+@triton.jit(do_not_specialize=["M", "rows_each"])  # they vary from step to step
 def _products_kernel(
     dy_ptr,
     b_ptr,

@@ -14,7 +14,7 @@ from ipca.kernels.launch import dropout_arguments, grid_of
 from ipca.kernels.tuning import choose
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold"])  # they vary from step to step
 def _project_kernel(
     x_ptr,
     a_ptr,

@@ -81,9 +81,10 @@ def add_rows(path: Path, device: torch.device, **rows: list[Any]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         json.dump(table, file)
     os.replace(file.name, path)
-    _tables_for.cache_clear()
+    forget()
 
 
+@cache
 def nearest(kind: str, of: tuple[Any, ...], shape: tuple[int, int, int, int], device: torch.device) -> Row | None:
     """The row of ``kind`` about ``of`` whose shape is closest in octaves, of another device only if this has none."""
     for tables in tables_for(device):
@@ -96,6 +97,12 @@ def nearest(kind: str, of: tuple[Any, ...], shape: tuple[int, int, int, int], de
         if rows:
             return min(rows, key=lambda row: octaves(row.shape, shape))
     return None
+
+
+def forget() -> None:
+    """Read the tables anew at the next question."""
+    _tables_for.cache_clear()
+    nearest.cache_clear()
 
 
 def octaves(one: Any, other: Any) -> float:

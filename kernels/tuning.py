@@ -55,30 +55,38 @@ def choose(
     forced = _forced.get()
     if forced is not None and forced[0] == kernel:
         return forced[1]
+    N, K, R = int(N), int(K), int(R)  # weights are not dynamic
     kind = arithmetic(x)
     of, shape = (kernel, kind, frozen, dropout), (bucket(x.shape[0]), N, K, R)
     key = (x.device, tma, *of, *shape)
     if key in _chosen:
         return _chosen[key]
     fit = fitting(kernel, kind, R, limits(x.device), frozen=frozen, dropout=dropout, tma=tma)
-    if rerun is None:
+    if rerun is None or (autotunes(x) and not may_measure(x)):
         return look_up(fit, of, shape, x.device)
-    _chosen[key] = measure(fit, of, shape, x.device, rerun) if may_measure(x) else look_up(fit, of, shape, x.device)
+    _chosen[key] = measure(fit, of, shape, x.device, rerun) if autotunes(x) else look_up(fit, of, shape, x.device)
     return _chosen[key]
 
 
 def look_up(fit: tuple[Config, ...], of: tuple[Any, ...], shape: Shape, device: torch.device) -> Config:
     """The nearest measured configuration, if it fits this device, else the rule of :func:`configs.untuned`."""
-    row = tables.nearest("configs", of, shape, device)
-    if row is not None and Config(*row.found) in fit:
-        return Config(*row.found)
+    *rest, dropout = of
+    for known in (of, (*rest, False)) if dropout else (of,):  # without dropout, where it was not measured with
+        row = tables.nearest("configs", known, shape, device)
+        if row is not None and Config(*row.found) in fit:
+            return Config(*row.found)
     M, N, K, _ = shape
     return untuned(of[0], fit, M, N, K, programs(device))
 
 
+def autotunes(x: Tensor) -> bool:
+    """Whether timing was asked for, and makes sense."""
+    return os.environ.get("IPCA_AUTOTUNE") == "1" and x.is_cuda
+
+
 def may_measure(x: Tensor) -> bool:
-    """Whether to time: asked for, on a real CUDA tensor, outside tracing and graph capture."""
-    if os.environ.get("IPCA_AUTOTUNE") != "1" or not x.is_cuda or isinstance(x.shape[0], torch.SymInt):
+    """Whether now is a time to time: a real tensor, outside tracing and graph capture."""
+    if isinstance(x.shape[0], torch.SymInt):
         return False
     return torch._guards.detect_fake_mode(x) is None and not torch.cuda.is_current_stream_capturing()
 
@@ -97,13 +105,13 @@ def measure(
 
 def seconds(kernel: str, config: Config, rerun: Callable[[], object]) -> float:
     """Median time of one call, infinite where the configuration does not run on this device."""
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
     with force(kernel, config):
         try:
             return float(do_bench(rerun, warmup=5, rep=30, return_mode="median"))
-        except OutOfResources:
+        except (OutOfResources, PTXASError):
             return float("inf")
 
 

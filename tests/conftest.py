@@ -27,8 +27,15 @@ def kernel_masks(monkeypatch):
     monkeypatch.setattr(dropout, "keep_mask", dropout.kernel_mask)
 
 
+ON_A_GPU = ("tests/kernels/", "tests/ops/test_backends.py", "tests/ops/test_cuda_ops.py")
+"""What runs on a GPU where there is one, and in Triton's interpreter elsewhere; the offline compiler needs neither."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if torch.cuda.is_available():
+            if any(part in item.path.as_posix() for part in ON_A_GPU) and item.path.name != "test_compile.py":
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

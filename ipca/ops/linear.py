@@ -87,7 +87,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     stack = ExitStack()
     if x.is_cuda:
         stack.enter_context(torch.cuda.device(x.device))
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         stack.enter_context(torch.autocast(x.device.type, enabled=False))
     return stack
 
@@ -195,7 +195,7 @@ def op_for(x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
 def to_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
     """All tensors in the dtype of autocast, where that is on and ``x`` is not float64, as ``nn.Linear`` has it."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return [x, *others]
     dtype = torch.get_autocast_dtype(device)
     return [tensor if tensor is None else tensor.to(dtype) for tensor in (x, *others)]

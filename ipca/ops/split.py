@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ipca.ops import products as plain
 from ipca.ops.backend import Choice
@@ -55,7 +56,7 @@ def forward(
     """``y_i`` and ``h_i``, as rows, of ``x (…, K)``."""
     given, x = x, x.reshape(-1, x.shape[-1])
     ranks = [layer.A.shape[0] for layer in layers]
-    if x.shape[0] == 0:
+    if guard_or_false(x.shape[0] == 0):
         return [x.new_empty(0, layer.weight.shape[0]) for layer in layers], [x.new_empty(0, R) for R in ranks]
     if choice.backend == "triton":
         from ipca.kernels.few_tokens import few_tokens, takes
@@ -88,7 +89,7 @@ def backward(
     needs: list[Needs],
 ) -> tuple[Tensor | None, list[Grads]]:
     """``dx`` and each layer's gradients; a ``dy`` that is None counts as 0."""
-    if x.shape[0] == 0:
+    if guard_or_false(x.shape[0] == 0):
         empty = [_no_rows(layer, need) for layer, need in zip(layers, needs, strict=True)]
         return torch.zeros_like(x) if needs_x else None, empty
     dx, grads = None, []
@@ -118,8 +119,7 @@ def _low_rank_grads(
     small, scaling = _small(choice), layer.scaling
     merged = choice.backend == "merged"
     needs_g, B0 = need.A or (needs_x and not merged), layer.B0 if needs_x and not merged else None
-    components = layer.B.shape[1] * (1 if B0 is None else 2)
-    if needs_g and need.B and components <= small.MOST_FUSED:
+    if needs_g and need.B and small.fuses(dy, layer.B, B0):
         return small.products(dy, h, layer.B, B0, scaling=scaling, needs_bias=need.bias)
     g, g0 = small.project(dy, layer.B.mT, None if B0 is None else B0.mT) if needs_g else (None, None)
     g, g0 = (value if value is None or scaling == 1.0 else value * scaling for value in (g, g0))

@@ -1,11 +1,4 @@
-"""The benches are scripts: their files import each other by name."""
-
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 
 @pytest.fixture(autouse=True)

@@ -77,6 +77,8 @@ def test_descriptors_read_the_same(dtype, frozen):
         lambda: torch.empty(16, 16).t(),
         lambda: torch.empty(8, 32)[:, ::2],
         lambda: torch.empty(8, 33)[:, 1:],
+        lambda: torch.empty(16).expand(8, 16),
+        lambda: torch.empty(64).as_strided((8, 16), (4, 1)),
         lambda: torch.empty(8, 16, 4)[:, :, 1],
     ],
 )

@@ -3,7 +3,7 @@ import torch
 from kernel_data import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
 
 from ipca.kernels.configs import CONFIGS
-from ipca.kernels.products import MOST_COMPONENTS, products
+from ipca.kernels.products import MOST_COMPONENTS, fuses, products
 from ipca.kernels.tuning import force
 
 SCALING = 0.7
@@ -60,3 +60,13 @@ def test_equal_factors_give_equal_bits():
     t = draw(37, 70, 1, 5)
     g, g0, _, _ = products(t.dy, t.h, t.B, t.B.clone(), scaling=SCALING)
     assert torch.equal(g, g0)
+
+
+def test_one_read_is_taken_where_its_partials_cost_less_than_a_second():
+    dy = torch.randn(2, 4096, dtype=torch.float16)
+    B = {R: torch.randn(4096, R) for R in (4, 16, 64, 65)}
+    with force("products", CONFIGS["products", "16-bit"][0]):  # 256 columns of 2 bytes
+        assert [fuses(dy, B[R], None) for R in (16, 64, 65)] == [True, True, False]
+        assert not fuses(dy, B[64], B[64])
+    with force("products", CONFIGS["products", "float32"][0]):
+        assert [fuses(dy.float(), B[R], None) for R in (16, 64)] == [True, False]

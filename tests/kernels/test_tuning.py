@@ -1,12 +1,14 @@
 """Which configuration a shape gets, what is measured when, and the tables on disk."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from ipca.kernels import configs, tables, tuning
+from ipca.kernels import tables, tuning
 from ipca.kernels.configs import CONFIGS, Config, Limits, fitting, shared_bytes, untuned
 
 H100 = Limits(232_448, 0)
@@ -26,9 +28,9 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setenv("IPCA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("IPCA_AUTOTUNE", raising=False)
-    tables._tables_for.cache_clear()
+    tables.forget()
     yield tmp_path
-    tables._tables_for.cache_clear()
+    tables.forget()
 
 
 class Rows:
@@ -126,7 +128,7 @@ def test_the_nearest_row_of_the_closest_table_is_taken(gpu):
     def ship(name, device, capability, config, shape=(8192, 4096, 4096, 16)):
         table = {"device": device, "capability": capability, "configs": [[of, list(shape), list(config)]]}
         (gpu / "shipped" / f"{name}.json").write_text(json.dumps(table))
-        tables._tables_for.cache_clear()
+        tables.forget()
 
     ship("older", "Old GPU", [8, 0], older)
     assert choose(8192) == CONFIGS["linear", "16-bit"][0]  # another architecture says nothing
@@ -167,7 +169,7 @@ def test_a_broken_table_is_named(gpu):
     path = tables.cache_file(CUDA)
     path.parent.mkdir()
     path.write_text("[1, 2")
-    tables._tables_for.cache_clear()
+    tables.forget()
     with pytest.raises(ValueError, match=r"test-gpu-80gb\.json is not a tuning table .* delete it to measure anew"):
         choose(8192)
 
@@ -200,13 +202,34 @@ def test_shipped_tables_are_sound():
         assert all(ms > 0 for row in table["backends"] for ms in row[2].values())
 
 
-def test_how_float32_is_multiplied_follows_pytorch():
-    x, before = torch.randn(2, 2), torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        assert (configs.arithmetic(x), configs.precision(x)) == ("float32", "ieee")
-        torch.set_float32_matmul_precision("high")
-        assert (configs.arithmetic(x), configs.precision(x)) == ("tf32", "tf32")
-        assert (configs.arithmetic(x.half()), configs.precision(x.half())) == ("16-bit", "ieee")
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_a_shape_measured_without_dropout_serves_with_it(gpu):
+    config = CONFIGS["linear", "16-bit"][2]
+    row = [["linear", "16-bit", False, False], [8192, 4096, 4096, 16], list(config)]
+    tables.add_rows(tables.cache_file(CUDA), CUDA, configs=[row])
+    assert choose(8192, dropout=True) == config
+
+
+def test_what_cannot_be_measured_now_is_measured_later(gpu, monkeypatch):
+    """A first call inside a trace or a graph capture leaves no answer behind."""
+    monkeypatch.setenv("IPCA_AUTOTUNE", "1")
+    monkeypatch.setattr(torch._guards, "detect_fake_mode", lambda x: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "seconds", lambda kernel, config, rerun: -config.BLOCK_K)
+    assert choose(8192) == CONFIGS["linear", "16-bit"][0]
+    assert tuning._chosen == {}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    choose(8192)
+    assert len(tuning._chosen) == 1
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_how_float32_is_multiplied_follows_pytorch(legacy):
+    code = (
+        "import torch; from ipca.kernels import configs; x = torch.randn(2, 2);"
+        "seen = lambda: print(configs.arithmetic(x), configs.precision(x), configs.arithmetic(x.half()));"
+        + ("seen(); torch.set_float32_matmul_precision('high');" if legacy else "")
+        + ("" if legacy else "seen(); torch.backends.cuda.matmul.fp32_precision = 'tf32';")
+        + "seen()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["float32 ieee 16-bit", "tf32 tf32 16-bit"]

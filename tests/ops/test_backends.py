@@ -226,12 +226,12 @@ def shared(t, counts, dtype=torch.float32, *, intact, biases=(True, False, True)
 
 @EVERY
 @FORMS
-@pytest.mark.parametrize("R", [5, 40])
+@pytest.mark.parametrize(("M", "R"), [(20, 5), (20, 40), (1, 40)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_shared_layers_equal_each_by_itself(backend, intact, R, p):
+def test_shared_layers_equal_each_by_itself(backend, intact, M, R, p):
     if p and backend == "merged":
         pytest.skip("a merged weight has no dropout")
-    t = inputs(20, intact=intact, train=("x",))
+    t = inputs(M, intact=intact, train=("x",))
     layers = shared(t, [(70, 5), (40, R), (70, 5)], intact=intact)
     torch.manual_seed(1)
     with poisoned():
@@ -321,45 +321,52 @@ def test_names_and_the_environment(monkeypatch):
         call(inputs(intact=False))
 
 
-def test_auto_takes_the_fastest_of_the_nearest_measured_shape(monkeypatch):
+@pytest.fixture
+def measured(monkeypatch):
+    """Says what a table holds: milliseconds of each backend by form, dropout and shape."""
     from ipca.kernels import tables
 
-    rows = {
-        (8192, 4096, 4096, 16): {"triton": 1.0, "addmm": 1.2, "merged": 0.9, "reference": 2.0},
-        (256, 4096, 4096, 16): {"triton": 0.2, "addmm": 0.1, "merged": 0.3, "reference": 0.2},
-    }
-    of = ("bfloat16", False, False, True)
-    monkeypatch.setattr(
-        tables,
-        "tables_for",
-        lambda device: (
-            ({"backends": [[list(of), list(s), ms] for s, ms in rows.items()], "source": "test.json"},),
-            (),
-        ),
-    )
+    def says(frozen, dropout, rows):
+        of = ["bfloat16", frozen, dropout, True]
+        table = {"backends": [[of, list(shape), ms] for shape, ms in rows.items()], "source": "test.json"}
+        monkeypatch.setattr(tables, "tables_for", lambda device: ((table,), ()))
+        tables.forget()
+
     monkeypatch.setattr(backends, "_triton_refusal", lambda problem: "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+    yield says
+    tables.forget()
 
-    def best(M, dropout=False, frozen=False):
-        problem = backends.Problem(torch.device("cuda"), torch.bfloat16, M, 4096, 4096, 16, frozen, dropout, True)
-        return backends.choose("auto", problem)
 
+MILLISECONDS = {
+    (8192, 4096, 4096, 16): {"triton": 1.0, "addmm": 1.2, "merged": 0.9, "reference": 2.0},
+    (256, 4096, 4096, 16): {"triton": 0.2, "addmm": 0.1, "merged": 0.3, "reference": 0.2},
+}
+
+
+def best(M, *, frozen=False, dropout=False):
+    problem = backends.Problem(torch.device("cuda"), torch.bfloat16, M, 4096, 4096, 16, frozen, dropout, True)
+    return backends.choose("auto", problem)
+
+
+def test_auto_takes_the_fastest_of_the_nearest_measured_shape(measured):
+    measured(False, False, MILLISECONDS)
     assert best(8192).backend == "merged"
     assert best(200).backend == "addmm"
-    assert (
-        "measured at (M, N, K, R) = (8192, 4096, 4096, 16) in test.json: merged 0.900 ms, triton 1.000"
-        in best(9000).reason
-    )
-    other = best(8192, frozen=True)
-    assert (other.backend, other.low_rank_in_triton) == ("addmm", True)
-    assert "no backend was measured on Test GPU" in other.reason
-    of = ("bfloat16", False, True, True)
-    monkeypatch.setattr(
-        tables,
-        "tables_for",
-        lambda device: (
-            ({"backends": [[list(of), list(s), ms] for s, ms in rows.items()], "source": "test.json"},),
-            (),
-        ),
-    )
-    assert best(8192, dropout=True).backend == "triton"  # merged is faster in the table and cannot run
+    words = "measured at (M, N, K, R) = (8192, 4096, 4096, 16) in test.json: merged 0.900 ms, triton 1.000 ms, addmm"
+    assert words in best(9000).reason
+
+
+def test_auto_takes_nothing_that_cannot_run_or_loses_updates(measured):
+    measured(False, True, MILLISECONDS)
+    assert best(8192, dropout=True).backend == "triton"
+    measured(True, False, MILLISECONDS)
+    assert best(8192, frozen=True).backend == "triton"  # W + Δ rounded to bfloat16 is W where Δ is small
+
+
+def test_auto_on_a_device_that_nobody_measured(measured):
+    measured(False, False, MILLISECONDS)
+    found = best(8192, frozen=True)
+    assert (found.backend, found.low_rank_in_triton) == ("addmm", True)
+    assert "no backend was measured on Test GPU or its kind; bench/gpu.py measures" in found.reason
+    assert best(8192, frozen=True, dropout=True).backend == "triton"
