@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ def refusal(name: str, problem: Problem) -> str:
 
 
 def _triton_refusal(problem: Problem) -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"its kernels take float16, bfloat16 and float32, not {problem.dtype}"
@@ -116,6 +117,11 @@ def _triton_refusal(problem: Problem) -> str:
         return "" if interpreted else f"it needs a CUDA device, x is on {problem.device}"
     capability = torch.cuda.get_device_capability(problem.device)
     return "" if capability >= (8, 0) else f"it needs compute capability 8.0, this device has {capability}"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _measured_best(problem: Problem) -> Choice:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import ipca
 from ipca import Window
 from ipca.nn import LinearPC
 from ipca.ops.dropout import dropout, new_seed
@@ -265,3 +266,31 @@ def test_layer_on_meta_waits_for_its_weights():
     layer.to_empty(device="cpu").reset_parameters()
     assert layer.window == Window(3, 2)
     assert layer(torch.randn(4, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_model_compiles_whole_and_once_for_any_number_of_tokens(form, dropout):
+    """Through inductor: no graph break, no recompilation, the losses and gradients of eager mode."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24))
+    ipca.apply_pc(model, rank=4, form=form, dropout=dropout, progress=False)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    frames = []
+    for tokens in (5, 64, 300):
+        x = torch.randn(tokens, 24)
+        gradients = []
+        for run in (compiled, model):
+            model.zero_grad()
+            y = run(x)
+            y.square().mean().backward()
+            gradients.append([y.detach(), *(p.grad for p in ipca.adapter_parameters(model))])
+        frames.append(counter.frame_count)
+        assert all(value.isfinite().all() for value in gradients[0])
+        if not dropout:
+            for got, want in zip(*gradients, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert len(set(frames)) == 1
