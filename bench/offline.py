@@ -86,6 +86,8 @@ class Row:
             yield f"{made.tensor_memory} columns of tensor memory, the limit is {TENSOR_MEMORY_LIMIT}"
         elif self.matrix and not made.matrix_instructions:
             yield "no matrix instruction"
+        elif not self.matrix and made.matrix_instructions:
+            yield f"rounds float32: {' '.join(sorted(made.matrix_instructions))} in a product that asks for none"
         if made.spills:
             yield f"spills registers: {made.spills} bytes a thread"
         if made.shared > limit:

@@ -78,7 +78,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(32, 0, 64, 4, 3),
     ),
     ("outer", "tf32"): (Config(64, 0, 64, 8, 2), Config(32, 0, 64, 4, 2)),
-    ("outer", "float32"): (Config(16, 0, 64, 8, 2),),
+    ("outer", "float32"): (Config(16, 0, 32, 4, 2),),
 }
 
 

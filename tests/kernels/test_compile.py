@@ -15,7 +15,7 @@ def shipped():
 
 
 @pytest.mark.parametrize(
-    "kind", ["does not compile", "spills", "shared memory", "tensor memory", "no matrix instruction"]
+    "kind", ["does not compile", "spills", "shared memory", "tensor memory", "no matrix instruction", "rounds float32"]
 )
 def test_shipped_kernels(shipped, kind):
     assert shipped
@@ -68,7 +68,7 @@ def _broken(x_ptr, BLOCK: tl.constexpr):
 def case(kernel, variant, args, arch, num_warps=4, num_stages=3):
     config = SimpleNamespace(num_warps=num_warps, num_stages=num_stages, describe=lambda: f"{num_warps} warps")
     fields = {"kernel": kernel, "name": "planted", "variant": variant, "config": config, "args": args}
-    return SimpleNamespace(**fields, archs=(arch,), matrix=True)
+    return SimpleNamespace(**fields, archs=(arch,), matrix=variant != "exact")
 
 
 def product(variant, arch, M, N, BLOCK_K, num_warps, num_stages, stride_k=1):
@@ -88,6 +88,7 @@ def planted():
     for arch in (80, 90, 100):
         yield product("good", arch, 128, 128, 64, 8, 3)
     yield product("unknown stride", 80, 128, 128, 64, 8, 3, stride_k="i32")
+    yield product("exact", 80, 64, 64, 32, 4, 2)
     yield product("spilling", 80, 128, 256, 32, 4, 3)
     yield product("large", 90, 128, 256, 64, 8, 6)
     three = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*fp32", "K": "i32", "stride": "i32"}
@@ -126,6 +127,7 @@ def test_a_stride_of_one_is_folded_into_the_kernel_as_a_launch_does(found):
         ("large", 90, "bytes of shared memory, the limit is 232448"),
         ("wide", 100, "columns of tensor memory, the limit is 512"),
         ("copy", 90, "no matrix instruction"),
+        ("exact", 80, "rounds float32: HMMA in a product that asks for none"),
         ("broken", 90, "a block of 32"),
         ("misnamed", 90, "['BLOCK', 'block']"),
         ("crash", 90, "crashed"),
