@@ -9,7 +9,7 @@ from pathlib import Path
 
 from facts import RESULTS, ROOT
 from plots import draw
-from result_tables import Row, against, compiled_lines, latest, pc_linear_table, training_table
+from result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
 
 from ipca.demo.report import read_rows, table
 
@@ -52,7 +52,7 @@ def pc_linear_section(results: Path) -> str:
             "\n".join(f"- {line}" for line in lines),
             f"![time over that of a bare nn.Linear](bench/results/{path.with_suffix('.png').name})",
         ]
-    return "\n\n".join(gpu_or_not(results, "pc_linear") + parts)
+    return "\n\n".join(gpu_or_not(results, "pc_linear") + [LEGEND] * bool(parts) + parts)
 
 
 def training_section(results: Path) -> str:

@@ -7,6 +7,12 @@ from statistics import median
 
 Row = dict[str, str]
 CELL = ("M", "N", "K", "rank", "dropout", "dtype")
+LEGEND = (
+    "`M` tokens, weight `N × K` = out × in; a row is a *cell*, and at most nine are shown. `… / linear`: time over "
+    "that of a bare frozen `nn.Linear`, both forms with the backend `auto`. *Faster*: PEFT's time over that of the "
+    "residual form."
+)
+"""What :func:`pc_linear_table` and :func:`against` say in a word."""
 TIE = 1.02
 """A ratio up to this is a tie: two runs of one program differ by as much."""
 
@@ -34,8 +40,8 @@ def pick(cell: Sequence[Row], provider: str, form: str = "") -> Row | None:
 def pc_linear_table(rows: Sequence[Row], most: int = 9) -> str:
     """A line for each of the first ``most`` cells: forward and backward together, both forms with the backend auto."""
     lines = [
-        "| M | N × K | rank | dropout | nn.Linear, ms | residual / linear | intact / linear "
-        "| faster than PEFT bf16 | than autocast | than default | peak MiB, ours / PEFT default |",
+        "| M | N × K | rank | dropout | nn.Linear, ms | residual / linear | intact / linear | residual faster than "
+        "PEFT bf16 | than PEFT autocast | than PEFT default | peak MiB, residual / PEFT default |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [_line(cell) for cell in cells(rows)[:most]])
@@ -85,19 +91,21 @@ def goal_line(rows: Sequence[Row]) -> str:
 
 
 def compiled_lines(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each cell measured under torch.compile, full steps."""
+    """A sentence for each cell measured under torch.compile, full steps; the yardstick is not compiled."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row["mode"] == "full" and row["compiled"] == "1" and row["status"] == "ok":
             who = f"{row['provider']} {row['form']}".strip()
             found.setdefault(_name([row]), []).append(f"{who} {_number(row['ratio_linear'])}")
-    return [f"under torch.compile at {cell}, over nn.Linear: {', '.join(words)}" for cell, words in found.items()]
+    over = "time over that of nn.Linear without torch.compile"
+    return [f"under torch.compile at {cell}, {over}: {', '.join(words)}" for cell, words in found.items()]
 
 
 def training_table(rows: Sequence[Row]) -> str:
     """A line for each provider: median throughput, peak memory, first and last loss, distance from PEFT's losses."""
     lines = [
-        "| trained with | tokens/s | faster than PEFT default | peak MiB | loss, first → last | largest difference |",
+        "| trained with | tokens/s | faster than PEFT default | peak MiB | loss, first → last "
+        "| largest relative loss difference to PEFT default |",
         "|---|---|---|---|---|---|",
     ]
     groups: dict[str, list[Row]] = {}

@@ -1,9 +1,13 @@
 """Measured rows for a device: shipped in ``kernels/measured/*.json``, and in a cache on disk; the nearest one wins.
 
-A table holds ``device``, ``capability``, ``versions`` and two lists of rows, each with its shape ``(M, N, K, R)``:
-``configs`` (kernel, item size, pairs of factors: the fastest configuration) and ``backends`` (item size, pairs,
-training or not, dropout or not: milliseconds of each backend). Tables of the device itself, its cache and the shipped
-one, speak before those of another device of the same architecture.
+A table holds ``device``, ``capability`` and two lists of rows ``[key, [M, N, K, R], found]``, ``M`` a power of two:
+
+    list        key                                                        found
+    configs     kernel, "16-bit" | "tf32" | "float32", frozen, dropout     the fastest configuration, a Config
+    backends    dtype such as "bfloat16", frozen, dropout, training        milliseconds by name of the backend
+
+``frozen, dropout, training`` say whether. Tables of the device itself, its cache and the shipped one, speak before
+those of another device of the same architecture.
 """
 
 from __future__ import annotations

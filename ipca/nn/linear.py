@@ -38,8 +38,10 @@ class LinearPC(nn.Module):
         form="intact"     K = W                      y = x Kᵀ + bias + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)
 
     with ``K = kept_weight`` and ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained; all
-    else is frozen. Before training the layer computes ``x Wᵀ + bias``: exactly so in the intact form, up to the
-    rounding of ``W_res`` and of the two products in the residual form (and up to dropout while training, there only).
+    else is frozen. Before training the layer computes ``x Wᵀ + bias``: in the residual form up to the rounding of
+    ``W_res`` and of the two products, unless dropout thins out the window's part in training mode; in the intact form
+    to the bit with the backend ``reference``, by default that of a CPU, dropout or not, and with ``merged`` on
+    contiguous ``x``. Other backends may round ``x Wᵀ`` differently there.
 
     Used like ``nn.Linear`` in a model's own code: a new layer draws a random weight as ``nn.Linear`` does and takes its
     window; the state dict of a plain ``nn.Linear`` loads into it and sets the window anew, from that weight; its own

@@ -2,7 +2,7 @@
 
 | backend | the large product | for |
 |---|---|---|
-| ``triton`` | one Triton kernel that adds the low-rank part as it stores | CUDA, 16-bit and float32 |
+| ``triton`` | one Triton kernel that adds the low-rank part as it stores | CUDA from 8.0 on, 16-bit and float32 |
 | ``addmm`` | the library's matrix product, added to the low-rank part (beta = 1) | every device |
 | ``merged`` | the library's matrix product by ``W_eff``, built anew in each call | every device, no dropout |
 | ``reference`` | the library's matrix product, then the low-rank part on top | every device |
@@ -68,7 +68,10 @@ def set_backend(name: str) -> str:
     Raises:
         ValueError: another name.
 
-    A backend asked for by name runs, or the call says why it cannot. Only ``"auto"`` chooses.
+    A backend asked for by name runs, or the call says why it cannot; only ``"auto"`` chooses. The exception is a
+    backward pass that is itself differentiated (``create_graph=True``): it always goes through the reference. Under a
+    ``torch.func`` transform ``"auto"`` is the reference and ``"triton"``, ``"addmm"`` and ``"merged"`` raise. Under
+    torch.compile each name is a compilation of its own.
     """
     global _asked_for
     before, _asked_for = asked_for(), _known(name, "set_backend")

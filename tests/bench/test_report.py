@@ -47,6 +47,7 @@ def test_the_table_says_ratio_speedup_and_memory(tmp_path):
     assert "**NVIDIA H100 80GB HBM3**, bfloat16; torch 2.11.0, triton 3.6.0, PEFT 0.21.2, Python 3.12." in text
     assert "![time over that of a bare nn.Linear](bench/results/pc_linear_h100.png)" in text
     assert report.NO_GPU not in text
+    assert text.startswith(tables.LEGEND)
 
 
 def test_without_a_gpu_file_the_section_says_so_first(tmp_path):
@@ -59,6 +60,7 @@ def test_without_a_gpu_file_the_section_says_so_first(tmp_path):
     text = report.pc_linear_section(tmp_path)
     assert report.NO_GPU not in text
     assert text.index("H100") < text.index("cpu x86_64")
+    assert text.count(tables.LEGEND) == 1
 
 
 def test_what_speaks_against_us_is_named(tmp_path):
@@ -98,7 +100,8 @@ def test_compiled_rows_have_a_line_of_their_own(tmp_path):
     rows = layer_rows({OURS[0]: 1.1}) + layer_rows({OURS[0]: 1.05}, compiled=1)
     written(tmp_path, rows)
     text = report.pc_linear_section(tmp_path)
-    assert "- under torch.compile at M=8192 4096×4096 r=16, over nn.Linear: linear 1.00," in text
+    over = "time over that of nn.Linear without torch.compile"
+    assert f"- under torch.compile at M=8192 4096×4096 r=16, {over}: linear 1.00," in text
     assert "ipca-auto residual 1.05" in text
     assert text.count("| 8192 |") == 1
 

@@ -81,6 +81,33 @@ def test_merged_disabled_and_hooked_layers(form):
     assert seen == [1]
 
 
+@FORMS
+def test_unloaded_layers(form):
+    module, x = block(form).eval(), torch.randn(6, 20)
+    want = module(x)
+    partly = copy.deepcopy(module)
+    partly.k = partly.k.to_linear()
+    assert_same(partly(x), want)
+    ipca.unload(module)
+    assert [type(layer) for layer in module.children()] == [nn.Linear] * 3
+    assert_same(module(x), want)
+
+
+def test_a_layer_may_not_stay_under_its_old_name_and_the_adapter_has_the_new_one(tmp_path):
+    base = nn.ModuleDict({name: nn.Linear(20, 8) for name in "qk"})
+    model = ipca.apply_pc(copy.deepcopy(base), rank=3, progress=False)
+    model["qk"] = SharedInput(q=model["q"], k=model["k"])
+    with pytest.raises(ValueError, match="q stands in several places of the model"):
+        ipca.save_adapter(model, tmp_path)
+    del model["q"], model["k"]
+    ipca.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"the adapter holds qk\.q, which this ModuleDict does not have"):
+        ipca.load_adapter(copy.deepcopy(base), tmp_path)
+    again, x = ipca.unload(copy.deepcopy(model), merge=False), torch.randn(3, 20)
+    ipca.load_adapter(again, tmp_path, check_base=False)  # the residual form gives the base back up to rounding
+    assert_same(again["qk"](x), model["qk"](x))
+
+
 def test_the_layers_stay_what_they_are():
     module = block()
     assert "q.lora_A" in module.state_dict()
