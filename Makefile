@@ -1,6 +1,6 @@
 # make demo   a fresh machine with Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
 # make test   the test suite            make check   lint, format, types, import floors, tables in step
-# make results   measure again on this CPU (demo, memory, throughput) and put CSV files, pictures and tables in place
+# make results   measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, tables
 # make gpu OUT=folder   on a machine with a GPU: tests, memory checker, tuning and benches; again to go on
 # make kernels   compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
 #
@@ -44,6 +44,7 @@ results: $(READY)
 	$(BIN)/python bench/apply_memory.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_pc_linear.py --device cpu --out bench/results
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_training.py --device cpu --out bench/results
+	$(BIN)/python bench/bench_window_svd.py --device cpu --out bench/results
 	$(BIN)/python bench/report.py
 
 # PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
@@ -52,6 +53,7 @@ gpu:
 
 kernels: $(READY)
 	$(BIN)/python bench/kernel_report.py
+	$(BIN)/python bench/csrc_report.py
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
@@ -63,4 +65,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out build dist *.egg-info
+	rm -rf $(VENV) demo-out gpu-out build dist *.egg-info ipca/_C.*

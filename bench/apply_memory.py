@@ -34,7 +34,7 @@ def measure(kind: str, d: int, form: str) -> None:
         return nn.Sequential(*[nn.Linear(*shape) for shape in shapes])
 
     rank = d // 2 if kind == "full" else 16
-    ipca.apply_pc(model(320), rank=16, form=form, progress=False)  # libraries and their buffers
+    ipca.apply_pc(model(1540), rank=16, form=form, progress=False)  # libraries and their buffers
     large = model(d)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = _status("VmRSS")

@@ -30,12 +30,13 @@ from ipca.model import (  # noqa: E402
 )
 from ipca.nn import backends, explain  # noqa: E402
 from ipca.ops import set_backend  # noqa: E402
-from ipca.svd import SVDReport, WindowSVD, singular_values, window_svd  # noqa: E402
+from ipca.svd import SpectralCache, SVDReport, WindowSVD, singular_values, window_svd  # noqa: E402
 from ipca.window import Window  # noqa: E402
 
 __all__ = [
     "PCConfig",
     "SVDReport",
+    "SpectralCache",
     "Summary",
     "Window",
     "WindowSVD",

@@ -15,7 +15,7 @@ import ipca
 from ipca._namesake import refuse_namesake
 
 LEVELS = {
-    **dict.fromkeys(("window", "fingerprint", "_version", "_namesake", "kernels"), 0),
+    **dict.fromkeys(("window", "fingerprint", "_version", "_namesake", "_extension", "_C", "kernels"), 0),
     **dict.fromkeys(("svd", "ops"), 1),
     "nn": 2,
     "config": 3,

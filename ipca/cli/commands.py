@@ -6,9 +6,13 @@ import argparse
 
 import ipca
 from ipca.cli import spectra
+from ipca.cli.cache import cache
+from ipca.cli.choice import chosen_config
 from ipca.cli.folder import copy_companions, load_model
-from ipca.config import PCConfig
+from ipca.cli.init import init
 from ipca.io import check_target, staged_files, staged_folder
+
+__all__ = ["cache", "demo", "export", "init", "inspect", "merge"]
 
 Record = dict[str, object]
 
@@ -18,7 +22,7 @@ def inspect(args: argparse.Namespace) -> tuple[Record, str]:
     if args.plot:
         check_target(args.plot.absolute().parent)
     model = load_model(args.model)
-    rows = spectra.inspect_model(model, _config(args))
+    rows = spectra.inspect_model(model, chosen_config(args))
     sums = spectra.totals(rows, model)
     text = spectra.render(rows, sums)
     if args.plot:
@@ -26,23 +30,6 @@ def inspect(args: argparse.Namespace) -> tuple[Record, str]:
             spectra.draw(rows, stage / args.plot.name)
         text += f"\npicture: {args.plot}"
     return {"layers": [row.record() for row in rows], "totals": sums}, text
-
-
-def init(args: argparse.Namespace) -> tuple[Record, str]:
-    """Write the adapter of a model folder before training."""
-    check_target(args.out, empty=args.form == "residual")
-    if args.out.absolute() == args.model.absolute():
-        raise ValueError(
-            f"{args.out} is the model itself, which would then load with the adapter; choose another folder."
-        )
-    model = ipca.apply_pc(load_model(args.model), _config(args))
-    summary = ipca.summary(model)
-    record: Record = {"layers": summary.layers, "trainable": summary.trainable, "out": str(args.out)}
-    if args.form == "residual":
-        ipca.export(model, args.out, form="residual")
-        return record, f"{summary}\nresidual base: {args.out / 'base'}   adapter: {args.out / 'adapter'}"
-    ipca.save_adapter(model, args.out, base_model=str(args.model))
-    return record, f"{summary}\nadapter: {args.out}"
 
 
 def merge(args: argparse.Namespace) -> tuple[Record, str]:
@@ -73,15 +60,3 @@ def demo(args: argparse.Namespace) -> tuple[Record, str]:
     from ipca.demo import demo as run_demo
 
     return run_demo(args.text, args.out, seeds=args.seeds, steps=args.steps, sentences=args.sentences), ""
-
-
-def _config(args: argparse.Namespace) -> PCConfig:
-    targets = tuple(args.targets) if args.targets else "all-linear"
-    return PCConfig(
-        rank=args.rank,
-        window=args.window,
-        alpha=args.alpha,
-        form=getattr(args, "form", "intact"),
-        targets=targets,
-        exclude=tuple(args.exclude),
-    )

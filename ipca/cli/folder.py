@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,13 @@ from safetensors import SafetensorError
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
-def load_model(folder: Path) -> Any:
-    """The transformers model in ``folder``, in the class and the dtype it was saved with, in evaluation mode.
+def read_config(folder: Path) -> tuple[Any, Any]:
+    """The class of the model in ``folder`` that transformers loads it with, and its configuration.
 
     Raises:
         FileNotFoundError: ``folder`` holds no model.
         ImportError: transformers is missing.
-        ValueError: transformers cannot load it.
+        ValueError: transformers cannot read the configuration.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote.")
@@ -27,14 +31,46 @@ def load_model(folder: Path) -> Any:
         raise ImportError("this command reads Hugging Face folders; run: pip install 'ipca-lora[hf]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with _explained(folder):
         config = transformers.AutoConfig.from_pretrained(folder)
         names = getattr(config, "architectures", None) or []
         model_class = getattr(transformers, names[0], None) if names else None
-        model = (model_class or transformers.AutoModel).from_pretrained(folder, dtype="auto")
+    return model_class or transformers.AutoModel, config
+
+
+def load_model(folder: Path) -> Any:
+    """The transformers model in ``folder``, in the class and the dtype it was saved with, in evaluation mode.
+
+    Raises:
+        FileNotFoundError, ImportError: as :func:`read_config`.
+        ValueError: transformers cannot load it.
+    """
+    return load_with_missing(folder)[0]
+
+
+def load_with_missing(folder: Path) -> tuple[Any, set[str]]:
+    """As :func:`load_model`, and the names of the weights that the folder lacks: transformers draws them at random."""
+    model_class, _ = read_config(folder)
+    with _explained(folder):
+        model, found = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    return model.eval(), set(found["missing_keys"])
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
-    return model.eval()
+
+
+def model_digest(folder: Path) -> str:
+    """A hash of ``config.json`` and of name, size and time of every file of weights: another model, another digest."""
+    files = [path for path in sorted(folder.iterdir()) if path.name.endswith(WEIGHT_ENDINGS) and path.is_file()]
+    status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    texts = [path.read_text() for path in files if path.name.endswith(".index.json")]
+    config = (folder / "config.json").read_text()
+    return hashlib.sha256(json.dumps([config, texts, status]).encode()).hexdigest()[:16]
 
 
 def copy_companions(source: Path, target: Path) -> None:

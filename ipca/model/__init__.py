@@ -18,6 +18,8 @@ from ipca.model.apply import (
     train_only_adapter,
     uninterrupted,
 )
+from ipca.model.start import precision, start_of
+from ipca.model.starts import share
 from ipca.model.summary import Summary, summary
 from ipca.model.targets import Target, refuse, refuse_suffix
 
@@ -30,11 +32,14 @@ __all__ = [
     "disabled",
     "install",
     "merge_adapter",
+    "precision",
     "refuse",
     "refuse_inference_mode",
     "refuse_suffix",
     "replace_module",
     "require_adapted",
+    "share",
+    "start_of",
     "summary",
     "train_only_adapter",
     "uninterrupted",

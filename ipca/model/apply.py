@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -10,33 +11,44 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ipca.config import PCConfig
+from ipca.model.starts import window_starts
 from ipca.model.targets import Target, find_targets, saved_modules
-from ipca.nn import LinearPC, WindowStart, default_adapter_dtype, window_start
-from ipca.nn.kinds import read_layer
+from ipca.nn import LinearPC, WindowStart
+from ipca.svd import SpectralCache
 
 Model = TypeVar("Model", bound=nn.Module)
 TRAINS_WHOLE = "_ipca_trains_whole"
 
 
-def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = True, **options: Any) -> Model:
+def apply_pc(
+    model: Model,
+    config: PCConfig | None = None,
+    *,
+    cache: SpectralCache | str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Model:
     """Adapt a window of singular components of the model's linear layers, and freeze everything else.
 
     Args:
         model: any ``nn.Module``, its weights loaded; changed in place.
         config: what to adapt; or give its fields as options, ``apply_pc(model, rank=16, window="middle",
             targets=["query", "value"])``; ``window`` may also be a :class:`ipca.Window`.
+        cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
         progress: show a progress bar.
 
     Returns:
-        The same model. ``print(ipca.summary(model))`` shows layers, windows, trainable share and certificates.
+        The same model. ``print(ipca.summary(model))`` shows layers, windows, trainable share, time and certificates.
 
-    The model computes what it computed before, and every layer's initialisation certificate is checked. Memory: the
-    factors of all layers, and for one layer at a time up to two ``(d, d)`` float64 matrices beside the layer itself
-    (about eight layers in float64 where a full SVD is needed: d < 256, rank > d / 4, a window that cuts a tie, or one
-    that looks at the spectrum).
+    The model computes what it computed before, and every layer's initialisation certificate is checked. On a GPU
+    weights of one shape are decomposed together. Under an initialised ``torch.distributed`` process group each rank
+    decomposes a share of the layers, and all end with the same bits; every rank must call this with the same model.
+
+    Memory: the factors of all layers, and for one layer at a time up to three ``(d, d)`` float64 matrices beside the
+    layer itself, or 256 MiB for small layers side by side (about eight layers in float64 where a full SVD is needed:
+    d < 256, rank > d / 4, a window that cuts a tie, or one that looks at the spectrum).
 
     Raises:
         TypeError, ValueError: a bad option, nothing matches, or a layer cannot be adapted; the message names every such
@@ -52,8 +64,8 @@ def apply_pc(model: Model, config: PCConfig | None = None, *, progress: bool = T
     config = config or PCConfig.create(**options)
     saved = saved_modules(model, config)
     targets = find_targets(model, config)
-    bar = tqdm(targets, desc="Window SVD", unit="layer", disable=not progress)
-    starts = [_start(model, target, config) for target in bar]
+    store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
+    starts = window_starts(model, targets, config, cache=store, progress=progress)
     with uninterrupted():
         install(model, zip(targets, starts, strict=True))
         train_only_adapter(model, saved)
@@ -93,29 +105,6 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Set the submodule at the path ``name``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _start(model: nn.Module, target: Target, config: PCConfig) -> WindowStart:
-    weight, _ = read_layer(model.get_submodule(target.name))
-    try:
-        return window_start(
-            weight,
-            target.window,
-            scaling=target.alpha / target.window.rank,
-            form=target.form,
-            adapter_dtype=_adapter_dtype(config, weight.dtype),
-            tol=config.tol,
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"{target.name}: {error}") from None
-
-
-def _adapter_dtype(config: PCConfig, dtype: torch.dtype) -> torch.dtype:
-    if config.adapter_dtype is not None:
-        named = getattr(torch, config.adapter_dtype)
-        assert isinstance(named, torch.dtype)
-        return named
-    return default_adapter_dtype(dtype)
 
 
 @contextmanager

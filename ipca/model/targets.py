@@ -34,8 +34,11 @@ class Target:
     dropout: float
 
 
-def find_targets(model: nn.Module, config: PCConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: PCConfig, *, values: bool = True) -> list[Target]:
     """The layers of ``model`` that ``config`` names, in the model's order, each checked.
+
+    Args:
+        values: check the weights' values too; False for a model on the meta device, which has none.
 
     Raises:
         ValueError: no module matches, a pattern matches nothing, or a layer cannot be adapted; the message lists every
@@ -54,7 +57,7 @@ def find_targets(model: nn.Module, config: PCConfig) -> list[Target]:
         for pattern in getattr(config, field):
             if not any(matches(pattern, name) for name in names):
                 raise ValueError(f"{field} {pattern!r} matches none of the layers to adapt.")
-    refuse(model, targets)
+    refuse(model, targets, values=values)
     return targets
 
 
@@ -149,14 +152,14 @@ def _in_peft(modules: dict[str, nn.Module], name: str) -> bool:
     return any(base.__name__ == "BaseTunerLayer" for holder in holders for base in type(holder).__mro__)
 
 
-def refuse(model: nn.Module, targets: list[Target]) -> None:
-    """Raise with every reason why a target cannot be adapted."""
+def refuse(model: nn.Module, targets: list[Target], *, values: bool = True) -> None:
+    """Raise with every reason why a target cannot be adapted; ``values`` as for :func:`find_targets`."""
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     reasons: dict[str, list[str]] = {}
     for target in targets:
-        why = _reason(target, modules, paths, owners)
+        why = _reason(target, modules, paths, owners, values)
         if why:
             reasons.setdefault(why, []).append(target.name or type(model).__name__)
     if reasons:
@@ -168,7 +171,9 @@ def _few(names: list[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def _reason(target: Target, modules: dict[str, nn.Module], paths: Counter[int], owners: Counter[int]) -> str | None:
+def _reason(
+    target: Target, modules: dict[str, nn.Module], paths: Counter[int], owners: Counter[int], values: bool
+) -> str | None:
     module = modules[target.name]
     if isinstance(module, LinearPC):
         return "it is adapted already; merge or unload the adapter first, or exclude it"
@@ -194,7 +199,8 @@ def _reason(target: Target, modules: dict[str, nn.Module], paths: Counter[int], 
         return "its weight is tied to another module's; use form='intact', or exclude it"
     try:
         weight, _ = read_layer(module)
-        check_matrix(weight)
+        if values:
+            check_matrix(weight)
         if not target.window.needs_spectrum:
             target.window.resolve(min(weight.shape))
         elif target.window.rank > min(weight.shape):

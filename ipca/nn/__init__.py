@@ -10,6 +10,7 @@ from ipca.nn.start import (
     certify_start,
     check_options,
     default_adapter_dtype,
+    start_from_svd,
     window_start,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "check_options",
     "default_adapter_dtype",
     "explain",
+    "start_from_svd",
     "window_start",
 ]

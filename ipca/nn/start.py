@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipca.fingerprint import tensor_sha256
 from ipca.nn.lowrank import add_low_rank, wide_blocks
-from ipca.svd import SVDReport, window_svd
+from ipca.svd import SVDReport, WindowSVD, window_svd
 from ipca.window import Window
 
 FORMS = ("residual", "intact")
@@ -72,14 +72,36 @@ def window_start(
 ) -> WindowStart:
     """Decompose ``weight (out, in)`` and split the window between the factors.
 
+    Raises:
+        TypeError, ValueError: as :func:`ipca.window_svd`, or as :func:`start_from_svd`.
+        RuntimeError: as :func:`start_from_svd`.
+    """
+    found = window_svd(weight, window, tol=tol, dtype=weight.dtype if weight.device.type == "mps" else torch.float64)
+    return start_from_svd(weight, found, scaling=scaling, form=form, adapter_dtype=adapter_dtype)
+
+
+def start_from_svd(
+    weight: Tensor,
+    found: WindowSVD,
+    *,
+    scaling: float,
+    form: str,
+    adapter_dtype: torch.dtype,
+    digest: str | None = None,
+) -> WindowStart:
+    """Split the window ``found`` of ``weight (out, in)`` between the factors.
+
     ``B0 = U √(S / scaling)`` and ``A0 = √(S / scaling) Vh``, rounded to the dtype of ``weight`` and held in
     ``adapter_dtype``, so that a cast to the compute dtype changes nothing before training.
 
+    Args:
+        found: of this one matrix, in float64 where the device has it.
+        digest: ``tensor_sha256(weight)``, where it is known already.
+
     Raises:
-        TypeError, ValueError: as :func:`ipca.window_svd`, or the factors underflow to zeros.
+        ValueError: the factors underflow to zeros.
         RuntimeError: the factors overflow their dtype, or the initialisation certificate does not hold.
     """
-    found = window_svd(weight, window, tol=tol, dtype=weight.dtype if weight.device.type == "mps" else torch.float64)
     root = (found.S / scaling).sqrt()
     A0 = (root[:, None] * found.Vh).to(weight.dtype).to(adapter_dtype)
     B0 = (found.U * root).to(weight.dtype).to(adapter_dtype)
@@ -88,7 +110,7 @@ def window_start(
     if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
         raise RuntimeError(f"the factors overflow {weight.dtype} or {adapter_dtype}; choose another adapter_dtype.")
     certificate = certify_start(weight, A0, B0, scaling=scaling, form=form)
-    return WindowStart(A0, B0, found.report.window, tensor_sha256(weight), found.report, certificate)
+    return WindowStart(A0, B0, found.report.window, digest or tensor_sha256(weight), found.report, certificate)
 
 
 def kept_weight(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> Tensor:

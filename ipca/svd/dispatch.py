@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from ipca.svd import certificate
-from ipca.svd.blocks import Blocks
-from ipca.svd.full import full_svd
-from ipca.svd.range import range_svd
-from ipca.svd.result import SVDReport, WindowSVD
+from ipca.svd.batch import decompose
+from ipca.svd.blocks import Blocks, largest_entry
+from ipca.svd.result import WindowSVD
 from ipca.window import Window
 
 TOLERANCES = {"fast": 1e-4, "default": 1e-6, "exact": 1e-9}
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Measured on 2 CPU cores: below these the full SVD is as fast as the range solver.
-_RANGE_MIN_D = 256
-_RANGE_MAX_SHARE = 0.25
 
-
+@overload
 def window_svd(
-    W: Tensor, window: Window, *, tol: float | str = "default", dtype: torch.dtype | None = None
-) -> WindowSVD:
+    W: Tensor, window: Window, *, tol: float | str = ..., dtype: torch.dtype | None = ..., seed: int = ...
+) -> WindowSVD: ...
+@overload
+def window_svd(
+    W: Tensor, window: Sequence[Window], *, tol: float | str = ..., dtype: torch.dtype | None = ..., seed: int = ...
+) -> list[WindowSVD]: ...
+def window_svd(
+    W: Tensor,
+    window: Window | Sequence[Window],
+    *,
+    tol: float | str = "default",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> WindowSVD | list[WindowSVD]:
     """The singular components ``[start, start + rank)`` of ``W``, without the others where that is cheaper.
 
     Args:
-        W: ``(m, n)``, or a stack ``(L, m, n)``; float16, bfloat16, float32 or float64, on any device.
-        window: an index or a rule; resolved against ``min(m, n)`` for each matrix.
+        W: ``(m, n)``, or a stack ``(L, m, n)``; float16, bfloat16, float32 or float64, on any device. A stack on a GPU
+            is decomposed as a batch, in parts that fit into free memory; on a CPU its matrices go side by side.
+        window: an index or a rule, resolved against ``min(m, n)`` for each matrix. Several windows cost the Gram matrix
+            and the density of states once: that is most of what a sweep over ``start`` has to pay.
         tol: the bound on ``report.residual``; ``"default"`` is 1e-6, ``"exact"`` 1e-9, ``"fast"`` 1e-4.
         dtype: of the result. Default: that of ``W``, but at least float32, and float64 where ``tol < 1e-6``.
+        seed: of the random vectors that iterations start from.
 
     Returns:
         ``U (m, r)``, ``S (r,)``, ``Vh (r, n)`` on the device of ``W``, and a report for each matrix; a stack adds a
-        leading ``L``. The same input gives the same bits on the same machine and number of threads. The sign of each
-        component makes the largest entry of its row of ``Vh`` positive.
+        leading ``L``. A list of these for a sequence of windows. The same input and seed give the same bits on the same
+        machine and number of threads. The sign of each component makes the largest entry of its row of ``Vh`` positive.
 
     Raises:
         TypeError: ``W`` or ``window`` has the wrong type, or ``W`` an integer, complex or 8-bit dtype.
@@ -45,24 +56,27 @@ def window_svd(
         RuntimeError: the full SVD itself missed ``tol``.
     """
     check_matrix(W, dims=(2, 3))
-    if not isinstance(window, Window):
-        raise TypeError(f"window must be a Window, for example Window.middle(16); got {window!r}.")
+    windows = [window] if isinstance(window, Window) else list(window) if isinstance(window, Sequence) else []
+    if not windows or not all(isinstance(each, Window) for each in windows):
+        raise TypeError(f"window must be a Window, for example Window.middle(16), or several; got {window!r}.")
     bound = tolerance(tol)
     if dtype is None:
         dtype = torch.float64 if bound < 1e-6 else torch.promote_types(W.dtype, torch.float32)
     elif dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be a 16-, 32- or 64-bit float, got {dtype!r}.")
-    parts = [_window_svd(matrix, window, bound, dtype) for matrix in (W if W.ndim == 3 else W[None])]
-    Us, Ss, Vhs, reports = zip(*parts, strict=True)
-    U, S, Vh = torch.stack(Us), torch.stack(Ss), torch.stack(Vhs)
-    return WindowSVD(U, S, Vh, reports) if W.ndim == 3 else WindowSVD(U[0], S[0], Vh[0], reports)
+    stack = W.detach() if W.ndim == 3 else W.detach()[None]
+    found = decompose(stack, windows, tol=bound, dtype=dtype, seed=seed)
+    if W.ndim == 2:
+        found = [each[0] for each in found]
+    return found[0] if isinstance(window, Window) else found
 
 
 def singular_values(W: Tensor) -> Tensor:
     """All singular values of ``W (m, n)`` in float64, descending, on the CPU; raises as :func:`window_svd` does."""
     check_matrix(W, dims=(2,))
-    tall = Blocks(_workable(W if W.shape[0] >= W.shape[1] else W.mT))
-    return torch.linalg.svdvals(tall.dense()).cpu() * tall.scale
+    W = W.detach() if W.device.type in ("cpu", "cuda") else W.detach().cpu()
+    tall = Blocks((W if W.shape[0] >= W.shape[1] else W.mT)[None])
+    return (torch.linalg.svdvals(tall.dense()) * tall.scale[:, None])[0].cpu()
 
 
 def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> None:
@@ -78,61 +92,8 @@ def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> None:
         raise ValueError(f"expected {wanted} with at least one entry, got shape {tuple(W.shape)}.")
     if W.is_meta:
         raise ValueError("the tensor is on the meta device and holds no values; load the weights first.")
-    if not all(bool(torch.isfinite(rows).all()) for rows in W.split(1024, dim=-2)):
+    if not bool(torch.isfinite(largest_entry(W if W.ndim == 3 else W[None])).all()):
         raise ValueError("the tensor holds NaN or Inf.")
-
-
-def _window_svd(W: Tensor, window: Window, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, SVDReport]:
-    began = time.perf_counter()
-    transposed = W.shape[0] < W.shape[1]
-    blocks = Blocks(_workable(W.mT if transposed else W))
-    d = min(W.shape)
-    spectrum = torch.linalg.svdvals(blocks.dense()) if window.needs_spectrum else None
-    window = window.resolve(d, spectrum)
-    found = None
-    if blocks.W.device.type == "cpu" and d >= _RANGE_MIN_D and window.rank <= _RANGE_MAX_SHARE * d:
-        found = _certified_range(blocks, window.index, window.rank, tol)
-    path = "range" if found else "full"
-    U, S, V, error, certified, words = found or _full(blocks, window.index, window.rank)
-    if error > tol:
-        raise RuntimeError(f"the full float64 SVD left a residual of {error:.1e}, above tol={tol:g}; raise tol.")
-
-    if transposed:
-        U, V = V, U
-    sign = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
-    U, V = U * sign, V * sign
-    S = (S * blocks.scale).to(dtype)
-    if not torch.isfinite(S).all():
-        raise ValueError(f"the singular values overflow {dtype}; pass dtype=torch.float64.")
-    report = SVDReport(path, window, error, certified, words, time.perf_counter() - began)
-    return U.to(W.device, dtype), S.to(W.device), V.mT.to(W.device, dtype), report
-
-
-_Found = tuple[Tensor, Tensor, Tensor, float, bool, str]
-
-
-def _certified_range(blocks: Blocks, start: int, rank: int, tol: float) -> _Found | None:
-    """The range solver's window, or None where it misses ``tol`` or cannot be certified."""
-    G = blocks.gram()
-    sigma1 = certificate.largest_singular_value(G)
-    if sigma1 == 0:
-        return None
-    U, S, V = range_svd(blocks, G, start, rank)
-    rho = certificate.residual(blocks, U, S, V)
-    error = max(rho / sigma1, certificate.orthogonality(U, V))
-    if error > tol:
-        return None
-    certified, words = certificate.certify(G, S, rho, sigma1, start)
-    return (U, S, V, error, True, words) if certified else None
-
-
-def _full(blocks: Blocks, start: int, rank: int) -> _Found:
-    U, S, V, spectrum = full_svd(blocks, start, rank)
-    sigma1 = spectrum[0].item()
-    relative = certificate.residual(blocks, U, S, V) / sigma1 if sigma1 > 0 else 0.0
-    m, n = blocks.W.shape
-    certified, words = certificate.certify_full(spectrum, start, rank, n, m)
-    return U, S, V, max(relative, certificate.orthogonality(U, V)), certified, words
 
 
 def tolerance(tol: float | str) -> float:
@@ -144,9 +105,3 @@ def tolerance(tol: float | str) -> float:
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 1e-12 <= tol < 1:
         raise ValueError(f"tol must be a number in [1e-12, 1), which float64 can reach; got {tol!r}.")
     return float(tol)
-
-
-def _workable(W: Tensor) -> Tensor:
-    """``W`` detached, on its own device where that has float64, else on the CPU."""
-    W = W.detach()
-    return W if W.device.type in ("cpu", "cuda") else W.cpu()

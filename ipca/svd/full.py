@@ -1,4 +1,4 @@
-"""A window cut out of the full float64 SVD: for small matrices, wide windows, ties, null spaces, and GPU tensors.
+"""A window cut out of the full float64 SVD: for small matrices, wide windows, ties and null spaces.
 
 Needs about eight times the matrix in float64 while it runs.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ipca.svd.blocks import Blocks
+from ipca.svd.problem import Problem
 
 
-def full_svd(W: Blocks, start: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``U (m, r), S (r,), V (n, r)`` of the window, and the whole spectrum ``(n,)``, of the tall matrix ``W``."""
-    U, S, Vh = torch.linalg.svd(W.dense(), full_matrices=False)
-    window = slice(start, start + rank)
-    return U[:, window].clone(), S[window].clone(), Vh[window].mT.clone(), S
+def full_svd(problem: Problem, window: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``U (batch, m, r), S (batch, r), V (batch, n, r)`` of the window, and the whole spectra ``(batch, n)``."""
+    U, S, Vh = torch.linalg.svd(problem.blocks.dense(), full_matrices=False)
+    problem.flops += 4 * problem.m * problem.n**2 + 22 * problem.n**3
+    part = slice(window.start, window.stop)
+    return U[..., part].clone(), S[:, part].clone(), Vh[:, part].mT.clone(), S

@@ -1,32 +1,27 @@
-"""A window by LAPACK's range solver: eigenvectors of the float64 Gram matrix, by index, then Rayleigh–Ritz on W.
-
-The Gram matrix squares the condition number, so small singular values lose digits; Rayleigh–Ritz on ``W`` wins those
-of ``S`` and ``U`` back, and the residual shows what is left.
-"""
+"""A window by LAPACK's range solver: eigenvectors of the float64 Gram matrix, by index."""
 
 from __future__ import annotations
 
 import scipy.linalg
 import torch
-from torch import Tensor
 
-from ipca.svd.blocks import Blocks
-
-
-def range_svd(W: Blocks, G: Tensor, start: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``U (m, r), S (r,), V (n, r)`` of the window ``[start, start + rank)`` of the tall matrix ``W``.
-
-    Args:
-        W: the matrix, on the CPU.
-        G: its Gram matrix ``(n, n)``.
-    """
-    n = G.shape[0]
-    indices = (n - start - rank, n - start - 1)  # LAPACK counts upwards
-    _, V = scipy.linalg.eigh(G.numpy(), subset_by_index=indices, driver="evr", check_finite=False)
-    return rayleigh_ritz(W, torch.from_numpy(V))
+from ipca.svd.candidate import Candidate
+from ipca.svd.problem import Problem
 
 
-def rayleigh_ritz(W: Blocks, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best ``U, S, V`` within the space that the orthonormal columns of ``V (n, r)`` span."""
-    U, S, Qh = torch.linalg.svd(W.matmul(V), full_matrices=False)
-    return U, S, V @ Qh.mT
+def lapack_range(problem: Problem, window: range, tol: float) -> Candidate:
+    """The window's right singular vectors for every matrix of ``problem``, on the CPU; ``tol`` is that of LAPACK."""
+    n = problem.n
+    wider = range(max(window.start - 1, 0), min(window.stop + 1, n))
+    indices = (n - wider.stop, n - wider.start - 1)  # LAPACK counts upwards
+    vectors, neighbours = [], []
+    for G in problem.gram:
+        values, V = scipy.linalg.eigh(G.numpy(), subset_by_index=indices, driver="evr", check_finite=False)
+        sigma = torch.from_numpy(values).clamp_min(0).sqrt().flip(0)
+        above = sigma[0] if wider.start < window.start else sigma.new_tensor(torch.inf)
+        below = sigma[-1] if wider.stop > window.stop else sigma.new_tensor(0.0)
+        inside = slice(window.start - wider.start, window.stop - wider.start)
+        vectors.append(torch.from_numpy(V).flip(1)[:, inside])
+        neighbours.append(torch.stack([above, below]))
+    problem.flops += 4 / 3 * n**3 + 4 * n**2 * len(wider)
+    return Candidate(torch.stack(vectors), torch.stack(neighbours))

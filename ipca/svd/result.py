@@ -14,13 +14,16 @@ class SVDReport:
     """How one matrix was decomposed.
 
     Attributes:
-        path: ``"range"`` (LAPACK range solver on the float64 Gram matrix) or ``"full"`` (float64 SVD).
+        path: ``"interior"``, ``"top"`` or ``"bottom"`` (block Krylov), ``"range"`` (LAPACK's range solver) or
+            ``"full"`` (float64 SVD).
         window: the resolved window, its start an index.
         residual: ``max(‖W V − U S‖₂, ‖Wᵀ U − V S‖₂, σ₁ ‖UᵀU − I‖₂, σ₁ ‖VᵀV − I‖₂) / σ₁``, in float64, before
             rounding to the dtype that is returned.
         certified: whether the indices are proven, see :mod:`ipca.svd.certificate`.
         certificate: the proof, or why there is none, in words.
-        seconds: wall time.
+        seconds: wall time; for matrices decomposed together, an equal share of it.
+        flops: floating point operations by the textbook counts of the steps taken. What several windows of one matrix
+            share is counted with the first.
     """
 
     path: str
@@ -29,6 +32,7 @@ class SVDReport:
     certified: bool
     certificate: str
     seconds: float
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,7 @@ class WindowSVD:
     def report(self) -> SVDReport:
         """The report of the matrix, or of a stack's worst: an uncertified one first, then the largest residual."""
         return max(self.reports, key=lambda r: (not r.certified, r.residual))
+
+    def __getitem__(self, one: int) -> WindowSVD:
+        """One matrix of a stack."""
+        return WindowSVD(self.U[one], self.S[one], self.Vh[one], (self.reports[one],))

@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import ipca
+import ipca.svd.cache
 from ipca.cli import main
 
 
@@ -132,15 +133,16 @@ def test_an_interrupt_is_one_line(bert, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ipca, "apply_pc", interrupt)
+    monkeypatch.setattr(ipca.svd.cache, "window_svd", interrupt)
     assert main(["init", str(bert), "-o", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err.strip() == "ipca: interrupted; nothing was left half-written"
+    assert capsys.readouterr().err.splitlines()[-1] == "ipca: interrupted; nothing was left half-written"
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"], ["init"], ["merge"], ["export"], ["demo"]])
+@pytest.mark.parametrize("command", ["", "inspect", "init", "merge", "export", "cache", "cache prune", "demo"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([*command, "--help"])
+        main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "examples:" in capsys.readouterr().out
 

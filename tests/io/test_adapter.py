@@ -61,7 +61,7 @@ def test_round_trip_without_an_svd(form, new, tmp_path, monkeypatch):
     options = {"dropout": 0.2, "rank_pattern": {"a": 4}, "window_pattern": {"b": "minor"}, "alpha_pattern": {"a": 7.5}}
     model = adapted(copy.deepcopy(base), form=form, **options)
     ipca.save_adapter(model, tmp_path / "deep" / "folder")
-    monkeypatch.setattr(ipca.nn.start, "window_svd", lambda *a, **k: pytest.fail("an SVD ran"))
+    monkeypatch.setattr(ipca.svd.cache, "window_svd", lambda *a, **k: pytest.fail("an SVD ran"))
     assert ipca.load_adapter(base, tmp_path / "deep" / "folder", form=new) is base
     x = torch.randn(6, 20)
     y, back = model.eval()(x), base.eval()(x)

@@ -67,7 +67,7 @@ def adapted_names(model: nn.Module) -> list[str]:
     ids=repr,
 )
 def test_failure_in_the_middle_of_the_decompositions(error, words, monkeypatch):
-    monkeypatch.setattr(ipca.nn.start, "window_svd", on_call(2, ipca.nn.start.window_svd, raising(error)))
+    monkeypatch.setattr(ipca.svd.cache, "window_svd", on_call(2, ipca.svd.cache.window_svd, raising(error)))
     model = Plain()
     before = snapshot(model)
     with pytest.raises(type(error), match=words):
@@ -100,8 +100,8 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 def test_interrupt_between_decompositions(monkeypatch):
-    interrupt = on_call(3, ipca.nn.start.window_svd, lambda: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(ipca.nn.start, "window_svd", interrupt)
+    interrupt = on_call(3, ipca.svd.cache.window_svd, lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(ipca.svd.cache, "window_svd", interrupt)
     model = Plain()
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):

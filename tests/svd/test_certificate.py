@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca.svd import certificate, dispatch
-from ipca.svd.blocks import Blocks
-from ipca.svd.range import range_svd, rayleigh_ritz
+from ipca.svd import certificate, solve
+from ipca.svd.problem import Problem
+from ipca.svd.range import lapack_range
+from ipca.svd.solve import rayleigh_ritz
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
@@ -22,22 +25,41 @@ def symmetric(eigenvalues):
 
 
 def matrix(S):
-    """``W (M, N)``, its blocks, its Gram matrix and its singular vectors."""
+    """``W (M, N)``, the problem of its windows, its Gram matrix and its singular vectors."""
     U, V = orthonormal(M, N), orthonormal(N, N)
     W = (U * S) @ V.mT
-    blocks = Blocks(W)
-    return W, blocks, blocks.gram(), U, S / blocks.scale, V
+    problem = Problem(W[None], seed=0)
+    return W, problem, problem.gram[0], U, S / problem.blocks.scale, V
 
 
 def falling():
     return torch.linspace(2, 1, N, dtype=F64)
 
 
-def judge(blocks, G, U, S, V, start=START):
+def judge(problem, U, S, V, start=START, neighbours=None):
     """The residual relative to σ₁, and whether ``U, S, V`` are certified as the window that starts at ``start``."""
-    sigma1 = certificate.largest_singular_value(G)
-    rho = certificate.residual(blocks, U, S, V)
-    return rho / sigma1, *certificate.certify(G, S, rho, sigma1, start)
+    rho = residual(problem, U, S, V)
+    (proof,) = certificate.certify(problem.gram, S[None], rho, problem.sigma1, start, neighbours)
+    return (rho / problem.sigma1).item(), *proof
+
+
+def residual(problem, U, S, V):
+    return certificate.residual(problem.blocks, U[None], S[None], V[None])
+
+
+def orthogonality(U, V):
+    return certificate.orthogonality(U[None], V[None]).item()
+
+
+def found_range(problem, start, rank):
+    """``U, S, V`` by the range solver."""
+    candidate = lapack_range(problem, range(start, start + rank), 1e-6)
+    return [part[0] for part in rayleigh_ritz(problem.blocks, candidate.V)[:3]]
+
+
+def count(G, threshold, room=1e-6):
+    (found,) = certificate.count_above(G[None], torch.tensor([threshold], dtype=F64), torch.tensor([room])).tolist()
+    return found
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 40, 129])
@@ -46,7 +68,7 @@ def test_counts_agree_with_eigenvalues_on_indefinite_matrices(n):
     eigenvalues = torch.linalg.eigvalsh(G)
     middles = (eigenvalues[1:] + eigenvalues[:-1]) / 2
     for threshold in (eigenvalues[0] - 1, *middles, eigenvalues[-1] + 1):
-        assert certificate.count_above(G, threshold.item()) == (eigenvalues > threshold).sum()
+        assert count(G, threshold.item()) == (eigenvalues > threshold).sum()
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 41, 130])
@@ -55,28 +77,28 @@ def test_counts_agree_where_a_zero_diagonal_forces_two_by_two_pivots(n):
     G = (G + G.mT).fill_diagonal_(0)
     _, pivots = torch.linalg.ldl_factor(G)
     assert (pivots < 0).any()
-    assert certificate.count_above(G, 0.0) == (torch.linalg.eigvalsh(G) > 0).sum()
+    assert count(G, 0.0) == (torch.linalg.eigvalsh(G) > 0).sum()
 
 
 def test_counts_agree_on_a_chain_of_two_by_two_pivots():
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=F64)
     G = torch.block_diag(swap, 3 * swap, 2 * torch.eye(3, dtype=F64), 5 * swap, -torch.eye(2, dtype=F64))
-    assert certificate.count_above(G, 0.0) == 6
-    assert certificate.count_above(G, 1.5) == 5
-    assert certificate.count_above(G, -2.0) == 9
+    assert count(G, 0.0) == 6
+    assert count(G, 1.5) == 5
+    assert count(G, -2.0) == 9
 
 
 def test_counting_leaves_the_matrix_alone():
     G = symmetric([3.0, 2.0, 1.0])
     kept = G.clone()
-    assert certificate.count_above(G, 1.5) == 2
+    assert count(G, 1.5) == 2
     assert torch.equal(G, kept)
 
 
 @pytest.mark.parametrize("start", [0, 1, START, N - RANK - 1, N - RANK])
 def test_the_right_window_is_certified_by_counts(start):
-    _, blocks, G, *_ = matrix(falling())
-    relative, certified, words = judge(blocks, G, *range_svd(blocks, G, start, RANK), start=start)
+    _, problem, *_ = matrix(falling())
+    relative, certified, words = judge(problem, *found_range(problem, start, RANK), start=start)
     assert relative <= 10 * EPS * M
     assert certified
     assert (f"{start} above" in words) is (start > 0)
@@ -84,14 +106,14 @@ def test_the_right_window_is_certified_by_counts(start):
 
 
 def test_all_components_need_no_count():
-    _, blocks, G, *_ = matrix(falling())
-    assert judge(blocks, G, *range_svd(blocks, G, 0, N), start=0)[1:] == (True, "inertia: every component")
+    _, problem, *_ = matrix(falling())
+    assert judge(problem, *found_range(problem, 0, N), start=0)[1:] == (True, "inertia: every component")
 
 
 @pytest.mark.parametrize("shift", [-START, -1, 1, 2, N - START - RANK])
 def test_the_components_of_another_window_are_not_certified(shift):
-    _, blocks, G, *_ = matrix(falling())
-    relative, certified, words = judge(blocks, G, *range_svd(blocks, G, START + shift, RANK))
+    _, problem, *_ = matrix(falling())
+    relative, certified, words = judge(problem, *found_range(problem, START + shift, RANK))
     assert relative <= 10 * EPS * M
     assert not certified
     if shift > -START:
@@ -100,29 +122,29 @@ def test_the_components_of_another_window_are_not_certified(shift):
 
 @pytest.mark.parametrize("skipped", range(1, RANK))
 def test_a_window_that_skips_a_component_is_not_certified(skipped):
-    _, blocks, G, U, S, V = matrix(falling())
+    _, problem, _, U, S, V = matrix(falling())
     kept = [k for k in range(START, START + RANK + 1) if k != START + skipped]
-    relative, certified, words = judge(blocks, G, U[:, kept], S[kept], V[:, kept])
+    relative, certified, words = judge(problem, U[:, kept], S[kept], V[:, kept])
     assert relative <= 10 * EPS * M
     assert not certified
     assert f"{START + RANK + 1} singular values lie above the window's end, not {START + RANK}" in words
 
 
 def test_a_component_taken_twice_shows_in_the_orthogonality():
-    _, blocks, G, U, S, V = matrix(falling())
+    _, problem, _, U, S, V = matrix(falling())
     twice = [*range(START, START + RANK - 1), START + RANK - 2]
-    assert judge(blocks, G, U[:, twice], S[twice], V[:, twice])[0] <= 10 * EPS * M
+    assert judge(problem, U[:, twice], S[twice], V[:, twice])[0] <= 10 * EPS * M
     for left, right in ((U[:, twice], V[:, twice]), (U[:, twice], V), (U, V[:, twice])):
         left, right = left[:, -RANK:], right[:, -RANK:]
-        assert certificate.orthogonality(left, right) == pytest.approx(1, rel=1e-12)
+        assert orthogonality(left, right) == pytest.approx(1, rel=1e-12)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_vectors_shifted_by_one_index_show_in_the_residual(side):
-    _, blocks, _, U, S, V = matrix(falling())
+    _, problem, _, U, S, V = matrix(falling())
     window, shifted = slice(START, START + RANK), slice(START + 1, START + RANK + 1)
     left, right = (shifted if side in ("left", "both") else window), (shifted if side in ("right", "both") else window)
-    found = certificate.residual(blocks, U[:, left], S[window], V[:, right])
+    found = residual(problem, U[:, left], S[window], V[:, right])
     spacing = (S[START] - S[START + 1]).item()
     assert found >= 0.99 * (spacing if side == "both" else S[START].item())
 
@@ -130,29 +152,29 @@ def test_vectors_shifted_by_one_index_show_in_the_residual(side):
 @pytest.mark.parametrize("angle", [1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_rotated_vector_shows_in_the_residual(side, angle):
-    _, blocks, _, U, S, V = matrix(falling())
+    _, problem, _, U, S, V = matrix(falling())
     window, far = slice(START, START + RANK), N - 1
     wrong = (U if side == "left" else V).clone()
     wrong[:, START] = wrong[:, START] * (1 - angle**2) ** 0.5 + angle * wrong[:, far]
     left, right = (wrong, V) if side == "left" else (U, wrong)
-    found = certificate.residual(blocks, left[:, window], S[window], right[:, window])
+    found = residual(problem, left[:, window], S[window], right[:, window])
     assert found >= 0.5 * angle * (S[START] - S[far]).item()
     assert found <= 2 * angle * S[START].item()
 
 
 def test_left_vectors_outside_the_range_of_the_matrix_show_in_the_residual():
-    _, blocks, _, U, S, V = matrix(falling())
+    _, problem, _, U, S, V = matrix(falling())
     window = slice(START, START + RANK)
     outside = torch.linalg.svd(U)[0][:, N : N + RANK]
-    assert blocks.rmatmul(outside).norm() <= 10 * EPS * M
-    found = certificate.residual(blocks, U[:, window] + 1e-3 * outside, S[window], V[:, window])
+    assert problem.blocks.rmatmul(outside[None]).norm() <= 10 * EPS * M
+    found = residual(problem, U[:, window] + 1e-3 * outside, S[window], V[:, window])
     assert found == pytest.approx(1e-3 * S[START].item(), rel=1e-6)
 
 
 def test_noise_in_V_is_not_certified():
-    _, blocks, G, _, _, V = matrix(falling())
+    _, problem, _, _, _, V = matrix(falling())
     noisy = torch.linalg.qr(V[:, START : START + RANK] + 1e-2 * torch.randn(N, RANK, dtype=F64))[0]
-    relative, certified, _ = judge(blocks, G, *rayleigh_ritz(blocks, noisy))
+    relative, certified, _ = judge(problem, *(part[0] for part in rayleigh_ritz(problem.blocks, noisy[None])[:3]))
     assert relative > 1e-3
     assert not certified
 
@@ -163,9 +185,9 @@ def test_a_tie_across_an_edge_is_not_certified(start, value):
     S = torch.cat(
         [torch.linspace(3, 2, START), torch.full((RANK,), value), value * torch.linspace(0.9, 0.1, N - START - RANK)]
     )
-    _, blocks, G, *_ = matrix(S.double())
-    assert judge(blocks, G, *range_svd(blocks, G, START, RANK))[1]
-    assert not judge(blocks, G, *range_svd(blocks, G, start, RANK), start=start)[1]
+    _, problem, *_ = matrix(S.double())
+    assert judge(problem, *found_range(problem, START, RANK))[1]
+    assert not judge(problem, *found_range(problem, start, RANK), start=start)[1]
 
 
 @pytest.mark.parametrize("edge", [START, START + RANK])
@@ -176,15 +198,18 @@ def test_values_that_the_gram_matrix_cannot_tell_apart_are_not_certified(edge, d
     squares = squares.double()
     squares[START - 1 if edge == START else edge] = 1e-12 + (1 if edge == START else -1) * distance * N * EPS
     S = squares[START : START + RANK].sqrt()
-    assert certificate.certify(torch.diag(squares), S, 0.0, 1.0, START)[0] is certified
+    assert (
+        certificate.certify(torch.diag(squares)[None], S[None], torch.zeros(1), torch.ones(1, dtype=F64), START)[0][0]
+        is certified
+    )
 
 
 @pytest.mark.parametrize("level", [1e-8, 1e-9])
 def test_a_window_below_the_noise_of_the_gram_matrix_is_not_certified(level):
     S = falling()
     S[START:] = level * torch.linspace(1, 0.5, N - START)
-    _, blocks, G, *_ = matrix(S)
-    _, certified, words = judge(blocks, G, *range_svd(blocks, G, START, RANK))
+    _, problem, *_ = matrix(S)
+    _, certified, words = judge(problem, *found_range(problem, START, RANK))
     assert not certified
     assert words.endswith("of the largest singular value, too low to count")
 
@@ -192,8 +217,8 @@ def test_a_window_below_the_noise_of_the_gram_matrix_is_not_certified(level):
 def test_left_vectors_of_a_null_space_show_in_the_residual():
     S = falling()
     S[START:] = 0
-    _, blocks, G, *_ = matrix(S)
-    relative, certified, _ = judge(blocks, G, *range_svd(blocks, G, START, RANK))
+    _, problem, *_ = matrix(S)
+    relative, certified, _ = judge(problem, *found_range(problem, START, RANK))
     assert relative > 1e-6
     assert not certified
 
@@ -203,7 +228,11 @@ def test_a_range_solver_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift
     S = falling()
     W = matrix(S)[0]
     want = window_svd(W, Window(START, RANK))
-    monkeypatch.setattr(dispatch, "range_svd", lambda blocks, G, start, rank: range_svd(blocks, G, start + shift, rank))
+    monkeypatch.setitem(
+        solve.PATHS,
+        "range",
+        lambda P, window, tol: lapack_range(P, range(window.start + shift, window.stop + shift), tol),
+    )
     found = window_svd(W, Window(START, RANK))
     assert (want.report.path, found.report.path) == ("range", "full")
     assert found.report.certified
@@ -212,11 +241,12 @@ def test_a_range_solver_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift
 
 @pytest.mark.parametrize("noise", [1e-5, 1e-2])
 def test_a_range_solver_that_misses_tol_falls_back_to_the_full_svd(monkeypatch, noise):
-    def noisy(blocks, G, start, rank):
-        V = range_svd(blocks, G, start, rank)[2]
-        return rayleigh_ritz(blocks, torch.linalg.qr(V + noise * torch.randn(V.shape, dtype=F64))[0])
+    def noisy(problem, window, tol):
+        found = lapack_range(problem, window, tol)
+        V = found.V + noise * torch.randn(found.V.shape, dtype=F64)
+        return replace(found, V=torch.linalg.qr(V)[0])
 
-    monkeypatch.setattr(dispatch, "range_svd", noisy)
+    monkeypatch.setitem(solve.PATHS, "range", noisy)
     report = window_svd(matrix(falling())[0], Window(START, RANK)).report
     assert (report.path, report.certified) == ("full", True)
     assert report.residual <= 10 * EPS * M
@@ -239,13 +269,57 @@ def test_the_ends_of_the_spectrum_are_no_edges():
 
 
 def test_the_largest_singular_value_is_a_close_lower_bound():
-    for _ in range(5):
-        G = Blocks(torch.randn(M, N)).gram()
-        sigma1 = torch.linalg.eigvalsh(G)[-1].sqrt().item()
-        assert 0.95 * sigma1 <= certificate.largest_singular_value(G) <= sigma1 * (1 + N * EPS)
-    assert certificate.largest_singular_value(torch.zeros(4, 4, dtype=F64)) == 0
+    for seed in range(5):
+        problem = Problem(torch.randn(1, M, N), seed)
+        sigma1 = torch.linalg.eigvalsh(problem.gram)[0, -1].sqrt().item()
+        assert 0.9 * sigma1 <= problem.sigma1.item() <= sigma1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("ratio", [0.999, 0.9, 0.1])
+def test_a_first_window_is_proven_by_one_cholesky_factorisation(dtype, ratio):
+    S = torch.cat([torch.linspace(3, 2, RANK), ratio * torch.linspace(2, 1, N - RANK)]).double()
+    assert prove_first(S, range(RANK), dtype)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("missed", range(RANK))
+def test_a_first_window_that_misses_one_is_not_proven(dtype, missed):
+    kept = [k for k in range(RANK + 1) if k != missed]
+    certified, words = prove_first(falling(), kept, dtype)
+    assert not certified
+    assert f"no more than {RANK} singular values" in words
+
+
+@pytest.mark.parametrize(("gap", "dtype", "certified"), [(1e-5, F64, True), (1e-7, torch.float32, False)])
+def test_a_first_window_is_not_proven_within_the_rounding_of_the_gram_matrix(gap, dtype, certified):
+    S = torch.cat([torch.linspace(3, 2, RANK), 2 - gap - torch.linspace(0, 1, N - RANK)]).double()
+    assert prove_first(S, range(RANK), dtype)[0] is certified
+
+
+def prove_first(S, kept, dtype):
+    """The components ``kept`` as the first window, the next one as their neighbour."""
+    _, problem, _, U, S, V = matrix(S)
+    kept = list(kept)
+    found = S[kept][None]
+    rho = residual(problem, U[:, kept], S[kept], V[:, kept])
+    G = problem.blocks.gram(dtype)
+    (proof,) = certificate.certify_first(
+        problem.blocks, G, found, V[:, kept][None], rho, problem.sigma1, S[kept[-1] + 1][None], seed=0
+    )
+    return proof
+
+
+@pytest.mark.parametrize("error", [1e-2, 1e-6])
+def test_the_error_of_a_gram_matrix_is_measured(error):
+    blocks = Problem(torch.randn(2, M, N), 0).blocks
+    E = torch.randn(2, N, N, dtype=F64)
+    E *= error / torch.linalg.matrix_norm(E)[:, None, None]
+    bound = certificate.gram_error(blocks, blocks.gram() + E, seed=0)
+    assert (torch.linalg.matrix_norm(E, ord=2) <= bound).all()
+    assert (bound <= 5 * error).all()
 
 
 def test_a_pivot_of_exactly_zero_is_not_above():
-    assert certificate.count_above(torch.zeros(3, 3, dtype=torch.float64), 0.0) == 0
-    assert certificate.count_above(torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)), 2.0) == 1
+    assert count(torch.zeros(3, 3, dtype=torch.float64), 0.0) == 0
+    assert count(torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)), 2.0) == 1

@@ -1,0 +1,96 @@
+"""The processes that share a job: one alone, or the ranks that torchrun has started."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=30)  # the default of half an hour would end a job whose shares differ by more
+_POLL = 0.05
+
+
+class PeerEnded(RuntimeError):
+    """Another process of the job has ended before its work was done."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """Process ``rank`` of ``size``; all call :meth:`meet`, :meth:`total` and :meth:`agree` in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls, device: str, environment: Mapping[str, str] = os.environ) -> Team:
+        """The team of torchrun's ``RANK`` and ``WORLD_SIZE``; alone where they are absent.
+
+        The processes tell each other that they are done and nothing more: gloo on a CPU, with ``device="cuda"`` nccl
+        beside it, and each takes the GPU of its ``LOCAL_RANK``.
+
+        Raises:
+            ValueError: the variables are incomplete, or there are fewer GPUs than processes.
+        """
+        size = int(environment.get("WORLD_SIZE", 1))
+        if size == 1:
+            return cls()
+        if "RANK" not in environment:
+            raise ValueError(f"WORLD_SIZE is {size} but RANK is not set; start the processes with torchrun.")
+        if device == "cuda":
+            local, count = int(environment.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= count:
+                raise ValueError(f"process {local} of this machine has no GPU: there are {count}; start fewer.")
+            torch.cuda.set_device(local)
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+        return cls(int(environment["RANK"]), size)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait until every process is here, calling ``meanwhile`` again and again; raises as :meth:`total`."""
+        self.total(0, meanwhile)
+
+    def total(self, count: int, meanwhile: Callable[[], None] = lambda: None) -> int:
+        """The sum of every process's ``count``, once all are here.
+
+        Raises:
+            PeerEnded: one of them has ended.
+        """
+        if self.size == 1:
+            return count
+        held = torch.tensor([count])
+        try:
+            work = dist.all_reduce(held, async_op=True)
+            while not work.is_completed():
+                meanwhile()
+                time.sleep(_POLL)
+            work.wait()
+        except RuntimeError:
+            raise PeerEnded("another process of this job has ended; its own message says why.") from None
+        meanwhile()
+        return int(held)
+
+    def agree(self, value: T) -> T:
+        """The first process's ``value``, in every process."""
+        self.meet()
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def close(self) -> None:
+        """Leave the team when all is done."""
+        if self.size > 1:
+            with suppress(RuntimeError):
+                dist.destroy_process_group()

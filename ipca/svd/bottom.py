@@ -1,0 +1,17 @@
+"""The last window: inverse block Krylov at shift 0."""
+
+from __future__ import annotations
+
+import torch
+
+from ipca.svd.candidate import Candidate
+from ipca.svd.inverse import inverse_krylov
+from ipca.svd.problem import Problem
+
+
+def bottom(problem: Problem, window: range, tol: float) -> Candidate:
+    """The window's right singular vectors for every matrix of ``problem``; the window ends the spectrum."""
+    assert window.stop == problem.n
+    shift = problem.gram.new_zeros(len(problem.blocks))
+    above = torch.full_like(shift, problem.n, dtype=torch.int64)
+    return inverse_krylov(problem, problem.factorise(shift), shift, above, window, tol)

@@ -1,0 +1,199 @@
+"""The spectral cache: windows that were decomposed once, found again by the hash of their weight.
+
+One sealed file an entry: ``U (m, r), S (r,), Vh (r, n)`` in the dtype that was asked for, and the report.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ipca.svd.dispatch import check_matrix, window_svd
+from ipca.svd.entry import ENDING, CacheEntry, CacheKey, cache_key, read_entry, write_entry
+from ipca.svd.result import WindowSVD
+from ipca.svd.sealed import TEMPORARY, DamagedFile
+from ipca.window import Window
+
+_ABANDONED = 24 * 3600.0
+
+
+class SpectralCache:
+    """Decomposed windows in ``folder``, which is made at the first entry; any number of processes may share it.
+
+    ``hits`` counts what :meth:`get` has found.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).expanduser()
+        self.hits = 0
+
+    def __repr__(self) -> str:
+        return f"SpectralCache({str(self.folder)!r})"
+
+    def get(self, key: CacheKey, device: torch.device | str = "cpu") -> WindowSVD | None:
+        """The entry of ``key`` with its tensors on ``device``, or None. A damaged one is removed with a warning."""
+        path = self.folder / key.file_name
+        try:
+            _, found = read_entry(path)
+        except FileNotFoundError:
+            return None
+        except DamagedFile as error:
+            _warn(f"{error}; it is removed and made again")
+            with suppress(OSError):
+                path.unlink()
+            return None
+        except OSError as error:
+            _warn(f"cannot read the spectral cache {self.folder}: {error.strerror}; its entries are made again")
+            return None
+        with suppress(OSError):  # a folder for reading only keeps no times
+            os.utime(path)
+        self.hits += 1
+        return WindowSVD(found.U.to(device), found.S.to(device), found.Vh.to(device), found.reports)
+
+    def put(self, key: CacheKey, found: WindowSVD) -> None:
+        """Keep ``found``, the window of one matrix, in one go.
+
+        Raises:
+            OSError: the folder cannot be written or the disk is full; entries are as before.
+        """
+        write_entry(self.folder, key, found)
+
+    def entries(self) -> list[CacheEntry]:
+        """Every sound entry, of any version, the one used last first."""
+        found = []
+        for path in self._files():
+            with suppress(OSError, DamagedFile):
+                key, window = read_entry(path)
+                shape, status = (window.U.shape[0], window.Vh.shape[1]), path.stat()
+                found.append(CacheEntry(path, key, window.report, shape, status.st_size, status.st_mtime))
+        return sorted(found, key=lambda entry: (-entry.used, entry.path.name))
+
+    def verify(self, *, remove: bool = False) -> list[tuple[Path, str]]:
+        """The damaged entries, each with what is wrong; every file is read and compared with its checksum.
+
+        Args:
+            remove: delete them.
+        """
+        damaged = []
+        for path in self._files():
+            try:
+                read_entry(path)
+            except FileNotFoundError:  # another process has deleted it
+                continue
+            except (OSError, DamagedFile) as error:
+                damaged.append((path, str(error)))
+                if remove:
+                    path.unlink(missing_ok=True)
+        return damaged
+
+    def prune(self, *, max_bytes: int | None = None, older_than: float | None = None) -> list[Path]:
+        """Delete entries, those unused for longest first, and what killed processes left behind.
+
+        Args:
+            max_bytes: delete until the entries take no more than this.
+            older_than: delete what was not used for this many seconds.
+
+        Returns:
+            The deleted entries.
+        """
+        now = time.time()
+        for path, status in _by_age(path for path in self._all() if path.name.startswith(TEMPORARY)):
+            if now - status.st_mtime > _ABANDONED:
+                path.unlink(missing_ok=True)
+        files = _by_age(self._files())
+        total, deleted = sum(status.st_size for _, status in files), []
+        for path, status in files:
+            stale = older_than is not None and now - status.st_mtime > older_than
+            if stale or (max_bytes is not None and total > max_bytes):
+                path.unlink(missing_ok=True)
+                total -= status.st_size
+                deleted.append(path)
+        return deleted
+
+    def _files(self) -> list[Path]:
+        return [path for path in self._all() if path.suffix == ENDING and not path.name.startswith(".")]
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+
+
+def cached_window_svd(
+    W: Tensor,
+    window: Window,
+    *,
+    tol: float | str = "default",
+    dtype: torch.dtype | None = None,
+    cache: SpectralCache | None = None,
+    digests: Sequence[str] | None = None,
+) -> WindowSVD:
+    """:func:`ipca.window_svd` through ``cache``: what is there is read, the rest is decomposed together and kept.
+
+    An entry is returned as it was made: factors to the bit, and the report with the time of then. A folder that cannot
+    be read or written costs a warning, never the result.
+
+    Args:
+        W, window, tol, dtype: as for :func:`ipca.window_svd`, a matrix or a stack.
+        cache: None decomposes without looking.
+        digests: ``tensor_sha256`` of each matrix, where they are known already.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`.
+    """
+    if cache is None:
+        return window_svd(W, window, tol=tol, dtype=dtype)
+    check_matrix(W, dims=(2, 3))
+    stack = W if W.ndim == 3 else W[None]
+    hashes: Sequence[str | None] = digests or [None] * len(stack)
+    keys = [cache_key(M, window, tol=tol, dtype=dtype, digest=h) for M, h in zip(stack, hashes, strict=True)]
+    found = {i: one for i, key in enumerate(keys) if (one := cache.get(key, W.device)) is not None}
+    missing = [i for i in range(len(keys)) if i not in found]
+    if missing:
+        made = window_svd(W if len(missing) == len(keys) else stack[missing], window, tol=tol, dtype=dtype)
+        for i, one in zip(missing, _singles(made), strict=True):
+            found[i] = one
+            _put(cache, keys[i], one)
+    parts = [found[i] for i in range(len(keys))]
+    if W.ndim == 2:
+        return parts[0]
+    U, S, Vh = (torch.stack([getattr(part, name) for part in parts]) for name in ("U", "S", "Vh"))
+    return WindowSVD(U, S, Vh, tuple(part.report for part in parts))
+
+
+def _singles(found: WindowSVD) -> list[WindowSVD]:
+    """The window of each matrix by itself."""
+    if found.U.ndim == 2:
+        return [found]
+    parts = zip(found.U, found.S, found.Vh, found.reports, strict=True)
+    return [WindowSVD(U, S, Vh, (report,)) for U, S, Vh, report in parts]
+
+
+def default_cache_folder() -> Path:
+    """``$IPCA_CACHE``, else ``~/.cache/ipca``."""
+    return Path(os.environ.get("IPCA_CACHE") or "~/.cache/ipca").expanduser()
+
+
+def _put(cache: SpectralCache, key: CacheKey, found: WindowSVD) -> None:
+    try:
+        cache.put(key, found)
+    except OSError as error:
+        _warn(f"cannot write the spectral cache {cache.folder}: {error.strerror}; results are used but not kept")
+
+
+def _by_age(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
+    """Each file with its status, the one unused for longest first."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # another process deletes too
+            found.append((path, path.stat()))
+    return sorted(found, key=lambda item: (item[1].st_mtime, item[0].name))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"{message}.", RuntimeWarning, stacklevel=3)

@@ -1,0 +1,52 @@
+"""A window inside a large spectrum: a shift from the density of states, one factorisation, inverse block Krylov."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ipca.svd.candidate import Candidate
+from ipca.svd.inverse import inverse_krylov
+from ipca.svd.ldlt import LDLT
+from ipca.svd.problem import Problem
+
+_NEAR = 24
+"""Indices; to come nearer than that costs another factorisation, more than the few columns it saves."""
+_TRIES = 6
+
+
+def interior(problem: Problem, window: range, tol: float) -> Candidate:
+    """The window's right singular vectors for every matrix of ``problem``."""
+    shift, factor = _shift_near(problem, (window.start + window.stop) / 2, max(len(window) // 2, _NEAR))
+    return inverse_krylov(problem, factor, shift, factor.positive, window, tol)
+
+
+def _shift_near(problem: Problem, index: float, near: int) -> tuple[Tensor, LDLT]:
+    """A shift with about ``index`` eigenvalues of ``WᵀW`` above it, and the factorisation whose inertia counts them.
+
+    The density of states is right to a few indices where the spectrum is smooth. Elsewhere its miss is known exactly
+    after the factorisation, and the next try corrects by it, or lies between two counts once both sides are known.
+    """
+    aim = problem.gram.new_full((len(problem.blocks),), index)
+    low, high = torch.zeros_like(aim), torch.full_like(aim, torch.inf)
+    low_count, high_count = torch.full_like(aim, problem.n), torch.zeros_like(aim)
+    sigma = problem.density.value_at(aim)
+    for _ in range(_TRIES):
+        factor = problem.factorise(sigma.square())
+        missed = factor.positive - index
+        done = missed.abs() <= near
+        if done.all():
+            break
+        too_low = missed > 0
+        low, low_count = torch.where(too_low, sigma, low), torch.where(too_low, factor.positive, low_count)
+        high, high_count = torch.where(too_low, high, sigma), torch.where(too_low, high_count, factor.positive)
+        aim = (aim - missed).clamp(0, problem.n)
+        corrected = problem.density.value_at(aim)
+        between = low + (high - low) * (low_count - index) / (low_count - high_count).clamp_min(1)
+        bracketed = (low > 0) & high.isfinite()
+        guess = torch.where(bracketed | (corrected <= low) | (corrected >= high), between, corrected)
+        sigma = torch.where(done, sigma, torch.where(guess.isfinite(), guess, 2 * low))
+        del factor  # before the next one takes its memory
+    else:
+        factor = problem.factorise(sigma.square())
+    return sigma.square(), factor

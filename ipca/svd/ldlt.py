@@ -1,0 +1,79 @@
+"""Symmetric indefinite systems: ``A = L D Lᵀ`` without pivoting, blocked, with inertia and a bound on its error.
+
+Nearly all the work is in products of blocks, with half the operations of an LU factorisation. Without pivoting a small
+pivot lets the entries grow; ``growth`` says how far, so that nobody trusts a factor that lost its digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipca.svd.native import ldlt_panel_
+from ipca.svd.primitives import PANEL
+
+_BLOCK = 256
+_EPS = torch.finfo(torch.float64).eps
+_CONSTANT = 16.0
+"""Measured backward errors stay below 4 eps times the growth, at sizes from 200 to 4096."""
+
+
+@dataclass(frozen=True)
+class LDLT:
+    """``A = L D Lᵀ`` for a batch of symmetric matrices.
+
+    Attributes:
+        factor: ``(batch, n, n)``; ``L`` below the diagonal (its own diagonal is 1), ``D`` on it, the rest undefined.
+        positive: ``(batch,)``; how many ``D`` are positive, which is how many eigenvalues of ``A`` are.
+        growth: ``(batch,)``; the largest diagonal entry of ``|L| |D| |Lᵀ|``.
+    """
+
+    factor: Tensor
+    positive: Tensor
+    growth: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """``(batch,)``: a bound on ``‖A − L D Lᵀ‖₂``."""
+        return _CONSTANT * _EPS * self.growth
+
+    def solve(self, X: Tensor) -> Tensor:
+        """``A⁻¹ X`` for ``X (batch, n, k)``."""
+        D = self.factor.diagonal(dim1=-2, dim2=-1)[..., None]
+        Y = torch.linalg.solve_triangular(self.factor, X, upper=False, unitriangular=True).div_(D)
+        return torch.linalg.solve_triangular(self.factor.mT, Y, upper=True, unitriangular=True)
+
+
+def factorise_(A: Tensor) -> LDLT:
+    """Factorise the symmetric ``A (batch, n, n)``, of which only the lower triangle counts, in place."""
+    batch, n, _ = A.shape
+    growth = A.new_zeros(batch, n)
+    positive = torch.zeros(batch, dtype=torch.int64, device=A.device)
+    tiny = _EPS * A.diagonal(dim1=-2, dim2=-1).abs().amax(-1) + torch.finfo(A.dtype).tiny
+    for first in range(0, n, _BLOCK):
+        last = min(first + _BLOCK, n)
+        for k in range(first, last, PANEL):
+            end = min(k + PANEL, last)
+            ldlt_panel_(A[:, k:, k:end], growth[:, k:], positive, tiny)
+            _subtract_(A, slice(k, end), slice(end, last))
+        for c in range(last, n, _BLOCK):
+            _subtract_(A, slice(first, last), slice(c, min(c + _BLOCK, n)))
+    return LDLT(A, positive, growth.amax(-1))
+
+
+def _subtract_(A: Tensor, done: slice, columns: slice) -> None:
+    """``A −= L D Lᵀ`` over the finished columns ``done``, in ``columns`` and from their diagonal down."""
+    D = A[:, done, done].diagonal(dim1=-2, dim2=-1)
+    right = A[:, columns, done] * D[:, None]
+    A[:, columns.start :, columns].baddbmm_(A[:, columns.start :, done], right.mT, alpha=-1)
+
+
+def factorise_shifted(G: Tensor, shift: Tensor) -> LDLT:
+    """``G − shift I = L D Lᵀ`` for ``G (batch, n, n)`` and ``shift (batch,)``; ``G`` stays."""
+    A = torch.empty_like(G)
+    for k in range(0, G.shape[-1], _BLOCK):
+        A[:, k:, k : k + _BLOCK] = G[:, k:, k : k + _BLOCK]
+    A.diagonal(dim1=-2, dim2=-1).sub_(shift[:, None])
+    return factorise_(A)

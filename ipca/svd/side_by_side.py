@@ -1,0 +1,47 @@
+"""Independent work on small matrices, several at a time: one core each, as their products are too small to share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+TOGETHER = 256 * 2**20
+"""Bytes of workspace that items running side by side may have between them."""
+
+
+def side_by_side(
+    work: Callable[[Item], Result], items: Sequence[Item], workspaces: Sequence[float]
+) -> Iterator[Result]:
+    """``work(item)`` for each item, in order, as many at a time as there are threads and room for.
+
+    While several run, each has an equal share of PyTorch's threads. Where the largest workspace, in bytes, leaves no
+    room for two, items run one after another with all threads.
+
+    Raises:
+        Whatever ``work`` raises, at its item's turn; items behind it that have not begun never begin.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(items), int(TOGETHER // max(workspaces, default=1)))
+    if workers < 2:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ipca")
+    waiting = iter(items)
+    running: deque[Future[Result]] = deque()
+    torch.set_num_threads(threads // workers)  # for the pool's threads too, as these are new
+    try:
+        for item in waiting:
+            running.append(pool.submit(work, item))
+            if len(running) == workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)

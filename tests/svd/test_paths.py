@@ -1,0 +1,233 @@
+"""Every path against float64's full SVD, on spectra that are easy, steep, flat and broken."""
+
+import pytest
+import torch
+
+from ipca import Window, window_svd
+from ipca.svd import solve
+from ipca.svd.krylov import Krylov
+from ipca.svd.orthonormal import orthonormalise
+from ipca.svd.plan import THRESHOLDS, plan
+from ipca.svd.problem import Problem
+
+F64 = torch.float64
+EPS = torch.finfo(F64).eps
+
+
+def orthonormal(m, n):
+    return torch.linalg.qr(torch.randn(m, n, dtype=F64))[0]
+
+
+def spectrum(kind, d):
+    k = torch.arange(d, dtype=F64)
+    return {
+        "even": 2 - k / d,
+        "power law": (1 + k) ** -0.8,
+        "outliers": torch.cat([torch.linspace(60, 4, 20), torch.linspace(2, 0.1, d - 20)]).double(),
+        "exponential": 10 ** (-4 * k / d),
+        "flat": 1 + 1e-3 * (1 - k / d),
+    }[kind]
+
+
+def matrix(m, n, S):
+    return (orthonormal(m, len(S)) * S) @ orthonormal(n, len(S)).mT
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Let one path alone be tried before the full SVD."""
+    return lambda name: monkeypatch.setattr(solve, "plan", lambda *_: [name])
+
+
+def assert_window(found, W, S, start, rank, tol=1e-6):
+    part = slice(start, start + rank)
+    values = S[part]
+    U, Vh = found.U, found.Vh
+    eye = torch.eye(rank, dtype=F64)
+    assert found.report.certified
+    assert found.report.residual <= tol
+    assert torch.linalg.matrix_norm(U.mT @ U - eye, ord=2) <= tol
+    assert torch.linalg.matrix_norm(Vh @ Vh.mT - eye, ord=2) <= tol
+    assert torch.linalg.matrix_norm(W @ Vh.mT - U * found.S, ord=2) <= 1.01 * tol * S[0]
+    assert torch.linalg.matrix_norm(W.mT @ U - Vh.mT * found.S, ord=2) <= 1.01 * tol * S[0]
+    outer = S[max(start - 1, 0)] - S[start], S[start + rank - 1] - S[min(start + rank, len(S) - 1)]
+    gap = min([g.item() for g in outer if g > 0])
+    assert (found.S - values).abs().max() < gap / 2  # no index is off by one
+
+
+CASES = [
+    ("top", 0, 9), ("top", 3, 5), ("interior", 100, 9), ("interior", 0, 9), ("interior", 291, 9), ("interior", 137, 33),
+    ("bottom", 291, 9), ("range", 100, 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["even", "power law", "outliers", "exponential", "flat"])
+@pytest.mark.parametrize(("path", "start", "rank"), CASES)
+@pytest.mark.parametrize("shape", [(300, 300), (420, 300)], ids=["square", "tall"])
+def test_a_path_finds_the_window_or_leaves_it_to_the_full_svd(only, path, start, rank, kind, shape):
+    S = spectrum(kind, 300)
+    W = matrix(*shape, S)
+    only(path)
+    found = window_svd(W, Window(start, rank))
+    assert_window(found, W, S, start, rank)
+    hard = (path == "bottom" and kind in ("power law", "even", "flat", "outliers")) or kind == "flat"
+    assert found.report.path == path or (hard and found.report.path == "full")
+
+
+@pytest.mark.parametrize(("path", "start"), [("top", 0), ("interior", 100), ("bottom", 291), ("range", 100)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_dtypes_and_a_wide_matrix(only, path, start, dtype):
+    W = matrix(290, 300, spectrum("exponential", 290) * 3)[:, :].to(dtype)
+    S = torch.linalg.svdvals(W.double())
+    start = min(start, 290 - 9)
+    only(path)
+    assert_window(window_svd(W, Window(start, 9), dtype=F64), W.double(), S, start, 9)
+
+
+@pytest.mark.parametrize(("path", "start"), [("top", 0), ("interior", 140), ("bottom", 291)])
+def test_exact_tolerance(only, path, start):
+    S = spectrum("exponential", 300)
+    W = matrix(300, 300, S)
+    only(path)
+    found = window_svd(W, Window(start, 9), tol="exact")
+    assert_window(found, W, S, start, 9, tol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["top", "interior", "bottom"])
+def test_the_same_seed_gives_the_same_bits_and_another_the_same_window(only, path):
+    S = spectrum("exponential", 300)
+    W, start = matrix(300, 300, S), {"top": 0, "interior": 140, "bottom": 291}[path]
+    only(path)
+    first, again, other = (window_svd(W, Window(start, 9), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.U, again.U)
+    assert torch.equal(first.Vh, again.Vh)
+    assert not torch.equal(first.Vh, other.Vh)
+    assert ((first.U * first.S) @ first.Vh - (other.U * other.S) @ other.Vh).norm() <= 1e-5
+
+
+@pytest.mark.parametrize("path", ["top", "interior", "bottom"])
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_path_that_is_off_by_one_is_found_out(monkeypatch, path, shift):
+    S = spectrum("exponential", 300)
+    W, start = matrix(300, 300, S), {"top": 1, "interior": 140, "bottom": 290}[path]
+    right = solve.PATHS[path]
+
+    def wrong(problem, window, tol):
+        moved = range(window.start + shift, window.stop + shift)
+        return (solve.PATHS["interior"] if path == "bottom" else right)(problem, moved, tol)
+
+    monkeypatch.setattr(solve, "plan", lambda *_: ["wrong"])
+    monkeypatch.setitem(solve.PATHS, "wrong", wrong)
+    found = window_svd(W, Window(start, 9))
+    assert found.report.path == "full"
+    assert_window(found, W, S, start, 9)
+
+
+@pytest.mark.parametrize("path", ["top", "interior", "bottom", "range"])
+@pytest.mark.parametrize("S", [torch.cat([torch.ones(40), torch.zeros(260)]), torch.ones(300)], ids=["rank 40", "ties"])
+def test_ties_and_null_spaces_are_left_to_the_full_svd_without_a_proof(only, path, S):
+    W = matrix(300, 300, S.double())
+    start = {"top": 0, "interior": 100, "bottom": 291, "range": 100}[path]
+    only(path)
+    found = window_svd(W, Window(start, 9))
+    assert (found.report.path, found.report.certified) == ("full", False)
+    assert found.report.residual <= 1e-12
+
+
+@pytest.mark.parametrize("path", ["interior", "range"])
+def test_a_window_inside_the_range_of_a_rank_deficient_matrix(only, path):
+    S = torch.cat([torch.linspace(2, 1, 80), torch.zeros(220)]).double()
+    W = matrix(300, 300, S)
+    only(path)
+    found = window_svd(W, Window(30, 9))
+    assert found.report.path == path
+    assert_window(found, W, S, 30, 9)
+
+
+def test_several_windows_share_the_gram_matrix_and_the_density(only):
+    W = matrix(640, 600, spectrum("exponential", 600)).float()
+    only("interior")
+    windows = [Window(f, 16) for f in (0.25, 0.5, 0.75)]
+    together = window_svd(W, windows)
+    apart = [window_svd(W, window) for window in windows]
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one.S, other.S)
+        assert torch.equal(one.Vh, other.Vh)
+        assert one.report.path == "interior"
+    gram = 640 * 600**2
+    assert together[0].report.flops == apart[0].report.flops
+    assert all(
+        one.report.flops <= other.report.flops - gram for one, other in zip(together[1:], apart[1:], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "d", "window", "paths"),
+    [
+        ("cpu", 255, range(9), []),
+        ("cpu", 1024, range(300), []),
+        ("cpu", 384, range(9), ["range"]),
+        ("cpu", 2048, range(16), ["top", "interior", "range"]),
+        ("cpu", 1024, range(1, 33), ["range"]),
+        ("cpu", 4096, range(2016, 2080), ["interior", "range"]),
+        ("cpu", 2048, range(2032, 2048), ["bottom", "interior", "range"]),
+        ("cpu", 2048, range(100, 400), ["range"]),
+        ("cuda", 4096, range(2016, 2080), ["interior"]),
+        ("cuda", 4096, range(4080, 4096), ["bottom", "interior"]),
+    ],
+)
+def test_the_plan(device, d, window, paths):
+    assert plan(device, d, window) == paths
+
+
+def test_full_size_matrices_take_the_planned_path():
+    d = THRESHOLDS["cpu"].interior_from
+    W = torch.randn(d, d + 40)
+    assert window_svd(W, Window.middle(8)).report.path == "interior"
+    assert window_svd(W, Window.minor(8)).report.path == "bottom"
+    W[:, :40] *= torch.linspace(9, 2, 40)
+    assert window_svd(W, Window.principal(8)).report.path == "top"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("condition", [1.0, 1e6, 1e12, 1e30])
+def test_a_basis_is_orthonormal_however_ill_conditioned_the_block(dtype, condition):
+    if dtype == torch.float32 and condition > 1e12:
+        condition = 1e12
+    scales = torch.logspace(0, -torch.tensor(condition).log10().item(), 12, dtype=F64)
+    X = (torch.linalg.qr(torch.randn(2, 90, 12, dtype=F64))[0] * scales) @ torch.randn(12, 12, dtype=F64)
+    against = torch.linalg.qr(torch.randn(2, 90, 20, dtype=F64))[0].to(dtype)
+    Q = orthonormalise(X.to(dtype), against)
+    bound = 200 * torch.finfo(dtype).eps
+    assert torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(12, dtype=dtype), ord=2).max() <= bound
+    assert torch.linalg.matrix_norm(against.mT @ Q, ord=2).max() <= bound
+
+
+def test_krylov_goes_on_when_the_space_is_exhausted():
+    G = torch.diag(torch.cat([torch.full((5,), 3.0), torch.ones(55)])).double()[None]
+    krylov = Krylov(lambda X: G @ X, torch.randn(1, 60, 8, dtype=F64), 40)
+    while krylov.size < 40:
+        krylov.grow()
+    Q = krylov.basis[0]
+    assert torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(40, dtype=F64), ord=2) <= 1e-12
+    pairs = krylov.ritz(torch.tensor([[-1, -5, -6, 0]]))
+    torch.testing.assert_close(pairs.values, torch.tensor([[3.0, 3.0, 1.0, 1.0]], dtype=F64))
+    assert pairs.residuals.max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["interior", "bottom", "top"])
+def test_a_batch_solves_each_matrix_and_falls_back_for_one_alone(monkeypatch, name):
+    S = spectrum("exponential", 300)
+    tie = S.clone()
+    window = {"interior": range(100, 109), "bottom": range(291, 300), "top": range(9)}[name]
+    edge = window.stop if name == "top" else window.start
+    tie[edge - 1] = tie[edge]
+    W = torch.stack([matrix(300, 300, S), matrix(300, 300, tie), matrix(300, 300, 2 * S)])
+    monkeypatch.setattr(solve, "plan", lambda *_: [name])
+    found = solve.solve(Problem(W, 0), window, 1e-6)
+    assert [one.path for one in found] == [name, "full", name]
+    assert [one.proof.certified for one in found] == [True, False, True]
+    problem = Problem(W, 0)
+    for one, scale, values in zip(found, problem.blocks.scale, (S, tie, 2 * S), strict=True):
+        torch.testing.assert_close(one.S * scale, values[window.start : window.stop], rtol=0, atol=1e-7)
+        assert one.error <= 1e-6
