@@ -231,3 +231,39 @@ def test_a_batch_solves_each_matrix_and_falls_back_for_one_alone(monkeypatch, na
     for one, scale, values in zip(found, problem.blocks.scale, (S, tie, 2 * S), strict=True):
         torch.testing.assert_close(one.S * scale, values[window.start : window.stop], rtol=0, atol=1e-7)
         assert one.error <= 1e-6
+
+
+HARD = [("top", 0), ("interior", 130), ("bottom", 291), ("range", 130)]
+
+
+@pytest.mark.parametrize(("path", "start"), HARD)
+@pytest.mark.parametrize(("exponent", "dtype"), [(-100, torch.float32), (60, torch.float32), (-996, F64), (996, F64)])
+def test_the_scale_does_not_matter(only, path, start, exponent, dtype):
+    W = matrix(300, 300, spectrum("exponential", 300)).to(dtype)
+    only(path)
+    plain = window_svd(W, Window(start, 9))
+    scaled = window_svd(torch.ldexp(W, torch.tensor(exponent)), Window(start, 9))
+    assert (scaled.report.path, scaled.report.certified) == (path, True)
+    assert torch.equal(scaled.Vh, plain.Vh)
+    assert torch.equal(scaled.S, torch.ldexp(plain.S, torch.tensor(exponent)))
+
+
+@pytest.mark.parametrize(("path", "start"), HARD)
+def test_one_outlier_hides_no_component(only, path, start):
+    W = matrix(300, 300, spectrum("exponential", 300))
+    W[3, 4] = 1e4
+    S = torch.linalg.svdvals(W)
+    only(path)
+    found = window_svd(W, Window(start, 9))
+    assert found.report.certified
+    assert ((found.S - S[start : start + 9]).abs() <= 1e-9 * S[0]).all()
+    between = (S[start + 8] - S[min(start + 9, 299)]) / 2 if start + 9 < 300 else S[start + 8]
+    assert (found.S[-1] - S[start + 8]).abs() <= between or found.report.path == "full"
+
+
+@pytest.mark.parametrize("path", ["top", "interior", "bottom", "range"])
+def test_the_zero_matrix_is_left_to_the_full_svd(only, path):
+    only(path)
+    found = window_svd(torch.zeros(300, 280), Window.middle(4))
+    assert (found.report.path, found.report.certified) == ("full", False)
+    assert not found.S.any()
