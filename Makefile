@@ -14,6 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEXT := $(VENV)/share/vaderSentiment-3.3.2.tar.gz
 READY := $(VENV)/.ready
 OUT ?= gpu-out
+WORKERS ?= 2
 
 .PHONY: demo test check format report results gpu kernels clean
 
@@ -22,7 +23,7 @@ demo: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out
 
 test: $(READY)
-	IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m pytest
+	IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -134,14 +134,13 @@ def main() -> int:
     except CannotBuild as error:
         sys.stderr.write(f"csrc is not compiled, {RESULTS.name} stays as it is. Missing: {error}\n")
         return 0
-    lines = [Row._fields, *(tuple(map(str, row)) for row in rows)]
+    nvcc = re.findall(r"V([\d.]+)", _run([f"{toolkit()}/bin/nvcc", "--version"]))[-1]
+    lines = [(*Row._fields, "nvcc"), *((*map(str, row), nvcc) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip())
     with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows(lines)
     problems = [problem for row in rows for problem in row.problems()]
     sys.stderr.writelines(f"{problem}\n" for problem in problems)
     return int(bool(problems))

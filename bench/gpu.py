@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command that fits a time limit and continues where an earlier call stopped.
 
-python bench/gpu.py --out DIR: environment, tests, memory checker, tuning, choice of backends, both benches, picture and
-summary. Each step is a process with a limit of its own, so that one that hangs or breaks leaves the others their time.
-DIR gets at most eight files: state.json, environment.json, log.txt, summary.txt, the tuning table, two CSV files and a
-picture.
+python bench/gpu.py --out DIR: environment, CUDA extension, tests, memory checker, tuning, choice of backends, benches
+and a summary. Each step is a process with a limit of its own, so that one that hangs or breaks leaves the others their
+time. DIR gets at most eight files: state.json, environment.json, log.txt, summary.txt, the tuning table and three CSV
+files, from which bench/report.py draws the pictures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 SUMMARY_SECONDS = 15
-"""Kept back for the picture and the summary."""
+"""Kept back for the summary."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,27 @@ class Step:
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
 SELF = str(BENCH / "gpu.py")
 GRID, TRAINING = str(BENCH / "bench_pc_linear.py"), str(BENCH / "bench_training.py")
+WINDOWS = str(BENCH / "bench_window_svd.py")
+PYTEST = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
+NATIVE_ON_GPU = (*PYTEST, "-k", "on_a_gpu", "tests/svd/test_native.py")
 ON_GPU = ("--device", "cuda", "--out", "{out}", "--seconds", "{seconds}")
 SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 """Compiling kernels takes the tests' time; pytest-xdist does it on several cores."""
 STEPS = (
     Step("environment", (SELF, "--environment", "--out", "{out}"), 60),
-    Step("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *SIDE_BY_SIDE, "tests"), 300),
+    # The window SVD's CUDA extension: compiled for this GPU and loaded, then its kernels against their references.
+    Step("extension", ("-m", "ipca._extension"), 150),
+    Step("native", (*PYTEST, "tests/svd/test_native.py"), 120),
+    Step("window_svd", (WINDOWS, *ON_GPU), 150, resumes=True),
+    Step("tests", (*PYTEST, *SIDE_BY_SIDE, "tests"), 300),
     Step("memcheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "memcheck")),
     Step("tune", (SELF, "--tune", "--out", "{out}", "--seconds", "{seconds}"), 100, resumes=True),
     Step("backends", (SELF, "--backends", "--out", "{out}", "--seconds", "{seconds}"), 75, resumes=True),
     Step("pc_linear", (GRID, *ON_GPU), 10_000, keep=90, resumes=True),
     Step("training", (TRAINING, *ON_GPU), 150, resumes=True),
     Step("racecheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "racecheck")),
+    Step("native memcheck", NATIVE_ON_GPU, 90, before=(*SANITIZER, "memcheck")),
+    Step("native racecheck", NATIVE_ON_GPU, 90, before=(*SANITIZER, "racecheck", "--kernel-regex", "kns=ipca")),
 )
 START_SECONDS = 15
 """What a process needs to start and to end beside the ``seconds`` that it is told."""
@@ -185,17 +194,19 @@ def choose_backends(out: Path, seconds: float) -> None:
 
 
 def summarise(out: Path) -> None:
-    """Draw the picture; print and write the tables."""
+    """Print and write the tables."""
+    import svd_tables
     from facts import read_rows
-    from plots import draw
     from result_tables import against, compiled_lines, goal_line, latest, pc_linear_table, training_table
 
     lines = [f"{name}: {entry['status']}, {entry['words']}" for name, entry in read_state(out).items()]
+    for path in out.glob("window_svd_*.csv"):
+        rows = latest(read_rows(path))
+        lines += ["", svd_tables.window_table(rows), "", *svd_tables.against(rows)]
     for path in out.glob("training_*.csv"):
         lines += ["", training_table(read_rows(path))]
     for path in out.glob("pc_linear_*.csv"):
         rows = latest(read_rows(path))
-        draw(rows, path.with_suffix(".png"))
         lines += ["", pc_linear_table(rows), "", *against(rows), *compiled_lines(rows), "", goal_line(rows)]
     text = "\n".join(lines)
     (out / "summary.txt").write_text(text + "\n")

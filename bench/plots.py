@@ -1,4 +1,8 @@
-"""The picture of a pc_linear CSV: time over that of a bare ``nn.Linear`` against tokens, a panel for each shape."""
+"""The pictures of the benches' CSV files.
+
+Of pc_linear: time over that of a bare ``nn.Linear`` against tokens, a panel for each shape. Of window_svd: time over
+that of a full float32 SVD against where the window lies, a panel for each rank.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ LINES = {
     ("peft-default", ""): ("PEFT, default", "tab:brown", "--"),
 }
 """Label, colour and line style by provider and form."""
+PATHS = {"top": "^", "interior": "o", "bottom": "v", "range": "s", "full": "x"}
+"""Marker by path of the window SVD."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -60,5 +66,55 @@ def _panel(axis: Axes, rows: Sequence[Row]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(tokens, [str(M) for M in tokens])
     axis.set_xlabel("tokens M")
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.grid(alpha=0.3)
+
+
+def draw_windows(rows: Sequence[Row], path: Path) -> None:
+    """The chosen path on square matrices with outliers, a line for each d; no picture where there are none."""
+    rows = [row for row in latest(rows) if _window_shown(row)]
+    if not rows:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ranks = sorted({int(row["rank"]) for row in rows})
+    size = (3.4 * len(ranks), 3.4)
+    figure, axes = plt.subplots(1, len(ranks), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axis, rank in zip(axes[0], ranks, strict=True):
+        _window_panel(axis, [row for row in rows if int(row["rank"]) == rank])
+        axis.set_title(f"rank {rank}", fontsize=10)
+    axes[0][0].set_ylabel("one window,\ntime / torch.linalg.svd")
+    axes[0][0].set_ylim(bottom=0)
+    for name, marker in PATHS.items():
+        if any(row["path"] == name for row in rows):
+            axes[0][-1].plot([], [], marker, color="black", label=f"path {name}")
+    for axis in axes[0]:
+        axis.legend(fontsize=7)
+    about = f"{rows[0]['device']}, {rows[0]['dtype']}, square, noise with 32 large components; lower is better"
+    figure.suptitle(about, fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _window_shown(row: Row) -> bool:
+    single = row["op"] == "window_svd" and row["batch"] == "1" and row["m"] == row["n"]
+    return single and row["provider"] == "ipca" and row["spectrum"] == "outliers" and bool(row["ratio"])
+
+
+def _window_panel(axis: Axes, rows: Sequence[Row]) -> None:
+    for number, d in enumerate(sorted({int(row["n"]) for row in rows})):
+        points = sorted(
+            (int(row["start"]) / (d - int(row["rank"])), float(row["ratio"]), row["path"])
+            for row in rows
+            if int(row["n"]) == d
+        )
+        colour = f"C{number}"
+        axis.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, label=f"d = {d}")
+        for x, y, name in points:
+            axis.plot(x, y, PATHS.get(name, "*"), color=colour, markersize=5)
+    axis.set_xticks([0, 0.5, 1], ["principal", "middle", "minor"])
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.grid(alpha=0.3)

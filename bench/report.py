@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 from facts import RESULTS, ROOT
-from plots import draw
+from plots import draw, draw_windows
 from result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
+from svd_tables import LEGEND as WINDOW_LEGEND
+from svd_tables import against as windows_against
+from svd_tables import initialise_table, window_table
 
 from ipca.demo.report import read_rows, table
 
@@ -68,6 +71,23 @@ def training_section(results: Path) -> str:
     return "\n\n".join(gpu_or_not(results, "training") + parts)
 
 
+def window_svd_section(results: Path) -> str:
+    """For each device one window against full decompositions, whole models against PEFT, and where we lose."""
+    parts: list[str] = []
+    if not device_files(results, "window_svd"):
+        return "Not measured yet."
+    for path in device_files(results, "window_svd"):
+        rows = latest(read_rows(path))
+        lines = "\n".join(f"- {line}" for line in windows_against(rows, most=3))
+        parts += [f"{measured_on(rows[0])} Rows: `bench/results/{path.name}`.", window_table(rows)]
+        if models := [row for row in rows if row["op"] == "initialise"]:
+            parts += [f"A model of linear layers, {models[0]['matrices']}, gets its adapter:", initialise_table(rows)]
+        parts += [lines]
+        if path.stem.endswith("_cpu"):
+            parts += [f"![time over that of torch.linalg.svd](bench/results/{path.with_suffix('.png').name})"]
+    return "\n\n".join(gpu_or_not(results, "window_svd") + [WINDOW_LEGEND] * bool(parts) + parts)
+
+
 def device_files(results: Path, bench: str) -> list[Path]:
     """The CSV files of one bench, the CPU's last."""
     return sorted(results.glob(f"{bench}_*.csv"), key=lambda path: (path.stem.endswith("_cpu"), path.name))
@@ -104,6 +124,7 @@ def main() -> int:
             "demo": demo_section(RESULTS / "demo.csv"),
             "pc_linear": pc_linear_section(RESULTS),
             "training": training_section(RESULTS),
+            "window_svd": window_svd_section(RESULTS),
         },
         ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
     }
@@ -118,6 +139,8 @@ def main() -> int:
     if not args.check:
         for path in device_files(RESULTS, "pc_linear"):
             draw(read_rows(path), path.with_suffix(".png"))
+        for path in device_files(RESULTS, "window_svd"):
+            draw_windows(read_rows(path), path.with_suffix(".png"))
     if args.check and stale:
         print(f"{', '.join(stale)} out of step with bench/results; run: make report", file=sys.stderr)
     return int(args.check and bool(stale))

@@ -6,8 +6,8 @@
 //
 //     [K; T]_J = ([D G D + shift I; D]_J - sum over earlier blocks m of [K; T]_m (K_Jm)^T) (K_JJ)^-T
 //
-// K lies below the diagonal blocks of the output and T above and on them, so nothing else is needed, and G is only read:
-// a retry with a larger shift starts again.
+// K lies below the diagonal blocks of the output and T above and on them, so nothing else is needed. G is only read: a
+// retry with a larger shift starts again.
 //
 // Sources: Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM J.
 // Sci. Comput. 42 (2020); the scaling is van der Sluis's.

@@ -1,7 +1,7 @@
 // A CPU in CUDA's place, for tests: a thread for every thread of a block, blocks one after the other.
 //
-// __syncthreads is a barrier, so a thread sanitizer sees a missing one as the data race it is. IPCA_WITHOUT_BARRIER, such
-// as block.cuh:57, leaves the one of that line out. Every block finds its shared memory filled with NaN.
+// __syncthreads is a barrier, so a thread sanitizer sees a missing one as the data race it is: IPCA_WITHOUT_BARRIER, such
+// as block.cuh:57, leaves out the one of that line. Every block finds its shared memory filled with NaN.
 #pragma once
 
 #include <pthread.h>
@@ -29,8 +29,8 @@ using cudaStream_t = void*;
 
 namespace ipca::host {
 
-// Two barriers in turn. A thread sanitizer takes leaving a barrier as ordered after every arrival so far, and a thread may
-// leave late, when the others have arrived for the next time: with one barrier it would take their work for ordered.
+// Two barriers in turn. A thread sanitizer takes leaving a barrier as ordered after every arrival so far, and a thread
+// may leave late, when others have arrived for the next time: with one barrier it would take their work for ordered.
 class Barrier {
  public:
   explicit Barrier(int threads) {
@@ -72,8 +72,9 @@ inline void wait_for_block() { team->all.wait(block_turn); }
 
 inline void synchronise(const char* file, int line) {
   static const char* const without = std::getenv("IPCA_WITHOUT_BARRIER");
-  if (without != nullptr && std::string(file).substr(std::string(file).rfind('/') + 1) + ":" + std::to_string(line) == without) {
-    return;
+  if (without != nullptr) {
+    const std::string path = file;
+    if (path.substr(path.rfind('/') + 1) + ":" + std::to_string(line) == without) return;
   }
   wait_for_block();
 }

@@ -28,7 +28,7 @@ SOURCES = HERE / "csrc"
 USUAL = Path("/usr/local/cuda")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 ARCHITECTURES = (80, 90, 100)
-"""What a package is built for; newer GPUs compile the last one's portable code when it is loaded."""
+"""What a package is built for; newer GPUs compile the newest one's portable code when it is loaded."""
 
 INSTEAD = (
     "The PyTorch versions of the window SVD's inner loops run instead, slower. IPCA_BUILD_CUDA=0 keeps this quiet."
@@ -112,21 +112,22 @@ def check_tools() -> None:
 
 
 def compile_extension(out: Path, archs: tuple[int, ...]) -> None:
-    """Compile the sources for ``archs`` into the module ``out``; the last one's portable code goes in, too."""
+    """Compile the sources for ``archs`` into the module ``out``; the newest one's portable code goes in, too."""
     check_tools()
     root = toolkit()
     if unknown := set(archs) - _known(root):
         raise CannotBuild(f"an nvcc that knows sm_{min(unknown)}; {root}/bin/nvcc does not.")
     command = [f"{root}/bin/nvcc", "-shared", "-std=c++17", "-O3", "-lineinfo", "-cudart=static"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    command += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}", f"--threads={os.cpu_count() or 1}"]
+    command += [f"-gencode=arch=compute_{max(archs)},code=compute_{max(archs)}", f"--threads={os.cpu_count() or 1}"]
     command += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-I{folder}" for folder in include_folders())]
     command += [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
     command += [f'-DIPCA_SOURCES="{source_hash()}"', f"{SOURCES}/launch.cu", f"{SOURCES}/module.cpp", f"-o={out}"]
     out.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise CannotBuild(f"sources that compile:\n{' '.join(command)}\n{done.stdout}{done.stderr}"[-4000:])
+        said = (done.stdout + done.stderr)[-4000:]
+        raise CannotBuild(f"sources that compile:\n{' '.join(command)}\n{said}")
 
 
 def load(device: int, capability: tuple[int, int]) -> ModuleType | None:

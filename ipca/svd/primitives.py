@@ -26,7 +26,7 @@ def ldlt_panel_(panel: Tensor, growth: Tensor, positive: Tensor, tiny: Tensor) -
             ones not stored) with ``D`` in the place of the ones.
         growth: ``(batch, rows)``; row ``i`` gains ``Σ_j L_ij² |D_j|``, a term of the diagonal of ``|L| |D| |Lᵀ|``.
         positive: ``(batch,)``, int64; gains the number of ``D_j > 0``.
-        tiny: ``(batch,)``; a pivot smaller in magnitude becomes ``−tiny``, so that nothing is divided by 0 and an
+        tiny: ``(batch,)``, positive; a pivot smaller in magnitude becomes ``−tiny``, so that nothing is divided by 0 and an
             eigenvalue at the shift counts as not above it.
     """
     k = panel.shape[-1]
@@ -69,10 +69,11 @@ def scaled_cholesky(G: Tensor) -> tuple[Tensor, Tensor]:
 
     With ``C = D G D``, ``D = diag(G)^-1/2``, and the Cholesky factor ``C + shift I = K Kᵀ``: ``T = D K^-T``. The shift
     is 0, and where a pivot of ``K`` comes out below ``16 p eps`` the least of ``16 p eps · 100^i`` with which none does
-    (then ``X T`` is well conditioned, not yet orthonormal). A zero column stays zero.
+    (then ``X T`` is well conditioned, not yet orthonormal). A zero column stays zero. Only the lower triangle of ``G``
+    is meant to count.
 
     Returns:
-        ``T`` and the shifts ``(batch,)``.
+        ``T`` and the shifts ``(batch,)``. Where ``G`` is not finite no shift helps, and ``T`` is not finite either.
 
     Source: Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices",
     SIAM J. Sci. Comput. 42 (2020); the scaling is van der Sluis's.
@@ -102,7 +103,7 @@ def lanczos_step_(basis: Tensor, product: Tensor, alpha: Tensor, beta: Tensor, s
 
     With ``v_j = basis[j]`` and ``w = product = G v_step``: ``alpha_step = ⟨v_step, w⟩``; ``w`` is made orthogonal to
     ``v_0 … v_step`` by classical Gram–Schmidt, twice; ``beta_step = ‖w‖``; ``v_{step+1} = w / beta_step``, or 0 where
-    ``w`` vanished to rounding: the space is exhausted.
+    ``w`` vanished to rounding: the space is exhausted. Nothing here looks for NaN.
 
     Args:
         basis: ``(steps + 1, chains, n)``; row ``step + 1`` is written.

@@ -153,7 +153,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
     for name in ("demo.csv", "apply_memory.csv"):
         shutil.copy(report.RESULTS / name, results)
     written(results, layer_rows({OURS[0]: 1.1}))
-    markers = {"README.md": ("demo", "pc_linear", "training"), "docs/method.md": ("memory",)}
+    markers = {"README.md": ("demo", "pc_linear", "training", "window_svd"), "docs/method.md": ("memory",)}
     for page, names in markers.items():
         (tmp_path / page).write_text("".join(f"<!-- report:{n} -->\n<!-- /report:{n} -->\n" for n in names))
     monkeypatch.setattr(report, "ROOT", tmp_path)

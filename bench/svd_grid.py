@@ -1,0 +1,158 @@
+"""The cells of the window SVD's bench, in order of importance: what a deadline leaves out matters least.
+
+On a CPU the full cross of square and tall matrices, spectra, ranks and windows at d = 384 and at 1024, there
+``"heavy"`` only square and at rank 64. At 2048 all ranks and windows of a square matrix with outliers, rank 64 of a
+tall one, and three windows of the other spectra; at 4096 three windows of one matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from svd_matrices import MINILM
+
+WINDOWS = ("principal", "0.25", "middle", "0.75", "minor")
+NAMED = ("principal", "middle", "minor")
+RANKS = (64, 16, 128)
+OURS, YARDSTICK, EIGH = "ipca", "torch.linalg.svd", "torch.linalg.eigh"
+RANGE, LOWRANK = "scipy.linalg.eigh", "torch.svd_lowrank"
+FORCED = {f"ipca-{path}": path for path in ("top", "interior", "bottom", "range", "full")}
+PEFT = {"peft-pissa": "principal", "peft-pissa_niter_4": "principal", "peft-mica": "minor"}
+"""PEFT's initialisations and the window that each of them takes."""
+SQUARE, WIDE = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj")
+"""Layers of the model that gets its adapter."""
+LLAMA = ((4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32))
+"""The 224 projections of LLaMA-2-7B: ``m, n`` and how many."""
+
+Task = tuple[str, str]
+"""Window and provider."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One matrix ``(m, n)``, or a stack of ``batch``, and a rank: its windows and providers are timed in turn.
+
+    Attributes:
+        op: ``"window_svd"``; ``"llama-2-7b"``, a group of that model's projections; or ``"initialise"``, a model of
+            four layers ``n × n`` and two ``m × n`` that gets its adapter.
+        rounds: in which ours and the yardstick are timed at the least.
+        only: these providers alone.
+    """
+
+    m: int
+    n: int
+    spectrum: str
+    rank: int
+    windows: tuple[str, ...] = WINDOWS
+    op: str = "window_svd"
+    batch: int = 1
+    rounds: int = 3
+    only: tuple[str, ...] = ()
+
+    @property
+    def d(self) -> int:
+        return min(self.m, self.n)
+
+    @property
+    def name(self) -> str:
+        stack = f"{self.batch} of " if self.batch > 1 else ""
+        return f"{self.op} {stack}{self.m}x{self.n} {self.spectrum} r={self.rank}"
+
+    @property
+    def components(self) -> int:
+        """How many components a provider returns whose indices are looked at."""
+        return self.rank * (len(SQUARE) + len(WIDE) if self.op == "initialise" else 1)
+
+    @property
+    def matrices(self) -> str:
+        """In words."""
+        if self.op == "initialise":
+            return f"{len(SQUARE)} × {self.n} × {self.n}, {len(WIDE)} × {self.m} × {self.n}"
+        return f"{self.m} × {self.n}" if self.batch == 1 else f"{self.batch} × {self.m} × {self.n}"
+
+    @property
+    def yardstick(self) -> str:
+        """The provider whose time the others' are divided by."""
+        return "peft-pissa" if self.op == "initialise" else YARDSTICK
+
+
+INITIALISE = Cell(5632, 2048, "outliers", 16, NAMED, "initialise")
+MIDDLE, LARGE = Cell(2048, 2048, "outliers", 64, rounds=5), Cell(4096, 4096, "outliers", 64, NAMED, rounds=4)
+PRINCIPAL = replace(MIDDLE, rank=16)
+
+
+def grid(device: str) -> list[Cell]:
+    """Every cell for a device of the type ``device``."""
+    return gpu_grid() if device == "cuda" else cpu_grid()
+
+
+def must_show() -> list[Cell]:
+    """The claims: ours against the yardstick alone, where the README says a number, and whole models."""
+    both = (OURS, YARDSTICK)
+    return [
+        replace(MIDDLE, windows=("middle",), only=both),
+        replace(LARGE, windows=("middle",), only=both),
+        replace(PRINCIPAL, windows=("principal",), only=both),
+        INITIALISE,
+    ]
+
+
+def cpu_grid() -> list[Cell]:
+    """See the top of this file."""
+    spectra = ("outliers", "gaussian", "heavy")
+    cells = [MIDDLE, PRINCIPAL, LARGE, INITIALISE, replace(MIDDLE, rank=128, rounds=3)]
+    cells += [Cell(2048, 2048, spectrum, 64, NAMED) for spectrum in spectra[1:]]
+    cells += [Cell(2048, 2048, "gaussian", 16, ("principal",)), Cell(tall(2048), 2048, "outliers", 64)]
+    for d in (1024, 384):
+        cheap = spectra[:2] if d == 1024 else spectra
+        cells += [Cell(m, d, spectrum, rank) for m in (d, tall(d)) for spectrum in cheap for rank in RANKS]
+    cells += [Cell(1024, 1024, "heavy", 64)]
+    cells += [Cell(1536 if "inter" in name else 384, 384, name, rank) for name in MINILM for rank in RANKS]
+    return cells
+
+
+def gpu_grid() -> list[Cell]:
+    """Three shapes of LLaMA models, alone and in stacks of 32, and all the projections of LLaMA-2-7B."""
+    shapes = ((4096, 4096), (11008, 4096), (14336, 4096))
+    alone = [Cell(m, n, "outliers", 64, NAMED, rounds=2) for m, n in shapes]
+    stacks = [replace(cell, batch=32, rounds=1) for cell in alone]
+    llama = [Cell(m, n, "outliers", 64, ("middle",), "llama-2-7b", count, rounds=1) for m, n, count in LLAMA]
+    return [alone[0], stacks[0], *llama, *alone[1:], *stacks[1:]]
+
+
+def quick_grid() -> list[Cell]:
+    """Half a minute: whether everything runs."""
+    small = Cell(384, 384, "outliers", 16)
+    return [small, replace(small, m=tall(384)), replace(INITIALISE, m=tall(384), n=384, rounds=1)]
+
+
+def tall(d: int) -> int:
+    """The long side of LLaMA-2-7B's feed-forward layers, 2.7 d."""
+    return d * 11008 // 4096
+
+
+def tasks(cell: Cell, device: str) -> list[Task]:
+    """Every window and provider of ``cell``. What does not depend on the window is timed once for all of them.
+
+    Left out for their time: the paths that were not chosen, the eigendecomposition and the range solver in all but the
+    middle window of 4096; our full SVD in all but the middle window of 1024 and more; in stacks all but ours.
+    """
+    if cell.op == "initialise":
+        found = [(window, OURS) for window in cell.windows] + [(window, name) for name, window in PEFT.items()]
+    else:
+        found = [(window, name) for window in cell.windows for name in _providers(cell, window, device)]
+    return [task for task in found if not cell.only or task[1] in cell.only]
+
+
+def _providers(cell: Cell, window: str, device: str) -> list[str]:
+    names = [OURS, YARDSTICK]
+    if cell.batch > 1:
+        return names
+    on_cpu, middle, large = device == "cpu", window == "middle", cell.d >= 4096
+    if middle or not large:
+        names += [EIGH] + [RANGE] * on_cpu
+    names += [LOWRANK]
+    if large and on_cpu:
+        return names
+    names += ["ipca-top"] * (window == "principal") + ["ipca-interior"] + ["ipca-bottom"] * (window == "minor")
+    return names + ["ipca-range"] * on_cpu + ["ipca-full"] * (on_cpu and (middle or cell.d < 1024))
