@@ -135,7 +135,8 @@ def certify_first(
     r, dtype = S.shape[1], G.dtype
     lowest = (S[:, -1] - torch.maximum(4 * rho, 1e-9 * sigma1)).clamp_min(0).square()
     y2 = torch.minimum(lowest, (S[:, -1].square() + neighbour.square()) / 2)
-    error = gram_error(W, G, seed) + 16 * torch.finfo(dtype).eps * 4 * S[:, 0].square()
+    largest = y2 + 2 * S[:, 0].square()  # entry of M: what its factorisation is off by is √n eps of it
+    error = gram_error(W, G, seed) + G.shape[-1] ** 0.5 * torch.finfo(dtype).eps * largest
     M = torch.baddbmm(G, (V * (2 * S.square())[:, None]).to(dtype), V.mT.to(dtype), beta=-1)
     M.diagonal(dim1=-2, dim2=-1).add_((y2 - error).to(dtype)[:, None])
     definite = torch.linalg.cholesky_ex(M).info == 0

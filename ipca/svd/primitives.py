@@ -26,8 +26,8 @@ def ldlt_panel_(panel: Tensor, growth: Tensor, positive: Tensor, tiny: Tensor) -
             ones not stored) with ``D`` in the place of the ones.
         growth: ``(batch, rows)``; row ``i`` gains ``Σ_j L_ij² |D_j|``, a term of the diagonal of ``|L| |D| |Lᵀ|``.
         positive: ``(batch,)``, int64; gains the number of ``D_j > 0``.
-        tiny: ``(batch,)``, positive; a pivot smaller in magnitude becomes ``−tiny``, so that nothing is divided by 0 and an
-            eigenvalue at the shift counts as not above it.
+        tiny: ``(batch,)``, positive; a pivot smaller in magnitude becomes ``−tiny``, so that nothing is divided by 0
+            and an eigenvalue at the shift counts as not above it.
     """
     k = panel.shape[-1]
     for matrix, least in zip(panel, tiny.tolist(), strict=True):
