@@ -48,7 +48,8 @@ def apply_pc(
 
     Memory: the factors of all layers, and for one layer at a time up to three ``(d, d)`` float64 matrices beside the
     layer itself, or 256 MiB for small layers side by side (about eight layers in float64 where a full SVD is needed:
-    d < 256, rank > d / 4, a window that cuts a tie, or one that looks at the spectrum).
+    d < 256, rank > d / 4, a window that cuts a tie, or one that looks at the spectrum). On a GPU a batch takes up to
+    60 % of the free memory.
 
     Raises:
         TypeError, ValueError: a bad option, nothing matches, or a layer cannot be adapted; the message names every such

@@ -48,7 +48,7 @@ def window_starts(
                 paths[start.svd.path] += 1
                 bar.set_postfix(paths, refresh=False)
                 bar.update()
-    except (TypeError, ValueError, RuntimeError) as problem:
+    except Exception as problem:  # whatever it is, the other ranks must hear of it
         error = problem
     if world > 1:
         made, error = _exchange(made, error, rank, world)
@@ -116,8 +116,7 @@ def _exchange(
         dist.broadcast_object_list(held, src=source)
         share, problem = held[0]
         if problem is not None:
-            error = problem if source == rank else type(problem)(f"rank {source}: {problem}")
-            return {}, error
+            return {}, problem if source == rank else _retold(problem, f"rank {source}: {problem}")
         assert share is not None
         everything |= share
     return everything, None
@@ -132,7 +131,15 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"{name}: {error}") from None
+        raise _retold(error, f"{name}: {error}") from None
+
+
+def _retold(error: Exception, words: str) -> Exception:
+    """An error of the same type that says ``words``, or a RuntimeError where the type takes something else."""
+    try:
+        return type(error)(words)
+    except TypeError:
+        return RuntimeError(words)
 
 
 def _together() -> bool:

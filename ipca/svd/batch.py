@@ -44,6 +44,13 @@ def _decompose(
     W: Tensor, windows: Sequence[Window], tol: float, dtype: torch.dtype, seed: int
 ) -> list[list[WindowSVD]]:
     """For each matrix of the batch ``W`` each of its windows."""
+    with torch.autocast(W.device.type, enabled=False):
+        return _decompose_exactly(W, windows, tol, dtype, seed)
+
+
+def _decompose_exactly(
+    W: Tensor, windows: Sequence[Window], tol: float, dtype: torch.dtype, seed: int
+) -> list[list[WindowSVD]]:
     problem = Problem(W if W.shape[1] >= W.shape[2] else W.mT, seed)
     spectrum = torch.linalg.svdvals(problem.blocks.dense())[0] if any(w.needs_spectrum for w in windows) else None
     rows: list[list[WindowSVD]] = [[] for _ in W]
@@ -70,7 +77,8 @@ def _result(solution: Solution, scale: float, report: SVDReport, dtype: torch.dt
     sign = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
     S = (solution.S * scale).to(dtype)
     if not torch.isfinite(S).all():
-        raise ValueError(f"the singular values overflow {dtype}; pass dtype=torch.float64.")
+        cure = "scale the matrix down" if dtype == torch.float64 else "pass dtype=torch.float64"
+        raise ValueError(f"the singular values overflow {dtype}; {cure}.")
     return WindowSVD((U * sign).to(dtype), S, (V * sign).mT.to(dtype), (report,))
 
 

@@ -9,9 +9,11 @@ from ipca.svd.inverse import inverse_krylov
 from ipca.svd.problem import Problem
 
 
-def bottom(problem: Problem, window: range, tol: float) -> Candidate:
+def bottom(problem: Problem, window: range, tol: float) -> Candidate | None:
     """The window's right singular vectors for every matrix of ``problem``; the window ends the spectrum."""
     assert window.stop == problem.n
-    shift = problem.gram.new_zeros(len(problem.blocks))
+    problem.gram  # noqa: B018  first, as what follows takes its float32 copy
+    goal = tol * problem.sigma1
+    shift = torch.zeros_like(goal)
     above = torch.full_like(shift, problem.n, dtype=torch.int64)
-    return inverse_krylov(problem, problem.factorise(shift), shift, above, window, tol)
+    return inverse_krylov(problem, problem.factorise(shift), shift, above, window, goal)

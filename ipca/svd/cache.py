@@ -31,6 +31,8 @@ class SpectralCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if isinstance(folder, bool) or not str(folder):
+            raise ValueError(f"a cache needs a folder, such as '~/.cache/ipca'; got {folder!r}.")
         self.folder = Path(folder).expanduser()
         self.hits = 0
 

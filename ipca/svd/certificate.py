@@ -10,8 +10,9 @@ as ``r`` of the ``s + r`` values above ``y`` are the window's and ``s`` lie abov
 (s = 0, s + r = d) is not needed.
 
 Where a path says how far the window's neighbours are, the thresholds lie a quarter of the way towards them, and never
-nearer to the window than ``n eps σ₁²``, the rounding error of the Gram matrix, and the factorisation's own error. So a
-window that cuts a tie, or lies so low that these errors hide it, is never proven by accident: it is left uncertified.
+nearer to the window than ``n eps σ₁²``, the rounding error of the Gram matrix; a factorisation whose own error could
+reach the window does not count. So a window that cuts a tie, or lies so low that these errors hide it, is never proven
+by accident: it is left uncertified.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor
 
 from ipca.svd.blocks import Blocks
+from ipca.svd.draws import PROBES, normal
 from ipca.svd.ldlt import factorise_shifted
 
 _EPS = torch.finfo(torch.float64).eps
+_PROBES = 16
 
 
 class Proof(NamedTuple):
@@ -50,14 +53,18 @@ def orthogonality(U: Tensor, V: Tensor) -> Tensor:
     return torch.maximum(_spectral_norm(U.mT @ U - eye), _spectral_norm(V.mT @ V - eye))
 
 
-def count_above(G: Tensor, threshold: Tensor, room: Tensor) -> Tensor:
-    """How many eigenvalues of each symmetric ``G (batch, n, n)`` exceed ``threshold (batch,)``, exactly.
+def count_above(G: Tensor, threshold: Tensor, room: Tensor, seed: int = 0) -> Tensor:
+    """How many eigenvalues of each symmetric ``G (batch, n, n)`` exceed ``threshold (batch,)``.
 
-    ``room (batch,)``: how far from the threshold the nearest eigenvalue may be expected. Where the unpivoted
-    factorisation's error is not below that, Bunch and Kaufman's pivoting counts again.
+    ``room (batch,)``: how far an error may move eigenvalues without harm. Where the bound on the unpivoted
+    factorisation's error is above that, the error is measured, and where it is too large indeed Bunch and Kaufman's
+    pivoting counts again.
     """
     factor = factorise_shifted(G, threshold)
     counts, unsure = factor.positive, ~(factor.error <= room)
+    if bool(unsure.any()):
+        x = probes(G, seed)
+        unsure &= ~(norm_bound(G @ x - threshold[:, None, None] * x - factor.multiply(x)) <= room)
     del factor  # its memory is wanted again
     for i in torch.nonzero(unsure)[:, 0].tolist():
         counts[i] = count_above_pivoted(G[i], threshold[i])
@@ -148,25 +155,34 @@ def certify_first(
     ]
 
 
-def gram_error(W: Blocks, G: Tensor, seed: int, probes: int = 8) -> Tensor:
-    """``(batch,)``: three times the measured ``‖G − WᵀW‖_F``, a bound on the 2-norm.
-
-    For a standard normal ``x`` the mean of ``‖E x‖²`` is ``‖E‖_F²``; for eight of them a third of ``‖E‖_F`` or less is
-    found once in thousands of matrices where ``E`` has rank 1, and never where rounding makes it.
-    """
-    generator = torch.Generator().manual_seed(seed + 1)
-    x = torch.randn(G.shape[-1], probes, generator=generator, dtype=torch.float64).to(G.device)
-    x = x.to(G.dtype).double().expand(len(G), -1, -1)
+def gram_error(W: Blocks, G: Tensor, seed: int) -> Tensor:
+    """``(batch,)``: a bound on ``‖G − WᵀW‖₂``, measured as :func:`norm_bound` says."""
+    x = probes(G, seed)
     difference = torch.cat([rows.double() @ x for rows in G.split(512, dim=1)], dim=1) - W.rmatmul(W.matmul(x))
-    return 3 * (difference.square().sum((1, 2)) / probes).sqrt()
+    return norm_bound(difference)
 
 
-def certify_full(spectrum: Tensor, start: int, rank: int, d: int, n: int) -> Proof:
+def probes(G: Tensor, seed: int) -> Tensor:
+    """Standard normal columns ``(batch, n, 16)`` in float64, their entries representable in the dtype of ``G``."""
+    x = normal(seed, PROBES, (G.shape[-1], _PROBES), torch.float64).to(G.device, G.dtype).double()
+    return x.expand(len(G), -1, -1)
+
+
+def norm_bound(EX: Tensor) -> Tensor:
+    """``(batch,)``: a bound on ``‖E‖₂`` from ``E X (batch, m, 16)`` for standard normal columns ``X``.
+
+    The mean of ``‖E x‖²`` is ``‖E‖_F²``; three times its root is returned. Sixteen columns find a third of ``‖E‖_F`` or
+    less once in a million times where ``E`` has rank 1, and more rarely yet elsewhere.
+    """
+    return 3 * EX.square().sum(1).mean(1).sqrt()
+
+
+def certify_full(spectrum: Tensor, start: int, rank: int, d: int, m: int) -> Proof:
     """The same question after a full SVD, whose order is the proof unless the window's edge cuts a tie.
 
-    ``n`` is the larger side of the matrix; singular values closer than ``n eps σ₁`` cannot be told apart.
+    ``m`` is the larger side of the matrix; singular values closer than ``m eps σ₁`` cannot be told apart.
     """
-    smallest = n * _EPS * spectrum[0].item()
+    smallest = m * _EPS * spectrum[0].item()
     for edge in (start, start + rank):
         if 0 < edge < d and (spectrum[edge - 1] - spectrum[edge]).item() <= smallest:
             return Proof(False, f"the window's edge at index {edge} cuts a tie: its components are not unique")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ipca.svd.draws import DENSITY, normal
 from ipca.svd.native import lanczos_step_
 
 STEPS, CHAINS = 32, 16
@@ -48,7 +49,7 @@ def spectral_density(G: Tensor, seed: int) -> Density:
 def _lanczos(G: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """``alpha, beta (batch · CHAINS, steps)`` in float64 on the CPU; every matrix starts from the same vectors."""
     batch, n, _ = G.shape
-    start = torch.randn(CHAINS, n, generator=torch.Generator().manual_seed(seed))
+    start = normal(seed, DENSITY, (CHAINS, n), torch.float32)
     basis = G.new_empty(steps + 1, batch * CHAINS, n)
     basis[0] = (start / start.norm(dim=-1, keepdim=True)).repeat(batch, 1)
     alpha, beta = (G.new_empty(batch * CHAINS, steps) for _ in range(2))

@@ -15,10 +15,12 @@ _NEAR = 24
 _TRIES = 6
 
 
-def interior(problem: Problem, window: range, tol: float) -> Candidate:
-    """The window's right singular vectors for every matrix of ``problem``."""
+def interior(problem: Problem, window: range, tol: float) -> Candidate | None:
+    """The window's right singular vectors for every matrix of ``problem``; None where no shift comes near it."""
+    problem.gram  # noqa: B018  first, as what follows takes its float32 copy
+    goal = tol * problem.sigma1
     shift, factor = _shift_near(problem, (window.start + window.stop) / 2, max(len(window) // 2, _NEAR))
-    return inverse_krylov(problem, factor, shift, factor.positive, window, tol)
+    return inverse_krylov(problem, factor, shift, factor.positive, window, goal)
 
 
 def _shift_near(problem: Problem, index: float, near: int) -> tuple[Tensor, LDLT]:
@@ -27,7 +29,7 @@ def _shift_near(problem: Problem, index: float, near: int) -> tuple[Tensor, LDLT
     The density of states is right to a few indices where the spectrum is smooth. Elsewhere its miss is known exactly
     after the factorisation, and the next try corrects by it, or lies between two counts once both sides are known.
     """
-    aim = problem.gram.new_full((len(problem.blocks),), index)
+    aim = torch.full_like(problem.sigma1, index)
     low, high = torch.zeros_like(aim), torch.full_like(aim, torch.inf)
     low_count, high_count = torch.full_like(aim, problem.n), torch.zeros_like(aim)
     sigma = problem.density.value_at(aim)

@@ -13,8 +13,8 @@ from ipca.svd.problem import Problem
 
 
 def inverse_krylov(
-    problem: Problem, factor: LDLT, shift: Tensor, above: Tensor, window: range, tol: float
-) -> Candidate:
+    problem: Problem, factor: LDLT, shift: Tensor, above: Tensor, window: range, goal: Tensor
+) -> Candidate | None:
     """The window's vectors, found as those of the largest ``1 / (σ² − shift)`` in magnitude on either side.
 
     With ``k`` eigenvalues of ``WᵀW`` above the shift, component ``j`` has place ``j − k`` in the ascending order of
@@ -22,14 +22,20 @@ def inverse_krylov(
 
     Args:
         factor: of ``WᵀW − shift I``, ``shift (batch,)``.
-        above: ``(batch,)``; how many eigenvalues lie above the shift, an exact count.
+        above: ``(batch,)``; how many eigenvalues lie above the shift, by its inertia.
         window: the indices wanted.
-        tol: the residual to reach, relative to the largest singular value.
+        goal: ``(batch,)``; the residual to reach.
+
+    Returns:
+        None where the window lies so many indices from the shift that another path is cheaper: the shift sits in a
+        cluster.
     """
     n = problem.n
     wanted = range(max(window.start - 1, 0), min(window.stop + 1, n))
     places = torch.arange(wanted.start, wanted.stop, device=shift.device) - above[:, None]
     reach = int(torch.maximum(above - wanted.start, wanted.stop - above).amax())
+    if reach > max(n // 6, 2 * len(wanted)):
+        return None
     solves = 0
 
     def solve(X: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ def inverse_krylov(
 
     krylov = Krylov(solve, problem.start(min(_WIDTH, n)), min(n, 5 * reach + 12 * _WIDTH))
     edges = slice(window.start - wanted.start, window.stop - wanted.start)
-    found = krylov.converge(places, measure, edges, tol * problem.sigma1, first=5 * reach)
+    found = krylov.converge(places, measure, edges, goal, first=5 * reach)
     V = orthonormalise(solve(found.V))
     problem.flops += (2 * n**2 + 6 * n * krylov.size) * solves
     return Candidate(V, found.neighbours, lambda V: orthonormalise(problem.factorise(shift).solve(V)))

@@ -25,7 +25,7 @@ class LDLT:
     Attributes:
         factor: ``(batch, n, n)``; ``L`` below the diagonal (its own diagonal is 1), ``D`` on it, the rest undefined.
         positive: ``(batch,)``; how many ``D`` are positive, which is how many eigenvalues of ``A`` are.
-        growth: ``(batch,)``; the largest diagonal entry of ``|L| |D| |Lᵀ|``.
+        growth: ``(batch, n)``; the diagonal of ``|L| |D| |Lᵀ|``.
     """
 
     factor: Tensor
@@ -34,11 +34,27 @@ class LDLT:
 
     @property
     def error(self) -> Tensor:
-        """``(batch,)``: a bound on ``‖A − L D Lᵀ‖₂``, ``√n eps growth``.
+        """``(batch,)``: a bound on ``‖A − L D Lᵀ‖₂``, as ``|A − L D Lᵀ| <= n eps |L| |D| |Lᵀ|`` in every entry.
 
-        Rounding errors add up like random numbers; measured ones are a seventh of this at sizes from 200 to 1000.
+        The norm of the right side, which is positive semidefinite, is at most its trace. Usually far above the error.
+
+        Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, theorems 9.3 and 10.3.
         """
-        return self.factor.shape[-1] ** 0.5 * _EPS * self.growth
+        return self.growth.shape[1] * _EPS * self.growth.sum(1)
+
+    def multiply(self, X: Tensor) -> Tensor:
+        """``L D Lᵀ X`` for ``X (batch, n, k)``: what the factors stand for."""
+        n = X.shape[1]
+        blocks = [slice(j, min(j + _BLOCK, n)) for j in range(0, n, _BLOCK)]
+        Y = X.clone()
+        for c in blocks:
+            Y[:, c] += self.factor[:, c, c].tril(-1).mT @ X[:, c] + self.factor[:, c.stop :, c].mT @ X[:, c.stop :]
+        Y *= self.factor.diagonal(dim1=-2, dim2=-1)[..., None]
+        out = Y.clone()
+        for c in blocks:
+            out[:, c] += self.factor[:, c, c].tril(-1) @ Y[:, c]
+            out[:, c.stop :] += self.factor[:, c.stop :, c] @ Y[:, c]
+        return out
 
     def solve(self, X: Tensor) -> Tensor:
         """``A⁻¹ X`` for ``X (batch, n, k)``."""
@@ -61,7 +77,7 @@ def factorise_(A: Tensor) -> LDLT:
             _subtract_(A, slice(k, end), slice(end, last))
         for c in range(last, n, _BLOCK):
             _subtract_(A, slice(first, last), slice(c, min(c + _BLOCK, n)))
-    return LDLT(A, positive, growth.amax(-1))
+    return LDLT(A, positive, growth)
 
 
 def _subtract_(A: Tensor, done: slice, columns: slice) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ipca.svd.blocks import Blocks
 from ipca.svd.density import CHAINS, STEPS, Density, spectral_density
+from ipca.svd.draws import KRYLOV, POWER, normal
 from ipca.svd.ldlt import LDLT, factorise_shifted
 
 _POWER_STEPS = 16
@@ -50,9 +51,10 @@ class Problem:
     @cached_property
     def sigma1(self) -> Tensor:
         """``(batch,)``; a lower bound of the largest singular value, usually within a few per cent."""
-        v = self.start(1, torch.float32)
+        G = self.gram if self.blocks.W.is_cuda else self.gram32  # a GPU's float32 may mean TF32
+        v = normal(self.seed, POWER, (self.n, 1), G.dtype).to(G.device).expand(len(self.blocks), -1, -1)
         for _ in range(_POWER_STEPS):
-            v = self.gram32 @ (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny))
+            v = G @ (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny))
         self.flops += 2 * _POWER_STEPS * self.n**2
         return v.norm(dim=1)[:, 0].double().sqrt() * (1 - 1e-5)  # float32 may round upwards
 
@@ -63,7 +65,7 @@ class Problem:
 
     def start(self, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Random columns ``(batch, n, width)``, for a given seed the same for every matrix."""
-        columns = torch.randn(self.n, width, generator=torch.Generator().manual_seed(self.seed), dtype=dtype)
+        columns = normal(self.seed, KRYLOV, (self.n, width), dtype)
         return columns.to(self.blocks.W.device).expand(len(self.blocks), -1, -1)
 
     def factorise(self, shift: Tensor) -> LDLT:

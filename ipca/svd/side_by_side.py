@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_BUSY = threading.Lock()
 TOGETHER = 256 * 2**20
 """Bytes of workspace that items running side by side may have between them."""
 
@@ -28,9 +30,17 @@ def side_by_side(
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(items), int(TOGETHER // max(workspaces, default=1)))
-    if workers < 2:
+    if workers < 2 or not _BUSY.acquire(blocking=False):  # another thread's work is being shared out
         yield from map(work, items)
         return
+    try:
+        yield from _shared_out(work, items, workers, threads)
+    finally:
+        torch.set_num_threads(threads)
+        _BUSY.release()
+
+
+def _shared_out(work: Callable[[Item], Result], items: Sequence[Item], workers: int, threads: int) -> Iterator[Result]:
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ipca")
     waiting = iter(items)
     running: deque[Future[Result]] = deque()
@@ -44,4 +54,3 @@ def side_by_side(
             yield running.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ipca.svd import certificate
-from ipca.svd.blocks import Blocks
+from ipca.svd.blocks import Blocks, largest_entry
 from ipca.svd.bottom import bottom
 from ipca.svd.candidate import Candidate
 from ipca.svd.certificate import Proof
@@ -21,7 +22,7 @@ from ipca.svd.problem import Problem
 from ipca.svd.range import lapack_range
 from ipca.svd.top import top, uses_float32
 
-PATHS: dict[str, Callable[[Problem, range, float], Candidate]] = {
+PATHS: dict[str, Callable[[Problem, range, float], Candidate | None]] = {
     "top": top,
     "interior": interior,
     "bottom": bottom,
@@ -45,21 +46,25 @@ class Solution:
 def solve(problem: Problem, window: range, tol: float) -> list[Solution]:
     """The window of every matrix of ``problem``; a path's result counts only where it is within ``tol`` and proven."""
     found: dict[int, Solution] = {}
-    if bool((problem.blocks.W != 0).flatten(1).any(1).all()):
-        for name in plan(problem.blocks.W.device.type, problem.n, window):
-            left = [i for i in range(len(problem.blocks)) if i not in found]
-            if not left:
-                break
-            part = problem if len(left) == len(problem.blocks) else problem.part(left)
-            for i, solution in zip(left, _attempt(name, part, window, tol), strict=True):
-                if solution is not None:
-                    found[i] = solution
+    empty = (largest_entry(problem.blocks.W) == 0).tolist()
+    for name in plan(problem.blocks.W.device.type, problem.n, window):
+        left = [i for i in range(len(problem.blocks)) if i not in found and not empty[i]]
+        if not left:
+            break
+        for i, solution in zip(left, _attempt(name, problem.part(left), window, tol), strict=True):
+            if solution is not None:
+                found[i] = solution
     return [found[i] if i in found else _full(problem.part([i]), window) for i in range(len(problem.blocks))]
 
 
 def _attempt(name: str, problem: Problem, window: range, tol: float) -> list[Solution | None]:
     """What one path finds; where that is not good enough, once more after polishing."""
-    candidate = PATHS[name](problem, window, tol)
+    try:
+        candidate = PATHS[name](problem, window, tol)
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]  # no convergence
+        candidate = None
+    if candidate is None:
+        return [None] * len(problem.blocks)
     found = _judge(name, problem, window, tol, candidate.V, candidate.neighbours)
     if candidate.polish is None or all(found):
         return found

@@ -126,3 +126,20 @@ def test_the_bar_counts_layers_and_names_paths(capsys):
     assert "Window SVD: 100%" in shown
     assert "3/3" in shown
     assert "full=3" in shown
+
+
+@pytest.mark.parametrize("folder", ["", True])
+def test_a_cache_that_is_no_folder(folder):
+    with pytest.raises(ValueError, match="a cache needs a folder"):
+        ipca.apply_pc(small_model(), rank=4, cache=folder, progress=False)
+
+
+def test_an_error_whose_type_takes_other_arguments_keeps_its_words(monkeypatch):
+    import ipca.model.starts as starts
+
+    def undecodable(*_, **__):
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "planted")
+
+    monkeypatch.setattr(starts, "cached_window_svd", undecodable)
+    with pytest.raises(RuntimeError, match=r"0: .*planted"):
+        ipca.apply_pc(small_model(), rank=4, progress=False)

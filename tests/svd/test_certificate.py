@@ -323,3 +323,17 @@ def test_the_error_of_a_gram_matrix_is_measured(error):
 def test_a_pivot_of_exactly_zero_is_not_above():
     assert count(torch.zeros(3, 3, dtype=torch.float64), 0.0) == 0
     assert count(torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)), 2.0) == 1
+
+
+@pytest.mark.parametrize("delta", [1e-8, 1e-7, 1e-6])
+def test_an_untrustworthy_factor_is_counted_again(delta, monkeypatch):
+    """Growth of 1/delta: the count is right because it is measured, and pivoted where the measure says so."""
+    G = 0.3 * torch.ones(1, N, N, dtype=F64) + torch.diag_embed(torch.rand(1, N, dtype=F64))
+    shift = (G[:, 0, 0] - delta).item()
+    eigenvalues = torch.linalg.eigvalsh(G[0])
+    room = (eigenvalues - shift).abs().min().item() / 2
+    assert count(G[0], shift, room) == (eigenvalues > shift).sum()
+    pivoted = []
+    monkeypatch.setattr(certificate, "count_above_pivoted", lambda *_: pivoted.append(1) or 7)
+    assert count(G[0], shift, 1e-300) == 7
+    assert pivoted

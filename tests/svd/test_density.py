@@ -37,8 +37,8 @@ def test_values_fall_as_the_index_grows_and_stay_within_the_spectrum():
 def test_a_matrix_of_few_eigenvalues_exhausts_the_recurrence():
     S = torch.cat([torch.full((200,), 2.0), torch.full((100,), 1.0)])
     density = density_of(S)
-    assert density.value_at(torch.tensor([100.0])).item() == pytest.approx(2, rel=1e-3)
-    assert density.value_at(torch.tensor([290.0])).item() <= 1.001
+    assert density.value_at(torch.tensor([100.0])).item() == pytest.approx(2, rel=1e-2)
+    assert density.value_at(torch.tensor([290.0])).item() <= 1.01
 
 
 def test_each_matrix_of_a_batch_has_its_own_density_and_a_seed_its_own_vectors():

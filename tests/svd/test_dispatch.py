@@ -165,3 +165,28 @@ def test_singular_values_beyond_the_dtype_are_refused():
     with pytest.raises(ValueError, match=r"overflow torch\.float32; pass dtype=torch\.float64"):
         window_svd(W, Window(0, 2))
     assert window_svd(W, Window(0, 2), dtype=torch.float64).S[0].item() == pytest.approx(8 * W[0, 0].item())
+
+
+def test_a_matrix_drawn_from_the_same_seed_is_no_trap():
+    """The starting vectors come from another stream than torch.manual_seed's."""
+    torch.manual_seed(0)
+    rows = torch.randn(16, 700)
+    from ipca.svd.draws import DENSITY, KRYLOV, normal
+
+    for purpose in (DENSITY, KRYLOV):
+        drawn = normal(0, purpose, (16, 700), torch.float32)
+        assert (drawn * rows).sum(1).abs().max() < 6 * 700**0.5
+        assert torch.equal(drawn, normal(0, purpose, (16, 700), torch.float32))
+        assert not torch.equal(drawn, normal(-1, purpose, (16, 700), torch.float32))
+
+
+def test_autocast_and_a_default_device_change_nothing():
+    W = torch.randn(300, 280)
+    plain = window_svd(W, Window.middle(6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = window_svd(W, Window.middle(6))
+    with torch.device("meta"):
+        elsewhere = window_svd(W, Window.middle(6))
+    for other in (cast, elsewhere):
+        assert torch.equal(other.Vh, plain.Vh)
+        assert torch.equal(other.S, plain.S)

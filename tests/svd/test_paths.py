@@ -71,6 +71,7 @@ def test_a_path_finds_the_window_or_leaves_it_to_the_full_svd(only, path, start,
     found = window_svd(W, Window(start, rank))
     assert_window(found, W, S, start, rank)
     hard = (path == "bottom" and kind in ("power law", "even", "flat", "outliers")) or kind == "flat"
+    hard = hard or (path == "top" and kind == "even")  # float32 is at its end where no gap helps
     assert found.report.path == path or (hard and found.report.path == "full")
 
 

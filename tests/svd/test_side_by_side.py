@@ -82,3 +82,13 @@ def test_a_stack_gives_the_same_bits_side_by_side_as_one_by_one(threads):
     together = window_svd(W, Window.middle(6))
     assert torch.equal(alone.U, together.U)
     assert torch.equal(alone.Vh, together.Vh)
+
+
+def test_two_callers_at_once_leave_the_thread_count_alone(threads):
+    threads(2)
+    callers = [threading.Thread(target=run, args=(6, [])) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert torch.get_num_threads() == 2
