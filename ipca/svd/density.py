@@ -64,10 +64,16 @@ def _beside(beta: Tensor) -> Tensor:
 
 
 def _average(sigma: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean distribution function of one matrix's chains, each interpolated between its nodes' mid-ranks."""
-    grid = np.unique(np.concatenate([[0.0], sigma.ravel()]))
+    """The mean distribution function of one matrix's chains, each interpolated between its nodes' mid-ranks.
+
+    Below a chain's first node its line goes on until it reaches 0: a tall matrix's spectrum ends far from there.
+    """
     middle = weights.cumsum(1) - weights / 2
+    step = (sigma[:, 1] - sigma[:, 0]) / (weights[:, 0] + weights[:, 1]) if sigma.shape[1] > 1 else 0.0
+    first = np.maximum(sigma[:, 0] - weights[:, 0] * step, 0.0)
+    grid = np.unique(np.concatenate([first, sigma.ravel()]))
     each = [
-        np.interp(grid, np.append(0.0, s), np.append(0.0, f), right=1.0) for s, f in zip(sigma, middle, strict=True)
+        np.interp(grid, np.append(low, s), np.append(0.0, f), right=1.0)
+        for low, s, f in zip(first, sigma, middle, strict=True)
     ]
     return grid, np.maximum.accumulate(np.mean(each, axis=0))

@@ -16,6 +16,7 @@ class Thresholds:
         top_share: the share of ``d`` before which such a window ends.
         interior_from: smallest ``d`` for inverse block Krylov inside the spectrum.
         bottom_from: the same at the end of the spectrum.
+        bottom_aspect: the largest m / d there; the spectrum of a taller matrix ends far from the shift 0.
         interior_share: the largest rank for these, as a share of ``d``.
         lapack: whether the range solver is there.
     """
@@ -26,20 +27,21 @@ class Thresholds:
     top_share: float
     interior_from: int
     bottom_from: int
+    bottom_aspect: float
     interior_share: float
     lapack: bool
 
 
 THRESHOLDS = {
     # bench/results/window_svd_cpu.csv: where the faster path changes, 2 cores.
-    "cpu": Thresholds(256, 1 / 4, 768, 1 / 32, 1536, 768, 1 / 8, lapack=True),
+    "cpu": Thresholds(256, 1 / 4, 768, 1 / 32, 1536, 768, 1.2, 1 / 8, lapack=True),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
-    "cuda": Thresholds(256, 1 / 4, 256, 1 / 32, 256, 256, 1 / 4, lapack=False),
+    "cuda": Thresholds(256, 1 / 4, 256, 1 / 32, 256, 256, 1.2, 1 / 4, lapack=False),
 }
 
 
-def plan(device_type: str, d: int, window: range) -> list[str]:
-    """The paths to try in turn, by name; behind them all stands the full SVD."""
+def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
+    """The paths to try in turn for an ``(m, d)`` matrix, ``m >= d``; behind them all stands the full SVD."""
     limits, rank = THRESHOLDS[device_type], len(window)
     if d < limits.full_below or rank > limits.full_share * d:
         return []
@@ -47,7 +49,7 @@ def plan(device_type: str, d: int, window: range) -> list[str]:
     narrow = rank <= limits.interior_share * d
     if d >= limits.top_from and window.stop <= limits.top_share * d:
         paths.append("top")
-    elif narrow and window.stop == d and d >= limits.bottom_from:
+    elif narrow and window.stop == d and d >= limits.bottom_from and m <= limits.bottom_aspect * d:
         paths.append("bottom")
     if narrow and d >= limits.interior_from:
         paths.append("interior")

@@ -47,7 +47,7 @@ def solve(problem: Problem, window: range, tol: float) -> list[Solution]:
     """The window of every matrix of ``problem``; a path's result counts only where it is within ``tol`` and proven."""
     found: dict[int, Solution] = {}
     empty = (largest_entry(problem.blocks.W) == 0).tolist()
-    for name in plan(problem.blocks.W.device.type, problem.n, window):
+    for name in plan(problem.blocks.W.device.type, problem.m, problem.n, window):
         left = [i for i in range(len(problem.blocks)) if i not in found and not empty[i]]
         if not left:
             break

@@ -57,3 +57,8 @@ def test_a_problem_forgets_the_float32_copy_before_it_factorises():
     assert "gram32" in vars(problem)
     problem.factorise(problem.sigma1)
     assert "gram32" not in vars(problem)
+
+
+def test_the_end_of_a_spectrum_far_from_zero_is_found():
+    S = torch.linspace(3, 2, 600)
+    assert 1.97 <= density_of(S).value_at(torch.tensor([597.0])).item() <= 2.03

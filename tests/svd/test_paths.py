@@ -163,7 +163,7 @@ def test_several_windows_share_the_gram_matrix_and_the_density(only):
 
 
 @pytest.mark.parametrize(
-    ("device", "d", "window", "paths"),
+    ("device", "d", "window", "paths"),  # of a square matrix
     [
         ("cpu", 255, range(9), []),
         ("cpu", 1024, range(300), []),
@@ -178,7 +178,11 @@ def test_several_windows_share_the_gram_matrix_and_the_density(only):
     ],
 )
 def test_the_plan(device, d, window, paths):
-    assert plan(device, d, window) == paths
+    assert plan(device, d, d, window) == paths
+
+
+def test_the_end_of_a_tall_spectrum_lies_inside():
+    assert plan("cpu", 5632, 2048, range(2032, 2048)) == ["interior", "range"]
 
 
 def test_full_size_matrices_take_the_planned_path():
