@@ -51,7 +51,7 @@ class Problem:
     @cached_property
     def sigma1(self) -> Tensor:
         """``(batch,)``; a lower bound of the largest singular value, usually within a few per cent."""
-        G = self.gram if self.blocks.W.is_cuda else self.gram32  # a GPU's float32 may mean TF32
+        G = self.gram if "gram" in self.__dict__ else self.gram32
         v = normal(self.seed, POWER, (self.n, 1), G.dtype).to(G.device).expand(len(self.blocks), -1, -1)
         for _ in range(_POWER_STEPS):
             v = G @ (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny))
