@@ -42,15 +42,16 @@ def window_table(rows: Sequence[Row]) -> str:
 def initialise_table(rows: Sequence[Row]) -> str:
     """A line for each way to initialise the adapter of a whole model."""
     lines = [
-        "| adapter by | window | seconds | faster than PEFT pissa | wrong | largest angle |",
-        "|---|---|---|---|---|---|",
+        "| layers | adapter by | window | seconds | faster than PEFT pissa | wrong | largest angle |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["op"] == "initialise" and row["median_s"]:
             who = "ipca.apply_pc" if row["provider"] == OURS else f"PEFT {row['provider'].removeprefix('peft-')}"
             seconds, angle = _seconds(row), float(row["angle"])
             lines.append(
-                f"| {who} | {row['window']} | {seconds} | {_faster(row)} | {row['index_errors']} | {angle:.0e} |"
+                f"| {row['matrices']} | {who} | {row['window']} | {seconds} | {_faster(row)} | {row['index_errors']} "
+                f"| {angle:.0e} |"
             )
     return "\n".join(lines)
 
