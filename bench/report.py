@@ -80,7 +80,7 @@ def window_svd_section(results: Path) -> str:
         rows = latest(read_rows(path))
         lines = "\n".join(f"- {line}" for line in windows_against(rows, most=3))
         parts += [f"{measured_on(rows[0])} Rows: `bench/results/{path.name}`.", window_table(rows)]
-        if models := [row for row in rows if row["op"] == "initialise"]:
+        if any(row["op"] == "initialise" for row in rows):
             parts += ["A whole model of linear layers gets its adapter:", initialise_table(rows)]
         parts += [lines]
         if path.stem.endswith("_cpu"):
