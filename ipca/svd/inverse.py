@@ -11,6 +11,9 @@ from ipca.svd.ldlt import LDLT
 from ipca.svd.orthonormal import orthonormalise
 from ipca.svd.problem import Problem
 
+_WIDTH = 16
+"""Columns of a block: narrow ones need fewer columns in all, wide ones multiply faster."""
+
 
 def inverse_krylov(
     problem: Problem, factor: LDLT, shift: Tensor, above: Tensor, window: range, goal: Tensor
@@ -56,6 +59,3 @@ def inverse_krylov(
     V = orthonormalise(solve(found.V))
     problem.flops += (2 * n**2 + 6 * n * krylov.size) * solves
     return Candidate(V, found.neighbours, lambda V: orthonormalise(problem.factorise(shift).solve(V)))
-
-
-_WIDTH = 16

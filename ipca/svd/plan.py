@@ -33,7 +33,7 @@ class Thresholds:
 
 
 THRESHOLDS = {
-    # bench/results/window_svd_cpu.csv: where the faster path changes, 2 cores.
+    # From timings of every path at d from 256 to 2048 on 2 cores; bench/bench_window_svd.py forces each path again.
     "cpu": Thresholds(256, 1 / 4, 768, 1 / 32, 1536, 768, 1.2, 1 / 8, lapack=True),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
     "cuda": Thresholds(256, 1 / 4, 256, 1 / 32, 256, 256, 1.2, 1 / 4, lapack=False),
