@@ -27,6 +27,21 @@ def kernel_masks(monkeypatch):
     monkeypatch.setattr(dropout, "keep_mask", dropout.kernel_mask)
 
 
+@pytest.fixture
+def decomposed(monkeypatch):
+    """The shapes that this process decomposed by way of the cache, as models and the command line do."""
+    import ipca.svd.cache
+
+    shapes, plain = [], ipca.svd.cache.window_svd
+
+    def counted(weight, *args, **options):
+        shapes.append(tuple(weight.shape))
+        return plain(weight, *args, **options)
+
+    monkeypatch.setattr(ipca.svd.cache, "window_svd", counted)
+    return shapes
+
+
 ON_A_GPU = ("tests/kernels/", "tests/ops/test_backends.py", "tests/ops/test_cuda_ops.py")
 """What runs on a GPU where there is one, and in Triton's interpreter elsewhere; the offline compiler needs neither."""
 

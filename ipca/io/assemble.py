@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ipca._version import __version__
-from ipca.io.export import savable
+from ipca.io.export import write_config
 from ipca.io.job import Job
-from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, factor_keys, join_factors
+from ipca.io.peft_format import WEIGHTS, factor_keys, join_factors
 from ipca.io.read import SIDECAR
 from ipca.io.stream_file import write_tensors
 from ipca.io.streaming import FinishedLayer
@@ -36,16 +36,10 @@ def write_adapter(
         base_model: for PEFT's ``base_model_name_or_path``.
         doubled: an adapter for the original base, and ``ipca.json``; False: PEFT's two files for a residual base.
     """
-    adapted, whole = savable(model)
-    assert not whole
-    names = [name for name, _ in model.named_modules()]
-    config = adapter_config(adapted, whole, names, base_model, doubled=doubled)
-    if type(model).__module__.startswith("transformers."):
-        config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     with job.writing():
         folder.mkdir(parents=True, exist_ok=True)
         digest = _write_factors(layers, job, folder / WEIGHTS, doubled)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_config(model, folder, base_model, doubled=doubled)
         if doubled:
             (folder / SIDECAR).write_text(json.dumps(_sidecar(layers, digest), indent=2) + "\n")
 

@@ -84,8 +84,14 @@ def write_peft(model: nn.Module, folder: Path, base_model: str | None, *, double
     """Write PEFT's two files into ``folder``, which exists; ``base_model`` defaults to ``model.name_or_path``."""
     layers, whole = savable(model)
     base_model = base_model if base_model is not None else getattr(model, "name_or_path", None) or None
-    names = [name for name, _ in model.named_modules()]
     save_file(adapter_tensors(layers, whole, doubled=doubled), folder / WEIGHTS, metadata={"format": "pt"})
+    write_config(model, folder, base_model, doubled=doubled)
+
+
+def write_config(model: nn.Module, folder: Path, base_model: str | None, *, doubled: bool = True) -> None:
+    """Write PEFT's configuration of the adapter of ``model``."""
+    layers, whole = savable(model)
+    names = [name for name, _ in model.named_modules()]
     config = adapter_config(layers, whole, names, base_model, doubled=doubled)
     if type(model).__module__.startswith("transformers."):  # what peft.AutoPeftModel loads the base with
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}

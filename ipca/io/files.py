@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ipca.model import uninterrupted
+from ipca.svd.sealed import fsync_folder
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             _fsync(stage)
             stage.chmod(0o755)
             os.replace(stage, target)
-            _fsync_folder(target.parent)
+            fsync_folder(target.parent)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -80,16 +81,7 @@ def _exchange(stage: Path, target: Path) -> None:
             if (old / name).exists():
                 os.replace(old / name, target / name)
         raise
-    _fsync_folder(target)
-
-
-def _fsync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    fsync_folder(target)
 
 
 def check_target(folder: str | os.PathLike[str], *, empty: bool = False) -> None:
