@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ipca.model import replace_module
 from ipca.nn import LinearPC
+from ipca.nn.place import put_layer
 
 COLUMNS = (
     *("provider", "form", "step", "loss", "loss_difference", "status", "seconds", "tokens_per_s", "peak_mib"),
@@ -91,7 +91,7 @@ def build(provider: Provider, settings: Settings, device: torch.device) -> Run:
         if isinstance(module, nn.Linear) and name.endswith(TARGETS):
             start = cheap_start(module.weight.detach(), settings.rank, generator)
             form = provider.form or "residual"
-            replace_module(model, name, linear_pc(module.weight, start, form, dropout=0.0))
+            put_layer(model, name, linear_pc(module.weight, start, form, dropout=0.0))
     if provider.backend is None:
         model = as_peft(model, settings.rank, sixteen_bit=provider.name == "peft-bf16")
     for name, parameter in model.named_parameters():
@@ -127,7 +127,7 @@ def as_peft(model: nn.Module, rank: int, *, sixteen_bit: bool) -> nn.Module:
     """The same function under stock PEFT: the residual weights as the base, the window's factors as the adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LinearPC)}
     for name, layer in layers.items():
-        replace_module(model, name, plain_linear(layer.kept_weight))
+        put_layer(model, name, plain_linear(layer.kept_weight))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
     adapted = get_peft_model(model, config, autocast_adapter_dtype=not sixteen_bit)
     with torch.no_grad():

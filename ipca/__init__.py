@@ -17,7 +17,7 @@ refuse_namesake()
 from ipca import nn  # noqa: E402
 from ipca._version import __version__  # noqa: E402
 from ipca.config import PCConfig  # noqa: E402
-from ipca.io import export, load_adapter, save_adapter  # noqa: E402
+from ipca.io import export, import_peft, load_adapter, original_weights, save_adapter, write_model_card  # noqa: E402
 from ipca.model import (  # noqa: E402
     Summary,
     adapter_parameters,
@@ -47,9 +47,11 @@ __all__ = [
     "disabled",
     "explain",
     "export",
+    "import_peft",
     "load_adapter",
     "merge_adapter",
     "nn",
+    "original_weights",
     "save_adapter",
     "set_backend",
     "singular_values",
@@ -57,4 +59,5 @@ __all__ = [
     "unload",
     "unmerge_adapter",
     "window_svd",
+    "write_model_card",
 ]

@@ -18,7 +18,8 @@ class PCConfig:
     """What :func:`ipca.apply_pc` does to a model.
 
     A *pattern* is a module path (``"encoder.layer.0.intermediate.dense"``), the end of one (``"intermediate.dense"``),
-    or a regular expression that matches a whole path (``r"encoder\\.layer\\.[0-3]\\..*dense"``).
+    or a regular expression that matches a whole path (``r"encoder\\.layer\\.[0-3]\\..*dense"``). A stack of experts' weights
+    has the path of its parameter (``"mlp.experts.down_proj"``).
 
     Attributes:
         rank: components a layer trains.
@@ -26,7 +27,8 @@ class PCConfig:
         alpha: ``scaling · rank``; None means ``rank``, so that scaling is 1.
         form: ``"residual"`` or ``"intact"``, see :class:`ipca.nn.LinearPC`.
         dropout: of the low-rank branch's input.
-        targets: ``"all-linear"`` (every linear layer but the output head), a pattern, or several.
+        targets: ``"all-linear"`` (every linear layer but the output head), a pattern, or several, of embeddings,
+            convolutions and experts too.
         exclude: patterns of modules to leave alone.
         modules_to_save: patterns of modules that train whole and travel in the adapter file, such as a new head.
         rank_pattern, window_pattern, alpha_pattern: exceptions, ``{pattern: value}``; the first match counts.

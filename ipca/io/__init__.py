@@ -1,7 +1,20 @@
 """Adapter files: save, load, export."""
 
 from ipca.io.adapter import load_adapter, save_adapter
+from ipca.io.card import write_model_card
+from ipca.io.convert import import_peft
 from ipca.io.export import export
 from ipca.io.files import check_target, staged_files, staged_folder
+from ipca.io.originals import original_weights
 
-__all__ = ["check_target", "export", "load_adapter", "save_adapter", "staged_files", "staged_folder"]
+__all__ = [
+    "check_target",
+    "export",
+    "import_peft",
+    "load_adapter",
+    "original_weights",
+    "save_adapter",
+    "staged_files",
+    "staged_folder",
+    "write_model_card",
+]

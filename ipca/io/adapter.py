@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,22 +12,24 @@ import torch
 from torch import nn
 
 from ipca._version import __version__
-from ipca.fingerprint import tensor_sha256
-from ipca.io.export import savable, write_peft
+from ipca.io.export import adapter_state, savable, write_peft
 from ipca.io.files import staged_files
+from ipca.io.gather import write_once
 from ipca.io.peft_format import WEIGHTS
-from ipca.io.read import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter
+from ipca.io.read import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter, svd_record
 from ipca.model import (
     Target,
     adapted_layers,
     install,
     refuse,
     refuse_inference_mode,
+    refuse_sharded,
     train_only_adapter,
     uninterrupted,
 )
-from ipca.nn import LinearPC, WindowStart, certify_start
-from ipca.nn.kinds import read_layer
+from ipca.nn import WindowLayer, WindowStart, certify_start
+from ipca.nn.kinds import base_sha256, read_layer
+from ipca.nn.place import find_layer, layers_of
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
@@ -38,18 +41,28 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
     ones are complete.
 
     Args:
-        model: has LinearPC layers, from :func:`apply_pc` or in its own code. Every other module with trainable
+        model: has adapted layers, from :func:`apply_pc` or in its own code. Every other module with trainable
             parameters is written whole, as PEFT's ``modules_to_save``.
         folder: made if missing.
         base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
+
+    A model that ``fully_shard`` has spread over processes is to be saved by all of them: they gather it tensor by
+    tensor, rank 0 writes, and none returns before the files are complete.
 
     Raises:
         ValueError: nothing is adapted, or something trains that an adapter file cannot hold.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
+    tensors = adapter_state(model)
+    write_once(model, lambda: _write(model, tensors, folder, base_model))
+
+
+def _write(
+    model: nn.Module, tensors: dict[str, torch.Tensor], folder: str | os.PathLike[str], base_model: str | None
+) -> None:
     layers, whole = savable(model)
     with staged_files(folder) as stage:
-        write_peft(model, stage, base_model)
+        write_peft(model, tensors, stage, base_model)
         sidecar = {
             "format": 1,
             "versions": {"ipca": __version__, "torch": torch.__version__},
@@ -86,8 +99,9 @@ def load_adapter(
         ValueError: a damaged file, shapes or layers that do not fit, or another base; the model is unchanged.
     """
     refuse_inference_mode()
+    refuse_sharded(model, "load the adapter first, then shard; torch.distributed.checkpoint resumes a sharded run.")
     saved = read_adapter(folder)
-    whole = _whole_state(model, saved)
+    whole = whole_state(model, saved.whole)
     present = adapted_layers(model)
     mixed = set(present) - set(saved.layers)
     if mixed:
@@ -111,31 +125,27 @@ def load_adapter(
     return model
 
 
-def _saved(layer: LinearPC) -> SavedLayer:
+def _saved(layer: WindowLayer) -> SavedLayer:
     assert layer.window is not None
     return SavedLayer(
         kind=layer.kind,
-        shape=(layer.out_features, layer.in_features),
+        shape=layer.matrix_shape,
         start=layer.window.index,
         rank=layer.rank,
         alpha=layer.alpha,
         form=layer.form,
         dropout=layer.dropout,
         base_sha256=layer.base_sha256,
-        svd=None if layer.svd_report is None else _svd_record(layer),
+        svd=None if layer.svd_report is None else svd_record(layer.svd_report),
     )
 
 
-def _svd_record(layer: LinearPC) -> dict[str, Any]:
-    record = asdict(layer.svd_report)  # type: ignore[arg-type]
-    del record["window"]
-    return record
-
-
-def _whole_state(model: nn.Module, saved: AdapterFolder) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:
-    """The modules that the adapter holds whole, each with its state, names and shapes checked."""
+def whole_state(
+    model: nn.Module, whole: Mapping[str, dict[str, torch.Tensor]]
+) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """The modules that an adapter holds ``whole``, each with its state, names and shapes checked."""
     found = []
-    for name, state in saved.whole.items():
+    for name, state in whole.items():
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -148,7 +158,7 @@ def _whole_state(model: nn.Module, saved: AdapterFolder) -> list[tuple[nn.Module
     return found
 
 
-def _check_resumable(present: dict[str, LinearPC], saved: AdapterFolder, form: str | None, check_base: bool) -> None:
+def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form: str | None, check_base: bool) -> None:
     for name, layer in saved.layers.items():
         if name not in present:
             raise ValueError(f"the adapter holds {name}, which is not adapted in this model; load onto the plain base.")
@@ -170,10 +180,10 @@ def _check_resumable(present: dict[str, LinearPC], saved: AdapterFolder, form: s
 def _fresh_layers(
     model: nn.Module, saved: AdapterFolder, form: str | None, check_base: bool
 ) -> list[tuple[Target, WindowStart]]:
-    modules = {name for name, _ in model.named_modules()}
+    here = layers_of(model)
     targets = []
     for name, layer in saved.layers.items():
-        if name not in modules:
+        if name not in here:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
         targets.append(Target(name, layer.window, layer.alpha, form or layer.form, layer.dropout))
     refuse(model, targets)
@@ -182,10 +192,11 @@ def _fresh_layers(
 
 def _start(model: nn.Module, target: Target, saved: AdapterFolder, check_base: bool) -> WindowStart:
     layer, factors = saved.layers[target.name], saved.factors[target.name]
-    weight, _ = read_layer(model.get_submodule(target.name))
+    plain = find_layer(model, target.name)
+    weight, _ = read_layer(plain)
     if tuple(weight.shape) != layer.shape:
         raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
-    digest = tensor_sha256(weight)
+    digest = base_sha256(plain)
     if check_base and layer.base_sha256 and digest != layer.base_sha256:
         raise ValueError(_other_base(target.name, layer, digest))
     A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ipca._version import __version__
 from ipca.io.export import write_config
 from ipca.io.job import Job
-from ipca.io.peft_format import WEIGHTS, factor_keys, join_factors
+from ipca.io.peft_format import WEIGHTS, join_factors
+from ipca.io.peft_kinds import factor_keys, to_peft, wrappers_around
 from ipca.io.read import SIDECAR
 from ipca.io.stream_file import write_tensors
 from ipca.io.streaming import FinishedLayer
+from ipca.model import adapted_layers
 
 
 def write_adapter(
@@ -38,7 +40,7 @@ def write_adapter(
     """
     with job.writing():
         folder.mkdir(parents=True, exist_ok=True)
-        digest = _write_factors(layers, job, folder / WEIGHTS, doubled)
+        digest = _write_factors(model, layers, job, folder / WEIGHTS, doubled)
         write_config(model, folder, base_model, doubled=doubled)
         if doubled:
             (folder / SIDECAR).write_text(json.dumps(_sidecar(layers, digest), indent=2) + "\n")
@@ -55,19 +57,30 @@ def _sidecar(layers: Sequence[FinishedLayer], digest: str) -> dict[str, object]:
     }
 
 
-def _write_factors(layers: Sequence[FinishedLayer], job: Job, path: Path, doubled: bool) -> str:
+def _write_factors(model: nn.Module, layers: Sequence[FinishedLayer], job: Job, path: Path, doubled: bool) -> str:
     """Write the file of factors; returns its SHA-256."""
-    layout, owner = {}, {}
-    for layer in layers:
-        out, inner = layer.saved.shape
-        rank = layer.saved.rank * (2 if doubled else 1)
-        for side, key, shape in zip((0, 1), factor_keys(layer.target.name), ((rank, inner), (out, rank)), strict=True):
-            layout[key], owner[key] = (layer.adapter_dtype, shape), (layer.index, side)
+    adapted = adapted_layers(model)
+    kinds = {layer.target.name: layer.saved.kind for layer in layers}
+    kernels = {name: getattr(adapted[name], "kernel_size", ()) for name in kinds}
+
+    def as_stored(name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        joined = join_factors(A, B, A, B) if doubled else (A, B)
+        return to_peft(kinds[name], *joined, kernels[name])
 
     @lru_cache(maxsize=1)  # the two sides of a layer follow each other
-    def pair(index: int) -> tuple[Tensor, Tensor]:
+    def pair(name: str, index: int) -> tuple[Tensor, Tensor]:
         factors = job.read_layer(index)[1]
-        A0, B0 = factors["A0"], factors["B0"]
-        return join_factors(A0, B0, A0, B0) if doubled else (A0, B0)
+        return as_stored(name, factors["A0"], factors["B0"])
 
-    return write_tensors(path, layout, lambda key: pair(owner[key][0])[owner[key][1]], metadata={"format": "pt"})
+    layout, owner, wrappers = {}, {}, wrappers_around(kinds)
+    for layer in layers:
+        name, like = layer.target.name, adapted[layer.target.name]
+        empty = as_stored(name, like.lora_A0.to("meta"), like.lora_B0.to("meta"))
+        for side, key in enumerate(factor_keys(name, kinds[name], wrappers[name])):
+            layout[key], owner[key] = (layer.adapter_dtype, tuple(empty[side].shape)), (name, layer.index, side)
+
+    def tensor(key: str) -> Tensor:
+        name, index, side = owner[key]
+        return pair(name, index)[side].contiguous()
+
+    return write_tensors(path, layout, tensor, metadata={"format": "pt"})

@@ -9,69 +9,71 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ipca.nn import LinearPC
+from ipca.io.peft_kinds import PREFIX, factor_keys, to_peft, wrappers_around
+from ipca.nn import WindowLayer
+from ipca.nn.kinds import EXPERTS
+from ipca.ops.sharded import full
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
-
-
-def factor_keys(name: str) -> tuple[str, str]:
-    """The keys of ``lora_A`` and ``lora_B`` of the layer at the path ``name``."""
-    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
 def join_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """``[A; A0] (2 rank, in)`` and ``[B, −B0] (out, 2 rank)``."""
-    return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
+    """``[A; A0] (…, 2 rank, in)`` and ``[B, −B0] (…, out, 2 rank)``."""
+    return torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
 
 
 def split_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The inverse of :func:`join_factors`: ``A, B, A0, B0``, each contiguous."""
-    rank = lora_A.shape[0] // 2
-    return (
-        lora_A[:rank].clone(),
-        lora_B[:, :rank].contiguous().clone(),
-        lora_A[rank:].clone(),
-        -lora_B[:, rank:].contiguous(),
-    )
+    (A, A0), (B, B0) = lora_A.chunk(2, dim=-2), lora_B.chunk(2, dim=-1)
+    A, B, A0, B0 = (half.clone(memory_format=torch.contiguous_format) for half in (A, B, A0, B0))
+    return A, B, A0, B0.neg_()
 
 
 @torch.no_grad()
 def adapter_tensors(
-    layers: Mapping[str, LinearPC], whole: Mapping[str, nn.Module], *, doubled: bool = True
-) -> dict[str, Tensor]:
-    """The tensors of the adapter file, on the CPU; ``doubled=False`` gives ``A, B`` alone, for a residual base."""
-    tensors = {}
+    layers: Mapping[str, WindowLayer], whole: Mapping[str, nn.Module], *, doubled: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the adapter file; ``doubled=False`` gives ``A, B`` alone, for a residual base.
+
+    Sharded factors come whole, which is a collective; for the rest see :func:`ipca.io.gather.gathered`.
+    """
+    wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
     for name, layer in layers.items():
-        pair = (layer.lora_A, layer.lora_B)
-        A, B = join_factors(*pair, layer.lora_A0, layer.lora_B0) if doubled else pair
-        for key, value in zip(factor_keys(name), (A, B), strict=True):
-            tensors[key] = value.detach().cpu().contiguous()
+        pair = (full(layer.lora_A), full(layer.lora_B))
+        pair = join_factors(*pair, layer.lora_A0, layer.lora_B0) if doubled else pair
+        pair = to_peft(layer.kind, *pair, getattr(layer, "kernel_size", ()))
+        yield from zip(factor_keys(name, layer.kind, wrappers[name]), pair, strict=True)
     for name, module in whole.items():
         for key, value in module.state_dict().items():
-            tensors[f"{PREFIX}{name}.{key}"] = value.detach().cpu().contiguous()
-    return tensors
+            yield f"{PREFIX}{name}.{key}", value
 
 
 def adapter_config(
-    layers: Mapping[str, LinearPC],
+    layers: Mapping[str, WindowLayer],
     whole: Mapping[str, nn.Module],
     all_names: list[str],
     base_model: str | None,
     *,
     doubled: bool = True,
 ) -> dict[str, Any]:
-    """``adapter_config.json`` for PEFT; ``all_names`` are the paths of all modules of the model."""
+    """``adapter_config.json`` for PEFT; ``all_names`` are the paths of all modules of the model.
+
+    Raises:
+        ValueError: PEFT has no configuration for such an adapter.
+    """
     factor = 2 if doubled else 1
     ranks = {name: factor * layer.rank for name, layer in layers.items()}
     alphas = {name: factor * layer.alpha for name, layer in layers.items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    stacks = [name for name, layer in layers.items() if layer.kind in EXPERTS]
+    transposed = any(layer.kind == "conv1d" for layer in layers.values())
+    _refuse_stacks(stacks, all_names, transposed)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -83,12 +85,24 @@ def adapter_config(
         "bias": "none",
         "use_rslora": False,
         "init_lora_weights": True,
-        "fan_in_fan_out": any(layer.kind == "conv1d" for layer in layers.values()),
-        "target_modules": _target_modules(list(layers), all_names),
+        "fan_in_fan_out": transposed,
+        "target_modules": _target_modules([name for name in layers if name not in stacks], all_names),
+        "target_parameters": stacks or None,
         "modules_to_save": list(whole) or None,
         "rank_pattern": {f"^{re.escape(n)}": v for n, v in ranks.items() if v != r},
         "alpha_pattern": {f"^{re.escape(n)}": _number(v) for n, v in alphas.items() if v != alpha},
     }
+
+
+def _refuse_stacks(stacks: list[str], all_names: list[str], transposed: bool) -> None:
+    """Raise where PEFT, which matches a stack by the end of its path, would take others too, or takes none."""
+    if stacks and transposed:
+        raise ValueError(f"PEFT cannot have {stacks[0]} in one adapter with a Conv1D layer; adapt one of them.")
+    for stack in stacks:
+        owner = stack.rpartition(".")[0]
+        other = next((name for name in all_names if name.endswith(f".{owner}")), None)
+        if other is not None:
+            raise ValueError(f"PEFT would take the weights of {other} for those of {stack}; rename one of them.")
 
 
 def _target_modules(names: list[str], all_names: list[str]) -> list[str] | str:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, split_factors
+from ipca.io.peft_format import WEIGHTS, split_factors
+from ipca.io.peft_kinds import PREFIX, factor_keys, from_peft, wrappers_around
 from ipca.nn import check_options
+from ipca.nn.kinds import EXPERTS
 from ipca.svd import SVDReport
 from ipca.window import Window
 
@@ -23,10 +27,10 @@ SIDECAR = "ipca.json"
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """What ``ipca.json`` says of one layer; ``shape`` is ``(out, in)``."""
+    """What ``ipca.json`` says of one layer; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``."""
 
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     start: int
     rank: int
     alpha: float
@@ -45,7 +49,7 @@ class SavedLayer:
 
 
 class Factors(NamedTuple):
-    """``A, A0 (rank, in)``, ``B, B0 (out, rank)``, on the CPU."""
+    """``A, A0 (…, rank, in)``, ``B, B0 (…, out, rank)``, on the CPU."""
 
     A: Tensor
     B: Tensor
@@ -62,8 +66,19 @@ class AdapterFolder:
     whole: dict[str, dict[str, Tensor]]
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
+def svd_record(report: SVDReport) -> dict[str, Any]:
+    """What :attr:`SavedLayer.svd` holds; the window is the layer's own."""
+    record = asdict(report)
+    del record["window"]
+    return record
+
+
+def read_adapter(folder: str | os.PathLike[str], *, whole: bool = True) -> AdapterFolder:
     """Read what :func:`ipca.save_adapter` wrote.
+
+    Args:
+        folder: holds the adapter's three files.
+        whole: read modules that were trained whole too; False leaves out whatever is no layer's factor.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -76,14 +91,22 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} has no {name}: {hint}.")
     layers, names, digest = _read_sidecar(path / SIDECAR)
-    try:
-        tensors = load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS} is damaged or truncated: {error}") from None
-    if file_sha256(path / WEIGHTS) != digest:
+    tensors = read_tensors(path / WEIGHTS)
+    if digest is not None and file_sha256(path / WEIGHTS) != digest:
         raise ValueError(f"{path / WEIGHTS} is not the file that {SIDECAR} was written with; save the adapter again.")
-    factors = {name: _factors(name, layer, tensors) for name, layer in layers.items()}
-    return AdapterFolder(layers, factors, _whole(tensors, names))
+    wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
+    factors = {name: _factors(name, layer, wrappers[name], tensors) for name, layer in layers.items()}
+    for name in layers:  # PEFT saves it with an adapted embedding; the layer's hash already pins it
+        tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
+    return AdapterFolder(layers, factors, _whole(tensors, names) if whole else {})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or a ValueError where it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from None
 
 
 def file_sha256(path: Path) -> str:
@@ -95,7 +118,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str]:
+def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | None]:
     try:
         record = json.loads(path.read_text())
         if record["format"] != 1:
@@ -106,33 +129,36 @@ def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str]:
         if not isinstance(record["modules_to_save"], list):
             raise TypeError(f"modules_to_save is {record['modules_to_save']!r}, not a list")
         return layers, record["modules_to_save"], record["adapter_sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _layer(values: dict[str, Any]) -> SavedLayer:
     """One layer's record; whatever is wrong with it must fail here and not when the model is being changed."""
     layer = SavedLayer(**{**values, "shape": tuple(values["shape"])})
-    out_features, in_features = layer.shape
-    layer.window.resolve(min(out_features, in_features))
+    if len(layer.shape) != (3 if layer.kind in EXPERTS else 2):
+        raise ValueError(f"shape {layer.shape} is none of a layer of the kind {layer.kind!r}")
+    layer.window.resolve(min(layer.shape[-2:]))
     check_options(form=layer.form, dropout=layer.dropout, alpha=layer.alpha)
     layer.report()
     return layer
 
 
-def _factors(name: str, layer: SavedLayer, tensors: dict[str, Tensor]) -> Factors:
+def _factors(name: str, layer: SavedLayer, wrappers: int, tensors: dict[str, Tensor]) -> Factors:
     """Take the layer's two tensors out of ``tensors`` and split them."""
-    out, inner = layer.shape
-    wanted = ((2 * layer.rank, inner), (out, 2 * layer.rank))
+    *experts, out, inner = layer.shape
+    r = 2 * layer.rank * math.prod(experts)
     pair = []
-    for key, shape in zip(factor_keys(name), wanted, strict=True):
+    for key, shape in zip(factor_keys(name, layer.kind, wrappers), ((r, inner), (out, r)), strict=True):
         if key not in tensors:
             raise ValueError(f"{WEIGHTS} has no tensor {key}.")
         tensor = tensors.pop(key)
-        if tuple(tensor.shape) != shape:
+        if tensor.ndim < 2 or tuple(tensor.flatten(1).shape) != shape:  # a convolution's kernel lies behind `in`
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}, but {SIDECAR} says {shape}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{WEIGHTS}: {key} holds NaN or Inf; take a checkpoint from before.")
         pair.append(tensor)
-    return Factors(*split_factors(*pair))
+    return Factors(*split_factors(*from_peft(layer.kind, layer.shape, pair[0], pair[1])))
 
 
 def _whole(tensors: dict[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:

@@ -17,7 +17,8 @@ from ipca.io.export import export
 from ipca.io.job import Job
 from ipca.io.streaming import FinishedLayer
 from ipca.io.team import Team
-from ipca.nn.kinds import layer_kind, read_layer
+from ipca.nn.kinds import from_matrix, layer_kind, read_layer, to_matrix
+from ipca.nn.place import find_layer
 from ipca.nn.start import kept_weight
 from ipca.svd.sealed import fsync_folder
 
@@ -44,7 +45,7 @@ class CheckpointSource:
         """The layer's ``(out, in)`` in the dtype the model computes in."""
         layer = self._layers[name]
         stored = self.checkpoint.read(layer.key).to(layer.dtype)
-        return stored if layer.kind == "linear" else stored.mT
+        return to_matrix(layer.kind, stored)
 
     def write_residual(self, layers: Sequence[FinishedLayer], job: Job, team: Team, base_model: str) -> None:
         """Write ``final/base``, the checkpoint with ``W_res`` in place of every ``W``, and ``final/adapter`` for it.
@@ -83,7 +84,7 @@ class CheckpointSource:
         weight = self.weight(layer.target.name)
         kept = kept_weight(weight, factors["A0"], factors["B0"], scaling=scaling, form="residual")
         assert kept.dtype == stored.torch_dtype
-        return kept if layer.saved.kind == "linear" else kept.mT
+        return from_matrix(layer.saved.kind, kept, torch.Size(stored.shape))
 
 
 class ModelSource:
@@ -94,7 +95,7 @@ class ModelSource:
 
     def weight(self, name: str) -> Tensor:
         """The layer's ``(out, in)``, sharing memory with the model."""
-        return read_layer(self.model.get_submodule(name))[0]
+        return read_layer(find_layer(self.model, name))[0]
 
     def write_residual(self, layers: Sequence[FinishedLayer], job: Job, team: Team, base_model: str) -> None:
         """Write ``final/base`` and ``final/adapter``, as :func:`ipca.export` does; ``layers`` are installed."""
@@ -107,11 +108,13 @@ class _Layer(NamedTuple):
     """A layer as the model and the checkpoint hold it; ``shape`` is that of the stored tensor."""
 
     key: str
-    kind: str | None
+    kind: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 def _layer(model: nn.Module, name: str, key: str) -> _Layer:
-    weight = model.get_parameter(f"{name}.weight")
-    return _Layer(key, layer_kind(model.get_submodule(name)), weight.dtype, tuple(weight.shape))
+    plain = find_layer(model, name)
+    kind, weight = layer_kind(plain), plain.get_parameter("weight")
+    assert kind is not None
+    return _Layer(key, kind, weight.dtype, tuple(weight.shape))

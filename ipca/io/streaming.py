@@ -18,7 +18,9 @@ from ipca.io.read import SavedLayer
 from ipca.io.team import Team
 from ipca.model import Target, install, precision, share, start_of, train_only_adapter
 from ipca.nn import InitCertificate, WindowStart
-from ipca.nn.kinds import layer_kind, read_layer
+from ipca.nn.kinds import base_sha256, layer_kind, read_layer
+from ipca.nn.place import find_layer
+from ipca.nn.quantised import quantised_kind
 from ipca.svd import SpectralCache, cached_window_svd
 
 
@@ -89,11 +91,11 @@ def decompose_layers(
 
 
 def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], job: Job) -> None:
-    """Put a LinearPC in the place of every layer; on a model of the meta device without values."""
+    """Put an adapted layer in the place of every layer; on a model of the meta device without values."""
 
     def start(layer: FinishedLayer) -> WindowStart:
         factors = job.read_layer(layer.index)[1]
-        device = read_layer(model.get_submodule(layer.target.name))[0].device
+        device = read_layer(find_layer(model, layer.target.name))[0].device
         A0, B0, saved = factors["A0"].to(device), factors["B0"].to(device), layer.saved
         assert saved.base_sha256 is not None
         return WindowStart(A0, B0, saved.window, saved.base_sha256, saved.report(), layer.certificate)
@@ -106,21 +108,22 @@ def _decompose(
     source: Source, target: Target, config: PCConfig, job: Job, index: int, device: str, cache: SpectralCache | None
 ) -> str:
     """Decompose one layer and put it down; returns the path that was taken."""
-    weight = source.weight(target.name).to(device)
-    digest = tensor_sha256(weight)
+    weight, module = source.weight(target.name).to(device), find_layer(source.model, target.name)
+    kind, digest = layer_kind(module), tensor_sha256(weight)
+    assert kind is not None
+    base, origin = (digest, "weight") if quantised_kind(module) is None else (base_sha256(module), "dequantised")
+    known = [digest] if weight.ndim == 2 else None  # a stack is decomposed, and kept, matrix by matrix
     try:
-        found = cached_window_svd(weight, target.window, **precision(config, weight), cache=cache, digests=[digest])
-        start = start_of(target, config, weight, found, digest)
+        found = cached_window_svd(weight, target.window, **precision(config, weight), cache=cache, digests=known)
+        start = start_of(target, config, weight, found, base, origin)
     except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"{target.name}: {error}") from None
     assert start.svd is not None
-    kind = layer_kind(source.model.get_submodule(target.name))
-    assert kind is not None
     report = asdict(start.svd)
     del report["window"]
     saved = SavedLayer(
         kind=kind,
-        shape=(weight.shape[0], weight.shape[1]),
+        shape=tuple(weight.shape),
         start=start.window.index,
         rank=start.window.rank,
         alpha=target.alpha,
@@ -142,5 +145,5 @@ def _finished(job: Job, index: int, target: Target) -> FinishedLayer:
 
 
 def _cost(model: nn.Module, target: Target) -> float:
-    m, n = read_layer(model.get_submodule(target.name))[0].shape
-    return float(m) * n * min(m, n)
+    weight, _ = read_layer(find_layer(model, target.name))
+    return float(weight.numel()) * min(weight.shape[-2:])

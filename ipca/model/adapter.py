@@ -8,8 +8,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from ipca.model.apply import TRAINS_WHOLE, adapted_layers, replace_module
-from ipca.nn import LinearPC
+from ipca.model.apply import TRAINS_WHOLE, adapted_layers
+from ipca.nn import QuantisedLinearPC, WindowLayer
+from ipca.nn.place import put_layer
+from ipca.nn.quantised import quantised_kind
+from ipca.ops.sharded import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +36,7 @@ def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
         own = any(p.requires_grad for p in module.parameters(recurse=False))
         if (
             (own or getattr(module, TRAINS_WHOLE, False))
-            and not isinstance(module, LinearPC)
+            and not isinstance(module, WindowLayer)
             and not name.startswith(tuple(f"{outer}." for outer in found))
         ):
             found[name] = module
@@ -64,10 +67,22 @@ def unload(model: Model, *, merge: bool = True) -> Model:
         merge: with the trained function; else with the pretrained one (``form="residual"``: up to rounding).
 
     Like the rest of the model the plain layers are frozen; ``model.requires_grad_(True)`` trains everything again.
+    A merged layer that was quantised comes back in floats.
     """
-    for name, layer in require_adapted(model).items():
-        replace_module(model, name, layer.to_linear(base=not merge).train(layer.training).requires_grad_(False))
+    layers = require_adapted(model)
+    refuse_sharded(model, "save_adapter gathers it: load that onto the plain base and unload there.")
+    for name, layer in layers.items():
+        put_layer(model, name, layer.to_plain(base=not merge).train(layer.training).requires_grad_(False))
+    if merge and any(isinstance(layer, QuantisedLinearPC) for layer in layers.values()):
+        _forget_quantisation(model)
     return model
+
+
+def _forget_quantisation(model: nn.Module) -> None:
+    """Let transformers save the model in floats once no layer is quantised; its configuration says otherwise still."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and all(quantised_kind(module) is None for module in model.modules()):
+        quantizer.remove_quantization_config(model)
 
 
 @contextmanager
@@ -79,8 +94,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def require_adapted(model: nn.Module) -> dict[str, LinearPC]:
-    """The LinearPC layers of ``model`` by path, or a ValueError where there is none."""
+def refuse_sharded(model: nn.Module, instead: str) -> None:
+    """Raise ValueError for a model that ``fully_shard`` has spread over processes; ``instead`` is the way out."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(f"this {type(model).__name__} is sharded over processes; {instead}")
+
+
+def require_adapted(model: nn.Module) -> dict[str, WindowLayer]:
+    """The adapted layers of ``model`` by path, or a ValueError where there is none."""
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no LinearPC layer; call apply_pc or load_adapter first.")

@@ -1,4 +1,4 @@
-"""apply_pc: replace linear layers of a model by LinearPC. All that can fail happens before the model is touched."""
+"""apply_pc: replace layers of a model by adapted ones. All that can fail happens before the model is touched."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from ipca.config import PCConfig
+from ipca.model.originals import Originals, check_originals
 from ipca.model.starts import window_starts
 from ipca.model.targets import Target, find_targets, saved_modules
-from ipca.nn import LinearPC, WindowStart
+from ipca.nn import WindowLayer, WindowStart
+from ipca.nn.place import find_layer, layer_class, put_layer
 from ipca.svd import SpectralCache
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,16 +29,20 @@ def apply_pc(
     config: PCConfig | None = None,
     *,
     cache: SpectralCache | str | os.PathLike[str] | None = None,
+    originals: Originals | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Model:
-    """Adapt a window of singular components of the model's linear layers, and freeze everything else.
+    """Adapt a window of singular components of the model's layers, and freeze everything else.
 
     Args:
         model: any ``nn.Module``, its weights loaded; changed in place.
         config: what to adapt; or give its fields as options, ``apply_pc(model, rank=16, window="middle",
             targets=["query", "value"])``; ``window`` may also be a :class:`ipca.Window`.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
+        originals: for quantised layers, the weights ``(out, in)`` from before they were quantised, by the layer's path:
+            a mapping, a function, or :func:`ipca.original_weights` of a checkpoint folder. Windows are then taken from
+            those, else from the dequantised weights; :func:`ipca.summary` says which.
         progress: show a progress bar.
 
     Returns:
@@ -65,8 +71,9 @@ def apply_pc(
     config = config or PCConfig.create(**options)
     saved = saved_modules(model, config)
     targets = find_targets(model, config)
+    check_originals(model, targets, originals)
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
-    starts = window_starts(model, targets, config, cache=store, progress=progress)
+    starts = window_starts(model, targets, config, cache=store, progress=progress, originals=originals)
     with uninterrupted():
         install(model, zip(targets, starts, strict=True))
         train_only_adapter(model, saved)
@@ -74,15 +81,15 @@ def apply_pc(
 
 
 def install(model: nn.Module, layers: Iterable[tuple[Target, WindowStart]]) -> None:
-    """Put a LinearPC in each target's place."""
+    """Put an adapted layer in each target's place."""
     for target, start in layers:
-        linear = model.get_submodule(target.name)
-        layer = LinearPC.from_start(linear, start, alpha=target.alpha, form=target.form, dropout=target.dropout)
-        replace_module(model, target.name, layer)
+        plain = find_layer(model, target.name)
+        options = {"alpha": target.alpha, "form": target.form, "dropout": target.dropout}
+        put_layer(model, target.name, layer_class(plain).from_start(plain, start, **options))
 
 
 def train_only_adapter(model: nn.Module, train_whole: Iterable[str] = (), *, trainable: bool = True) -> None:
-    """Freeze all of ``model`` but the factors of its LinearPC layers and the modules ``train_whole``.
+    """Freeze all of ``model`` but the factors of its adapted layers and the modules ``train_whole``.
 
     Those modules are marked, so that freezing them later does not drop them from the adapter.
     """
@@ -97,15 +104,9 @@ def train_only_adapter(model: nn.Module, train_whole: Iterable[str] = (), *, tra
             module.requires_grad_(trainable)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LinearPC]:
-    """The LinearPC layers of ``model`` by path, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LinearPC)}
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the submodule at the path ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def adapted_layers(model: nn.Module) -> dict[str, WindowLayer]:
+    """The adapted layers of ``model`` by path, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WindowLayer)}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypedDict
 
 import torch
@@ -26,11 +27,19 @@ def precision(config: PCConfig, weight: Tensor) -> Precision:
 
 
 def start_of(
-    target: Target, config: PCConfig, weight: Tensor, found: WindowSVD, digest: str | None = None
+    target: Target,
+    config: PCConfig,
+    weight: Tensor,
+    found: WindowSVD,
+    digest: str | None = None,
+    source: str = "weight",
 ) -> WindowStart:
-    """Split ``found``, the window of ``weight (out, in)``, between the factors; raises as :func:`start_from_svd`."""
+    """Split ``found``, the window of ``weight (out, in)``, between the factors; raises as :func:`start_from_svd`.
+
+    ``digest`` is that of the base, where it is known already; ``source`` says what ``weight`` is, for the report.
+    """
     named = getattr(torch, config.adapter_dtype) if config.adapter_dtype else default_adapter_dtype(weight.dtype)
-    return start_from_svd(
+    start = start_from_svd(
         weight,
         found,
         scaling=target.alpha / target.window.rank,
@@ -38,3 +47,5 @@ def start_of(
         adapter_dtype=named,
         digest=digest,
     )
+    assert start.svd is not None
+    return replace(start, svd=replace(start.svd, source=source))

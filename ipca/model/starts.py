@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca.config import PCConfig
+from ipca.model.originals import Originals, base_matrix
 from ipca.model.start import precision, start_of
 from ipca.model.targets import Target
 from ipca.nn import WindowStart
 from ipca.nn.kinds import read_layer
+from ipca.nn.place import find_layer
+from ipca.nn.quantised import quantised_kind
 from ipca.svd import SpectralCache, cached_window_svd, side_by_side, workspace
 from ipca.window import Window
 
@@ -25,7 +29,13 @@ _STACK = 32
 
 
 def window_starts(
-    model: nn.Module, targets: Sequence[Target], config: PCConfig, *, cache: SpectralCache | None, progress: bool
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: PCConfig,
+    *,
+    cache: SpectralCache | None,
+    progress: bool,
+    originals: Originals | None = None,
 ) -> list[WindowStart]:
     """The start of every target, in order; under an initialised process group each rank makes its share.
 
@@ -33,8 +43,7 @@ def window_starts(
         TypeError, ValueError, RuntimeError: as :func:`ipca.nn.window_start`, with the layer's name; on every rank.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if _together() else (0, 1)
-    shapes = [tuple(read_layer(model.get_submodule(target.name))[0].shape) for target in targets]
-    costs = [float(m) * n * min(m, n) for m, n in shapes]
+    costs = [_cost(_shape(find_layer(model, target.name))) for target in targets]
     mine = share(costs, world)[rank]
     bar = tqdm(total=len(mine), desc="Window SVD", unit="layer", disable=not progress or rank > 0)
     made: dict[int, WindowStart] = {}
@@ -42,7 +51,7 @@ def window_starts(
     error: Exception | None = None
     try:
         with bar:
-            for place, start in _starts(model, [targets[i] for i in mine], config, cache):
+            for place, start in _starts(model, [targets[i] for i in mine], config, cache, originals):
                 made[mine[place]] = start
                 assert start.svd is not None
                 paths[start.svd.path] += 1
@@ -54,7 +63,7 @@ def window_starts(
         made, error = _exchange(made, error, rank, world)
     if error is not None:
         raise error
-    devices = [read_layer(model.get_submodule(target.name))[0].device for target in targets]
+    devices = [find_layer(model, target.name).get_parameter("weight").device for target in targets]
     return [_on(made[i], device) for i, device in enumerate(devices)]
 
 
@@ -73,19 +82,27 @@ def share(costs: Sequence[float], size: int) -> list[list[int]]:
 
 
 def _starts(
-    model: nn.Module, targets: Sequence[Target], config: PCConfig, cache: SpectralCache | None
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: PCConfig,
+    cache: SpectralCache | None,
+    originals: Originals | None,
 ) -> Iterator[tuple[int, WindowStart]]:
-    """Each target's place and start: those beside others on a GPU last."""
-    weights = [read_layer(model.get_submodule(target.name))[0] for target in targets]
-    alone = [i for i, weight in enumerate(weights) if not weight.is_cuda or targets[i].window.needs_spectrum]
+    """Each target's place and start: those beside others on a GPU last; a weight is dequantised when its turn comes."""
+    modules = [find_layer(model, target.name) for target in targets]
+    weights = {i: read_layer(module)[0] for i, module in enumerate(modules) if quantised_kind(module) is None}
+    single = {i: weight for i, weight in weights.items() if weight.ndim == 2}  # experts are a batch already
+    beside = {i for i, weight in single.items() if weight.is_cuda and not targets[i].window.needs_spectrum}
+    alone = [i for i in range(len(targets)) if i not in beside]
 
     def one(i: int) -> WindowStart:
         with _named(targets[i].name):
-            found = cached_window_svd(weights[i], targets[i].window, **precision(config, weights[i]), cache=cache)
-            return start_of(targets[i], config, weights[i], found)
+            base = base_matrix(modules[i], targets[i].name, originals)
+            found = cached_window_svd(base.weight, targets[i].window, **precision(config, base.weight), cache=cache)
+            return start_of(targets[i], config, base.weight, found, base.digest, base.source)
 
-    yield from zip(alone, side_by_side(one, alone, [workspace(weights[i].shape) for i in alone]), strict=True)
-    for group in _groups(weights, targets, set(range(len(targets))) - set(alone)):
+    yield from zip(alone, side_by_side(one, alone, [workspace(_shape(modules[i])[-2:]) for i in alone]), strict=True)
+    for group in _groups(weights, targets, beside):
         first = group[0]
         with _named(targets[first].name):
             stack = torch.stack([weights[i] for i in group])
@@ -95,7 +112,19 @@ def _starts(
                 yield i, start_of(targets[i], config, weights[i], found[place])
 
 
-def _groups(weights: Sequence[Tensor], targets: Sequence[Target], places: set[int]) -> Iterator[list[int]]:
+def _cost(shape: torch.Size) -> float:
+    """Of the decomposition of a matrix or a stack, in some unit."""
+    return float(math.prod(shape)) * min(shape[-2:])
+
+
+def _shape(module: nn.Module) -> torch.Size:
+    """``(…, out, in)``, without dequantising."""
+    if quantised_kind(module) is None:
+        return read_layer(module)[0].shape
+    return torch.Size((module.out_features, module.in_features))  # type: ignore[arg-type]
+
+
+def _groups(weights: Mapping[int, Tensor], targets: Sequence[Target], places: set[int]) -> Iterator[list[int]]:
     """``places`` of weights of one shape, dtype, device and window, at most ``_STACK`` together."""
     groups: dict[tuple[torch.Size, torch.dtype, torch.device, Window], list[int]] = {}
     for i in sorted(places):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ipca.model.apply import adapted_layers
+from ipca.nn.quantised import quantised_kind
 
 
 @dataclass(frozen=True)
@@ -15,31 +17,33 @@ class Summary:
     """What :func:`summary` found; ``str()`` gives the table.
 
     Attributes:
-        layers: number of LinearPC layers.
+        layers: number of adapted layers.
         trainable, total: parameters, as counts; ``total`` is that of the plain model plus the factors.
-        windows: ``(how many, (out, in), start, rank, alpha, form)`` for each distinct kind of layer.
+        windows: ``(how many, shape (…, out, in), start, rank, alpha, form)`` for each distinct kind of layer.
         svd_seconds: time of the decompositions; 0 where the factors came from a file.
         uncertified: ``(layer, why)`` where the window's indices are not proven.
         worst_residual: the largest relative residual of a decomposition.
         worst_start: ``(layer, relative, max_abs, dtype)`` of the largest initialisation error, None if none is known.
+        sources: ``(how many, of what)`` windows of quantised layers are: ``"original"`` or ``"dequantised"`` weights.
     """
 
     layers: int
     trainable: int
     total: int
-    windows: tuple[tuple[int, tuple[int, int], int, int, float, str], ...]
+    windows: tuple[tuple[int, tuple[int, ...], int, int, float, str], ...]
     svd_seconds: float
     uncertified: tuple[tuple[str, str], ...]
     worst_residual: float
     worst_start: tuple[str, float, float, str] | None
+    sources: tuple[tuple[int, str], ...] = ()
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
         lines = [f"{self.layers} layers adapted, {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)"]
-        for count, (out, inner), start, rank, alpha, form in self.windows:
-            d = min(out, inner)
+        for count, shape, start, rank, alpha, form in self.windows:
+            d = min(shape[-2:])
             lines.append(
-                f"  {count:4d} × ({out}, {inner})  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}"
+                f"  {count:4d} × {shape}  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}"
             )
         proven = self.layers - len(self.uncertified)
         lines.append(
@@ -47,6 +51,8 @@ class Summary:
             f"{self.layers} windows certified"
         )
         lines += [f"  not certified: {name}: {why}" for name, why in self.uncertified[:5]]
+        if self.sources:
+            lines.append("quantised layers: " + ", ".join(f"{n} windows of {what} weights" for n, what in self.sources))
         if self.worst_start is not None:
             name, relative, largest, dtype = self.worst_start
             lines.append(
@@ -57,23 +63,31 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Account for the LinearPC layers of ``model``, at any time after they are in place."""
+    """Account for the adapted layers of ``model``, at any time after they are in place."""
     layers = adapted_layers(model)
     shapes = Counter(
-        ((m.out_features, m.in_features), m.window.index, m.rank, m.alpha, m.form)
+        (m.matrix_shape, m.window.index, m.rank, m.alpha, m.form)
         for m in layers.values()
         if m.window is not None
     )
     reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
     starts = [(name, m.certificate) for name, m in layers.items() if m.certificate is not None]
+    sources = Counter(r.source for r in reports.values() if r.source != "weight")
+    packed = [m for m in model.modules() if quantised_kind(m) is not None]  # of 4 bits, two in an element
     worst = max(starts, key=lambda item: item[1].relative, default=None)
     return Summary(
         layers=len(layers),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters()),
+        total=sum(p.numel() for p in model.parameters()) + sum(_hidden_entries(m) for m in packed),
         windows=tuple((count, *kind) for kind, count in shapes.items()),
         svd_seconds=sum(r.seconds for r in reports.values()),
         uncertified=tuple((name, r.certificate) for name, r in reports.items() if not r.certified),
         worst_residual=max((r.residual for r in reports.values()), default=0.0),
         worst_start=None if worst is None else (worst[0], worst[1].relative, worst[1].max_abs, worst[1].dtype),
+        sources=tuple((count, source) for source, count in sources.items()),
     )
+
+
+def _hidden_entries(quantised: Any) -> int:
+    """How many entries of the weight ``(out, in)`` the stored tensor's size does not show."""
+    return quantised.out_features * quantised.in_features - quantised.weight.numel()

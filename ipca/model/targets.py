@@ -11,12 +11,21 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ipca.config import PCConfig
-from ipca.nn import LinearPC
-from ipca.nn.kinds import layer_kind, read_layer
+from ipca.nn import WindowLayer
+from ipca.nn.kinds import LINEAR, ExpertStack, layer_kind, read_layer, refusal
+from ipca.nn.place import layers_of
+from ipca.nn.quantised import quantised_kind
+from ipca.nn.quantised_linear import RESIDUAL
+from ipca.ops.sharded import is_sharded
 from ipca.svd import check_matrix
 from ipca.window import Window
 
 T = TypeVar("T")
+TIED = (
+    "its weight is tied to another module's: adapted they would differ, and saving the merged model ties them again; "
+    "untie them (a copy for one, in transformers tie_word_embeddings=False too), or exclude it"
+)
+"""Why a tied weight is refused in both forms."""
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
@@ -44,8 +53,7 @@ def find_targets(model: nn.Module, config: PCConfig, *, values: bool = True) -> 
         ValueError: no module matches, a pattern matches nothing, or a layer cannot be adapted; the message lists every
             such layer with its reason.
     """
-    modules = dict(model.named_modules())
-    names = _matching(model, modules, config)
+    names = _matching(model, layers_of(model), config)
     targets = []
     for name in names:
         rank = lookup(config.rank_pattern, name, config.rank)
@@ -122,7 +130,7 @@ def _matching(model: nn.Module, modules: dict[str, nn.Module], config: PCConfig)
     if config.targets == "all-linear":
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        names = [name for name in free if _adaptable(modules[name]) and modules[name] is not head]
+        names = [name for name in free if _is_linear(modules[name]) and modules[name] is not head]
         if not names:
             raise ValueError(f"{type(model).__name__} has no linear layer to adapt.")
         return names
@@ -131,14 +139,15 @@ def _matching(model: nn.Module, modules: dict[str, nn.Module], config: PCConfig)
         raise ValueError("targets is empty; name layers to adapt, or say 'all-linear'.")
     for pattern in patterns:
         if not any(matches(pattern, name) for name in free if name):
-            leaves = sorted({n.rpartition(".")[2] for n in free if n and _adaptable(modules[n])})
+            leaves = sorted({n.rpartition(".")[2] for n in free if n and _is_linear(modules[n])})
             called = ", ".join(leaves) or "(none)"
             raise ValueError(f"no module matches the target {pattern!r}; linear layers here are called {called}.")
     return [name for name in free if name and any(matches(pattern, name) for pattern in patterns)]
 
 
-def _adaptable(module: nn.Module) -> bool:
-    return layer_kind(module) is not None or isinstance(module, LinearPC)
+def _is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means the module; embeddings, convolutions and experts are named."""
+    return layer_kind(module) in LINEAR or quantised_kind(module) is not None or isinstance(module, WindowLayer)
 
 
 def _in_attention(modules: dict[str, nn.Module], name: str) -> bool:
@@ -156,7 +165,7 @@ def refuse(model: nn.Module, targets: list[Target], *, values: bool = True) -> N
     """Raise with every reason why a target cannot be adapted; ``values`` as for :func:`find_targets`."""
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    modules = dict(model.named_modules())
+    modules = layers_of(model)
     reasons: dict[str, list[str]] = {}
     for target in targets:
         why = _reason(target, modules, paths, owners, values)
@@ -164,6 +173,17 @@ def refuse(model: nn.Module, targets: list[Target], *, values: bool = True) -> N
             reasons.setdefault(why, []).append(target.name or type(model).__name__)
     if reasons:
         raise ValueError("cannot adapt " + "; ".join(f"{_few(names)}: {why}" for why, names in reasons.items()))
+
+
+def _stack_reason(target: Target, owner: nn.Module) -> str | None:
+    """Why a stack of weights that ``owner`` has as a parameter cannot be adapted."""
+    if "." not in target.name:
+        return "it is a parameter of the model itself, which would have to be replaced; put the model into a module"
+    if type(owner).forward is nn.Module.forward:
+        return f"the {type(owner).__name__} that holds it is never called"
+    if target.window.needs_spectrum:
+        return f"window {target.window.text!r} may differ between its weights; name an index or a fraction"
+    return None
 
 
 def _few(names: list[str], shown: int = 3) -> str:
@@ -175,7 +195,7 @@ def _reason(
     target: Target, modules: dict[str, nn.Module], paths: Counter[int], owners: Counter[int], values: bool
 ) -> str | None:
     module = modules[target.name]
-    if isinstance(module, LinearPC):
+    if isinstance(module, WindowLayer):
         return "it is adapted already; merge or unload the adapter first, or exclude it"
     if not target.name:
         return "it is the model itself; use LinearPC.from_linear"
@@ -185,26 +205,48 @@ def _reason(
         return "nn.MultiheadAttention reads its weight without calling it"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrised; remove the parametrisation first"
+    if any(is_sharded(parameter) for parameter in module.parameters(recurse=False)):
+        return "its weight is sharded already; adapt the model first, then call fully_shard or parallelise the rest"
     if layer_kind(module) is None:
-        return f"it is a {type(module).__name__}, not an nn.Linear or a transformers Conv1D"
-    if "forward" in vars(module) or any(getattr(module, f"_{hooks}_hooks") for hooks in _HOOKS):
+        return (
+            f"it is a {type(module).__name__}, not an nn.Linear, nn.Embedding, nn.Conv1d, Conv2d or Conv3d, a "
+            "transformers Conv1D, or a stack of experts' weights"
+        )
+    quantised = quantised_kind(module) is not None  # such a layer is called, and so keeps its hooks
+    if not quantised and ("forward" in vars(module) or any(getattr(module, f"_{hooks}_hooks") for hooks in _HOOKS)):
         return "it has hooks or a replaced forward, which would be lost; adapt the model before attaching them"
-    if paths[id(module)] > 1:
+    owner = modules[target.name.rpartition(".")[0]]
+    if isinstance(module, ExpertStack):
+        why = _stack_reason(target, owner)
+        if why:
+            return why
+    if paths[id(owner if isinstance(module, ExpertStack) else module)] > 1:
         return "the same module stands in several places of the model"
-    weight = module.weight
+    return _weight_reason(target, module, owners, values)
+
+
+def _weight_reason(target: Target, module: nn.Module, owners: Counter[int], values: bool) -> str | None:
+    """Why the weight of a layer with a kind, or a setting of the layer, cannot be adapted."""
+    weight, quantised = module.weight, quantised_kind(module) is not None
     assert isinstance(weight, Tensor)
-    if type(weight.data) is not Tensor:
+    if quantised and target.form == "residual":
+        return RESIDUAL
+    if not quantised and type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
-    if target.form == "residual" and owners[id(weight)] > 1:
-        return "its weight is tied to another module's; use form='intact', or exclude it"
+    if owners[id(weight)] > 1:
+        return TIED
+    why = refusal(module, dropout=target.dropout)
+    if why:
+        return why
     try:
         weight, _ = read_layer(module)
+        d = min(weight.shape[-2:])
         if values:
-            check_matrix(weight)
+            check_matrix(weight, dims=(2, 3))
         if not target.window.needs_spectrum:
-            target.window.resolve(min(weight.shape))
-        elif target.window.rank > min(weight.shape):
-            raise ValueError(f"rank {target.window.rank} is above its {min(weight.shape)} singular values.")
+            target.window.resolve(d)
+        elif target.window.rank > d:
+            raise ValueError(f"rank {target.window.rank} is above its {d} singular values.")
     except (TypeError, ValueError) as error:
         return str(error).rstrip(".") + " (or exclude the layer, or name it in modules_to_save)"
     return None

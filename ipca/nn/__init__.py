@@ -1,7 +1,13 @@
 """Layers: ``from ipca.nn import LinearPC``."""
 
+from ipca.nn.conv import ConvPC
+from ipca.nn.embedding import EmbeddingPC
+from ipca.nn.experts import ExpertsPC, StackPC
 from ipca.nn.explain import Explanation, backends, explain
+from ipca.nn.layer import WindowLayer
 from ipca.nn.linear import LinearPC
+from ipca.nn.quantised import dequantised, quantised_kind, requantised
+from ipca.nn.quantised_linear import QuantisedLinearPC
 from ipca.nn.shared import SharedInput
 from ipca.nn.start import (
     FORMS,
@@ -16,16 +22,25 @@ from ipca.nn.start import (
 
 __all__ = [
     "FORMS",
+    "ConvPC",
+    "EmbeddingPC",
+    "ExpertsPC",
     "Explanation",
     "InitCertificate",
     "LinearPC",
+    "QuantisedLinearPC",
     "SharedInput",
+    "StackPC",
+    "WindowLayer",
     "WindowStart",
     "backends",
     "certify_start",
     "check_options",
     "default_adapter_dtype",
+    "dequantised",
     "explain",
+    "quantised_kind",
+    "requantised",
     "start_from_svd",
     "window_start",
 ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,22 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.nn.kinds import build_layer, layer_kind, read_layer
-from ipca.nn.lowrank import add_low_rank
-from ipca.nn.record import check_record, decode_record, encode_record
-from ipca.nn.start import (
-    InitCertificate,
-    WindowStart,
-    check_options,
-    default_adapter_dtype,
-    kept_weight,
-    window_start,
-)
+from ipca.nn.product import ProductLayer
 from ipca.ops import Layer, pc_linear
-from ipca.svd import SVDReport
 from ipca.window import Window, as_window
 
 
-class LinearPC(nn.Module):
+class LinearPC(ProductLayer):
     """A linear layer of which a window of the pretrained weight's singular components trains.
 
     For a pretrained ``W = U S Vh``, shape ``(out, in)``, and a window ``w = [start, start + rank)``::
@@ -86,89 +74,27 @@ class LinearPC(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.requested_window = as_window(window, rank)
-        self.in_features, self.out_features = in_features, out_features
-        self.rank = self.requested_window.rank
-        self.alpha = float(self.rank if alpha is None else alpha)
-        self.form, self.dropout, self.tol = form, float(dropout), tol
-        self.kind = "linear"
-        check_options(form=form, dropout=self.dropout, alpha=self.alpha)
-        if self.rank > min(in_features, out_features):
-            raise ValueError(
-                f"rank {self.rank} is above the {min(in_features, out_features)} singular values of a "
-                f"({out_features}, {in_features}) weight; lower `rank`."
-            )
-
-        self.window: Window | None = None
-        self.base_sha256: str | None = None
-        self.svd_report: SVDReport | None = None
-        self.certificate: InitCertificate | None = None
-        self._disabled = False
-        self._merged: Tensor | None = None
-
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
-        factor = weight.new_empty(0, dtype=adapter_dtype or default_adapter_dtype(weight.dtype))
-        self.kept_weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(weight.new_empty(out_features), requires_grad=False) if bias else None
-        self.lora_A = nn.Parameter(factor.new_empty(self.rank, in_features))
-        self.lora_B = nn.Parameter(factor.new_empty(out_features, self.rank))
-        self.register_buffer("lora_A0", torch.empty_like(self.lora_A, requires_grad=False))
-        self.register_buffer("lora_B0", torch.empty_like(self.lora_B, requires_grad=False))
-        self.lora_A0: Tensor
-        self.lora_B0: Tensor
+        super().__init__(
+            weight,
+            weight.new_empty(out_features) if bias else None,
+            (out_features, in_features),
+            as_window(window, rank),
+            alpha=alpha,
+            form=form,
+            dropout=dropout,
+            adapter_dtype=adapter_dtype,
+            tol=tol,
+        )
         if not weight.is_meta:
             self.reset_parameters()
 
-    @property
-    def scaling(self) -> float:
-        """``alpha / rank``."""
-        return self.alpha / self.rank
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
-    @property
-    def merged(self) -> bool:
-        return self._merged is not None
-
-    @property
-    def is_disabled(self) -> bool:
-        """Whether the layer computes the pretrained function, inside :meth:`disabled`."""
-        return self._disabled
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether ``forward`` is one product with a weight at the moment: merged, or intact and disabled."""
-        return self.form == "intact" if self._disabled else self.merged
-
-    @property
-    def weight(self) -> Tensor:
-        """``W_eff (out, in)``, computed anew, for code that reads a layer's weight instead of calling the layer.
-
-        It is what ``forward`` multiplies by at the moment (disabled, merged or neither); gradients reach the factors.
-        """
-        if self._merged is not None and not self._disabled:
-            return self._merged
-        if self._disabled and self.form == "intact":
-            return self.kept_weight
-        B, A = (self.lora_B0, self.lora_A0) if self._disabled else (self.lora_B, self.lora_A)
-        low = self._product(B, A)
-        if self.form == "intact":
-            low = low - self._product(self.lora_B0, self.lora_A0)
-        return self.kept_weight + self.scaling * low
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.window is None:
-            raise RuntimeError("This LinearPC has no window yet: load a state dict with load_state_dict().")
-        if self._merged is not None and not self._disabled:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError("A merged LinearPC cannot train: call unmerge() first, or eval().")
-            return F.linear(x, self._merged, self.bias)
-        A, B, A0, B0 = self.lora_A, self.lora_B, self.lora_A0, self.lora_B0
-        if self._disabled:
-            if self.form == "intact":
-                return F.linear(x, self.kept_weight, self.bias)
-            return pc_linear(x, self.kept_weight, A0, B0, self.bias, scaling=self.scaling)
-        frozen = {"A0": A0, "B0": B0} if self.form == "intact" else {}
-        dropout = self.dropout if self.training else 0.0
+    def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
+        """All of it by one registered op, which chooses the kernels."""
+        frozen = {"A0": self.lora_A0, "B0": self.lora_B0} if self.form == "intact" else {}
         return pc_linear(x, self.kept_weight, A, B, self.bias, scaling=self.scaling, dropout=dropout, **frozen)
 
     def tensors(self) -> Layer:
@@ -192,15 +118,18 @@ class LinearPC(nn.Module):
             TypeError: ``linear`` is another type, or its weight has no supported dtype.
             ValueError: as for the class.
         """
-        layer = cls._like(linear, as_window(window, rank), **options)
-        layer._begin(linear, layer.start_for(read_layer(linear)[0]))
-        return layer
+        return cls.from_layer(linear, as_window(window, rank), **options)
 
     @classmethod
-    def from_start(cls, linear: nn.Module, start: WindowStart, **options: Any) -> LinearPC:
-        """As :meth:`from_linear`, with the factors already at hand: no SVD."""
-        layer = cls._like(linear, start.window, adapter_dtype=start.A0.dtype, **options)
-        layer._begin(linear, start)
+    def empty_like(cls, plain: nn.Module, window: Window, **options: Any) -> LinearPC:
+        kind = layer_kind(plain)
+        if kind not in ("linear", "conv1d"):
+            raise TypeError(f"expected an nn.Linear or a transformers Conv1D, got {type(plain).__name__}.")
+        weight, bias = read_layer(plain)
+        out_features, in_features = weight.shape
+        options["device"] = "meta"
+        layer = cls(in_features, out_features, window=window, bias=bias is not None, dtype=weight.dtype, **options)
+        layer.kind = kind
         return layer
 
     def reset_parameters(self) -> None:
@@ -212,186 +141,13 @@ class LinearPC(nn.Module):
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(self.bias, -bound, bound)
             start = self.start_for(self.kept_weight.detach())
-            self.kept_weight.copy_(self._kept_of(self.kept_weight, start))
-            for factor, value in self._factors(start).items():
-                getattr(self, factor).copy_(value)
-        self._remember(start)
+            self.kept_weight.copy_(self.kept_of(self.kept_weight, start))
+            for name, value in start.factors().items():
+                getattr(self, name).copy_(value)
+        self.remember(start)
 
-    def start_for(self, weight: Tensor) -> WindowStart:
-        """The factors this layer would start from on the pretrained ``weight (out, in)``; changes nothing."""
-        return window_start(
-            weight,
-            self.requested_window,
-            scaling=self.scaling,
-            form=self.form,
-            adapter_dtype=self.lora_A.dtype,
-            tol=self.tol,
-        )
-
-    @torch.no_grad()
-    def effective_weight(self) -> Tensor:
-        """``W_eff (out, in)`` of the trained layer, added up in float64, in the weight's dtype, as a new tensor."""
-        trained, frozen = (1, self.lora_B, self.lora_A), (-1, self.lora_B0, self.lora_A0)
-        return self._plus(trained) if self.form == "residual" else self._plus(trained, frozen)
-
-    @torch.no_grad()
-    def base_weight(self) -> Tensor:
-        """The pretrained ``W (out, in)``, in the weight's dtype, as a new tensor (residual form: up to rounding)."""
-        return self._plus((1, self.lora_B0, self.lora_A0)) if self.form == "residual" else self._plus()
-
-    @torch.no_grad()
-    def residual_weight(self) -> Tensor:
-        """``W_res = W − scaling · B0 A0 (out, in)``, in the weight's dtype, as a new tensor."""
-        return self._plus() if self.form == "residual" else self._plus((-1, self.lora_B0, self.lora_A0))
-
-    def merge(self) -> None:
-        """Compute ``W_eff`` once and multiply by it alone. What is kept stays beside it, for :meth:`unmerge`."""
-        if not self.merged:
-            self._merged = self.effective_weight()
-
-    def unmerge(self) -> None:
-        """Undo :meth:`merge`, to the bit."""
-        self._merged = None
-
-    def to_linear(self, *, base: bool = False) -> nn.Module:
-        """A plain layer of the original type with the effective weight; shares no memory with this one.
-
-        Args:
-            base: with the pretrained weight instead.
-        """
+    def to_plain(self, *, base: bool = False) -> nn.Module:
         weight = self.base_weight() if base else self.effective_weight()
         return build_layer(self.kind, weight, None if self.bias is None else self.bias.detach().clone())
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the block the layer computes the pretrained function (residual form: up to rounding)."""
-        before, self._disabled = self._disabled, True
-        try:
-            yield
-        finally:
-            self._disabled = before
-
-    def extra_repr(self) -> str:
-        where = repr(self.requested_window.text)
-        if self.window is not None:
-            where = f"[{self.window.index}, {self.window.index + self.rank})"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"window={where}, rank={self.rank}, alpha={self.alpha:g}, form={self.form}"
-            + (f", dropout={self.dropout:g}" if self.dropout else "")
-            + (", merged" if self.merged else "")
-            + (", disabled" if self._disabled else "")
-        )
-
-    # State: tensors as usual, and one JSON record that a state dict carries as bytes.
-
-    def get_extra_state(self) -> Tensor:
-        return encode_record(self)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        record = decode_record(state)
-        self.window = None if record["start"] is None else Window(record["start"], self.rank)
-        self.base_sha256 = record["base_sha256"]
-        self.svd_report = self.certificate = None
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        start = None
-        try:
-            if prefix + "weight" in state_dict and prefix + "kept_weight" not in state_dict:
-                assign = local_metadata.get("assign_to_params_buffers", False)
-                state_dict, start = self._from_plain(state_dict, prefix, assign)
-            else:
-                check_record(self, state_dict, prefix)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix.rstrip('.') or 'LinearPC'}: {error}")
-            return
-        self.unmerge()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if start is not None and not self.kept_weight.is_meta:
-            self._remember(start)
-
-    def _from_plain(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> tuple[dict[str, Any], WindowStart]:
-        """The state dict that this layer would have had on the plain layer's ``weight``."""
-        weight = state_dict[prefix + "weight"]
-        weight = weight.mT if self.kind == "conv1d" else weight
-        kept = self.kept_weight
-        if weight.shape != kept.shape:
-            raise ValueError(f"the weight has shape {tuple(weight.shape)}, this layer {tuple(kept.shape)}.")
-        if not assign:
-            weight = weight.to(dtype=kept.dtype, device=weight.device if kept.is_meta else kept.device)
-        start = self.start_for(weight)
-        own = {prefix + name: value for name, value in self._factors(start).items()}
-        own[prefix + "kept_weight"] = self._kept_of(weight, start)
-        own[prefix + "_extra_state"] = self.get_extra_state()
-        return {**{key: value for key, value in state_dict.items() if key != prefix + "weight"}, **own}, start
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LinearPC:
-        """Move or cast. Casting the residual form rounds its parts anew, so that they still add up to ``W``."""
-        merged = self.merged
-        self.unmerge()
-        kept, A0, B0 = self.kept_weight.detach(), self.lora_A0, self.lora_B0
-        super()._apply(fn, recurse)
-        new = self.kept_weight
-        cast = self.lora_A0.dtype != A0.dtype or new.dtype != kept.dtype
-        if self.form == "residual" and cast and not (kept.is_meta or new.is_meta):
-            change = [(self.scaling, B0, A0), (-self.scaling, self.lora_B0.to(B0.device), self.lora_A0.to(A0.device))]
-            with torch.no_grad():
-                new.copy_(add_low_rank(kept, change, dtype=new.dtype))
-        if merged:
-            self.merge()
-        return self
-
-    def _product(self, B: Tensor, A: Tensor) -> Tensor:
-        return B.to(self.kept_weight.dtype) @ A.to(self.kept_weight.dtype)
-
-    def _plus(self, *terms: tuple[int, Tensor, Tensor]) -> Tensor:
-        """``kept_weight + Σ sign · scaling · B A`` in float64, rounded once."""
-        return add_low_rank(self.kept_weight, [(sign * self.scaling, B, A) for sign, B, A in terms])
-
-    def _kept_of(self, weight: Tensor, start: WindowStart) -> Tensor:
-        return kept_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form).contiguous()
-
-    @classmethod
-    def _like(cls, linear: nn.Module, window: Window, **options: Any) -> LinearPC:
-        """An empty layer on the meta device with the shape, dtype and type of ``linear``."""
-        kind = layer_kind(linear)
-        if kind is None:
-            raise TypeError(f"expected an nn.Linear or a transformers Conv1D, got {type(linear).__name__}.")
-        weight, bias = read_layer(linear)
-        out_features, in_features = weight.shape
-        options["device"] = "meta"
-        layer = cls(in_features, out_features, window=window, bias=bias is not None, dtype=weight.dtype, **options)
-        layer.kind = kind
-        return layer.train(linear.training)
-
-    def _begin(self, linear: nn.Module, start: WindowStart) -> None:
-        weight, bias = read_layer(linear)
-        self.kept_weight = nn.Parameter(self._kept_of(weight, start), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        factors = self._factors(start)
-        self.lora_A, self.lora_B = nn.Parameter(factors["lora_A"]), nn.Parameter(factors["lora_B"])
-        self.lora_A0, self.lora_B0 = factors["lora_A0"], factors["lora_B0"]
-        self._remember(start)
-
-    def _factors(self, start: WindowStart) -> dict[str, Tensor]:
-        return {
-            "lora_A": start.A0.clone(),
-            "lora_B": start.B0.clone(),
-            "lora_A0": start.A0,
-            "lora_B0": start.B0,
-        }
-
-    def _remember(self, start: WindowStart) -> None:
-        self.window, self.base_sha256 = start.window, start.base_sha256
-        self.svd_report, self.certificate = start.svd, start.certificate
+    to_linear = to_plain

@@ -1,4 +1,4 @@
-"""What a LinearPC is besides its tensors, as a JSON record that a state dict carries as a tensor of bytes."""
+"""What a WindowLayer is besides its tensors, as a JSON record that a state dict carries as a tensor of bytes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,32 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ipca.nn.linear import LinearPC
+    from ipca.nn.layer import WindowLayer
 
 _MUST_AGREE = ("rank", "alpha", "form")
 _FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
 
 
-def encode_record(layer: LinearPC) -> Tensor:
+def encode_record(layer: WindowLayer) -> Tensor:
     """The record of ``layer`` as a 1-D uint8 tensor, which every checkpoint format can hold."""
     record = {name: getattr(layer, name) for name in _MUST_AGREE}
     record["start"] = None if layer.window is None else layer.window.index
     record["base_sha256"] = layer.base_sha256
     return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def describe(layer: WindowLayer) -> str:
+    """What ``repr`` says of ``layer``."""
+    where = repr(layer.requested_window.text)
+    if layer.window is not None:
+        where = f"[{layer.window.index}, {layer.window.index + layer.rank})"
+    return (
+        f"in_features={layer.in_features}, out_features={layer.out_features}, bias={layer.has_bias}, "
+        f"window={where}, rank={layer.rank}, alpha={layer.alpha:g}, form={layer.form}"
+        + (f", dropout={layer.dropout:g}" if layer.dropout else "")
+        + (", merged" if layer.merged else "")
+        + (", disabled" if layer.is_disabled else "")
+    )
 
 
 def decode_record(state: Tensor) -> dict[str, Any]:
@@ -36,8 +50,8 @@ def decode_record(state: Tensor) -> dict[str, Any]:
     return record
 
 
-def check_record(layer: LinearPC, state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Raise ValueError where a state dict of a LinearPC contradicts ``layer``, or has its kept weight without factors.
+def check_record(layer: WindowLayer, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise ValueError where a state dict of a WindowLayer contradicts ``layer``, or has kept_weight without factors.
 
     Strict loading reports other missing keys.
     """

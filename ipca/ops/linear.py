@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ipca.ops import backend as backends
 from ipca.ops import reference, split
 from ipca.ops.dropout import new_seed
+from ipca.ops.sharded import is_sharded
 from ipca.ops.split import Layer, Needs
 
 Grad = Callable[..., list[Tensor]]
@@ -169,6 +170,7 @@ def pc_linear(
         ``(…, N)``, of the dtype of ``x``, or the autocast dtype.
 
     Raises:
+        TypeError: a tensor is a DTensor.
         ValueError: the shapes do not fit, only one of ``A0, B0`` is given, or ``dropout`` is not in [0, 1].
         RuntimeError: the backend asked for by name cannot run, or dropout under a ``torch.func`` transform.
     """
@@ -240,6 +242,11 @@ def check(
     dropout: float,
 ) -> None:
     """Refuse what does not fit, before anything is computed."""
+    if any(is_sharded(tensor) for tensor in (x, weight, A, B, bias, A0, B0)):
+        raise TypeError(
+            "pc_linear got a DTensor. A layer sharded by fully_shard computes within the forward pass of the module "
+            "that was wrapped: call that module. Tensor parallel plans cannot shard an adapted layer: leave it out."
+        )
     N, K = weight.shape
     R = A.shape[0]
     if x.shape[-1] != K:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from common import Net, adapted, snapshot
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
+from torch import nn
 
 import ipca
 import ipca.io.adapter
@@ -29,6 +31,7 @@ WRITERS = {
     "save": ipca.save_adapter,
     "peft": ipca.export,
     "residual": lambda model, folder: ipca.export(model, folder, form="residual"),
+    "truncated": lambda model, folder: ipca.export(model, folder, form="truncated", rank=6),
 }
 
 
@@ -99,6 +102,39 @@ def test_failure_while_writing_leaves_the_old_files(saved, error, monkeypatch, t
     read_adapter(folder)
 
 
+@pytest.fixture
+def files_up_to():
+    """A function that makes the system refuse to write any file beyond so many bytes, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="needs POSIX, whose limits stand in for a full disk")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 1, 600, 2000])
+def test_a_disk_that_is_full_halfway_leaves_the_old_files(saved, size, files_up_to, tmp_path):
+    base, folder = saved
+    before, model = contents(tmp_path), adapted(copy.deepcopy(base))
+    unchanged = snapshot(model)
+    targets = [
+        ("save", folder),
+        ("peft", folder),
+        ("truncated", folder),
+        *((name, tmp_path / "new") for name in WRITERS),
+    ]
+    assert size < min(len(data) for name, data in before.items() if name.endswith(WEIGHTS))
+    for name, target in targets:
+        files_up_to(size)
+        with pytest.raises(OSError, match=r"cannot write .*(File too large|I/O error)") as found:
+            WRITERS[name](model, target)
+        files_up_to(1 << 40)
+        assert "\n" not in str(found.value)
+        assert contents(tmp_path) == before
+        assert os.listdir(tmp_path) == ["adapter"]
+    assert snapshot(model) == unchanged
+    read_adapter(folder)
+
+
 def test_failure_after_the_tensors_leaves_the_old_files(saved, monkeypatch, tmp_path):
     base, folder = saved
     before = contents(tmp_path)
@@ -166,6 +202,16 @@ def test_staged_folder_must_be_new_or_empty(tmp_path):
 
 
 def test_export_names_its_forms(tmp_path):
-    with pytest.raises(ValueError, match="form must be one of peft, residual; got 'onnx'"):
+    with pytest.raises(ValueError, match="form must be one of peft, residual, truncated; got 'onnx'"):
         ipca.export(adapted(Net()), tmp_path / "new", form="onnx")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_file_is_as_small_as_a_stock_lora_of_twice_the_rank(rank, tmp_path):
+    base = nn.Sequential(*(nn.Linear(67, 129) if i % 2 else nn.Linear(129, 67) for i in range(4)))
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=rank, progress=False), tmp_path / "ours")
+    names = ["0", "1", "2", "3"]
+    get_peft_model(base, LoraConfig(r=2 * rank, target_modules=names)).save_pretrained(tmp_path / "stock")
+    ours, stock = ((tmp_path / folder / WEIGHTS).stat().st_size for folder in ("ours", "stock"))
+    assert ours <= 1.01 * stock

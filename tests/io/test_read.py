@@ -3,11 +3,13 @@
 import copy
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from common import Net, adapted, snapshot
+from folders import contents
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,13 +27,18 @@ def saved(tmp_path):
     return base, tmp_path / "adapter"
 
 
-def refuses(base: nn.Module, folder: Path, words: str, error: type[Exception] = ValueError) -> None:
-    resumed = adapted(copy.deepcopy(base))
-    for model in (base, resumed):
+def refuses(
+    base: nn.Module, folder: Path, words: str, error: type[Exception] = ValueError, *, resumed: bool = True
+) -> None:
+    """Loading fails with one line on the base, and on that base adapted already; neither changes, nor do the files."""
+    files = contents(folder) if folder.is_dir() else {}
+    for model in [base, adapted(copy.deepcopy(base))] if resumed else [base]:
         before = snapshot(model)
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=words) as found:
             ipca.load_adapter(model, folder)
+        assert "\n" not in str(found.value)
         assert snapshot(model) == before
+    assert not files or contents(folder) == files
 
 
 def change_sidecar(folder: Path, change) -> None:
@@ -62,6 +69,34 @@ def test_corrupted_header(saved, where):
     damaged = bytearray((folder / WEIGHTS).read_bytes())
     damaged[where] ^= 0xFF
     (folder / WEIGHTS).write_bytes(damaged)
+    refuses(base, folder, r"adapter_model\.safetensors is damaged or truncated")
+
+
+KEY = "base_model.model.b.lora_A.weight"
+
+
+def with_header(whole: bytes, **entry) -> bytes:
+    """The file with something else said of the tensor ``KEY``."""
+    size = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + size])
+    header[KEY] |= entry
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + whole[8 + size :]
+
+
+LIES = {
+    "length": lambda whole: struct.pack("<Q", 1 << 62) + whole[8:],
+    "shape": lambda whole: with_header(whole, shape=[1 << 40, 1 << 40]),
+    "negative": lambda whole: with_header(whole, shape=[-6, -12]),
+    "offsets": lambda whole: with_header(whole, data_offsets=[0, 1 << 60]),
+    "dtype": lambda whole: with_header(whole, dtype="F4096"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_claims_what_is_not_there(saved, lie):
+    base, folder = saved
+    (folder / WEIGHTS).write_bytes(LIES[lie]((folder / WEIGHTS).read_bytes()))
     refuses(base, folder, r"adapter_model\.safetensors is damaged or truncated")
 
 
@@ -102,7 +137,20 @@ def test_not_a_folder(saved):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", '"x"', "{}", '{"format": 1}', '{"format": 1, "layers": []}', b"\xff\xfe{}"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        '"x"',
+        "{}",
+        '{"format": 1}',
+        '{"format": 1, "layers": []}',
+        b"\xff\xfe{}",
+        "[" * 99999,
+    ],
 )
 def test_damaged_sidecar(saved, text):
     base, folder = saved
@@ -144,12 +192,11 @@ def test_sidecar_that_does_not_fit(saved, change, words):
     refuses(base, folder, words)
 
 
-KEY = "base_model.model.b.lora_A.weight"
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (lambda t: t.update({KEY: t[KEY] * float("nan")}), r"b\.lora_A\.weight holds NaN or Inf; take a checkpoint"),
+        (lambda t: t.update({KEY: t[KEY] / 0}), r"b\.lora_A\.weight holds NaN or Inf"),
         (
             lambda t: t.update({KEY: t[KEY][:-1].clone()}),
             r"b\.lora_A\.weight has shape \(5, 12\), but .* says \(6, 12\)",
@@ -160,12 +207,26 @@ KEY = "base_model.model.b.lora_A.weight"
         (lambda t: t.update({"base_model.model.norm.weight": torch.ones(3)}), r"norm: the adapter holds .*\(3,\)"),
         (lambda t: t.pop("base_model.model.norm.bias"), "norm: the adapter holds .*, this model has .*bias"),
     ],
-    ids=["short", "flat", "missing", "extra", "norm shape", "norm bias"],
+    ids=["nan", "inf", "short", "flat", "missing", "extra", "norm shape", "norm bias"],
 )
 def test_tensors_that_do_not_fit(saved, change, words):
     base, folder = saved
     change_tensors(folder, change)
     refuses(base, folder, words)
+
+
+def test_another_model(saved):
+    base, folder = saved
+    refuses(
+        Net(), folder, r"a: this is not the base weight the adapter was made on \(its values differ\)", resumed=False
+    )
+    refuses(nn.Sequential(nn.Linear(20, 12)), folder, "norm', which this model does not have", resumed=False)
+    without = copy.deepcopy(base)
+    without.b = nn.Identity()
+    refuses(without, folder, "b: it is a Identity, not an nn.Linear", resumed=False)
+    wider = copy.deepcopy(base)
+    wider.b = nn.Linear(13, 20)
+    refuses(wider, folder, r"b has shape \(20, 13\), but the adapter was made for \(20, 12\)", resumed=False)
 
 
 def test_adapter_config_is_for_peft_alone(saved):

@@ -108,7 +108,11 @@ def test_all_linear_leaves_the_output_head_and_attention_alone(tied):
     found = names(model)
     assert len(found) == 7
     assert "lm_head" not in found
-    assert names(model, targets="lm_head", form="intact") == ["lm_head"]
+    if tied:
+        with pytest.raises(ValueError, match="cannot adapt lm_head: its weight is tied to another module's"):
+            names(model, targets="lm_head", form="intact")
+    else:
+        assert names(model, targets="lm_head", form="intact") == ["lm_head"]
     assert names(nn.TransformerEncoderLayer(8, 2, 8)) == ["linear1", "linear2"]
 
 
@@ -217,7 +221,7 @@ PLACES = "the same module stands in several places of the model"
         (poison(math.inf), "b: the tensor holds NaN or Inf"),
         (integer, r"b: cannot decompose a torch\.int8 tensor; dequantise"),
         (lambda m: m.b.to("meta"), "b: the tensor is on the meta device.*load the weights first"),
-        (tied, "b: its weight is tied to another module's; use form='intact', or exclude it"),
+        (tied, "b: its weight is tied to another module's: adapted they would differ.*untie them.*or exclude it"),
         (shared, f"b: {PLACES}"),
         (shared_parent, rf"inner\.b: {PLACES}"),
         (lambda m: m.b.register_forward_hook(print), HOOKS),
@@ -270,12 +274,14 @@ def test_quantised_layers_are_refused_by_name_and_passed_over_by_all_linear():
     assert torch.equal(model.b.weight().dequantize(), weight)
 
 
-def test_tied_weights_are_adapted_in_the_intact_form():
+@pytest.mark.parametrize("form", ["residual", "intact"])
+@pytest.mark.parametrize("targets", ["b", "table"])
+def test_tied_weights_are_refused_in_both_forms_from_both_sides_and_adapted_once_untied(form, targets):
     model = Plain()
     tied(model)
-    table, x = model.table.weight.clone(), torch.randn(3, 20)
-    y = model(x)
-    ipca.apply_pc(model, rank=2, form="intact", progress=False)
-    assert torch.equal(model(x), y)
-    assert torch.equal(model.table.weight, table)
-    assert model.b.kept_weight.data_ptr() == model.table.weight.data_ptr()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"cannot adapt {targets}: its weight is tied to another module's"):
+        ipca.apply_pc(model, rank=2, form=form, targets=targets, progress=False)
+    assert snapshot(model) == before
+    model.table.weight = nn.Parameter(model.b.weight.detach().clone())
+    ipca.apply_pc(model, rank=2, form=form, targets=targets, progress=False)

@@ -1,0 +1,72 @@
+"""EmbeddingPC: an embedding that trains one window of its pretrained table's singular components."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ipca.nn.kinds import from_matrix, layer_kind, refusal, to_matrix
+from ipca.nn.product import ProductLayer
+from ipca.window import Window
+
+
+class EmbeddingPC(ProductLayer):
+    """``nn.Embedding`` of which a window of the table's singular components trains.
+
+    The table ``T (num, dim)`` is ``Wᵀ`` of a linear layer of one-hot inputs, ``W (out, in) = (dim, num)``::
+
+        y = K[ids] + scaling · (Aᵀ[ids] Bᵀ − A0ᵀ[ids] B0ᵀ)
+
+    ``K`` being what is kept of ``T``; the last term is the intact form's. As in ``nn.Embedding`` no gradient comes from
+    ``padding_idx``, so the row of a padding token that is 0 stays 0.
+
+    Shapes: ``ids (…)``, ``y (…, dim)``, ``kept_weight, weight (num, dim)``, ``lora_A, lora_A0 (rank, num)``,
+    ``lora_B, lora_B0 (dim, rank)``.
+
+    Args:
+        embedding: a plain embedding; its settings are taken over, its weight is not.
+        window: the window, or the rule that finds it.
+        options: ``alpha``, ``form``, ``adapter_dtype``, ``tol``, as for :class:`ipca.nn.LinearPC`.
+
+    Raises:
+        TypeError: ``embedding`` is another type; a subclass may scale its output, which the low-rank part would miss.
+        ValueError: it has ``max_norm``, ``sparse`` or ``scale_grad_by_freq``, or an option is out of range.
+    """
+
+    def __init__(self, embedding: nn.Module, window: Window, *, dropout: float = 0.0, **options: Any) -> None:
+        if layer_kind(embedding) != "embedding":
+            raise TypeError(f"expected an nn.Embedding, got {type(embedding).__name__}.")
+        assert isinstance(embedding, nn.Embedding)
+        why = refusal(embedding, dropout=dropout)
+        if why:
+            raise ValueError(f"cannot adapt this Embedding: {why}.")
+        kept = embedding.weight.detach().to("meta")
+        super().__init__(kept, None, (kept.shape[1], kept.shape[0]), window, kind="embedding", **options)
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+
+    @classmethod
+    def empty_like(cls, plain: nn.Module, window: Window, **options: Any) -> EmbeddingPC:
+        return cls(plain, window, **options)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return to_matrix(self.kind, weight)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return from_matrix(self.kind, matrix, self.kept_weight.shape)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        # As rows: on more dimensions matmul takes different paths for a trained and a frozen factor.
+        rows = F.embedding(x.reshape(-1), A.mT, self.padding_idx).to(self.kept_weight.dtype)
+        return F.linear(rows, B.to(rows.dtype)).view(*x.shape, self.embedding_dim)
+
+    def to_plain(self, *, base: bool = False) -> nn.Module:
+        weight = self.as_weight(self.base_weight() if base else self.effective_weight()).contiguous()
+        plain = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        plain.weight = nn.Parameter(weight)
+        return plain

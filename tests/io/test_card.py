@@ -1,0 +1,94 @@
+"""The model card: what it says comes from the adapter's files, and a card of somebody else stays."""
+
+import json
+
+import pytest
+from common import Net, adapted
+from huggingface_hub import ModelCard
+from torch import nn
+
+import ipca
+
+
+@pytest.fixture
+def folder(tmp_path):
+    ipca.save_adapter(adapted(Net()), tmp_path, base_model="someone/base-1b")
+    return tmp_path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_front_matter_is_what_the_hub_reads(folder):
+    card = ModelCard.load(ipca.write_model_card(folder))
+    assert card.data.base_model == "someone/base-1b"
+    assert card.data.library_name == "peft"
+    assert card.data.tags == ["ipca", "lora", "peft", "base_model:adapter:someone/base-1b"]
+
+
+def test_a_base_that_is_no_name_on_the_hub_stays_out_of_the_front_matter(tmp_path):
+    ipca.save_adapter(adapted(Net()), tmp_path, base_model='/models/of mine: "base"')
+    card = ModelCard.load(ipca.write_model_card(tmp_path))
+    assert card.data.base_model is None
+    assert '# Adapter of /models/of mine: "base"' in card.text
+
+
+def test_it_states_windows_exactness_and_versions(folder):
+    text = ipca.write_model_card(folder).read_text()
+    record = json.loads((folder / "ipca.json").read_text())
+    worst = max(layer["svd"]["residual"] for layer in record["layers"].values())
+    assert "| 1 | linear | 12 × 20 | [4, 7) of 12 | 3 | residual |" in text
+    assert "| 1 | linear | 20 × 12 | [4, 7) of 12 | 3 | residual |" in text
+    assert "192 parameters in 2 layers, and whole modules beside them" in text
+    assert f"residual {worst:.1e}; the indices of 2 of 2 windows are proven" in text
+    assert f"| torch | {record['versions']['torch']} |" in text
+    assert "PeftModel.from_pretrained" in text
+    assert "ipca.load_adapter" in text
+
+
+def test_data_and_metrics_are_given_by_the_caller(folder):
+    text = ipca.write_model_card(folder, data="Film reviews.\n", metrics={"F1 | dev": 0.765432, "seeds": 3}).read_text()
+    assert "## Data\n\nFilm reviews.\n\n" in text
+    assert "| F1 \\| dev | 0.7654 |\n| seeds | 3 |" in text
+
+
+def test_its_own_card_is_replaced_and_another_kept(folder):
+    ipca.write_model_card(folder, data="first")
+    text = ipca.write_model_card(folder).read_text()
+    assert "first" not in text
+    (folder / "README.md").write_text("by hand")
+    before = contents(folder)
+    with pytest.raises(FileExistsError, match=r"README\.md was written by something else; say overwrite=True"):
+        ipca.write_model_card(folder)
+    assert contents(folder) == before
+    assert ipca.write_model_card(folder, overwrite=True).read_text() == text
+
+
+def test_a_folder_that_is_no_adapter(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors: it is no adapter folder"):
+        ipca.write_model_card(tmp_path)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is damaged"), ("[]", "it holds list, not an object")])
+def test_a_damaged_configuration(folder, text, words):
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged.*{words}|{words}"):
+        ipca.write_model_card(folder)
+    assert not (folder / "README.md").exists()
+
+
+def test_an_adapter_without_its_configuration(folder):
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+        ipca.write_model_card(folder)
+
+
+def test_an_adapter_without_a_base_or_reports(tmp_path):
+    model = ipca.apply_pc(nn.Sequential(nn.Linear(9, 8)), rank=2, progress=False)
+    model.load_state_dict(model.state_dict())  # a layer forgets its report when it is restored
+    ipca.save_adapter(model, tmp_path)
+    text = ipca.write_model_card(tmp_path).read_text()
+    assert "# Adapter of an unnamed base model" in text
+    assert "does not say how the windows were found" in text
