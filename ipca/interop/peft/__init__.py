@@ -1,0 +1,18 @@
+"""Windows of singular components in PEFT.
+
+>>> from ipca.interop.peft import PCConfig
+>>> model = peft.get_peft_model(model, PCConfig(r=16, window="middle", target_modules="all-linear"))
+>>> ...
+>>> model.save_pretrained("adapter")   # stock PEFT loads it on the original base
+>>> model = PeftModel.from_pretrained(base, "adapter", config=PCConfig.from_pretrained("adapter"), is_trainable=True)
+"""
+
+from ipca.interop.peft.config import PCConfig
+from ipca.interop.peft.export import export
+from ipca.interop.peft.hotswap import guard_hotswap
+from ipca.interop.peft.prepare import prepare
+from ipca.interop.peft.stock import init_
+
+guard_hotswap()
+
+__all__ = ["PCConfig", "export", "init_", "prepare"]

@@ -1,0 +1,157 @@
+"""A trained factor and the one it started from, side by side in one module of PEFT; doubled in every state dict.
+
+PEFT keeps ``A (r, in)`` as ``lora_A[adapter].weight`` and ``B (out, r)`` as ``lora_B[adapter].weight``. The factor at
+the start, ``A0`` or ``B0``, is a buffer of the same module, and the module's state dict holds both under the one key
+``weight``: ``[A; A0] (2 r, in)``, ``[B, −B0] (out, 2 r)``, a stock LoRA of rank ``2 r``. What PEFT, Trainer or
+torch.distributed.checkpoint save is therefore what stock PEFT loads.
+
+Experts stacked in one factor of PEFT, ``A (E r, in)`` expert by expert and ``B (out, r E)`` rank by rank, are doubled
+within each expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+Part = Literal["A", "B"]
+
+
+def doubled(part: Part, factor: Tensor, start: Tensor, experts: int = 1) -> Tensor:
+    """``[A; A0]`` or ``[B, −B0]`` in the shape PEFT stores."""
+    pair = (factor, start if part == "A" else -start)
+    if isinstance(factor, DTensor):  # the start is whole on every rank
+        pair = (factor, DTensor.from_local(pair[1], factor.device_mesh, [Replicate()] * factor.device_mesh.ndim))
+    both = torch.cat([_by_rank(part, tensor, experts) for tensor in pair], dim=1)
+    return both.reshape(_shape(part, factor.shape, 2))
+
+
+def halves(part: Part, both: Tensor, shape: torch.Size, experts: int = 1) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`doubled`; ``shape`` is that of one factor."""
+    factor, start = _by_rank(part, both, experts).chunk(2, dim=1)
+    if isinstance(start, DTensor):
+        start = start.full_tensor()
+    start = start if part == "A" else -start
+    return factor.reshape(shape).contiguous(), start.reshape(shape).contiguous()
+
+
+def _by_rank(part: Part, tensor: Tensor, experts: int) -> Tensor:
+    """A view whose dimension 1 counts the ranks of each expert."""
+    return tensor.reshape(experts, -1, tensor[0].numel()) if part == "A" else tensor.reshape(len(tensor), -1, experts)
+
+
+def _shape(part: Part, shape: torch.Size, times: int) -> tuple[int, ...]:
+    return (times * shape[0], *shape[1:]) if part == "A" else (shape[0], times * shape[1], *shape[2:])
+
+
+def keep_start(
+    owner: nn.Module, name: str, part: Part, start: Tensor, *, experts: int = 1, saved: Callable[[], None]
+) -> None:
+    """Keep ``start`` beside the parameter ``name`` of ``owner``, and double that parameter in state dicts.
+
+    Args:
+        owner: PEFT's module for one factor of one adapter, or its ``ParameterDict`` (embeddings).
+        name: of the parameter there: ``"weight"``, or the adapter's name.
+        part: which factor it is.
+        start: ``A0`` or ``B0``, in the parameter's shape.
+        experts: stacked in the factor.
+        saved: called whenever the doubled factor is put into a state dict.
+    """
+    owner.register_buffer(start_name(name), start, persistent=False)
+    hooks = (
+        owner.register_state_dict_post_hook(partial(_double, name, part, experts, saved)),
+        owner.register_load_state_dict_pre_hook(partial(_halve, name, part, experts)),
+    )
+    setattr(owner, f"hooks_of_{name}", hooks)
+
+
+def drop_start(owner: nn.Module, name: str) -> None:
+    """Undo :func:`keep_start`, where it was called: another adapter may take the name in the same ``ParameterDict``."""
+    if has_start(owner, name):
+        delattr(owner, start_name(name))
+        for hook in owner.__dict__.pop(f"hooks_of_{name}"):
+            hook.remove()
+
+
+def start_name(name: str) -> str:
+    """The buffer that holds the start of the parameter ``name``."""
+    return f"start_of_{name}"
+
+
+def move_pair(owner: nn.Module, name: str, device: torch.device) -> None:
+    """Move the parameter ``name`` and its start to ``device``, and nothing else that ``owner`` holds."""
+    parameter, start = owner.get_parameter(name), owner.get_buffer(start_name(name))
+    if parameter.device != device and not parameter.is_meta:
+        moved = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
+        owner.register_parameter(name, moved)
+    if start.device != device and not start.is_meta:
+        owner.register_buffer(start_name(name), start.to(device), persistent=False)
+
+
+def has_start(owner: nn.Module, name: str) -> bool:
+    """Whether a start was kept beside the parameter ``name``."""
+    return start_name(name) in owner._buffers
+
+
+def start_of(owner: nn.Module, name: str) -> Tensor | None:
+    """The start kept beside the parameter ``name``, where that still is one factor of it.
+
+    PEFT's hot-swap may have put a whole stock LoRA of another rank into the parameter, which then stands for itself.
+    """
+    start = owner._buffers.get(start_name(name))
+    parameter = owner._parameters.get(name)
+    return start if start is not None and parameter is not None and parameter.shape == start.shape else None
+
+
+def _double(
+    name: str,
+    part: Part,
+    experts: int,
+    saved: Callable[[], None],
+    owner: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+) -> None:
+    start, key = start_of(owner, name), prefix + name
+    if start is None or key not in state_dict:
+        return
+    state_dict[key] = doubled(part, state_dict[key], start.detach(), experts)
+    saved()
+
+
+def _halve(
+    name: str,
+    part: Part,
+    experts: int,
+    owner: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    start, key = start_of(owner, name), prefix + name
+    if start is None or key not in state_dict:
+        return
+    both, shape = state_dict[key], start.shape
+    if tuple(both.shape) != _shape(part, shape, 2):
+        error_msgs.append(
+            f"{key} has shape {tuple(both.shape)}, but the adapter's factor and its start take "
+            f"{_shape(part, shape, 2)}; it was saved with another rank, or not by a PCConfig."
+        )
+        del state_dict[key]
+        return
+    state_dict[key], start_there = halves(part, both, shape, experts)
+    if start.is_meta or local_metadata.get("assign_to_params_buffers", False):
+        owner.register_buffer(start_name(name), start_there, persistent=False)
+    else:
+        with torch.no_grad():
+            start.copy_(start_there)
