@@ -1,4 +1,4 @@
-"""The command line: ``ipca inspect | init | merge | export | demo``."""
+"""The command line: ``ipca inspect | init | merge | export | convert | cache | completion | demo``."""
 
 from ipca.cli.main import main
 

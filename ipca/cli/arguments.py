@@ -9,14 +9,19 @@ from ipca._version import __version__
 
 _EXAMPLES = """examples:
   ipca inspect path/to/model --window middle --rank 16 --plot spectra.png
+  ipca inspect path/to/adapter --json
   ipca init path/to/model --window 0.33 --rank 16 -o adapter
   torchrun --nproc-per-node 4 -m ipca init path/to/model --rank 16 -o adapter
   ipca merge path/to/model adapter -o merged
-  ipca export path/to/model adapter --form residual -o exported
+  ipca export path/to/model adapter --form truncated --rank 16 -o small
+  ipca convert path/to/residual-model pissa-adapter --original path/to/model -o adapter
   ipca cache list --cache path/to/cache
+  ipca completion bash > ~/.local/share/bash-completion/completions/ipca
   ipca demo --text vaderSentiment-3.3.2.tar.gz -o demo-out
 
-A model is a local folder that transformers' save_pretrained wrote."""
+A model is a local folder that transformers' save_pretrained wrote.
+Exit status: 0 done, 1 the input is wrong or the work failed (one line on stderr says why), 2 usage, 130 Ctrl-C."""
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,18 +33,20 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"ipca {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _inspect(commands.add_parser("inspect", help="spectra, windows and adapter size of a model folder"))
+    _inspect(commands.add_parser("inspect", help="spectra and windows of a model folder, or an adapter's"))
     _init(commands.add_parser("init", help="decompose and write the adapter before training"))
     _merge(commands.add_parser("merge", help="fold an adapter into its model"))
     _export(commands.add_parser("export", help="write an adapter for programs without ipca"))
+    _convert(commands.add_parser("convert", help="make a stock PEFT LoRA that trains a window an adapter of ipca"))
     _cache(commands.add_parser("cache", help="list, check or shrink a cache of decompositions"))
+    _completion(commands.add_parser("completion", help="print a completion script for a shell"))
     _demo(commands.add_parser("demo", help="four ways to fine-tune one model on real text, in about a minute"))
     return top
 
 
 def _inspect(add: argparse.ArgumentParser) -> None:
     _common(add)
-    _model(add)
+    _model(add, help="a Hugging Face model folder, or an adapter folder, which takes no options of windows")
     _choice_of_window(add)
     add.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw the spectra")
 
@@ -73,12 +80,31 @@ def _export(add: argparse.ArgumentParser) -> None:
     _model(add, adapter=True)
     add.add_argument(
         "--form",
-        choices=("peft", "residual"),
+        choices=("peft", "residual", "truncated"),
         default="peft",
         help="peft: stock LoRA of twice the rank for the original model (default); "
-        "residual: a residual model and a LoRA for it alone",
+        "residual: a residual model and a LoRA for it alone; truncated: the nearest stock LoRA of --rank",
+    )
+    add.add_argument("--rank", type=_positive, help="of the truncated form")
+    _out(add)
+
+
+def _convert(add: argparse.ArgumentParser) -> None:
+    _common(add)
+    _model(add)
+    add.add_argument("adapter", type=Path, metavar="ADAPTER_DIR", help="a folder that PEFT's save_pretrained wrote")
+    add.add_argument(
+        "--original",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="where MODEL_DIR is the residual base of a PiSSA adapter: the model that it was made from",
     )
     _out(add)
+
+
+def _completion(add: argparse.ArgumentParser) -> None:
+    _common(add, quiet=False)
+    add.add_argument("shell", choices=SHELLS, help="for which shell")
 
 
 def _cache(add: argparse.ArgumentParser) -> None:
@@ -96,7 +122,7 @@ def _cache(add: argparse.ArgumentParser) -> None:
 
 
 def _demo(add: argparse.ArgumentParser) -> None:
-    _common(add)
+    _common(add, quiet=False)
     add.add_argument(
         "--text",
         type=Path,
@@ -109,9 +135,12 @@ def _demo(add: argparse.ArgumentParser) -> None:
     _out(add, default=Path("demo-out"))
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _common(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
     _with_examples(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(quiet=False)
+    if quiet:
+        parser.add_argument("--quiet", action="store_true", help="print errors alone (and what --json prints)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -120,8 +149,10 @@ def _with_examples(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _model(parser: argparse.ArgumentParser, *, adapter: bool = False) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a Hugging Face model folder")
+def _model(
+    parser: argparse.ArgumentParser, *, adapter: bool = False, help: str = "a Hugging Face model folder"
+) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help=help)
     if adapter:
         parser.add_argument(
             "adapter", type=Path, metavar="ADAPTER_DIR", help="a folder that save_adapter or init wrote"

@@ -22,3 +22,19 @@ def chosen_config(args: argparse.Namespace) -> PCConfig:
         exclude=tuple(args.exclude),
         tol=tol,
     )
+
+
+def refuse_choice(args: argparse.Namespace, why: str) -> None:
+    """Raise where an option of windows was given that has no meaning here, for the reason ``why``."""
+    defaults = {"rank": 16, "window": "middle", "alpha": None, "targets": None, "exclude": [], "plot": None}
+    given = [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]
+    if given:
+        raise ValueError(f"{why}; leave out {', '.join(given)}.")
+
+
+def refuse_model_folder(args: argparse.Namespace) -> None:
+    """Raise where an adapter is to be written beside the model that it is for."""
+    if args.out.absolute() == args.model.absolute():
+        raise ValueError(
+            f"{args.out} is the model itself, which would then load with the adapter; choose another folder."
+        )

@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 
 import ipca
-from ipca.cli import spectra
+from ipca.cli import adapters, spectra
 from ipca.cli.cache import cache
-from ipca.cli.choice import chosen_config
+from ipca.cli.choice import chosen_config, refuse_choice, refuse_model_folder
+from ipca.cli.completion import completion
 from ipca.cli.folder import copy_companions, load_model
 from ipca.cli.init import init
 from ipca.io import check_target, staged_files, staged_folder
 
-__all__ = ["cache", "demo", "export", "init", "inspect", "merge"]
+__all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge"]
 
 Record = dict[str, object]
 
 
 def inspect(args: argparse.Namespace) -> tuple[Record, str]:
-    """Spectra and windows of a model folder."""
+    """Spectra and windows of a model folder, or what an adapter folder holds."""
+    if adapters.is_adapter(args.model):
+        refuse_choice(args, f"{args.model} is an adapter, whose windows are chosen")
+        record = adapters.inspect_adapter(args.model)
+        return record, adapters.render(record)
     if args.plot:
         check_target(args.plot.absolute().parent)
     model = load_model(args.model)
-    rows = spectra.inspect_model(model, chosen_config(args))
+    rows = spectra.inspect_model(model, chosen_config(args), progress=not args.quiet)
     sums = spectra.totals(rows, model)
     text = spectra.render(rows, sums)
     if args.plot:
@@ -47,12 +52,40 @@ def merge(args: argparse.Namespace) -> tuple[Record, str]:
 def export(args: argparse.Namespace) -> tuple[Record, str]:
     """Write an adapter for programs without ipca."""
     check_target(args.out, empty=args.form == "residual")
+    refuse_model_folder(args)
     model = ipca.load_adapter(load_model(args.model), args.adapter, check_base=not args.any_base)
-    base_model = str(args.model) if args.form == "peft" else None
-    ipca.export(model, args.out, form=args.form, base_model=base_model)
+    base_model = None if args.form == "residual" else str(args.model)
+    errors = ipca.export(model, args.out, form=args.form, base_model=base_model, rank=args.rank)
     if args.form == "residual":
         copy_companions(args.model, args.out / "base")
-    return {"form": args.form, "out": str(args.out)}, f"wrote the {args.form} form to {args.out}"
+    record: Record = {"form": args.form, "out": str(args.out)}
+    text = f"wrote the {args.form} form to {args.out}"
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        record |= {"rank": args.rank, "relative_error": errors}
+        text += f"\nrank {args.rank}: the change of a weight is off by {errors[worst]:.1e} at most (Frobenius, {worst})"
+    return record, text
+
+
+def convert(args: argparse.Namespace) -> tuple[Record, str]:
+    """Read a stock PEFT LoRA and write it as an adapter of ipca."""
+    check_target(args.out)
+    refuse_model_folder(args)
+    if args.out.absolute() == args.adapter.absolute():
+        raise ValueError(f"{args.out} is the adapter itself; choose another folder.")
+    original = load_model(args.original) if args.original else None
+    model = load_model(args.model)
+    ipca.import_peft(model, args.adapter, original=original, progress=not args.quiet)
+    ipca.save_adapter(model, args.out, base_model=str(args.original or args.model))
+    found = ipca.summary(model)
+    record: Record = {
+        "layers": found.layers,
+        "out": str(args.out),
+        "base": str(args.original or args.model),
+        "worst_residual": found.worst_residual,
+        "uncertified": dict(found.uncertified),
+    }
+    return record, f"{found}\nadapter: {args.out}"
 
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ipca
-from ipca.cli.choice import chosen_config
+from ipca.cli.choice import chosen_config, refuse_model_folder
 from ipca.cli.folder import copy_companions, load_with_missing, model_digest
 from ipca.cli.skeleton import CannotStream, build_skeleton, checkpoint_keys
 from ipca.config import PCConfig
@@ -75,7 +75,9 @@ def _run(args: argparse.Namespace, team: Team, job: Job) -> tuple[Record, str]:
         job.open({"format": 1, "ipca": ipca.__version__, "model": model_digest(args.model), **asdict(config)})
         team.meet()
     ready, cache = team.agree(job.ready), _cache(args)
-    layers, before = decompose_layers(plan.source, plan.targets, config, job, team, device=args.device, cache=cache)
+    layers, before = decompose_layers(
+        plan.source, plan.targets, config, job, team, device=args.device, cache=cache, progress=not args.quiet
+    )
     install_layers(plan.source.model, layers, job)
     if not ready:
         _assemble(args, plan, layers, job, team)
@@ -159,10 +161,7 @@ def _account(
 
 def _check_folders(args: argparse.Namespace, job: Job) -> None:
     out = args.out.absolute()
-    if out == args.model.absolute():
-        raise ValueError(
-            f"{args.out} is the model itself, which would then load with the adapter; choose another folder."
-        )
+    refuse_model_folder(args)
     check_target(out)
     if args.form == "residual" and not job.ready and out.is_dir() and {p.name for p in out.iterdir()} - {WORK, DONE}:
         raise FileExistsError(f"{out} is not empty; choose a new folder.")

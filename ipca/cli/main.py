@@ -1,35 +1,55 @@
-"""Output and errors of the command ``ipca``."""
+"""Output, errors and exit status of the command ``ipca``."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from ipca.cli.arguments import parser
 
+# What commands raise on purpose, with a message for users; anything else is named by its type too.
+_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     args = parser().parse_args(argv)
-    from ipca.cli import commands
-
-    command = getattr(commands, args.command)
     try:
-        # With --json, stdout holds the record alone; what a command prints for people goes to stderr.
-        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-            record, text = command(args)
+        from ipca.cli import commands
+
+        with contextlib.redirect_stdout(_elsewhere(args.json, args.quiet)):
+            record, text = getattr(commands, args.command)(args)
+        if args.json and record is not None:
+            print(json.dumps(record, indent=2), flush=True)
+        elif text and not args.quiet:
+            print(text, flush=True)
     except KeyboardInterrupt:
         print("ipca: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except BrokenPipeError:  # whoever read our output has ended, as in `ipca inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # the last place where anything can still become one line
         if args.debug:
             raise
-        print(f"ipca: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ipca: error: {_one_line(error)}", file=sys.stderr)
         return 1
-    if args.json and record is not None:
-        print(json.dumps(record, indent=2))
-    elif text:
-        print(text)
     return 0
+
+
+def _elsewhere(as_json: bool, quiet: bool) -> io.TextIOBase:
+    """Where a command's own prints go: stdout holds the record alone with ``--json``, nothing with ``--quiet``."""
+    if quiet:
+        return io.StringIO()
+    return sys.stderr if as_json else sys.stdout  # type: ignore[return-value]
+
+
+def _one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    if isinstance(error, _EXPECTED) and words:
+        return words
+    return f"{type(error).__name__}{': ' if words else ''}{words} (--debug shows where)"

@@ -18,7 +18,8 @@ from torch import nn
 from ipca.cli.folder import read_config
 from ipca.io.checkpoint import Checkpoint
 from ipca.model import Target
-from ipca.nn.kinds import layer_kind
+from ipca.nn.kinds import ExpertStack, layer_kind
+from ipca.nn.place import find_layer
 
 
 class CannotStream(Exception):
@@ -64,7 +65,7 @@ def checkpoint_keys(
         tied.setdefault(id(parameter), []).append(name)
     keys = {}
     for target in targets:
-        own = f"{target.name}.weight"
+        own = target.name if isinstance(find_layer(model, target.name), ExpertStack) else f"{target.name}.weight"
         parameter = model.get_parameter(own)
         key = next((sources[name] for name in (own, *tied[id(parameter)]) if name in sources), None)
         if key is None:

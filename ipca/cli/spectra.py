@@ -9,9 +9,11 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ipca.cli.table import mib, short
 from ipca.config import PCConfig
 from ipca.model.targets import find_targets
 from ipca.nn.kinds import read_layer
+from ipca.nn.place import find_layer
 from ipca.svd import singular_values
 from ipca.window import Window
 
@@ -53,15 +55,17 @@ class LayerSpectrum:
         }
 
 
-def inspect_model(model: nn.Module, config: PCConfig) -> list[LayerSpectrum]:
+def inspect_model(model: nn.Module, config: PCConfig, *, progress: bool = True) -> list[LayerSpectrum]:
     """The spectra of the layers that ``config`` would adapt; the model stays as it is."""
     rows = []
-    for target in tqdm(find_targets(model, config), desc="Spectra", unit="layer"):
-        weight, _ = read_layer(model.get_submodule(target.name))
-        S = singular_values(weight)
+    for target in tqdm(find_targets(model, config), desc="Spectra", unit="layer", disable=not progress):
+        weight, _ = read_layer(find_layer(model, target.name))
         dtype = str(weight.dtype).removeprefix("torch.")
-        window = target.window.resolve(len(S), S)
-        rows.append(LayerSpectrum(target.name, (weight.shape[0], weight.shape[1]), dtype, S, window, target.form))
+        for i, matrix in enumerate(weight.unsqueeze(0) if weight.ndim == 2 else weight):
+            name = target.name if weight.ndim == 2 else f"{target.name}[{i}]"
+            S = singular_values(matrix)
+            window = target.window.resolve(len(S), S)
+            rows.append(LayerSpectrum(name, (matrix.shape[0], matrix.shape[1]), dtype, S, window, target.form))
     return rows
 
 
@@ -89,14 +93,14 @@ def render(rows: list[LayerSpectrum], sums: dict[str, object]) -> str:
         r = row.record()
         window, sigma = r["window"], r["window_sigma"]
         lines.append(
-            f"{_short(row.name, 40):40} {f'{row.shape[0]} × {row.shape[1]}':>14} {r['sigma_max']:9.3g} "
+            f"{short(row.name, 40):40} {f'{row.shape[0]} × {row.shape[1]}':>14} {r['sigma_max']:9.3g} "
             f"{r['sigma_min']:9.3g} {r['effective_rank']:6} {f'[{window[0]}, {window[1]})':>14} "  # type: ignore[index]
             f"{f'{sigma[0]:.3g} … {sigma[1]:.3g}':>19} {100 * r['window_energy']:9.2f}%"  # type: ignore[index, operator]
         )
     lines.append(
         f"{sums['layers']} layers, {sums['trainable']:,} parameters train ({100 * sums['share']:.2f} %); "  # type: ignore[operator]
-        f"adapter file {_mib(sums['file_bytes'])}, factors in memory {_mib(sums['memory_bytes'])}, "
-        f"AdamW {_mib(sums['adamw_bytes'])} more (float32)"
+        f"adapter file {mib(sums['file_bytes'])}, factors in memory {mib(sums['memory_bytes'])}, "
+        f"AdamW {mib(sums['adamw_bytes'])} more (float32)"
     )
     return "\n".join(lines)
 
@@ -132,12 +136,3 @@ def draw(rows: list[LayerSpectrum], path: Path) -> None:
     figure.suptitle("Spectra by layer, first (dark) to last (light); the window is shaded", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _short(name: str, width: int) -> str:
-    return name if len(name) <= width else "…" + name[-(width - 1) :]
-
-
-def _mib(size: object) -> str:
-    assert isinstance(size, int)
-    return f"{size / 2**20:.1f} MiB"

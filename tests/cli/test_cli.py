@@ -1,14 +1,20 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import ipca
 import ipca.svd.cache
 from ipca.cli import main
+
+COMMANDS = ("inspect", "init", "merge", "export", "convert", "cache", "completion")
 
 
 @pytest.fixture
@@ -89,9 +95,161 @@ def test_a_model_with_conv1d_layers_merges(tmp_path):
     torch.testing.assert_close(merged(ids).logits, base(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_convert_writes_what_the_adapter_was(bert, tmp_path, capsys):
+    model = ipca.apply_pc(BertModel.from_pretrained(bert).eval(), rank=4, progress=False)
+    with torch.no_grad():
+        for p in ipca.adapter_parameters(model):
+            p.add_(0.05 * torch.randn_like(p))
+    ipca.save_adapter(model, tmp_path / "adapter", base_model=str(bert))
+    ipca.export(model, tmp_path / "stock")
+    capsys.readouterr()
+    command = ["convert", str(bert), str(tmp_path / "stock"), "-o", str(tmp_path / "ours"), "--json"]
+    assert main(command) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["layers"], record["uncertified"], record["base"]) == (7, {}, str(bert))
+    assert 0 < record["worst_residual"] < 1e-6
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "adapter"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_convert_a_pissa_adapter_of_a_residual_base(bert, tmp_path, capsys):
+    config = LoraConfig(r=3, init_lora_weights="pissa", target_modules=["query", "dense"])
+    tuned = get_peft_model(BertModel.from_pretrained(bert), config)
+    tuned.save_pretrained(tmp_path / "pissa")
+    tuned.unload().save_pretrained(tmp_path / "residual")
+    capsys.readouterr()
+    command = ["convert", str(tmp_path / "residual"), str(tmp_path / "pissa"), "-o", str(tmp_path / "ours")]
+    assert main([*command, "--original", str(bert)]) == 0
+    assert "window [0, 3) of 32" in capsys.readouterr().out
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(bert)
+    assert main(["merge", str(bert), str(tmp_path / "ours"), "-o", str(tmp_path / "merged")]) == 0
+    torch.testing.assert_close(output(tmp_path / "merged"), output(bert), atol=1e-5, rtol=0)
+
+
+def test_export_states_the_error_of_a_truncated_lora(bert, tmp_path, capsys):
+    model = ipca.apply_pc(BertModel.from_pretrained(bert).eval(), rank=4, targets="query", progress=False)
+    with torch.no_grad():
+        for p in ipca.adapter_parameters(model):
+            p.add_(0.05 * torch.randn_like(p))
+    ipca.save_adapter(model, tmp_path / "adapter")
+    command = ["export", str(bert), str(tmp_path / "adapter"), "--form", "truncated", "--rank", "2"]
+    assert main([*command, "-o", str(tmp_path / "small")]) == 0
+    text = capsys.readouterr().out
+    assert main([*command, "-o", str(tmp_path / "again"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    ((name, error),) = record["relative_error"].items()
+    assert name == "encoder.layer.0.attention.self.query"
+    assert f"rank 2: the change of a weight is off by {error:.1e} at most (Frobenius, {name})" in text
+    assert 0.01 < error < 1
+
+
+def test_inspect_an_adapter(bert, tmp_path, capsys):
+    model = ipca.apply_pc(BertModel.from_pretrained(bert), rank=4, alpha=2, modules_to_save=["pooler"], progress=False)
+    ipca.save_adapter(model, tmp_path / "adapter", base_model="some/base")
+    assert main(["inspect", str(tmp_path / "adapter"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["kind"], record["base"], record["modules_to_save"]) == ("ipca", "some/base", ["pooler"])
+    layer = next(row for row in record["layers"] if row["layer"].endswith("intermediate.dense"))
+    wanted = {"shape": [48, 32], "rank": 4, "scaling": 0.5, "window": [14, 18], "form": "residual", "trainable": 320}
+    assert {name: layer[name] for name in wanted} == wanted
+    assert layer["certified"] is True
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert record["totals"] == {"layers": 6, "trainable": 1664, "uncertified": [], "file_bytes": size}
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    text = capsys.readouterr().out
+    assert "[14, 18)" in text
+    assert "trained whole: pooler" in text
+    assert f"6 layers, 1,664 parameters train, 6 windows certified; file {size / 1024:.1f} KiB; base: some/base" in text
+
+
+def test_inspect_says_which_windows_are_not_certified(tmp_path, capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(12, 12))
+    torch.nn.init.eye_(model[0].weight)
+    ipca.save_adapter(ipca.apply_pc(model, rank=2, progress=False), tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "not certified: 0: the window's edge at index 5 cuts a tie" in text
+    assert "0 windows certified" in text
+
+
+def test_inspect_a_stock_lora(bert, tmp_path, capsys):
+    config = LoraConfig(r=5, lora_alpha=10, target_modules=["query"])
+    get_peft_model(BertModel.from_pretrained(bert), config).save_pretrained(tmp_path / "stock")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "stock"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["kind"], record["base"]) == ("stock LoRA", str(bert))
+    (row,) = record["layers"]
+    assert (row["shape"], row["rank"], row["scaling"], row["trainable"]) == ([32, 32], 5, 2.0, 320)
+    assert main(["inspect", str(tmp_path / "stock")]) == 0
+    assert "a stock LoRA, without windows; ipca convert looks for them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*COMMANDS, "original", "truncated"))
+    assert main(["completion", shell, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"shell": shell, "script": script[:-1]}
+
+
+def test_bash_takes_the_script_and_completes_paths(tmp_path, capsys):
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "_shtab_ipca_inspect_pos_0_COMPGEN=_shtab_compgen_files\n" in script
+    ask = 'COMP_WORDS=(ipca exp); COMP_CWORD=1; _shtab_ipca; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["export"], done.stderr
+
+
+def test_without_shtab_the_error_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 1
+    assert "made by shtab; run: pip install 'ipca-lora[hf]'" in capsys.readouterr().err
+
+
+def test_quiet_prints_nothing_but_the_record(bert, tmp_path, capfd):
+    for command in (["inspect", str(bert)], ["init", str(bert), "-o", str(tmp_path / "out")]):
+        assert main([*command, "--rank", "4", "--quiet"]) == 0
+        found = capfd.readouterr()
+        assert (found.out, found.err) == ("", "")
+    assert main(["inspect", str(bert), "--rank", "4", "--quiet", "--json"]) == 0
+    found = capfd.readouterr()
+    assert len(json.loads(found.out)["layers"]) == 7
+    assert found.err == ""
+
+
+def test_progress_goes_to_stderr_and_the_record_alone_to_stdout(bert, tmp_path, capfd):
+    adapter = str(tmp_path / "adapter")
+    commands = {
+        "Spectra": ["inspect", str(bert), "--rank", "4"],
+        "Window SVD": ["init", str(bert), "--rank", "4", "-o", adapter],
+        "Windows": ["convert", str(bert), adapter, "-o", str(tmp_path / "converted")],
+        "": ["merge", str(bert), adapter, "-o", str(tmp_path / "merged")],
+    }
+    for bar, command in commands.items():
+        assert main([*command, "--json"]) == 0
+        found = capfd.readouterr()
+        assert isinstance(json.loads(found.out), dict)
+        assert bar in found.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["inspect", "{adapter}", "--rank", "4", "--plot", "x.png"], "are chosen; leave out --rank, --plot"),
+        (["inspect", "{out}"], "no config.json"),
+        (["convert", "{bert}", "{bert}", "-o", "{out}"], "has no adapter_config.json: it is no PEFT adapter"),
+        (["convert", "{bert}", "{adapter}", "-o", "{bert}"], "is the model itself, which would then load with"),
+        (["export", "{bert}", "{adapter}", "-o", "{bert}"], "is the model itself, which would then load with"),
+        (["convert", "{bert}", "{adapter}", "-o", "{adapter}"], "is the adapter itself; choose another folder"),
+        (["export", "{bert}", "{adapter}", "--form", "truncated", "-o", "{out}"], "rank goes with form='truncated'"),
+        (["export", "{bert}", "{adapter}", "--rank", "2", "-o", "{out}"], "rank goes with form='truncated'"),
+        (["export", "{bert}", "{adapter}", "-o", "{bert}/config.json/x"], "is not a folder"),
         (["init", "{bert}", "--rank", "0", "-o", "{out}"], "rank must be at least 1"),
         (["init", "{bert}", "--rank", "33", "-o", "{out}"], "there are only 32"),
         (["init", "{bert}", "--window", "start=30", "-o", "{out}"], "ends at 46"),
@@ -105,7 +263,9 @@ def test_a_model_with_conv1d_layers_merges(tmp_path):
     ],
 )
 def test_an_error_is_one_line_and_writes_nothing(bert, tmp_path, capfd, arguments, message):
-    names = {"bert": bert, "out": tmp_path / "out"}
+    names = {"bert": bert, "out": tmp_path / "out", "adapter": tmp_path / "adapter"}
+    model = ipca.apply_pc(BertModel.from_pretrained(bert), rank=3, progress=False)
+    ipca.save_adapter(model, tmp_path / "adapter")
     before = {path: path.stat().st_mtime_ns for path in bert.rglob("*")}
     assert main([word.format(**names) for word in arguments]) == 1
     captured = capfd.readouterr()
@@ -139,7 +299,7 @@ def test_an_interrupt_is_one_line(bert, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "init", "merge", "export", "cache", "cache prune", "demo"])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "cache list", "cache prune", "demo"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -150,3 +310,32 @@ def test_help_has_examples(command, capsys):
 def test_python_m_ipca_runs_the_command(tmp_path):
     done = subprocess.run([sys.executable, "-m", "ipca", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"ipca {ipca.__version__}"
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["init"], ["export", "a", "b", "--rank", "0", "-o", "c"], []])
+def test_wrong_usage_is_status_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "usage: ipca" in capsys.readouterr().err
+
+
+def test_an_error_nobody_expected_is_one_line_with_its_type(bert, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise KeyError("q_proj")
+
+    monkeypatch.setattr("ipca.cli.commands.load_model", fail)
+    assert main(["inspect", str(bert)]) == 1
+    assert capsys.readouterr().err == "ipca: error: KeyError: 'q_proj' (--debug shows where)\n"
+    with pytest.raises(KeyError):
+        main(["inspect", str(bert), "--debug"])
+
+
+def test_a_reader_that_has_ended_is_no_error_message(bert):
+    command = [sys.executable, "-m", "ipca", "completion", "bash", "--json"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == ""

@@ -1,0 +1,136 @@
+"""Seconds to save and read the adapter of a model of the shapes of Llama-3.2-1B, every linear layer of its blocks.
+
+Writes bench/results/adapter_load.csv. Weights and factors are random: how long files take does not depend on values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from facts import FACTS, RESULTS, append_rows, facts
+from safetensors.torch import load_file
+from torch import nn
+
+import ipca
+from ipca import Window
+from ipca.fingerprint import tensor_sha256
+from ipca.io.peft_format import WEIGHTS
+from ipca.io.read import read_adapter
+from ipca.nn import InitCertificate, LinearPC, WindowStart
+
+RANK, LAYERS, HIDDEN, INTERMEDIATE, KEYS = 16, 16, 2048, 8192, 8 * 64
+SHAPES = {
+    "q_proj": (HIDDEN, HIDDEN),
+    "k_proj": (HIDDEN, KEYS),
+    "v_proj": (HIDDEN, KEYS),
+    "o_proj": (HIDDEN, HIDDEN),
+    "gate_proj": (HIDDEN, INTERMEDIATE),
+    "up_proj": (HIDDEN, INTERMEDIATE),
+    "down_proj": (INTERMEDIATE, HIDDEN),
+}
+COLUMNS = ("op", "layers", "rank", "file_mib", "median_s", "best_s", "runs", *FACTS)
+
+
+def blocks() -> nn.Module:
+    """The linear layers of the model in bfloat16, by the paths they have there; 1.9 GiB."""
+    model, decoder = nn.Module(), nn.Module()
+    decoder.layers = nn.ModuleList()
+    for _ in range(LAYERS):
+        block = nn.ModuleDict()
+        for name, (inner, out) in SHAPES.items():
+            block[name] = nn.Linear(inner, out, bias=False, dtype=torch.bfloat16)
+        decoder.layers.append(block)
+    model.model = decoder
+    return model
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """A model that shares the weights, with random factors beside each of them."""
+    exact = InitCertificate("bfloat16", 0.0, 0.0, 0.0)
+    for name, linear in linear_layers(model).items():
+        A0, B0 = torch.randn(RANK, linear.in_features), torch.randn(linear.out_features, RANK)
+        window = Window.middle(RANK).resolve(min(linear.weight.shape))
+        start = WindowStart(A0, B0, window, tensor_sha256(linear.weight), None, exact)
+        put(model, name, LinearPC.from_start(linear, start, alpha=float(RANK), form="intact"))
+    return model
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The plain layers by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Set the layer at the path ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def fresh(model: nn.Module, plain: dict[str, nn.Linear]) -> nn.Module:
+    """``model`` with its plain layers again, which takes no time."""
+    for name, linear in plain.items():
+        put(model, name, linear)
+    return model
+
+
+def measure(op: str, run: Callable[[], object], runs: int, file: Path) -> dict[str, object]:
+    """One row: the time of ``run``, after one call that does not count."""
+    run()
+    seconds = []
+    for _ in range(runs):
+        gc.collect()
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return {
+        "op": op,
+        "layers": LAYERS * len(SHAPES),
+        "rank": RANK,
+        "file_mib": f"{file.stat().st_size / 2**20:.1f}" if file.exists() else "",
+        "median_s": f"{statistics.median(seconds):.3f}",
+        "best_s": f"{min(seconds):.3f}",
+        "runs": runs,
+        **facts(torch.device("cpu")),
+    }
+
+
+def main() -> int:
+    """Measure and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="calls of each (default 5)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "adapter_load.csv", help="CSV file, written anew")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, file = Path(name), Path(name) / WEIGHTS
+        model = blocks()
+        plain = linear_layers(model)
+        adapted(model)
+        rows = [
+            measure("save_adapter", lambda: ipca.save_adapter(model, folder), args.runs, file),
+            measure("safetensors load_file", lambda: load_file(file), args.runs, file),
+            measure("read_adapter", lambda: read_adapter(folder), args.runs, file),
+            measure("load_adapter, resumed", lambda: ipca.load_adapter(model, folder), args.runs, file),
+            measure(
+                "load_adapter, on the base, hashed and checked for NaN",
+                lambda: ipca.load_adapter(fresh(model, plain), folder),
+                args.runs,
+                file,
+            ),
+        ]
+    for row in rows:
+        print(f"{row['op']:54} {row['median_s']} s  ({row['file_mib']} MiB)")
+    args.out.unlink(missing_ok=True)
+    append_rows(args.out, rows, COLUMNS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
