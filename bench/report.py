@@ -9,6 +9,9 @@ from pathlib import Path
 
 from facts import RESULTS, ROOT
 from plots import draw, draw_windows
+from quantised_start import PATH as QUANTISED_START
+from quantised_start import overlap_section
+from quantised_start import section as quantised_start_section
 from result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
 from svd_tables import LEGEND as WINDOW_LEGEND
 from svd_tables import against as windows_against
@@ -127,6 +130,10 @@ def main() -> int:
             "window_svd": window_svd_section(RESULTS),
         },
         ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
+        ROOT / "docs/quantised.md": {
+            "quantised_start": quantised_start_section(read_rows(RESULTS / QUANTISED_START.name)),
+            "quantised_windows": overlap_section(read_rows(RESULTS / QUANTISED_START.name)),
+        },
     }
     stale = []
     for page, sections in pages.items():

@@ -1,16 +1,71 @@
+"""Every example runs, on the smallest budget, and what it prints holds. They all start at once and are then awaited."""
+
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import ipca
+
 ROOT = Path(__file__).parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LAUNCH = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0")
+TRAINING = {
+    "fsdp2": TORCHRUN,
+    "accelerate_loop": LAUNCH,
+    "lightning_module": (),
+    "trainer": (),
+    "sft": (),
+}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Each training example as a process, and the folder it writes its adapter to."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    running = {}
+    for name, launcher in TRAINING.items():
+        out = tmp_path_factory.mktemp(name) / "adapter"
+        command = [sys.executable, *launcher, str(ROOT / "examples" / f"{name}.py"), "--steps", "10", "--out", str(out)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running[name] = subprocess.Popen(command, env=environment, cwd=out.parent, **pipes), out
+    yield running
+    for process, _ in running.values():
+        process.kill()
+
+
+def said(text):
+    """The lines ``what: value`` of a program's output."""
+    return {what: value.strip() for line in text.splitlines() for what, colon, value in [line.partition(":")] if colon}
+
+
+@pytest.mark.parametrize("name", list(TRAINING))
+def test_a_training_example_runs_and_its_claims_hold(started, name):
+    process, out = started[name]
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    found = said(output)
+    first, _, last = found["loss"].partition(" -> ")
+    assert float(last) < float(first)
+    claims = [value for what, value in found.items() if value in ("True", "False")]
+    assert claims
+    assert set(claims) == {"True"}
+    ipca.load_adapter(runpy.run_path(str(ROOT / "examples" / "tiny.py"))["tiny_model"](), out)
 
 
 def test_the_quickstart_runs_and_its_claims_hold():
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    said = dict(line.split(":", 1) for line in lines if ":" in line)
-    assert said["before training it is the base"].strip() == "True"
-    assert said["loaded"].strip() == "True"
-    assert said["disabled it is the base"].strip() == "True"
-    assert float(said["new task"].split()[-1]) < 0.1  # the variance of the new task's targets is above 0.1
-    assert float(said["merged"].split()[-1]) < 1e-4
+    found = said(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["before training it is the base"] == "True"
+    assert found["loaded"] == "True"
+    assert found["disabled it is the base"] == "True"
+    assert float(found["new task"].split()[-1]) < 0.1  # the variance of the new task's targets is above 0.1
+    assert float(found["merged"].split()[-1]) < 1e-4
+
+
+def test_every_example_is_run():
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert names == {*TRAINING, "quickstart", "tiny"}
