@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ipca.nn import LinearPC
+from ipca.fingerprint import tensor_sha256
+from ipca.interop.peft import PCConfig
+from ipca.nn import InitCertificate, LinearPC, WindowStart
 from ipca.nn.place import put_layer
 
 COLUMNS = (
@@ -37,6 +39,8 @@ COLUMNS = (
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """How far a loss may be from that of the first provider, relative; bf16 factors and activations round at every step."""
+IN_PEFT = Provider("PEFT with PCConfig", "intact")
+"""``ipca.interop.peft.PCConfig``: PEFT's layers with our op."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def providers_of(settings: Settings) -> list[Provider]:
     """PEFT as it comes first: its losses are what the others must agree with."""
     arms = ("autocast", "bf16") if settings.dtype == "bfloat16" else ()
     ours = [Provider("ipca-auto", form) for form in ("residual", "intact")]
-    return [Provider("peft-default"), *ours, *(Provider(f"peft-{arm}") for arm in arms)]
+    return [Provider("peft-default"), *ours, IN_PEFT, *(Provider(f"peft-{arm}") for arm in arms)]
 
 
 def build(provider: Provider, settings: Settings, device: torch.device) -> Run:
@@ -92,7 +96,9 @@ def build(provider: Provider, settings: Settings, device: torch.device) -> Run:
             start = cheap_start(module.weight.detach(), settings.rank, generator)
             form = provider.form or "residual"
             put_layer(model, name, linear_pc(module.weight, start, form, dropout=0.0))
-    if provider.backend is None:
+    if provider == IN_PEFT:
+        model = as_window_in_peft(model, settings.rank)
+    elif provider.backend is None:
         model = as_peft(model, settings.rank, sixteen_bit=provider.name == "peft-bf16")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_A" in name or "lora_B" in name)
@@ -136,6 +142,17 @@ def as_peft(model: nn.Module, rank: int, *, sixteen_bit: bool) -> nn.Module:
             adapted.get_parameter(f"{lora}.lora_A.default.weight").copy_(layer.lora_A0)
             adapted.get_parameter(f"{lora}.lora_B.default.weight").copy_(layer.lora_B0)
     return adapted
+
+
+def as_window_in_peft(model: nn.Module, rank: int) -> nn.Module:
+    """The same function and factors in PEFT's layers with a PCConfig."""
+    config = PCConfig(r=rank, target_modules=list(TARGETS))
+    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LinearPC)]:
+        put_layer(model, name, plain_linear(layer.kept_weight))
+        digest, certificate = tensor_sha256(layer.kept_weight), InitCertificate("", 0.0, 0.0, 0.0)
+        assert layer.window is not None
+        config.starts[name] = WindowStart(layer.lora_A0, layer.lora_B0, layer.window, digest, None, certificate)
+    return get_peft_model(model, config)
 
 
 def token_batches(settings: Settings, device: torch.device) -> list[Tensor]:
