@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from providers import Provider, cheap_start, linear_pc, plain_linear
 from result_tables import training_table
@@ -28,7 +30,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ipca.fingerprint import tensor_sha256
-from ipca.interop.peft import PCConfig
 from ipca.nn import InitCertificate, LinearPC, WindowStart
 from ipca.nn.place import put_layer
 
@@ -83,7 +84,8 @@ def providers_of(settings: Settings) -> list[Provider]:
     """PEFT as it comes first: its losses are what the others must agree with."""
     arms = ("autocast", "bf16") if settings.dtype == "bfloat16" else ()
     ours = [Provider("ipca-auto", form) for form in ("residual", "intact")]
-    return [Provider("peft-default"), *ours, IN_PEFT, *(Provider(f"peft-{arm}") for arm in arms)]
+    in_peft = [IN_PEFT] if Version(peft.__version__) >= Version("0.21") else []  # older ones have no place for it
+    return [Provider("peft-default"), *ours, *in_peft, *(Provider(f"peft-{arm}") for arm in arms)]
 
 
 def build(provider: Provider, settings: Settings, device: torch.device) -> Run:
@@ -146,6 +148,8 @@ def as_peft(model: nn.Module, rank: int, *, sixteen_bit: bool) -> nn.Module:
 
 def as_window_in_peft(model: nn.Module, rank: int) -> nn.Module:
     """The same function and factors in PEFT's layers with a PCConfig."""
+    from ipca.interop.peft import PCConfig
+
     config = PCConfig(r=rank, target_modules=list(TARGETS))
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LinearPC)]:
         put_layer(model, name, plain_linear(layer.kept_weight))

@@ -18,8 +18,8 @@ class PCConfig:
     """What :func:`ipca.apply_pc` does to a model.
 
     A *pattern* is a module path (``"encoder.layer.0.intermediate.dense"``), the end of one (``"intermediate.dense"``),
-    or a regular expression that matches a whole path (``r"encoder\\.layer\\.[0-3]\\..*dense"``). A stack of experts' weights
-    has the path of its parameter (``"mlp.experts.down_proj"``).
+    or a regular expression that matches a whole path (``r"encoder\\.layer\\.[0-3]\\..*dense"``). A stack of experts'
+    weights has the path of its parameter (``"mlp.experts.down_proj"``).
 
     Attributes:
         rank: components a layer trains.

@@ -32,9 +32,12 @@ def refuse_choice(args: argparse.Namespace, why: str) -> None:
         raise ValueError(f"{why}; leave out {', '.join(given)}.")
 
 
-def refuse_model_folder(args: argparse.Namespace) -> None:
-    """Raise where an adapter is to be written beside the model that it is for."""
-    if args.out.absolute() == args.model.absolute():
+def refuse_inputs(args: argparse.Namespace) -> None:
+    """Raise where an adapter is to be written over the one that is read, or beside the model that it is for."""
+    given = {name: folder.resolve() for name, folder in vars(args).items() if name in ("model", "original") and folder}
+    if args.out.resolve() in given.values():
         raise ValueError(
             f"{args.out} is the model itself, which would then load with the adapter; choose another folder."
         )
+    if "adapter" in args and args.out.resolve() == args.adapter.resolve():
+        raise ValueError(f"{args.out} is the adapter itself; choose another folder.")

@@ -7,7 +7,7 @@ import argparse
 import ipca
 from ipca.cli import adapters, spectra
 from ipca.cli.cache import cache
-from ipca.cli.choice import chosen_config, refuse_choice, refuse_model_folder
+from ipca.cli.choice import chosen_config, refuse_choice, refuse_inputs
 from ipca.cli.completion import completion
 from ipca.cli.folder import copy_companions, load_model
 from ipca.cli.init import init
@@ -52,7 +52,7 @@ def merge(args: argparse.Namespace) -> tuple[Record, str]:
 def export(args: argparse.Namespace) -> tuple[Record, str]:
     """Write an adapter for programs without ipca."""
     check_target(args.out, empty=args.form == "residual")
-    refuse_model_folder(args)
+    refuse_inputs(args)
     model = ipca.load_adapter(load_model(args.model), args.adapter, check_base=not args.any_base)
     base_model = None if args.form == "residual" else str(args.model)
     errors = ipca.export(model, args.out, form=args.form, base_model=base_model, rank=args.rank)
@@ -70,9 +70,7 @@ def export(args: argparse.Namespace) -> tuple[Record, str]:
 def convert(args: argparse.Namespace) -> tuple[Record, str]:
     """Read a stock PEFT LoRA and write it as an adapter of ipca."""
     check_target(args.out)
-    refuse_model_folder(args)
-    if args.out.absolute() == args.adapter.absolute():
-        raise ValueError(f"{args.out} is the adapter itself; choose another folder.")
+    refuse_inputs(args)
     original = load_model(args.original) if args.original else None
     model = load_model(args.model)
     ipca.import_peft(model, args.adapter, original=original, progress=not args.quiet)

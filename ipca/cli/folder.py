@@ -32,7 +32,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with _explained(folder):
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         names = getattr(config, "architectures", None) or []
         model_class = getattr(transformers, names[0], None) if names else None
     return model_class or transformers.AutoModel, config
@@ -52,7 +52,8 @@ def load_with_missing(folder: Path) -> tuple[Any, set[str]]:
     """As :func:`load_model`, and the names of the weights that the folder lacks: transformers draws them at random."""
     model_class, _ = read_config(folder)
     with _explained(folder):
-        model, found = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        options = {"dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
+        model, found = model_class.from_pretrained(folder, **options)
     return model.eval(), set(found["missing_keys"])
 
 
@@ -61,7 +62,10 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
+        why = str(error)
+        if "trust_remote_code" in why:
+            why = "it comes with code of its own, which is not run here; load it in Python and use ipca.apply_pc"
+        raise ValueError(f"transformers cannot load {folder}: {why.splitlines()[0]}") from None
 
 
 def model_digest(folder: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ipca
-from ipca.cli.choice import chosen_config, refuse_model_folder
+from ipca.cli.choice import chosen_config, refuse_inputs
 from ipca.cli.folder import copy_companions, load_with_missing, model_digest
 from ipca.cli.skeleton import CannotStream, build_skeleton, checkpoint_keys
 from ipca.config import PCConfig
@@ -161,7 +161,7 @@ def _account(
 
 def _check_folders(args: argparse.Namespace, job: Job) -> None:
     out = args.out.absolute()
-    refuse_model_folder(args)
+    refuse_inputs(args)
     check_target(out)
     if args.form == "residual" and not job.ready and out.is_dir() and {p.name for p in out.iterdir()} - {WORK, DONE}:
         raise FileExistsError(f"{out} is not empty; choose a new folder.")

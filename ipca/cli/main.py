@@ -18,6 +18,8 @@ _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     args = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # σ and ‖ in a terminal that has no such letters are no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from ipca.cli import commands
 

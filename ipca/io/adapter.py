@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import nn
@@ -186,7 +185,7 @@ def _fresh_layers(
         if name not in here:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
         targets.append(Target(name, layer.window, layer.alpha, form or layer.form, layer.dropout))
-    refuse(model, targets)
+    refuse(model, targets, whole=saved.whole)
     return [(target, _start(model, target, saved, check_base)) for target in targets]
 
 

@@ -22,7 +22,7 @@ from ipca.io.peft_format import split_factors
 from ipca.io.stock import StockLayer, StockLora, read_stock
 from ipca.model import Target, adapted_layers, install, refuse, refuse_inference_mode, train_only_adapter, uninterrupted
 from ipca.nn import WindowStart, certify_start, default_adapter_dtype
-from ipca.nn.kinds import layer_kind, read_layer
+from ipca.nn.kinds import LINEAR, layer_kind, read_layer
 from ipca.nn.start import measure_start
 from ipca.svd import WindowSVD, window_svd
 from ipca.svd.identify import identify_window
@@ -33,9 +33,6 @@ ANGLE = 1e-2
 gives up to some 1e-3, an index that is off by one gives 1."""
 SLACK = 4
 """PEFT computes ``W − scaling · B0 A0`` in float32: beside the last rounding there are those of its products."""
-
-
-_KINDS = ("linear", "conv1d")
 
 
 class _Imported(NamedTuple):
@@ -198,7 +195,7 @@ def _original(original: nn.Module, name: str, layer: StockLayer) -> Tensor:
 
 def _weight(module: nn.Module, name: str, layer: StockLayer) -> Tensor:
     """``weight (out, in)`` of the layer, or a ValueError where the adapter was made for another shape or type."""
-    if layer_kind(module) not in _KINDS:
+    if layer_kind(module) not in LINEAR:
         raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear and transformers' Conv1D are imported.")
     weight, _ = read_layer(module)
     wanted = (layer.B.shape[0], layer.A.shape[1])

@@ -89,7 +89,8 @@ def _export_truncated(
 ) -> dict[str, float]:
     layers, _ = savable(model)
     low, errors = truncated(tensors, {name: layer.scaling for name, layer in layers.items()}, rank)
-    narrow = {f"^{re.escape(name)}": 2 * layer.rank for name, layer in layers.items() if 2 * layer.rank < rank}
+    widths = {name: min(2 * layer.rank, *layer.matrix_shape) for name, layer in layers.items()}
+    narrow = {f"^{re.escape(name)}": width for name, width in widths.items() if width < rank}
     with staged_files(folder) as stage:
         write_peft(model, low, stage, base_model)
         config = json.loads((stage / CONFIG).read_text())
@@ -119,8 +120,8 @@ def _refuse_quantised(model: nn.Module) -> None:
     for name, layer in adapted_layers(model).items():
         if isinstance(layer, QuantisedLinearPC):
             raise ValueError(
-                f"{name} is quantised ({layer.kind}), and W_res would have to be quantised anew; adapt the model before it "
-                "is quantised, export that, and quantise its base."
+                f"{name} is quantised ({layer.kind}), and W_res would have to be quantised anew; adapt the model "
+                "before it is quantised, export that, and quantise its base."
             )
 
 
@@ -129,22 +130,15 @@ def savable(model: nn.Module) -> tuple[dict[str, WindowLayer], dict[str, nn.Modu
     layers, whole = require_adapted(model), whole_modules(model)
     paths = list(model.named_modules(remove_duplicate=False))
     places = Counter(id(module) for _, module in paths)
+    moved = tuple(f"{name}.base." for name, module in paths if isinstance(module, ExpertsPC))
     for name, layer in layers.items():
-        if _FSDP1 in name.split(".") or layer.lora_A.shape != layer.lora_A0.shape:
+        _refuse_layer(model, name, layer, places[id(layer)])
+    for name in (*layers, *whole):
+        if f"{name}.".startswith(moved):
             raise ValueError(
-                f"{name}: its factors are flat pieces of FullyShardedDataParallel or ZeRO-3; shard with "
-                "torch.distributed.fsdp.fully_shard, or save within deepspeed.zero.GatheredParameters."
+                f"{name} trains beside an adapted stack of weights, in the module that was moved to that path; freeze "
+                "it, or put the stack into a module of its own."
             )
-        if _WRAPPERS.intersection(name.split(".")) or isinstance(model, _PARALLEL):
-            raise ValueError(f"{name} belongs to a wrapper, not to the model; save the model inside it.")
-        if not name:
-            raise ValueError(f"the model is itself a {type(layer).__name__}; save its state_dict, or put it into a module.")
-        if layer.window is None:
-            raise ValueError(f"{name} has no window yet; load its weights first.")
-        if any(p.requires_grad for key, p in layer.named_parameters() if key not in ("lora_A", "lora_B")):
-            raise ValueError(f"{name}: its weight or bias trains, which an adapter file does not hold; freeze them.")
-        if places[id(layer)] > 1:
-            raise ValueError(f"{name} stands in several places of the model, which PEFT's format cannot say.")
     for name in whole:
         inside = [path for path in layers if not name or path.startswith(f"{name}.")]
         if inside:
@@ -154,6 +148,26 @@ def savable(model: nn.Module) -> tuple[dict[str, WindowLayer], dict[str, nn.Modu
             )
         refuse_suffix(name, [path for path, _ in paths])
     return layers, whole
+
+
+def _refuse_layer(model: nn.Module, name: str, layer: WindowLayer, places: int) -> None:
+    """Raise where an adapter file cannot hold the ``layer``, which stands in so many ``places`` of ``model``."""
+    if _FSDP1 in name.split(".") or layer.lora_A.shape != layer.lora_A0.shape:
+        raise ValueError(
+            f"{name}: its factors are flat pieces of FullyShardedDataParallel or ZeRO-3; shard with "
+            "torch.distributed.fsdp.fully_shard, or save within deepspeed.zero.GatheredParameters."
+        )
+    if _WRAPPERS.intersection(name.split(".")) or isinstance(model, _PARALLEL):
+        raise ValueError(f"{name} belongs to a wrapper, not to the model; save the model inside it.")
+    if not name:
+        kind = type(layer).__name__
+        raise ValueError(f"the model is itself a {kind}; save its state_dict, or put it into a module.")
+    if layer.window is None:
+        raise ValueError(f"{name} has no window yet; load its weights first.")
+    if any(p.requires_grad for key, p in layer.named_parameters() if key not in ("lora_A", "lora_B")):
+        raise ValueError(f"{name}: its weight or bias trains, which an adapter file does not hold; freeze them.")
+    if places > 1:
+        raise ValueError(f"{name} stands in several places of the model, which PEFT's format cannot say.")
 
 
 def adapter_state(model: nn.Module, *, doubled: bool = True) -> dict[str, Tensor]:
@@ -173,8 +187,19 @@ def write_peft(
     ``tensors`` are those of :func:`adapter_state`, with the same ``doubled``.
     """
     base_model = base_model if base_model is not None else getattr(model, "name_or_path", None) or None
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(_apart(tensors), folder / WEIGHTS, metadata={"format": "pt"})
     write_config(model, folder, base_model, doubled=doubled)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors``, copies of those that share memory with one before: safetensors refuses them."""
+    found: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def write_config(model: nn.Module, folder: Path, base_model: str | None, *, doubled: bool = True) -> None:

@@ -6,10 +6,11 @@
 | ``"embedding"`` | ``lora_embedding_A``, ``lora_embedding_B`` | ``(r, num)`` | ``(dim, r)`` |
 | ``"conv"`` | as linear layers | ``(r, channels, k…)`` | ``(out, r, 1…)`` |
 | experts | ``[base_layer.…]lora_A.weight``, below the path of their module | ``(E r, in)`` | ``(out, r E)`` |
+| ``"matrix"`` | as experts | ``(r, in)`` | ``(out, r)`` |
 
-Experts are PEFT's ``target_parameters``: it wraps their module once for each adapted stack, the first one innermost,
-and the keys of a stack pass the wrappers around it. Experts lie one after the other in ``lora_A``, interleaved in
-``lora_B``.
+A matrix is a parameter ``(out, in)`` that is no layer's weight; PEFT alone adapts it. It and experts are PEFT's
+``target_parameters``: it wraps their module once for each adapted one, the first one innermost, and their keys pass the
+wrappers around them. Experts lie one after the other in ``lora_A``, interleaved in ``lora_B``.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from torch import Tensor
 from ipca.nn.kinds import EXPERTS
 
 PREFIX = "base_model.model."
+MATRIX = "matrix"
+_PARAMETERS = (*EXPERTS, MATRIX)
 
 
 def factor_keys(name: str, kind: str = "linear", wrappers: int = 0) -> tuple[str, str]:
     """The keys of ``lora_A`` and ``lora_B`` of the layer at the path ``name``; ``wrappers`` lie around a stack."""
     if kind == "embedding":
         return f"{PREFIX}{name}.lora_embedding_A", f"{PREFIX}{name}.lora_embedding_B"
-    path = name.rpartition(".")[0] + ".base_layer" * wrappers if kind in EXPERTS else name
+    path = name.rpartition(".")[0] + ".base_layer" * wrappers if kind in _PARAMETERS else name
     return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
 
 
 def wrappers_around(kinds: Mapping[str, str]) -> dict[str, int]:
     """For each layer how many stacks of the same module come after it; ``kinds`` by path, in the model's order."""
     names = list(kinds)
-    stacks = [name for name in names if kinds[name] in EXPERTS]
+    stacks = [name for name in names if kinds[name] in _PARAMETERS]
     owner = {name: name.rpartition(".")[0] for name in stacks}
     behind = {name: sum(owner[other] == owner[name] for other in stacks[i + 1 :]) for i, name in enumerate(stacks)}
     return {name: behind.get(name, 0) for name in names}

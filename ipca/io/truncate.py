@@ -24,7 +24,8 @@ def truncated(
         tensors: ``lora_A = [A; A0] (2r, in)``, ``lora_B = [B, −B0] (out, 2r)`` of every layer under PEFT's names, with
             the axes of a convolution behind ``in`` and ``out``; and whatever else the file holds, which stays.
         scalings: of every layer, by its path.
-        rank: to cut down to; a layer whose factors are no wider stays exact.
+        rank: to cut down to; a layer whose change of the weight has no higher rank stays exact, and its factors may be
+            narrower.
 
     Returns:
         The tensors, and ``‖ΔW − lora_B lora_A‖_F / ‖ΔW‖_F`` by path, measured on the rounded factors; 0 where nothing
@@ -54,14 +55,13 @@ def _factor_names(name: str) -> set[str]:
 
 
 def _nearest(A: Tensor, B: Tensor, scaling: float, rank: int) -> tuple[Tensor, Tensor]:
-    """``lora_A (k, in), lora_B (out, k)`` in the dtype of ``A``, ``k = min(rank, A.shape[0])``."""
+    """``lora_A (k, in), lora_B (out, k)`` in the dtype of ``A``, ``k`` the smallest of ``rank, 2r, in, out``."""
     Q, left = torch.linalg.qr(scaling * B.double())
     P, right = torch.linalg.qr(A.mT.double())
-    U, S, Vh = torch.linalg.svd(left @ right.mT)
+    U, S, Vh = torch.linalg.svd(left @ right.mT, full_matrices=False)
     S = S * (_noise(B * scaling, A) < S)
-    k = min(rank, A.shape[0])
-    root = S[:k].sqrt()
-    return (root[:, None] * (Vh[:k] @ P.mT)).to(A.dtype), (Q @ (U[:, :k] * root)).to(A.dtype)
+    root = S[:rank].sqrt()
+    return (root[:, None] * (Vh[:rank] @ P.mT)).to(A.dtype), (Q @ (U[:, :rank] * root)).to(A.dtype)
 
 
 def _relative_error(A: Tensor, B: Tensor, low_A: Tensor, low_B: Tensor) -> float:

@@ -70,7 +70,7 @@ def apply_pc(
     refuse_inference_mode()
     config = config or PCConfig.create(**options)
     saved = saved_modules(model, config)
-    targets = find_targets(model, config)
+    targets = find_targets(model, config, whole=saved)
     check_originals(model, targets, originals)
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
     starts = window_starts(model, targets, config, cache=store, progress=progress, originals=originals)

@@ -42,9 +42,7 @@ class Summary:
         lines = [f"{self.layers} layers adapted, {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)"]
         for count, shape, start, rank, alpha, form in self.windows:
             d = min(shape[-2:])
-            lines.append(
-                f"  {count:4d} × {shape}  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}"
-            )
+            lines.append(f"  {count:4d} × {shape}  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}")
         proven = self.layers - len(self.uncertified)
         lines.append(
             f"window SVD: {self.svd_seconds:.2f} s, worst residual {self.worst_residual:.1e}, {proven} of "
@@ -66,9 +64,7 @@ def summary(model: nn.Module) -> Summary:
     """Account for the adapted layers of ``model``, at any time after they are in place."""
     layers = adapted_layers(model)
     shapes = Counter(
-        (m.matrix_shape, m.window.index, m.rank, m.alpha, m.form)
-        for m in layers.values()
-        if m.window is not None
+        (m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window is not None
     )
     reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
     starts = [(name, m.certificate) for name, m in layers.items() if m.certificate is not None]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ipca.config import PCConfig
+from ipca.model.patterns import lookup, matches, matches_any, require_match
 from ipca.nn import WindowLayer
-from ipca.nn.kinds import LINEAR, ExpertStack, layer_kind, read_layer, refusal
+from ipca.nn.experts import ExpertsPC, StackPC
+from ipca.nn.kinds import LINEAR, ExpertStack, layer_kind, read_layer, refusal, stack_names
 from ipca.nn.place import layers_of
 from ipca.nn.quantised import quantised_kind
 from ipca.nn.quantised_linear import RESIDUAL
@@ -20,12 +20,16 @@ from ipca.ops.sharded import is_sharded
 from ipca.svd import check_matrix
 from ipca.window import Window
 
-T = TypeVar("T")
 TIED = (
     "its weight is tied to another module's: adapted they would differ, and saving the merged model ties them again; "
     "untie them (a copy for one, in transformers tie_word_embeddings=False too), or exclude it"
 )
 """Why a tied weight is refused in both forms."""
+BESIDE_STACK = (
+    "it stands in a module that holds a stack of weights which is adapted too, and everything in such a module moves "
+    "to another path; leave one of them out, or put the stack into a module of its own"
+)
+"""Why nothing else inside a module of experts can train."""
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
@@ -43,10 +47,11 @@ class Target:
     dropout: float
 
 
-def find_targets(model: nn.Module, config: PCConfig, *, values: bool = True) -> list[Target]:
+def find_targets(model: nn.Module, config: PCConfig, *, whole: Iterable[str] = (), values: bool = True) -> list[Target]:
     """The layers of ``model`` that ``config`` names, in the model's order, each checked.
 
     Args:
+        whole: those of :func:`saved_modules`.
         values: check the weights' values too; False for a model on the meta device, which has none.
 
     Raises:
@@ -63,52 +68,35 @@ def find_targets(model: nn.Module, config: PCConfig, *, values: bool = True) -> 
         targets.append(Target(name, window, alpha, config.form, config.dropout))
     for field in ("rank_pattern", "window_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
-            if not any(matches(pattern, name) for name in names):
-                raise ValueError(f"{field} {pattern!r} matches none of the layers to adapt.")
-    refuse(model, targets, values=values)
+            require_match(pattern, names, f"{field} {pattern!r} matches none of the layers to adapt.")
+    refuse(model, targets, whole=whole, values=values)
     return targets
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` is the path ``name``, its end, or a regular expression for the whole of it."""
-    if name == pattern or name.endswith("." + pattern):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is neither a module name nor a regular expression: {error}.") from None
-
-
-def matches_any(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of ``patterns`` matches the module ``name`` or a module that contains it."""
-    parts = name.split(".")
-    parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return any(matches(pattern, parent) for pattern in patterns for parent in parents)
-
-
-def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first pattern that matches ``name``."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
 
 
 def saved_modules(model: nn.Module, config: PCConfig) -> list[str]:
     """The outermost modules that ``modules_to_save`` names.
 
     Raises:
-        ValueError: a pattern matches nothing, or a module's parameters are tied to another's or cannot train.
+        ValueError: a pattern matches nothing, or a module's parameters are tied to another's or cannot train, it holds
+            adapted layers, or state that is no tensor.
     """
     names = [name for name, _ in model.named_modules() if name]
     for pattern in config.modules_to_save:
-        if not any(matches(pattern, name) for name in names):
-            raise ValueError(f"modules_to_save {pattern!r} matches no module.")
+        require_match(pattern, names, f"modules_to_save {pattern!r} matches no module.")
     found = [name for name in names if any(matches(p, name) for p in config.modules_to_save)]
     outermost = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in outermost:
         refuse_suffix(name, names)
+        if any(isinstance(module, WindowLayer) for module in model.get_submodule(name).modules()):
+            raise ValueError(f"modules_to_save {name!r} holds layers that are adapted; unload them first.")
         own = Counter(id(p) for _, p in model.get_submodule(name).named_parameters(remove_duplicate=False))
         if any(owners[key] != count for key, count in own.items()):
             raise ValueError(f"modules_to_save {name!r} shares parameters with another module; untie them first.")
+        if not all(isinstance(value, Tensor) for value in model.get_submodule(name).state_dict().values()):
+            raise ValueError(
+                f"modules_to_save {name!r} has extra state that is no tensor, which no adapter file holds."
+            )
         if not all(p.is_floating_point() for p in model.get_submodule(name).parameters()):
             raise ValueError(f"modules_to_save {name!r} has parameters that are no floats and cannot train.")
     return outermost
@@ -124,8 +112,7 @@ def refuse_suffix(name: str, names: Iterable[str]) -> None:
 def _matching(model: nn.Module, modules: dict[str, nn.Module], config: PCConfig) -> list[str]:
     left_alone = (*config.exclude, *config.modules_to_save)
     for pattern in config.exclude:
-        if not any(matches(pattern, name) for name in modules):
-            raise ValueError(f"exclude {pattern!r} matches no module.")
+        require_match(pattern, modules, f"exclude {pattern!r} matches no module.")
     free = [name for name in modules if not matches_any(left_alone, name)]
     if config.targets == "all-linear":
         get_head = getattr(model, "get_output_embeddings", None)
@@ -137,12 +124,17 @@ def _matching(model: nn.Module, modules: dict[str, nn.Module], config: PCConfig)
     patterns = (config.targets,) if isinstance(config.targets, str) else config.targets
     if not patterns:
         raise ValueError("targets is empty; name layers to adapt, or say 'all-linear'.")
+    linear = _leaves(name for name in free if _is_linear(modules[name])) or "(none)"
+    more = _leaves(name for name in free if layer_kind(modules[name]) and not _is_linear(modules[name]))
+    here = f"linear layers here are called {linear}" + (f", other layers that can be adapted {more}." if more else ".")
+    named = [name for name in free if name]
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in free if name):
-            leaves = sorted({n.rpartition(".")[2] for n in free if n and _is_linear(modules[n])})
-            called = ", ".join(leaves) or "(none)"
-            raise ValueError(f"no module matches the target {pattern!r}; linear layers here are called {called}.")
-    return [name for name in free if name and any(matches(pattern, name) for pattern in patterns)]
+        require_match(pattern, named, f"no module matches the target {pattern!r}; {here}")
+    return [name for name in named if any(matches(pattern, name) for pattern in patterns)]
+
+
+def _leaves(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names if name}))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -161,8 +153,13 @@ def _in_peft(modules: dict[str, nn.Module], name: str) -> bool:
     return any(base.__name__ == "BaseTunerLayer" for holder in holders for base in type(holder).__mro__)
 
 
-def refuse(model: nn.Module, targets: list[Target], *, values: bool = True) -> None:
-    """Raise with every reason why a target cannot be adapted; ``values`` as for :func:`find_targets`."""
+def refuse(model: nn.Module, targets: list[Target], *, whole: Iterable[str] = (), values: bool = True) -> None:
+    """Raise with every reason why a target cannot be adapted.
+
+    Args:
+        whole: paths of modules that are to train whole.
+        values: as for :func:`find_targets`.
+    """
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     modules = layers_of(model)
@@ -171,14 +168,33 @@ def refuse(model: nn.Module, targets: list[Target], *, values: bool = True) -> N
         why = _reason(target, modules, paths, owners, values)
         if why:
             reasons.setdefault(why, []).append(target.name or type(model).__name__)
+    beside = _beside_stacks(modules, [target.name for target in targets], whole)
+    if beside:
+        reasons[BESIDE_STACK] = beside
     if reasons:
         raise ValueError("cannot adapt " + "; ".join(f"{_few(names)}: {why}" for why, names in reasons.items()))
+
+
+def _beside_stacks(modules: dict[str, nn.Module], targets: Iterable[str], whole: Iterable[str]) -> list[str]:
+    """What of ``targets`` and ``whole``, or adapted before, lies in a module of experts without being its stack."""
+    adapted = [name for name, module in modules.items() if isinstance(module, WindowLayer)]
+    layers = dict.fromkeys([*adapted, *targets])
+    owner = {name: name.rpartition(".")[0] for name in layers if isinstance(modules[name], ExpertStack | StackPC)}
+    inside = tuple(f"{experts}." for experts in owner.values() if experts)
+    return [
+        name
+        for name in (*layers, *whole)
+        if name.startswith(tuple(path for path in inside if path != f"{owner.get(name)}."))
+    ]
 
 
 def _stack_reason(target: Target, owner: nn.Module) -> str | None:
     """Why a stack of weights that ``owner`` has as a parameter cannot be adapted."""
     if "." not in target.name:
         return "it is a parameter of the model itself, which would have to be replaced; put the model into a module"
+    leaf = target.name.rpartition(".")[2]
+    if leaf == "base" or hasattr(ExpertsPC, leaf):
+        return f"ExpertsPC has an attribute {leaf!r} of its own; rename the parameter"
     if type(owner).forward is nn.Module.forward:
         return f"the {type(owner).__name__} that holds it is never called"
     if target.window.needs_spectrum:
@@ -208,6 +224,9 @@ def _reason(
     if any(is_sharded(parameter) for parameter in module.parameters(recurse=False)):
         return "its weight is sharded already; adapt the model first, then call fully_shard or parallelise the rest"
     if layer_kind(module) is None:
+        stacks = [f"{target.name}.{leaf}" for leaf in stack_names(module)]
+        if stacks:
+            return f"it is a module of experts; name its stacks of weights, {' and '.join(stacks)}"
         return (
             f"it is a {type(module).__name__}, not an nn.Linear, nn.Embedding, nn.Conv1d, Conv2d or Conv3d, a "
             "transformers Conv1D, or a stack of experts' weights"

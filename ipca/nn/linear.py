@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.nn.kinds import build_layer, layer_kind, read_layer
+from ipca.nn.kinds import LINEAR, build_layer, layer_kind, read_layer
 from ipca.nn.product import ProductLayer
 from ipca.ops import Layer, pc_linear
 from ipca.window import Window, as_window
@@ -123,7 +123,7 @@ class LinearPC(ProductLayer):
     @classmethod
     def empty_like(cls, plain: nn.Module, window: Window, **options: Any) -> LinearPC:
         kind = layer_kind(plain)
-        if kind not in ("linear", "conv1d"):
+        if kind not in LINEAR:
             raise TypeError(f"expected an nn.Linear or a transformers Conv1D, got {type(plain).__name__}.")
         weight, bias = read_layer(plain)
         out_features, in_features = weight.shape

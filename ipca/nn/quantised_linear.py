@@ -133,8 +133,9 @@ class QuantisedLinearPC(ProductLayer):
     def to_plain(self, *, base: bool = False) -> nn.Module:
         """An ``nn.Linear`` with the effective weight in floats, or (``base``) the quantised layer itself."""
         if not base:
-            bias = self._bias()
-            return build_layer("linear", self.effective_weight(), None if bias is None else bias.detach().clone())
+            weight, bias = self.effective_weight(), self._bias()
+            # of one dtype: bitsandbytes casts the bias to the one it computes in, whatever it dequantises to
+            return build_layer("linear", weight, None if bias is None else bias.detach().to(weight.dtype, copy=True))
         if self._packs:
             self.base.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
         return self.base

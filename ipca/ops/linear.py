@@ -44,7 +44,15 @@ def forward(
     choice = backends.choose(backend, backends.problem_of(rows, weight, A, A0, dropout, training))
     with on_device_of(x):
         (y,), (h,) = split.forward(x, [Layer(weight, A, B, bias, A0, B0, scaling)], seed, dropout, choice)
-    return y.view(*x.shape[:-1], weight.shape[0]), h.view(*x.shape[:-1], A.shape[0])
+    return shaped_like(x, y), shaped_like(x, h)
+
+
+def shaped_like(x: Tensor, rows: Tensor) -> Tensor:
+    """``rows (M, N)`` as ``(…, N)`` for ``x (…, K)``, and no view: autograd lets nobody change one that an op returns.
+
+    ``nn.ReLU(inplace=True)`` behind a layer does, and FSDP2 warns of it.
+    """
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
 
 
 def backward(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ipca.ops import backend as backends
 from ipca.ops import reference, split
 from ipca.ops.dropout import new_seed
-from ipca.ops.linear import check, differentiated_again, on_device_of, pc_linear, to_autocast, transformed
+from ipca.ops.linear import check, differentiated_again, on_device_of, pc_linear, shaped_like, to_autocast, transformed
 from ipca.ops.split import Layer, Needs
 
 
@@ -39,7 +39,7 @@ def forward(
     layers = _layers(weight, A, B, bias, A0, B0, scaling, has_bias)
     with on_device_of(x):
         ys, hs = split.forward(x, layers, seed, dropout, _choice(x, layers, dropout, backend, training))
-    return [t.view(*x.shape[:-1], t.shape[-1]) for t in (*ys, *hs)]
+    return [shaped_like(x, rows) for rows in (*ys, *hs)]
 
 
 def backward(

@@ -247,6 +247,8 @@ def test_progress_goes_to_stderr_and_the_record_alone_to_stdout(bert, tmp_path, 
         (["convert", "{bert}", "{adapter}", "-o", "{bert}"], "is the model itself, which would then load with"),
         (["export", "{bert}", "{adapter}", "-o", "{bert}"], "is the model itself, which would then load with"),
         (["convert", "{bert}", "{adapter}", "-o", "{adapter}"], "is the adapter itself; choose another folder"),
+        (["convert", "{bert}", "{adapter}", "-o", "{bert}/../adapter"], "is the adapter itself; choose another folder"),
+        (["export", "{bert}", "{adapter}", "-o", "{adapter}"], "is the adapter itself; choose another folder"),
         (["export", "{bert}", "{adapter}", "--form", "truncated", "-o", "{out}"], "rank goes with form='truncated'"),
         (["export", "{bert}", "{adapter}", "--rank", "2", "-o", "{out}"], "rank goes with form='truncated'"),
         (["export", "{bert}", "{adapter}", "-o", "{bert}/config.json/x"], "is not a folder"),
@@ -339,3 +341,10 @@ def test_a_reader_that_has_ended_is_no_error_message(bert):
     os.close(write)
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+def test_a_terminal_without_greek_letters_is_no_error(bert):
+    command = [sys.executable, "-m", "ipca", "inspect", str(bert), "--rank", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0
+    assert "\\u03c3 max" in done.stdout

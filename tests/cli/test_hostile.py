@@ -1,5 +1,6 @@
 """Damaged folders on the command line: status 1, one line, nothing written, nothing changed."""
 
+import json
 import shutil
 
 import pytest
@@ -120,3 +121,27 @@ def test_a_full_disk_leaves_no_trace(llama, adapter, tmp_path, capsys, size):
     assert capsys.readouterr().err.count(f"ipca: error: cannot write {tmp_path / 'out'}: ") == 2
     assert contents(tmp_path) == files
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "init"])
+def test_code_of_a_model_is_not_run(llama, tmp_path, capfd, command):
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    (llama / "config.json").write_text(json.dumps(config))
+    (llama / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    words = "code of its own, which is not run here; load it in Python"
+    if command == "init":
+        fails(tmp_path, capfd, words, "init", str(llama))
+    else:
+        assert main(["inspect", str(llama)]) == 1
+        assert words in capfd.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_behind_a_link_is_not_overwritten(llama, adapter, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(adapter)
+    before = contents(adapter)
+    words = ["export", str(llama), str(adapter), "--form", "truncated", "--rank", "2", "-o", str(tmp_path / "link")]
+    assert main(words) == 1
+    assert "link is the adapter itself; choose another folder" in capsys.readouterr().err
+    assert contents(adapter) == before

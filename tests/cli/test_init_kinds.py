@@ -1,4 +1,4 @@
-"""``ipca init`` over embeddings, convolutions and experts: the adapter of the whole model, read tensor by tensor or not."""
+"""``ipca init`` over embeddings, convolutions and experts: the adapter of the whole model, streamed or not."""
 
 from pathlib import Path
 

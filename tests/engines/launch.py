@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from torch import nn
 
 import ipca
+from ipca.interop.peft import PCConfig
 
 ROOT = Path(__file__).parent.parent.parent
 RANK, LR = 3, 1e-2
@@ -32,6 +34,41 @@ def base():
 def adapted(form):
     """Factors in both blocks; the last layer trains whole."""
     return ipca.apply_pc(base(), rank=RANK, form=form, targets=["up", "down"], modules_to_save=["2"], progress=False)
+
+
+def in_peft():
+    """The same in PEFT's layers."""
+    config = PCConfig(r=RANK, target_modules=["up", "down"], modules_to_save=["2"])
+    return get_peft_model(base(), config)
+
+
+def peft_optimiser(model):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LR, weight_decay=0.01)
+
+
+class Kinds(nn.Module):
+    """An embedding, a convolution and a linear layer, all adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv, self.out = nn.Embedding(37, 19), nn.Conv1d(19, 15, 3, padding=1), nn.Linear(15, 7)
+
+    def forward(self, ids):
+        return self.out(self.conv(self.embed(ids).mT).mT)
+
+
+def kinds(form):
+    torch.manual_seed(0)
+    return ipca.apply_pc(Kinds(), rank=RANK, form=form, targets=["embed", "conv", "out"], progress=False)
+
+
+def kinds_step(model, parts):
+    """One step of ``model`` on the mean of its losses on ``parts`` of a batch of ids."""
+    optimizer, ids = optimiser(model), torch.arange(24).view(8, 3)
+    for part in parts:
+        (model(ids[part]).square().mean() / len(parts)).backward()
+    optimizer.step()
 
 
 def optimiser(model):

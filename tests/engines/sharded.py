@@ -74,6 +74,12 @@ def cast(model):
     return ((after - before).norm() / before.norm() / torch.finfo(torch.bfloat16).eps).item()
 
 
+def train_kinds(form):
+    model = fully_shard(launch.kinds(form), mesh=mesh)
+    launch.kinds_step(model, [launch.half(rank)])
+    ipca.save_adapter(model, folder / f"{form}-kinds")
+
+
 def mixed_precision():
     """The largest difference that adapting makes before training, where parameters are gathered as bfloat16."""
     policy, x, found = MixedPrecisionPolicy(param_dtype=torch.bfloat16), launch.batch(0)[0], {}
@@ -101,6 +107,7 @@ rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 facts = {}
 for form in ("intact", "residual"):
     model, facts[form] = train_and_resume(form, folder / f"{form}-form")
+    train_kinds(form)
     facts[form] |= outside_forward(model, folder / f"{form}-form")
 facts["cast"] = cast(model)
 facts["mixed_precision"] = mixed_precision()

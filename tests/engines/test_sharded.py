@@ -106,6 +106,14 @@ def test_exports_are_byte_for_byte_those_of_one_process(told, alone, form, tmp_p
 
 
 @both_forms
+def test_other_kinds_of_layers_train_and_save_as_in_one_process(told, form, tmp_path):
+    model = launch.kinds(form)
+    launch.kinds_step(model, [launch.half(0), launch.half(1)])
+    ipca.save_adapter(model, tmp_path)
+    assert same_adapter(told[0] / f"{form}-kinds", tmp_path)
+
+
+@both_forms
 def test_the_adapter_of_two_processes_loads_onto_the_base(told, alone, form):
     model = ipca.load_adapter(launch.base(), told[0] / f"{form}-form" / "adapter")
     x = launch.batch(9)[0]

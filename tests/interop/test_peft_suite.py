@@ -44,7 +44,7 @@ ELSEWHERE = {
     "add_weighted_adapter": "combines adapters, which PCConfig refuses",
     "lora_opt_timing": "times two runs against each other",
 }
-COMBINED = "dataclasses.replace"
+COMBINED = "add_weighted_adapter"
 AFTER_LORA = "variant combination: \\('window',\\)"
 RAISES = {
     "test_multiple_active_adapters_forward-LoRA Same-lora": COMBINED,

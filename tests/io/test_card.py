@@ -71,10 +71,10 @@ def test_a_folder_that_is_no_adapter(tmp_path):
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "is damaged"), ("[]", "it holds list, not an object")])
+@pytest.mark.parametrize(("text", "words"), [("{", "Expecting property name"), ("[]", "it holds list, not an object")])
 def test_a_damaged_configuration(folder, text, words):
     (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged.*{words}|{words}"):
+    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: {words}"):
         ipca.write_model_card(folder)
     assert not (folder / "README.md").exists()
 

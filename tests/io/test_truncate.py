@@ -66,6 +66,19 @@ def test_a_layer_of_a_lower_rank_stays_exact(tmp_path):
     torch.testing.assert_close(loaded(base, tmp_path)(x), model(x))
 
 
+def test_a_rank_above_that_of_a_weight_stays_exact(tmp_path):
+    base = Run().eval()
+    model = ipca.apply_pc(copy.deepcopy(base), rank=10, targets=["a", "b"], progress=False)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert max(ipca.export(model, tmp_path, form="truncated", rank=15).values()) < 1e-6
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"^a": 12, "^b": 12}
+    x = torch.randn(7, 20)
+    assert torch.allclose(loaded(base, tmp_path)(x), model(x), atol=1e-4)
+
+
 def test_modules_trained_whole_are_kept(tmp_path):
     base = Run()
     model = adapted(copy.deepcopy(base))

@@ -155,6 +155,12 @@ def test_one_expert_without_tokens_gets_a_zero_gradient():
         assert used.sum() == 2
 
 
+def test_a_target_that_matches_nothing_is_told_what_there_is():
+    words = r"'expert'; linear layers .*q_proj.*, other layers that can be adapted down_proj, embed_tokens, gate"
+    with pytest.raises(ValueError, match=words):
+        ipca.apply_pc(mixtral(), rank=2, targets="expert", progress=False)
+
+
 class Unreached(nn.Module):
     def __init__(self):
         super().__init__()
@@ -239,3 +245,64 @@ def test_the_cache_serves_experts_too(tmp_path, decomposed):
     assert len(decomposed) == 4
     x = CASES["experts"].x()
     assert torch.equal(output(first, x), output(second, x))
+
+
+class Block(nn.Module):
+    """A stack of weights and other layers in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.stack = nn.Linear(8, 3), nn.Parameter(torch.randn(3, 6, 8))
+
+    def forward(self, x):
+        return torch.einsum("ne,nk,eok->no", self.gate(x), x, self.stack)
+
+
+def block() -> nn.Module:
+    return nn.ModuleDict({"block": Block(), "other": nn.Linear(8, 8)})
+
+
+BESIDE = r"cannot adapt block\.(base\.)?gate: it stands in a module that holds a stack of weights which is adapted too"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (None, {"targets": ["gate", "stack"]}),
+        (None, {"targets": ["stack"], "modules_to_save": ["gate"]}),
+        ("gate", {"targets": ["stack"]}),
+        ("stack", {"targets": ["gate"]}),
+        ("stack", {"targets": ["other"], "modules_to_save": ["gate"]}),
+    ],
+)
+def test_what_else_is_in_the_module_of_a_stack_cannot_train(first, second):
+    model = block()
+    if first:
+        ipca.apply_pc(model, rank=2, targets=[first], progress=False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=BESIDE):
+        ipca.apply_pc(model, rank=2, progress=False, **second)
+    assert snapshot(model) == before
+
+
+def test_what_trains_beside_a_stack_is_not_saved_under_another_path(tmp_path):
+    model = ipca.apply_pc(block(), rank=2, targets=["stack"], progress=False)
+    model["block"].base.gate.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"block\.base\.gate trains beside an adapted stack of weights"):
+        ipca.save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stack_may_not_have_the_name_of_what_holds_it():
+    model = block()
+    model["block"].base = model["block"].stack
+    del model["block"].stack
+    with pytest.raises(ValueError, match=r"block\.base: ExpertsPC has an attribute 'base' of its own"):
+        ipca.apply_pc(model, rank=2, targets=["block.base"], progress=False)
+
+
+def test_the_module_of_experts_itself_is_no_target():
+    model = mixtral()
+    words = r"layers\.0\.mlp\.experts: .* name its stacks of weights, .*experts\.gate_up_proj and .*experts\.down_proj"
+    with pytest.raises(ValueError, match=words):
+        ipca.apply_pc(model, rank=2, targets="mlp.experts", progress=False)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from common import snapshot
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,6 +50,52 @@ def test_a_second_call_keeps_what_the_first_one_trains():
     training = {name for name, p in model.named_parameters() if p.requires_grad}
     assert training == {"a.lora_A", "a.lora_B", "b.lora_A", "b.lora_B", "head.weight", "head.bias"}
     assert {id(p) for p in ipca.adapter_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_module_that_holds_adapted_layers_cannot_train_whole():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "block": nn.ModuleDict({"b": nn.Linear(8, 8)})})
+    ipca.apply_pc(model, rank=2, targets=["b"], progress=False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'block' holds layers that are adapted; unload them first"):
+        ipca.apply_pc(model, rank=2, targets=["a"], modules_to_save=["block"], progress=False)
+    assert snapshot(model) == before
+
+
+class Twice(nn.Module):
+    """One parameter under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_parameter_with_two_names_in_one_module_travels_too(tmp_path):
+    base = nn.ModuleDict({"body": nn.Linear(8, 12), "head": Twice()})
+    model = train(ipca.apply_pc(copy.deepcopy(base), rank=2, modules_to_save=["head"], progress=False))
+    ipca.save_adapter(model, tmp_path)
+    again, x = ipca.load_adapter(base, tmp_path).eval(), torch.randn(5, 8)
+    assert torch.equal(forward(again, x), forward(model, x))
+    assert again["head"].second.weight is again["head"].first.weight
+
+
+class Remembers(nn.Linear):
+    def get_extra_state(self):
+        return {"steps": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_module_with_other_state_than_tensors_is_refused_before_it_trains():
+    model = nn.ModuleDict({"body": nn.Linear(8, 12), "head": Remembers(12, 3)})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'head' has extra state that is no tensor"):
+        ipca.apply_pc(model, rank=2, modules_to_save=["head"], progress=False)
+    assert snapshot(model) == before
 
 
 def tied_llama():

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import ipca
 from ipca import PCConfig, Window
-from ipca.model.targets import find_targets, matches, matches_any, saved_modules
+from ipca.model.targets import find_targets, saved_modules
 from ipca.nn import LinearPC
 
 
@@ -52,29 +52,6 @@ EVERY = [f"layers.{i}.{name}" for i in range(3) for name in ("q_proj", "up_proj"
 )
 def test_patterns_choose_layers_in_the_order_of_the_model(options, wanted):
     assert names(blocks(), **options) == wanted
-
-
-@pytest.mark.parametrize(
-    ("pattern", "name", "wanted"),
-    [
-        ("a.b", "a.b", True),
-        ("b", "a.b", True),
-        ("b", "a.bb", False),
-        ("b", "a.cb", False),
-        ("a", "a.b", False),
-        (r"a\..", "a.b", True),
-        ("a.b", "axb", True),  # as a regular expression
-        ("", "a", False),
-    ],
-)
-def test_a_pattern_is_a_path_its_end_or_a_whole_regular_expression(pattern, name, wanted):
-    assert matches(pattern, name) is wanted
-
-
-def test_excluding_a_module_excludes_what_it_contains():
-    assert matches_any(["a"], "a.b.c")
-    assert matches_any([r"a\.\w"], "a.b.c")
-    assert not matches_any(["c.d", "b.c.d"], "a.b.c")
 
 
 def test_exceptions_by_pattern_and_the_first_match_counts():

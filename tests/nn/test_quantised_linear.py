@@ -233,3 +233,11 @@ def test_on_a_gpu_the_output_before_training_is_the_bases(kind):
     y.sum().backward()
     assert layer.lora_A.grad.isfinite().all()
     assert layer.lora_B.grad.any()
+
+
+def test_a_plain_layer_has_one_dtype_though_bitsandbytes_casts_the_bias():
+    W = torch.randn(OUT, IN, dtype=torch.bfloat16)
+    base = quantised_layer("nf4", W, torch.randn(OUT), compute_dtype=torch.float32)
+    plain = QuantisedLinearPC.from_linear(base, rank=RANK).to_plain()
+    assert (plain.weight.dtype, plain.bias.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert base.bias.dtype == torch.float32

@@ -13,8 +13,8 @@ from ipca.interop.peft.layers import QuantisedWindowLora
 class WindowLinear4bit(QuantisedWindowLora, bnb.Linear4bit):
     """A base of type ``bitsandbytes.nn.Linear4bit``: NF4 or FP4.
 
-    On some CPUs bitsandbytes packs the weight at its first evaluation, for good: its scales are rounded, and no gradient
-    passes any more. The base of this layer is kept from that.
+    On some CPUs bitsandbytes packs the weight at its first evaluation, for good: its scales are rounded, and no
+    gradient passes any more. The base of this layer is kept from that.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:

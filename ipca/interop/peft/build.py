@@ -109,6 +109,8 @@ def refusal(base: nn.Module) -> str:
     if getattr(base, "max_norm", None) is not None:
         return f"max_norm={base.max_norm} changes the embedding's weight as it is read"
     weight = base.weight
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed from other parameters, so that nothing could be merged into it"
     if not (type(weight.data) is Tensor and weight.is_floating_point()):
         return f"its weight is a {type(weight.data).__name__} of {weight.dtype}"
     return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,15 +78,8 @@ class PCConfig(LoraConfig):
     window: Any = field(default="middle", metadata={"help": "Where the window starts", "is_lora_variant": True})
     window_pattern: dict[str, Any] = field(default_factory=dict, metadata={"help": "{pattern: window}"})
     tol: Any = field(default="default", metadata={"help": "Tolerance of the decomposition"})
-    replaced: InitVar[bool] = False
 
-    def __post_init__(self, replaced: bool) -> None:
-        if replaced:
-            raise ValueError(
-                "a PCConfig cannot go through dataclasses.replace. PEFT's add_weighted_adapter does that and would "
-                "combine the trained factors without those they started from: save the adapters, load them with "
-                "stock PEFT and combine those. For another adapter, build a new PCConfig."
-            )
+    def __post_init__(self) -> None:
         chosen = as_window(self.window, self.r)
         self.r, self.window = chosen.rank, chosen.text
         self.window_pattern = {key: as_window(value, None).text for key, value in self.window_pattern.items()}
@@ -105,7 +98,6 @@ class PCConfig(LoraConfig):
         self.starts: dict[str, WindowStart] = {}
         self.bases: dict[str, str] = {}
         self.layers: dict[str, SavedLayer] = {}
-        self.replaced = True  # type: ignore[attr-defined]  # what dataclasses.replace hands to the copy's __post_init__
         self._register_custom_module({nn.Module: _build})  # type: ignore[dict-item]
 
     def _alpha_of(self, rank: int) -> float:
@@ -183,7 +175,7 @@ class PCConfig(LoraConfig):
             rank=rank,
             alpha=scaling * rank,
             form="intact",
-            dropout=self.lora_dropout,
+            dropout=0.0 if layer.kind == "embedding" else self.lora_dropout,  # PEFT drops nothing of indices
             base_sha256=digest,
             svd=None if start.svd is None else svd_record(start.svd),
         )

@@ -108,6 +108,25 @@ def start_of(owner: nn.Module, name: str) -> Tensor | None:
     return start if start is not None and parameter is not None and parameter.shape == start.shape else None
 
 
+LOST = (
+    "its factors were replaced by others without the start of their window, as "
+    "prepare_model_for_compiled_hotswap(target_rank=…) does; load the saved adapter with stock PEFT for that, "
+    "without a PCConfig"
+)
+
+
+def misfit(A: Tensor, B: Tensor, base: Tensor) -> str:
+    """Why factors with a start on the layer with the weight ``base`` do not belong to it, or an empty text."""
+    if any(getattr(factor, "_is_hf_initialized", False) for factor in (A, B)):  # transformers marks what it loads
+        return (
+            "transformers' load_adapter put other factors there, past the start of the window; load saved adapters "
+            "without a PCConfig, or with peft.PeftModel.from_pretrained"
+        )
+    if A.is_meta and not base.is_meta:  # torch would multiply with it without a word
+        return "it was made with low_cpu_mem_usage; load its file before using it"
+    return ""
+
+
 def _double(
     name: str,
     part: Part,

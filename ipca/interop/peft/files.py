@@ -44,28 +44,36 @@ def save_config(config: PCConfig, folder: str | os.PathLike[str], **kwargs: Any)
     }
     weights = Path(folder) / WEIGHTS
     written = "auto_mapping_dict" in kwargs and weights.is_file()  # PEFT writes the weights first, transformers last
-    if config.layers and written:
-        check_doubled(weights, config.layers)
-    if config.layers:
+    layers = doubled_layers(weights, config.layers) if written else config.layers
+    if layers:
         sidecar |= {
             "adapter_sha256": file_sha256(weights) if written else None,
-            "modules_to_save": _whole_modules(weights, config.layers) if written else [],
-            "layers": {path: asdict(layer) for path, layer in config.layers.items()},
+            "modules_to_save": _whole_modules(weights, layers) if written else [],
+            "layers": {path: asdict(layer) for path, layer in layers.items()},
         }
+    stock = config.stock()
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(stock, name), set):  # which has another order in every process
+            setattr(stock, name, sorted(getattr(stock, name)))
     with staged_files(folder) as stage:
-        config.stock().save_pretrained(str(stage), **kwargs)
+        stock.save_pretrained(str(stage), **kwargs)
         (stage / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
 
 
-def check_doubled(weights: Path, layers: Mapping[str, SavedLayer]) -> None:
-    """Raise RuntimeError where the file does not hold ``A`` and ``B`` doubled by ``A0`` and ``B0``."""
-    wrappers = wrappers_around({path: layer.kind for path, layer in layers.items()})
+def doubled_layers(weights: Path, layers: Mapping[str, SavedLayer]) -> dict[str, SavedLayer]:
+    """Those of ``layers`` that the file holds: a config may have served another model too.
+
+    Raises:
+        RuntimeError: the file does not hold their ``A`` and ``B`` doubled by ``A0`` and ``B0``.
+    """
+    keys = _keys(layers)
     with safe_open(str(weights), "pt") as file:
-        keys = set(file.keys())
-        for path, layer in layers.items():
+        there = set(file.keys())
+        held = {path: layer for path, layer in layers.items() if keys[path][0] in there}
+        for path, layer in held.items():
             experts = layer.shape[0] if len(layer.shape) == 3 else 1
-            key, wanted = factor_keys(path, layer.kind, wrappers[path])[0], 2 * layer.rank
-            rank = file.get_slice(key).get_shape()[0] // experts if key in keys else wanted
+            key, wanted = keys[path][0], 2 * layer.rank
+            rank = file.get_slice(key).get_shape()[0] // experts
             if rank > wanted:
                 raise RuntimeError(
                     f"{weights} holds {key} of rank {rank} instead of {wanted}: the adapter of a PCConfig fits the "
@@ -77,6 +85,13 @@ def check_doubled(weights: Path, layers: Mapping[str, SavedLayer]) -> None:
                     "it was gathered past the model's state dict, as DeepSpeed ZeRO-3 does. "
                     "Use ipca.interop.peft.export(model, folder)."
                 )
+    return held
+
+
+def _keys(layers: Mapping[str, SavedLayer]) -> dict[str, tuple[str, str]]:
+    """By layer, the keys of its two factors."""
+    wrappers = wrappers_around({path: layer.kind for path, layer in layers.items()})
+    return {path: factor_keys(path, layer.kind, wrappers[path]) for path, layer in layers.items()}
 
 
 def load_config(
@@ -98,7 +113,7 @@ def load_config(
     if not (path / WEIGHTS).is_file():
         return cls(**values, **_own_fields(path))
     saved = read_adapter(path, whole=False)
-    config = cls(**values, **_windows(path, saved.layers))
+    config = cls(**{**values, **_windows(path, saved.layers)})
     config.layers = dict(saved.layers)
     config.bases = {name: layer.base_sha256 for name, layer in saved.layers.items() if layer.base_sha256}
     config.starts = {name: _start(layer, saved.factors[name]) for name, layer in saved.layers.items()}
@@ -106,9 +121,10 @@ def load_config(
 
 
 def _windows(path: Path, layers: dict[str, SavedLayer]) -> dict[str, Any]:
-    """The fields of PCConfig alone: as saved, or for an adapter of :func:`ipca.save_adapter` the indices it names."""
+    """The fields that PEFT's file lacks: as saved, or for an adapter of :func:`ipca.save_adapter` as its layers say."""
     starts = {f"^{re.escape(name)}": f"start={layer.start}" for name, layer in layers.items()}
-    return _own_fields(path) or {"window_pattern": starts}
+    dropout = max(layer.dropout for layer in layers.values())
+    return _own_fields(path) or {"window_pattern": starts, "lora_dropout": dropout}
 
 
 def _own_fields(path: Path) -> dict[str, Any]:
@@ -121,10 +137,7 @@ def _own_fields(path: Path) -> dict[str, Any]:
 
 def _whole_modules(weights: Path, layers: Mapping[str, SavedLayer]) -> list[str]:
     """The modules whose tensors the file holds beside the layers' factors and base weights."""
-    wrappers = wrappers_around({path: layer.kind for path, layer in layers.items()})
-    ours = {f"{PREFIX}{path}.base_layer.weight" for path in layers}
-    for path, layer in layers.items():
-        ours.update(factor_keys(path, layer.kind, wrappers[path]))
+    ours = {f"{PREFIX}{path}.base_layer.weight" for path in layers}.union(*_keys(layers).values())
     with safe_open(str(weights), "pt") as file:
         others = set(file.keys()) - ours
     return sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in others})
@@ -139,6 +152,8 @@ def _start(layer: SavedLayer, factors: Factors) -> WindowStart:
 def _local(folder: str | os.PathLike[str], subfolder: str | None, **kwargs: Any) -> Path:
     """The adapter's folder on this disk, fetched from the Hub where ``folder`` is none."""
     path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"{path} is a file, but an adapter is a folder; give the folder it is in.")
     if not path.is_dir():
         inside = f"{subfolder}/" if subfolder else ""
         wanted = [f"{inside}{name}" for name in (CONFIG_NAME, SIDECAR, WEIGHTS)]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ipca.fingerprint import tensor_sha256
-from ipca.interop.peft.factors import drop_start, has_start, keep_start, move_pair, start_of
+from ipca.interop.peft.factors import LOST, drop_start, has_start, keep_start, misfit, move_pair, start_of
 from ipca.interop.peft.variant import WindowVariant
+from ipca.io.peft_kinds import to_peft
 from ipca.nn import WindowStart
 from ipca.nn.quantised import dequantised, quantised_kind, quantised_sha256
 from ipca.ops import pc_linear
@@ -70,7 +71,9 @@ class WindowLora(_Mixed):
 
     def stored(self, start: WindowStart, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """``A0, B0`` in the shapes, the dtype and on the device of ``A, B``."""
-        return start.A0.to(A).reshape(A.shape), start.B0.to(B).reshape(B.shape)
+        kernel = self.base_weight().shape[2:] if self.kind == "conv" else ()
+        A0, B0 = to_peft(self.kind, start.A0, start.B0, kernel)
+        return A0.to(A), B0.to(B)
 
     def begin(self, adapter: str, config: PCConfig) -> None:
         """Set ``A = A0`` and ``B = B0``, the window of the base weight, and keep ``A0, B0`` beside them."""
@@ -111,19 +114,20 @@ class WindowLora(_Mixed):
         """``A, B, A0, B0`` of an adapter with a start, else None.
 
         Raises:
-            RuntimeError: the start is lost, because something put other modules in the place of PEFT's.
+            RuntimeError: the factors do not belong to the start, or hold nothing yet; see :func:`misfit`.
         """
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
-        ours = isinstance(self.lora_variant.get(adapter), WindowVariant)
-        if ours and not (has_start(in_A, name_A) and has_start(in_B, name_B)):
-            raise RuntimeError(
-                f"{self.path}: the factors of {adapter!r} were replaced by others without the start of their window, as "
-                "prepare_model_for_compiled_hotswap(target_rank=…) does; load the saved adapter with stock PEFT for that."
-            )
         A0, B0 = start_of(in_A, name_A), start_of(in_B, name_B)
         if A0 is None or B0 is None:
+            window = isinstance(self.lora_variant.get(adapter), WindowVariant)
+            if window and not (has_start(in_A, name_A) and has_start(in_B, name_B)):
+                raise RuntimeError(f"{self.path}: the adapter {adapter!r} cannot be computed: {LOST}.")
             return None
-        return in_A.get_parameter(name_A), in_B.get_parameter(name_B), A0, B0
+        A, B = in_A.get_parameter(name_A), in_B.get_parameter(name_B)
+        why = misfit(A, B, self.base_weight())
+        if why:
+            raise RuntimeError(f"{self.path}: the adapter {adapter!r} cannot be computed: {why}.")
+        return A, B, A0, B0
 
     def change(self, adapter: str) -> Tensor:
         """``scaling · (B A − B0 A0)`` in the layout of the base weight, float32 or wider."""
@@ -209,7 +213,8 @@ class WindowLinear(WindowLora, lora.Linear):
         if self.disable_adapters or self.merged:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or self.pairs(active[0]) is None:
+        pair = self.pairs(active[0]) if len(active) == 1 else None
+        if pair is None or any(factor.device != x.device for factor in pair):
             return None
         base = self.get_base_layer()
         called = (self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]], self.lora_dropout[active[0]])

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from ipca.interop.peft.layers import WindowLora
-from ipca.nn import WindowStart
+from ipca.io.peft_kinds import MATRIX
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,7 +27,7 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
     @property
     def kind(self) -> str:
         if self._param_ndim == 2:
-            return "linear"
+            return MATRIX
         return "experts" if self._did_swap_in_out_features else "experts transposed"
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
@@ -50,10 +50,6 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
 
     def in_layout(self, matrix: Tensor) -> Tensor:
         return matrix if matrix.ndim == 2 or self._did_swap_in_out_features else matrix.mT
-
-    def stored(self, start: WindowStart, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        A0, B0 = start.A0.to(A), start.B0.to(B)
-        return A0.reshape(A.shape), (B0.permute(1, 2, 0) if B0.ndim == 3 else B0).reshape(B.shape)
 
     def product(self, B: Tensor, A: Tensor) -> Tensor:
         if self._param_ndim == 2:

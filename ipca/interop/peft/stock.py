@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ipca.interop.peft.build import refusal
 from ipca.model import uninterrupted
-from ipca.nn import WindowStart, window_start
+from ipca.nn import WindowStart, quantised_kind, window_start
 from ipca.nn.start import kept_weight
 from ipca.window import Window, as_window
 
@@ -89,6 +89,8 @@ def _refusal(layer: Any, adapter: str) -> str:
         return "it is merged; call unmerge_adapter() first"
     if layer.lora_variant or layer.lora_bias[adapter]:
         return "its adapter is a variant of LoRA (DoRA, lora_bias, …)"
+    if quantised_kind(layer.get_base_layer()) is not None:
+        return "its weight is quantised, so that nothing can be taken out of it; use a PCConfig"
     return refusal(layer.get_base_layer())
 
 
