@@ -88,17 +88,16 @@ def saved_modules(model: nn.Module, config: PCConfig) -> list[str]:
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in outermost:
         refuse_suffix(name, names)
-        if any(isinstance(module, WindowLayer) for module in model.get_submodule(name).modules()):
+        module = model.get_submodule(name)
+        own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+        if any(isinstance(inner, WindowLayer) for inner in module.modules()):
             raise ValueError(f"modules_to_save {name!r} holds layers that are adapted; unload them first.")
-        own = Counter(id(p) for _, p in model.get_submodule(name).named_parameters(remove_duplicate=False))
         if any(owners[key] != count for key, count in own.items()):
             raise ValueError(f"modules_to_save {name!r} shares parameters with another module; untie them first.")
-        if not all(isinstance(value, Tensor) for value in model.get_submodule(name).state_dict().values()):
-            raise ValueError(
-                f"modules_to_save {name!r} has extra state that is no tensor, which no adapter file holds."
-            )
-        if not all(p.is_floating_point() for p in model.get_submodule(name).parameters()):
+        if not all(p.is_floating_point() for p in module.parameters()):
             raise ValueError(f"modules_to_save {name!r} has parameters that are no floats and cannot train.")
+        if not all(isinstance(value, Tensor) for value in module.state_dict().values()):
+            raise ValueError(f"modules_to_save {name!r} has extra state that is no tensor and cannot be saved.")
     return outermost
 
 

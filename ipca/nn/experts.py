@@ -65,6 +65,7 @@ class ExpertsPC(nn.Module):
     ``base`` is the module itself, frozen. Each adapted stack is a :class:`StackPC` under the name of the parameter it
     stands for; every forward computes its ``W_eff`` once and puts it in the parameter's place. So whatever ``base``
     does with its weights stays right, at the price of one more stack in memory, and of its gradient while training.
+    While it runs the parameters of ``base`` are exchanged, so only one thread at a time may call it.
 
     >>> experts.gate_up_proj.lora_A  # (E, rank, in)
     """

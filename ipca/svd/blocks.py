@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ _ROWS, _COLUMNS = 256, 512
 
 def largest_entry(W: Tensor) -> Tensor:
     """``max|W|`` of each matrix of ``W (batch, m, n)``, without a copy of it; NaN or Inf where it holds one."""
-    return torch.stack([rows.abs().amax((1, 2)) for rows in W.split(_ROWS, dim=1)]).amax(0)
+    # not by torch.stack, which autocast on a CPU refuses for float16
+    return reduce(torch.maximum, (rows.abs().amax((1, 2)) for rows in W.split(_ROWS, dim=1)))
 
 
 class Blocks:

@@ -102,6 +102,15 @@ def test_every_float_dtype(shape, dtype):
     assert_window_of(found, W, (min(shape) - 6) // 2, 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_autocast_changes_nothing(dtype):
+    W = torch.randn(48, 65).to(dtype)
+    plain = window_svd(W, Window(5, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        within = window_svd(W, Window(5, 7))
+    assert all(torch.equal(getattr(within, name), getattr(plain, name)) for name in ("U", "S", "Vh"))
+
+
 @pytest.mark.parametrize("shape", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize(
     ("scale", "dtype"), [(1e-30, torch.float32), (1e18, torch.float32), (1e-300, F64), (1e300, F64)]
