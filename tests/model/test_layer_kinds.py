@@ -199,7 +199,6 @@ def tied_stack(model: nn.Module) -> nn.Module:
         (lambda: twice(mixtral()), "0.mlp.experts.down_proj", {}, "the same module stands in several places"),
         (lambda: tied_stack(mixtral()), "down_proj", {}, "its weight is tied to another module's"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_adapted_is_refused_by_name(build, targets, options, words):
     model = nn.Sequential(build())
