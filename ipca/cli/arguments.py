@@ -7,20 +7,23 @@ from pathlib import Path
 
 from ipca._version import __version__
 
-_EXAMPLES = """examples:
-  ipca inspect path/to/model --window middle --rank 16 --plot spectra.png
-  ipca inspect path/to/adapter --json
-  ipca init path/to/model --window 0.33 --rank 16 -o adapter
-  torchrun --nproc-per-node 4 -m ipca init path/to/model --rank 16 -o adapter
-  ipca merge path/to/model adapter -o merged
-  ipca export path/to/model adapter --form truncated --rank 16 -o small
-  ipca convert path/to/residual-model pissa-adapter --original path/to/model -o adapter
-  ipca cache list --cache path/to/cache
-  ipca completion bash > ~/.local/share/bash-completion/completions/ipca
-  ipca demo --text vaderSentiment-3.3.2.tar.gz -o demo-out
-
+_EXAMPLES = (
+    "ipca inspect path/to/model --window middle --rank 16 --plot spectra.png",
+    "ipca inspect path/to/adapter --json",
+    "ipca init path/to/model --window 0.33 --rank 16 -o adapter",
+    "torchrun --nproc-per-node 4 -m ipca init path/to/model --rank 16 -o adapter",
+    "ipca merge path/to/model adapter -o merged",
+    "ipca export path/to/model adapter --form truncated --rank 16 -o small",
+    "ipca convert path/to/residual-model pissa-adapter --original path/to/model -o adapter",
+    "ipca cache list --cache path/to/cache",
+    "ipca cache verify --remove",
+    "ipca cache prune --max-bytes 10G --older-than 30d",
+    "ipca completion bash > ~/.local/share/bash-completion/completions/ipca",
+    "ipca demo --text vaderSentiment-3.3.2.tar.gz -o demo-out",
+)
+_NOTES = """
 A model is a local folder that transformers' save_pretrained wrote.
-Exit status: 0 done, 1 the input is wrong or the work failed (one line on stderr says why), 2 usage, 130 Ctrl-C."""
+Exit status: 0 done, 1 the input is wrong or the work failed (the last line on stderr says why), 2 usage, 130 Ctrl-C."""
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -145,7 +148,10 @@ def _common(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
 
 
 def _with_examples(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.epilog, parser.formatter_class = _EXAMPLES, argparse.RawDescriptionHelpFormatter
+    """Show the examples of this command alone below its help; those of all commands below that of ``ipca``."""
+    own = [f"  {example}" for example in _EXAMPLES if f"{parser.prog} " in example]
+    parser.epilog = "\n".join(["examples:", *own, _NOTES])
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
 
 

@@ -21,6 +21,8 @@ from ipca.io import check_target
 from ipca.io.assemble import write_adapter
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.job import DONE, WORK, Job
+from ipca.io.peft_format import WEIGHTS
+from ipca.io.read import read_adapter
 from ipca.io.source import CheckpointSource, ModelSource
 from ipca.io.streaming import FinishedLayer, decompose_layers, install_layers
 from ipca.io.team import PeerEnded, Team
@@ -163,8 +165,22 @@ def _check_folders(args: argparse.Namespace, job: Job) -> None:
     out = args.out.absolute()
     refuse_inputs(args)
     check_target(out)
+    if not job.ready:
+        _refuse_trained(out)
     if args.form == "residual" and not job.ready and out.is_dir() and {p.name for p in out.iterdir()} - {WORK, DONE}:
         raise FileExistsError(f"{out} is not empty; choose a new folder.")
+
+
+def _refuse_trained(out: Path) -> None:
+    """Raise where ``out`` holds an adapter other than an untrained start, which a new start may replace."""
+    if not (out / WEIGHTS).is_file():
+        return
+    try:
+        factors = list(read_adapter(out, whole=False).factors.values())
+    except (ValueError, FileNotFoundError):  # damaged, or somebody else's
+        factors = []
+    if not factors or any(not (torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0)) for f in factors):
+        raise FileExistsError(f"{out} holds an adapter that is no untrained start; choose another folder.")
 
 
 def _cache(args: argparse.Namespace) -> SpectralCache | None:

@@ -15,7 +15,7 @@ from ipca.io.export import adapter_state, savable, write_peft
 from ipca.io.files import staged_files
 from ipca.io.gather import write_once
 from ipca.io.peft_format import WEIGHTS
-from ipca.io.read import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter, svd_record
+from ipca.io.read import SIDECAR, AdapterFolder, SavedLayer, file_sha256, other_base, read_adapter, svd_record
 from ipca.model import (
     Target,
     adapted_layers,
@@ -29,6 +29,8 @@ from ipca.model import (
 from ipca.nn import WindowLayer, WindowStart, certify_start
 from ipca.nn.kinds import base_sha256, read_layer
 from ipca.nn.place import find_layer, layers_of
+
+_UNCHECKED = ", or pass check_base=False if you know that they fit."
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
@@ -169,7 +171,7 @@ def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form
                     f"{name} has {field} {getattr(mine, field)}, the adapter {value}; load onto the plain base."
                 )
         if check_base and layer.base_sha256 and mine.base_sha256 != layer.base_sha256:
-            raise ValueError(_other_base(name, layer, mine.base_sha256))
+            raise ValueError(other_base(name, layer.base_sha256, mine.base_sha256) + _UNCHECKED)
         factors = saved.factors[name]
         for ours, theirs in ((present[name].lora_A0, factors.A0), (present[name].lora_B0, factors.B0)):
             if not torch.equal(ours.cpu(), theirs.to(ours.dtype)):
@@ -197,17 +199,8 @@ def _start(model: nn.Module, target: Target, saved: AdapterFolder, check_base: b
         raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
     digest = base_sha256(plain)
     if check_base and layer.base_sha256 and digest != layer.base_sha256:
-        raise ValueError(_other_base(target.name, layer, digest))
+        raise ValueError(other_base(target.name, layer.base_sha256, digest) + _UNCHECKED)
     A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)
     scaling = target.alpha / target.window.rank
     certificate = certify_start(weight, A0, B0, scaling=scaling, form=target.form)
     return WindowStart(A0, B0, target.window, digest, layer.report(), certificate)
-
-
-def _other_base(name: str, layer: SavedLayer, digest: str | None) -> str:
-    here, was = (str(value).partition("-")[0] for value in (digest, layer.base_sha256))
-    cause = f"it is {here} here and was {was}" if here != was else "its values differ"
-    return (
-        f"{name}: this is not the base weight the adapter was made on ({cause}). "
-        "Load the original base, or pass check_base=False if you know that they fit."
-    )

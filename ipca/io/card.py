@@ -26,7 +26,7 @@ With stock PEFT, on the original base model:
 model = peft.PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
-With ipca, to train on:
+With ipca, to continue training:
 
 ```python
 model = ipca.load_adapter(model, "path/to/this/folder")

@@ -59,8 +59,10 @@ def export(
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
-    if (form == "truncated") != (rank is not None):
-        raise ValueError(f"rank goes with form='truncated', and that form with a rank; got {form!r} and {rank}.")
+    if form == "truncated" and rank is None:
+        raise ValueError("form 'truncated' needs a rank, such as that of the window.")
+    if form != "truncated" and rank is not None:
+        raise ValueError(f"a rank is for form 'truncated' alone; got {form!r} and rank {rank}.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be an int of at least 1, got {rank!r}.")
     if form == "residual":

@@ -73,6 +73,13 @@ def svd_record(report: SVDReport) -> dict[str, Any]:
     return record
 
 
+def other_base(name: str, was: str | None, here: str | None) -> str:
+    """What to say of a layer whose base weight has another hash than the adapter knows."""
+    dtypes = [str(digest).partition("-")[0] for digest in (here, was)]
+    cause = f"it is {dtypes[0]} here and was {dtypes[1]}" if dtypes[0] != dtypes[1] else "its values differ"
+    return f"{name}: this is not the base weight the adapter was made on ({cause}). Load the original base"
+
+
 def read_adapter(folder: str | os.PathLike[str], *, whole: bool = True) -> AdapterFolder:
     """Read what :func:`ipca.save_adapter` wrote.
 
@@ -87,7 +94,10 @@ def read_adapter(folder: str | os.PathLike[str], *, whole: bool = True) -> Adapt
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder; give the folder that save_adapter wrote.")
-    for name, hint in ((WEIGHTS, "it is no adapter folder"), (SIDECAR, "it was not written by ipca.save_adapter")):
+    for name, hint in (
+        (WEIGHTS, "it is no adapter folder"),
+        (SIDECAR, "it was not written by ipca.save_adapter; for a stock LoRA see ipca.import_peft"),
+    ):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} has no {name}: {hint}.")
     layers, names, digest = _read_sidecar(path / SIDECAR)

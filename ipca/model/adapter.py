@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from ipca.model.apply import TRAINS_WHOLE, adapted_layers
+from ipca.model.targets import holds_peft
 from ipca.nn import QuantisedLinearPC, WindowLayer
 from ipca.nn.place import put_layer
 from ipca.nn.quantised import quantised_kind
@@ -104,5 +105,10 @@ def require_adapted(model: nn.Module) -> dict[str, WindowLayer]:
     """The adapted layers of ``model`` by path, or a ValueError where there is none."""
     layers = adapted_layers(model)
     if not layers:
+        if holds_peft(model):
+            raise ValueError(
+                f"this {type(model).__name__} holds PEFT's layers: use its own save_pretrained, disable_adapter, "
+                "merge_adapter and merge_and_unload, and ipca.interop.peft."
+            )
         raise ValueError(f"this {type(model).__name__} has no LinearPC layer; call apply_pc or load_adapter first.")
     return layers

@@ -64,7 +64,8 @@ def apply_pc(
             unchanged. (Only where memory runs out later, while layers are exchanged, are some of them adapted.)
     """
     if not isinstance(config, PCConfig | None):
-        raise TypeError(f"config must be a PCConfig, got {config!r}; give fields by name, such as rank=16.")
+        given = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(f"config must be an ipca.PCConfig, got a {given}; give fields by name, such as rank=16.")
     if config is not None and options:
         raise TypeError(f"give a PCConfig or options, not both; got {', '.join(options)} beside a config.")
     refuse_inference_mode()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ipca.model.apply import adapted_layers
+from ipca.model.targets import holds_peft
+from ipca.nn import InitCertificate
 from ipca.nn.quantised import quantised_kind
+from ipca.svd import SVDReport
+
+WindowKind = tuple[tuple[int, ...], int, int, float, str]
+"""``((…, out, in), start, rank, alpha, form)`` of a layer."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +62,41 @@ class Summary:
             name, relative, largest, dtype = self.worst_start
             lines.append(
                 f"before training: worst ‖W_eff − W‖/‖W‖ = {relative:.1e}, "
-                f"max|W_eff − W| = {largest:.1e} ({dtype}, {name})"
+                f"max|W_eff − W| = {largest:.1e} ({dtype}, layer {name})"
             )
         return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:
-    """Account for the adapted layers of ``model``, at any time after they are in place."""
+    """Account for the adapted layers of ``model``, at any time after they are in place.
+
+    Raises:
+        ValueError: the layers are PEFT's.
+    """
     layers = adapted_layers(model)
-    shapes = Counter(
-        (m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window is not None
-    )
+    if not layers and holds_peft(model):
+        raise ValueError("these are PEFT's layers; for those of a PCConfig say ipca.interop.peft.summary(model).")
+    windows = [(m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window]
     reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
-    starts = [(name, m.certificate) for name, m in layers.items() if m.certificate is not None]
+    starts = {name: m.certificate for name, m in layers.items() if m.certificate is not None}
+    return account(model, windows, reports, starts)
+
+
+def account(
+    model: nn.Module,
+    windows: Sequence[WindowKind],
+    reports: Mapping[str, SVDReport],
+    starts: Mapping[str, InitCertificate],
+) -> Summary:
+    """The summary of ``model``, of which every layer has a window, and some a report and a certificate, by path."""
     sources = Counter(r.source for r in reports.values() if r.source != "weight")
     packed = [m for m in model.modules() if quantised_kind(m) is not None]  # of 4 bits, two in an element
-    worst = max(starts, key=lambda item: item[1].relative, default=None)
+    worst = max(starts.items(), key=lambda item: item[1].relative, default=None)
     return Summary(
-        layers=len(layers),
+        layers=len(windows),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()) + sum(_hidden_entries(m) for m in packed),
-        windows=tuple((count, *kind) for kind, count in shapes.items()),
+        windows=tuple((count, *kind) for kind, count in Counter(windows).items()),
         svd_seconds=sum(r.seconds for r in reports.values()),
         uncertified=tuple((name, r.certificate) for name, r in reports.items() if not r.certified),
         worst_residual=max((r.residual for r in reports.values()), default=0.0),

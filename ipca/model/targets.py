@@ -145,11 +145,20 @@ def _in_attention(modules: dict[str, nn.Module], name: str) -> bool:
     return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
+def holds_peft(model: nn.Module) -> bool:
+    """Whether a tuner layer of PEFT is in the model."""
+    return any(_of_peft(module) for module in model.modules())
+
+
+def _of_peft(module: nn.Module | None) -> bool:
+    """Known by the name of its base class, as PEFT need not be there."""
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+
+
 def _in_peft(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether a tuner layer of PEFT holds the module; known by its base class's name, as PEFT need not be there."""
+    """Whether a tuner layer of PEFT holds the module."""
     parts = name.split(".")
-    holders = [modules.get(".".join(parts[:i])) for i in range(len(parts))]
-    return any(base.__name__ == "BaseTunerLayer" for holder in holders for base in type(holder).__mro__)
+    return any(_of_peft(modules.get(".".join(parts[:i]))) for i in range(len(parts)))
 
 
 def refuse(model: nn.Module, targets: list[Target], *, whole: Iterable[str] = (), values: bool = True) -> None:

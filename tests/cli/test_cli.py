@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 import ipca
 import ipca.svd.cache
 from ipca.cli import main
+from ipca.cli.arguments import parser
 
 COMMANDS = ("inspect", "init", "merge", "export", "convert", "cache", "completion")
 
@@ -249,8 +251,8 @@ def test_progress_goes_to_stderr_and_the_record_alone_to_stdout(bert, tmp_path, 
         (["convert", "{bert}", "{adapter}", "-o", "{adapter}"], "is the adapter itself; choose another folder"),
         (["convert", "{bert}", "{adapter}", "-o", "{bert}/../adapter"], "is the adapter itself; choose another folder"),
         (["export", "{bert}", "{adapter}", "-o", "{adapter}"], "is the adapter itself; choose another folder"),
-        (["export", "{bert}", "{adapter}", "--form", "truncated", "-o", "{out}"], "rank goes with form='truncated'"),
-        (["export", "{bert}", "{adapter}", "--rank", "2", "-o", "{out}"], "rank goes with form='truncated'"),
+        (["export", "{bert}", "{adapter}", "--form", "truncated", "-o", "{out}"], "form 'truncated' needs a rank"),
+        (["export", "{bert}", "{adapter}", "--rank", "2", "-o", "{out}"], "a rank is for form 'truncated' alone"),
         (["export", "{bert}", "{adapter}", "-o", "{bert}/config.json/x"], "is not a folder"),
         (["init", "{bert}", "--rank", "0", "-o", "{out}"], "rank must be at least 1"),
         (["init", "{bert}", "--rank", "33", "-o", "{out}"], "there are only 32"),
@@ -301,12 +303,21 @@ def test_an_interrupt_is_one_line(bert, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "cache list", "cache prune", "demo"])
-def test_help_has_examples(command, capsys):
+@pytest.mark.parametrize("command", ["", *COMMANDS, "cache list", "cache verify", "cache prune", "demo"])
+def test_help_has_the_examples_of_its_own_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     assert stop.value.code == 0
-    assert "examples:" in capsys.readouterr().out
+    examples = capsys.readouterr().out.partition("\nexamples:\n")[2].partition("\n\n")[0].splitlines()
+    assert examples
+    assert all(" ".join(["ipca", *command.split()]) in example for example in examples)
+
+
+def test_every_example_is_a_command_line():
+    examples = parser().epilog.partition("\n\n")[0].splitlines()[1:]
+    assert len(examples) > 10
+    for example in examples:
+        parser().parse_args(shlex.split(example.partition("ipca ")[2].partition(" > ")[0]))
 
 
 def test_python_m_ipca_runs_the_command(tmp_path):

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from folders import contents, spoil
+from transformers import AutoModelForCausalLM as AutoModel
 
 import ipca.fingerprint
 import ipca.svd.cache
@@ -162,3 +164,18 @@ def test_an_error_in_one_process_ends_all_and_the_rest_is_kept(llama, tmp_path, 
     assert 'Traceback (most recent call last):\n  File "' + str(Path(ipca.__file__).parent) not in done.stderr
     assert os.listdir(tmp_path / "out") == [WORK]
     assert not (tmp_path / "out" / "base").exists()
+
+
+def test_a_trained_adapter_is_not_replaced_by_a_start_and_an_untrained_one_is(llama, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert init(llama, out) == 0
+    assert init(llama, out) == 0
+    model = ipca.load_adapter(AutoModel.from_pretrained(llama), out)
+    with torch.no_grad():
+        next(ipca.adapter_parameters(model)).add_(1.0)
+    ipca.save_adapter(model, out)
+    before = contents(out)
+    capsys.readouterr()
+    assert init(llama, out) == 1
+    assert f"{out} holds an adapter that is no untrained start; choose another folder." in capsys.readouterr().err
+    assert contents(out) == before

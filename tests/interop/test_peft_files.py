@@ -133,7 +133,7 @@ def test_another_base_is_refused_by_the_layers_name(options, tmp_path):
     with torch.no_grad():
         base.b.weight[0, 0] += 1
     for given in (config, PCConfig.from_pretrained(tmp_path)):  # one that has been used, and a new one
-        with pytest.raises(ValueError, match=r"^b: its weight is not the one that the window was taken from"):
+        with pytest.raises(ValueError, match=r"^b: this is not the base weight the adapter was made on"):
             PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, config=given, **options)
 
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from common import snapshot
+from layer_kinds import mixtral
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_cases import off, output, train, wrap
-from peft_models import CASES, Heavy, Small, ids
+from peft_models import CASES, Heavy, Small, ids, llama
 from quantised_layers import KINDS, quantise
 from torch import nn
 
@@ -118,7 +119,7 @@ def test_the_originals_of_a_quantised_base():
 
 def test_another_weight_than_the_prepared_one_is_refused():
     config = prepare(Small(), PCConfig(r=3, target_modules=["a", "b"]), progress=False)
-    with pytest.raises(ValueError, match=r"^a: its weight is not the one that the window was taken from"):
+    with pytest.raises(ValueError, match=r"^a: this is not the base weight the adapter was made on"):
         wrap(Small(), config)
 
 
@@ -163,3 +164,18 @@ def test_a_copy_by_replace_has_no_starts_of_its_own():
     copied = replace(config, r=2, lora_alpha=None)
     assert config.starts
     assert (copied.starts, copied.layers, copied.r, copied.lora_alpha) == ({}, {}, 2, 2)
+
+
+def test_a_router_too_small_for_the_rank_is_refused_before_anything_is_wrapped():
+    model = mixtral()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"mlp\.gate\.weight: rank 16 is above its 4 singular values; give it another"):
+        prepare(model, PCConfig(target_modules="all-linear"), progress=False)
+    assert snapshot(model) == before
+
+
+def test_a_tied_head_is_refused_by_name():
+    model = llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="lm_head: its weight is tied to another module's"):
+        prepare(model, PCConfig(r=3, target_modules=["lm_head"]), progress=False)

@@ -44,7 +44,7 @@ def test_it_states_windows_exactness_and_versions(folder):
     assert f"residual {worst:.1e}; the indices of 2 of 2 windows are proven" in text
     assert f"| torch | {record['versions']['torch']} |" in text
     assert "PeftModel.from_pretrained" in text
-    assert "ipca.load_adapter" in text
+    assert "With ipca, to continue training:\n\n```python\nmodel = ipca.load_adapter(" in text
 
 
 def test_data_and_metrics_are_given_by_the_caller(folder):

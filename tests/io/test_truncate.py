@@ -148,8 +148,8 @@ def test_a_layer_without_one_pair_is_refused():
 @pytest.mark.parametrize(
     ("form", "rank", "words"),
     [
-        ("truncated", None, "rank goes with form='truncated', and that form with a rank; got 'truncated' and None"),
-        ("peft", 3, "rank goes with form='truncated', and that form with a rank; got 'peft' and 3"),
+        ("truncated", None, "form 'truncated' needs a rank"),
+        ("peft", 3, "a rank is for form 'truncated' alone; got 'peft' and rank 3"),
         ("truncated", 0, "rank must be an int of at least 1, got 0"),
         ("truncated", 2.0, "rank must be an int of at least 1, got 2.0"),
         ("truncated", True, "rank must be an int of at least 1, got True"),

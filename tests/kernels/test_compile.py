@@ -9,24 +9,14 @@ import triton.language as tl
 from offline import SHIPPED, Compiled, Row, compile_all
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return compile_all(SHIPPED)
-
-
-@pytest.mark.parametrize(
-    "kind", ["does not compile", "spills", "shared memory", "tensor memory", "no matrix instruction", "rounds float32"]
-)
-def test_shipped_kernels(shipped, kind):
+def test_shipped_kernels():
+    """One test, as it takes minutes: pytest-xdist would have every worker compile for its share of several."""
+    shipped = compile_all(SHIPPED)
     assert shipped
-    problems = [problem for row in shipped for problem in row.problems() if kind in problem]
+    problems = [problem for row in shipped for problem in row.problems()]
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
-
-
-def test_descriptors_become_tma_loads(shipped):
-    sound = [row for row in shipped if not row.problems()]
-    assert [row for row in sound if row.compiled.uses_tma != ("TMA" in row.variant)] == []
+    assert [row for row in shipped if row.compiled.uses_tma != ("TMA" in row.variant)] == []
 
 
 @triton.jit

@@ -250,7 +250,7 @@ def test_summary_reads_as_a_table():
     assert " ".join(lines[2].split()) == "1 × (20, 12) window [1, 3) of 12 alpha 5 intact"
     assert lines[3].startswith("window SVD: ")
     assert lines[3].endswith("2 of 2 windows certified")
-    assert lines[4] == "before training: worst ‖W_eff − W‖/‖W‖ = 0.0e+00, max|W_eff − W| = 0.0e+00 (float32, a)"
+    assert lines[4] == "before training: worst ‖W_eff − W‖/‖W‖ = 0.0e+00, max|W_eff − W| = 0.0e+00 (float32, layer a)"
     with torch.no_grad():
         model.b.kept_weight.copy_(torch.eye(20, 12))
     tied = ipca.apply_pc(ipca.unload(model, merge=False), rank=2, targets="b", progress=False)

@@ -153,7 +153,7 @@ def test_a_wrapper_is_not_saved(wrap, tmp_path):
 
 @pytest.mark.parametrize("config", [16, {"rank": 4}, "middle"])
 def test_a_config_of_another_type_is_refused(config):
-    with pytest.raises(TypeError, match="config must be a PCConfig"):
+    with pytest.raises(TypeError, match=r"config must be an ipca\.PCConfig"):
         ipca.apply_pc(network(), config)
 
 

@@ -18,7 +18,8 @@ from ipca.interop.peft.export import export
 from ipca.interop.peft.guards import install_guards
 from ipca.interop.peft.prepare import prepare
 from ipca.interop.peft.stock import init_
+from ipca.interop.peft.summary import summary
 
 install_guards()
 
-__all__ = ["PCConfig", "export", "init_", "prepare"]
+__all__ = ["PCConfig", "export", "init_", "prepare", "summary"]

@@ -20,6 +20,7 @@ from ipca.interop.peft.layers import (
     WindowLora,
 )
 from ipca.interop.peft.parameter import ParamWrapper
+from ipca.nn import WindowLayer
 from ipca.nn.quantised import quantised_kind, quantised_refusal
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def refusal(base: nn.Module) -> str:
     """Why a base layer cannot have a window, or an empty text."""
     if quantised_kind(base) is not None:
         return quantised_refusal(base) or ""
+    if isinstance(base, WindowLayer):
+        return "it is adapted by ipca.apply_pc already; ipca.unload the model first"
     if isinstance(base, NonDynamicallyQuantizableLinear | nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights without calling their layers"
     if getattr(base, "_hf_tp_plan", None) is not None:

@@ -13,12 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ipca.interop.peft.files import load_config, save_config
-from ipca.io.read import SavedLayer, svd_record
+from ipca.io.read import SavedLayer, other_base, svd_record
 from ipca.nn import WindowStart, check_options, window_start
 from ipca.svd import tolerance
 from ipca.window import Window, as_window
@@ -166,7 +166,9 @@ class PCConfig(LoraConfig):
                 window = self.window_of(path, rank)
                 options = {"scaling": scaling, "form": "intact", "adapter_dtype": dtype, "tol": self.tol}
                 start = window_start(matrix, window, digest=digest, **options)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except ValueError as error:
+            raise ValueError(f"{path}: {error} Or give it another rank in rank_pattern, or exclude it.") from None
+        except (TypeError, RuntimeError) as error:
             raise type(error)(f"{path}: {error}") from None
         self.layers[path] = SavedLayer(
             kind=layer.kind,
@@ -190,9 +192,7 @@ class PCConfig(LoraConfig):
         digest, start = layer.base_sha256(), self.starts.get(layer.path)
         known = self.bases.get(layer.path) or (start and start.base_sha256)
         if known and known != digest:
-            raise ValueError(
-                f"{layer.path}: its weight is not the one that the window was taken from; load the original base."
-            )
+            raise ValueError(other_base(layer.path, known, digest) + ".")
         return digest
 
     def on_save(self, path: str) -> Callable[[], None]:
@@ -205,6 +205,22 @@ class PCConfig(LoraConfig):
     def _remember(self, path: str, layer: SavedLayer | None) -> None:
         if layer is not None:
             self.layers[path] = layer
+
+
+def config_of(model: nn.Module, adapter_name: str) -> PCConfig:
+    """The configuration of an adapter.
+
+    Raises:
+        TypeError: ``model`` is no PeftModel.
+        ValueError: no adapter of that name, or not one of a PCConfig.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"expected a PeftModel, got a {type(model).__name__}; give the model inside the wrapper.")
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, PCConfig):
+        names = [name for name, other in model.peft_config.items() if isinstance(other, PCConfig)]
+        raise ValueError(f"{adapter_name!r} is no adapter of a PCConfig; those are {', '.join(names) or '(none)'}.")
+    return config
 
 
 def _build(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ipca.interop.peft.config import PCConfig
+from ipca.interop.peft.config import PCConfig, config_of
 from ipca.io.files import staged_files
 from ipca.io.peft_format import WEIGHTS
 
@@ -34,12 +34,7 @@ def export(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str =
         ValueError: no adapter of that name, or not one of a PCConfig.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"expected a PeftModel, got a {type(model).__name__}; give the model inside the wrapper.")
-    config = model.peft_config.get(adapter_name)
-    if not isinstance(config, PCConfig):
-        names = [name for name, other in model.peft_config.items() if isinstance(other, PCConfig)]
-        raise ValueError(f"{adapter_name!r} is no adapter of a PCConfig; those are {', '.join(names) or '(none)'}.")
+    config = config_of(model, adapter_name)
     with gather_params_ctx([p for name, p in model.named_parameters() if f".{adapter_name}" in name]):
         state = get_peft_model_state_dict(model, adapter_name=adapter_name)
         tensors = {key: _whole(tensor) for key, tensor in state.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
 
@@ -98,19 +99,37 @@ def _wrapped(base: nn.Module, config: PCConfig) -> nn.Module:
 
 
 def _targets(trial: nn.Module, config: PCConfig) -> dict[str, Target]:
-    """By the path in the base, what is to be decomposed in ``trial``; single parameters are left to PEFT's own turn."""
+    """By the path in the base, what is to be decomposed in ``trial``; single parameters are left to PEFT's own turn.
+
+    Raises:
+        ValueError: a weight is tied to another module's, or a single parameter is too small for its rank.
+    """
     targets = {}
+    owners = Counter(id(p) for _, p in trial.named_parameters(remove_duplicate=False))
     for name, layer in trial.named_modules():
         if not (isinstance(layer, WindowLora) and layer.holds(_ADAPTER)):
             continue
-        base = layer.get_base_layer()
+        base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
+        if owners[id(layer.base_weight())] > 1:
+            raise ValueError(
+                f"{layer.path}: its weight is tied to another module's, which merging would change too; exclude it, or "
+                "untie them."
+            )
         while trial.get_submodule(name) is not base:
             name += _INSIDE
         if isinstance(layer, ParamWrapper):
             if layer.parameter_name not in stack_names(base):
+                _check_rank(layer, rank)
                 continue
             name += f".{layer.parameter_name}"
-        rank = layer.r[_ADAPTER]
         window, alpha = config.window_of(layer.path, rank), layer.scaling[_ADAPTER] * rank
         targets[layer.path] = Target(name, window, alpha, "intact", config.lora_dropout)
     return targets
+
+
+def _check_rank(layer: ParamWrapper, rank: int) -> None:
+    d = min(layer.base_matrix().shape[-2:])
+    if rank > d:
+        raise ValueError(
+            f"{layer.path}: rank {rank} is above its {d} singular values; give it another in rank_pattern, or exclude it."
+        )
