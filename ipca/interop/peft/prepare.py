@@ -131,5 +131,6 @@ def _check_rank(layer: ParamWrapper, rank: int) -> None:
     d = min(layer.base_matrix().shape[-2:])
     if rank > d:
         raise ValueError(
-            f"{layer.path}: rank {rank} is above its {d} singular values; give it another in rank_pattern, or exclude it."
+            f"{layer.path}: rank {rank} is above its {d} singular values; give it another in rank_pattern, or "
+            "exclude it."
         )
