@@ -119,7 +119,7 @@ def main() -> int:
             measure("read_adapter", lambda: read_adapter(folder), args.runs, file),
             measure("load_adapter, resumed", lambda: ipca.load_adapter(model, folder), args.runs, file),
             measure(
-                "load_adapter, on the base, hashed and checked for NaN",
+                "load_adapter, on the base, hashed",
                 lambda: ipca.load_adapter(fresh(model, plain), folder),
                 args.runs,
                 file,

@@ -14,5 +14,5 @@ def tensor_sha256(tensor: Tensor) -> str:
     """``"float32-<hex digest>"`` over shape and values in row-major order; alike on every device and memory layout."""
     digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
     for rows in tensor.detach().split(_ROWS):
-        digest.update(rows.cpu().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy())
+        digest.update(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return f"{str(tensor.dtype).removeprefix('torch.')}-{digest.hexdigest()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
@@ -187,17 +188,22 @@ def _fresh_layers(
         if name not in here:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
         targets.append(Target(name, layer.window, layer.alpha, form or layer.form, layer.dropout))
-    refuse(model, targets, whole=saved.whole)
-    return [(target, _start(model, target, saved, check_base)) for target in targets]
+    known = check_base and all(layer.base_sha256 for layer in saved.layers.values())
+    refuse(model, targets, whole=saved.whole, values=not known)  # with its hash a weight has the values it had
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves Python's lock
+        digests = list(pool.map(lambda target: base_sha256(find_layer(model, target.name)), targets))
+    return [
+        (target, _start(model, target, saved, digest, check_base))
+        for target, digest in zip(targets, digests, strict=True)
+    ]
 
 
-def _start(model: nn.Module, target: Target, saved: AdapterFolder, check_base: bool) -> WindowStart:
+def _start(model: nn.Module, target: Target, saved: AdapterFolder, digest: str, check_base: bool) -> WindowStart:
     layer, factors = saved.layers[target.name], saved.factors[target.name]
     plain = find_layer(model, target.name)
     weight, _ = read_layer(plain)
     if tuple(weight.shape) != layer.shape:
         raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
-    digest = base_sha256(plain)
     if check_base and layer.base_sha256 and digest != layer.base_sha256:
         raise ValueError(other_base(target.name, layer.base_sha256, digest) + _UNCHECKED)
     A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)
