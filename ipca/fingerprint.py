@@ -14,5 +14,8 @@ def tensor_sha256(tensor: Tensor) -> str:
     """``"float32-<hex digest>"`` over shape and values in row-major order; alike on every device and memory layout."""
     digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
     for rows in tensor.detach().split(_ROWS):
-        digest.update(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        values = rows.cpu().flatten()  # a copy where the layout asks for one
+        if values.stride(0) != 1:  # of a single value
+            values = values.clone(memory_format=torch.contiguous_format)
+        digest.update(values.view(torch.uint8).numpy())
     return f"{str(tensor.dtype).removeprefix('torch.')}-{digest.hexdigest()}"
