@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import os
 
-import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ipca.interop.peft.config import PCConfig, config_of
 from ipca.io.files import staged_files
 from ipca.io.peft_format import WEIGHTS
+from ipca.ops.sharded import full
 
 
 def export(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -61,7 +60,6 @@ def _auto_mapping(model: PeftModel, config: PCConfig) -> dict[str, str] | None:
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 
-@torch.no_grad()
 def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().cpu().contiguous().clone()
+    """On the CPU and in memory of its own, as safetensors asks for."""
+    return full(tensor.detach()).cpu().contiguous().clone()
