@@ -22,8 +22,8 @@ LEVELS = {
     "model": 4,
     "io": 5,
     "": 5.5,  # ipca/__init__.py offers all of the above
-    **dict.fromkeys(("interop", "analysis"), 6),
-    "demo": 7,
+    **dict.fromkeys(("interop", "analysis", "baselines"), 6),
+    **dict.fromkeys(("continual", "demo", "sweep"), 7),
     "cli": 8,
     "__main__": 9,
 }
