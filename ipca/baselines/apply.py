@@ -64,7 +64,7 @@ def apply(
     if kind == "window":
         return apply_pc(model, replace(config, window=method), cache=cache, progress=False)
     if kind == "auto":
-        return apply_pc(model, config, calibration=calibration, cache=cache, progress=False)
+        return apply_pc(model, replace(config, window="auto"), calibration=calibration, cache=cache, progress=False)
     if method in ("frozen-A", "frozen-B"):
         apply_pc(model, config, cache=cache, progress=False)
         for layer in adapted_layers(model).values():

@@ -30,7 +30,10 @@ def kind_of(method: str) -> str:
 
 
 def check_method(method: str) -> str:
-    """``method`` in its one text form, so that ``"0.50"`` and ``"0.5"`` are the same; raises as :func:`kind_of`."""
+    """``method`` in its one text form: ``"middle"`` and ``"0.50"`` are both ``"0.5"``; raises as :func:`kind_of`."""
+    position = position_of(method)
+    if position is not None:
+        return str(position)
     return Window(method, 1).text if kind_of(method) == "window" else method
 
 
@@ -39,7 +42,8 @@ def position_of(method: str) -> float | None:
     if kind_of(method) != "window":
         return None
     named = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
+    text = Window(method, 1).text
     try:
-        return named[method] if method in named else float(method)
+        return named[text] if text in named else float(text)
     except ValueError:
         return None

@@ -23,7 +23,7 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
 def plain_lora_start(
     weight: Tensor, rank: int, generator: torch.Generator, *, adapter_dtype: torch.dtype | None = None
 ) -> WindowStart:
-    """Plain LoRA (arXiv 2106.09685) in a layer with ``weight (…, out, in)``: random ``A0``, ``B0 = 0``, so ``W_res = W``.
+    """Plain LoRA (arXiv 2106.09685) for ``weight (…, out, in)``: random ``A0``; ``B0 = 0``, so ``W_res = W``.
 
     ``A0`` is uniform in ``±1 / √in``, as PEFT draws it (Kaiming-uniform with a = √5). LoRA has no window; the start
     carries ``Window(0, rank)`` for its rank, and no SVD report.

@@ -1,0 +1,89 @@
+"""PEFT's layers without PEFT: which modules are some, and the weight that one computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ipca.analysis.matrix import wide
+from ipca.nn.kinds import ExpertStack, layer_kind, read_layer, to_matrix
+from ipca.window import Window
+
+_INNER = ".base_layer"
+
+
+def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of ``model`` that adds a PEFT adapter to a weight, by the path of that weight in the plain model."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if all(hasattr(module, attribute) for attribute in ("base_layer", "get_delta_weight", "active_adapters")):
+            while name.endswith(_INNER):  # the layers of several parameters of one module stand in each other
+                name = name.removesuffix(_INNER)
+            parameter = getattr(module, "parameter_name", None)
+            found[name if parameter is None else f"{name}.{parameter}"] = module
+    return found
+
+
+def trained_matrix(name: str, layer: Any) -> Tensor:
+    """``W' (out, in)`` or ``(E, out, in)`` in float64: the kept weight and the change of every active adapter.
+
+    Raises:
+        ValueError: an adapter's change is no sum, as DoRA's, or the weight is of a kind that has no matrix.
+    """
+    base = _base_layer(name, layer)
+    weight = wide(read_layer(base)[0])
+    for adapter in _active(layer):
+        if adapter in layer.merged_adapters:
+            continue
+        variant = getattr(layer, "lora_variant", {}).get(adapter)
+        if type(variant).__module__.startswith("peft."):
+            raise ValueError(
+                f"{name}: its adapter {adapter!r} is a {type(variant).__name__}, whose change is more than B A; "
+                "merge_and_unload() a copy of the model and compare that."
+            )
+        change = to_matrix(layer_kind(base) or "linear", layer.get_delta_weight(adapter).detach())
+        weight = weight + wide(change).to(weight.device)
+    return weight
+
+
+def peft_factors(layer: Any) -> Sequence[tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+    """``A, B, A0, B0`` of each matrix of a layer with one active adapter that has a window; else None."""
+    active = _active(layer)
+    held = layer.pairs(active[0]) if len(active) == 1 and hasattr(layer, "pairs") else None
+    if held is None:
+        return None
+    E = getattr(layer, "num_experts", 1)
+    A, B, A0, B0 = (factor.detach().flatten(1) for factor in held)
+    # as PEFT stores a stack: A expert by expert, B rank by rank
+    of_A = [each.reshape(E, -1, each.shape[1]) for each in (A, A0)]
+    of_B = [each.reshape(len(each), -1, E).permute(2, 0, 1) for each in (B, B0)]
+    return [(of_A[0][i], of_B[0][i], of_A[1][i], of_B[1][i]) for i in range(E)]
+
+
+def active_window(model: nn.Module, name: str, layer: Any) -> Window | None:
+    """The window of the one active adapter of a PEFT layer, where its configuration tells; else None."""
+    if not hasattr(layer, "active_adapters"):
+        return None
+    active = _active(layer)
+    config = getattr(model, "peft_config", {}).get(active[0]) if len(active) == 1 else None
+    saved = getattr(config, "layers", {}).get(name)
+    return None if saved is None else Window(saved.start, saved.rank)
+
+
+def _active(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    names = [getattr(layer, name) for name in layer.adapter_layer_names]
+    return [adapter for adapter in layer.active_adapters if any(adapter in holder for holder in names)]
+
+
+def _base_layer(name: str, layer: Any) -> nn.Module:
+    base = layer.get_base_layer()
+    parameter = getattr(layer, "parameter_name", None)
+    if parameter is not None and layer.get_param().ndim == 3:
+        return ExpertStack(layer.get_param(), bool(getattr(base, "is_transposed", False)))
+    if parameter is not None or layer_kind(base) is None:
+        what = type(base).__name__ if parameter is None else f"bare parameter {parameter!r}"
+        raise ValueError(f"{name}: the adapter's base, a {what}, is no layer that can be read as a matrix.")
+    return base
