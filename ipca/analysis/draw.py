@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,15 +29,15 @@ def draw_spectra(rows: Iterable[LayerSpectrum], path: str | os.PathLike[str]) ->
         OSError: ``path`` cannot be written; what was there stays.
     """
     named = [(row.name, row.shape, row) for row in rows]
-    with _panels(named, "Spectra by layer, first (dark) to last (light); the window is shaded", path) as panels:
+    with panels(named, "Spectra by layer, first (dark) to last (light); the window is shaded", path) as axes:
         import matplotlib
 
-        for axis, group in panels:
+        for axis, group in axes:
             for k, row in enumerate(group):
                 colour = matplotlib.colormaps["viridis"](k / max(len(group) - 1, 1))
                 relative = row.spectrum / row.spectrum[0].clamp_min(1e-300)
                 axis.semilogy(relative.clamp_min(1e-9), color=colour, linewidth=1)
-                _shade(axis, row.window, len(group))
+                shade(axis, row.window, len(group))
             axis.set_xlabel("index of the singular value", fontsize=8)
             axis.set_ylabel("σ / σ₁", fontsize=8)
 
@@ -52,45 +52,53 @@ def draw_drift(found: Mapping[str, Drift], path: str | os.PathLike[str]) -> None
         ImportError, ValueError, OSError: as :func:`draw_spectra`.
     """
     named = [(name, row.shape, row) for name, row in found.items()]
-    with _panels(named, "What training did to each component; the window is shaded", path) as panels:
-        for axis, group in panels:
+    with panels(named, "What training did to each component; the window is shaded", path) as axes:
+        for axis, group in axes:
             for k, row in enumerate(group):
                 for part, colour in (("rotation", "tab:orange"), ("rescaling", "tab:blue")):
                     relative = getattr(row, part) / max(row.norm, 1e-300)
                     style = {"color": colour, "linewidth": 1, "alpha": max(0.15, 1 / len(group))}
                     axis.semilogy(relative.clamp_min(1e-9), label=part if k == 0 else None, **style)
                 if row.window is not None:
-                    _shade(axis, row.window, len(group))
+                    shade(axis, row.window, len(group))
             axis.set_xlabel("component of the pretrained weight", fontsize=8)
             axis.set_ylabel("share of ‖ΔW‖", fontsize=8)
             axis.legend(fontsize=7)
 
 
 @contextmanager
-def _panels(
+def panels(
     named: list[tuple[str, tuple[int, int], Row]], title: str, path: str | os.PathLike[str]
 ) -> Iterator[list[tuple[Any, list[Row]]]]:
     """An axis for each kind of layer and the layers of that kind; the picture is written when the block succeeds."""
+    kinds: dict[tuple[str, tuple[int, int]], list[Row]] = defaultdict(list)
+    for name, shape, row in named:
+        kinds[_kind(name), shape].append(row)
+    with saved(named, path) as figure:
+        columns = min(3, len(kinds))
+        lines = -(-len(kinds) // columns)
+        figure.set_size_inches(4 * columns, 2.8 * lines)
+        axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+        for axis in axes[len(kinds) :]:
+            axis.remove()
+        yield list(zip(axes, kinds.values(), strict=False))
+        for axis, ((kind, shape), group) in zip(axes, kinds.items(), strict=False):
+            axis.set_title(f"{kind}  {shape[0]} × {shape[1]}  ({len(group)})", fontsize=8)
+            axis.tick_params(which="both", labelsize=7)
+        figure.suptitle(title, fontsize=10)
+
+
+@contextmanager
+def saved(layers: Sized, path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A matplotlib figure for ``layers``, of which there must be one, written to ``path`` when the block succeeds."""
     try:
         from matplotlib.figure import Figure  # without pyplot, whose state is the caller's
     except ImportError:
         raise ImportError("a picture needs matplotlib; run: pip install 'ipca-lora[plot]'") from None
-    if not named:
+    if not layers:
         raise ValueError("there is nothing to draw: no layers were given.")
-    kinds: dict[tuple[str, tuple[int, int]], list[Row]] = defaultdict(list)
-    for name, shape, row in named:
-        kinds[_kind(name), shape].append(row)
-    columns = min(3, len(kinds))
-    lines = -(-len(kinds) // columns)
-    figure = Figure(figsize=(4 * columns, 2.8 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
-    for axis in axes[len(kinds) :]:
-        axis.remove()
-    yield list(zip(axes, kinds.values(), strict=False))
-    for axis, ((kind, shape), group) in zip(axes, kinds.items(), strict=False):
-        axis.set_title(f"{kind}  {shape[0]} × {shape[1]}  ({len(group)})", fontsize=8)
-        axis.tick_params(which="both", labelsize=7)
-    figure.suptitle(title, fontsize=10)
+    figure = Figure(layout="constrained")
+    yield figure
     target = Path(path).absolute()
     with staged_files(target.parent) as stage:
         figure.savefig(stage / target.name, dpi=150)
@@ -101,5 +109,6 @@ def _kind(name: str) -> str:
     return ".".join(part for part in name.partition("[")[0].split(".")[-3:] if not part.isdigit())
 
 
-def _shade(axis: Any, window: Window, layers: int) -> None:
-    axis.axvspan(window.index - 0.5, window.index + window.rank - 0.5, color="tab:red", alpha=0.3 / layers)
+def shade(axis: Any, window: Window, layers: int, colour: str = "tab:red") -> None:
+    """Shade a resolved window, more lightly where one axis has many layers."""
+    axis.axvspan(window.index - 0.5, window.index + window.rank - 0.5, color=colour, alpha=0.3 / layers)

@@ -1,0 +1,209 @@
+"""Compare methods that learn and forget: the frontier, forgetting at an equal score, the rate each is judged at."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ipca.io import staged_files
+
+Point = tuple[float, float]
+"""``(target, retained)`` of one run or checkpoint: the score on the new task, and on what the model knew."""
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MARKS = ("o", "s", "^", "D", "v")
+"""With the colours (Okabe and Ito's) 35 different pairs."""
+
+
+class Matched(NamedTuple):
+    """What :func:`target_matched` found.
+
+    Attributes:
+        target: the score at which methods are compared.
+        retained: ``{method: {seed: retained}}``; NaN where a method never reached ``target`` with a seed.
+    """
+
+    target: float
+    retained: dict[str, dict[Any, float]]
+
+
+def frontier(points: Iterable[Sequence[float]]) -> list[int]:
+    """The indices of the Pareto-optimal ``(target, retained)``, both larger is better, by ascending target.
+
+    A point is on the frontier if no other is at least as good in both and better in one. Of equal points all are on
+    it, in the order given. A point that is not finite, such as a diverged run's, never is.
+
+    Raises:
+        ValueError: something is no pair of numbers.
+    """
+    pairs = [_point(point) for point in points]
+    best = -math.inf
+    found: list[int] = []
+    known = [i for i, pair in enumerate(pairs) if _is_finite(pair)]
+    for i in sorted(known, key=lambda i: (-pairs[i][0], -pairs[i][1], -i)):
+        if pairs[i][1] > best or (found and pairs[i] == pairs[found[-1]]):
+            best = pairs[i][1]
+            found.append(i)
+    return found[::-1]
+
+
+def target_matched(
+    curves: Mapping[str, Mapping[Any, Sequence[Sequence[float]]]], target: float | None = None
+) -> Matched:
+    """How much each method retains at an equal score on the new task, so that learning less is no way to forget less.
+
+    The points of one method and seed are its rates and checkpoints. Between neighbours on their :func:`frontier`
+    ``retained`` is interpolated linearly; below its lowest target it is that of the frontier's first point, which
+    reaches more. So ``retained(t)`` is the largest on the frontier's line with a target of at least ``t``.
+
+    Choosing along the frontier by the scores themselves flatters, and the more so the more points a method has: give
+    all methods equally many.
+
+    Args:
+        curves: ``{method: {seed: [(target, retained), …]}}``; points that are not finite are left out.
+        target: the score ``t``. By default the largest that every method reaches with every seed: the minimum over
+            methods and seeds of the largest target. A seed without any point reaches none and is left out of it.
+
+    Raises:
+        ValueError: no points at all, or ``target`` is not finite.
+    """
+    lines = {
+        method: {seed: [_point(points[i]) for i in frontier(points)] for seed, points in seeds.items()}
+        for method, seeds in curves.items()
+    }
+    reached = [line[-1][0] for seeds in lines.values() for line in seeds.values() if line]
+    if not reached:
+        raise ValueError(f"there are no finite points to compare; got the methods {', '.join(curves) or '(none)'}.")
+    t = min(reached) if target is None else float(target)
+    if not math.isfinite(t):
+        raise ValueError(f"target must be a score; got {target!r}.")
+    return Matched(t, {m: {seed: _retained_at(line, t) for seed, line in seeds.items()} for m, seeds in lines.items()})
+
+
+def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target") -> dict[Any, float]:
+    """For each seed the learning rate with the best mean ``metric`` over the *other* seeds, ``{seed: lr}``.
+
+    Taking for each seed the rate that was best with that very seed would report the largest of several noisy
+    numbers, which lies above the truth, and the further the more rates a method was tried at. A rate chosen by
+    the other seeds knows nothing of the noise of this one, so its score is that of a rate tuned elsewhere. The
+    choices of different seeds share runs and are not independent of each other.
+
+    Of equally good rates the lowest is taken. A rate at which another seed's run failed (its metric is None, empty
+    or NaN) comes last; where that is so of every rate, there is none to choose and the seed gets NaN.
+
+    Args:
+        rows: of one method in one comparison, each at the end of training: ``lr``, ``seed`` and ``metric``, as numbers
+            or as the text of a CSV file. A complete grid: every rate with every seed, once.
+        metric: a column, larger is better.
+
+    Raises:
+        ValueError: fewer than two seeds, a run that is missing or there twice; the message names it.
+        KeyError: a row without one of the columns.
+    """
+    scores: dict[tuple[float, Any], float] = {}
+    for row in rows:
+        key = float(row["lr"]), row["seed"]
+        if key in scores:
+            raise ValueError(
+                f"two rows at lr {key[0]:g} with seed {key[1]}; give one method, one comparison, no checkpoints."
+            )
+        scores[key] = _number(row[metric])
+    rates, seeds = sorted({lr for lr, _ in scores}), list(dict.fromkeys(seed for _, seed in scores))
+    missing = [(lr, seed) for lr in rates for seed in seeds if (lr, seed) not in scores]
+    if missing:
+        raise ValueError(f"no run at lr {missing[0][0]:g} with seed {missing[0][1]}; leave out the rate or the seed.")
+    if len(seeds) < 2:
+        raise ValueError(f"choosing a rate by the other seeds takes two seeds or more; got {len(seeds)}.")
+    return {seed: _best([(lr, [scores[lr, s] for s in seeds if s != seed]) for lr in rates]) for seed in seeds}
+
+
+def draw_frontier(
+    points: Mapping[str, Iterable[Sequence[float]]],
+    path: str | os.PathLike[str],
+    *,
+    base: float | None = None,
+    labels: tuple[str, str] = ("target (higher is better)", "retained (higher is better)"),
+) -> None:
+    """Draw every point of every method, a line along each method's frontier, and a grey one along that of all.
+
+    Args:
+        points: ``{method: [(target, retained), …]}``; points that are not finite are left out.
+        path: its ending names the format: ``.png``, ``.pdf``, ``.svg``.
+        base: ``retained`` of the untrained model, for a dotted line.
+        labels: of the axes, with units.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no points, or an unknown format.
+        OSError: ``path`` cannot be written; what was there stays.
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot, whose state is the caller's
+    except ImportError:
+        raise ImportError("a picture needs matplotlib; run: pip install 'ipca-lora[plot]'") from None
+    known = {m: [p for p in map(_point, found) if _is_finite(p)] for m, found in points.items()}
+    together = [p for found in known.values() for p in found]
+    if not together:
+        raise ValueError(f"there are no finite points to draw; got the methods {', '.join(known) or '(none)'}.")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    _staircase(axis, together)
+    for k, (method, found) in enumerate(known.items()):
+        colour, mark = _COLOURS[k % len(_COLOURS)], _MARKS[k % len(_MARKS)]
+        axis.plot(*_columns(found), mark, color=colour, markersize=5, alpha=0.7, label=method)
+        axis.plot(*_columns([found[i] for i in frontier(found)]), color=colour, linewidth=1.2)
+    if base is not None:
+        axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="untrained")
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)  # beside the axes, where it covers no point
+    target = Path(path).absolute()
+    with staged_files(target.parent) as stage:
+        figure.savefig(stage / target.name, dpi=150)
+
+
+def _staircase(axis: Any, points: Sequence[Point]) -> None:
+    """The best ``retained`` that any method reached with at least this target."""
+    x, y = _columns([points[i] for i in frontier(points)])
+    axis.step(x, y, where="pre", color="#bbbbbb", linewidth=5, zorder=0, label="frontier of all")
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [target for target, _ in points], [retained for _, retained in points]
+
+
+def _retained_at(line: Sequence[Point], t: float) -> float:
+    """Along a frontier, ascending in target; NaN above its end."""
+    if not line or t > line[-1][0]:
+        return math.nan
+    return float(np.interp(t, *_columns(line)))
+
+
+def _best(candidates: Sequence[tuple[float, Sequence[float]]]) -> float:
+    """The rate, ascending, whose scores have the largest mean; NaN where each has a NaN among them."""
+    means = [(lr, round(math.fsum(scores) / len(scores), 12)) for lr, scores in candidates]
+    known = [(lr, mean) for lr, mean in means if not math.isnan(mean)]
+    return max(known, key=lambda pair: pair[1])[0] if known else math.nan
+
+
+def _number(value: Any) -> float:
+    number = math.nan if value is None or value == "" else float(value)
+    return number if math.isfinite(number) else math.nan
+
+
+def _is_finite(point: Point) -> bool:
+    return all(map(math.isfinite, point))
+
+
+def _point(point: Sequence[float]) -> Point:
+    try:
+        target, retained = map(float, point)
+    except (TypeError, ValueError):
+        raise ValueError(f"a point is (target, retained), two numbers; got {point!r}.") from None
+    return target, retained

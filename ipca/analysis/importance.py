@@ -1,0 +1,144 @@
+"""How much worse a model gets when consecutive singular components of one layer are taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipca.analysis.matrix import decompose, wide
+from ipca.config import PCConfig
+from ipca.model.batches import as_batches, evaluating
+from ipca.model.sensitivity import measurable
+from ipca.model.targets import find_targets
+from ipca.nn.kinds import read_layer
+from ipca.nn.place import find_layer
+from ipca.nn.quantised import quantised_kind
+from ipca.window import Window
+
+Loss = Callable[[nn.Module, Any], float | Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockImportance:
+    """What the components of one layer's weight ``W = U diag(S) Vh (…, out, in)`` are worth to a loss, block by block.
+
+    Attributes:
+        shape: ``(…, out, in)``; ``d = min(out, in)``.
+        edges: ``blocks + 1`` indices from 0 to d; block ``b`` is ``[edges[b], edges[b + 1])``.
+        loss: of the model as it is.
+        change: ``(blocks,)``, the loss without the block minus ``loss``; float64.
+    """
+
+    shape: tuple[int, ...]
+    edges: tuple[int, ...]
+    loss: float
+    change: Tensor
+
+    def quietest(self, rank: int) -> Window:
+        """The window of ``rank`` components in the middle of the block whose loss changes least, as far as it fits.
+
+        Of equal blocks the first; one without which the loss is NaN counts as the worst. Experimental.
+
+        Raises:
+            ValueError: ``rank`` is above d.
+        """
+        d = self.edges[-1]
+        Window(0, rank).resolve(d)
+        change = self.change.nan_to_num(nan=torch.inf)
+        block = int((change == change.min()).nonzero()[0])
+        centred = (self.edges[block] + self.edges[block + 1] - rank) // 2
+        return Window(min(max(centred, 0), d - rank), rank)
+
+
+def component_importance(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    config: PCConfig | None = None,
+    blocks: int = 8,
+    progress: bool = True,
+) -> dict[str, BlockImportance]:
+    """For each layer that ``config`` names, how the loss on held-out data changes without a block of its components.
+
+    One block of one layer at a time is taken out, ``W − U_b S_b Vh_b``; then the weight's bits are put back, after an
+    error too. Experimental as a way to choose a window: ``found[layer].quietest(rank)``.
+
+    Args:
+        model: plain, its weights loaded. It runs in evaluation mode, and ends as it was, random generators too.
+        batches: whatever ``loss`` takes; consumed once.
+        loss: ``loss(model, batch)``, a number; the mean over the batches counts. Every evaluation starts from the same
+            state of torch's random generators.
+        config: which layers, of any kind that is not quantised; its other settings do not matter. Of a stack of experts
+            the block is taken out of all at once. Default: every linear layer but the head.
+        blocks: into how many parts of nearly one size a layer's components are cut.
+        progress: show a progress bar.
+
+    Costs a full SVD of every layer, and ``layers · blocks + 1`` evaluations of the loss on all batches.
+
+    Raises:
+        TypeError, ValueError: as :func:`ipca.apply_pc`; bad batches, a loss that is no finite number for the model as
+            it is, fewer components than blocks, or a quantised layer; the message names it.
+    """
+    names = [target.name for target in find_targets(model, measurable(config))]
+    edges = {name: _edges(name, find_layer(model, name), blocks) for name in names}
+    held = as_batches(batches)
+    found = {}
+    with tqdm(total=len(names) * blocks, desc="Importance", unit="block", disable=not progress) as bar:
+        before = _mean_loss(model, held, loss)
+        if not torch.isfinite(torch.tensor(before)):
+            raise ValueError(f"the loss of the model as it is is {before}, which no change can be compared with.")
+        for name in names:
+            weight, changes = read_layer(find_layer(model, name))[0], []
+            for part in _parts(name, weight, edges[name]):
+                with _without(weight, part):
+                    changes.append(_mean_loss(model, held, loss) - before)
+                bar.update()
+            change = torch.tensor(changes, dtype=torch.float64)
+            found[name] = BlockImportance(tuple(weight.shape), edges[name], before, change)
+    return found
+
+
+def _edges(name: str, layer: nn.Module, blocks: int) -> tuple[int, ...]:
+    """Where the blocks of a layer begin, and where the last one ends."""
+    if quantised_kind(layer) is not None:
+        raise ValueError(f"{name}: components of a quantised weight cannot be taken out; exclude it, or dequantise it.")
+    d = min(read_layer(layer)[0].shape[-2:])
+    if not 1 <= blocks <= d:
+        raise ValueError(f"{name}: its {d} components cannot be cut into {blocks} blocks; choose another number.")
+    return tuple(i * d // blocks for i in range(blocks + 1))
+
+
+def _parts(name: str, weight: Tensor, edges: tuple[int, ...]) -> Iterator[Tensor]:
+    """``U_b S_b Vh_b (…, out, in)`` of each block, float64."""
+    U, S, Vh = decompose(name, wide(weight))
+    for start, end in pairwise(edges):
+        yield (U[..., start:end] * S[..., None, start:end]) @ Vh[..., start:end, :]
+
+
+@contextmanager
+def _without(weight: Tensor, part: Tensor) -> Iterator[None]:
+    """Within the block ``weight``, the memory that a layer multiplies by, lacks ``part``."""
+    kept = weight.clone()
+    try:
+        weight.copy_(wide(kept) - part)
+        yield
+    finally:
+        weight.copy_(kept)
+
+
+def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> float:
+    with evaluating(model):
+        values = [loss(model, batch) for batch in batches]
+    for value in values:
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+            raise TypeError(f"loss(model, batch) must give one number, it gave {what}.")
+    return sum(float(value) for value in values) / len(values)
