@@ -1,0 +1,56 @@
+"""The methods by name, and what each of them can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ipca.continual import lora, windows
+from ipca.continual.method import Method, Setup
+from ipca.continual.osf import osf
+from ipca.continual.sd_lora import sd_lora
+from ipca.nn.kinds import LINEAR
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a name stands for.
+
+    Attributes:
+        make: the method for one model.
+        folds: whether a task's factors are folded into the weights when it ends, so that they can be kept apart.
+        factors: whether the layers are :class:`ipca.nn.WindowLayer`, one factor of which can be frozen, and which
+            :func:`ipca.save_adapter` writes while a task runs.
+        layers: the kinds of layers it adapts, see :mod:`ipca.nn.kinds`; None for all.
+    """
+
+    make: Callable[[Setup], Method]
+    folds: bool = True
+    factors: bool = True
+    layers: tuple[str, ...] | None = None
+
+
+METHODS = {
+    "fresh": Kind(windows.fresh),
+    "fixed": Kind(windows.fixed),
+    "disjoint": Kind(windows.disjoint),
+    "pissa": Kind(windows.principal),
+    "milora": Kind(windows.minor),
+    "lora": Kind(lora.one_lora, folds=False),
+    "lora-fresh": Kind(lora.fresh_lora),
+    "o-lora": Kind(lora.o_lora),
+    "sd-lora": Kind(sd_lora, folds=False, factors=False, layers=LINEAR),
+    "osf": Kind(osf, folds=False, factors=False, layers=("linear",)),
+}
+"""Every method of :class:`ipca.continual.ContinualLearner`; docs/continual.md describes them."""
+
+
+def find_kind(method: str) -> Kind:
+    """What the name ``method`` stands for.
+
+    Raises:
+        ValueError: it is none of :data:`METHODS`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
+    return METHODS[method]
