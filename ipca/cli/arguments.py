@@ -19,6 +19,7 @@ _EXAMPLES = (
     "ipca cache verify --remove",
     "ipca cache prune --max-bytes 10G --older-than 30d",
     "ipca completion bash > ~/.local/share/bash-completion/completions/ipca",
+    "ipca sweep task.py --windows 0 0.25 0.5 0.75 1 --lrs 5e-4 1e-3 2e-3 --seeds 5 --workers 2 -o sweep-out",
     "ipca demo --text vaderSentiment-3.3.2.tar.gz -o demo-out",
 )
 _NOTES = """
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     _convert(commands.add_parser("convert", help="make a stock PEFT LoRA that trains a window an adapter of ipca"))
     _cache(commands.add_parser("cache", help="list, check or shrink a cache of decompositions"))
     _completion(commands.add_parser("completion", help="print a completion script for a shell"))
+    _sweep(
+        commands.add_parser("sweep", help="windows × learning rates × seeds beside LoRA and controls, with a report")
+    )
     _demo(commands.add_parser("demo", help="four ways to fine-tune one model on real text, in about a minute"))
     return top
 
@@ -122,6 +126,25 @@ def _cache(add: argparse.ArgumentParser) -> None:
     for action in (listing, verify, prune):
         _common(action)
         action.add_argument("--cache", type=Path, metavar="DIR", help="default: $IPCA_CACHE, else ~/.cache/ipca")
+
+
+def _sweep(add: argparse.ArgumentParser) -> None:
+    _common(add)
+    add.add_argument("task", type=Path, metavar="TASK.py", help="a file whose task() returns an ipca.sweep.Task")
+    add.add_argument("--windows", nargs="+", metavar="F", help="fractions or other windows (default 0 .125 … 1)")
+    add.add_argument("--lrs", nargs="+", type=float, metavar="LR", help="learning rates (default 5e-4 1e-3 2e-3)")
+    add.add_argument("--seeds", type=_positive, metavar="N", help="runs of each (default 5)")
+    add.add_argument(
+        "--methods", nargs="*", metavar="METHOD", help="lora, full, auto, controls (default: lora, controls)"
+    )
+    add.add_argument("--comparisons", nargs="+", metavar="HOW", help="same, sqrt-sigma, update (default: all)")
+    add.add_argument("--early", type=_positive, metavar="STEPS", help="after which updates are compared (default 10)")
+    add.add_argument("--checkpoints", nargs="+", type=_positive, metavar="STEP", help="judge the models there too")
+    add.add_argument("--tune", type=_positive, metavar="ROUNDS", help="let Optuna look for each method's best rate")
+    add.add_argument("--workers", type=_positive, metavar="N", help="processes side by side (default 1)")
+    add.add_argument("--threads", type=_positive, metavar="N", help="of each process (default 1)")
+    add.add_argument("--devices", nargs="+", metavar="DEVICE", help="handed to the workers in turn: cuda:0 cuda:1")
+    _out(add)
 
 
 def _demo(add: argparse.ArgumentParser) -> None:

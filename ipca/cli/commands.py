@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 
 import ipca
+from ipca.analysis import draw_spectra, spectrum
 from ipca.cli import adapters, spectra
 from ipca.cli.cache import cache
 from ipca.cli.choice import chosen_config, refuse_choice, refuse_inputs
 from ipca.cli.completion import completion
 from ipca.cli.folder import copy_companions, load_model
 from ipca.cli.init import init
-from ipca.io import check_target, staged_files, staged_folder
+from ipca.io import check_target, staged_folder
 
-__all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge"]
+__all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge", "sweep"]
 
 Record = dict[str, object]
 
@@ -27,14 +28,12 @@ def inspect(args: argparse.Namespace) -> tuple[Record, str]:
     if args.plot:
         check_target(args.plot.absolute().parent)
     model = load_model(args.model)
-    rows = spectra.inspect_model(model, chosen_config(args), progress=not args.quiet)
-    sums = spectra.totals(rows, model)
-    text = spectra.render(rows, sums)
+    found = spectrum(model, chosen_config(args), progress=not args.quiet)
+    text = spectra.render(found)
     if args.plot:
-        with staged_files(args.plot.absolute().parent) as stage:
-            spectra.draw(rows, stage / args.plot.name)
+        draw_spectra(found, args.plot)
         text += f"\npicture: {args.plot}"
-    return {"layers": [row.record() for row in rows], "totals": sums}, text
+    return {"layers": found.records(), "totals": found.totals()}, text
 
 
 def merge(args: argparse.Namespace) -> tuple[Record, str]:
@@ -84,6 +83,21 @@ def convert(args: argparse.Namespace) -> tuple[Record, str]:
         "uncertified": dict(found.uncertified),
     }
     return record, f"{found}\nadapter: {args.out}"
+
+
+def sweep(args: argparse.Namespace) -> tuple[Record, str]:
+    """Train every window beside plain LoRA and controls; print the verdict."""
+    from ipca import sweep as sweeps
+
+    names = ("windows", "lrs", "seeds", "methods", "comparisons", "early", "checkpoints", "tune")
+    names += ("workers", "threads", "devices")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    rows = sweeps.run(args.task, args.out, progress=not args.quiet, **given)
+    failed = [row for row in rows if row["status"] != "ok"]
+    verdict = sweeps.verdict(args.out)
+    table, page = args.out / "rows.csv", args.out / "report.html"
+    text = f"{verdict}\n{len(rows)} rows, {len(failed)} failed: {table}   report: {page}"
+    return {"rows": len(rows), "failed": len(failed), "verdict": verdict, "out": str(args.out)}, text
 
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:

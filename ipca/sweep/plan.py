@@ -1,0 +1,167 @@
+"""Which trials a sweep consists of, and the rates at which the methods' first updates are equally large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+from ipca.baselines import CONTROLS, check_method, kind_of
+from ipca.sweep.trial import Row, Trial
+
+COMPARISONS = ("same", "sqrt-sigma", "update")
+WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "0.875", "1.0")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Methods × rates × seeds, compared in several ways.
+
+    Attributes:
+        windows: each a text form of :class:`ipca.Window`.
+        lrs: learning rates, ascending.
+        seeds: of the runs; the same for every method, so that differences are paired.
+        methods: besides the windows, see :func:`ipca.baselines.apply`.
+        comparisons: of :data:`COMPARISONS`. ``"sqrt-sigma"`` is for windows and ``"auto"``, ``"update"`` for these and
+            plain LoRA; ``"same"`` for everything, and always there.
+        reference: the window that the controls and the matched updates refer to.
+    """
+
+    windows: tuple[str, ...]
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+    comparisons: tuple[str, ...]
+    reference: str
+
+    @classmethod
+    def of(
+        cls,
+        windows: Sequence[str | float],
+        lrs: Sequence[float],
+        seeds: int | Sequence[int],
+        methods: Sequence[str],
+        comparisons: Sequence[str],
+        reference: str,
+    ) -> Grid:
+        """A grid from what users write.
+
+        Raises:
+            TypeError, ValueError: an unknown method or comparison, a rate that is not positive, nothing to do, or
+                something given twice.
+        """
+        count = range(seeds) if isinstance(seeds, int) else seeds
+        grid = cls(
+            tuple(check_method(str(window)) for window in windows),
+            tuple(sorted(float(lr) for lr in lrs)),
+            tuple(int(seed) for seed in count),
+            tuple(check_method(method) for method in methods),
+            tuple(comparisons),
+            check_method(reference),
+        )
+        grid.check()
+        return grid
+
+    def check(self) -> None:
+        """Raise as :meth:`of` does."""
+        for name in ("windows", "lrs", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"a sweep needs at least one of {name}.")
+        for name in ("windows", "lrs", "seeds", "methods", "comparisons"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} holds a value twice: {', '.join(map(str, values))}.")
+        wrong = [window for window in self.windows if kind_of(window) != "window"]
+        wrong += [method for method in self.methods if kind_of(method) == "window"]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is in the wrong list: windows in `windows`, all else in `methods`.")
+        if not all(math.isfinite(lr) and lr > 0 for lr in self.lrs):
+            raise ValueError(f"learning rates must be positive, got {', '.join(map(str, self.lrs))}.")
+        unknown = [name for name in self.comparisons if name not in COMPARISONS]
+        if unknown or "same" not in self.comparisons:
+            raise ValueError(f"comparisons are 'same' and any of {', '.join(COMPARISONS[1:])}; got {self.comparisons}.")
+        if "update" in self.comparisons and self.reference not in self.windows:
+            raise ValueError(
+                f"equal updates are those of the reference window {self.reference!r}, which is not among the windows "
+                f"{', '.join(self.windows)}; add it, or leave the comparison 'update' out."
+            )
+
+    def all_methods(self) -> tuple[str, ...]:
+        return (*self.windows, *self.methods)
+
+    def direct_trials(self) -> list[Trial]:
+        """The trials whose rate is known beforehand: same and √σ."""
+        trials = [
+            Trial(method, "same", lr, lr, seed)
+            for method in self.all_methods()
+            for lr in self.lrs
+            for seed in self.seeds
+        ]
+        if "sqrt-sigma" in self.comparisons:
+            trials += [
+                Trial(method, "sqrt-sigma", lr, lr, seed)
+                for method in self.all_methods()
+                if kind_of(method) in ("window", "auto")
+                for lr in self.lrs
+                for seed in self.seeds
+            ]
+        return trials
+
+    def update_trials(self, rows: Sequence[Row]) -> list[Trial]:
+        """The trials at matched updates; the ``rows`` of :meth:`direct_trials` hold the reference itself."""
+        if "update" not in self.comparisons:
+            return []
+        matched = [m for m in self.all_methods() if kind_of(m) in ("window", "auto", "lora") and m != self.reference]
+        rates = {method: matched_rates(rows, method, self.reference, self.lrs) for method in matched}
+        return [
+            Trial(method, "update", lr, rates[method][lr], seed)
+            for method in matched
+            for lr in self.lrs
+            if lr in rates[method]
+            for seed in self.seeds
+        ]
+
+    def record(self) -> dict[str, Any]:
+        return {name: list(getattr(self, name)) for name in ("windows", "lrs", "seeds", "methods", "comparisons")} | {
+            "reference": self.reference
+        }
+
+
+def matched_rates(rows: Sequence[Row], method: str, reference: str, lrs: Sequence[float]) -> dict[float, float]:
+    """For each rate of the reference the rate at which the ``early_update`` of ``method`` is as large.
+
+    ``log early_update`` of the method, averaged over seeds, is taken as piecewise linear in ``log lr`` between its own
+    runs at the same rates, and continued beyond them with slope 1, which is Adam's for small rates; with three
+    significant digits. A rate at which the reference or all of the method's runs diverged is left out.
+    """
+    own = _early(rows, method)
+    target = _early(rows, reference)
+    points = sorted((math.log(lr), math.log(own[lr])) for lr in own)
+    if not points:
+        return {}
+    return {lr: float(f"{math.exp(_solve(points, math.log(target[lr]))):.3g}") for lr in lrs if lr in target}
+
+
+def _early(rows: Sequence[Row], method: str) -> dict[float, float]:
+    """``{lr: mean early_update}`` of a method's runs at the same rate."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if (row["method"], row["comparison"], row["step"]) == (method, "same", None) and row["early_update"]:
+            found.setdefault(row["lr"], []).append(row["early_update"])
+    return {lr: mean(values) for lr, values in found.items()}
+
+
+def _solve(points: list[tuple[float, float]], value: float) -> float:
+    """The ``x`` at which the line through ``points``, ascending in ``x``, reaches ``value``; slope 1 beyond them."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 > y0 and y0 <= value <= y1:
+            return x0 + (x1 - x0) * (value - y0) / (y1 - y0)
+    x, y = min(points, key=lambda point: abs(point[1] - value))
+    return x + value - y
+
+
+DEFAULT_METHODS = ("lora", *CONTROLS)
+"""Besides the windows, in every sweep."""

@@ -1,0 +1,161 @@
+"""sweep.run: windows × learning rates × seeds beside plain LoRA and controls, into one table and one report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ipca._version import __version__
+from ipca.svd import SpectralCache
+from ipca.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid
+from ipca.sweep.report import write_report
+from ipca.sweep.spectra import decompose
+from ipca.sweep.store import Store
+from ipca.sweep.task import Task, load_task
+from ipca.sweep.trial import Row, Trial, base_row
+from ipca.sweep.tune import tuned_trials
+from ipca.sweep.workers import Crew, Work, model_sha256
+
+
+def run(
+    task: Task | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    windows: Sequence[str | float] = WINDOWS,
+    lrs: Sequence[float] = (5e-4, 1e-3, 2e-3),
+    seeds: int | Sequence[int] = 5,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    comparisons: Sequence[str] = COMPARISONS,
+    early: int = 10,
+    checkpoints: Sequence[int] = (),
+    tune: int = 0,
+    workers: int = 1,
+    threads: int = 1,
+    devices: Sequence[str] = (),
+    progress: bool = True,
+    report: bool = True,
+) -> list[Row]:
+    """Train every window at every rate with every seed, beside plain LoRA and controls, and judge each.
+
+    Writes ``rows.csv``, ``settings.json``, ``seconds.csv`` and ``report.html`` below ``out``. A sweep that was stopped
+    or killed goes on where it was when it is run again; a complete one only makes its table and report again. More
+    windows, rates, seeds or methods may be asked for later: what is done is not run again. The rows have the same bits
+    for the same task, machine, versions and number of threads, in whatever order the trials ran.
+
+    Args:
+        task: a :class:`Task`, or a Python file whose ``task()`` returns one.
+        out: the sweep's folder.
+        windows: each a fraction or another text form of :class:`ipca.Window`. Each layer is decomposed once for all.
+        lrs: learning rates of the adapter.
+        seeds: how many, counted from 0, or which.
+        methods: besides the windows, see :func:`ipca.baselines.apply`.
+        comparisons: ``"same"`` rate; ``"sqrt-sigma"``, rates of each layer divided by √σ of its window
+            (:func:`ipca.param_groups`); ``"update"``, rates at which the first ``early`` steps change the weights as
+            much as the reference window's do. The best-tuned rate is chosen among ``lrs`` when the report is made.
+        early: optimiser steps after which ``early_update`` is measured.
+        checkpoints: optimiser steps after which a model is judged on the way, for the frontier.
+        tune: rounds in which Optuna looks for each method's best rate, on seeds of its own; 0 for none. The rows at the
+            rates it finds have the comparison ``"tuned"``.
+        workers: processes side by side; 1 is this one.
+        threads: of each process.
+        devices: such as ``("cuda:0", "cuda:1")``, handed to the workers in turn; empty: where ``build`` puts the model.
+        progress: show progress bars.
+        report: write ``report.html``, which needs the extra ``plot``.
+
+    Returns:
+        The rows as dictionaries: the untrained model's, then each trial's in the grid's order.
+
+    Raises:
+        TypeError, ValueError: a bad option or task, or ``out`` holds another sweep; nothing has been written.
+        Exception: what the task raises in a trial. Trials that are done stay done.
+    """
+    made = task if isinstance(task, Task) else load_task(Path(task))
+    grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.config.window)
+    _check_counts({"early": early, "workers": workers, "threads": threads}, made, grid)
+    torch.set_num_threads(threads)
+    base = made.build()
+    digest = model_sha256(base)
+    source = None if isinstance(task, Task) else Path(task).absolute()
+    store = Store(Path(out), _fixed(made, source, digest, early, checkpoints, threads, devices))
+    store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
+    cache = SpectralCache(store.folder / "spectra")
+    direct = grid.direct_trials()
+    decompose(base, made.config, {(t.method, t.seed) for t in direct}, cache, progress=progress)
+    first = base_row(made, base.to(devices[0]) if devices else base)
+
+    work = Work(source or made, cache.folder, early, tuple(checkpoints), digest, threads)
+    with Crew(work, workers, devices, base) as crew, tqdm(desc="Trials", unit="trial", disable=not progress) as bar:
+        finished = Finished(store, crew, first, bar)
+        rows = finished(direct)
+        finished(grid.update_trials(rows))
+        if tune:
+            finished(tuned_trials(grid, tune, finished.aside))
+    if report:
+        write_report(store.folder)
+    return finished.rows
+
+
+class Finished:
+    """Call it with trials to have them done, each at most once in the life of the folder, and the table written."""
+
+    def __init__(self, store: Store, crew: Crew, first: Row, bar: tqdm) -> None:
+        self.store, self.crew, self.first, self.bar = store, crew, first, bar
+        self.trials: list[Trial] = []
+        self.rows: list[Row] = []
+
+    def __call__(self, trials: Sequence[Trial]) -> list[Row]:
+        """The rows of all trials so far, with ``trials`` among them."""
+        self.trials += trials
+        try:
+            self.aside(trials)
+        finally:
+            self.rows = self.store.table(self.first, self.trials)
+        return self.rows
+
+    def aside(self, trials: Sequence[Trial]) -> list[Row]:
+        """The rows of ``trials``, which do not go into the table."""
+        todo = [trial for trial in trials if self.store.get(trial.key) is None]
+        self.bar.total = (self.bar.total or 0) + len(trials)
+        self.bar.update(len(trials) - len(todo))
+        for trial, rows, seconds in self.crew.run(todo) if todo else ():
+            self.store.put(trial.key, rows, seconds)
+            self.bar.update()
+        return [row for trial in trials for row in self.store.get(trial.key) or ()]
+
+
+def _check_counts(counts: dict[str, int], task: Task, grid: Grid) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if "auto" in grid.methods and task.calibration is None:
+        raise ValueError("the method 'auto' needs the task's `calibration`, which gives unlabelled batches.")
+
+
+def _fixed(
+    task: Task,
+    source: Path | None,
+    digest: str,
+    early: int,
+    checkpoints: Sequence[int],
+    threads: int,
+    devices: Sequence[str],
+) -> dict[str, Any]:
+    """What every row of a sweep shares; rows that differ in any of it are no rows of one sweep."""
+    return {
+        "config": asdict(task.config),
+        "model_sha256": digest,
+        "task_sha256": None if source is None else hashlib.sha256(source.read_bytes()).hexdigest(),
+        "early": early,
+        "checkpoints": list(checkpoints),
+        "threads": threads,
+        "device": torch.cuda.get_device_name() if devices else f"cpu {platform.machine()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "ipca": __version__},
+    }

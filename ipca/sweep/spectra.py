@@ -1,0 +1,55 @@
+"""Decompose each layer once for all windows of a sweep; every trial then reads its window from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from tqdm import tqdm
+
+from ipca.baselines.apply import needed_windows
+from ipca.config import PCConfig
+from ipca.model import precision
+from ipca.model.originals import base_matrix
+from ipca.model.targets import find_targets, saved_modules
+from ipca.nn.place import find_layer
+from ipca.svd import SpectralCache, window_svd
+from ipca.svd.entry import cache_key
+from ipca.window import Window
+
+
+def decompose(
+    model: nn.Module,
+    config: PCConfig,
+    runs: Iterable[tuple[str, int]],
+    cache: SpectralCache,
+    *,
+    progress: bool = True,
+) -> None:
+    """Put into ``cache`` every window that the methods of ``runs``, pairs of method and seed, ask for.
+
+    A layer with one window missing is decomposed anew for all, so that its bits do not depend on what was there before.
+    Stacks of experts and windows that look at the spectrum are left to the trials.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`.
+    """
+    runs = sorted(set(runs))
+    targets = find_targets(model, config, whole=saved_modules(model, config))
+    for target in tqdm(targets, desc="Window SVD", unit="layer", disable=not progress):
+        weight = base_matrix(find_layer(model, target.name), target.name, None).weight
+        if weight.ndim != 2:
+            continue
+        d = min(weight.shape)
+        needed = [window for method, seed in runs for window in needed_windows(method, target, seed, d)]
+        resolved = {window.resolve(d) for window in needed if not window.needs_spectrum}
+        windows = sorted(resolved, key=_start)
+        options = precision(config, weight)
+        keys = [cache_key(weight, window, **options) for window in windows]
+        if windows and not all((cache.folder / key.file_name).exists() for key in keys):
+            for key, found in zip(keys, window_svd(weight, windows, **options), strict=True):
+                cache.put(key, found)
+
+
+def _start(window: Window) -> int:
+    return window.index

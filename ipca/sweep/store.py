@@ -1,0 +1,86 @@
+"""A sweep's folder: its settings, a file for each trial that is done, and the table made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ipca.svd.sealed import write_whole
+from ipca.sweep.trial import COLUMNS, Row, Trial
+
+SETTINGS, ROWS, SECONDS = "settings.json", "rows.csv", "seconds.csv"
+
+
+class Store:
+    """The folder of one sweep; every file in it is complete or not there, also after a kill.
+
+    Args:
+        folder: made if missing.
+        fixed: what all trials share; a folder that was begun with something else is refused.
+
+    Raises:
+        ValueError: the folder belongs to another sweep; the message names what differs.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, folder: Path, fixed: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.trials = folder / "trials"
+        self.fixed = json.loads(json.dumps(fixed))
+        self.trials.mkdir(parents=True, exist_ok=True)
+        path = folder / SETTINGS
+        if path.exists():
+            _refuse_other(folder, json.loads(path.read_text())["fixed"], self.fixed)
+
+    def describe(self, grid: Mapping[str, Any]) -> None:
+        """Write the settings: what is fixed, and the grid of this run."""
+        text = json.dumps({**grid, "fixed": self.fixed}, indent=2)
+        write_whole(self.folder / SETTINGS, text.encode())
+
+    def get(self, key: str) -> list[Row] | None:
+        """The rows of a trial that is done, else None; a damaged file counts as not done."""
+        try:
+            return json.loads((self.trials / f"{key}.json").read_text())["rows"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def put(self, key: str, rows: Sequence[Row], seconds: float) -> None:
+        """Keep the rows of a trial that took ``seconds``."""
+        write_whole(self.trials / f"{key}.json", json.dumps({"rows": rows, "seconds": seconds}).encode())
+
+    def table(self, base: Row, trials: Iterable[Trial]) -> list[Row]:
+        """Write and return the rows of the untrained model and of those of ``trials`` that are done, in their order."""
+        rows, times = [base], []
+        for trial in trials:
+            found = self.get(trial.key)
+            if found is not None:
+                rows += found
+                seconds = json.loads((self.trials / f"{trial.key}.json").read_text())["seconds"]
+                times.append({"trial": str(trial), "seconds": f"{seconds:.2f}"})
+        extra = sorted({name for row in rows for name in row} - set(COLUMNS))
+        write_whole(self.folder / ROWS, _csv(rows, [*COLUMNS, *extra]))
+        write_whole(self.folder / SECONDS, _csv(times, ["trial", "seconds"]))
+        return rows
+
+
+def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    """Numbers so that they read back to the bit; None is empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _refuse_other(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differ = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"{folder} holds another sweep: {', '.join(differ)} differ ({name} was {then.get(name)!r}, is now "
+            f"{now.get(name)!r}); use a new folder."
+        )

@@ -1,0 +1,182 @@
+"""One trial of a sweep: adapt a copy of the model, train it at one rate with one seed, judge it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ipca import baselines
+from ipca.analysis import update_norm
+from ipca.model import adapted_layers, param_groups
+from ipca.model.originals import base_matrix
+from ipca.model.targets import find_targets, saved_modules
+from ipca.nn.place import find_layer
+from ipca.svd import SpectralCache
+from ipca.sweep.task import Task
+from ipca.sweep.watch import watched
+
+Row = dict[str, Any]
+COLUMNS = (
+    *("method", "kind", "position", "comparison", "lr", "lr_used", "seed", "step", "status"),
+    *("trainable", "early_update", "update", "target", "retained"),
+)
+"""Of every row, in this order; other metrics follow in alphabetical order."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tried.
+
+    Attributes:
+        method: see :func:`ipca.baselines.apply`.
+        comparison: ``"same"`` (the rate as it is), ``"sqrt-sigma"`` (scaled in each layer by
+            :func:`ipca.param_groups`) or ``"update"`` (chosen so that the first steps move the weights as far as the
+            reference's do).
+        lr: the rate of the grid.
+        lr_used: what the optimiser gets; for ``"sqrt-sigma"`` before the scaling.
+        seed: of everything random in adapting and training.
+    """
+
+    method: str
+    comparison: str
+    lr: float
+    lr_used: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """A file name that belongs to this trial alone."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def __str__(self) -> str:
+        return f"{self.method} ({self.comparison} rate, lr {self.lr:g}, seed {self.seed})"
+
+
+def run_trial(
+    task: Task, base: nn.Module, trial: Trial, *, cache: SpectralCache, early: int, checkpoints: tuple[int, ...]
+) -> list[Row]:
+    """The rows of ``trial``: one for each checkpoint, then one for the end of training.
+
+    Args:
+        base: the pretrained model; stays as it is.
+        early: steps after which ``early_update`` is measured.
+        checkpoints: steps after which the model is judged on the way.
+
+    Raises:
+        ValueError: training took no step over the parameters, fewer than ``early``, or a metric is missing; the
+            message names the trial.
+        Exception: whatever the task raises.
+    """
+    seed_everything(trial.seed)
+    model = copy.deepcopy(base)
+    batches = task.calibration() if trial.method == "auto" and task.calibration else None
+    baselines.apply(model, trial.method, task.config, seed=trial.seed, cache=cache, calibration=batches)
+    groups = rate_groups(model, trial)
+    parameters = [p for group in groups for p in group["params"]]
+    before = None if adapted_layers(model) else _weights(base, task)
+    rows: list[Row] = []
+    moved: dict[int, float] = {}
+
+    def on_the_way(step: int) -> None:
+        moved[step] = update_norm(model, before)
+        if step in checkpoints:
+            rows.append(_row(trial, parameters, step, moved.get(early), moved[step], judge(task, model, trial)))
+
+    seed_everything(trial.seed)
+    with watched(parameters, {early, *checkpoints}, on_the_way) as count:
+        task.train(model, groups, trial.seed)
+    if early not in moved:
+        raise ValueError(
+            f"{trial}: train() took {count.steps} optimiser steps over the parameters it was given, fewer than "
+            f"early={early}; build the optimiser from `groups`, train longer, or lower early."
+        )
+    final = _row(trial, parameters, None, moved[early], update_norm(model, before), judge(task, model, trial))
+    return [*rows, final]
+
+
+def base_row(task: Task, base: nn.Module) -> Row:
+    """The row of the untrained model."""
+    found = judge(task, base, "the untrained model")
+    return {**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok", **found}
+
+
+def judge(task: Task, model: nn.Module, trial: object) -> dict[str, float]:
+    """The task's metrics of ``model``, whose modes and the random generators' states stay as they are.
+
+    Raises:
+        ValueError: ``target`` or ``retained`` is missing, or something is no number.
+    """
+    modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        found = task.evaluate(model)
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    for module, mode in modes.items():
+        module.training = mode
+    if not isinstance(found, Mapping) or not {"target", "retained"} <= set(found):
+        raise ValueError(f"{trial}: evaluate() must give 'target' and 'retained', it gave {found!r}.")
+    return {"target": float(found["target"]), "retained": float(found["retained"])} | {
+        name: float(found[name]) for name in sorted(found) if name not in ("target", "retained")
+    }
+
+
+def _weights(base: nn.Module, task: Task) -> dict[str, Tensor]:
+    """The pretrained weights ``(out, in)`` of the layers that train whole, by path; adapted ones know their own."""
+    targets = find_targets(base, task.config, whole=saved_modules(base, task.config), values=False)
+    return {t.name: base_matrix(find_layer(base, t.name), t.name, None).weight for t in targets}
+
+
+def rate_groups(model: nn.Module, trial: Trial) -> list[dict[str, Any]]:
+    """The parameter groups of ``trial``; for a model without adapted layers one group of all that trains."""
+    if not adapted_layers(model):
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": trial.lr_used, "name": "full"}]
+    match = "sqrt-sigma" if trial.comparison == "sqrt-sigma" else None
+    return param_groups(model, trial.lr_used, match=match)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random generators of torch, NumPy and Python."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _row(
+    trial: Trial,
+    parameters: list[nn.Parameter],
+    step: int | None,
+    early: float | None,
+    update: float,
+    metrics: dict[str, float],
+) -> Row:
+    numbers = {"update": update, **metrics}
+    lost = [name for name, value in numbers.items() if not math.isfinite(value)]
+    status = f"failed: diverged, {', '.join(lost)} is no finite number" if lost else "ok"
+    if lost:
+        numbers = dict.fromkeys(numbers)  # type: ignore[arg-type]
+    return {
+        "method": trial.method,
+        "kind": baselines.kind_of(trial.method),
+        "position": baselines.position_of(trial.method),
+        "comparison": trial.comparison,
+        "lr": trial.lr,
+        "lr_used": trial.lr_used,
+        "seed": trial.seed,
+        "step": step,
+        "status": status,
+        "trainable": sum(p.numel() for p in parameters),
+        "early_update": early if early is not None and math.isfinite(early) else None,
+        **numbers,
+    }

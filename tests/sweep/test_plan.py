@@ -1,0 +1,80 @@
+"""The grid and the rates of equal updates."""
+
+import math
+
+import pytest
+
+from ipca.sweep.plan import Grid, matched_rates
+
+OPTIONS = {
+    "windows": (0, 0.5, "minor"),
+    "lrs": (2e-3, 1e-3),
+    "seeds": 2,
+    "methods": ("lora", "haar"),
+    "comparisons": ("same", "sqrt-sigma", "update"),
+    "reference": "middle",
+}
+
+
+def row(method, lr, early, comparison="same", step=None):
+    return {"method": method, "comparison": comparison, "lr": lr, "step": step, "early_update": early}
+
+
+def test_every_method_meets_every_rate_and_seed_once():
+    grid = Grid.of(**OPTIONS)
+    trials = grid.direct_trials()
+    assert len(trials) == len(set(trials)) == (5 + 3) * 2 * 2
+    assert {(t.method, t.comparison) for t in trials if t.comparison == "sqrt-sigma"} == {
+        (window, "sqrt-sigma") for window in ("0.0", "0.5", "1.0")
+    }
+    assert [t.lr for t in trials[:4]] == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert len({t.key for t in trials}) == len(trials)
+
+
+def test_matched_rates_of_a_power_law():
+    lrs = (1e-3, 2e-3, 4e-3)
+    rows = [row("0.5", lr, 5 * lr) for lr in lrs] + [row("0.0", lr, 20 * lr) for lr in lrs]
+    rates = matched_rates(rows, "0.0", "0.5", lrs)
+    assert rates == {1e-3: 2.5e-4, 2e-3: 5e-4, 4e-3: 1e-3}
+
+
+def test_matched_rates_lie_on_the_line_between_own_runs_and_average_over_seeds():
+    rows = [row("0.5", 1e-3, 0.02), row("lora", 1e-3, 0.005), row("lora", 1e-3, 0.015), row("lora", 4e-3, 0.04)]
+    expected = 1e-3 * 4 ** (math.log(2) / math.log(4))  # half-way in log, the mean at 1e-3 being 0.01
+    assert matched_rates(rows, "lora", "0.5", (1e-3, 4e-3)) == {1e-3: pytest.approx(expected, rel=5e-3)}
+
+
+def test_other_comparisons_checkpoints_and_diverged_runs_do_not_count():
+    rows = [row("0.5", 1e-3, 0.02), row("0.0", 1e-3, 0.02), row("0.0", 1e-3, 9.0, step=5)]
+    rows += [row("0.0", 1e-3, 9.0, comparison="sqrt-sigma"), row("0.0", 2e-3, None), row("1.0", 1e-3, None)]
+    assert matched_rates(rows, "0.0", "0.5", (1e-3, 2e-3)) == {1e-3: 1e-3}
+    assert matched_rates(rows, "1.0", "0.5", (1e-3,)) == {}
+
+
+def test_update_trials_leave_the_reference_out():
+    grid = Grid.of(**OPTIONS)
+    rows = [row(m, lr, lr * k) for k, m in enumerate(("0.0", "0.5", "1.0", "lora"), 1) for lr in grid.lrs]
+    trials = grid.update_trials(rows)
+    assert {t.method for t in trials} == {"0.0", "1.0", "lora"}
+    assert {(t.lr, t.lr_used) for t in trials if t.method == "0.0"} == {(1e-3, 2e-3), (2e-3, 4e-3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"windows": ()}, "needs at least one of windows"),
+        ({"lrs": (0.0,)}, "learning rates must be positive, got 0.0"),
+        ({"lrs": (1e-3, 1e-3)}, "lrs holds a value twice: 0.001, 0.001"),
+        ({"windows": (0.5, "0.50")}, "windows holds a value twice"),
+        ({"seeds": ()}, "needs at least one of seeds"),
+        ({"windows": ("lora",)}, "'lora' is in the wrong list"),
+        ({"methods": ("0.3",)}, "'0.3' is in the wrong list"),
+        ({"methods": ("pissa",)}, "unknown method 'pissa'"),
+        ({"comparisons": ("update",)}, "comparisons are 'same' and any of sqrt-sigma, update"),
+        ({"comparisons": ("same", "tuned")}, "comparisons are 'same' and any of"),
+        ({"reference": "0.25"}, "equal updates are those of the reference window '0.25', which is not among"),
+    ],
+)
+def test_bad_grids_say_what_is_wrong(change, says):
+    with pytest.raises(ValueError, match=says):
+        Grid.of(**{**OPTIONS, **change})
