@@ -35,7 +35,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Text:
-    """Disjoint sets of sentences: the new task (movie sentiment) and the earlier ability (which source?)."""
+    """Disjoint sets of sentences: the new task (sentiment, of one source) and the earlier ability (which source?)."""
 
     train: Labelled
     test: Labelled
@@ -43,20 +43,23 @@ class Text:
     probe_test: Labelled
 
 
-def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int = 400) -> Text:
+def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int = 400, source: str = "movie") -> Text:
     """Split the archive's sentences, always alike.
 
-    Movie sentences rated between −0.5 and 0.5 are left out of the sentiment task, whose label is the rating's sign.
+    Sentences rated between −0.5 and 0.5 are left out of the sentiment task, whose label is the rating's sign.
 
     Args:
         archive: the source distribution of vaderSentiment 3.3.2.
-        train, test: movie sentences of the sentiment task.
+        train, test: sentences of the sentiment task.
         probe: sentences of the probe's test set and half of its training set, the four sources equally often.
+        source: of the sentiment task, one of :data:`SOURCES`.
 
     Raises:
         FileNotFoundError: the archive is not there; the message says how to fetch it.
-        ValueError: it is another archive, or does not hold that many sentences.
+        ValueError: it is another archive, does not hold that many sentences, or has no such source.
     """
+    if source not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {source!r}.")
     if min(train, test) < 1 or probe < len(SOURCES):
         raise ValueError(f"each set needs a sentence, and the probe one of each source; got {train}, {test}, {probe}.")
     rated = _read(archive)
@@ -68,9 +71,11 @@ def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int =
     for count in (each, 2 * each):
         taken = [(text, k) for k, name in enumerate(SOURCES) for _, text in _take(rated[name], count)]
         sets.append(_labelled(taken))
-    clear = [(text, int(rating > 0)) for rating, text in rated["movie"] if abs(rating) > 0.5]
+    clear = [(text, int(rating > 0)) for rating, text in rated[source] if abs(rating) > 0.5]
     if len(clear) < train + test:
-        raise ValueError(f"the text has no {train} + {test} movie sentences beside a probe of {probe}; ask for fewer.")
+        raise ValueError(
+            f"the text has no {train} + {test} {source} sentences beside a probe of {probe}; ask for fewer."
+        )
     return Text(_labelled(clear[:train]), _labelled(clear[train : train + test]), sets[1], sets[0])
 
 

@@ -41,6 +41,20 @@ def test_impossible_sizes_are_refused(sizes, message):
         load_text(TEXT, **sizes)
 
 
+@needs_text
+def test_the_sentiment_of_another_source_leaves_the_probe_alone():
+    movie, tweet = (load_text(TEXT, train=100, test=40, probe=40, source=name) for name in ("movie", "tweet"))
+    assert (tweet.probe_train, tweet.probe_test) == (movie.probe_train, movie.probe_test)
+    assert set(tweet.train.texts) & set(movie.train.texts) == set()
+    tweets = {text for text, label in zip(tweet.probe_test.texts, tweet.probe_test.labels, strict=True) if label == 0}
+    assert tweets.isdisjoint(tweet.train.texts + tweet.test.texts)
+
+
+def test_an_unknown_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="one of tweet, movie, Amazon, NYT; got 'film'"):
+        load_text(tmp_path / "none.tar.gz", source="film")
+
+
 def test_a_missing_text_says_how_to_fetch_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="pip download --no-deps"):
         load_text(tmp_path / "none.tar.gz")
