@@ -31,9 +31,10 @@ class Window:
     ``"energy=0.9"``              the number of leading components that hold 90 % of ``sum(S ** 2)``
     ``"erank"``                   the effective rank ``exp(-sum(p * log p))``, ``p = S / sum(S)``, rounded down
                                   (Roy & Vetterli, "The effective rank", EUSIPCO 2007)
+    ``"auto"``                    experimental: found from inputs of the model, by :func:`ipca.apply_pc` alone
     ============================  ==========================================================================
 
-    The last two look at the layer's singular values and never start later than ``d - rank``.
+    ``"energy=…"`` and ``"erank"`` look at the layer's singular values and never start later than ``d - rank``.
 
     "Least but not Last" (arXiv 2602.03493) uses one index for a whole model: ``Window(256, rank)`` of d = 768 for
     ViT-B and ``Window(2048, rank)`` of d = 4096 for LLaMA-2-7B.
@@ -101,6 +102,11 @@ class Window:
         """Whether :meth:`resolve` must be given the singular values."""
         return isinstance(self.start, str) and (self.start == "erank" or self.start.startswith("energy="))
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether inputs of the model decide, so that :meth:`resolve` cannot."""
+        return self.start == "auto"
+
     def resolve(self, d: int, singular_values: Tensor | None = None) -> Window:
         """The same window with ``start`` as an index, for a weight of ``d`` singular values.
 
@@ -109,10 +115,15 @@ class Window:
             singular_values: shape ``(d,)``, descending; read only where :attr:`needs_spectrum`.
 
         Raises:
-            ValueError: the window does not fit into ``[0, d)``.
+            ValueError: the window does not fit into ``[0, d)``, or is ``"auto"``.
         """
         if self.rank > d:
             raise ValueError(f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`.")
+        if self.needs_calibration:
+            raise ValueError(
+                "window 'auto' is found from inputs of the model: say ipca.apply_pc(model, window='auto', "
+                "calibration=batches), or find it with ipca.analysis.suggest_windows and give starts in window_pattern."
+            )
         if self.needs_spectrum:
             if singular_values is None:
                 raise ValueError(f"{self} depends on the singular values; pass singular_values.")
@@ -151,7 +162,7 @@ def _normalise(start: int | float | str) -> int | str:
             raise ValueError(f"A window cannot start at {start}: indices count from 0, the largest singular value.")
         return start
     text = str(start).strip().lower()
-    if text in _NAMED or text == "erank":
+    if text in _NAMED or text in ("erank", "auto"):
         return text
     key, equals, value = text.rpartition("=")
     try:

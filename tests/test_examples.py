@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import ipca
+from ipca.continual import METHODS
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -66,6 +67,16 @@ def test_the_quickstart_runs_and_its_claims_hold():
     assert float(found["merged"].split()[-1]) < 1e-4
 
 
+def test_every_method_learns_the_digits_of_the_continual_example(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "continual_digits.py"), "--steps", "40", "--out", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    _, _, table = output.rpartition("method ")
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert [method for method, *_ in rows] == list(METHODS)
+    assert all(float(acc) > 0.75 for _, acc, *_ in rows)  # a guess is right in one of two cases
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.png", *(f"{method}.csv" for method in METHODS)}
+
+
 def test_every_example_is_run():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert names == {*TRAINING, "quickstart", "tiny"}
+    assert names == {*TRAINING, "continual_digits", "quickstart", "tiny"}

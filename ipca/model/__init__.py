@@ -18,28 +18,36 @@ from ipca.model.apply import (
     train_only_adapter,
     uninterrupted,
 )
+from ipca.model.auto import suggest_windows
+from ipca.model.param_groups import param_groups
+from ipca.model.sensitivity import LayerSensitivity, input_energy, sensitivity
 from ipca.model.start import precision, start_of
 from ipca.model.starts import share
 from ipca.model.summary import Summary, summary
 from ipca.model.targets import Target, refuse, refuse_suffix
 
 __all__ = [
+    "LayerSensitivity",
     "Summary",
     "Target",
     "adapted_layers",
     "adapter_parameters",
     "apply_pc",
     "disabled",
+    "input_energy",
     "install",
     "merge_adapter",
+    "param_groups",
     "precision",
     "refuse",
     "refuse_inference_mode",
     "refuse_sharded",
     "refuse_suffix",
     "require_adapted",
+    "sensitivity",
     "share",
     "start_of",
+    "suggest_windows",
     "summary",
     "train_only_adapter",
     "uninterrupted",

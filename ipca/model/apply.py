@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ipca.config import PCConfig
+from ipca.model.auto import auto_windows, check_calibration, without_auto
 from ipca.model.originals import Originals, check_originals
 from ipca.model.starts import window_starts
 from ipca.model.targets import Target, find_targets, saved_modules
@@ -30,6 +31,7 @@ def apply_pc(
     *,
     cache: SpectralCache | str | os.PathLike[str] | None = None,
     originals: Originals | None = None,
+    calibration: Iterable[Any] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Model:
@@ -43,7 +45,11 @@ def apply_pc(
         originals: for quantised layers, the weights ``(out, in)`` from before they were quantised, by the layer's path:
             a mapping, a function, or :func:`ipca.original_weights` of a checkpoint folder. Windows are then taken from
             those, else from the dequantised weights; :func:`ipca.summary` says which.
-        progress: show a progress bar.
+        calibration: for the window ``"auto"``, which is experimental: batches of unlabelled inputs, each a tensor, a
+            tuple of the model's arguments or a mapping of them by name; consumed once. The model runs over them, and
+            every layer with such a window costs a full SVD more, see :func:`ipca.analysis.suggest_windows`. The
+            adapter keeps the starts that were found, so that nothing needs the batches again.
+        progress: show progress bars.
 
     Returns:
         The same model. ``print(ipca.summary(model))`` shows layers, windows, trainable share, time and certificates.
@@ -70,9 +76,12 @@ def apply_pc(
         raise TypeError(f"give a PCConfig or options, not both; got {', '.join(options)} beside a config.")
     refuse_inference_mode()
     config = config or PCConfig.create(**options)
+    check_calibration(config, calibration)
     saved = saved_modules(model, config)
-    targets = find_targets(model, config, whole=saved)
+    targets = find_targets(model, without_auto(config), whole=saved)
     check_originals(model, targets, originals)
+    if calibration is not None:
+        targets = auto_windows(model, targets, config, calibration, originals=originals, progress=progress)
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
     starts = window_starts(model, targets, config, cache=store, progress=progress, originals=originals)
     with uninterrupted():

@@ -1,0 +1,60 @@
+"""A sweep over windows with transformers' Trainer: which window learns this text and forgets least of another?
+
+python examples/sweep_trainer.py --out sweep-out      (or: ipca sweep examples/sweep_trainer.py -o sweep-out)
+"""
+
+from functools import partial
+
+import torch
+from tiny import options, tiny_data, tiny_model
+from transformers import Trainer, TrainingArguments
+
+from ipca import PCConfig, sweep
+from ipca.analysis import kl_to_base
+
+
+def train(steps, model, groups, seed):
+    """The sweep gives the parameter groups with the rates it tries; the Trainer takes an optimiser over them."""
+    arguments = TrainingArguments(
+        output_dir="unused",
+        max_steps=steps,
+        seed=seed,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    optimizer = torch.optim.AdamW(groups)
+    Trainer(model, arguments, train_dataset=tiny_data(), optimizers=(optimizer, None)).train()
+
+
+@torch.no_grad()
+def evaluate(model):
+    """Of both, larger is better: the log-likelihood of text, and minus how far the model went from the base elsewhere."""
+    model.eval()
+    text = torch.stack([row["input_ids"] for row in tiny_data()[:16]])
+    other = torch.randint(256, (16, 64), generator=torch.Generator().manual_seed(0))
+    return {
+        "target": -model(input_ids=text, labels=text).loss.item(),
+        "retained": -kl_to_base(model, tiny_model(), [{"input_ids": other}]),
+    }
+
+
+def task(steps=20):
+    """What `ipca sweep` looks for in this file."""
+    labels = {"target": "log-likelihood of the text (nats a token)", "retained": "−KL to the base (nats a token)"}
+    return sweep.Task(tiny_model, partial(train, steps), evaluate, PCConfig(rank=8), labels=labels)
+
+
+def main(steps, out):
+    """A small grid; `ipca sweep --help` shows the rest."""
+    rows = sweep.run(task(steps), out, windows=(0, 0.5, 1), lrs=(1e-3, 4e-3), seeds=2, methods=("lora",), early=2)
+    print(sweep.verdict(out))
+    for row in rows:
+        print(row["method"], row["comparison"], row["lr"], row["seed"], row["target"], row["retained"])
+
+
+if __name__ == "__main__":
+    main(**options(__doc__))

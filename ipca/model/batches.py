@@ -1,0 +1,68 @@
+"""Running a model over batches of inputs without leaving a trace: modes, random numbers and gradients stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def as_batches(batches: Iterable[Any]) -> list[Any]:
+    """``batches`` as a list; a generator is consumed once.
+
+    Raises:
+        TypeError: it is one batch, or no iterable.
+        ValueError: it is empty.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"expected an iterable of batches, got a {type(batches).__name__}; put one batch into a list, call a "
+            "function that makes them."
+        )
+    found = list(batches)
+    if not found:
+        raise ValueError("there are no batches; give at least one.")
+    return found
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """What ``model`` computes of one batch, whose tensors are moved to where its first parameter is.
+
+    Args:
+        batch: a tensor, a tuple or list of the model's arguments, or a mapping of them by name, as a BatchEncoding.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(value) for name, value in batch.items()})
+    if isinstance(batch, Tensor):
+        return model(moved(batch))
+    if isinstance(batch, tuple | list):
+        return model(*map(moved, batch))
+    raise TypeError(
+        "a batch must be a tensor, a tuple of the model's arguments or a mapping of them by name, "
+        f"got a {type(batch).__name__}."
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's mode and the random generators are as before."""
+    modes = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
