@@ -133,7 +133,7 @@ def _sweep(add: argparse.ArgumentParser) -> None:
     add.add_argument("task", type=Path, metavar="TASK.py", help="a file whose task() returns an ipca.sweep.Task")
     add.add_argument("--windows", nargs="+", metavar="F", help="fractions or other windows (default 0 .125 … 1)")
     add.add_argument("--lrs", nargs="+", type=float, metavar="LR", help="learning rates (default 5e-4 1e-3 2e-3)")
-    add.add_argument("--seeds", type=_positive, metavar="N", help="runs of each (default 5)")
+    add.add_argument("--seeds", type=_positive, metavar="N", help="runs of each (default 8)")
     add.add_argument(
         "--methods", nargs="*", metavar="METHOD", help="lora, full, auto, controls (default: lora, controls)"
     )

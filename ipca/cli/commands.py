@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from inspect import signature
 
 import ipca
 from ipca.analysis import draw_spectra, spectrum
@@ -89,9 +90,8 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
     """Train every window beside plain LoRA and controls; print the verdict."""
     from ipca import sweep as sweeps
 
-    names = ("windows", "lrs", "seeds", "methods", "comparisons", "early", "checkpoints", "tune")
-    names += ("workers", "threads", "devices")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = [name for name, each in signature(sweeps.run).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    given = {name: value for name, value in vars(args).items() if name in options and value is not None}
     rows = sweeps.run(args.task, args.out, progress=not args.quiet, **given)
     failed = [row for row in rows if row["status"] != "ok"]
     verdict = sweeps.verdict(args.out)

@@ -43,10 +43,15 @@ class Store:
 
     def get(self, key: str) -> list[Row] | None:
         """The rows of a trial that is done, else None; a damaged file counts as not done."""
+        found = self._read(key)
+        return None if found is None else found["rows"]
+
+    def _read(self, key: str) -> dict[str, Any] | None:
         try:
-            return json.loads((self.trials / f"{key}.json").read_text())["rows"]
-        except (FileNotFoundError, ValueError, KeyError):
+            found = json.loads((self.trials / f"{key}.json").read_text())
+        except (FileNotFoundError, ValueError):
             return None
+        return found if isinstance(found, dict) and {"rows", "seconds"} <= set(found) else None
 
     def put(self, key: str, rows: Sequence[Row], seconds: float) -> None:
         """Keep the rows of a trial that took ``seconds``."""
@@ -56,11 +61,10 @@ class Store:
         """Write and return the rows of the untrained model and of those of ``trials`` that are done, in their order."""
         rows, times = [base], []
         for trial in trials:
-            found = self.get(trial.key)
+            found = self._read(trial.key)
             if found is not None:
-                rows += found
-                seconds = json.loads((self.trials / f"{trial.key}.json").read_text())["seconds"]
-                times.append({"trial": str(trial), "seconds": f"{seconds:.2f}"})
+                rows += found["rows"]
+                times.append({"trial": str(trial), "seconds": f"{found['seconds']:.2f}"})
         extra = sorted({name for row in rows for name in row} - set(COLUMNS))
         write_whole(self.folder / ROWS, _csv(rows, [*COLUMNS, *extra]))
         write_whole(self.folder / SECONDS, _csv(times, ["trial", "seconds"]))

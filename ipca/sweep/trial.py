@@ -164,8 +164,6 @@ def _row(
     numbers = {"update": update, **metrics}
     lost = [name for name, value in numbers.items() if not math.isfinite(value)]
     status = f"failed: diverged, {', '.join(lost)} is no finite number" if lost else "ok"
-    if lost:
-        numbers = dict.fromkeys(numbers)  # type: ignore[arg-type]
     return {
         "method": trial.method,
         "kind": baselines.kind_of(trial.method),
@@ -178,5 +176,5 @@ def _row(
         "status": status,
         "trainable": sum(p.numel() for p in parameters),
         "early_update": early if early is not None and math.isfinite(early) else None,
-        **numbers,
+        **(dict.fromkeys(numbers) if lost else numbers),
     }

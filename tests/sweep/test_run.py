@@ -173,6 +173,12 @@ def test_a_diverged_run_is_a_row_that_says_so(tmp_path):
     assert failed[0]["target"] is None
 
 
+def test_tuning_without_optuna_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r"tuning needs Optuna; run: pip install 'ipca-lora\[sweep\]'"):
+        sweep.run(TASK, tmp_path, **{**GRID, "comparisons": ("same",), "methods": (), "windows": (0.5,), "tune": 1})
+
+
 def test_auto_uses_the_calibration(tmp_path):
     task = replace(sweep_task.task(), calibration=sweep_task.calibration)
     options = {**GRID, "comparisons": ("same",), "methods": ("auto",)}

@@ -1,0 +1,53 @@
+"""`ipca sweep`: a verdict, a table and a report, or one line that says what is wrong."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import sweep_task
+
+from ipca.cli import main
+
+TASK = Path(sweep_task.__file__)
+OPTIONS = ("--windows", "0", "0.5", "1", "--lrs", "1e-3", "1e-2", "--seeds", "2", "--early", "2", "--methods", "lora")
+
+
+def test_a_sweep_writes_its_table_and_report_and_says_the_verdict(tmp_path, capsys):
+    assert main(["sweep", str(TASK), "-o", str(tmp_path), *OPTIONS, "--json", "--quiet"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert said["rows"] == len(rows) == 1 + (4 + 3 + 3) * 4
+    assert said["failed"] == 0
+    assert "too few seeds" in said["verdict"].lower()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "too few seeds" in page.lower()
+    assert page.count("<svg") >= 3
+    assert main(["sweep", str(TASK), "-o", str(tmp_path), *OPTIONS]) == 0
+    output = capsys.readouterr().out
+    assert said["verdict"] in output
+    assert f"{len(rows)} rows, 0 failed" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--lrs", "-1"), "learning rates must be positive, got -1.0"),
+        (("--methods", "pissa"), "unknown method 'pissa'"),
+        (("--comparisons", "best"), "comparisons are 'same' and any of"),
+        (("--windows", "0.3"), "equal updates are those of the reference window '0.5'"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_nothing_is_written(options, says, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["sweep", str(TASK), "-o", str(out), *options]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ipca: error: ")
+    assert says in error
+    assert not out.exists()
+
+
+def test_a_missing_task_is_one_line(tmp_path, capsys):
+    assert main(["sweep", str(tmp_path / "none.py"), "-o", str(tmp_path / "out")]) == 1
+    assert "no task file at" in capsys.readouterr().err
