@@ -1,6 +1,7 @@
 # make demo   a fresh machine with Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
 # make test   the test suite            make check   lint, format, types, import floors, tables in step
 # make results   measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, tables
+# make study     the study of docs/study.md again: hours; stopped, it goes on where it was
 # make gpu OUT=folder   on a machine with a GPU: tests, memory checker, tuning and benches; again to go on
 # make kernels   compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
 #
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 OUT ?= gpu-out
 WORKERS ?= 2
 
-.PHONY: demo test check format report results gpu kernels clean
+.PHONY: demo test check format report results study gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and beside another busy process every step waits for them.
 demo: $(READY)
@@ -51,6 +52,13 @@ results: $(READY)
 	$(BIN)/python bench/quantised_start.py
 	$(BIN)/python bench/report.py
 
+study: $(READY)
+	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python bench/study/run.py
+	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python bench/study/mechanism.py
+	$(BIN)/python bench/study/findings.py
+	$(BIN)/python bench/study/figures.py
+	$(BIN)/python bench/report.py
+
 # PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
 gpu:
 	$(PYTHON) bench/gpu.py --out $(OUT)
@@ -69,4 +77,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out build dist *.egg-info ipca/_C.*
+	rm -rf $(VENV) demo-out gpu-out study-out build dist *.egg-info ipca/_C.*

@@ -19,6 +19,9 @@ from svd_tables import initialise_table, window_table
 
 from ipca.demo.report import read_rows, table
 
+sys.path.append(str(ROOT / "bench" / "study"))
+from study_tables import sections as study_sections
+
 NO_GPU = "No GPU result has been measured yet; what follows is a CPU."
 
 
@@ -134,6 +137,7 @@ def main() -> int:
             "quantised_start": quantised_start_section(read_rows(RESULTS / QUANTISED_START.name)),
             "quantised_windows": overlap_section(read_rows(RESULTS / QUANTISED_START.name)),
         },
+        ROOT / "docs/study.md": study_sections(RESULTS / "study"),
     }
     stale = []
     for page, sections in pages.items():

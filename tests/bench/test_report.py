@@ -155,6 +155,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
     written(results, layer_rows({OURS[0]: 1.1}))
     markers = {"README.md": ("demo", "pc_linear", "training", "window_svd"), "docs/method.md": ("memory",)}
     markers["docs/quantised.md"] = ("quantised_start", "quantised_windows")
+    markers["docs/study.md"] = tuple(report.study_sections(results / "study"))
     for page, names in markers.items():
         (tmp_path / page).write_text("".join(f"<!-- report:{n} -->\n<!-- /report:{n} -->\n" for n in names))
     monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -165,7 +166,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         return report.main()
 
     assert command("--check") == 1
-    assert "README.md, method.md, quantised.md out of step" in capsys.readouterr().err
+    assert "README.md, method.md, quantised.md, study.md out of step" in capsys.readouterr().err
     assert not (results / "pc_linear_h100.png").exists()
     assert command() == 0
     assert command("--check") == 0

@@ -1,0 +1,89 @@
+import figures
+import findings
+import pytest
+import rules
+import study_made
+import study_tables
+from study_rows import Study
+
+
+@pytest.fixture(scope="module")
+def pictures(whole):
+    """Every figure of a complete study."""
+    made = rules.read_tables(Study(whole))
+    return [draw(made) for draw in figures.FIGURES]
+
+
+def test_every_picture_is_drawn_with_its_axes_labelled(whole, tmp_path, pictures):
+    for figure in pictures:
+        assert all(axis.get_ylabel() or axis.get_yticklabels()[0].get_text() for axis in figure.axes if _first(axis))
+        assert all(axis.get_xlabel() or axis.get_xticklabels()[0].get_text() for axis in figure.axes)
+        assert "95 % bootstrap interval over seeds" in figure.get_suptitle()
+    drawn = figures.draw(rules.read_tables(Study(whole)), tmp_path)
+    assert [path.stem for path in drawn] == [draw.__name__ for draw in figures.FIGURES]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def _first(axis):
+    return axis.get_subplotspec().is_first_col()
+
+
+def test_what_was_not_run_is_not_drawn(tmp_path):
+    folder = study_made.study(tmp_path, sweeps=("M5",), streams={}, curves={})
+    findings.write(Study(folder))
+    assert figures.draw(rules.read_tables(Study(folder)), folder) == []
+    assert figures.draw(rules.read_tables(Study(tmp_path / "none")), tmp_path) == []
+
+
+def shown(axis):
+    """The labels of ticks within the view; matplotlib keeps others, which it does not draw."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    return [tick.label1 for tick in ticks if low <= tick.get_loc() <= high]
+
+
+def test_no_two_labels_of_a_picture_overlap(pictures):
+    for figure in pictures:
+        figure.draw_without_rendering()
+        texts = [text for axis in figure.axes for text in (axis.title, axis.xaxis.label, axis.yaxis.label)]
+        texts += [text for axis in figure.axes for text in (*shown(axis.xaxis), *shown(axis.yaxis))]
+        texts += [text for legend in figure.legends for text in legend.get_texts()]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+        pairs = [(a, b) for k, a in enumerate(boxes) for b in boxes[:k] if a.overlaps(b)]
+        assert not pairs, figure.get_suptitle()
+
+
+def test_the_page_has_a_row_for_each_test_and_names_what_is_missing(whole, tmp_path):
+    sections = study_tables.sections(whole)
+    assert sections["study_tests"].count("| **") == 14
+    assert "| C10 | V1, 2e-3 | retained: minor against middle | 10 |" in sections["study_tests"]
+    assert "**minor below middle** |" in sections["study_tests"]
+    assert sections["study_tests"].endswith("Holm's correction is over the 14 of 14 that were tested.")
+    assert (
+        "Everything in the protocol's grid was run. Measured on cpu x86_64; python 3.11.7, torch"
+        in (sections["study_runs"])
+    )
+    assert "full fine-tuning (same, 0.004): 10 |" in sections["study_runs"]
+    assert sections["study_all"].count("<details>") == 7
+    assert not any("png" in text for text in sections.values())
+    (whole / "rates.png").touch()
+    pictured = study_tables.sections(whole)
+    (whole / "rates.png").unlink()
+    assert pictured["study_rates"].endswith("![rates](../bench/results/study/rates.png)")
+    assert pictured | {"study_rates": sections["study_rates"]} == sections
+    empty = study_tables.sections(tmp_path)
+    assert set(empty) == set(sections)
+    assert empty["study_tests"] == empty["study_all"] == empty["study_frontier"] == "Not run."
+
+
+def test_shares_of_a_difference_are_those_of_the_same_rate(whole):
+    rows = rules.read_tables(Study(whole)).summary
+    whole_one, left = (float(rows["M3", "0.0", c, "0.002", "drift"]["difference"]) for c in ("same", "update"))
+    line = next(
+        line
+        for line in study_tables.sections(whole)["study_comparisons"].splitlines()
+        if line.startswith("| M3 | 0.002 | drift | principal − middle | 5 |")
+    )
+    assert line.endswith(f", {round(100 * left / whole_one)} % |")
+    assert line.count("%") == 2  # none at the same rate itself
+    assert "–" not in line  # with a √σ-matched cell
