@@ -8,7 +8,19 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from ipca.baselines import CONTROLS
-from ipca.sweep.report.drawing import HEIGHT, WIDTH, Panel, band, base_line, dots, end_labels, limits, near, point
+from ipca.sweep.report.drawing import (
+    HEIGHT,
+    WIDTH,
+    Panel,
+    axis_title,
+    band,
+    base_line,
+    dots,
+    end_labels,
+    limits,
+    near,
+    point,
+)
 from ipca.sweep.report.style import INK, SOFT, Style, canvas, inline
 from ipca.sweep.report.summary import estimate
 from ipca.sweep.report.views import View
@@ -25,7 +37,6 @@ _ACROSS = (-0.04, 1.04)
 def curves(views: Sequence[View], metric: str, styles: Mapping[str, Style]) -> list[Panel]:
     """The panels of one metric, all with the same axis of values."""
     values = [v for view in views for method in view.sweep.methods for v in view.values(method, metric).values()]
-    values += [v for view in views for _, means in _other_rates(view, metric) for v in means.values()]
     base = near(views[0].sweep.base.get(metric), values) if views else None
     span = limits(values if base is None else [*values, base])
     panels = []
@@ -58,7 +69,7 @@ def _windows(
         axis.set(xlim=(_ACROSS[0], 1.17 if view.lr is not None and len(sweep.lrs) > 1 else _ACROSS[1]), ylim=span)
         axis.set_xticks(*_ticks(sorted(sweep.positions.values())))
         axis.set_xlabel("window position f = start / (d − rank)\n0 principal end · 1 minor end")
-        axis.set_ylabel(f"{sweep.label(metric)}\nmean, 95 % interval over seeds")
+        axis.set_ylabel(axis_title(sweep.label(metric)))
         svg = inline(figure, key, f"{metric} over the window's position, {view.title}: {_spoken(means)}")
     return Panel(f"At {view.title}", f"{view.note[0].upper()}{view.note[1:]}; {_count(view, metric)}.", svg)
 
@@ -81,7 +92,7 @@ def _controls(
             dots(axis, x, values, styles[method], 0.3)
         axis.set(xlim=(-0.6, len(shown) - 0.4), ylim=span)
         axis.set_xticks(range(len(shown)), [name(m) for m in shown], rotation=35, ha="right", rotation_mode="anchor")
-        axis.set_ylabel(f"{view.sweep.label(metric)}\nmean, 95 % interval over seeds")
+        axis.set_ylabel(axis_title(view.sweep.label(metric)))
         svg = inline(figure, f"controls-{metric}-{view.key}", f"{metric} of the controls: {_spoken(means)}")
     return Panel("Controls", f"At {view.title}; each differs from the reference window in one thing.", svg)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,6 +34,11 @@ def limits(values: Iterable[float]) -> tuple[float, float]:
     low, high = min(numbers), max(numbers)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     return low - room, high + room
+
+
+def axis_title(label: str, note: str = "mean, 95 % interval over seeds") -> str:
+    """``label`` in lines that fit along a panel's height, and below it what the marks are."""
+    return "\n".join([*textwrap.wrap(label, 40), note])
 
 
 def point(axis: Axes, x: float, found: Estimate, style: Style, *, hollow: bool = False, size: float = 6.5) -> None:
@@ -80,9 +86,11 @@ def base_line(axis: Axes, value: float | None, ends: tuple[float, float]) -> Non
 
 
 def end_labels(axis: Axes, x: float, labels: Sequence[tuple[float, str, str]], span: tuple[float, float]) -> None:
-    """Texts ``(y, text, colour)`` right of ``x``, moved up and down until none touches another."""
-    order = sorted(labels)
-    places = spread([y for y, _, _ in order], 0.052 * (span[1] - span[0]))
+    """Texts ``(y, text, colour)`` right of ``x``, within ``span``, moved up and down until none touches another."""
+    line = 0.052 * (span[1] - span[0])
+    low, high = span[0] + line / 2, span[1] - line / 2
+    order = sorted((min(max(y, low), high), text, colour) for y, text, colour in labels)
+    places = spread([y for y, _, _ in order], line)
     for y, (_, text, colour) in zip(places, order, strict=True):
         axis.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=8.5, color=colour)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ipca.analysis.compare import frontier
 from ipca.baselines import kind_of
-from ipca.sweep.report.drawing import Panel, base_line, limits
+from ipca.sweep.report.drawing import Panel, axis_title, base_line, limits
 from ipca.sweep.report.rows import Run, Sweep
 from ipca.sweep.report.style import INK, Style, canvas, inline
 from ipca.sweep.report.views import middle_rate
@@ -88,7 +88,7 @@ def _panel(sweep: Sweep, key: str, found: list[Spot], best: list[Spot], styles: 
         axis.set_xlim(across)
         axis.set_ylim(limits([spot.retained for spot in found] + ([] if base is None else [base])))
         axis.set_xlabel(f"{sweep.label('target')}\nmean over seeds")
-        axis.set_ylabel(f"{sweep.label('retained')}\nmean over seeds")
+        axis.set_ylabel(axis_title(sweep.label("retained"), "mean over seeds"))
         figure.draw_without_rendering()  # lays the axis out, which the places of the numbers depend on
         _numbers(axis, found, best)
         words = "; ".join(f"{s.method} at {s.lr:g}: {s.target:.3g}, {s.retained:.3g}" for s in best or found)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ipca.baselines import kind_of
-from ipca.sweep.report.drawing import HEIGHT, WIDTH, Panel, base_line, end_labels, limits, near, point
+from ipca.sweep.report.drawing import HEIGHT, WIDTH, Panel, axis_title, base_line, end_labels, limits, near, point
 from ipca.sweep.report.rows import Sweep
 from ipca.sweep.report.style import INK, Style, canvas, inline
 from ipca.sweep.report.summary import Estimate, estimate
@@ -54,7 +54,7 @@ def _panel(sweep: Sweep, title: str, methods: Sequence[str], metric: str, styles
         axis.set_xticks(sweep.lrs, [f"{lr:g}" for lr in sweep.lrs], minor=False)
         axis.set_xticks([], minor=True)
         axis.set_xlabel("learning rate (log scale)")
-        axis.set_ylabel(f"{sweep.label(metric)}\nmean, 95 % interval over seeds")
+        axis.set_ylabel(axis_title(sweep.label(metric)))
         for lr, texts in labels.items():
             end_labels(axis, lr * step**1.5, texts, span)
         svg = inline(figure, f"rates-{title}-{metric}".lower(), f"{metric} over the learning rate: {'; '.join(spoken)}")
