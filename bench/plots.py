@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from result_tables import Row, latest
 
+from ipca.analysis.picture import picture
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -32,22 +34,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in latest(rows) if _shown(row)]
     if not rows:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shapes = list(dict.fromkeys((row["N"], row["K"]) for row in rows))
-    size = (3.4 * len(shapes), 3.4)
-    figure, axes = plt.subplots(1, len(shapes), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for axis, (N, K) in zip(axes[0], shapes, strict=True):
-        _panel(axis, [row for row in rows if (row["N"], row["K"]) == (N, K)])
-        axis.set_title(f"{N} × {K}", fontsize=10)
-    axes[0][0].set_ylabel("forward + backward,\ntime / bare nn.Linear")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, rank 16; lower is better", fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, (3.4 * len(shapes), 3.4)) as figure:
+        axes = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
+        for axis, (N, K) in zip(axes, shapes, strict=True):
+            _panel(axis, [row for row in rows if (row["N"], row["K"]) == (N, K)])
+            axis.set_title(f"{N} × {K}", fontsize=10)
+        axes[0].set_ylabel("forward + backward,\ntime / bare nn.Linear")
+        axes[0].legend(fontsize=8)
+        figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, rank 16; lower is better", fontsize=10)
 
 
 def _shown(row: Row) -> bool:
@@ -75,28 +70,21 @@ def draw_windows(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in latest(rows) if _window_shown(row)]
     if not rows:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     ranks = sorted({int(row["rank"]) for row in rows})
-    size = (3.4 * len(ranks), 3.4)
-    figure, axes = plt.subplots(1, len(ranks), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for axis, rank in zip(axes[0], ranks, strict=True):
-        _window_panel(axis, [row for row in rows if int(row["rank"]) == rank])
-        axis.set_title(f"rank {rank}", fontsize=10)
-    axes[0][0].set_ylabel("one window,\ntime / torch.linalg.svd")
-    axes[0][0].set_ylim(bottom=0)
-    for name, marker in PATHS.items():
-        if any(row["path"] == name for row in rows):
-            axes[0][-1].plot([], [], marker, color="black", label=f"path {name}")
-    for axis in axes[0]:
-        axis.legend(fontsize=7)
     about = f"{rows[0]['device']}, {rows[0]['dtype']}, square, noise with 32 large components; lower is better"
-    figure.suptitle(about, fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, (3.4 * len(ranks), 3.4)) as figure:
+        axes = figure.subplots(1, len(ranks), squeeze=False, sharey=True)[0]
+        for axis, rank in zip(axes, ranks, strict=True):
+            _window_panel(axis, [row for row in rows if int(row["rank"]) == rank])
+            axis.set_title(f"rank {rank}", fontsize=10)
+        axes[0].set_ylabel("one window,\ntime / torch.linalg.svd")
+        axes[0].set_ylim(bottom=0)
+        for name, marker in PATHS.items():
+            if any(row["path"] == name for row in rows):
+                axes[-1].plot([], [], marker, color="black", label=f"path {name}")
+        for axis in axes:
+            axis.legend(fontsize=7)
+        figure.suptitle(about, fontsize=10)
 
 
 def _window_shown(row: Row) -> bool:

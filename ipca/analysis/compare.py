@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ipca.io import staged_files
+from ipca.analysis.picture import picture
 
 Point = tuple[float, float]
 """``(target, retained)`` of one run or checkpoint: the score on the new task, and on what the model knew."""
@@ -142,30 +141,23 @@ def draw_frontier(
         ValueError: no points, or an unknown format.
         OSError: ``path`` cannot be written; what was there stays.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot, whose state is the caller's
-    except ImportError:
-        raise ImportError("a picture needs matplotlib; run: pip install 'ipca-lora[plot]'") from None
     known = {m: [p for p in map(_point, found) if _is_finite(p)] for m, found in points.items()}
     together = [p for found in known.values() for p in found]
     if not together:
         raise ValueError(f"there are no finite points to draw; got the methods {', '.join(known) or '(none)'}.")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    _staircase(axis, together)
-    for k, (method, found) in enumerate(known.items()):
-        colour, mark = _COLOURS[k % len(_COLOURS)], _MARKS[k % len(_MARKS)]
-        axis.plot(*_columns(found), mark, color=colour, markersize=5, alpha=0.7, label=method)
-        axis.plot(*_columns([found[i] for i in frontier(found)]), color=colour, linewidth=1.2)
-    if base is not None:
-        axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="untrained")
-    axis.set_xlabel(labels[0])
-    axis.set_ylabel(labels[1])
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)  # beside the axes, where it covers no point
-    target = Path(path).absolute()
-    with staged_files(target.parent) as stage:
-        figure.savefig(stage / target.name, dpi=150)
+    with picture(path, (7, 4.5)) as figure:
+        axis = figure.subplots()
+        _staircase(axis, together)
+        for k, (method, found) in enumerate(known.items()):
+            colour, mark = _COLOURS[k % len(_COLOURS)], _MARKS[k % len(_MARKS)]
+            axis.plot(*_columns(found), mark, color=colour, markersize=5, alpha=0.7, label=method)
+            axis.plot(*_columns([found[i] for i in frontier(found)]), color=colour, linewidth=1.2)
+        if base is not None:
+            axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="untrained")
+        axis.set_xlabel(labels[0])
+        axis.set_ylabel(labels[1])
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize=8)  # beside the axes, where it covers no point
 
 
 def _staircase(axis: Any, points: Sequence[Point]) -> None:

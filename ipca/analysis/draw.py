@@ -6,12 +6,11 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ipca.analysis.drift import Drift
+from ipca.analysis.picture import picture
 from ipca.analysis.spectra import LayerSpectrum
-from ipca.io import staged_files
 from ipca.window import Window
 
 Row = TypeVar("Row")
@@ -30,11 +29,8 @@ def draw_spectra(rows: Iterable[LayerSpectrum], path: str | os.PathLike[str]) ->
     """
     named = [(row.name, row.shape, row) for row in rows]
     with panels(named, "Spectra by layer, first (dark) to last (light); the window is shaded", path) as axes:
-        import matplotlib
-
         for axis, group in axes:
-            for k, row in enumerate(group):
-                colour = matplotlib.colormaps["viridis"](k / max(len(group) - 1, 1))
+            for colour, row in zip(dark_to_light(len(group)), group, strict=True):
                 relative = row.spectrum / row.spectrum[0].clamp_min(1e-300)
                 axis.semilogy(relative.clamp_min(1e-9), color=colour, linewidth=1)
                 shade(axis, row.window, len(group))
@@ -74,10 +70,10 @@ def panels(
     kinds: dict[tuple[str, tuple[int, int]], list[Row]] = defaultdict(list)
     for name, shape, row in named:
         kinds[_kind(name), shape].append(row)
-    with saved(named, path) as figure:
-        columns = min(3, len(kinds))
-        lines = -(-len(kinds) // columns)
-        figure.set_size_inches(4 * columns, 2.8 * lines)
+    refuse_nothing(named)
+    columns = min(3, len(kinds))
+    lines = -(-len(kinds) // columns)
+    with picture(path, (4 * columns, 2.8 * lines)) as figure:
         axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
         for axis in axes[len(kinds) :]:
             axis.remove()
@@ -88,25 +84,22 @@ def panels(
         figure.suptitle(title, fontsize=10)
 
 
-@contextmanager
-def saved(layers: Sized, path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A matplotlib figure for ``layers``, of which there must be one, written to ``path`` when the block succeeds."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot, whose state is the caller's
-    except ImportError:
-        raise ImportError("a picture needs matplotlib; run: pip install 'ipca-lora[plot]'") from None
+def refuse_nothing(layers: Sized) -> None:
+    """Raise ValueError where there are no ``layers`` to draw."""
     if not layers:
         raise ValueError("there is nothing to draw: no layers were given.")
-    figure = Figure(layout="constrained")
-    yield figure
-    target = Path(path).absolute()
-    with staged_files(target.parent) as stage:
-        figure.savefig(stage / target.name, dpi=150)
 
 
 def _kind(name: str) -> str:
     """The last parts of a path without the indices of layers and experts."""
     return ".".join(part for part in name.partition("[")[0].split(".")[-3:] if not part.isdigit())
+
+
+def dark_to_light(count: int) -> list[tuple[float, float, float, float]]:
+    """A colour for each of ``count`` layers, first to last."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](k / max(count - 1, 1)) for k in range(count)]
 
 
 def shade(axis: Any, window: Window, layers: int, colour: str = "tab:red") -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from ipca.analysis.draw import panels, saved, shade
+from ipca.analysis.draw import dark_to_light, panels, refuse_nothing, shade
 from ipca.analysis.importance import BlockImportance
+from ipca.analysis.picture import picture
 from ipca.model import LayerSensitivity
 from ipca.window import Window
 
@@ -32,11 +33,8 @@ def draw_sensitivity(
     windows = {id(row): (row.quietest(rank), Window(window, rank).resolve(len(row.S), row.S)) for _, _, row in rows}
     title = "Sensitivity by component, first layer (dark) to last (light); red: quietest window, grey: " + window
     with panels(rows, title, path) as axes:
-        import matplotlib
-
         for axis, group in axes:
-            for k, row in enumerate(group):
-                colour = matplotlib.colormaps["viridis"](k / max(len(group) - 1, 1))
+            for colour, row in zip(dark_to_light(len(group)), group, strict=True):
                 relative = row.sensitivity / row.sensitivity.mean().clamp_min(1e-300)
                 axis.semilogy(relative.clamp_min(1e-9), color=colour, linewidth=1)
                 quietest, default = windows[id(row)]
@@ -58,10 +56,10 @@ def draw_importance(found: Mapping[str, BlockImportance], path: str | os.PathLik
     Raises:
         ImportError, ValueError, OSError: as :func:`ipca.analysis.draw_spectra`.
     """
-    with saved(found, path) as figure:
+    refuse_nothing(found)
+    with picture(path, (6, 1.5 + 0.16 * len(found))) as figure:
         from matplotlib.colors import SymLogNorm
 
-        figure.set_size_inches(6, 1.5 + 0.16 * len(found))
         axis = figure.subplots()
         changes = [row.change.masked_fill(~row.change.isfinite(), float("nan")).tolist() for row in found.values()]
         largest = max((abs(x) for row in changes for x in row if x == x), default=0.0) or 1.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipca.analysis.matrix import wide
-from ipca.analysis.peft_layers import active_window, peft_factors, peft_layers, trained_matrix
+from ipca.analysis.peft_layers import active_window, other_tuner, peft_factors, peft_layers, trained_matrix
 from ipca.model import adapted_layers, refuse_sharded
 from ipca.nn import WindowLayer, quantised_kind
 from ipca.nn.kinds import LINEAR, layer_kind, read_layer
@@ -152,6 +152,12 @@ def _plain_layers(model: nn.Module, base: Base | None, before: Mapping[str, Any]
     """What a model without adapted layers has in common with its base."""
     if before is None:
         raise ValueError(f"this {type(model).__name__} has no adapted layer that knows its pretrained weight; {_GIVE}.")
+    tuner = other_tuner(model)
+    if tuner is not None:
+        raise ValueError(
+            f"this {type(model).__name__} holds a {tuner} of PEFT, which adds nothing to a weight; "
+            "merge_and_unload() a copy of the model and compare that."
+        )
     here = layers_of(model)
     if isinstance(base, nn.Module):
         found = {name: m for name, m in here.items() if name in before and _is_linear(m) and _is_linear(before[name])}

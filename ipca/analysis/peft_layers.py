@@ -12,6 +12,12 @@ from ipca.nn.kinds import ExpertStack, layer_kind, read_layer, to_matrix
 from ipca.window import Window
 
 _INNER = ".base_layer"
+_ADDITIVE = (
+    *("lora", "adalora", "c3a", "deft", "delora", "fourierft", "frod", "gralora", "loha", "lokr", "osf", "peanut"),
+    *("psoft", "pvera", "randlora", "shira", "supertuning", "unilora", "vblora", "vera", "waveft"),
+)
+"""The tuners of PEFT whose layers compute ``W + get_delta_weight()``. Others give that name to a factor of ``W``, as
+OFT and HRA, or to what needs ``W`` to become a change, as HiRA."""
 
 
 def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,23 +32,24 @@ def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def other_tuner(model: nn.Module) -> str | None:
+    """The class of a layer by which PEFT changes a function without adding to a weight, as IA³; None without any."""
+    modules = (module for module in model.modules() if hasattr(module, "base_layer"))
+    return next((type(module).__name__ for module in modules if hasattr(module, "active_adapters")), None)
+
+
 def trained_matrix(name: str, layer: Any) -> Tensor:
     """``W' (out, in)`` or ``(E, out, in)`` in float64: the kept weight and the change of every active adapter.
 
+    Once something is merged, PEFT multiplies by the kept weight alone, and so does this.
+
     Raises:
-        ValueError: an adapter's change is no sum, as DoRA's, or the weight is of a kind that has no matrix.
+        ValueError: an adapter's change is no sum, as OFT's or DoRA's, or the weight is of a kind that has no matrix.
     """
     base = _base_layer(name, layer)
     weight = wide(read_layer(base)[0])
-    for adapter in _active(layer):
-        if adapter in layer.merged_adapters:
-            continue
-        variant = getattr(layer, "lora_variant", {}).get(adapter)
-        if type(variant).__module__.startswith("peft."):
-            raise ValueError(
-                f"{name}: its adapter {adapter!r} is a {type(variant).__name__}, whose change is more than B A; "
-                "merge_and_unload() a copy of the model and compare that."
-            )
+    for adapter in [] if layer.merged else _active(layer):
+        _refuse_product(name, layer, adapter)
         change = to_matrix(layer_kind(base) or "linear", layer.get_delta_weight(adapter).detach())
         weight = weight + wide(change).to(weight.device)
     return weight
@@ -70,6 +77,22 @@ def active_window(model: nn.Module, name: str, layer: Any) -> Window | None:
     config = getattr(model, "peft_config", {}).get(active[0]) if len(active) == 1 else None
     saved = getattr(config, "layers", {}).get(name)
     return None if saved is None else Window(saved.start, saved.rank)
+
+
+def _refuse_product(name: str, layer: Any, adapter: str) -> None:
+    """Raise ValueError for an adapter that does more than to add a matrix to the weight."""
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    modules = [c.__module__.split(".") for c in type(layer).__mro__]
+    tuner = next((parts[2] for parts in modules if parts[:2] == ["peft", "tuners"]), None)
+    if type(variant).__module__.startswith("peft."):
+        what = f"is a {type(variant).__name__}, whose change is more than B A"
+    elif tuner is not None and tuner not in _ADDITIVE:
+        what = f"is of PEFT's {tuner}, which is not known to add a change to the weight"
+    else:
+        return
+    raise ValueError(
+        f"{name}: its adapter {adapter!r} {what}; merge_and_unload() a copy of the model and compare that."
+    )
 
 
 def _active(layer: Any) -> list[str]:

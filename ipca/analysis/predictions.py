@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +88,8 @@ def is_shifted(found: Predictions) -> bool:
         assert labels is not None
         logits = at_least_float32(found.logits)
         ways.append(float(F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)))
-    distances = [abs(own - way) for way in ways]
-    if min(distances) > _CLOSE * abs(own):
+    distances = [_distance(own, way) for way in ways]
+    if min(distances) > (_CLOSE * abs(own) if math.isfinite(own) else 0.0):
         raise ValueError(
             f"the model's own loss is {own:.4g}, but the cross-entropy of its logits is {ways[0]:.4g}, or "
             f"{ways[1]:.4g} with each position predicting the next label; say how to read it: loss_of, logits_of or "
@@ -108,6 +109,13 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _distance(own: float, way: float) -> float:
+    """0 of two NaN, which are the loss where every label is :data:`IGNORED`; infinite of a NaN and a number."""
+    if own == way or (math.isnan(own) and math.isnan(way)):
+        return 0.0
+    return abs(own - way) if math.isfinite(own - way) else math.inf
+
+
 def _checked(labels: Any, logits: Tensor) -> Tensor:
     """``labels`` on the logits' device, or a ValueError where they are not a class index for each row of logits."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
@@ -115,7 +123,14 @@ def _checked(labels: Any, logits: Tensor) -> Tensor:
             f"labels must be class indices, integers {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}; got "
             f"{_described(labels)}. Say how to read the model: loss_of, logits_of or correct_of."
         )
-    return labels.to(logits.device, torch.int64)
+    labels, classes = labels.to(logits.device, torch.int64), logits.shape[-1]
+    outside = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(outside):
+        raise ValueError(
+            f"labels must be class indices from 0 to {classes - 1}, or {IGNORED} where nothing is to be predicted; got "
+            f"{int(outside[0])}."
+        )
+    return labels
 
 
 def _mask(model: nn.Module, inputs: Any, logits: Tensor) -> Tensor:

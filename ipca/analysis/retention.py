@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ipca.analysis.predictions import Predictions, at_least_float32, counted, is_shifted, predict
 from ipca.model import adapted_layers, disabled
+from ipca.model.batches import evaluating, refuse_one_batch
 
 Measure = Callable[[nn.Module, Any], Any]
 """``measure(model, batch)``: a tensor with what was measured of each item or token that counts."""
@@ -37,7 +38,7 @@ def cross_entropy_rise(
             a single number counts as one item.
 
     Raises:
-        TypeError: a batch or an output of another kind.
+        TypeError: a batch or an output of another kind, or one batch in place of several.
         ValueError: ``base=None`` for a model without adapted layers, nothing that counts, labels that do not fit the
             logits, or a model's own loss that is not the mean cross-entropy of its labels.
     """
@@ -97,8 +98,9 @@ def _mean(
             f"base=None takes the model without its adapter, but this {type(model).__name__} has no adapted layer of "
             "ipca; give the pretrained model as base."
         )
+    refuse_one_batch(batches)
     total, items = 0.0, 0
-    with _undisturbed(model, *([] if base is None else [base])):
+    with evaluating(model, *([] if base is None else [base])):
         for batch in batches:
             now, then = _both(model, base, batch, measure, read)
             if now.shape != then.shape:
@@ -133,22 +135,6 @@ def _both(
     if is_shifted(then):  # the base decides for both: its loss is one that was trained to be low
         now, then = now.shifted(), then.shifted()
     return read(now), read(then)
-
-
-@contextmanager
-def _undisturbed(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random generators are as before afterwards."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    devices = {parameter.device for model in models for parameter in model.parameters()}
-    cuda = sorted({device.index for device in devices if device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.no_grad():
-        try:
-            for model in models:
-                model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _labelled(found: Predictions) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def paired_bootstrap(
     """:func:`bootstrap_interval` of the differences ``a − b`` of runs with the same seed.
 
     What the seeds do to both arms cancels, so that this is the interval for "a is better than b by …"; that two
-    intervals of ``a`` and ``b`` overlap says nothing about it.
+    intervals of ``a`` and ``b`` overlap says nothing about it. Differences that are rounding of ``a`` and ``b`` are 0.
 
     Args:
         a, b: ``{seed: number}`` with the same seeds, or two sequences in the same order of seeds.
@@ -112,8 +112,8 @@ def paired_bootstrap(
     Raises:
         ValueError: as :func:`bootstrap_interval`, or a run without its partner.
     """
-    first, second = _pairs(a, b)
-    return bootstrap_interval(first - second, statistic=statistic, level=level, seed=seed)
+    d, rounding = _differences(a, b)
+    return bootstrap_interval(np.where(np.abs(d) > rounding, d, 0.0), statistic=statistic, level=level, seed=seed)
 
 
 def paired_test(a: Scores, b: Scores, *, alternative: str = "two-sided") -> PairedTest:
@@ -135,9 +135,7 @@ def paired_test(a: Scores, b: Scores, *, alternative: str = "two-sided") -> Pair
     """
     if alternative not in _ALTERNATIVES:
         raise ValueError(f"alternative must be one of {', '.join(_ALTERNATIVES)}; got {alternative!r}.")
-    first, second = _pairs(a, b)
-    d = first - second
-    rounding = _ROUNDING * float(np.maximum(np.abs(first), np.abs(second)).max())
+    d, rounding = _differences(a, b)
     n, mean = len(d), float(d.mean())
     return PairedTest(mean, _sign_flip_p(d, alternative, rounding), n, _effect(d, rounding))
 
@@ -193,8 +191,8 @@ def _signs(n: int) -> Iterator[Vector]:
         left -= rows
 
 
-def _pairs(a: Scores, b: Scores) -> tuple[Vector, Vector]:
-    """Both in the same order of seeds."""
+def _differences(a: Scores, b: Scores) -> tuple[Vector, float]:
+    """``a − b`` seed by seed, and the size up to which a difference is rounding."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         alone = sorted(map(str, a.keys() ^ b.keys()))
         if alone:
@@ -205,7 +203,7 @@ def _pairs(a: Scores, b: Scores) -> tuple[Vector, Vector]:
     first, second = _vector("a", a), _vector("b", b)
     if len(first) != len(second):
         raise ValueError(f"pairs need as many numbers in a as in b; got {len(first)} and {len(second)}.")
-    return first, second
+    return first - second, _ROUNDING * float(np.maximum(np.abs(first), np.abs(second)).max())
 
 
 def _vector(name: str, values: ArrayLike) -> Vector:

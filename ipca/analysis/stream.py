@@ -38,7 +38,10 @@ class TaskMatrix:
     """
 
     def __init__(self, R: ArrayLike, *, initial: ArrayLike | None = None, names: Sequence[str] | None = None) -> None:
-        self.R: NDArray[np.float64] = np.array(R, dtype=np.float64)
+        try:
+            self.R: NDArray[np.float64] = np.array(R, dtype=np.float64)
+        except ValueError as error:
+            raise ValueError(f"R must be (T, T), numbers in rows of one length ({error}).") from None
         if self.R.ndim != 2 or not self.R.size or self.R.shape[0] != self.R.shape[1]:
             raise ValueError(f"R must be (T, T), a row after each task and a column for each; got {self.R.shape}.")
         T = len(self.R)
@@ -49,7 +52,7 @@ class TaskMatrix:
         self.initial = None if initial is None else np.array(initial, dtype=np.float64)
         if self.initial is not None and (self.initial.shape != (T,) or not np.isfinite(self.initial).all()):
             raise ValueError(f"initial must hold {T} finite scores, one for each task; got {self.initial}.")
-        self.names = tuple(map(str, range(T))) if names is None else tuple(names)
+        self.names = tuple(map(str, range(T) if names is None else names))
         if len(self.names) != T or len({*self.names, "after"}) <= T:
             raise ValueError(
                 f"names must be {T} different ones, one for each task, and none 'after'; got {', '.join(self.names)}."
@@ -73,7 +76,8 @@ class TaskMatrix:
         """``FM = mean_{j < T−1} max_{j ≤ i < T−1} R[i, j] − R[T−1, j]`` (Chaudhry et al., arXiv 1801.10112).
 
         What is missing at the end of the best score a task ever had since it was trained; below 0 where the last task
-        improved the others. ``FM ≥ −BWT``. NaN for a single task.
+        improved the others. ``FM ≥ −BWT``. NaN for a single task. The paper's maximum also runs over ``i < j``, scores
+        from before task ``j`` was trained, which need not exist here.
         """
         T = len(self.R)
         return _mean(np.array([self.R[j : T - 1, j].max() - self.R[-1, j] for j in range(T - 1)]))
@@ -129,6 +133,12 @@ class TaskMatrix:
             raise ValueError(
                 f"{path}: expected a header 'after, task, …' and a row for each task, or one more; got the header "
                 f"{', '.join(head)} and {len(lines)} rows."
+            )
+        after = [line[0] if line else "" for line in lines]
+        if after not in (names, [_BEFORE, *names]):
+            raise ValueError(
+                f"{path}: the rows must be those after {', '.join(names)}, in the order of the columns; got "
+                f"{', '.join(after)}."
             )
         try:
             scores = [[float(cell) if cell else math.nan for cell in line[1:]] for line in lines]

@@ -37,6 +37,9 @@ def check_options(
         raise ValueError(f"frozen must be 'A', 'B' or None, got {frozen!r}.")
     if frozen and not kind.factors:
         raise ValueError(f"method {method!r} has no one pair of factors of which one could be frozen; leave it out.")
+    if frozen and frozen not in kind.frozen:
+        why = "it starts at B = 0 and would learn nothing" if frozen == "B" else "its penalty moves A alone"
+        raise ValueError(f"method {method!r} cannot have {frozen} frozen: {why}; leave it out.")
     if orthogonality is not None and method != "o-lora":
         raise ValueError(f"orthogonality is of method 'o-lora' alone, not of {method!r}; leave it out.")
     if orthogonality is not None and not orthogonality >= 0:

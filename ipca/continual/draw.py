@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from ipca.analysis.picture import picture
 from ipca.continual.stream import StreamResult
-from ipca.io import staged_files
 
 _COLUMNS = 4
 
@@ -23,22 +22,15 @@ def draw_stream(results: StreamResult | Sequence[StreamResult], path: str | os.P
     Raises:
         ImportError: matplotlib is missing.
         ValueError: there is nothing to draw, streams have other tasks, or the format is unknown.
-        OSError: ``path`` cannot be written; what was there is intact.
+        OSError: ``path`` cannot be written; what was there stays.
     """
     shown = [results] if isinstance(results, StreamResult) else list(results)
     if not shown or any(result.names != shown[0].names for result in shown):
         raise ValueError("draw_stream needs at least one stream, and the same tasks in all; draw others by themselves.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("pictures need matplotlib; pip install 'ipca-lora[plot]'.") from None
     across = min(_COLUMNS, len(shown) + 1)
     down = -(-(len(shown) + 1) // across)
-    figure = Figure(figsize=(3.4 * across, 3.2 * down), layout="constrained")
-    _fill(figure.subplots(down, across, squeeze=False).flatten(), shown)
-    target = Path(path)
-    with staged_files(target.parent) as stage:
-        figure.savefig(stage / target.name, dpi=150)
+    with picture(path, (3.4 * across, 3.2 * down)) as figure:
+        _fill(figure.subplots(down, across, squeeze=False).flatten(), shown)
 
 
 def _fill(axes: Any, shown: Sequence[StreamResult]) -> None:

@@ -68,8 +68,8 @@ class ContinualLearner:
         tasks: how many tasks there will be; a further one is refused.
         keep: keep the factors of every task, which are folded into the weights when it ends, so that
             :meth:`remove_task` and :meth:`save_task` can name them. For methods that fold.
-        frozen: ``"A"`` or ``"B"``, a factor that does not train. With ``"disjoint"`` and ``"A"`` tasks cannot touch
-            what another task's window reads (see docs/continual.md).
+        frozen: ``"A"`` or ``"B"``, a factor that does not train; of plain LoRA ``"A"`` alone, since ``B`` begins at 0.
+            With ``"disjoint"`` and ``"A"`` tasks cannot touch what another task's window reads (see docs/continual.md).
         seed: of random factors.
         cache: a folder, or a :class:`ipca.SpectralCache`, of decompositions.
         orthogonality: O-LoRA's λ; default 0.5.

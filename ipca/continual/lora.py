@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ipca import baselines
 from ipca.continual.method import Adapter, Method, Setup, fold, leave
-from ipca.model import adapted_layers, unload
+from ipca.model import adapted_layers, require_adapted, unload
 
 
 def one_lora(setup: Setup) -> Method:
@@ -15,6 +15,7 @@ def one_lora(setup: Setup) -> Method:
     def begin(model: nn.Module, index: int) -> None:
         if index == 0:
             _apply(model, setup, index)
+        require_adapted(model)
 
     return Method(begin=begin, end=leave, finish=unload)
 
@@ -51,7 +52,11 @@ def o_lora(setup: Setup) -> Method:
 
 def overlap(layers: Adapter, earlier: list[dict[str, Tensor]], weight: float) -> Tensor | None:
     """``weight · Σ |A A_oldᵀ|`` over layers, earlier tasks and entries; None without any. ``A (…, rank, in)``."""
-    terms = [(layer.lora_A @ task[name].mT).abs().sum() for task in earlier for name, layer in layers.items()]
+    terms = [
+        (layer.lora_A @ task[name].to(layer.lora_A).mT).abs().sum()  # the model may have moved since
+        for task in earlier
+        for name, layer in layers.items()
+    ]
     return weight * sum(terms[1:], start=terms[0]) if terms else None
 
 

@@ -22,12 +22,15 @@ class Kind:
         factors: whether the layers are :class:`ipca.nn.WindowLayer`, one factor of which can be frozen, and which
             :func:`ipca.save_adapter` writes while a task runs.
         layers: the kinds of layers it adapts, see :mod:`ipca.nn.kinds`; None for all.
+        frozen: which factors may be frozen. Plain LoRA starts at ``B = 0``, and would learn nothing with that frozen;
+            O-LoRA's penalty is about the very ``A``.
     """
 
     make: Callable[[Setup], Method]
     folds: bool = True
     factors: bool = True
     layers: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] = ("A", "B")
 
 
 METHODS = {
@@ -36,11 +39,11 @@ METHODS = {
     "disjoint": Kind(windows.disjoint),
     "pissa": Kind(windows.principal),
     "milora": Kind(windows.minor),
-    "lora": Kind(lora.one_lora, folds=False),
-    "lora-fresh": Kind(lora.fresh_lora),
-    "o-lora": Kind(lora.o_lora),
-    "sd-lora": Kind(sd_lora, folds=False, factors=False, layers=LINEAR),
-    "osf": Kind(osf, folds=False, factors=False, layers=("linear",)),
+    "lora": Kind(lora.one_lora, folds=False, frozen=("A",)),
+    "lora-fresh": Kind(lora.fresh_lora, frozen=("A",)),
+    "o-lora": Kind(lora.o_lora, frozen=()),
+    "sd-lora": Kind(sd_lora, folds=False, factors=False, layers=LINEAR, frozen=()),
+    "osf": Kind(osf, folds=False, factors=False, layers=("linear",), frozen=()),
 }
 """Every method of :class:`ipca.continual.ContinualLearner`; docs/continual.md describes them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ipca.analysis.matrix import refuse_infinite
 from ipca.continual.method import Adapter, Method, Setup
 from ipca.model import uninterrupted
 
@@ -23,6 +24,8 @@ def osf(setup: Setup) -> Method:
     names = [target.name for target in setup.targets]
 
     def begin(model: nn.Module, index: int) -> None:
+        for name in names:
+            refuse_infinite(name, model.get_submodule(name).get_parameter("weight"))
         with uninterrupted():
             inject_osf(model, names, setup.protected)
             for name in setup.whole:

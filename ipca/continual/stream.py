@@ -17,6 +17,7 @@ from ipca.analysis.stream import TaskMatrix
 from ipca.continual.learner import ContinualLearner, TaskRecord
 from ipca.continual.method import task_seed
 from ipca.io import staged_files
+from ipca.model.batches import evaluating
 
 Score = Callable[[nn.Module], float]
 _KNOWN = "retained"
@@ -31,7 +32,8 @@ class StreamTask:
         train: ``train(learner, seed)`` trains ``learner.model`` with any optimiser over the parameters that require
             gradients, and adds ``learner.penalty()`` to the loss. While it runs :func:`ipca.save_adapter` may be
             called, where the method allows. torch's generator is seeded with ``seed`` before.
-        evaluate: ``evaluate(model)`` gives a score, larger is better; called in evaluation mode without gradients.
+        evaluate: ``evaluate(model)`` gives a score, larger is better; called in evaluation mode without gradients; the
+            modes and torch's generators are as before afterwards.
     """
 
     name: str
@@ -163,12 +165,9 @@ def _scores(model: nn.Module, tasks: Sequence[StreamTask]) -> list[float]:
     return [_score(model, task.name, task.evaluate) for task in tasks]
 
 
-@torch.no_grad()
 def _score(model: nn.Module, name: str, evaluate: Score) -> float:
-    modes = {module: module.training for module in model.modules()}
-    value = float(evaluate(model.eval()))
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(model):
+        value = float(evaluate(model))
     if not math.isfinite(value):
         raise ValueError(f"{name}: the score is {value}, no finite number; if training diverged, lower its rate.")
     return value

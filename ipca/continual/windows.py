@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
+from ipca.analysis.matrix import refuse_infinite
 from ipca.continual.method import Method, Setup
 from ipca.model import apply_pc, install, precision, start_of, train_only_adapter, uninterrupted
 from ipca.model.originals import base_matrix
@@ -84,17 +86,19 @@ class _Basis:
 
     def _block(self, model: nn.Module, target: Target) -> WindowSVD:
         weight = base_matrix(find_layer(model, target.name), target.name, None).weight
+        refuse_infinite(target.name, weight)
         window = Window(target.window.start, self.windows * target.window.rank)
         return cached_window_svd(weight, window, **precision(self.setup.config, weight), cache=self.setup.cache)
 
     def _start(self, model: nn.Module, target: Target, block: WindowSVD, index: int) -> WindowStart:
         weight = base_matrix(find_layer(model, target.name), target.name, None).weight
-        piece = part_of(block, index % self.windows, target.window.rank)
+        piece = part_of(block, index % self.windows, target.window.rank, weight.device)
         return start_of(replace(target, window=piece.report.window), self.setup.config, weight, piece)
 
 
-def part_of(block: WindowSVD, place: int, rank: int) -> WindowSVD:
-    """Components ``[place · rank, (place + 1) · rank)`` of ``block``; of a stack, those of every matrix."""
+def part_of(block: WindowSVD, place: int, rank: int, device: torch.device) -> WindowSVD:
+    """Components ``[place · rank, (place + 1) · rank)`` of ``block`` on ``device``; of a stack, of every matrix."""
     part = slice(place * rank, (place + 1) * rank)
     reports = tuple(replace(r, window=Window(r.window.index + part.start, rank)) for r in block.reports)
-    return WindowSVD(block.U[..., part], block.S[..., part], block.Vh[..., part, :], reports)
+    U, S, Vh = (factor.to(device) for factor in (block.U[..., part], block.S[..., part], block.Vh[..., part, :]))
+    return WindowSVD(U, S, Vh, reports)

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from ipca.analysis.picture import picture
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -50,23 +52,16 @@ def values(rows: list[Row], method: str, measure: str) -> list[float]:
 
 def draw(rows: list[Row], path: Path) -> None:
     """A panel for each measure: a dot for each seed, a line at their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(10, 3.4), layout="constrained")
-    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-        _panel(axis, rows, measure, title)
     first = rows[0]
     seeds = len({row["seed"] for row in rows})
-    figure.suptitle(
-        f"all-MiniLM-L6-v2, feed-forward input layers, rank {first['rank']}, {first['steps']} steps, "
-        f"AdamW {float(first['lr']):g}; a dot is a seed ({seeds})",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, (10, 3.4)) as figure:
+        for axis, (measure, title) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+            _panel(axis, rows, measure, title)
+        figure.suptitle(
+            f"all-MiniLM-L6-v2, feed-forward input layers, rank {first['rank']}, {first['steps']} steps, "
+            f"AdamW {float(first['lr']):g}; a dot is a seed ({seeds})",
+            fontsize=10,
+        )
 
 
 def _panel(axis: Axes, rows: list[Row], measure: str, title: str) -> None:

@@ -17,15 +17,20 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
         TypeError: it is one batch, or no iterable.
         ValueError: it is empty.
     """
+    refuse_one_batch(batches)
+    found = list(batches)
+    if not found:
+        raise ValueError("there are no batches; give at least one.")
+    return found
+
+
+def refuse_one_batch(batches: Any) -> None:
+    """Raise TypeError for what is one batch, or no iterable."""
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
             f"expected an iterable of batches, got a {type(batches).__name__}; put one batch into a list, call a "
             "function that makes them."
         )
-    found = list(batches)
-    if not found:
-        raise ValueError("there are no batches; give at least one.")
-    return found
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
@@ -55,13 +60,15 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module's mode and the random generators are as before."""
-    modes = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    modes = {module: module.training for model in models for module in model.modules()}
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        model.eval()
         try:
+            for model in models:
+                model.eval()
             yield
         finally:
             for module, training in modes.items():

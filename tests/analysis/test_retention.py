@@ -144,6 +144,15 @@ def test_a_causal_language_model_predicts_the_next_label(measure):
     assert measure(now, base, [batch]) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_batch_whose_only_label_nothing_precedes_adds_nothing(measure):
+    now, base, batch = tokens(shift=True)
+    expected = measure(now, base, [batch])
+    first = torch.where(torch.arange(4) == 0, batch["labels"], -100)
+    assert base(**{**batch, "labels": first}).loss.isnan()
+    assert measure(now, base, [batch, {**batch, "labels": first}]) == expected
+
+
 def test_padding_on_the_left_predicts_nothing():
     now, base, batch = tokens(shift=True)
     batch["attention_mask"] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -304,6 +313,10 @@ def smoothed(logits, labels):
     return SimpleNamespace(logits=logits, loss=torch.tensor(7.0))
 
 
+def lost(logits, labels):
+    return SimpleNamespace(logits=logits, loss=torch.tensor(math.nan))
+
+
 LABELS = torch.tensor([[0, 1]])
 
 
@@ -319,6 +332,10 @@ LABELS = torch.tensor([[0, 1]])
         (Table(NOW), Table(BASE), [(ITEMS, torch.zeros(2))], ValueError, r"got a tensor \(2,\) of float32. Say how"),
         (Table(NOW), Table(BASE), [(ITEMS, LABELS)], ValueError, r"integers \(2,\) for logits \(2, 3\); got a tensor"),
         (Table(NOW), Table(BASE), [(ITEMS, [0, 1])], ValueError, "got a list of 2"),
+        (Table(NOW), Table(BASE), [(ITEMS, torch.tensor([0, 3]))], ValueError, "from 0 to 2, or -100 .* got 3"),
+        (Table(NOW), Table(BASE), [(ITEMS, torch.tensor([-1, 0]))], ValueError, "from 0 to 2, or -100 .* got -1"),
+        (Table(NOW), Table(BASE), ITEMS, TypeError, "an iterable of batches, got a Tensor; put one batch into a list"),
+        (Table(NOW), Table(BASE), {"ids": ITEMS}, TypeError, "an iterable of batches, got a dict"),
         (Table(NOW, lambda *all: all), Table(BASE), [ITEMS], TypeError, "Table gave a tuple of 2, not a tensor or an"),
         (
             Table(NOW, smoothed),
@@ -326,6 +343,13 @@ LABELS = torch.tensor([[0, 1]])
             [{"ids": ITEMS[None], "labels": LABELS}],
             ValueError,
             "own loss is 7, but the cross-entropy of its logits is 0.6931, or 1.386 with each position predicting",
+        ),
+        (
+            Table(NOW, lost),
+            Table(BASE, lost),
+            [{"ids": ITEMS[None], "labels": LABELS}],
+            ValueError,
+            "own loss is nan, but the cross-entropy of its logits is 0.6931",
         ),
     ],
 )

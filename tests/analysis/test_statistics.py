@@ -78,6 +78,12 @@ def test_paired_values_are_compared_by_their_differences():
     assert found.high - found.low < sum(high - low for low, high in unpaired)
 
 
+def test_arms_that_differ_by_rounding_alone_have_no_interval_of_differences():
+    a, b = [0.1 + 0.2, 0.3, 0.7 + 0.1], [0.3, 0.1 * 3, 0.8]
+    assert a != b
+    assert all(map(math.isnan, paired_bootstrap(a, b)))
+
+
 def test_pairs_may_be_given_by_seed_in_any_order():
     a, b = {0: 0.5, 1: 0.6, 7: 0.9}, {7: 0.4, 0: 0.45, 1: 0.5}
     assert paired_test(a, b) == paired_test([0.5, 0.6, 0.9], [0.45, 0.5, 0.4])

@@ -76,6 +76,7 @@ def test_the_printed_table():
         "ACC 0.625   BWT -0.250   FM 0.250   FWT –",
     ]
     assert "FWT" not in str(TaskMatrix(R))
+    assert str(TaskMatrix([[0.5]], names=[7])).splitlines()[1] == "7           0.500"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,7 @@ def test_the_printed_table():
     [
         ([[1, 2, 3], [1, 2, 3]], {}, r"R must be \(T, T\), .* got \(2, 3\)"),
         ([], {}, r"got \(0,\)"),
+        ([[1], [1, 2]], {}, r"R must be \(T, T\), numbers in rows of one length"),
         ([[0.9, 0.1], [NAN, 0.8]], {}, r"R\[1, 0\] is nan; scores on tasks already trained must be finite"),
         ([[0.9, 0.1], [0.5, math.inf]], {}, r"R\[1, 1\] is inf"),
         (R, {"initial": [0.1, 0.2]}, "initial must hold 3 finite scores"),
@@ -105,6 +107,8 @@ def test_what_is_no_matrix_of_scores_is_refused(scores, options, words):
         ("after,a,b\na,0.5,\n", "got the header after, a, b and 1 rows"),
         ("after,a\na,high\n", "could not convert string to float: 'high'"),
         ("after,a\na,\n", r"R\[0, 0\] is nan"),
+        ("after,a,b\nb,0.5,0.6\na,0.5,\n", "the rows must be those after a, b, in the order .* got b, a"),
+        ("after,a\na,0.5\n\n", "the rows must be those after a, .* got a, "),
     ],
 )
 def test_another_file_is_refused_by_name(tmp_path, text, words):

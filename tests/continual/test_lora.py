@@ -6,6 +6,7 @@ import pytest
 import torch
 from continual_cases import CONFIG, learn, plain, train
 
+import ipca
 from ipca import baselines
 from ipca.continual import METHODS, ContinualLearner
 from ipca.continual.lora import overlap
@@ -65,6 +66,22 @@ def test_the_penalty_sums_over_layers_and_all_earlier_tasks():
         earlier.append({name: layer.lora_A.detach().clone() for name, layer in layers.items()})
         learner.end_task()
     assert expected > 0
+
+
+def test_the_model_may_be_cast_or_moved_between_tasks():
+    learner = learn(ContinualLearner(plain(), "o-lora", CONFIG), 1)
+    learner.model.double()
+    learner.begin_task()
+    penalty = learner.penalty()
+    assert penalty.dtype == learner.model.a.lora_A.dtype == torch.float64
+    assert penalty > 0
+
+
+def test_a_lora_that_somebody_took_out_is_missed():
+    learner = learn(ContinualLearner(plain(), "lora", CONFIG), 1)
+    ipca.unload(learner.model)
+    with pytest.raises(ValueError, match="this Plain has no LinearPC layer"):
+        learner.begin_task()
 
 
 def test_training_the_penalty_alone_makes_the_rows_orthogonal():

@@ -86,6 +86,21 @@ def test_judging_leaves_the_modes_as_they_were():
     assert not learner.model.a.training
 
 
+def test_a_score_that_fails_or_draws_leaves_no_trace():
+    model = plain().train()
+    state = torch.get_rng_state()
+
+    def fails(model):
+        torch.rand(3)
+        raise KeyError("no data")
+
+    tasks = [StreamTask(name, math.nan, fails) for name in NAMES]
+    with pytest.raises(KeyError):
+        run_stream(ContinualLearner(model, "fresh", CONFIG), tasks)
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_table_has_every_number():
     result = stream("sd-lora", seed=3)
     title, head, before, *lines, summary = str(result).splitlines()

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from common import Plain, snapshot
@@ -13,6 +14,7 @@ from torch import nn
 
 import ipca
 from ipca import analysis
+from ipca.analysis.peft_layers import _ADDITIVE
 from ipca.interop.peft import PCConfig
 from ipca.nn import dequantised
 from ipca.nn.kinds import read_layer
@@ -128,6 +130,81 @@ def test_other_methods_of_peft_are_compared_by_their_change():
     assert analysis.update_norm(model, base) == pytest.approx(
         analysis.update_norm(merged, {name: base.get_submodule(name).weight for name in ("a", "b")}), rel=1e-5
     )
+
+
+TUNERS = {
+    "lora": ("LoraConfig", {"r": 4}),
+    "adalora": ("AdaLoraConfig", {"total_step": 10}),
+    "c3a": ("C3AConfig", {"block_size": 4}),
+    "deft": ("DeftConfig", {"r": 4}),
+    "delora": ("DeloraConfig", {"r": 4}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 20}),
+    "frod": ("FrodConfig", {}),
+    "gralora": ("GraloraConfig", {"r": 4}),
+    "loha": ("LoHaConfig", {"r": 4}),
+    "lokr": ("LoKrConfig", {"r": 4}),
+    "osf": ("OSFConfig", {}),
+    "peanut": ("PeanutConfig", {"r": 4}),
+    "psoft": ("PsoftConfig", {"r": 4}),
+    "pvera": ("PveraConfig", {"r": 4}),
+    "randlora": ("RandLoraConfig", {"r": 4}),
+    "shira": ("ShiraConfig", {"r": 4}),
+    "supertuning": ("SupertuningConfig", {}),
+    "unilora": ("UniLoraConfig", {"r": 4}),
+    "vblora": ("VBLoRAConfig", {"r": 4, "num_vectors": 8, "vector_length": 4}),
+    "vera": ("VeraConfig", {"r": 4}),
+    "waveft": ("WaveFTConfig", {"n_frequency": 20}),
+}
+
+
+def in_tuner(base, name, options):
+    """``base`` with a layer ``a`` in a method of PEFT, its parameters changed at random."""
+    model = get_peft_model(copy.deepcopy(base), getattr(peft, name)(target_modules=["a"], **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("tuner", _ADDITIVE)
+def test_methods_that_add_to_the_weight_are_read_as_what_they_compute(tuner):
+    base = nn.ModuleDict({"a": nn.Linear(24, 24)})
+    model = in_tuner(base, *TUNERS[tuner])
+    with torch.no_grad():
+        computed = (model.get_base_model()["a"](torch.eye(24)) - base["a"].bias).mT.double()
+    random = torch.get_rng_state()
+    (pair,) = analysis.weight_pairs(model.train(), base)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert pair.change.norm() > 1e-4
+    assert (pair.trained - computed).abs().max() <= 1e-6 * computed.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("OFTConfig", {"oft_block_size": 4}), *((name, {"r": 4}) for name in ("HRAConfig", "HiraConfig", "MissConfig"))],
+)
+def test_methods_that_do_something_else_are_refused(name, options):
+    base = nn.ModuleDict({"a": nn.Linear(24, 24)})
+    with pytest.raises(ValueError, match=r"a: its adapter 'default' is of PEFT's \w+, which is not known to add"):
+        analysis.update_norm(in_tuner(base, name, options), base)
+
+
+def test_a_method_without_a_change_of_the_weight_is_no_unchanged_model():
+    base = nn.ModuleDict({"a": nn.Linear(24, 24), "b": nn.Linear(24, 24)})
+    model = in_tuner(base, "IA3Config", {"feedforward_modules": []})
+    with pytest.raises(ValueError, match="holds a Linear of PEFT, which adds nothing to a weight; merge_and_unload"):
+        analysis.update_norm(model, base)
+
+
+def test_beside_a_merged_adapter_the_others_do_not_count_as_in_peft():
+    base = Small()
+    model = stock(base)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["a"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    model.merge_adapter(["default"])
+    (pair, _) = analysis.weight_pairs(model, base)
+    assert torch.equal(pair.trained, pair.layer.get_base_layer().weight.double())
 
 
 def test_a_half_precision_weight_is_not_rounded():
