@@ -3,6 +3,7 @@
 # make results   measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, tables
 # make study     the study of docs/study.md again: hours; stopped, it goes on where it was
 # make gpu OUT=folder   on a machine with a GPU: tests, memory checker, tuning and benches; again to go on
+# make study-gpu OUT=folder   there too: the study with larger models, 9 minutes; again until it is complete
 # make kernels   compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
 #
 # On Linux pip's torch is the CUDA build, some gigabytes. The small CPU build:
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 OUT ?= gpu-out
 WORKERS ?= 2
 
-.PHONY: demo test check format report results study gpu kernels clean
+.PHONY: demo test check format report results study gpu study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and beside another busy process every step waits for them.
 demo: $(READY)
@@ -62,6 +63,14 @@ study: $(READY)
 # PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
 gpu:
 	$(PYTHON) bench/gpu.py --out $(OUT)
+
+# With scikit-learn too, but for STUDY=G2; STUDY="G1 --seeds 2" is less. A call is killed after 520 s; the next one goes on where it was.
+STUDY_GPU = $(PYTHON) bench/study/run.py --gpu --out $(OUT)/study --results $(OUT)/study-results $(STUDY)
+study-gpu: export PYTHONPATH := $(CURDIR)
+study-gpu: export IPCA_STUDY_CACHE := $(abspath $(OUT))/study-cache
+study-gpu: export TQDM_MININTERVAL := 10
+study-gpu:
+	timeout -s KILL 520 $(STUDY_GPU) || { [ $$? -eq 137 ] && $(STUDY_GPU) --how-far; }
 
 kernels: $(READY)
 	$(BIN)/python bench/kernel_report.py

@@ -13,7 +13,7 @@ _ROWS = 1024
 def tensor_sha256(tensor: Tensor) -> str:
     """``"float32-<hex digest>"`` over shape and values in row-major order; alike on every device and memory layout."""
     digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
-    for rows in tensor.detach().split(_ROWS):
+    for rows in torch.atleast_1d(tensor.detach()).split(_ROWS):
         values = rows.cpu().flatten()  # a copy where the layout asks for one
         if values.stride(0) != 1:  # of a single value
             values = values.clone(memory_format=torch.contiguous_format)

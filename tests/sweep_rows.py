@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from ipca.baselines import CONTROLS, kind_of, position_of
+from ipca.sweep.plan import MATCHED
 from ipca.sweep.trial import COLUMNS
 
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "0.875", "1.0")
@@ -55,9 +56,9 @@ class Made:
         rows[0] |= {name: base[name] for name in ("target", "retained", *self.extra)}
         for comparison in self.comparisons:
             for method in (*self.windows, *self.methods):
-                if comparison != "same" and (kind_of(method) not in ("window", "auto", "lora") or method == "0.5"):
+                if kind_of(method) not in MATCHED.get(comparison, (kind_of(method),)):
                     continue
-                if comparison == "sqrt-sigma" and method == "lora":
+                if comparison == "update" and method == "0.5":
                     continue
                 for lr in self.lrs:
                     for seed in range(self.seeds):

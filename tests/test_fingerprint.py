@@ -14,6 +14,12 @@ def test_digest_is_that_of_dtype_shape_and_bytes():
     assert tensor_sha256(tensor) == f"float32-{digest}"
 
 
+def test_a_single_number_has_one_too():
+    digest = hashlib.sha256(b"()" + torch.tensor(5).numpy().tobytes()).hexdigest()
+    assert tensor_sha256(torch.tensor(5)) == f"int64-{digest}"
+    assert tensor_sha256(torch.tensor([5])) != f"int64-{digest}"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.bool])
 @pytest.mark.parametrize("shape", [(3,), (1, 2), (1024, 3), (1025, 3), (2500, 2), (0, 4), (4, 0), (2, 3, 4)])
 def test_memory_layout_does_not_count(shape, dtype):

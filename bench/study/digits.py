@@ -1,6 +1,9 @@
 """The study's task V: a ViT that knows scikit-learn's digits learns them turned and inverted; what is left of them?
 
 Pretrained here, once, on 797 upright images; the other 1,000 test both tasks. `ipca sweep bench/study/digits.py`.
+The size "base" is for a GPU, where it has never been run. By arithmetic alone one run takes about 2 seconds of an H100:
+80 steps of 544 tokens through 85 M parameters are 15 TFLOP and judging 6, half a second in float32, and some 1,500
+launches a step are bound by Python, about 20 ms.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from kept import kept
 from loop import fit, shuffled_batches
-from torch import Tensor
-from tqdm import tqdm
-from vit import LINEAR_LAYERS, ViT
+from pretraining import Pretraining, hardware
+from pretraining import pretrain as trained
+from torch import Tensor, nn
+from vit import LINEAR_LAYERS, SHAPES, ViT
 
 from ipca import PCConfig
 from ipca.demo.task import accuracy
 from ipca.sweep import Task
+from ipca.sweep.device import device_of
 
 BATCH = 32
 LABELS = {
@@ -31,16 +36,8 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Pretraining:
-    """AdamW with a cosine schedule on upright images, varied a little, see :func:`varied`."""
-
-    steps: int = 1500
-    batch: int = 64
-    rate: float = 1e-3
-    weight_decay: float = 0.05
-    warm_up: int = 100
-    seed: int = 0
+PRETRAINING = {"small": Pretraining(), "base": Pretraining(rate=3e-4, warm_up=200)}
+"""Of each size, on upright images that are varied a little, see :func:`varied`."""
 
 
 @dataclass(frozen=True)
@@ -53,31 +50,43 @@ class Images:
     test_digits: Tensor
 
 
-def task(steps: int = 80, pretraining: Pretraining | None = None) -> Task:
-    """All linear layers of the blocks at rank 16; ``steps`` batches of 32 images."""
-    pretraining = pretraining or Pretraining()
+def task(size: str = "small", device: str = "cpu", steps: int = 80, pretraining: Pretraining | None = None) -> Task:
+    """All linear layers of the blocks at rank 16; ``steps`` batches of 32 images.
+
+    Args:
+        size: of the model, one of :data:`vit.SHAPES`.
+        device: where it is pretrained and begins, "cpu" or "cuda".
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    if size not in SHAPES:
+        raise ValueError(f"size must be one of {', '.join(SHAPES)}; got {size!r}.")
+    made = (pretraining or PRETRAINING[size], size, device)
     return Task(
-        build=partial(build, pretraining),
+        build=partial(build, *made),
         train=partial(train, steps),
-        evaluate=partial(evaluate, pretraining),
+        evaluate=partial(evaluate, *made),
         config=PCConfig(rank=16, window="middle", targets=LINEAR_LAYERS, modules_to_save=("head",)),
         calibration=calibration,
         labels=LABELS,
     )
 
 
-def build(pretraining: Pretraining) -> ViT:
-    """The pretrained model; its weights come from a file if an earlier call has left one."""
+def build(pretraining: Pretraining, size: str = "small", device: str = "cpu") -> ViT:
+    """The pretrained model on ``device``; its weights come from a file if an earlier call has left one."""
     with torch.random.fork_rng(devices=[]):
-        model = ViT()
+        model = ViT(size)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    model.load_state_dict(kept("digits-vit", {**asdict(pretraining), "shapes": shapes}, partial(pretrain, pretraining)))
-    return model.eval()
+    settings = {**asdict(pretraining), "shapes": shapes, **hardware(device)}
+    model.load_state_dict(kept("digits-vit", settings, partial(pretrain, pretraining, size, device)))
+    return model.to(device).eval()
 
 
 def train(steps: int, model: ViT, groups: list[dict[str, Any]], seed: int) -> None:
     """Train on turned and inverted images; ``seed`` draws the new head and the order of the images."""
-    shown, digits = turned(images().train), images().train_digits
+    data = images(device_of(model))
+    shown, digits = turned(data.train), data.train_digits
     torch.manual_seed(seed)
     model.head.reset_parameters()
 
@@ -87,19 +96,19 @@ def train(steps: int, model: ViT, groups: list[dict[str, Any]], seed: int) -> No
     fit(model, model.head, groups, shuffled_batches(len(digits), BATCH, steps), loss)
 
 
-def evaluate(pretraining: Pretraining, model: ViT) -> dict[str, float]:
+def evaluate(pretraining: Pretraining, size: str, device: str, model: ViT) -> dict[str, float]:
     """The metrics of :data:`LABELS`, on the 1,000 test images."""
-    data, (features_before, loss_before) = images(), before(pretraining)
+    data, (features_before, loss_before) = images(device_of(model)), before(pretraining, size, device)
     model.eval()
     with torch.inference_mode():
         features = features_of(model, data.test)
         logits = model.classifier(features)
         answers = model.head(features_of(model, turned(data.test)))
         return {
-            "target": accuracy(answers, data.test_digits.tolist()),
-            "retained": accuracy(logits, data.test_digits.tolist()),
+            "target": accuracy(answers.cpu(), data.test_digits.tolist()),
+            "retained": accuracy(logits.cpu(), data.test_digits.tolist()),
             "retained_ce": F.cross_entropy(logits, data.test_digits).item() - loss_before,
-            "drift": 1 - F.cosine_similarity(features_before, features).mean().item(),
+            "drift": 1 - F.cosine_similarity(features_before.to(features.device), features).mean().item(),
         }
 
 
@@ -114,60 +123,51 @@ def turned(upright: Tensor) -> Tensor:
 
 
 def features_of(model: ViT, shown: Tensor) -> Tensor:
-    """Class tokens ``(M, 128)`` of images ``(M, 8, 8)``, in chunks that stay in the processor's cache."""
+    """Class tokens ``(M, hidden)`` of images ``(M, 8, 8)``, in chunks that stay in the processor's cache."""
     return torch.cat([model.features(chunk) for chunk in shown.split(100)])
 
 
 @cache
-def images() -> Images:
-    """scikit-learn's 1,797 digits, 797 of them for training, each digit in the same proportion on both sides."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+def images(device: torch.device | str = "cpu") -> Images:
+    """scikit-learn's 1,797 digits, 797 of them for training, each digit in the same proportion on both sides.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise ImportError(
+            "the digits are scikit-learn's; run: pip install scikit-learn, or leave V1 and G1 out"
+        ) from None
 
     digits = load_digits()
     parts = train_test_split(digits.images / 16, digits.target, test_size=1000, stratify=digits.target, random_state=0)
     train, test, train_digits, test_digits = map(torch.from_numpy, parts)
-    return Images(train.float(), train_digits.long(), test.float(), test_digits.long())
+    found = (train.float(), train_digits.long(), test.float(), test_digits.long())
+    return Images(*(tensor.to(device) for tensor in found))
 
 
 @cache
-def before(pretraining: Pretraining) -> tuple[Tensor, float]:
-    """Class tokens ``(1000, 128)`` and cross-entropy of the upright test images in the pretrained model."""
-    model, data = build(pretraining), images()
+def before(pretraining: Pretraining, size: str, device: str) -> tuple[Tensor, float]:
+    """Class tokens ``(1000, hidden)`` and cross-entropy of the upright test images in the pretrained model."""
+    model, data = build(pretraining, size, device), images(device)
     with torch.no_grad():
         features = features_of(model, data.test)
         return features, F.cross_entropy(model.classifier(features), data.test_digits).item()
 
 
-def pretrain(settings: Pretraining) -> dict[str, Tensor]:
-    """The state dict of a ViT trained on the upright training images; one thread, the same bits every time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            return _pretrained(settings).state_dict()
-    finally:
-        torch.set_num_threads(threads)
+def pretrain(settings: Pretraining, size: str = "small", device: str = "cpu") -> dict[str, Tensor]:
+    """The state dict of a ViT trained on the upright training images."""
+    data = images(device)
 
-
-def _pretrained(settings: Pretraining) -> ViT:
-    model, data = ViT(), images()
-    optimizer = torch.optim.AdamW(model.parameters(), settings.rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, settings))
-    batches = shuffled_batches(len(data.train), settings.batch, settings.steps)
-    for batch in tqdm(batches, desc="Pretraining", unit="step", leave=False):
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        assert isinstance(model, ViT)
         logits = model.classifier(model.features(varied(data.train[batch])))
-        loss = F.cross_entropy(logits, data.train_digits[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model
+        return F.cross_entropy(logits, data.train_digits[batch])
 
-
-def _cosine(settings: Pretraining, step: int) -> float:
-    return min(1.0, (step + 1) / settings.warm_up) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+    return trained(partial(ViT, size), settings, device, len(data.train), loss)
 
 
 def varied(upright: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def varied(upright: Tensor) -> Tensor:
     ranges = torch.tensor([[math.pi / 12], [0.15], [0.3], [0.3]])  # an image is 2 wide: 0.3 are 1.2 pixels
     angle, scale, right, down = ranges * (2 * torch.rand(4, len(upright)) - 1)
     cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
-    maps = torch.stack([cos, -sin, right, sin, cos, down], dim=1).unflatten(1, (2, 3))
+    maps = torch.stack([cos, -sin, right, sin, cos, down], dim=1).unflatten(1, (2, 3)).to(upright.device)
     grid = F.affine_grid(maps, [len(upright), 1, 8, 8], align_corners=False)
     moved = F.grid_sample(upright[:, None], grid, align_corners=False)[:, 0]
     return moved + 0.05 * torch.randn_like(moved)

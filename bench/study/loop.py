@@ -14,7 +14,7 @@ HEAD_RATE = 2e-3
 
 def fit(
     model: nn.Module,
-    head: nn.Linear,
+    head: nn.Linear | None,
     groups: list[dict[str, Any]],
     batches: Iterable[Tensor],
     loss: Callable[[Tensor], Tensor],
@@ -22,8 +22,11 @@ def fit(
     """Train ``groups`` by one AdamW step on the ``loss`` of each of ``batches``; constant rates, no weight decay.
 
     A loss that becomes NaN ends nothing: the model is judged as it is then.
+
+    Args:
+        head: what has a rate of its own, see :func:`with_head_rate`; None for a model without a new head.
     """
-    optimizer = torch.optim.AdamW(with_head_rate(groups, head), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups if head is None else with_head_rate(groups, head), weight_decay=0.0)
     model.train()
     for batch in batches:
         optimizer.zero_grad()

@@ -19,6 +19,7 @@ import digits
 import torch
 import torch.nn.functional as F
 from loop import fit, shuffled_batches
+from pretraining import Pretraining
 from torch import nn
 from tqdm import tqdm
 from vit import ViT
@@ -37,7 +38,7 @@ def run(folder: Path, results: Path, workers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     runs = [(method, seed) for method in METHODS for seed in range(SEEDS)]
     todo = [(method, seed) for method, seed in runs if not _file(folder, method, seed).exists()]
-    digits.build(digits.Pretraining())  # once, before the processes read it
+    digits.build(Pretraining())  # once, before the processes read it
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for _ in tqdm(pool.map(partial(_one, folder), *zip(*todo, strict=True)), total=len(todo), desc="Streams"):
             pass
@@ -50,7 +51,7 @@ def run(folder: Path, results: Path, workers: int) -> None:
 def stream(method: str, seed: int) -> dict[str, Any]:
     """One stream: its row of V2.csv, and those of V2-scores.csv."""
     config = PCConfig(rank=16, window="middle", targets=digits.task().config.targets, modules_to_save=("head",))
-    learner = ContinualLearner(digits.build(digits.Pretraining()), method, config, tasks=len(PAIRS), seed=seed)
+    learner = ContinualLearner(digits.build(Pretraining()), method, config, tasks=len(PAIRS), seed=seed)
     found = run_stream(learner, [_task(pair) for pair in PAIRS], retained=_retained)
     last = found.records[-1]
     summary = {

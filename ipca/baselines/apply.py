@@ -16,7 +16,7 @@ from ipca.model import adapted_layers, apply_pc, install, precision, start_of, t
 from ipca.model.originals import base_matrix
 from ipca.model.starts import window_starts
 from ipca.model.targets import Target, find_targets, saved_modules
-from ipca.nn import WindowStart
+from ipca.nn import WindowStart, quantised_kind
 from ipca.nn.place import find_layer
 from ipca.svd import SpectralCache, WindowSVD, cached_window_svd
 from ipca.window import Window
@@ -134,10 +134,10 @@ def _random_window(target: Target, seed: int, d: int) -> Window:
 
 
 def _train_whole_weights(model: nn.Module, targets: list[Target], whole: list[str]) -> None:
-    weights = {target.name: find_layer(model, target.name).get_parameter("weight") for target in targets}
-    integers = [name for name, weight in weights.items() if not weight.is_floating_point()]
-    if integers:
-        raise ValueError(f"{integers[0]} is quantised and cannot train whole; leave the method 'full' out.")
+    layers = {target.name: find_layer(model, target.name) for target in targets}
+    quantised = [name for name, layer in layers.items() if quantised_kind(layer) is not None]
+    if quantised:
+        raise ValueError(f"{quantised[0]} is quantised and cannot train whole; leave the method 'full' out.")
     train_only_adapter(model, whole)
-    for weight in weights.values():
-        weight.requires_grad_(True)
+    for layer in layers.values():
+        layer.get_parameter("weight").requires_grad_(True)

@@ -51,7 +51,7 @@ def _elsewhere(as_json: bool, quiet: bool) -> io.TextIOBase:
 
 
 def _one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())
+    words = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
     if isinstance(error, _EXPECTED) and words:
         return words
     return f"{type(error).__name__}{': ' if words else ''}{words} (--debug shows where)"

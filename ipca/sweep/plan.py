@@ -13,6 +13,8 @@ from ipca.baselines import CONTROLS, check_method, kind_of
 from ipca.sweep.trial import Row, Trial
 
 COMPARISONS = ("same", "sqrt-sigma", "update")
+MATCHED = {"sqrt-sigma": ("window", "auto"), "update": ("window", "auto", "lora")}
+"""The kinds of methods that a comparison gives rates of their own; with ``"update"`` the reference keeps the grid's."""
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "0.875", "1.0")
 
 
@@ -74,6 +76,8 @@ class Grid:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} holds a value twice: {', '.join(map(str, values))}.")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"seeds must lie from 0 to 2**32 - 1, got {', '.join(map(str, self.seeds))}.")
         wrong = [window for window in self.windows if kind_of(window) != "window"]
         wrong += [method for method in self.methods if kind_of(method) == "window"]
         if wrong:
@@ -104,7 +108,7 @@ class Grid:
             trials += [
                 Trial(method, "sqrt-sigma", lr, lr, seed)
                 for method in self.all_methods()
-                if kind_of(method) in ("window", "auto")
+                if kind_of(method) in MATCHED["sqrt-sigma"]
                 for lr in self.lrs
                 for seed in self.seeds
             ]
@@ -114,15 +118,23 @@ class Grid:
         """The trials at matched updates; the ``rows`` of :meth:`direct_trials` hold the reference itself."""
         if "update" not in self.comparisons:
             return []
-        matched = [m for m in self.all_methods() if kind_of(m) in ("window", "auto", "lora") and m != self.reference]
-        rates = {method: matched_rates(rows, method, self.reference, self.lrs) for method in matched}
+        rates = {method: matched_rates(rows, method, self.reference, self.lrs) for method in self._matched()}
         return [
             Trial(method, "update", lr, rates[method][lr], seed)
-            for method in matched
+            for method in rates
             for lr in self.lrs
             if lr in rates[method]
             for seed in self.seeds
         ]
+
+    def most_trials(self) -> int:
+        """How many trials there are if no rate of equal updates is left out; those of tuning do not count."""
+        matched = self._matched() if "update" in self.comparisons else []
+        return len(self.direct_trials()) + len(matched) * len(self.lrs) * len(self.seeds)
+
+    def _matched(self) -> list[str]:
+        """The methods that are run at equal updates."""
+        return [m for m in self.all_methods() if kind_of(m) in MATCHED["update"] and m != self.reference]
 
     def record(self) -> dict[str, Any]:
         return {name: list(getattr(self, name)) for name in ("windows", "lrs", "seeds", "methods", "comparisons")} | {

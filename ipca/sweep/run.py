@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,15 +15,21 @@ import torch
 from tqdm import tqdm
 
 from ipca._version import __version__
+from ipca.model.targets import find_targets, saved_modules
 from ipca.svd import SpectralCache
+from ipca.sweep.device import check_devices, device_name, device_of, use_device
 from ipca.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid
 from ipca.sweep.report import write_report
-from ipca.sweep.spectra import decompose
-from ipca.sweep.store import Store
+from ipca.sweep.report.page import require_packages
+from ipca.sweep.spectra import auto_config, decompose
+from ipca.sweep.store import AUTO, Store
 from ipca.sweep.task import Task, load_task
-from ipca.sweep.trial import Row, Trial, base_row
-from ipca.sweep.tune import tuned_trials
-from ipca.sweep.workers import Crew, Work, model_sha256
+from ipca.sweep.trial import Row, Trial, base_row, build_base, seed_everything
+from ipca.sweep.tune import require_optuna, tuned_trials
+from ipca.sweep.workers import Crew, Work, check_sendable, model_sha256
+
+TABLE_SECONDS = 60.0
+"""How far the table may be behind the trials."""
 
 
 def run(
@@ -46,9 +53,15 @@ def run(
     """Train every window at every rate with every seed, beside plain LoRA and controls, and judge each.
 
     Writes ``rows.csv``, ``settings.json``, ``seconds.csv`` and ``report.html`` below ``out``. A sweep that was stopped
-    or killed goes on where it was when it is run again; a complete one only makes its table and report again. More
-    windows, rates, seeds or methods may be asked for later: what is done is not run again. The rows have the same bits
-    for the same task, machine, versions and number of threads, in whatever order the trials ran.
+    or killed goes on where it was when it is run again, and its table holds all but the last minute; a complete one
+    only makes its table and report again. More windows, rates, seeds or methods may be asked for later: what is done is
+    not run again. The rows have the same bits for the same task, machine, versions and number of threads, in whatever
+    order the trials ran.
+
+    On a CUDA device training and judging run with ``torch.use_deterministic_algorithms(True)`` and
+    ``CUBLAS_WORKSPACE_CONFIG`` set: an operation that has no such implementation stops the sweep with torch's words. A
+    task that cannot do without it says ``torch.use_deterministic_algorithms(False)`` in ``train`` and ``evaluate``, and
+    its rows may differ in their last digits. Where this process has used cuBLAS before, set the variable at its start.
 
     Args:
         task: a :class:`Task`, or a Python file whose ``task()`` returns one.
@@ -66,7 +79,8 @@ def run(
             rates it finds have the comparison ``"tuned"``.
         workers: processes side by side; 1 is this one.
         threads: of each process.
-        devices: such as ``("cuda:0", "cuda:1")``, handed to the workers in turn; empty: where ``build`` puts the model.
+        devices: such as ``("cuda:0", "cuda:1")``, handed to the workers in turn, so that several may share one; of one
+            type, as rows of another differ. Empty: where ``build`` puts the model.
         progress: show progress bars.
         report: write ``report.html``, which needs the extra ``plot``.
 
@@ -74,24 +88,40 @@ def run(
         The rows as dictionaries: the untrained model's, then each trial's in the grid's order.
 
     Raises:
-        TypeError, ValueError: a bad option or task, or ``out`` holds another sweep; nothing has been written.
+        TypeError, ValueError: a bad option, task or layer, or ``out`` holds another sweep; nothing has been written.
+        ImportError: a package for the report or for tuning is missing; nothing has been written.
+        RuntimeError: a worker process was killed. Trials that are done stay done.
         Exception: what the task raises in a trial. Trials that are done stay done.
     """
     made = task if isinstance(task, Task) else load_task(Path(task))
     grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.config.window)
     _check_counts({"early": early, "workers": workers, "threads": threads}, made, grid)
+    check_devices(devices)
+    if made is task and workers > 1:
+        check_sendable(made)
+    if report:
+        require_packages()
+    if tune:
+        require_optuna()
     torch.set_num_threads(threads)
-    base = made.build()
+    use_device(devices[0] if devices else None)
+    base = build_base(made)
+    find_targets(base, made.config, whole=saved_modules(base, made.config))
     digest = model_sha256(base)
+    base = base.to(devices[0]) if devices else base
     source = None if isinstance(task, Task) else Path(task).absolute()
-    store = Store(Path(out), _fixed(made, source, digest, early, checkpoints, threads, devices))
+    store = Store(Path(out), _fixed(made, source, digest, early, checkpoints, threads, device_of(base)))
     store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
     cache = SpectralCache(store.folder / "spectra")
     direct = grid.direct_trials()
     decompose(base, made.config, {(t.method, t.seed) for t in direct}, cache, progress=progress)
-    first = base_row(made, base.to(devices[0]) if devices else base)
+    auto = None
+    if "auto" in grid.methods and made.calibration is not None:
+        seed_everything(0)
+        auto = auto_config(base, made.config, made.calibration, store.folder / AUTO, cache, progress=progress)
+    first = base_row(made, base)
 
-    work = Work(source or made, cache.folder, early, tuple(checkpoints), digest, threads)
+    work = Work(source or made, cache.folder, early, tuple(checkpoints), digest, threads, auto)
     with Crew(work, workers, devices, base) as crew, tqdm(desc="Trials", unit="trial", disable=not progress) as bar:
         runner = Runner(store, crew, first, bar)
         rows = runner.run(direct)
@@ -110,25 +140,38 @@ class Runner:
         self.store, self.crew, self.first, self.bar = store, crew, first, bar
         self.trials: list[Trial] = []
         self.rows: list[Row] = []
+        self.written = 0.0
 
     def run(self, trials: Sequence[Trial]) -> list[Row]:
         """The rows of all trials so far, with ``trials`` among them; also in the table."""
         self.trials += trials
+        self._write()
         try:
             self.aside(trials)
         finally:
-            self.rows = self.store.table(self.first, self.trials)
+            self._write()
         return self.rows
 
     def aside(self, trials: Sequence[Trial]) -> list[Row]:
         """The rows of ``trials``, which do not go into the table."""
-        todo = [trial for trial in trials if self.store.get(trial.key) is None]
+        todo = sorted((t for t in trials if self.store.get(t.key) is None), key=_seed)
         self.bar.total = (self.bar.total or 0) + len(trials)
         self.bar.update(len(trials) - len(todo))
         for trial, rows, seconds in self.crew.run(todo) if todo else ():
             self.store.put(trial.key, rows, seconds)
             self.bar.update()
+            if time.monotonic() - self.written > TABLE_SECONDS:
+                self._write()
         return [row for trial in trials for row in self.store.get(trial.key) or ()]
+
+    def _write(self) -> None:
+        self.rows = self.store.table(self.first, self.trials)
+        self.written = time.monotonic()
+
+
+def _seed(trial: Trial) -> int:
+    """Seed by seed, so that what there is so far can be compared within seeds."""
+    return trial.seed
 
 
 def _check_counts(counts: dict[str, int], task: Task, grid: Grid) -> None:
@@ -146,7 +189,7 @@ def _fixed(
     early: int,
     checkpoints: Sequence[int],
     threads: int,
-    devices: Sequence[str],
+    device: torch.device,
 ) -> dict[str, Any]:
     """What every row of a sweep shares; rows that differ in any of it are no rows of one sweep."""
     return {
@@ -156,6 +199,6 @@ def _fixed(
         "early": early,
         "checkpoints": list(checkpoints),
         "threads": threads,
-        "device": torch.cuda.get_device_name() if devices else f"cpu {platform.machine()}",
+        "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "ipca": __version__},
     }

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -10,11 +15,14 @@ from tqdm import tqdm
 from ipca.baselines.apply import needed_windows
 from ipca.config import PCConfig
 from ipca.model import precision
+from ipca.model.auto import AUTO, auto_windows, without_auto
 from ipca.model.originals import base_matrix
+from ipca.model.starts import window_starts
 from ipca.model.targets import find_targets, saved_modules
 from ipca.nn.place import find_layer
 from ipca.svd import SpectralCache, window_svd
 from ipca.svd.entry import cache_key
+from ipca.svd.sealed import write_whole
 from ipca.window import Window
 
 
@@ -29,7 +37,8 @@ def decompose(
     """Put into ``cache`` every window that the methods of ``runs``, pairs of method and seed, ask for.
 
     A layer with one window missing is decomposed anew for all, so that its bits do not depend on what was there before.
-    Stacks of experts and windows that look at the spectrum are left to the trials.
+    Stacks of experts and windows that look at the spectrum are left to the trials; for ``"auto"`` see
+    :func:`auto_config`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`.
@@ -49,6 +58,35 @@ def decompose(
         if windows and not all((cache.folder / key.file_name).exists() for key in keys):
             for key, found in zip(keys, window_svd(weight, windows, **options), strict=True):
                 cache.put(key, found)
+
+
+def auto_config(
+    model: nn.Module,
+    config: PCConfig,
+    calibration: Callable[[], Iterable[Any]],
+    path: Path,
+    cache: SpectralCache,
+    *,
+    progress: bool = True,
+) -> PCConfig:
+    """``config`` with the window of each layer that the method ``"auto"`` takes, by its path.
+
+    They depend on the model and the batches of ``calibration()`` alone, and cost a full SVD of every layer; so they are
+    found once, kept in the JSON file at ``path``, and decomposed into ``cache`` as a trial would.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc` with ``window="auto"``.
+    """
+    if not path.exists():
+        asked = replace(config, window=AUTO)
+        targets = find_targets(model, without_auto(asked), whole=saved_modules(model, config))
+        found = auto_windows(model, targets, asked, calibration(), progress=progress)
+        write_whole(path, json.dumps({target.name: target.window.text for target in found}, indent=1).encode())
+    windows: dict[str, str] = json.loads(path.read_text())
+    config = replace(config, window_pattern={re.escape(name): text for name, text in windows.items()})
+    targets = find_targets(model, config, whole=saved_modules(model, config))
+    window_starts(model, targets, config, cache=cache, progress=False)
+    return config
 
 
 def _start(window: Window) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from ipca.svd.sealed import write_whole
 from ipca.sweep.trial import COLUMNS, Row, Trial
 
-SETTINGS, ROWS, SECONDS = "settings.json", "rows.csv", "seconds.csv"
+SETTINGS, ROWS, SECONDS, AUTO = "settings.json", "rows.csv", "seconds.csv", "auto.json"
 
 
 class Store:
@@ -20,10 +20,10 @@ class Store:
 
     Args:
         folder: made if missing.
-        fixed: what all trials share; a folder that was begun with something else is refused.
+        fixed: what all trials share; a folder that holds a trial of something else is refused.
 
     Raises:
-        ValueError: the folder belongs to another sweep; the message names what differs.
+        ValueError: the folder belongs to another sweep, the message names what differs; or its settings are damaged.
         OSError: it cannot be read or written.
     """
 
@@ -33,8 +33,10 @@ class Store:
         self.fixed = json.loads(json.dumps(fixed))
         self.trials.mkdir(parents=True, exist_ok=True)
         path = folder / SETTINGS
-        if path.exists():
-            _refuse_other(folder, json.loads(path.read_text())["fixed"], self.fixed)
+        if path.exists() and _read_fixed(path) != self.fixed:
+            if any(self.trials.glob("*.json")):
+                _refuse_other(folder, _read_fixed(path), self.fixed)
+            (folder / AUTO).unlink(missing_ok=True)  # nothing was run with what has been mended since
 
     def describe(self, grid: Mapping[str, Any]) -> None:
         """Write the settings: what is fixed, and the grid of this run."""
@@ -80,11 +82,20 @@ def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
+def _read_fixed(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())["fixed"]
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} was not written by a sweep, or is damaged; use a new folder.")
+    return found
+
+
 def _refuse_other(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differ = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-    if differ:
-        name = differ[0]
-        raise ValueError(
-            f"{folder} holds another sweep: {', '.join(differ)} differ ({name} was {then.get(name)!r}, is now "
-            f"{now.get(name)!r}); use a new folder."
-        )
+    name = differ[0]
+    raise ValueError(
+        f"{folder} holds another sweep: {', '.join(differ)} differ ({name} was {then.get(name)!r}, is now "
+        f"{now.get(name)!r}); use a new folder."
+    )

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from ipca import baselines
 from ipca.analysis import update_norm
-from ipca.model import adapted_layers, param_groups
+from ipca.config import PCConfig
+from ipca.model import adapted_layers, apply_pc, param_groups
 from ipca.model.originals import base_matrix
 from ipca.model.targets import find_targets, saved_modules
 from ipca.nn.place import find_layer
 from ipca.svd import SpectralCache
+from ipca.sweep.device import cuda_indices, device_of, same_bits
 from ipca.sweep.task import Task
 from ipca.sweep.watch import watched
 
@@ -31,6 +34,8 @@ COLUMNS = (
     *("trainable", "early_update", "update", "target", "retained"),
 )
 """Of every row, in this order; other metrics follow in alphabetical order."""
+_REQUIRED = COLUMNS[-2:]
+"""Metrics that every task has."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Trial:
             :func:`ipca.param_groups`) or ``"update"`` (chosen so that the first steps move the weights as far as the
             reference's do).
         lr: the rate of the grid.
-        lr_used: what the optimiser gets; for ``"sqrt-sigma"`` before the scaling.
+        lr_used: of the factors; for ``"sqrt-sigma"`` before the scaling. What trains whole beside them has ``lr``.
         seed: of everything random in adapting and training.
     """
 
@@ -64,7 +69,14 @@ class Trial:
 
 
 def run_trial(
-    task: Task, base: nn.Module, trial: Trial, *, cache: SpectralCache, early: int, checkpoints: tuple[int, ...]
+    task: Task,
+    base: nn.Module,
+    trial: Trial,
+    *,
+    cache: SpectralCache,
+    early: int,
+    checkpoints: tuple[int, ...],
+    auto: PCConfig | None = None,
 ) -> list[Row]:
     """The rows of ``trial``: one for each checkpoint, then one for the end of training.
 
@@ -72,6 +84,7 @@ def run_trial(
         base: the pretrained model; stays as it is.
         early: steps after which ``early_update`` is measured.
         checkpoints: steps after which the model is judged on the way.
+        auto: for trials of ``"auto"``, the configuration with the window of each layer.
 
     Raises:
         ValueError: training took no step over the parameters, fewer than ``early``, or a metric is missing; the
@@ -80,56 +93,81 @@ def run_trial(
     """
     seed_everything(trial.seed)
     model = copy.deepcopy(base)
-    batches = task.calibration() if trial.method == "auto" and task.calibration else None
-    baselines.apply(model, trial.method, task.config, seed=trial.seed, cache=cache, calibration=batches)
+    if trial.method == "auto":
+        assert auto is not None
+        apply_pc(model, auto, cache=cache, progress=False)
+    else:
+        baselines.apply(model, trial.method, task.config, seed=trial.seed, cache=cache)
     groups = rate_groups(model, trial)
     parameters = [p for group in groups for p in group["params"]]
     before = None if adapted_layers(model) else _weights(base, task)
     rows: list[Row] = []
     moved: dict[int, float] = {}
+    metrics_of = partial(judge, task, trial=trial, seed=trial.seed)
 
     def on_the_way(step: int) -> None:
         moved[step] = update_norm(model, before)
         if step in checkpoints:
-            rows.append(_row(trial, parameters, step, moved.get(early), moved[step], judge(task, model, trial)))
+            rows.append(_row(trial, parameters, step, moved.get(early), moved[step], metrics_of(model)))
 
     seed_everything(trial.seed)
-    with watched(parameters, {early, *checkpoints}, on_the_way) as count:
+    with same_bits(device_of(model)), watched(parameters, {early, *checkpoints}, on_the_way) as count:
         task.train(model, groups, trial.seed)
     if early not in moved:
         raise ValueError(
             f"{trial}: train() took {count.steps} optimiser steps over the parameters it was given, fewer than "
             f"early={early}; build the optimiser from `groups`, train longer, or lower early."
         )
-    final = _row(trial, parameters, None, moved[early], update_norm(model, before), judge(task, model, trial))
+    final = _row(trial, parameters, None, moved[early], update_norm(model, before), metrics_of(model))
     return [*rows, final]
 
 
+def build_base(task: Task) -> nn.Module:
+    """The pretrained model; whatever ``build`` draws, such as a new head, is the same every time."""
+    seed_everything(0)
+    return task.build()
+
+
 def base_row(task: Task, base: nn.Module) -> Row:
-    """The row of the untrained model."""
-    found = judge(task, base, "the untrained model")
+    """The row of the untrained model, of which a copy is judged: trials start from ``base`` as it is."""
+    found = judge(task, copy.deepcopy(base), "the untrained model")
     return {**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok", **found}
 
 
-def judge(task: Task, model: nn.Module, trial: object) -> dict[str, float]:
+def judge(task: Task, model: nn.Module, trial: object, seed: int = 0) -> dict[str, float]:
     """The task's metrics of ``model``, whose modes and the random generators' states stay as they are.
 
+    What ``evaluate`` draws depends on ``seed`` alone. It is not asked about a model that diverged, for which some
+    metrics raise and others have an answer: where a weight that trains is no finite number, both metrics are NaN.
+
     Raises:
-        ValueError: ``target`` or ``retained`` is missing, or something is no number.
+        ValueError: ``target`` or ``retained`` is missing, something is no number, or has the name of another column;
+            the message begins with ``trial``.
     """
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        return dict.fromkeys(_REQUIRED, math.nan)
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=cuda_indices(model)), same_bits(device_of(model)):
+        seed_everything(seed)
         found = task.evaluate(model)
     random.setstate(states[0])
     np.random.set_state(states[1])
     for module, mode in modes.items():
         module.training = mode
-    if not isinstance(found, Mapping) or not {"target", "retained"} <= set(found):
+    if not isinstance(found, Mapping) or not set(_REQUIRED) <= set(found):
         raise ValueError(f"{trial}: evaluate() must give 'target' and 'retained', it gave {found!r}.")
-    return {"target": float(found["target"]), "retained": float(found["retained"])} | {
-        name: float(found[name]) for name in sorted(found) if name not in ("target", "retained")
-    }
+    taken = sorted(set(found) & set(COLUMNS) - set(_REQUIRED))
+    if taken:
+        raise ValueError(f"{trial}: evaluate() gave {taken[0]!r}, which is another column of the table; rename it.")
+    return {name: _number(found[name], name, trial) for name in (*_REQUIRED, *sorted(set(found) - set(_REQUIRED)))}
+
+
+def _number(value: Any, name: str, trial: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{trial}: evaluate() must give numbers, {name} is {value!r}.") from None
 
 
 def _weights(base: nn.Module, task: Task) -> dict[str, Tensor]:
@@ -139,11 +177,18 @@ def _weights(base: nn.Module, task: Task) -> dict[str, Tensor]:
 
 
 def rate_groups(model: nn.Module, trial: Trial) -> list[dict[str, Any]]:
-    """The parameter groups of ``trial``; for a model without adapted layers one group of all that trains."""
+    """The parameter groups of ``trial``; for a model without adapted layers one group of all that trains.
+
+    Matched rates are those of the factors: what trains whole beside them has the grid's rate with every method.
+    """
     if not adapted_layers(model):
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": trial.lr_used, "name": "full"}]
     match = "sqrt-sigma" if trial.comparison == "sqrt-sigma" else None
-    return param_groups(model, trial.lr_used, match=match)
+    groups = param_groups(model, trial.lr_used, match=match)
+    for group in groups:
+        if group["name"] == "whole":
+            group["lr"] = trial.lr
+    return groups
 
 
 def seed_everything(seed: int) -> None:

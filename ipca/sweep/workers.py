@@ -5,21 +5,29 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import pickle
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from ipca.config import PCConfig
 from ipca.fingerprint import tensor_sha256
 from ipca.svd import SpectralCache
+from ipca.sweep.device import use_device
 from ipca.sweep.task import Task, load_task
-from ipca.sweep.trial import Row, Trial, run_trial
+from ipca.sweep.trial import Row, Trial, build_base, run_trial
 
 Result = tuple[Trial, list[Row], float]
 """A trial that is done, its rows and its seconds."""
@@ -33,6 +41,7 @@ class Work:
         task: a task, or the file that defines it.
         spectra: the folder of the cache.
         model_sha256: of the model that ``build`` must make again.
+        auto: the configuration of the method ``"auto"``, where it is among the methods.
     """
 
     task: Task | Path
@@ -41,6 +50,7 @@ class Work:
     checkpoints: tuple[int, ...]
     model_sha256: str
     threads: int
+    auto: PCConfig | None = None
 
 
 class Worker:
@@ -48,12 +58,11 @@ class Worker:
 
     def __init__(self, work: Work, device: str | None, base: nn.Module | None = None) -> None:
         torch.set_num_threads(work.threads)
-        if device is not None and device.startswith("cuda"):
-            torch.cuda.set_device(device)
+        use_device(device)
         self.work = work
         self.task = work.task if isinstance(work.task, Task) else load_task(work.task)
-        self.base = self.task.build() if base is None else base
-        if model_sha256(self.base) != work.model_sha256:
+        self.base = build_base(self.task) if base is None else base
+        if base is None and model_sha256(self.base) != work.model_sha256:
             raise RuntimeError("build() made another model in a second process; it must make the same bits every time.")
         self.base = self.base.to(device) if device is not None else self.base
         self.cache = SpectralCache(work.spectra)
@@ -61,7 +70,19 @@ class Worker:
     def __call__(self, trial: Trial) -> Result:
         began = time.perf_counter()
         work = self.work
-        rows = run_trial(self.task, self.base, trial, cache=self.cache, early=work.early, checkpoints=work.checkpoints)
+        try:
+            rows = run_trial(
+                self.task,
+                self.base,
+                trial,
+                cache=self.cache,
+                early=work.early,
+                checkpoints=work.checkpoints,
+                auto=work.auto,
+            )
+        except Exception as error:
+            vars(error).setdefault("__notes__", []).append(f"In the trial {trial}.")  # error.add_note of Python 3.11
+            raise
         return trial, rows, time.perf_counter() - began
 
 
@@ -70,12 +91,16 @@ class Crew:
 
     def __init__(self, work: Work, workers: int, devices: Sequence[str], base: nn.Module) -> None:
         self.work, self.workers, self.devices, self.base = work, workers, devices, base
+        self._here: Worker | None = None
         self._pool: ProcessPoolExecutor | None = None
+        self._hold: Connection | None = None
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._hold is not None and kind is not None:
+            self._hold.close()  # the workers end at once: nobody would keep what they are at
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -83,53 +108,92 @@ class Crew:
         """The result of each of ``trials`` as it is done.
 
         Raises:
-            Exception: the first error of a trial; those that wait do not begin.
+            RuntimeError: a process was killed.
+            Exception: the first error of a trial, with a note that names it; those that wait do not begin.
         """
         if self.workers == 1:
-            yield from map(Worker(self.work, self.devices[0] if self.devices else None, self.base), trials)
+            self._here = self._here or Worker(self.work, self.devices[0] if self.devices else None, self.base)
+            yield from map(self._here, trials)
             return
-        pool = self._pool = self._pool or self._start()
-        waiting: set[Future[Result]] = {pool.submit(_one, trial) for trial in trials}
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+        self._pool = self._pool or self._start()
+        try:
+            waiting: set[Future[Result]] = {self._pool.submit(_one, trial) for trial in trials}
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in sorted(done, key=_failed):
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process ended: it was killed, perhaps for want of memory (use fewer workers), or could not "
+                "start, which it says above (a script starts a sweep under `if __name__ == '__main__':`). Trials that "
+                "are done stay done; the same sweep again goes on."
+            ) from error
 
     def _start(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
         devices = context.SimpleQueue()
         for rank in range(self.workers):
             devices.put(self.devices[rank % len(self.devices)] if self.devices else None)
-        return ProcessPoolExecutor(self.workers, context, _begin, (self.work, devices))
+        held, self._hold = context.Pipe(duplex=False)
+        return ProcessPoolExecutor(self.workers, context, _begin, (self.work, devices, held))
+
+
+def check_sendable(task: Task) -> None:
+    """Raise TypeError where ``task`` cannot be given to another process."""
+    try:
+        pickle.dumps(task)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"the task cannot be given to another process: {error}. With several workers its functions must be those "
+            "of a module, or functools.partial of such; or use one worker."
+        ) from None
 
 
 def model_sha256(model: nn.Module) -> str:
     """A hash over every tensor of the model's state dict, by name."""
-    parts = [f"{name} {tensor_sha256(value)}" for name, value in model.state_dict().items()]
+    tensors = (part for name, value in model.state_dict().items() for part in _tensors(name, value))
+    parts = [f"{name} {tensor_sha256(tensor)}" for name, tensor in tensors]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors in an entry of a state dict: itself, what a quantised one is made of, or none."""
+    if hasattr(value, "__tensor_flatten__"):
+        for part in value.__tensor_flatten__()[0]:
+            yield from _tensors(f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, Tensor):
+        yield name, value
+
+
+_order: tuple[Work, str | None]
 _worker: Worker | None = None
 
 
-def _begin(work: Work, devices: multiprocessing.SimpleQueue) -> None:
-    global _worker
-    _end_with_parent()
-    _worker = Worker(work, devices.get())
+def _begin(work: Work, devices: multiprocessing.SimpleQueue, held: Connection) -> None:
+    global _order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
+    tqdm.set_lock(threading.RLock())  # its own, between processes, would be reported as left behind at a sudden end
+    _end_with_parent(held)
+    _order = work, devices.get()
 
 
 def _one(trial: Trial) -> Result:
-    assert _worker is not None
+    global _worker
+    _worker = _worker or Worker(*_order)  # here, where an error of build() reaches the parent
     return _worker(trial)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is killed: a worker must not go on for nobody."""
+def _failed(future: Future[Result]) -> bool:
+    return future.exception() is not None
+
+
+def _end_with_parent(held: Connection) -> None:
+    """End this process when its parent is killed or lets go of ``held``: a worker must not go on for nobody."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
-        wait_for([parent.sentinel])
+        wait_for([parent.sentinel, held])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from common import Plain, snapshot
+from quantised_layers import quantised_layer
 from torch import nn
 
 import ipca
@@ -178,3 +179,10 @@ def test_kinds_and_positions():
     assert [baselines.check_method(m) for m in ("0.50", "Middle", "principal", "minor", "start=3", "lora")] == [
         *("0.5", "0.5", "0.0", "1.0", "start=3", "lora")
     ]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
+def test_quantised_weights_are_not_trained_whole(kind):
+    model = nn.Sequential(quantised_layer(kind, torch.randn(64, 64)))
+    with pytest.raises(ValueError, match="0 is quantised and cannot train whole; leave the method 'full' out"):
+        baselines.apply(model, "full", ipca.PCConfig(rank=3, form="intact"))

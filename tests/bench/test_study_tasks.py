@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPCA_STUDY_CACHE", str(path))
-        patch.setattr(vit, "LAYERS", 1)
+        patch.setitem(vit.SHAPES, "small", replace(vit.SHAPES["small"], layers=1))
         yield path
 
 
@@ -82,7 +82,7 @@ def test_a_patch_is_a_square_of_four_pixels():
 
 def test_the_pretrained_model_is_made_once_and_then_read(base, folder, monkeypatch):
     assert len(list(folder.glob("digits-vit-*.safetensors"))) == 1
-    monkeypatch.setattr(digits, "pretrain", lambda settings: pytest.fail("pretrained again"))
+    monkeypatch.setattr(digits, "pretrain", lambda *settings: pytest.fail("pretrained again"))
     again = digits.build(QUICK)
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), again.parameters(), strict=True))
 
@@ -113,7 +113,7 @@ def test_varied_digits_stay_digits():
 
 
 def test_every_linear_layer_of_the_blocks_is_adapted_and_no_other(monkeypatch):
-    monkeypatch.setattr(vit, "LAYERS", 4)
+    monkeypatch.setitem(vit.SHAPES, "small", replace(vit.SHAPES["small"], layers=4))
     model = ViT()
     names = [target.name for target in find_targets(model, digits.task().config)]
     layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]

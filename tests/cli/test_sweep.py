@@ -48,6 +48,18 @@ def test_a_wrong_option_is_one_line_and_nothing_is_written(options, says, tmp_pa
     assert not out.exists()
 
 
+def test_an_error_of_the_task_is_one_line_that_names_the_trial(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import replace\nimport sweep_task\n"
+        "def train(model, groups, seed):\n    raise KeyError('mine')\n"
+        "def task():\n    return replace(sweep_task.task(), train=train)\n"
+    )
+    assert main(["sweep", str(path), "-o", str(tmp_path / "out"), *OPTIONS, "--quiet"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ipca: error: KeyError: 'mine' In the trial 0.0 (same rate, lr 0.001, seed 0).")
+
+
 def test_a_missing_task_is_one_line(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "none.py"), "-o", str(tmp_path / "out")]) == 1
     assert "no task file at" in capsys.readouterr().err

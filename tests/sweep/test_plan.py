@@ -57,6 +57,12 @@ def test_update_trials_leave_the_reference_out():
     trials = grid.update_trials(rows)
     assert {t.method for t in trials} == {"0.0", "1.0", "lora"}
     assert {(t.lr, t.lr_used) for t in trials if t.method == "0.0"} == {(1e-3, 2e-3), (2e-3, 4e-3)}
+    assert grid.most_trials() == len(grid.direct_trials()) + len(trials)
+
+
+def test_without_equal_updates_all_trials_are_known():
+    grid = Grid.of(**{**OPTIONS, "comparisons": ("same",)})
+    assert grid.most_trials() == len(grid.direct_trials()) == 5 * 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -67,6 +73,7 @@ def test_update_trials_leave_the_reference_out():
         ({"lrs": (1e-3, 1e-3)}, "lrs holds a value twice: 0.001, 0.001"),
         ({"windows": (0.5, "0.50")}, "windows holds a value twice"),
         ({"seeds": ()}, "needs at least one of seeds"),
+        ({"seeds": (0, -1)}, r"seeds must lie from 0 to 2\*\*32 - 1, got 0, -1"),
         ({"windows": ("lora",)}, "'lora' is in the wrong list"),
         ({"methods": ("0.3",)}, "'0.3' is in the wrong list"),
         ({"methods": ("pissa",)}, "unknown method 'pissa'"),

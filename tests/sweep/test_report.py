@@ -159,10 +159,11 @@ def test_a_damaged_table_leaves_the_old_report(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "rows.csv", "settings.json"]
 
 
-def test_without_matplotlib_the_error_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package_the_error_says_how_to_install_it(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
     folder = write_rows(tmp_path, [by_hand("0.5", 0, 0.5, 0.5)])
-    with pytest.raises(ImportError, match=r"figures need matplotlib; run: pip install 'ipca-lora\[plot\]'"):
+    with pytest.raises(ImportError, match=rf"the report needs {package}; run: pip install 'ipca-lora\[sweep\]'"):
         write_report(folder)
     assert not (folder / "report.html").exists()
 

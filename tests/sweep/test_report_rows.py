@@ -108,3 +108,13 @@ def test_tuned_rows_take_the_place_of_the_grids_best_rates(tmp_path):
 def test_there_is_no_best_rate_of_one_seed_or_one_rate(few, tmp_path):
     sweep = read_sweep(Made(**{**SMALL, **few}, comparisons=("same",)).write(tmp_path))
     assert [view.key for view in views(sweep)] == ["same"]
+
+
+def test_a_method_that_was_not_matched_yet_is_not_shown_among_the_matched(tmp_path):
+    """A sweep that was stopped: the principal window was run at equal updates, the minor one not yet."""
+    rows = [by_hand(method, 0, 0.5, 0.5) for method in ("0.0", "0.5", "1.0", "full")]
+    rows.append(by_hand("0.0", 0, 0.5, 0.7, comparison="update"))
+    sweep = read_sweep(write_rows(tmp_path, rows))
+    view = next(view for view in views(sweep) if view.key == "update")
+    shown = {method: view.values(method, "retained") for method in sweep.methods}
+    assert shown == {"0.0": {0: 0.7}, "0.5": {0: 0.5}, "1.0": {}, "full": {0: 0.5}}

@@ -132,6 +132,30 @@ def test_a_comparison_with_lora_that_no_result_could_decide_says_so(tmp_path):
     assert found.answer == "Too few seeds to say (n = 6; smallest possible p = 0.062; it takes 7 seeds)."
 
 
+@pytest.mark.parametrize(("own", "says"), [(0.0, "It keeps more, but at the same rate that is not"), (0.1, "Yes: it")])
+def test_what_the_rates_do_is_not_the_window_s_doing(own, says, tmp_path):
+    """Both keep less at the higher rate, where plain LoRA happens to learn best; ``own`` is what the window does."""
+    rows = [
+        by_hand(method, seed, 0.7 + 0.01 * (seed % 2) + (lr == best) * 0.001, 0.9 - 100 * lr + more, lr=lr)
+        for method, best, more in (("0.5", 1e-3, own), ("lora", 2e-3, 0.0)) for lr in (1e-3, 2e-3) for seed in range(8)
+    ]  # fmt: skip
+    found = lora_answer(tmp_path, rows)
+    assert found.answer.startswith(says)
+    assert any(line.startswith("Retained at the same learning rate, every method at 0.001: ") for line in found.details)
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_named(tmp_path):
+    """Plain LoRA learns best at the highest rate, the window at the middle one."""
+    best = {"lora": 4e-3, "0.5": 2e-3}
+    rows = [
+        by_hand(method, seed, 0.9 if lr == best[method] else 0.5 + 0.01 * seed, 0.5, lr=lr)
+        for method in best for lr in (1e-3, 2e-3, 4e-3) for seed in range(3)
+    ]  # fmt: skip
+    details = lora_answer(tmp_path, rows).details
+    assert details[-1] == "The best rate of plain LoRA is mostly the highest, 0.004: a wider grid may say otherwise."
+    assert not any("of window 0.5 is mostly" in line for line in details)
+
+
 def test_without_lora_or_reference_there_is_nothing_to_say_about_them(tmp_path):
     assert lora_answer(tmp_path / "a", [by_hand("0.5", 0, 0.5, 0.5)]) is None
     assert lora_answer(tmp_path / "b", [by_hand("lora", 0, 0.5, 0.5)]) is None
@@ -178,6 +202,16 @@ def test_an_end_that_lies_between_is_undecided(tmp_path):
     assert controls(sweep, views(sweep))[1].answer == "Undecided: no cause alone accounts for it."
 
 
+@pytest.mark.parametrize(("seeds", "decided"), [(4, False), (5, True)])
+def test_an_interval_of_few_seeds_accounts_for_nothing(seeds, decided, tmp_path):
+    """The control kept as much as the reference, but most of its runs failed."""
+    kept = {"0.5": 0.9, "0.0": 0.5}
+    rows = [by_hand(m, seed, 0.5, value + 0.01 * (seed % 3)) for m, value in kept.items() for seed in range(8)]
+    rows += [by_hand("matched-principal", seed, 0.5, 0.9 + 0.001 * seed) for seed in range(seeds)]
+    sweep = read_sweep(write_rows(tmp_path, rows))
+    assert controls(sweep, views(sweep))[1].answer.startswith("Its singular values" if decided else "Undecided")
+
+
 def test_the_suggestion_keeps_most_among_those_that_learn_as_well(tmp_path):
     """Best target 0.80 with standard error 0.1 / √3 = 0.058: 0.75 is as good, 0.74 is not."""
     spread = (-0.1, 0.0, 0.1)
@@ -200,6 +234,12 @@ def test_scaled_rates_are_suggested_with_how_to_scale(tmp_path):
     assert found.answer == (
         'Window 0.5, learning rate 0.001, divided by √σ in each layer (ipca.param_groups with match="sqrt-sigma").'
     )
+
+
+def test_a_matched_rate_is_suggested_with_the_rate_of_the_rest(tmp_path):
+    rows = [by_hand("0.0", seed, 0.5, 0.5, comparison="update", lr_used=4e-4) for seed in range(3)]
+    found = suggestion(read_sweep(write_rows(tmp_path, rows)))
+    assert found.answer == "Window 0.0, learning rate 0.0004, what trains whole at 0.001."
 
 
 def test_two_seeds_suggest_nothing(tmp_path):

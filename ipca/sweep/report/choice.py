@@ -31,8 +31,11 @@ class Setting:
     retained: list[float]
 
     def __str__(self) -> str:
-        match = ', divided by √σ in each layer (ipca.param_groups with match="sqrt-sigma")'
-        return f"{name(self.method)}, learning rate {self.lr_used:g}{match if self.comparison == 'sqrt-sigma' else ''}"
+        how = {
+            "sqrt-sigma": ', divided by √σ in each layer (ipca.param_groups with match="sqrt-sigma")',
+            "update": f", what trains whole at {self.lr:g}",
+        }
+        return f"{name(self.method)}, learning rate {self.lr_used:g}{how.get(self.comparison, '')}"
 
 
 def suggestion(sweep: Sweep) -> Finding | None:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ipca.sweep.report.verdict import judge
 from ipca.sweep.report.views import View, views
 
 REPORT = "report.html"
+_PACKAGES = ("matplotlib", "jinja2")
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,23 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError, ValueError: the folder is no sweep's, or its table is damaged; an old report stays.
-        ImportError: matplotlib is missing; the message says how to install it.
+        ImportError: as :func:`require_packages`.
         OSError: the report cannot be written; an old one stays.
     """
+    require_packages()
     sweep = read_sweep(Path(folder))
     path = Path(folder) / REPORT
     write_whole(path, render(sweep).encode())
     return path
+
+
+def require_packages() -> None:
+    """Raise ImportError where a package that the report needs is missing; the message says how to install it."""
+    for name in _PACKAGES:
+        try:
+            import_module(name)
+        except ImportError:
+            raise ImportError(f"the report needs {name}; run: pip install 'ipca-lora[sweep]'") from None
 
 
 def verdict(folder: str | os.PathLike[str]) -> str:

@@ -2,7 +2,9 @@
 
 *Plain LoRA*, at each method's best rates (at the same rate where there are none): reference − LoRA in ``target`` and in
 ``retained``, two-sided, Holm over the two. The window is called better only if ``retained`` favours it and ``target``
-does not favour LoRA, and LoRA the other way round.
+does not favour LoRA, and LoRA the other way round. What is said of ``retained`` must hold at the same rate too, with
+p ≤ 5 %: all seeds share the rates that were chosen, so where the target hardly depends on the rate, two methods that
+are alike get different ones by chance, and what they keep then differs by the rate.
 
 *Controls*, at the same rate: reference − control in ``retained``, two-sided, Holm over the controls.
 
@@ -13,6 +15,8 @@ one-sided p ≤ 5 %,
   a 95 % interval within ± Δ / 4: singular values alone undo the loss. *Direction* where matched − end has.
 - *Step size* where Δ at equal early updates has a 95 % interval within ± a quarter of Δ at the same rate: a lower rate
   would do the same.
+
+An interval counts where it rests on at least five seeds, without which no test could reach 5 % either.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from ipca.sweep.report.rows import Sweep
 from ipca.sweep.report.summary import LEVEL, Difference, corrected, difference
 from ipca.sweep.report.views import View
 from ipca.sweep.report.words import CONTROLS as MEANING
-from ipca.sweep.report.words import Finding, estimated, listed, result, too_few
+from ipca.sweep.report.words import Finding, estimated, listed, name, result, too_few
 
 _QUARTER = 0.25
 _CAUSES = {
@@ -39,7 +43,8 @@ def against_lora(sweep: Sweep, views: Sequence[View]) -> Finding | None:
     reference = sweep.reference
     if reference is None or not {reference, "lora"} <= set(sweep.methods) or not views:
         return None
-    view = next((v for v in views if v.key in ("tuned", "best")), views[0])
+    same = next((v for v in views if v.key == "same"), views[0])
+    view = next((v for v in views if v.key in ("tuned", "best")), same)
     tests = corrected(
         {
             metric: difference(view.values(reference, metric), view.values("lora", metric))
@@ -48,17 +53,36 @@ def against_lora(sweep: Sweep, views: Sequence[View]) -> Finding | None:
     )
     if not tests:
         return None
+    at_one_rate = difference(same.values(reference, "retained"), same.values("lora", "retained"))
     lines = [f"{metric.capitalize()}, window {reference} minus plain LoRA: {result(f)}" for metric, f in tests.items()]
     lines.append(f"At {view.title}: {view.note}. Two-sided p, Holm-adjusted over {len(tests)}.")
-    return Finding(f"Is window {reference} better than plain LoRA?", _lora_answer(tests), tuple(lines))
+    if view is not same and at_one_rate is not None:
+        lines.append(f"Retained at {same.title}, {same.note}: {result(at_one_rate)}")
+    lines += [text for method in (reference, "lora") if (text := _at_the_edge(view, method))]
+    return Finding(f"Is window {reference} better than plain LoRA?", _lora_answer(tests, at_one_rate), tuple(lines))
 
 
-def _lora_answer(tests: dict[str, Difference]) -> str:
+def _at_the_edge(view: View, method: str) -> str | None:
+    """That most of a method's best rates are the lowest or the highest of the grid: better ones may lie beyond."""
+    if view.key != "best":
+        return None
+    rates, lrs = list(view.rates[method].values()), view.sweep.lrs
+    for which, edge in (("lowest", lrs[0]), ("highest", lrs[-1])):
+        if 2 * rates.count(edge) > len(rates):
+            return f"The best rate of {name(method)} is mostly the {which}, {edge:g}: a wider grid may say otherwise."
+    return None
+
+
+def _lora_answer(tests: dict[str, Difference], at_one_rate: Difference | None) -> str:
     few = too_few(tests.values(), len(tests))
     if few:
         return f"Too few seeds to say ({few})."
     favours = {m: (1 if found.mean > 0 else -1) if found.shown else 0 for m, found in tests.items()}
     target, retained = favours.get("target", 0), favours.get("retained", 0)
+    holds = at_one_rate is not None and at_one_rate.p <= LEVEL and at_one_rate.mean * retained > 0
+    if retained and not holds:
+        who = "It" if retained > 0 else "Plain LoRA"
+        return f"{who} keeps more, but at the same rate that is not shown: the rates may be why."
     if retained > 0:
         return "It keeps more, but learns less: a trade." if target < 0 else "Yes: it keeps more" + _also(target)
     if retained < 0:
@@ -144,6 +168,8 @@ def _lost(view: View, reference: str, end: str) -> Difference | None:
 
 
 def _small(found: Difference, total: float) -> bool:
-    """Whether all of the interval lies within a quarter of ``total`` around 0."""
+    """Whether all of the interval lies within a quarter of ``total`` around 0, and enough seeds are behind it."""
+    if found.low is None or found.high is None or 2.0**-found.n > LEVEL:
+        return False
     bound = _QUARTER * abs(total)
-    return found.low is not None and found.high is not None and -bound <= found.low and found.high <= bound
+    return -bound <= found.low and found.high <= bound

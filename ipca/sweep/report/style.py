@@ -81,15 +81,8 @@ def variables(found: Mapping[str, Style], dark: bool) -> str:
 
 @contextmanager
 def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of ``width × height`` inches with one axis, drawn with the report's settings within the block.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("the report's figures need matplotlib; run: pip install 'ipca-lora[plot]'") from None
+    """A figure of ``width × height`` inches with one axis, drawn with the report's settings within the block."""
+    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

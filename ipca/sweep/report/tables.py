@@ -104,8 +104,10 @@ def _differences(sweep: Sweep, view: View, rival: str) -> Table:
     ]
     note = (
         f"{view.note[0].upper()}{view.note[1:]}. Mean difference over shared seeds, 95 % bootstrap interval, "
-        "two-sided p of the exact sign-flip test, Holm-adjusted over the methods of a column."
+        "two-sided p of the sign-flip test, Holm-adjusted over the methods of a column."
     )
+    if view.lr is None:
+        note += " The p are those of these rates, which all seeds share, not of their choice."
     return Table(
         f"Minus {name(rival)}, at {view.title}",
         note,

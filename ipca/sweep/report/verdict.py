@@ -5,7 +5,8 @@
 2. Plain LoRA, direction or magnitude: :mod:`~ipca.sweep.report.rivals`.
 3. What to use: :mod:`~ipca.sweep.report.choice`.
 
-Every p is exact and every correction is named where it is made; nothing is corrected over the whole report.
+Every p is that of a sign-flip test, exact up to 15 seeds, and every correction is named where it is made; nothing is
+corrected over the whole report.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ipca.analysis.compare import best_rate
+from ipca.baselines import kind_of
+from ipca.sweep.plan import MATCHED
 from ipca.sweep.report.rows import Sweep
 
 TITLES = {
@@ -61,11 +63,14 @@ class View:
         }
 
     def comparison(self, method: str) -> str:
-        """Where the rows of ``method`` are: what has nothing to match stands at its plain rate."""
+        """Where the rows of ``method`` are: what has nothing to match stands at its plain rate.
+
+        What has, and was not run yet or could not be matched, has no rows.
+        """
         if self.key in ("best", "tuned"):
             return "same" if self.key == "best" else "tuned"
-        matched = any(run.method == method and run.comparison == self.key for run in self.sweep.ends)
-        return self.key if matched else "same"
+        is_reference = self.key == "update" and method == self.sweep.reference
+        return self.key if kind_of(method) in MATCHED.get(self.key, ()) and not is_reference else "same"
 
     @cached_property
     def rates(self) -> Mapping[str, dict[int, float]]:
