@@ -77,6 +77,18 @@ def test_every_method_learns_the_digits_of_the_continual_example(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"digits.png", *(f"{method}.csv" for method in METHODS)}
 
 
+def test_the_sweep_example_trains_every_method_and_the_report_is_there(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "sweep_trainer.py"), "--steps", "4", "--out", str(tmp_path)]
+    found = said(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    target, retained = map(float, found["base  None"].split())
+    assert retained == 0  # the base is its own base
+    for method in ("0.0", "0.5", "1.0", "lora"):
+        learned, kept = map(float, found[f"{method} same 0"].split())
+        assert learned > target
+        assert kept < 0
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_every_example_is_run():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert names == {*TRAINING, "continual_digits", "quickstart", "tiny"}
+    assert names == {*TRAINING, "continual_digits", "quickstart", "sweep_trainer", "tiny"}
