@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,13 @@ def _lora(claim: str, name: str, metric: str) -> Claim:
     return Claim(claim, f"{name}, best-tuned", f"{metric}: middle against plain LoRA", "two-sided", names, *arms)
 
 
+def _lora_at_rate(claim: str, name: str) -> Claim:
+    """The middle window against plain LoRA, at the same rate."""
+    arms = at_rate(name, MIDDLE, "retained"), at_rate(name, LORA, "retained")
+    statement = "retained: middle against plain LoRA"
+    return Claim(claim, f"{name}, 2e-3", statement, "two-sided", ("middle", "plain LoRA"), *arms)
+
+
 def _auto(claim: str, name: str) -> Claim:
     arms = at_rate(name, AUTO, "drift"), at_rate(name, MIDDLE, "drift")
     return Claim(claim, f"{name}, 2e-3", "drift: auto below middle", "less", ("auto", "middle"), *arms)
@@ -134,6 +141,10 @@ CLAIMS = (
 )
 
 
+SUPPORTS = {"C6": _lora_at_rate("S6", "M1"), "C11": _lora_at_rate("S11", "V1")}
+"""What a claim at best-tuned rates needs besides (PROTOCOL.md, Changes), by that claim; outside the corrected list."""
+
+
 def confirm(study: Study) -> list[dict[str, Any]]:
     """A row of ``tests.csv`` for each of :data:`CLAIMS`.
 
@@ -149,13 +160,18 @@ def confirm(study: Study) -> list[dict[str, Any]]:
     Raises:
         ValueError: the streams lack a method.
     """
-    arms = {claim.name: _paired(claim.first(study), claim.second(study)) for claim in CLAIMS}
+    return [*_tested(study, CLAIMS), *(row for support in SUPPORTS.values() for row in _tested(study, (support,)))]
+
+
+def _tested(study: Study, claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """A row for each of ``claims``, corrected over those that were run."""
+    arms = {claim.name: _paired(claim.first(study), claim.second(study)) for claim in claims}
     p = {}
-    for claim in CLAIMS:
+    for claim in claims:
         found = arms[claim.name]
         if found is not None and found[0]:
             p[claim.name] = paired_test(*found, alternative=claim.side).p
-    return [_row(claim, arms[claim.name], p) for claim in CLAIMS]
+    return [_row(claim, arms[claim.name], p) for claim in claims]
 
 
 def _row(claim: Claim, arms: tuple[Values, Values] | None, p: Mapping[str, float]) -> dict[str, Any]:

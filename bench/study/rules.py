@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from claims import SUPPORTS
 from study_rows import MIDDLE, MINOR, PRINCIPAL, RATE, Row, Study, Table, curve_of
 from study_words import effect, estimate, listed, percent, result
 
@@ -84,8 +85,15 @@ def shape(tables: Tables) -> str:
 
 
 def lora_is_better(tables: Tables) -> bool:
-    """Whether C5, C6 or C11, all of middle − LoRA, favours LoRA."""
-    return any(tables.verdict(claim) == "below" for claim in ("C5", "C6", "C11"))
+    """Whether C5, or C6 or C11 with its support, all of middle − LoRA, favours LoRA."""
+    return tables.verdict("C5") == "below" or any(supported(tables, claim) == "below" for claim in SUPPORTS)
+
+
+def supported(tables: Tables, claim: str) -> str:
+    """The verdict of a claim at best-tuned rates, which counts only where the same rate says the same."""
+    verdict = tables.verdict(claim)
+    agrees = verdict not in ("above", "below") or tables.verdict(SUPPORTS[claim].name) == verdict
+    return verdict if agrees else "unsupported"
 
 
 def against_lora(tables: Tables) -> str:
@@ -102,10 +110,12 @@ def against_lora(tables: Tables) -> str:
 
 
 def _against_lora(tables: Tables, claim: str, where: str) -> str:
-    verdict = tables.verdict(claim)
+    verdict = supported(tables, claim)
     if verdict in UNTESTED:
         return f"on {where} nothing was tested"
     test = result(tables.tests[claim])
+    if verdict == "unsupported":
+        return f"on {where} what is retained differs at best rates ({test}) but not alike at the same rate: no claim"
     if verdict == "below":
         return f"on {where} plain LoRA retains more, each at its best rate ({test})"
     if verdict == "above" and tables.verdict("C5") in ("above", "not shown"):

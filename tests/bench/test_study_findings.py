@@ -63,10 +63,12 @@ def test_what_a_sweep_writes_is_read(tmp_path):
 
 def test_the_tests_find_what_is_there(whole):
     found = confirmed(whole)
-    assert list(found) == [f"C{k}" for k in range(1, 15)]
+    corrected = [f"C{k}" for k in range(1, 15)]
+    assert list(found) == [*corrected, "S6", "S11"]
     assert {name: found[name]["verdict"] for name in HOLDS} == HOLDS
     assert all((row["n"], row["left_out"]) == (10, 0) for row in found.values())
-    assert holm([row["p"] for row in found.values()]) == [row["adjusted"] for row in found.values()]
+    assert holm([found[name]["p"] for name in corrected]) == [found[name]["adjusted"] for name in corrected]
+    assert all(found[name]["adjusted"] == found[name]["p"] for name in ("S6", "S11"))
     assert found["C1"]["p"] == 2**-10
     assert found["C10"]["p"] == 2**-9
 
@@ -135,6 +137,7 @@ def test_nothing_is_found_where_nothing_is(tmp_path):
 
 def test_what_was_not_run_is_said_and_not_corrected_for(tmp_path):
     found = confirmed(study_made.study(tmp_path, sweeps=("M1",), streams={}))
+    assert found.pop("S6")["p"] is not None
     ran = [row for row in found.values() if row["verdict"] != "not run"]
     assert [row["claim"] for row in ran] == ["C1", "C2", "C3", "C4", "C5", "C6"]
     assert [row["adjusted"] for row in ran] == holm([row["p"] for row in ran])

@@ -48,7 +48,7 @@ def test_the_rule_of_the_u(verdicts, said):
     ],
 )
 def test_the_rule_of_lora(c5, c6, c11, said):
-    made = tables({"C5": c5, "C6": c6, "C11": c11})
+    made = tables({"C5": c5, "C6": c6, "C11": c11, "S6": c6, "S11": c11})
     text = rules.against_lora(made)
     assert said.casefold() in text.casefold()
     assert text.startswith("**Better than LoRA?**")
@@ -64,12 +64,22 @@ def test_the_rule_of_lora(c5, c6, c11, said):
     ],
 )
 def test_where_lora_is_better_that_is_the_headline(claim, said):
-    made = tables({"C5": "not shown", "C6": "above", "C11": "not shown"} | {claim: "below"})
+    same = {"S6": "below" if claim == "C6" else "above", "S11": "below"}
+    made = tables({"C5": "not shown", "C6": "above", "C11": "not shown"} | same | {claim: "below"})
     first = rules.sentences(made)[0]
     assert first.startswith("**Plain LoRA is better:**")
     assert said.casefold() in first.casefold()
     if claim == "C5":
         assert "is no claim" in first
+
+
+@pytest.mark.parametrize("verdict", ["above", "below"])
+@pytest.mark.parametrize("same", ["not shown", "not run", "the other"])
+def test_best_rates_alone_make_no_claim(verdict, same):
+    other = {"above": "below", "below": "above"}[verdict] if same == "the other" else same
+    made = tables({"C5": "not shown", "C6": verdict, "C11": "not shown", "S6": other})
+    assert "not alike at the same rate: no claim" in rules.against_lora(made)
+    assert not rules.lora_is_better(made)
 
 
 def effects(same, update):
