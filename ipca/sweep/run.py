@@ -5,31 +5,30 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ipca._version import __version__
+from ipca.config import PCConfig
 from ipca.model.targets import find_targets, saved_modules
 from ipca.svd import SpectralCache
 from ipca.sweep.device import check_devices, device_name, device_of, use_device
 from ipca.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid
 from ipca.sweep.report import write_report
 from ipca.sweep.report.page import require_packages
+from ipca.sweep.runner import Runner
 from ipca.sweep.spectra import auto_config, decompose
 from ipca.sweep.store import AUTO, Store
 from ipca.sweep.task import Task, load_task
-from ipca.sweep.trial import Row, Trial, base_row, build_base, seed_everything
+from ipca.sweep.trial import Row, base_row, build_base, seed_everything
 from ipca.sweep.tune import require_optuna, tuned_trials
 from ipca.sweep.workers import Crew, Work, check_sendable, model_sha256
-
-TABLE_SECONDS = 60.0
-"""How far the table may be behind the trials."""
 
 
 def run(
@@ -94,37 +93,23 @@ def run(
         Exception: what the task raises in a trial. Trials that are done stay done.
     """
     made = task if isinstance(task, Task) else load_task(Path(task))
+    source = None if isinstance(task, Task) else Path(task).absolute()
     grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.config.window)
-    _check_counts({"early": early, "workers": workers, "threads": threads}, made, grid)
-    check_devices(devices)
-    if made is task and workers > 1:
-        check_sendable(made)
-    if report:
-        require_packages()
-    if tune:
-        require_optuna()
+    _check({"early": early, "workers": workers, "threads": threads}, made, grid)
+    _check_here(made, source, workers, devices, tune, report)
     torch.set_num_threads(threads)
     use_device(devices[0] if devices else None)
     base = build_base(made)
     find_targets(base, made.config, whole=saved_modules(base, made.config))
     digest = model_sha256(base)
     base = base.to(devices[0]) if devices else base
-    source = None if isinstance(task, Task) else Path(task).absolute()
     store = Store(Path(out), _fixed(made, source, digest, early, checkpoints, threads, device_of(base)))
     store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
-    cache = SpectralCache(store.folder / "spectra")
-    direct = grid.direct_trials()
-    decompose(base, made.config, {(t.method, t.seed) for t in direct}, cache, progress=progress)
-    auto = None
-    if "auto" in grid.methods and made.calibration is not None:
-        seed_everything(0)
-        auto = auto_config(base, made.config, made.calibration, store.folder / AUTO, cache, progress=progress)
-    first = base_row(made, base)
-
-    work = Work(source or made, cache.folder, early, tuple(checkpoints), digest, threads, auto)
+    auto = _decompose(base, made, grid, store, progress)
+    work = Work(source or made, store.spectra, early, tuple(checkpoints), digest, threads, auto)
     with Crew(work, workers, devices, base) as crew, tqdm(desc="Trials", unit="trial", disable=not progress) as bar:
-        runner = Runner(store, crew, first, bar)
-        rows = runner.run(direct)
+        runner = Runner(store, crew, base_row(made, base), bar)
+        rows = runner.run(grid.direct_trials())
         runner.run(grid.update_trials(rows))
         if tune:
             runner.run(tuned_trials(grid, tune, runner.aside))
@@ -133,53 +118,33 @@ def run(
     return runner.rows
 
 
-class Runner:
-    """Has trials done, each at most once in the life of the folder, and keeps the table."""
-
-    def __init__(self, store: Store, crew: Crew, first: Row, bar: tqdm) -> None:
-        self.store, self.crew, self.first, self.bar = store, crew, first, bar
-        self.trials: list[Trial] = []
-        self.rows: list[Row] = []
-        self.written = 0.0
-
-    def run(self, trials: Sequence[Trial]) -> list[Row]:
-        """The rows of all trials so far, with ``trials`` among them; also in the table."""
-        self.trials += trials
-        self._write()
-        try:
-            self.aside(trials)
-        finally:
-            self._write()
-        return self.rows
-
-    def aside(self, trials: Sequence[Trial]) -> list[Row]:
-        """The rows of ``trials``, which do not go into the table."""
-        todo = sorted((t for t in trials if self.store.get(t.key) is None), key=_seed)
-        self.bar.total = (self.bar.total or 0) + len(trials)
-        self.bar.update(len(trials) - len(todo))
-        for trial, rows, seconds in self.crew.run(todo) if todo else ():
-            self.store.put(trial.key, rows, seconds)
-            self.bar.update()
-            if time.monotonic() - self.written > TABLE_SECONDS:
-                self._write()
-        return [row for trial in trials for row in self.store.get(trial.key) or ()]
-
-    def _write(self) -> None:
-        self.rows = self.store.table(self.first, self.trials)
-        self.written = time.monotonic()
-
-
-def _seed(trial: Trial) -> int:
-    """Seed by seed, so that what there is so far can be compared within seeds."""
-    return trial.seed
-
-
-def _check_counts(counts: dict[str, int], task: Task, grid: Grid) -> None:
+def _check(counts: dict[str, int], task: Task, grid: Grid) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if "auto" in grid.methods and task.calibration is None:
         raise ValueError("the method 'auto' needs the task's `calibration`, which gives unlabelled batches.")
+
+
+def _check_here(task: Task, source: Path | None, workers: int, devices: Sequence[str], tune: int, report: bool) -> None:
+    """Raise where this machine lacks a device or a package, or other processes could not be told the task."""
+    check_devices(devices)
+    if source is None and workers > 1:
+        check_sendable(task)
+    if report:
+        require_packages()
+    if tune:
+        require_optuna()
+
+
+def _decompose(base: nn.Module, task: Task, grid: Grid, store: Store, progress: bool) -> PCConfig | None:
+    """Decompose each layer once for all trials; the configuration that ``"auto"`` stands for, if it is among them."""
+    cache = SpectralCache(store.spectra)
+    decompose(base, task.config, {(t.method, t.seed) for t in grid.direct_trials()}, cache, progress=progress)
+    if "auto" not in grid.methods or task.calibration is None:
+        return None
+    seed_everything(0)
+    return auto_config(base, task.config, task.calibration, store.folder / AUTO, cache, progress=progress)
 
 
 def _fixed(

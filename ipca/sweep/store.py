@@ -29,7 +29,7 @@ class Store:
 
     def __init__(self, folder: Path, fixed: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.trials = folder / "trials"
+        self.trials, self.spectra = folder / "trials", folder / "spectra"
         self.fixed = json.loads(json.dumps(fixed))
         self.trials.mkdir(parents=True, exist_ok=True)
         path = folder / SETTINGS

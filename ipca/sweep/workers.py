@@ -118,6 +118,7 @@ class Crew:
         self._pool = self._pool or self._start()
         try:
             waiting: set[Future[Result]] = {self._pool.submit(_one, trial) for trial in trials}
+            self._pool.submit(_nothing)  # makes the pool look at all processes; the last one's end could go unseen
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in sorted(done, key=_failed):
@@ -181,6 +182,10 @@ def _one(trial: Trial) -> Result:
     global _worker
     _worker = _worker or Worker(*_order)  # here, where an error of build() reaches the parent
     return _worker(trial)
+
+
+def _nothing() -> None:
+    """What a process does for no trial."""
 
 
 def _failed(future: Future[Result]) -> bool:

@@ -154,7 +154,7 @@ def test_a_table_is_there_before_the_first_trial_and_seeds_come_one_after_anothe
     options = {**GRID, "methods": ("lora",), "comparisons": ("same",)}
     with monkeypatch.context() as patch:
         patch.setattr("ipca.sweep.workers.run_trial", stop)
-        patch.setattr(sys.modules["ipca.sweep.run"], "TABLE_SECONDS", 0.0)
+        patch.setattr(sys.modules["ipca.sweep.runner"], "TABLE_SECONDS", 0.0)
         written = []
         patch.setattr("ipca.sweep.store.Store.table", lambda store, *a: written.append(len(order)) or [])
         with pytest.raises(KeyboardInterrupt):
