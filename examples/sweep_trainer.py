@@ -50,7 +50,9 @@ def task(steps=20):
 
 def main(steps, out):
     """A small grid; `ipca sweep --help` shows the rest."""
-    rows = sweep.run(task(steps), out, windows=(0, 0.5, 1), lrs=(1e-3,), seeds=2, methods=("lora",), early=2)
+    rows = sweep.run(
+        task(steps), out, early=2, windows=(0, 0.5, 1), lrs=(1e-3,), seeds=2, methods=("lora",), comparisons=("same",)
+    )
     print(sweep.verdict(out))
     for row in rows:
         print(f"{row['method']} {row['comparison'] or ''} {row['seed']}: {row['target']:.6f} {row['retained']:.6f}")
