@@ -51,6 +51,7 @@ results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_training.py --device cpu --out bench/results
 	$(BIN)/python bench/bench_window_svd.py --device cpu --out bench/results
 	$(BIN)/python bench/quantised_start.py
+	$(BIN)/python bench/error_rates.py
 	$(BIN)/python bench/report.py
 
 study: $(READY)

@@ -103,7 +103,7 @@ def main(steps, lr, out):
         learner.finish()
         print(results[-1], end="\n\n")
     for result in results:
-        result.write_csv(Path(out) / f"{result.method}.csv")
+        result.to_csv(Path(out) / f"{result.method}.csv")
     draw_stream(results, Path(out) / "digits.png")
     print("method      ACC     BWT     FM   retained")
     for r in results:

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = {
+TITLES = {
     "M1": "MiniLM, feed-forward input",
+    "M3": "MiniLM, feed-forward input",
     "M2-query-value": "MiniLM, query and value",
     "M2-all": "MiniLM, all linear",
     "V1": "digits ViT, all linear",
 }
+BY_POSITION = ("M1", "M2-query-value", "M2-all", "V1")
+"""What is drawn over the window's position."""
 METRICS = {
     "retained": "retained\n(accuracy, share of 1,000)",
     "target": "target\n(accuracy, share of 1,000)",
@@ -40,7 +43,7 @@ NOTE = "mean and 95 % bootstrap interval over seeds"
 
 def positions(tables: Tables) -> Figure | None:
     """What is retained and the drift over the window's position, at the rate of the tests; LoRA and auto as bands."""
-    names = [name for name in COLUMNS if windows(tables, name, "retained")]
+    names = [name for name in BY_POSITION if windows(tables, name, "retained")]
     if not names:
         return None
     with sheet(2, len(names), f"All at learning rate {RATE:g}; {NOTE}") as (figure, axes):
@@ -51,8 +54,7 @@ def positions(tables: Tables) -> Figure | None:
                     band(axis, point(tables, name, method, metric), style_of(method), method_name(method))
                 axis.set_xlabel(POSITION)
             axes[row][0].set_ylabel(METRICS[metric])
-        for axis, name in zip(axes[0], names, strict=True):
-            axis.set_title(f"{COLUMNS[name]} (n = {runs(tables, name)})")
+        _titles(axes[0], tables, names)
         return figure
 
 
@@ -74,9 +76,7 @@ def comparisons(tables: Tables) -> Figure | None:
                 axis.set_xticks(range(len(COMPARISONS)), list(COMPARISONS.values()))
                 axis.set_xlim(-0.5, len(COMPARISONS) - 0.5)
             axes[row][0].set_ylabel(f"difference to the middle window:\n{METRICS[metric]}")
-        for axis, name in zip(axes[0], names, strict=True):
-            title = "MiniLM, feed-forward input" if name == "M3" else COLUMNS[name]
-            axis.set_title(f"{title} (n = {runs(tables, name)})")
+        _titles(axes[0], tables, names)
         return figure
 
 
@@ -95,8 +95,7 @@ def rates(tables: Tables) -> Figure | None:
                 ticks(axis, grid)
                 axis.set_xlabel("learning rate of the adapter")
             axes[row][0].set_ylabel(METRICS[metric])
-        for axis, name in zip(axes[0], names, strict=True):
-            axis.set_title(f"{COLUMNS[name]} (n = {runs(tables, name)})")
+        _titles(axes[0], tables, names)
         return figure
 
 
@@ -111,7 +110,7 @@ def frontier(tables: Tables) -> Figure | None:
             for method in methods(tables, name):
                 _way(axis, tables, name, method)
             axis.set_xlabel(METRICS["target"].replace("\n", " "))
-            axis.set_title(f"{COLUMNS[name]} (n = {runs(tables, name)})")
+        _titles(axes[0], tables, names)
         axes[0][0].set_ylabel(METRICS["retained"])
         return figure
 
@@ -153,7 +152,7 @@ def lengths(tables: Tables) -> Figure | None:
 
 def mechanism(tables: Tables) -> Figure | None:
     """Σ S_i · energy_i over the window's position, and under it the drift that was measured."""
-    names = [name for name in COLUMNS if curve_of(tables.mechanism, name)]
+    names = [name for name in BY_POSITION if curve_of(tables.mechanism, name)]
     if not names:
         return None
     note = f"Above: no seeds, hence no interval. Below: drift at learning rate {RATE:g}, {NOTE}"
@@ -164,7 +163,7 @@ def mechanism(tables: Tables) -> Figure | None:
             line(axes[0][k], [Point(f, value / middle) for f, value in curve], style_of("full"))
             axes[0][k].axhline(1, color="black", linewidth=0.8, linestyle=":")
             logarithmic(axes[0][k])
-            axes[0][k].set_title(COLUMNS[name])
+            axes[0][k].set_title(TITLES[name])
             line(axes[1][k], windows(tables, name, "drift"), style_of(MIDDLE))
             for axis in axes[:, k]:
                 axis.set_xlabel(POSITION)
@@ -201,6 +200,11 @@ def streams(tables: Tables) -> Figure | None:
 
 
 FIGURES = (positions, comparisons, rates, frontier, lengths, mechanism, streams)
+
+
+def _titles(axes: Sequence[Axes], tables: Tables, names: Sequence[str]) -> None:
+    for axis, name in zip(axes, names, strict=True):
+        axis.set_title(f"{TITLES[name]} (n = {runs(tables, name)})")
 
 
 def point(

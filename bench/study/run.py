@@ -57,30 +57,11 @@ class Experiment:
     grid: dict[str, Any] = field(default_factory=dict)
 
 
-def _feed_forward() -> sweep.Task:
-    return minilm.task("intermediate")
-
-
-def _query_value() -> sweep.Task:
-    return minilm.task("query-value")
-
-
-def _all() -> sweep.Task:
-    return minilm.task("all")
-
-
-def _long() -> sweep.Task:
-    return minilm.task("intermediate", steps=320)
-
-
-def _tweets() -> sweep.Task:
-    return minilm.task("intermediate", source="tweet")
-
-
 def _grid(windows: tuple[float, ...], methods: tuple[str, ...], lrs: tuple[float, ...], seeds: int) -> dict[str, Any]:
     return {"windows": windows, "methods": methods, "lrs": lrs, "seeds": seeds, "comparisons": ("same",)}
 
 
+_FEED_FORWARD = partial(minilm.task, "intermediate")
 _BESIDE = ("lora", "full", "auto")
 _EVERY = ("same", "sqrt-sigma", "update")
 EXPERIMENTS = (
@@ -91,17 +72,19 @@ EXPERIMENTS = (
         _grid((0, 0.125, 0.25, 0.5, 0.75, 0.875, 1), (*_BESIDE, *CONTROLS), (1e-3, 2e-3, 4e-3), 10)
         | {"comparisons": _EVERY},
     ),
-    Experiment("M1", "feed-forward", _feed_forward, _grid(WINDOWS, _BESIDE, RATES, 10)),
-    Experiment("M5", "tweets", _tweets, _grid((0, 0.5, 1), ("lora", "auto"), (2e-3,), 10)),
-    Experiment("M4", "long", _long, _grid((0.5,), ("lora",), (1e-3, 2e-3), 10)),
+    Experiment("M1", "feed-forward", _FEED_FORWARD, _grid(WINDOWS, _BESIDE, RATES, 10)),
+    Experiment(
+        "M5", "tweets", partial(_FEED_FORWARD, source="tweet"), _grid((0, 0.5, 1), ("lora", "auto"), (2e-3,), 10)
+    ),
+    Experiment("M4", "long", partial(_FEED_FORWARD, steps=320), _grid((0.5,), ("lora",), (1e-3, 2e-3), 10)),
     Experiment(
         "M3",
         "feed-forward",
-        _feed_forward,
+        _FEED_FORWARD,
         _grid(WINDOWS, ("lora", *CONTROLS), (1e-3, 2e-3), 5) | {"comparisons": _EVERY},
     ),
-    Experiment("M2-query-value", "query-value", _query_value, _grid(WINDOWS, _BESIDE, RATES, 5)),
-    Experiment("M2-all", "all-linear", _all, _grid(WINDOWS, _BESIDE, RATES, 5)),
+    Experiment("M2-query-value", "query-value", partial(minilm.task, "query-value"), _grid(WINDOWS, _BESIDE, RATES, 5)),
+    Experiment("M2-all", "all-linear", partial(minilm.task, "all"), _grid(WINDOWS, _BESIDE, RATES, 5)),
 )
 
 

@@ -92,7 +92,7 @@ class StreamResult:
             )
         return rows
 
-    def write_csv(self, path: str | os.PathLike[str]) -> None:
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`rows` to ``path``.
 
         Raises:

@@ -44,11 +44,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
-def cuda_indices(model: nn.Module) -> list[int]:
-    """The CUDA devices that hold parameters of ``model``: those whose random generators it can use."""
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
 @contextmanager
 def same_bits(device: torch.device) -> Iterator[None]:
     """Within the block the same computation on a CUDA ``device`` gives the same bits; on others nothing changes.

@@ -16,6 +16,8 @@ COMPARISONS = ("same", "sqrt-sigma", "update")
 MATCHED = {"sqrt-sigma": ("window", "auto"), "update": ("window", "auto", "lora")}
 """The kinds of methods that a comparison gives rates of their own; with ``"update"`` the reference keeps the grid's."""
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "0.875", "1.0")
+DEFAULT_METHODS = ("lora", *CONTROLS)
+"""Besides the windows, in every sweep."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +100,16 @@ class Grid:
 
     def direct_trials(self) -> list[Trial]:
         """The trials whose rate is known beforehand: same and √σ."""
-        trials = [
-            Trial(method, "same", lr, lr, seed)
-            for method in self.all_methods()
+        methods = {"same": self.all_methods()}
+        if "sqrt-sigma" in self.comparisons:
+            methods["sqrt-sigma"] = tuple(m for m in self.all_methods() if kind_of(m) in MATCHED["sqrt-sigma"])
+        return [
+            Trial(method, comparison, lr, lr, seed)
+            for comparison, compared in methods.items()
+            for method in compared
             for lr in self.lrs
             for seed in self.seeds
         ]
-        if "sqrt-sigma" in self.comparisons:
-            trials += [
-                Trial(method, "sqrt-sigma", lr, lr, seed)
-                for method in self.all_methods()
-                if kind_of(method) in MATCHED["sqrt-sigma"]
-                for lr in self.lrs
-                for seed in self.seeds
-            ]
-        return trials
 
     def update_trials(self, rows: Sequence[Row]) -> list[Trial]:
         """The trials at matched updates; the ``rows`` of :meth:`direct_trials` hold the reference itself."""
@@ -173,7 +170,3 @@ def _solve(points: list[tuple[float, float]], value: float) -> float:
             return x0 + (x1 - x0) * (value - y0) / (y1 - y0)
     x, y = min(points, key=lambda point: abs(point[1] - value))
     return x + value - y
-
-
-DEFAULT_METHODS = ("lora", *CONTROLS)
-"""Besides the windows, in every sweep."""

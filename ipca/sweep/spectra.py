@@ -23,7 +23,6 @@ from ipca.nn.place import find_layer
 from ipca.svd import SpectralCache, window_svd
 from ipca.svd.entry import cache_key
 from ipca.svd.sealed import write_whole
-from ipca.window import Window
 
 
 def decompose(
@@ -52,7 +51,7 @@ def decompose(
         d = min(weight.shape)
         needed = [window for method, seed in runs for window in needed_windows(method, target, seed, d)]
         resolved = {window.resolve(d) for window in needed if not window.needs_spectrum}
-        windows = sorted(resolved, key=_start)
+        windows = sorted(resolved, key=lambda window: window.index)
         options = precision(config, weight)
         keys = [cache_key(weight, window, **options) for window in windows]
         if windows and not all((cache.folder / key.file_name).exists() for key in keys):
@@ -87,7 +86,3 @@ def auto_config(
     targets = find_targets(model, config, whole=saved_modules(model, config))
     window_starts(model, targets, config, cache=cache, progress=False)
     return config
-
-
-def _start(window: Window) -> int:
-    return window.index

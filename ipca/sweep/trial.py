@@ -20,11 +20,12 @@ from ipca import baselines
 from ipca.analysis import update_norm
 from ipca.config import PCConfig
 from ipca.model import adapted_layers, apply_pc, param_groups
+from ipca.model.batches import evaluating
 from ipca.model.originals import base_matrix
 from ipca.model.targets import find_targets, saved_modules
 from ipca.nn.place import find_layer
 from ipca.svd import SpectralCache
-from ipca.sweep.device import cuda_indices, device_of, same_bits
+from ipca.sweep.device import device_of, same_bits
 from ipca.sweep.task import Task
 from ipca.sweep.watch import watched
 
@@ -146,15 +147,12 @@ def judge(task: Task, model: nn.Module, trial: object, seed: int = 0) -> dict[st
     """
     if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
         return dict.fromkeys(_REQUIRED, math.nan)
-    modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=cuda_indices(model)), same_bits(device_of(model)):
+    with evaluating(model), same_bits(device_of(model)):
         seed_everything(seed)
         found = task.evaluate(model)
     random.setstate(states[0])
     np.random.set_state(states[1])
-    for module, mode in modes.items():
-        module.training = mode
     if not isinstance(found, Mapping) or not set(_REQUIRED) <= set(found):
         raise ValueError(f"{trial}: evaluate() must give 'target' and 'retained', it gave {found!r}.")
     taken = sorted(set(found) & set(COLUMNS) - set(_REQUIRED))

@@ -143,25 +143,10 @@ def test_a_row_without_the_metric_is_refused():
 POINTS = {f"method {k}": [(0.5 + 0.01 * k, 0.9 - 0.01 * k), (0.6, 0.5), (NAN, 0.2)] for k in range(12)}
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were saved."""
-    from matplotlib.figure import Figure
-
-    saved, plain = [], Figure.savefig
-
-    def watched(self, *args, **options):
-        saved.append(self)
-        return plain(self, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", watched)
-    return saved
-
-
-def test_the_picture_shows_every_finite_point_and_no_label_covers_another(tmp_path, figures):
+def test_the_picture_shows_every_finite_point_and_no_label_covers_another(tmp_path, drawn):
     draw_frontier(POINTS, tmp_path / "frontier.png", base=0.95, labels=("accuracy", "probe accuracy"))
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
-    (figure,) = figures
+    (figure,) = drawn
     (axis,) = figure.axes
     marked = [line for line in axis.lines if line.get_marker() not in ("None", "")]
     assert [list(zip(*line.get_data(), strict=True)) for line in marked] == [p[:2] for p in POINTS.values()]

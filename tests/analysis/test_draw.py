@@ -11,20 +11,6 @@ import ipca
 from ipca import analysis
 
 matplotlib = pytest.importorskip("matplotlib")
-from matplotlib.figure import Figure  # noqa: E402
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were written."""
-    figures, plain = [], Figure.savefig
-
-    def kept(figure, *args, **options):
-        figures.append(figure)
-        return plain(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", kept)
-    return figures
 
 
 def model():

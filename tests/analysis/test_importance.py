@@ -154,21 +154,7 @@ def test_a_quantised_layer_is_named():
         importance(quantised_model()[0], batches())
 
 
-matplotlib = pytest.importorskip("matplotlib")
-from matplotlib.figure import Figure  # noqa: E402
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were written."""
-    figures, plain = [], Figure.savefig
-
-    def kept(figure, *args, **options):
-        figures.append(figure)
-        return plain(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", kept)
-    return figures
+pytest.importorskip("matplotlib")
 
 
 def test_sensitivities_are_drawn_with_both_windows_shaded(tmp_path, drawn):

@@ -121,7 +121,7 @@ def test_without_a_score_for_what_it_knew_the_column_is_empty():
 
 def test_the_csv_file_holds_the_rows(tmp_path):
     result = stream("lora")
-    result.write_csv(tmp_path / "made" / "stream.csv")
+    result.to_csv(tmp_path / "made" / "stream.csv")
     with (tmp_path / "made" / "stream.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns = ["method", "seed", "after", "mean", "retained", "trained", "kept_parameters", "kept_bytes"]

@@ -3,9 +3,11 @@
 import json
 import os
 import platform
+import random
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import sweep_task
 import torch
@@ -15,7 +17,7 @@ from ipca import baselines, sweep
 from ipca.fingerprint import tensor_sha256
 from ipca.model import adapted_layers
 from ipca.svd import SpectralCache
-from ipca.sweep.device import cuda_indices, device_name, device_of, same_bits, use_device
+from ipca.sweep.device import device_name, device_of, same_bits, use_device
 from ipca.sweep.spectra import auto_config
 from ipca.sweep.trial import judge
 
@@ -91,16 +93,22 @@ def test_training_and_judging_run_in_the_mode_of_their_device(tmp_path, monkeypa
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_judging_puts_back_the_random_state_of_the_models_devices_alone(monkeypatch):
-    asked, fork_rng = [], torch.random.fork_rng
-    monkeypatch.setattr("ipca.sweep.trial.cuda_indices", lambda model: [3])
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: asked.append(devices) or fork_rng(devices=[]))
-    task = replace(sweep_task.task(), evaluate=lambda model: {"target": torch.rand(()), "retained": 0})
-    model, state = nn.Linear(2, 3), torch.get_rng_state()
-    judge(task, model, "it")
-    assert asked == [[3]]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert cuda_indices(model) == []
+def test_judging_is_in_evaluation_mode_and_leaves_modes_and_random_states():
+    seen = []
+
+    def evaluate(model):
+        seen.append((model[0].training, model[1].training, torch.is_grad_enabled()))
+        return {"target": torch.rand(()), "retained": np.random.rand() + random.random()}
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
+    model[0].eval()
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    judge(replace(sweep_task.task(), evaluate=evaluate), model, "it")
+    assert seen == [(False, False, False)]
+    assert [module.training for module in model] == [False, True]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
+    assert torch.is_grad_enabled()
 
 
 def test_cublas_is_told_once_and_a_users_own_choice_stays(monkeypatch):

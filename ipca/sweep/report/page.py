@@ -111,8 +111,7 @@ def _figures(sweep: Sweep, here: Sequence[View], look: dict[str, Style]) -> list
         Figure(
             f"{title} over the window's position",
             f"{dots} Bands: methods without a position. Thin lines: the grid's other rates, means alone; "
-            "they may leave the panel. "
-            "The untrained model is left out where it lies far off.",
+            "they may leave the panel. The untrained model is left out where it lies far off.",
             legend([*sweep.positions, *lines], look, base=metric in sweep.base),
             curves(here, metric, look),
         )

@@ -1,0 +1,44 @@
+"""How often our statistics err: the simulation, and that what we say of it is what it found."""
+
+import error_rates as bench
+import pytest
+from facts import ROOT, read_rows
+
+from ipca.analysis import bootstrap_interval
+
+
+def test_few_values_give_intervals_that_are_too_narrow():
+    rows = [bench.coverage(n, 300) for n in (3, 20)]
+    shares = [float(row["share"]) for row in rows]
+    assert shares == pytest.approx([0.72, 0.93], abs=0.08)  # three standard errors
+    assert float(rows[0]["error"]) == pytest.approx((shares[0] * (1 - shares[0]) / 300) ** 0.5, rel=0.02)
+
+
+def test_methods_that_are_alike_differ_at_best_rates_and_seldom_at_the_same_one_too():
+    tuned, both = bench.called_different(200)
+    assert float(tuned["share"]) > 0.4
+    assert float(both["share"]) < 0.06
+
+
+def test_the_table_is_the_same_every_time(tmp_path):
+    for name in ("a.csv", "b.csv", "a.csv"):
+        bench.measure(tmp_path / name, repeats=10)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    assert len(read_rows(tmp_path / "a.csv")) == len(bench.SIZES) + 2
+
+
+def test_what_is_written_of_intervals_and_tests_is_what_was_found():
+    rows = read_rows(bench.PATH)
+    held = {int(row["n"]): f"{float(row['share']):.0%}".replace("%", " %") for row in rows if row["what"] == "coverage"}
+    page, study, analysis, protocol = (
+        " ".join((ROOT / path).read_text().split())
+        for path in ("ipca/sweep/report/page.html", "docs/study.md", "docs/analysis.md", "bench/study/PROTOCOL.md")
+    )
+    says = " ".join(bootstrap_interval.__doc__.split())
+    assert f"about {held[3]} of such 95 % intervals hold the mean at n = 3, {held[5]} at n = 5" in says
+    assert f"{held[10]} at n = 10, {held[20]} at n = 20" in says
+    assert f"about {held[3]} hold the mean with 3 seeds, {held[5]} with 5, {held[10]} with 10" in page
+    assert f"at n = 5 about {held[5]} of such intervals hold the mean, at n = 10 about {held[10]}" in study
+    assert f"of five about {held[5]} hold the mean" in analysis
+    tuned, both = (100 * float(row["share"]) for row in rows[-2:])
+    assert f"in {tuned:.0f} % of 10,000 pairs at best-tuned rates, and in {both:.1f} % where" in protocol
