@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ def param_groups(
             no singular values to match: plain LoRA, a window of zeros or of rounding, another method of PEFT.
     """
     _check(lr, match, lora_plus)
+    lr, lora_plus = float(lr), float(lora_plus or 1.0)
     trained = [(_factor(name), p) for name, p in model.named_parameters() if p.requires_grad]
     places = dict.fromkeys((factor.layer, factor.adapter) for factor, _ in trained if factor is not None)
     if not places:
@@ -69,11 +71,11 @@ def param_groups(
     rates = {place: lr * (_sqrt_sigma(model, *place) if match else 1.0) for place in places}
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for factor, parameter in trained:
-        name, rate = "whole", float(lr)
+        name, rate = "whole", lr
         if factor is not None:
             name = f"{factor.layer}.{factor.name}".lstrip(".") if match else factor.name
             rate = rates[factor.layer, factor.adapter]
-            rate *= lora_plus if lora_plus and factor.name == "lora_B" else 1.0
+            rate *= lora_plus if factor.name == "lora_B" else 1.0
         group = groups.setdefault((name, rate), {"params": [], "lr": rate, "name": name})
         group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: group["name"] == "whole")
@@ -81,9 +83,9 @@ def param_groups(
 
 def _check(lr: Any, match: Any, lora_plus: Any) -> None:
     for name, value in (("lr", lr), ("lora_plus", 1.0 if lora_plus is None else lora_plus)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r}.")
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(value) and float(value) > 0):
             raise ValueError(f"{name} must be positive, got {value}.")
     if match not in (None, "sqrt-sigma"):
         raise ValueError(f'match must be "sqrt-sigma" or None, got {match!r}.')

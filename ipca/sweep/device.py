@@ -45,6 +45,17 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Within the block torch computes with ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def same_bits(device: torch.device) -> Iterator[None]:
     """Within the block the same computation on a CUDA ``device`` gives the same bits; on others nothing changes.
 

@@ -18,7 +18,7 @@ from ipca._version import __version__
 from ipca.config import PCConfig
 from ipca.model.targets import find_targets, saved_modules
 from ipca.svd import SpectralCache
-from ipca.sweep.device import check_devices, device_name, device_of, use_device
+from ipca.sweep.device import check_devices, device_name, device_of, num_threads, use_device
 from ipca.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid
 from ipca.sweep.report import write_report
 from ipca.sweep.report.page import require_packages
@@ -73,7 +73,8 @@ def run(
             (:func:`ipca.param_groups`); ``"update"``, rates at which the first ``early`` steps change the weights as
             much as the reference window's do. The best-tuned rate is chosen among ``lrs`` when the report is made.
         early: optimiser steps after which ``early_update`` is measured.
-        checkpoints: optimiser steps after which a model is judged on the way, for the frontier.
+        checkpoints: optimiser steps after which a model is judged on the way, for the frontier; a run that is over
+            before has no row for them.
         tune: rounds in which Optuna looks for each method's best rate, on seeds of its own; 0 for none. The rows at the
             rates it finds have the comparison ``"tuned"``.
         workers: processes side by side; 1 is this one.
@@ -97,25 +98,25 @@ def run(
     grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.config.window)
     _check({"early": early, "workers": workers, "threads": threads}, made, grid)
     _check_here(made, source, workers, devices, tune, report)
-    torch.set_num_threads(threads)
-    use_device(devices[0] if devices else None)
-    base = build_base(made)
-    find_targets(base, made.config, whole=saved_modules(base, made.config))
-    digest = model_sha256(base)
-    base = base.to(devices[0]) if devices else base
-    store = Store(Path(out), _fixed(made, source, digest, early, checkpoints, threads, device_of(base)))
-    store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
-    auto = _decompose(base, made, grid, store, progress)
-    work = Work(source or made, store.spectra, early, tuple(checkpoints), digest, threads, auto)
-    with Crew(work, workers, devices, base) as crew, tqdm(desc="Trials", unit="trial", disable=not progress) as bar:
-        runner = Runner(store, crew, base_row(made, base), bar)
-        rows = runner.run(grid.direct_trials())
-        runner.run(grid.update_trials(rows))
-        if tune:
-            runner.run(tuned_trials(grid, tune, runner.aside))
-    if report:
-        write_report(store.folder)
-    return runner.rows
+    with num_threads(threads):
+        use_device(devices[0] if devices else None)
+        base = build_base(made)
+        find_targets(base, made.config, whole=saved_modules(base, made.config))
+        digest = model_sha256(base)
+        base = base.to(devices[0]) if devices else base
+        store = Store(Path(out), _fixed(made, source, digest, early, checkpoints, threads, device_of(base)))
+        store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
+        auto = _decompose(base, made, grid, store, progress)
+        work = Work(source or made, store.spectra, early, tuple(checkpoints), digest, threads, auto)
+        with Crew(work, workers, devices, base) as crew, tqdm(desc="Trials", unit="trial", disable=not progress) as bar:
+            runner = Runner(store, crew, base_row(made, base), bar)
+            rows = runner.run(grid.direct_trials())
+            runner.run(grid.update_trials(rows))
+            if tune:
+                runner.run(tuned_trials(grid, tune, runner.aside))
+        if report:
+            write_report(store.folder)
+        return runner.rows
 
 
 def _check(counts: dict[str, int], task: Task, grid: Grid) -> None:

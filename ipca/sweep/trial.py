@@ -81,6 +81,8 @@ def run_trial(
 ) -> list[Row]:
     """The rows of ``trial``: one for each checkpoint, then one for the end of training.
 
+    A row of a trial that has no √σ-matched rate, as its window lies in a null space, says so; it is not trained.
+
     Args:
         base: the pretrained model; stays as it is.
         early: steps after which ``early_update`` is measured.
@@ -99,8 +101,14 @@ def run_trial(
         apply_pc(model, auto, cache=cache, progress=False)
     else:
         baselines.apply(model, trial.method, task.config, seed=trial.seed, cache=cache)
-    groups = rate_groups(model, trial)
-    parameters = [p for group in groups for p in group["params"]]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        groups = rate_groups(model, trial)
+    except ValueError as error:
+        if trial.comparison != "sqrt-sigma":
+            raise
+        nothing = dict.fromkeys(_REQUIRED, math.nan)  # a window in a null space has no rate to match
+        return [_row(trial, parameters, None, None, math.nan, nothing) | {"status": f"failed: {error}"}]
     before = None if adapted_layers(model) else _weights(base, task)
     rows: list[Row] = []
     moved: dict[int, float] = {}

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from common import Plain
@@ -207,3 +208,12 @@ def test_a_model_without_factors_is_refused():
 def test_bad_arguments_are_named(options, error, words):
     with pytest.raises(error, match=words):
         ipca.param_groups(adapted(One()), **options)
+
+
+def test_a_rate_may_be_any_real_number():
+    model = ipca.apply_pc(Plain(), rank=3, targets=["a"], progress=False)
+    groups = ipca.param_groups(model, np.float32(1e-3), lora_plus=np.float32(2))
+    assert [(type(group["lr"]), group["lr"]) for group in groups] == [
+        (float, float(np.float32(1e-3))),
+        (float, 2 * float(np.float32(1e-3))),
+    ]

@@ -163,6 +163,14 @@ def diverging(model, groups, seed):
             groups[0]["params"][0].fill_(float("nan"))
 
 
+def test_a_run_that_is_over_before_a_checkpoint_has_no_row_for_it_and_threads_are_put_back(tmp_path):
+    before = torch.get_num_threads()
+    options = {**GRID, "windows": (0.5,), "methods": (), "comparisons": ("same",), "threads": before + 1}
+    rows = sweep.run(sweep_task.task(), tmp_path, checkpoints=(2, 50), **options)
+    assert {row["step"] for row in rows[1:]} == {2, None}
+    assert torch.get_num_threads() == before
+
+
 def test_a_diverged_run_is_a_row_that_says_so(tmp_path):
     task = replace(sweep_task.task(), train=diverging)
     rows = sweep.run(task, tmp_path, **{**GRID, "comparisons": ("same",), "methods": ("full",)})

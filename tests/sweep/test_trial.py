@@ -8,7 +8,7 @@ import sweep_task
 import torch
 from torch import nn
 
-from ipca import baselines
+from ipca import baselines, sweep
 from ipca.svd import SpectralCache
 from ipca.sweep import Task
 from ipca.sweep.trial import Trial, base_row, build_base, judge, rate_groups, run_trial
@@ -125,3 +125,18 @@ def test_a_model_with_counters_and_other_state_is_swept(tmp_path):
     options = {"windows": (0,), "lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same",), "early": 1}
     rows = sweep.run(task, tmp_path, **options, progress=False, report=False)
     assert [row["status"] for row in rows] == ["ok", "ok"]
+
+
+def test_a_window_in_a_null_space_has_no_matched_rate_and_says_so(tmp_path):
+    def build():
+        model = sweep_task.build()
+        with torch.no_grad():
+            model.out.weight[2:] = 0
+        return model
+
+    options = {"lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same", "sqrt-sigma"), "early": 2}
+    task = replace(sweep_task.task(), build=build)
+    rows = sweep.run(task, tmp_path, windows=(0, 1), progress=False, report=False, **options)
+    statuses = {(row["method"], row["comparison"]): row["status"] for row in rows[1:]}
+    assert statuses.pop(("1.0", "sqrt-sigma")).startswith("failed: out: the singular values it starts from are ")
+    assert set(statuses.values()) == {"ok"}
