@@ -34,6 +34,19 @@ def use_device(name: str | None) -> None:
         torch.cuda.set_device(name)
 
 
+def see_only(name: str | None) -> str | None:
+    """Make the CUDA device ``name`` the only one that this process sees, and return what it is called then.
+
+    For a process that has not used CUDA yet. Trainers that spread over all the GPUs they see then keep to theirs.
+    """
+    if name is None or torch.device(name).type != "cuda":
+        return name
+    seen = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    index = torch.device(name).index or 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen[index] if seen else str(index)
+    return "cuda:0"
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the first parameter of ``model`` is."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -80,7 +80,8 @@ def run(
         workers: processes side by side; 1 is this one.
         threads: of each process.
         devices: such as ``("cuda:0", "cuda:1")``, handed to the workers in turn, so that several may share one; of one
-            type, as rows of another differ. Empty: where ``build`` puts the model.
+            type, as rows of another differ. Each of several workers sees its GPU alone, as ``cuda:0``. Empty: where
+            ``build`` puts the model.
         progress: show progress bars.
         report: write ``report.html``, which needs the extra ``plot``.
 

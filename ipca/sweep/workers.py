@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ipca.config import PCConfig
 from ipca.fingerprint import tensor_sha256
 from ipca.svd import SpectralCache
-from ipca.sweep.device import use_device
+from ipca.sweep.device import see_only, use_device
 from ipca.sweep.task import Task, load_task
 from ipca.sweep.trial import Row, Trial, build_base, run_trial
 
@@ -175,7 +175,7 @@ def _begin(work: Work, devices: multiprocessing.SimpleQueue, held: Connection) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
     tqdm.set_lock(threading.RLock())  # its own, between processes, would be reported as left behind at a sudden end
     _end_with_parent(held)
-    _order = work, devices.get()
+    _order = work, see_only(devices.get())
 
 
 def _one(trial: Trial) -> Result:

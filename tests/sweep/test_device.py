@@ -17,7 +17,7 @@ from ipca import baselines, sweep
 from ipca.fingerprint import tensor_sha256
 from ipca.model import adapted_layers
 from ipca.svd import SpectralCache
-from ipca.sweep.device import device_name, device_of, same_bits, use_device
+from ipca.sweep.device import device_name, device_of, same_bits, see_only, use_device
 from ipca.sweep.spectra import auto_config
 from ipca.sweep.trial import judge
 
@@ -122,6 +122,22 @@ def test_cublas_is_told_once_and_a_users_own_choice_stays(monkeypatch):
         use_device(name)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert chosen == ["cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "name", "then", "called"),
+    [
+        (None, "cuda:2", "2", "cuda:0"),
+        ("5,7", "cuda:1", "7", "cuda:0"),
+        ("GPU-a,GPU-b", "cuda", "GPU-a", "cuda:0"),
+        ("5,7", "cpu", "5,7", "cpu"),
+        ("5,7", None, "5,7", None),
+    ],
+)
+def test_a_worker_sees_its_own_gpu_alone(seen, name, then, called, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen or "")
+    assert see_only(name) == called
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == then
 
 
 def test_devices_by_name():
