@@ -51,7 +51,7 @@ class Made:
         return special.get(method, 0.03)
 
     def rows(self):
-        base = {"target": 0.5, "retained": 0.85, "drift": 0.0}
+        base = {"target": 0.5, "retained": 0.85, "drift": 0.0, "kl": 0.0}
         rows = [{**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok"}]
         rows[0] |= {name: base[name] for name in ("target", "retained", *self.extra)}
         for comparison in self.comparisons:

@@ -40,7 +40,7 @@ def summarise(sweep: Sweep) -> Iterator[dict[str, Any]]:
                     middle = sweep.values(MIDDLE, metric, lr, sweep.reference(comparison))
                     if values:
                         yield _summary((sweep.name, method, comparison, lr, metric), values, middle)
-            if len(sweep.rates) > 1 and len(sweep.values(method, metric, sweep.rates[0])) > 1:
+            if len(sweep.rates) > 1 and sweep.complete(method) and sweep.complete(MIDDLE):
                 best, middle = (sweep.tuned(name, metric) for name in (method, MIDDLE))
                 yield _summary((sweep.name, method, "same", "best", metric), best, middle)
 

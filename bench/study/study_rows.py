@@ -37,8 +37,12 @@ SWEEPS = {
     "M4": "M4: MiniLM, feed-forward input layers, 320 steps",
     "M5": "M5: MiniLM, feed-forward input layers, sentiment of tweets",
     "V1": "V1: digits ViT, all linear layers, 80 steps",
+    "G1": "G1: digits ViT of ViT-B's shape, all linear layers, exploratory",
+    "G2": "G2: language model of 26 M parameters, all linear layers, exploratory",
 }
 """Sweeps of the protocol by the name of their file."""
+EXPLORATORY = ("G1", "G2")
+"""Those that need a GPU, and that no test uses."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,11 @@ class Sweep:
         """
         rates = best_rate([run for run in self.runs if (run["method"], run["comparison"]) == (method, "same")])
         return {int(seed): self.values(method, metric, lr).get(int(seed), math.nan) for seed, lr in rates.items()}
+
+    def complete(self, method: str) -> bool:
+        """Whether every rate of ``method`` was run with the same seeds."""
+        seeds = {frozenset(self.values(method, "target", lr)) for lr in self.rates}
+        return len(seeds) == 1 and len(min(seeds)) > 1
 
     def reference(self, comparison: str) -> str:
         """The comparison in which the middle window's runs are: equal updates are equal to those at its own rate."""

@@ -11,11 +11,25 @@ from pathlib import Path
 
 from claims import SUPPORTS
 from rules import UNTESTED, Tables, arms_of, read_tables, sentences
-from study_rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, RESULTS, SWEEPS, Row, Study, Sweep, curve_of
+from study_rows import (
+    AUTO,
+    EXPLORATORY,
+    LORA,
+    MIDDLE,
+    MINOR,
+    PRINCIPAL,
+    RATE,
+    RESULTS,
+    SWEEPS,
+    Row,
+    Study,
+    Sweep,
+    curve_of,
+)
 from study_words import effect, estimate, listed, markdown, method_name, number, p_value, percent
 
 NOT_RUN = "Not run."
-CURVES = ("M1", "M2-query-value", "M2-all", "V1")
+CURVES = ("M1", "M2-query-value", "M2-all", "V1", *EXPLORATORY)
 """Experiments that train every window of the protocol."""
 RATES = ("0.0005", "0.001", "0.002", "0.004")
 """Of the protocol."""
@@ -82,7 +96,7 @@ def positions_section(tables: Tables) -> str:
     """Both ends and plain LoRA minus the middle, for every set of layers."""
     rows = []
     for name in CURVES:
-        for metric in ("drift", "retained", "target"):
+        for metric in ("drift", "kl", "retained", "target"):
             cells = [_find(tables, name, method, metric) for method in (PRINCIPAL, MINOR, LORA, AUTO)]
             if cells[0] is not None:
                 pairs = cells[0]["pairs"]
@@ -231,7 +245,10 @@ def runs_section(study: Study) -> str:
     versions = (", ".join(f"{name} {value}" for name, value in f["versions"].items()) for f in fixed)
     machines = dict.fromkeys(f"{f['device']}; {v}" for f, v in zip(fixed, versions, strict=True))
     missing = [name for name in SWEEPS if study.sweep(name) is None] + ["V2"] * (not study.table("V2"))
+    for_gpu = [name for name in missing if name in EXPLORATORY]
+    missing = [name for name in missing if name not in EXPLORATORY]
     note = f"Not run: {', '.join(missing)}." if missing else "Everything in the protocol's grid was run."
+    note += f" Not run either, as they need a GPU and no test uses them: {listed(for_gpu)}." if for_gpu else ""
     return f"{markdown(['', 'runs', 'diverged'], rows)}\n\n{note} Measured on {'; and on '.join(machines)}."
 
 

@@ -30,7 +30,7 @@ def confirmed(folder):
 
 
 def test_the_names_of_the_sweeps_are_those_of_the_runs():
-    assert set(study_rows.SWEEPS) == {experiment.name for experiment in run.EXPERIMENTS}
+    assert set(study_rows.SWEEPS) == {e.name for e in (*run.EXPERIMENTS, *run.gpu_experiments(["cuda:0"]))}
     assert tuple(run.RATES) == tuple(map(float, study_tables.RATES))
     assert mechanism.M_WINDOWS == run.WINDOWS
     assert run.EXPERIMENTS[0].grid["windows"] == mechanism.V_WINDOWS

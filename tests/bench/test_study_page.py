@@ -4,7 +4,7 @@ import pytest
 import rules
 import study_made
 import study_tables
-from study_rows import Study
+from study_rows import Study, read_table, write_table
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_the_page_has_a_row_for_each_test_and_names_what_is_missing(whole, tmp_p
     assert "**minor below middle** |" in sections["study_tests"]
     assert "Holm's correction is over the 14 of 14 that were tested." in sections["study_tests"]
     assert (
-        "Everything in the protocol's grid was run. Measured on cpu x86_64; python 3.11.7, torch"
-        in (sections["study_runs"])
+        "Everything in the protocol's grid was run. Not run either, as they need a GPU and no test uses them: G1 and "
+        "G2. Measured on cpu x86_64; python 3.11.7, torch" in (sections["study_runs"])
     )
     assert "full fine-tuning (same, 0.004): 10 |" in sections["study_runs"]
     assert sections["study_all"].count("<details>") == 7
@@ -74,6 +74,29 @@ def test_the_page_has_a_row_for_each_test_and_names_what_is_missing(whole, tmp_p
     empty = study_tables.sections(tmp_path)
     assert set(empty) == set(sections)
     assert empty["study_tests"] == empty["study_all"] == empty["study_frontier"] == "Not run."
+
+
+def test_a_sweep_for_a_gpu_that_was_cut_short_is_described_as_far_as_it_is(tmp_path):
+    grid = {"methods": ("lora", "full", "auto"), "lrs": (1e-3, 2e-3), "extra": ("kl",)}
+    made = study_made.Truth({"windows": study_made.WINDOWS, "comparisons": ("same",)}, {"G2": grid}, {}, {})
+    rows = read_table(made.write(tmp_path) / "G2.csv")
+    cut = [row for row in rows if (row["method"], row["lr"], row["seed"]) != ("lora", "0.002", "9")]
+    assert len(cut) == len(rows) - 1
+    write_table(tmp_path / "G2.csv", list(rows[0]), cut)
+    findings.write(Study(tmp_path))
+    sections = study_tables.sections(tmp_path)
+    assert (
+        "| G2: language model of 26 M parameters, all linear layers, exploratory | 179 | none |"
+        in (sections["study_runs"])
+    )
+    assert "Not run either, as they need a GPU and no test uses them: G1." in sections["study_runs"]
+    assert [line.split(" | ")[1] for line in sections["study_positions"].splitlines()[2:]] == [
+        "kl",
+        "retained",
+        "target",
+    ]
+    best = {method for _, method, _, lr, _ in rules.read_tables(Study(tmp_path)).summary if lr == "best"}
+    assert best == {*study_made.WINDOWS, "full", "auto"}
 
 
 def test_shares_of_a_difference_are_those_of_the_same_rate(whole):
