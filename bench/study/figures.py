@@ -164,9 +164,12 @@ def mechanism(tables: Tables) -> Figure | None:
             axes[0][k].axhline(1, color="black", linewidth=0.8, linestyle=":")
             logarithmic(axes[0][k])
             axes[0][k].set_title(TITLES[name])
-            line(axes[1][k], windows(tables, name, "drift"), style_of(MIDDLE))
-            for axis in axes[:, k]:
+            drift = windows(tables, name, "drift")
+            line(axes[1][k], drift, style_of(MIDDLE))
+            for axis in axes[: 2 if drift else 1, k]:
                 axis.set_xlabel(POSITION)
+            if not drift:
+                axes[1][k].set_axis_off()
         axes[0][0].set_ylabel("Σ S_i · energy_i, all layers\n(that of the middle = 1)")
         axes[1][0].set_ylabel(METRICS["drift"])
         return figure

@@ -112,8 +112,8 @@ def ticks(axis: Axes, values: Sequence[str]) -> None:
 
 def logarithmic(axis: Axes) -> None:
     """A logarithmic y axis with plain numbers, also between powers of ten where it spans few of them."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
