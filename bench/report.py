@@ -125,19 +125,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of step")
     args = parser.parse_args()
+    study = study_sections(RESULTS / "study")
     pages = {
         ROOT / "README.md": {
             "demo": demo_section(RESULTS / "demo.csv"),
             "pc_linear": pc_linear_section(RESULTS),
             "training": training_section(RESULTS),
             "window_svd": window_svd_section(RESULTS),
+            "study": study["study_findings"],
         },
         ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
         ROOT / "docs/quantised.md": {
             "quantised_start": quantised_start_section(read_rows(RESULTS / QUANTISED_START.name)),
             "quantised_windows": overlap_section(read_rows(RESULTS / QUANTISED_START.name)),
         },
-        ROOT / "docs/study.md": study_sections(RESULTS / "study"),
+        ROOT / "docs/study.md": study,
     }
     stale = []
     for page, sections in pages.items():

@@ -175,11 +175,13 @@ def mechanism(tables: Tables) -> str:
     ):
         arms = arms_of(curve_of(tables.mechanism, name))
         holds.append(set(predicted) <= set(arms))
-        found = f"larger than in the middle at the {listed(arms)} end{'s' * (len(arms) > 1)}" if arms else "no arm"
+        found = "there is no arm"
+        if arms:
+            found = f"Σ S_i · energy_i is larger at the {listed(arms)} end{'s' * (len(arms) > 1)} than in the middle"
         wanted = f"predicted: {listed(list(predicted))}{'' if len(predicted) > 1 else ' alone'}"
         surplus = set(arms) - set(predicted)
         match = "a predicted arm is missing" if not holds[-1] else "one arm too many" if surplus else "as predicted"
-        text.append(f"In {title} it is {found} ({wanted}; {match}).".replace("it is no arm", "there is no arm"))
+        text.append(f"In {title} {found} ({wanted}; {match}).")
     rank = tables.ranks.get(("M1", f"{RATE:g}"))
     if rank is None or not rank["mean"]:
         said = "not decided, as M1 was not run"

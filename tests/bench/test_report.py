@@ -153,7 +153,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
     for name in ("demo.csv", "apply_memory.csv", "quantised_start.csv"):
         shutil.copy(report.RESULTS / name, results)
     written(results, layer_rows({OURS[0]: 1.1}))
-    markers = {"README.md": ("demo", "pc_linear", "training", "window_svd"), "docs/method.md": ("memory",)}
+    markers = {"README.md": ("demo", "pc_linear", "training", "window_svd", "study"), "docs/method.md": ("memory",)}
     markers["docs/quantised.md"] = ("quantised_start", "quantised_windows")
     markers["docs/study.md"] = tuple(report.study_sections(results / "study"))
     for page, names in markers.items():
