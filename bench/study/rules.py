@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from claims import SUPPORTS
+from claims import FRESH_MIDDLE, SUPPORTS
 from study_rows import MIDDLE, MINOR, PRINCIPAL, RATE, Row, Study, Table, curve_of
 from study_words import effect, estimate, listed, percent, result
 
@@ -55,9 +55,9 @@ def read_tables(study: Study) -> Tables:
 
 def sentences(tables: Tables) -> list[str]:
     """A paragraph for each rule; where plain LoRA is better that comes first."""
-    rules: list[Callable[[Tables], str]] = [shape, against_lora, magnitude, mechanism]
+    rules: list[Callable[[Tables], str]] = [shape, against_lora, magnitude, mechanism, others]
     if lora_is_better(tables):
-        rules = [against_lora, shape, magnitude, mechanism]
+        rules = [against_lora, shape, magnitude, mechanism, others]
     return [rule(tables) for rule in rules]
 
 
@@ -192,6 +192,28 @@ def mechanism(tables: Tables) -> str:
         if all(holds) and rank["low"] and float(rank["low"]) <= 0:
             said = "not shown, as the interval of ρ holds 0"
     return f"**The mechanism.** {said[0].upper()}{said[1:]}. {' '.join(text)}"
+
+
+def others(tables: Tables) -> str:
+    """The tests that no rule above looks at, and which stream ends best."""
+    lines = []
+    for claim in ("C7", "C8", "C9", "C10", "C12", "C13", "C14"):
+        if tables.verdict(claim) not in UNTESTED:
+            test = tables.tests[claim]
+            lines.append(f"- {claim}, {test['where']}, {test['statement']}: {verdict_of(test)} ({result(test)}).")
+    accuracies = {key[1]: row for key, row in tables.summary.items() if (key[0], key[4]) == ("V2", "acc")}
+    if accuracies:
+        best = max(accuracies, key=lambda method: float(accuracies[method]["mean"]))
+        first, ours = (estimate(accuracies[method]) for method in (best, FRESH_MIDDLE))
+        lines.append(f"- Of all streams {best} has the highest ACC, {first}; fresh middle windows have {ours}.")
+    return "\n".join(["**The other tests.**\n", *(lines or ["- Not run."])])
+
+
+def verdict_of(test: Row) -> str:
+    """``holds``, ``not shown``, …; of a two-sided test which arm lies where."""
+    if test["verdict"] in ("above", "below"):
+        return f"{test['first']} {test['verdict']} {test['second']}"
+    return test["verdict"]
 
 
 def arms_of(curve: Mapping[str, float]) -> list[str]:

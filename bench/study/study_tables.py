@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from claims import SUPPORTS
-from rules import UNTESTED, Tables, arms_of, read_tables, sentences
+from rules import UNTESTED, Tables, arms_of, read_tables, sentences, verdict_of
 from study_rows import (
     AUTO,
     EXPLORATORY,
@@ -75,7 +75,7 @@ def tests_section(tables: Tables) -> str:
             continue
         p = [p_value(test["p"]), p_value(test["adjusted"])]
         numbers = [test["n"], estimate(test, "+"), number(test["dz"], "+"), *p]
-        rows.append([name, test["where"], test["statement"], *numbers, f"**{_verdict(test)}**"])
+        rows.append([name, test["where"], test["statement"], *numbers, f"**{verdict_of(test)}**"])
     listed = [test for name, test in tables.tests.items() if name not in {each.name for each in SUPPORTS.values()}]
     ran = sum(test["verdict"] not in UNTESTED for test in listed)
     note = f"Holm's correction is over the {ran} of {len(listed)} that were tested. S6 and S11 stand outside "
@@ -84,12 +84,6 @@ def tests_section(tables: Tables) -> str:
     if lost:
         note += f" Pairs left out, as a run diverged: {', '.join(lost)}."
     return f"{markdown(head, rows)}\n\n{note}"
-
-
-def _verdict(test: Row) -> str:
-    if test["verdict"] in ("above", "below"):
-        return f"{test['first']} {test['verdict']} {test['second']}"
-    return test["verdict"]
 
 
 def positions_section(tables: Tables) -> str:

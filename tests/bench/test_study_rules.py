@@ -135,3 +135,20 @@ PREDICTED = {"M1": (9, 2), "M2-query-value": (9, 0.5)}
 )
 def test_the_rule_of_the_mechanism(curve, ranks, said):
     assert said in rules.mechanism(tables(ranks=ranks, curve=curve))
+
+
+def test_the_other_tests_and_the_best_stream_are_named():
+    words = {"where": "V1, 2e-3", "statement": "retained: minor against middle", "first": "minor", "second": "middle"}
+    made = tables({"C10": "above", "C12": "not run", "C1": "holds"})
+    made.tests["C10"].update(words)
+    accuracies = {"fresh": "0.8", "osf": "0.9", "lora": "0.7"}
+    for method, mean in accuracies.items():
+        made.summary["V2", method, "", "", "acc"] = {"mean": mean, "low": "", "high": ""}
+    assert rules.others(made).splitlines() == [
+        "**The other tests.**",
+        "",
+        "- C10, V1, 2e-3, retained: minor against middle: minor above middle "
+        "(+0.100 [+0.050, +0.150], adjusted p 0.010).",
+        "- Of all streams osf has the highest ACC, 0.900; fresh middle windows have 0.800.",
+    ]
+    assert rules.others(tables()).endswith("- Not run.")
