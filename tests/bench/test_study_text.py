@@ -70,7 +70,7 @@ def test_metrics_are_those_of_counting_byte_by_byte(base, adapted):
 
 
 def test_training_learns_headers_and_leaves_the_prose_behind(base, adapted):
-    task = text.task(steps=20)
+    task = text.task(steps=60)
     before = task.evaluate(adapted)
     trained(task, adapted, seed=0, lr=1e-2)
     after = task.evaluate(adapted)
