@@ -78,7 +78,7 @@ def tests_section(tables: Tables) -> str:
         rows.append([name, test["where"], test["statement"], *numbers, f"**{verdict_of(test)}**"])
     listed = [test for name, test in tables.tests.items() if name not in {each.name for each in SUPPORTS.values()}]
     ran = sum(test["verdict"] not in UNTESTED for test in listed)
-    note = f"Holm's correction is over the {ran} of {len(listed)} that were tested. S6 and S11 stand outside "
+    note = f"Holm's correction is over those tested, {ran} of {len(listed)}. S6 and S11 stand outside "
     note += "of that list, uncorrected: C6 and C11 count only where these agree."
     lost = [f"{name} {test['left_out']}" for name, test in tables.tests.items() if test["left_out"] not in ("", "0")]
     if lost:

@@ -58,7 +58,7 @@ def test_the_page_has_a_row_for_each_test_and_names_what_is_missing(whole, tmp_p
     assert sections["study_tests"].count("| **") == 14 + 2
     assert "| C10 | V1, 2e-3 | retained: minor against middle | 10 |" in sections["study_tests"]
     assert "**minor below middle** |" in sections["study_tests"]
-    assert "Holm's correction is over the 14 of 14 that were tested." in sections["study_tests"]
+    assert "Holm's correction is over those tested, 14 of 14." in sections["study_tests"]
     assert (
         "Everything in the protocol's grid was run. Not run either, as they need a GPU and no test uses them: G1 and "
         "G2. Measured on cpu x86_64; python 3.11.7, torch" in (sections["study_runs"])
