@@ -48,7 +48,7 @@ def corpus(length: int, held_out: int, files: int | None = None) -> dict[str, Te
 def prose(files: int | None) -> Iterator[bytes]:
     """Strings of Python's standard library and of torch that are mostly words: docstrings and documentation."""
     roots = (Path(sysconfig.get_path("stdlib")), TORCH)
-    paths = [p for root in roots for p in root.rglob("*.py") if not NO_PROSE & set(p.relative_to(root).parts)]
+    paths = [(root, p) for root in roots for p in root.rglob("*.py") if not NO_PROSE & set(p.relative_to(root).parts)]
     for path in _some(paths, files):
         for text in _strings(path.read_bytes()):
             if len(text) >= SHORTEST and sum(c.isalpha() or c == " " for c in text) >= 0.8 * len(text):
@@ -57,7 +57,8 @@ def prose(files: int | None) -> Iterator[bytes]:
 
 def headers(files: int | None) -> Iterator[bytes]:
     """The beginnings of torch's C++ headers."""
-    paths = [p for folder in HEADERS for p in (TORCH / "include" / folder).rglob("*.h")]
+    include = TORCH / "include"
+    paths = [(include, p) for folder in HEADERS for p in (include / folder).rglob("*.h")]
     for path in _some(paths, files):
         yield path.read_bytes()[:LONGEST]
 
@@ -90,8 +91,14 @@ def _corpus(length: int, held_out: int, files: int | None) -> dict[str, Tensor]:
     }
 
 
-def _some(paths: list[Path], files: int | None) -> list[Path]:
-    return sorted(paths, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())[:files]
+def _some(paths: list[tuple[Path, Path]], files: int | None) -> list[Path]:
+    """The same files of ``(root, path)`` wherever they are installed."""
+
+    def order(item: tuple[Path, Path]) -> bytes:
+        root, path = item
+        return hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+
+    return [path for _, path in sorted(paths, key=order)][:files]
 
 
 def _strings(source: bytes) -> Iterator[str]:
