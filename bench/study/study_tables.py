@@ -111,7 +111,25 @@ def comparisons_section(tables: Tables) -> str:
                         first = [name, lr, metric, f"{method_name(method).split(',')[0]} − middle", found[0]["pairs"]]
                         rows.append([*first, *(_left(cell, found[0]) for cell in found)])
     head = ["", "rate", "", "", "n", *(f"at {title}" for title in COMPARISONS.values())]
-    return markdown(head, rows) if rows else NOT_RUN
+    return f"{markdown(head, rows)}\n\n{_minor_end(tables)}".strip() if rows else NOT_RUN
+
+
+def _minor_end(tables: Tables) -> str:
+    """Whether the minor end drifts further than the middle, at the same rate and at equal early updates."""
+    parts = []
+    for name in ("M3", "V1"):
+        found = {COMPARISONS[c]: _find(tables, name, MINOR, "drift", comparison=c) for c in ("same", "update")}
+        said = [f"{_than_middle(cell)} at {title}" for title, cell in found.items() if cell and cell["difference_low"]]
+        if len(said) == len(found):
+            parts.append(f"on {name} {listed(said)}")
+    return f"Models drift with the minor window at {RATE:g}: {'; '.join(parts)}." if parts else ""
+
+
+def _than_middle(found: Row) -> str:
+    low, high = float(found["difference_low"]), float(found["difference_high"])
+    if low <= 0 <= high:
+        return "not clearly apart from the middle"
+    return f"{'further' if low > 0 else 'less'} than with the middle"
 
 
 def _left(found: Row | None, same: Row) -> str:

@@ -110,3 +110,17 @@ def test_shares_of_a_difference_are_those_of_the_same_rate(whole):
     assert line.endswith(f", {round(100 * left / whole_one)} % |")
     assert line.count("%") == 2  # none at the same rate itself
     assert "–" not in line  # with a √σ-matched cell
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [("0.01", "0.02", "further than"), ("-0.02", "-0.01", "less than"), ("-0.01", "0.02", "not")],
+)
+def test_where_the_minor_end_lies_is_read_off_the_interval(whole, low, high, words):
+    tables = rules.read_tables(Study(whole))
+    cell = tables.summary["V1", "1.0", "update", "0.002", "drift"]
+    tables.summary["V1", "1.0", "update", "0.002", "drift"] = cell | {"difference_low": low, "difference_high": high}
+    *_, last = study_tables.comparisons_section(tables).splitlines()
+    *_, ours = last.split(" and ")
+    assert ours.startswith(words)
+    assert ours.endswith("the middle at equal early updates.")
