@@ -68,7 +68,7 @@ def test_the_quickstart_runs_and_its_claims_hold():
 
 
 def test_every_method_learns_the_digits_of_the_continual_example(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "continual_digits.py"), "--steps", "20", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "examples" / "continual_digits.py"), "--steps", "40", "--out", str(tmp_path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     _, _, table = output.rpartition("method ")
     rows = [line.split() for line in table.splitlines()[1:]]

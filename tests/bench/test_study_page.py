@@ -118,8 +118,8 @@ def test_shares_of_a_difference_are_those_of_the_same_rate(whole):
 )
 def test_where_the_minor_end_lies_is_read_off_the_interval(whole, low, high, words):
     tables = rules.read_tables(Study(whole))
-    cell = tables.summary["V1", "1.0", "update", "0.002", "drift"]
-    tables.summary["V1", "1.0", "update", "0.002", "drift"] = cell | {"difference_low": low, "difference_high": high}
+    key = "V1", "1.0", "update", "0.002", "drift"
+    tables.summary[key] = tables.summary[key] | {"difference_low": low, "difference_high": high}
     *_, last = study_tables.comparisons_section(tables).splitlines()
     *_, ours = last.split(" and ")
     assert ours.startswith(words)

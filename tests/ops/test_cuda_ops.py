@@ -63,7 +63,8 @@ def test_opcheck_of_shared_inputs(intact):
 @pytest.mark.usefixtures("_cuda_ops")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("together", [False, True])
-def test_compiled_whole_without_recompiling(intact, dropout, together):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_whole_without_recompiling(intact, dropout, together, backend):
     """As a whole graph; varying numbers of tokens take the code of the first; the same numbers as eager."""
     layers = [tensors(intact), tensors(intact, bias=False)]
 
@@ -74,7 +75,7 @@ def test_compiled_whole_without_recompiling(intact, dropout, together):
         return pc_linear(x, W, A, B, bias, A0=A0, B0=B0, scaling=scaling, dropout=dropout).relu()
 
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     frames = []
     for M in (300, 700, 33):
