@@ -56,7 +56,7 @@ def read_tables(study: Study) -> Tables:
 def sentences(tables: Tables) -> list[str]:
     """A paragraph for each rule; where plain LoRA is better that comes first."""
     rules: list[Callable[[Tables], str]] = [shape, against_lora, magnitude, mechanism, others]
-    if lora_is_better(tables):
+    if where_lora_is_better(tables):
         rules = [against_lora, shape, magnitude, mechanism, others]
     return [rule(tables) for rule in rules]
 
@@ -84,9 +84,10 @@ def shape(tables: Tables) -> str:
     return f"**The U.** {said[0].upper()}{said[1:]}"
 
 
-def lora_is_better(tables: Tables) -> bool:
-    """Whether C5, or C6 or C11 with its support, all of middle − LoRA, favours LoRA."""
-    return tables.verdict("C5") == "below" or any(supported(tables, claim) == "below" for claim in SUPPORTS)
+def where_lora_is_better(tables: Tables) -> list[str]:
+    """Where C5, or C6 or C11 with its support, all of middle − LoRA, favours LoRA."""
+    on_m = "below" in (tables.verdict("C5"), supported(tables, "C6"))
+    return ["M1"] * on_m + ["V1"] * (supported(tables, "C11") == "below")
 
 
 def supported(tables: Tables, claim: str) -> str:
@@ -103,10 +104,10 @@ def against_lora(tables: Tables) -> str:
     if tables.verdict("C5") == "below":
         parts.insert(0, f"on M1 the target of plain LoRA is higher ({result(tables.tests['C5'])})")
     text = "; ".join(parts) + "."
-    headline = "Plain LoRA is better" if lora_is_better(tables) else "Better than LoRA?"
-    colon = ":" if lora_is_better(tables) else ""
+    better = where_lora_is_better(tables)
+    headline = f"Plain LoRA is better on {listed(better)}:" if better else "Better than LoRA?"
     note = f" Not tested: {missing}." if missing else ""
-    return f"**{headline}{colon}** {text[0].upper()}{text[1:]}{note}"
+    return f"**{headline}** {text[0].upper()}{text[1:]}{note}"
 
 
 def _against_lora(tables: Tables, claim: str, where: str) -> str:
@@ -153,7 +154,8 @@ def _magnitude(tables: Tables, metric: str) -> tuple[str, str]:
     whole, low, high = (float(same[f"difference{end}"]) for end in ("", "_low", "_high"))
     left, right = (float(matched[f"difference_{end}"]) for end in ("low", "high"))
     share = float(matched["difference"]) / whole if whole else 0.0
-    says = f"{metric[0].upper()}{metric[1:]}, principal − middle: {effect(same)} at the same rate, {effect(matched)}"
+    says = f"{metric[0].upper()}{metric[1:]} on M3, principal − middle, n = {same['pairs']}: "
+    says += f"{effect(same)} at the same rate, {effect(matched)}"
     says += f" at matched updates, {percent(share)} of it"
     if low <= 0 <= high:
         return "nothing", f"{says}; at the same rate the interval holds 0, so there is nothing to explain."

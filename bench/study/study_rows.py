@@ -168,7 +168,7 @@ def read_table(path: Path) -> Table:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Write ``rows`` in one go; floats with six digits, NaN and None as nothing."""
+    """Write ``rows`` in one go; whole numbers as they are, other floats with six digits, NaN and None as nothing."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -179,5 +179,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 def _cell(value: object) -> object:
     if isinstance(value, float):
+        if value.is_integer():
+            return int(value)
         return "" if math.isnan(value) else f"{value:.6g}"
     return value

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from claims import SUPPORTS
-from rules import UNTESTED, Tables, arms_of, read_tables, sentences, verdict_of
+from rules import UNTESTED, Tables, arms_of, read_tables, sentences, supported, verdict_of
 from study_rows import (
     AUTO,
     EXPLORATORY,
@@ -75,7 +75,10 @@ def tests_section(tables: Tables) -> str:
             continue
         p = [p_value(test["p"]), p_value(test["adjusted"])]
         numbers = [test["n"], estimate(test, "+"), number(test["dz"], "+"), *p]
-        rows.append([name, test["where"], test["statement"], *numbers, f"**{verdict_of(test)}**"])
+        verdict = f"**{verdict_of(test)}**"
+        if name in SUPPORTS and supported(tables, name) == "unsupported":
+            verdict = f"{verdict_of(test)}; no claim, as {SUPPORTS[name].name} does not agree"
+        rows.append([name, test["where"], test["statement"], *numbers, verdict])
     listed = [test for name, test in tables.tests.items() if name not in {each.name for each in SUPPORTS.values()}]
     ran = sum(test["verdict"] not in UNTESTED for test in listed)
     note = f"Holm's correction is over those tested, {ran} of {len(listed)}. S6 and S11 stand outside "
@@ -253,6 +256,9 @@ def runs_section(study: Study) -> str:
     if not sweeps:
         return NOT_RUN
     rows = [[SWEEPS[sweep.name], str(len(sweep.runs)), _diverged(sweep)] for sweep in sweeps]
+    streams = study.table("V2")
+    if streams:  # a task that diverges ends `run.py`
+        rows.append(["V2: digits ViT, five tasks in a row", str(len(streams)), "none"])
     fixed = [sweep.settings["fixed"] for sweep in sweeps]
     versions = (", ".join(f"{name} {value}" for name, value in f["versions"].items()) for f in fixed)
     machines = dict.fromkeys(f"{f['device']}; {v}" for f, v in zip(fixed, versions, strict=True))

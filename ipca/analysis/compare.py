@@ -101,16 +101,21 @@ def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target") -> d
         metric: a column, larger is better.
 
     Raises:
-        ValueError: fewer than two seeds, a run that is missing or there twice; the message names it.
+        ValueError: fewer than two seeds, a run that is missing or there twice, or a row that is no run; the message
+            names it.
         KeyError: a row without one of the columns.
     """
     scores: dict[tuple[float, Any], float] = {}
     for row in rows:
+        if row["lr"] in ("", None):
+            raise ValueError("a row without lr, as of the untrained model; give the runs of one method alone.")
         key = float(row["lr"]), row["seed"]
         if key in scores:
             raise ValueError(
                 f"two rows at lr {key[0]:g} with seed {key[1]}; give one method, one comparison, no checkpoints."
             )
+        if metric not in row:
+            raise KeyError(f"no column {metric!r}; a row has {', '.join(map(str, row))}")
         scores[key] = _number(row[metric])
     rates, seeds = sorted({lr for lr, _ in scores}), list(dict.fromkeys(seed for _, seed in scores))
     missing = [(lr, seed) for lr in rates for seed in seeds if (lr, seed) not in scores]

@@ -42,7 +42,7 @@ class BlockImportance:
     change: Tensor
 
     def quietest(self, rank: int) -> Window:
-        """The window of ``rank`` components in the middle of the block whose loss changes least, as far as it fits.
+        """The window of ``rank`` components in the middle of the block of the smallest ``|change|``, as far as it fits.
 
         Of equal blocks the first; one without which the loss is NaN counts as the worst. Experimental.
 
@@ -51,7 +51,7 @@ class BlockImportance:
         """
         d = self.edges[-1]
         Window(0, rank).resolve(d)
-        change = self.change.nan_to_num(nan=torch.inf)
+        change = self.change.abs().nan_to_num(nan=torch.inf)
         block = int((change == change.min()).nonzero()[0])
         centred = (self.edges[block] + self.edges[block + 1] - rank) // 2
         return Window(min(max(centred, 0), d - rank), rank)

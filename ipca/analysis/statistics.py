@@ -208,7 +208,10 @@ def _differences(a: Scores, b: Scores) -> tuple[Vector, float]:
 
 def _vector(name: str, values: ArrayLike) -> Vector:
     """``values`` as a vector of finite numbers."""
-    numbers = np.asarray(values, dtype=np.float64)
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a list of numbers; got {values!r}.") from None
     if numbers.ndim != 1 or not numbers.size:
         raise ValueError(f"{name} must be a list of at least one number; got an array of shape {numbers.shape}.")
     if not np.isfinite(numbers).all():

@@ -82,8 +82,8 @@ def overlap(model: nn.Module, base: Base | None = None, *, k: int = 16) -> dict[
     Raises:
         TypeError, ValueError: as :func:`weight_pairs`; ``k`` is below 1 or above ``min(out, in)``; NaN or Inf.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}.")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be a whole number of at least 1, got {k!r}.")
     found = {}
     for pair in weight_pairs(model, base):
         d = min(pair.base.shape)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ipca._version import __version__
+from ipca.baselines.names import CONTROLS
 
 _EXAMPLES = (
     "ipca inspect path/to/model --window middle --rank 16 --plot spectra.png",
@@ -135,7 +136,10 @@ def _sweep(add: argparse.ArgumentParser) -> None:
     add.add_argument("--lrs", nargs="+", type=float, metavar="LR", help="learning rates (default 5e-4 1e-3 2e-3)")
     add.add_argument("--seeds", type=_positive, metavar="N", help="runs of each (default 8)")
     add.add_argument(
-        "--methods", nargs="*", metavar="METHOD", help="lora, full, auto, controls (default: lora, controls)"
+        "--methods",
+        nargs="*",
+        metavar="METHOD",
+        help=f"lora, full, auto, and the controls {', '.join(CONTROLS)} (default: lora and the controls)",
     )
     add.add_argument("--comparisons", nargs="+", metavar="HOW", help="same, sqrt-sigma, update (default: all)")
     add.add_argument("--early", type=_positive, metavar="STEPS", help="after which updates are compared (default 10)")
@@ -218,10 +222,9 @@ def _picture(text: str) -> Path:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def byte_count(text: str) -> int:

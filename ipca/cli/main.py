@@ -51,7 +51,9 @@ def _elsewhere(as_json: bool, quiet: bool) -> io.TextIOBase:
 
 
 def _one_line(error: Exception) -> str:
-    words = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
+    notes = getattr(error, "__notes__", [])
+    said = [f"{text.rstrip('.')}." for text in (str(error), *notes)] if notes else [str(error)]
+    words = " ".join(" ".join(said).split())
     if isinstance(error, _EXPECTED) and words:
         return words
     return f"{type(error).__name__}{': ' if words else ''}{words} (--debug shows where)"

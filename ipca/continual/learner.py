@@ -166,9 +166,16 @@ class ContinualLearner:
 
         Raises:
             RuntimeError: no task is running.
+            ValueError: what was trained holds NaN or Inf, the message names it. Nothing is folded, the task still runs.
         """
         self._require_running("end_task")
         assert self._trained is not None
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"task {len(self.records)}: {name} holds NaN or Inf, so training diverged; nothing was folded into "
+                    "the weights. Go on from what you saved before this task, at a lower learning rate."
+                )
         layers = self._method.end(self.model)
         if self.keep:
             self.kept[len(self.records)] = without_weights(layers)

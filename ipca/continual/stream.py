@@ -30,15 +30,24 @@ class StreamTask:
     Attributes:
         name: for tables and pictures.
         train: ``train(learner, seed)`` trains ``learner.model`` with any optimiser over the parameters that require
-            gradients, and adds ``learner.penalty()`` to the loss. While it runs :func:`ipca.save_adapter` may be
-            called, where the method allows. torch's generator is seeded with ``seed`` before.
+            gradients, and adds ``learner.penalty()`` to the loss. The stream begins and ends the task around it. While
+            it runs :func:`ipca.save_adapter` may be called, where the method allows. torch's generator is seeded with
+            ``seed`` before.
         evaluate: ``evaluate(model)`` gives a score, larger is better; called in evaluation mode without gradients; the
             modes and torch's generators are as before afterwards.
+
+    Raises:
+        TypeError: ``train`` or ``evaluate`` is no function.
     """
 
     name: str
     train: Callable[[ContinualLearner, int], object]
     evaluate: Score
+
+    def __post_init__(self) -> None:
+        for each in ("train", "evaluate"):
+            if not callable(getattr(self, each)):
+                raise TypeError(f"the task {self.name!r}: {each} must be a function, got {getattr(self, each)!r}.")
 
 
 @dataclass(frozen=True)
@@ -133,10 +142,14 @@ def run_stream(
         retained: as ``StreamTask.evaluate``, on what the model knew before.
 
     Raises:
-        ValueError: the learner has begun a task or is for fewer tasks, two tasks share a name, or a score is no finite
-            number, which stops the stream.
+        TypeError: ``tasks`` are no :class:`StreamTask`, or ``evaluate`` or ``retained`` gives no number.
+        ValueError: the learner has begun a task or is for fewer tasks, two tasks share a name, or a score or a trained
+            weight is no finite number, which stops the stream.
         Exception: whatever a task raises.
     """
+    strange = next((task for task in tasks if not isinstance(task, StreamTask)), None)
+    if strange is not None:
+        raise TypeError(f"tasks must be ipca.continual.StreamTask, got {strange!r}.")
     names = tuple(task.name for task in tasks)
     if learner.records or learner.running:
         raise ValueError(
@@ -167,7 +180,11 @@ def _scores(model: nn.Module, tasks: Sequence[StreamTask]) -> list[float]:
 
 def _score(model: nn.Module, name: str, evaluate: Score) -> float:
     with evaluating(model):
-        value = float(evaluate(model))
+        found = evaluate(model)
+    try:
+        value = float(found)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: evaluate(model) must give a number, it gave {found!r}.") from None
     if not math.isfinite(value):
         raise ValueError(f"{name}: the score is {value}, no finite number; if training diverged, lower its rate.")
     return value

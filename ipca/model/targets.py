@@ -220,7 +220,7 @@ def _reason(
 ) -> str | None:
     module = modules[target.name]
     if isinstance(module, WindowLayer):
-        return "it is adapted already; merge or unload the adapter first, or exclude it"
+        return "it is adapted already; unload the adapter first (ipca.unload folds it into the weight), or exclude it"
     if not target.name:
         return "it is the model itself; use LinearPC.from_linear"
     if _in_peft(modules, target.name):

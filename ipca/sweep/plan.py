@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
@@ -11,6 +12,7 @@ from typing import Any
 
 from ipca.baselines import CONTROLS, check_method, kind_of
 from ipca.sweep.trial import Row, Trial
+from ipca.window import Window
 
 COMPARISONS = ("same", "sqrt-sigma", "update")
 MATCHED = {"sqrt-sigma": ("window", "auto"), "update": ("window", "auto", "lora")}
@@ -57,13 +59,15 @@ class Grid:
             TypeError, ValueError: an unknown method or comparison, a rate that is not positive, nothing to do, or
                 something given twice.
         """
-        count = range(seeds) if isinstance(seeds, int) else seeds
+        if isinstance(seeds, int) and seeds < 1:
+            raise ValueError(f"seeds must be at least 1, or the seeds themselves; got {seeds}.")
+        listed = range(seeds) if isinstance(seeds, int) else _several("seeds", seeds)
         grid = cls(
-            tuple(check_method(str(window)) for window in windows),
-            tuple(sorted(float(lr) for lr in lrs)),
-            tuple(int(seed) for seed in count),
-            tuple(check_method(method) for method in methods),
-            tuple(comparisons),
+            tuple(_window(window) for window in _several("windows", windows)),
+            tuple(sorted(_rate(lr) for lr in _several("lrs", lrs))),
+            tuple(_whole("seeds", seed) for seed in listed),
+            tuple(check_method(method) for method in _several("methods", methods)),
+            _several("comparisons", comparisons),
             check_method(reference),
         )
         grid.check()
@@ -137,6 +141,48 @@ class Grid:
         return {name: list(getattr(self, name)) for name in ("windows", "lrs", "seeds", "methods", "comparisons")} | {
             "reference": self.reference
         }
+
+
+def steps_of(checkpoints: Sequence[int]) -> tuple[int, ...]:
+    """``checkpoints`` as users write them, ascending.
+
+    Raises:
+        TypeError, ValueError: they are no list of whole numbers of at least 1.
+    """
+    steps = tuple(sorted({_whole("checkpoints", step) for step in _several("checkpoints", checkpoints)}))
+    if steps and steps[0] < 1:
+        raise ValueError(f"checkpoints are optimiser steps counted from 1, got {steps[0]}.")
+    return steps
+
+
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list, got {values!r}; write [{values!r}] for one.")
+    return tuple(values)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be whole numbers, got {value!r}.") from None
+
+
+def _rate(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"lrs must be learning rates, positive numbers; got {value!r}.") from None
+
+
+def _window(value: Any) -> str:
+    text = str(value)
+    try:
+        Window(text, 1)
+    except ValueError as error:
+        if text not in (*DEFAULT_METHODS, "full"):  # those belong elsewhere, which `check` says
+            raise ValueError(f"windows: {error}") from None
+    return check_method(text)
 
 
 def matched_rates(rows: Sequence[Row], method: str, reference: str, lrs: Sequence[float]) -> dict[float, float]:

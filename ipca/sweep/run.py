@@ -16,14 +16,13 @@ from tqdm import tqdm
 
 from ipca._version import __version__
 from ipca.config import PCConfig
-from ipca.model.targets import find_targets, saved_modules
 from ipca.svd import SpectralCache
 from ipca.sweep.device import check_devices, device_name, device_of, num_threads, use_device
-from ipca.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid
+from ipca.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid, steps_of
 from ipca.sweep.report import write_report
 from ipca.sweep.report.page import require_packages
 from ipca.sweep.runner import Runner
-from ipca.sweep.spectra import auto_config, decompose
+from ipca.sweep.spectra import auto_config, check_windows, decompose
 from ipca.sweep.store import AUTO, Store
 from ipca.sweep.task import Task, load_task
 from ipca.sweep.trial import Row, base_row, build_base, seed_everything
@@ -89,28 +88,33 @@ def run(
         The rows as dictionaries: the untrained model's, then each trial's in the grid's order.
 
     Raises:
-        TypeError, ValueError: a bad option, task or layer, or ``out`` holds another sweep; nothing has been written.
-        ImportError: a package for the report or for tuning is missing; nothing has been written.
+        TypeError, ValueError: a bad option, task or layer, an untrained model that cannot be judged, or ``out`` holds
+            another sweep; what it holds stays.
+        ImportError: a package for the report or for tuning is missing; what ``out`` holds stays.
         RuntimeError: a worker process was killed. Trials that are done stay done.
         Exception: what the task raises in a trial. Trials that are done stay done.
     """
+    if not isinstance(task, Task | str | os.PathLike):
+        raise TypeError(f"task must be an ipca.sweep.Task or a Python file with a function task(), got {task!r}.")
     made = task if isinstance(task, Task) else load_task(Path(task))
     source = None if isinstance(task, Task) else Path(task).absolute()
     grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.config.window)
+    judged_at = steps_of(checkpoints)
     _check({"early": early, "workers": workers, "threads": threads}, made, grid)
     _check_here(made, source, workers, devices, tune, report)
     with num_threads(threads):
         use_device(devices[0] if devices else None)
         base = build_base(made)
-        find_targets(base, made.config, whole=saved_modules(base, made.config))
+        check_windows(base, made.config, _runs(grid))
         digest = model_sha256(base)
         base = base.to(devices[0]) if devices else base
-        store = Store(Path(out), _fixed(made, source, digest, early, checkpoints, threads, device_of(base)))
-        store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
+        first = base_row(made, base)
+        store = Store(Path(out), _fixed(made, source, digest, early, judged_at, threads, device_of(base)))
         auto = _decompose(base, made, grid, store, progress)
-        work = Work(source or made, store.spectra, early, tuple(checkpoints), digest, threads, auto)
+        store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
+        work = Work(source or made, store.spectra, early, judged_at, digest, threads, auto)
         with Crew(work, workers, devices, base) as crew, tqdm(desc="Trials", unit="trial", disable=not progress) as bar:
-            runner = Runner(store, crew, base_row(made, base), bar)
+            runner = Runner(store, crew, first, bar)
             rows = runner.run(grid.direct_trials())
             runner.run(grid.update_trials(rows))
             if tune:
@@ -142,11 +146,15 @@ def _check_here(task: Task, source: Path | None, workers: int, devices: Sequence
 def _decompose(base: nn.Module, task: Task, grid: Grid, store: Store, progress: bool) -> PCConfig | None:
     """Decompose each layer once for all trials; the configuration that ``"auto"`` stands for, if it is among them."""
     cache = SpectralCache(store.spectra)
-    decompose(base, task.config, {(t.method, t.seed) for t in grid.direct_trials()}, cache, progress=progress)
+    decompose(base, task.config, _runs(grid), cache, progress=progress)
     if "auto" not in grid.methods or task.calibration is None:
         return None
     seed_everything(0)
     return auto_config(base, task.config, task.calibration, store.folder / AUTO, cache, progress=progress)
+
+
+def _runs(grid: Grid) -> set[tuple[str, int]]:
+    return {(trial.method, trial.seed) for trial in grid.direct_trials()}
 
 
 def _fixed(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca.baselines.apply import needed_windows
@@ -23,17 +23,31 @@ from ipca.nn.place import find_layer
 from ipca.svd import SpectralCache, window_svd
 from ipca.svd.entry import cache_key
 from ipca.svd.sealed import write_whole
+from ipca.window import Window
+
+Run = tuple[str, int]
+"""A method and a seed."""
+
+
+def check_windows(model: nn.Module, config: PCConfig, runs: Iterable[Run]) -> None:
+    """Raise where a layer cannot be adapted, or lacks a window that a method of ``runs`` asks for.
+
+    Raises:
+        TypeError, ValueError: as :func:`ipca.apply_pc`; the message names the layer.
+    """
+    for _ in _needed(model, config, runs):
+        pass
 
 
 def decompose(
     model: nn.Module,
     config: PCConfig,
-    runs: Iterable[tuple[str, int]],
+    runs: Iterable[Run],
     cache: SpectralCache,
     *,
     progress: bool = True,
 ) -> None:
-    """Put into ``cache`` every window that the methods of ``runs``, pairs of method and seed, ask for.
+    """Put into ``cache`` every window that the methods of ``runs`` ask for.
 
     A layer with one window missing is decomposed anew for all, so that its bits do not depend on what was there before.
     Stacks of experts and windows that look at the spectrum are left to the trials; for ``"auto"`` see
@@ -42,21 +56,30 @@ def decompose(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`.
     """
-    runs = sorted(set(runs))
-    targets = find_targets(model, config, whole=saved_modules(model, config))
-    for target in tqdm(targets, desc="Window SVD", unit="layer", disable=not progress):
-        weight = base_matrix(find_layer(model, target.name), target.name, None).weight
+    layers = len(find_targets(model, config, whole=saved_modules(model, config)))
+    needed = _needed(model, config, runs)
+    for weight, windows in tqdm(needed, desc="Window SVD", unit="layer", total=layers, disable=not progress):
         if weight.ndim != 2:
             continue
-        d = min(weight.shape)
-        needed = [window for method, seed in runs for window in needed_windows(method, target, seed, d)]
-        resolved = {window.resolve(d) for window in needed if not window.needs_spectrum}
-        windows = sorted(resolved, key=lambda window: window.index)
         options = precision(config, weight)
         keys = [cache_key(weight, window, **options) for window in windows]
         if windows and not all((cache.folder / key.file_name).exists() for key in keys):
             for key, found in zip(keys, window_svd(weight, windows, **options), strict=True):
                 cache.put(key, found)
+
+
+def _needed(model: nn.Module, config: PCConfig, runs: Iterable[Run]) -> Iterator[tuple[Tensor, list[Window]]]:
+    """Of each layer the weight, and the windows in ascending order whose place does not depend on the spectrum."""
+    runs = sorted(set(runs))
+    for target in find_targets(model, config, whole=saved_modules(model, config)):
+        weight = base_matrix(find_layer(model, target.name), target.name, None).weight
+        d = min(weight.shape[-2:])
+        windows = [window for method, seed in runs for window in needed_windows(method, target, seed, d)]
+        try:
+            resolved = {window.resolve(d) for window in windows if not window.needs_spectrum}
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from None
+        yield weight, sorted(resolved, key=lambda window: window.index)
 
 
 def auto_config(

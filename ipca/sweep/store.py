@@ -12,7 +12,7 @@ from typing import Any
 from ipca.svd.sealed import write_whole
 from ipca.sweep.trial import COLUMNS, Row, Trial
 
-SETTINGS, ROWS, SECONDS, AUTO = "settings.json", "rows.csv", "seconds.csv", "auto.json"
+SETTINGS, ROWS, SECONDS, AUTO, REPORT = "settings.json", "rows.csv", "seconds.csv", "auto.json", "report.html"
 
 
 class Store:
@@ -23,7 +23,8 @@ class Store:
         fixed: what all trials share; a folder that holds a trial of something else is refused.
 
     Raises:
-        ValueError: the folder belongs to another sweep, the message names what differs; or its settings are damaged.
+        ValueError: the folder belongs to another sweep, the message names what differs; its settings are damaged; or it
+            holds files with the names of a sweep's and no settings.
         OSError: it cannot be read or written.
     """
 
@@ -31,12 +32,15 @@ class Store:
         self.folder = folder
         self.trials, self.spectra = folder / "trials", folder / "spectra"
         self.fixed = json.loads(json.dumps(fixed))
+        _refuse_strange(folder)
         self.trials.mkdir(parents=True, exist_ok=True)
         path = folder / SETTINGS
-        if path.exists() and _read_fixed(path) != self.fixed:
-            if any(self.trials.glob("*.json")):
-                _refuse_other(folder, _read_fixed(path), self.fixed)
-            (folder / AUTO).unlink(missing_ok=True)  # nothing was run with what has been mended since
+        then = _read_fixed(path) if path.exists() else None
+        if then != self.fixed:
+            if then is not None and any(self.trials.glob("*.json")):
+                _refuse_other(folder, then, self.fixed)
+            for made in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):  # nothing was run with what has been mended since
+                (folder / made).unlink(missing_ok=True)
 
     def describe(self, grid: Mapping[str, Any]) -> None:
         """Write the settings: what is fixed, and the grid of this run."""
@@ -92,10 +96,29 @@ def _read_fixed(path: Path) -> dict[str, Any]:
     return found
 
 
+def _refuse_strange(folder: Path) -> None:
+    """Raise where writing a sweep into ``folder`` would overwrite what no sweep has written."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; a sweep writes into a folder.")
+    found = [name for name in (ROWS, SECONDS, REPORT) if (folder / name).exists()]
+    if found and not (folder / SETTINGS).exists():
+        raise ValueError(f"{folder} holds a {found[0]} but no {SETTINGS} of a sweep; use a new folder.")
+
+
 def _refuse_other(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differ = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    old, new = _flat(then), _flat(now)
+    differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     name = differ[0]
     raise ValueError(
-        f"{folder} holds another sweep: {', '.join(differ)} differ ({name} was {then.get(name)!r}, is now "
-        f"{now.get(name)!r}); use a new folder."
+        f"{folder} holds another sweep: {', '.join(differ)} differ ({name} was {old.get(name)!r}, is now "
+        f"{new.get(name)!r}); use a new folder."
     )
+
+
+def _flat(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """``fixed`` with the entries of mappings in it by name: ``config.rank``, ``versions.torch``."""
+    found: dict[str, Any] = {}
+    for name, value in fixed.items():
+        inner = value.items() if isinstance(value, Mapping) and value else ()
+        found |= {f"{name}.{key}": each for key, each in inner} or {name: value}
+    return found

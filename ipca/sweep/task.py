@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ipca.config import PCConfig
+from ipca.sweep.notes import noted
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Task:
             with the rates that the sweep tries: ``torch.optim.AdamW(groups, weight_decay=0)``. A Hugging Face Trainer
             takes it as ``Trainer(model, …, optimizers=(optimizer, None)).train()``.
         evaluate: ``evaluate(model)`` gives floats by name; it is called in evaluation mode, without gradients.
-            ``"target"`` (the new task) and ``"retained"`` (what the
-            model knew) are required and larger is better for both; any others may join them.
+            ``"target"`` (the new task) and ``"retained"`` (what the model knew) are required and larger is better for
+            both; any others may join them.
         config: layers, rank, what trains whole (``modules_to_save``: the head). Its window is the controls' reference.
         calibration: makes unlabelled batches for the method ``"auto"``, once for all of its trials.
         labels: what a metric is, with its unit: ``{"target": "accuracy on …"}``; for the report's axes.
@@ -48,6 +49,8 @@ class Task:
                 raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}.")
         if not isinstance(self.config, PCConfig):
             raise TypeError(f"config must be an ipca.PCConfig, got {self.config!r}.")
+        if not isinstance(self.labels, Mapping):
+            raise TypeError(f"labels must be a mapping, {{'target': 'accuracy on …'}}; got {self.labels!r}.")
         if self.config.window_pattern:
             raise ValueError("a sweep moves the window of every layer; leave window_pattern out.")
 
@@ -58,6 +61,7 @@ def load_task(path: Path) -> Task:
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: it defines no ``task``, or that returns something else.
+        Exception: whatever the file raises, with a note that names it.
     """
     path = path.absolute()
     if not path.is_file():
@@ -70,7 +74,8 @@ def load_task(path: Path) -> Task:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with noted(f"In the task file {path}."):
+        spec.loader.exec_module(module)
     make = getattr(module, "task", None)
     if not callable(make):
         raise TypeError(f"{path} defines no function task(); it must return an ipca.sweep.Task.")

@@ -26,6 +26,7 @@ from ipca.model.targets import find_targets, saved_modules
 from ipca.nn.place import find_layer
 from ipca.svd import SpectralCache
 from ipca.sweep.device import device_of, same_bits
+from ipca.sweep.notes import noted
 from ipca.sweep.task import Task
 from ipca.sweep.watch import watched
 
@@ -90,8 +91,8 @@ def run_trial(
         auto: for trials of ``"auto"``, the configuration with the window of each layer.
 
     Raises:
-        ValueError: training took no step over the parameters, fewer than ``early``, or a metric is missing; the
-            message names the trial.
+        ValueError: training took no step over the parameters, fewer than ``early``, or none at a rate of the trial; or
+            a metric is missing; the message names the trial.
         Exception: whatever the task raises.
     """
     seed_everything(trial.seed)
@@ -120,27 +121,53 @@ def run_trial(
             rows.append(_row(trial, parameters, step, moved.get(early), moved[step], metrics_of(model)))
 
     seed_everything(trial.seed)
-    with same_bits(device_of(model)), watched(parameters, {early, *checkpoints}, on_the_way) as count:
+    with same_bits(device_of(model)), watched(groups, {early, *checkpoints}, on_the_way) as watch:
         task.train(model, groups, trial.seed)
     if early not in moved:
         raise ValueError(
-            f"{trial}: train() took {count.steps} optimiser steps over the parameters it was given, fewer than "
+            f"{trial}: train() took {watch.steps} optimiser steps over the parameters it was given, fewer than "
             f"early={early}; build the optimiser from `groups`, train longer, or lower early."
+        )
+    if not watch.at_rate:
+        raise ValueError(
+            f"{trial}: train() used the learning rates {', '.join(f'{lr:g}' for lr in watch.rates)} and never one that "
+            "the sweep gave; build the optimiser from `groups`, which hold the rates, and let a schedule start or peak "
+            "at them."
         )
     final = _row(trial, parameters, None, moved[early], update_norm(model, before), metrics_of(model))
     return [*rows, final]
 
 
 def build_base(task: Task) -> nn.Module:
-    """The pretrained model; whatever ``build`` draws, such as a new head, is the same every time."""
+    """The pretrained model; whatever ``build`` draws, such as a new head, is the same every time.
+
+    Raises:
+        TypeError: ``build`` returned something else.
+    """
     seed_everything(0)
-    return task.build()
+    model = task.build()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"build() must return the pretrained model, an nn.Module; it returned {model!r}.")
+    return model
 
 
 def base_row(task: Task, base: nn.Module) -> Row:
-    """The row of the untrained model, of which a copy is judged: trials start from ``base`` as it is."""
-    found = judge(task, copy.deepcopy(base), "the untrained model")
-    return {**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok", **found}
+    """The row of the untrained model, of which a copy is judged: trials start from ``base`` as it is.
+
+    Raises:
+        ValueError: as :func:`judge`, or what is required is no finite number: then nothing can be compared with it.
+        Exception: whatever ``evaluate`` raises, with a note.
+    """
+    with noted("In judging the untrained model."):
+        found = judge(task, copy.deepcopy(base), "the untrained model")
+    lost = [name for name in _REQUIRED if not math.isfinite(found[name])]
+    if lost:
+        raise ValueError(
+            f"the untrained model: {lost[0]} is {found[lost[0]]}; evaluate() must give a finite number for it, and its "
+            "weights must hold no NaN or Inf."
+        )
+    known = {name: value if math.isfinite(value) else None for name, value in found.items()}
+    return {**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok", **known}
 
 
 def judge(task: Task, model: nn.Module, trial: object, seed: int = 0) -> dict[str, float]:
@@ -163,6 +190,9 @@ def judge(task: Task, model: nn.Module, trial: object, seed: int = 0) -> dict[st
     np.random.set_state(states[1])
     if not isinstance(found, Mapping) or not set(_REQUIRED) <= set(found):
         raise ValueError(f"{trial}: evaluate() must give 'target' and 'retained', it gave {found!r}.")
+    nameless = [name for name in found if not isinstance(name, str)]
+    if nameless:
+        raise ValueError(f"{trial}: evaluate() must name each metric by a string, it gave {nameless[0]!r}.")
     taken = sorted(set(found) & set(COLUMNS) - set(_REQUIRED))
     if taken:
         raise ValueError(f"{trial}: evaluate() gave {taken[0]!r}, which is another column of the table; rename it.")

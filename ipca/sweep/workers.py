@@ -26,6 +26,7 @@ from ipca.config import PCConfig
 from ipca.fingerprint import tensor_sha256
 from ipca.svd import SpectralCache
 from ipca.sweep.device import see_only, use_device
+from ipca.sweep.notes import noted
 from ipca.sweep.task import Task, load_task
 from ipca.sweep.trial import Row, Trial, build_base, run_trial
 
@@ -70,7 +71,7 @@ class Worker:
     def __call__(self, trial: Trial) -> Result:
         began = time.perf_counter()
         work = self.work
-        try:
+        with noted(f"In the trial {trial}."):
             rows = run_trial(
                 self.task,
                 self.base,
@@ -80,9 +81,6 @@ class Worker:
                 checkpoints=work.checkpoints,
                 auto=work.auto,
             )
-        except Exception as error:
-            vars(error).setdefault("__notes__", []).append(f"In the trial {trial}.")  # error.add_note of Python 3.11
-            raise
         return trial, rows, time.perf_counter() - began
 
 

@@ -127,6 +127,7 @@ def test_rows_may_be_the_text_of_a_file_and_the_metric_another():
         (grid(low=[0.5]), "takes two seeds or more; got 1"),
         ([], "takes two seeds or more; got 0"),
         (grid(low=[0.5, 0.6], high=[0.5]), "no run at lr 0.002 with seed 1; leave out the rate or the seed"),
+        ([{"lr": "", "seed": "", "target": "0.5"}], "a row without lr, as of the untrained model"),
         (grid(low=[0.5, 0.6]) * 2, "two rows at lr 0.001 with seed 0; give one method, one comparison, no checkpoints"),
     ],
 )

@@ -123,6 +123,7 @@ def test_the_quietest_window_lies_in_the_block_that_matters_least():
 
     assert found(3.0, 0.5, -0.1, 2.0).quietest(4).index == 23
     assert found(3.0, 0.5, -0.1, 2.0).quietest(24).index == 13  # wider than the block, around its centre
+    assert found(3.0, 0.5, -8.0, 2.0).quietest(4).index == 13  # better without it is a change too
     assert found(0.0, 1.0, 1.0, 1.0).quietest(16).index == 0
     assert found(1.0, 1.0, 1.0, 0.0).quietest(16).index == 24
     assert found(torch.nan, 2.0, torch.inf, 2.0).quietest(10).index == 10

@@ -57,6 +57,7 @@ def test_a_statistic_that_no_single_value_moves_gives_no_interval():
     [
         ([], {}, r"values must be a list of at least one number; got an array of shape \(0,\)"),
         ([[1.0, 2.0]], {}, r"got an array of shape \(1, 2\)"),
+        ({0: 1.0}, {}, r"values must be a list of numbers; got \{0: 1\.0\}"),
         ([0.5, 0.6, math.nan], {}, r"values\[2\] is nan; leave failed runs out in both arms"),
         ([0.5, -math.inf], {}, r"values\[1\] is -inf"),
         ([0.5, 0.6], {"level": 95}, "level must lie between 0 and 1, such as 0.95; got 95"),

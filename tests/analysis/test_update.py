@@ -167,7 +167,9 @@ def test_options_out_of_range_are_refused():
     for options in ({"top_k": 0}, {"threshold": 0.0}, {"threshold": 1.5}):
         with pytest.raises(ValueError, match=r"top_k must be at least 1 and threshold lie in \(0, 1\]; got"):
             analysis.intruder_dimensions(model, **options)
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1, got 0"):
         analysis.overlap(model, k=0)
+    with pytest.raises(ValueError, match=r"k must be a whole number of at least 1, got 2\.5"):
+        analysis.overlap(model, k=2.5)
     with pytest.raises(ValueError, match="a: k=13, but its weight has only 12 singular values; lower k"):
         analysis.overlap(model, k=13)

@@ -67,7 +67,7 @@ def test_where_lora_is_better_that_is_the_headline(claim, said):
     same = {"S6": "below" if claim == "C6" else "above", "S11": "below"}
     made = tables({"C5": "not shown", "C6": "above", "C11": "not shown"} | same | {claim: "below"})
     first = rules.sentences(made)[0]
-    assert first.startswith("**Plain LoRA is better:**")
+    assert first.startswith(f"**Plain LoRA is better on {'V1' if claim == 'C11' else 'M1'}:**")
     assert said.casefold() in first.casefold()
     if claim == "C5":
         assert "is no claim" in first
@@ -79,14 +79,14 @@ def test_best_rates_alone_make_no_claim(verdict, same):
     other = {"above": "below", "below": "above"}[verdict] if same == "the other" else same
     made = tables({"C5": "not shown", "C6": verdict, "C11": "not shown", "S6": other})
     assert "not alike at the same rate: no claim" in rules.against_lora(made)
-    assert not rules.lora_is_better(made)
+    assert rules.where_lora_is_better(made) == []
 
 
 def effects(same, update):
     """M3 rows of both metrics from ``(difference, low, high)``."""
-    names = ("difference", "difference_low", "difference_high")
+    names = ("difference", "difference_low", "difference_high", "pairs")
     return {
-        ("M3", "0.0", comparison, "0.002", metric): dict(zip(names, map(str, numbers), strict=True))
+        ("M3", "0.0", comparison, "0.002", metric): dict(zip(names, (*map(str, numbers), "5"), strict=True))
         for metric in ("drift", "retained")
         for comparison, numbers in (("same", same), ("update", update))
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sweep_task
 
+from ipca.baselines import CONTROLS
 from ipca.cli import main
 
 TASK = Path(sweep_task.__file__)
@@ -48,6 +49,16 @@ def test_a_wrong_option_is_one_line_and_nothing_is_written(options, says, tmp_pa
     assert not out.exists()
 
 
+def test_a_count_that_is_none_and_the_names_of_the_controls(capsys):
+    with pytest.raises(SystemExit):
+        main(["sweep", str(TASK), "-o", "out", "--seeds", "x"])
+    assert "argument --seeds: must be a whole number of at least 1, got 'x'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    said = "".join(capsys.readouterr().out.split())  # lines may break after a hyphen
+    assert all(name in said for name in CONTROLS)
+
+
 def test_an_error_of_the_task_is_one_line_that_names_the_trial(tmp_path, capsys):
     path = tmp_path / "mine.py"
     path.write_text(
@@ -57,7 +68,7 @@ def test_an_error_of_the_task_is_one_line_that_names_the_trial(tmp_path, capsys)
     )
     assert main(["sweep", str(path), "-o", str(tmp_path / "out"), *OPTIONS, "--quiet"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("ipca: error: KeyError: 'mine' In the trial 0.0 (same rate, lr 0.001, seed 0).")
+    assert error.startswith("ipca: error: KeyError: 'mine'. In the trial 0.0 (same rate, lr 0.001, seed 0).")
 
 
 def test_a_missing_task_is_one_line(tmp_path, capsys):

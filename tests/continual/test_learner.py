@@ -42,6 +42,23 @@ def test_beginning_and_ending_a_task_keep_the_function(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_task_that_diverged_is_not_folded(method, value):
+    learner = learn(ContinualLearner(plain(), method, CONFIG, tasks=TASKS), 1)
+    parameter = learner.begin_task()[0]
+    with torch.no_grad():
+        parameter[..., -1] = value
+    name = next(name for name, p in learner.model.named_parameters() if p is parameter)
+    before = {key: tensor.clone() for key, tensor in learner.model.state_dict().items() if torch.is_tensor(tensor)}
+    with pytest.raises(ValueError, match=f"task 1: {name} holds NaN or Inf, so training diverged; nothing was folded"):
+        learner.end_task()
+    now = learner.model.state_dict()
+    assert all(torch.equal(now[key].nan_to_num(), tensor.nan_to_num()) for key, tensor in before.items())
+    assert learner.running
+    assert len(learner.records) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_only_the_task_and_what_trains_whole_train(method):
     model = plain().eval()
     learner = ContinualLearner(model, method, CONFIG, tasks=TASKS)

@@ -94,7 +94,7 @@ def test_a_score_that_fails_or_draws_leaves_no_trace():
         torch.rand(3)
         raise KeyError("no data")
 
-    tasks = [StreamTask(name, math.nan, fails) for name in NAMES]
+    tasks = [StreamTask(name, train, fails) for name in NAMES]
     with pytest.raises(KeyError):
         run_stream(ContinualLearner(model, "fresh", CONFIG), tasks)
     assert all(module.training for module in model.modules())
@@ -168,9 +168,35 @@ def test_a_used_learner_is_refused():
     [([], "got none"), (["one"], "got one"), (["one", "one"], "got one, one"), (["one", "after"], "got one, after")],
 )
 def test_tasks_without_names_of_their_own_are_refused(names, words):
-    tasks = [StreamTask(name, math.nan, math.nan) for name in names]
+    tasks = [StreamTask(name, train, train) for name in names]
     with pytest.raises(ValueError, match=words):
         run_stream(ContinualLearner(plain(), "fresh", CONFIG), tasks)
+
+
+@pytest.mark.parametrize("found", [None, {"accuracy": 1.0}, torch.ones(2)])
+def test_a_score_of_another_kind_names_its_task(found):
+    tasks = [StreamTask(name, train, lambda model: found) for name in ("x", "y")]
+    with pytest.raises(TypeError, match=r"x: evaluate\(model\) must give a number, it gave "):
+        run_stream(ContinualLearner(plain(), "fresh", CONFIG), tasks)
+
+
+def test_what_is_no_task_is_refused():
+    with pytest.raises(TypeError, match="the task 'x': evaluate must be a function, got 3"):
+        StreamTask("x", train, 3)
+    with pytest.raises(TypeError, match=r"tasks must be ipca.continual.StreamTask, got \('x', 1, 2\)"):
+        run_stream(ContinualLearner(plain(), "fresh", CONFIG), [("x", 1, 2)])
+
+
+def test_a_task_that_diverged_stops_the_stream_whatever_its_scores():
+    def diverge(learner, seed):
+        with torch.no_grad():
+            learner.model.a.lora_B.fill_(torch.nan)
+
+    model = plain()
+    tasks = [StreamTask(name, diverge, lambda model: 0.5) for name in ("x", "y")]
+    with pytest.raises(ValueError, match=r"task 0: a\.lora_B holds NaN or Inf, so training diverged"):
+        run_stream(ContinualLearner(model, "fresh", CONFIG), tasks)
+    assert bool(model.a.kept_weight.isfinite().all())
 
 
 def test_a_score_that_is_no_number_stops_the_stream():

@@ -159,7 +159,7 @@ def test_a_second_call_adapts_more_layers():
     assert torch.equal(model(x), y)
     assert len(list(ipca.adapter_parameters(model))) == 6
     before = snapshot(model)
-    with pytest.raises(ValueError, match="cannot adapt a, b, head: it is adapted already; merge or unload"):
+    with pytest.raises(ValueError, match="cannot adapt a, b, head: it is adapted already; unload the adapter first"):
         ipca.apply_pc(model, rank=2, progress=False)
     assert snapshot(model) == before
 

@@ -227,7 +227,7 @@ def test_layers_that_cannot_be_adapted(change, words):
         (lambda: nn.TransformerEncoderLayer(8, 2, 8), "out_proj", "self_attn.out_proj: nn.MultiheadAttention reads"),
         (lambda: nn.Linear(8, 8), "all-linear", "Linear: it is the model itself; use LinearPC.from_linear"),
         (lambda: LinearPC(8, 8, 2), "all-linear", "LinearPC: it is adapted already"),
-        (lambda: nn.Sequential(LinearPC(8, 8, 2)), "0", "0: it is adapted already; merge or unload"),
+        (lambda: nn.Sequential(LinearPC(8, 8, 2)), "0", "0: it is adapted already; unload the adapter first"),
         (lambda: nn.Sequential(*[Subclass(8, 8) for _ in range(7)]), "[0-9]", "0, 1, 2 and 4 more: it is a Subclass"),
     ],
     ids=["subclass", "container", "parametrised", "out_proj", "itself", "pc", "adapted", "many"],

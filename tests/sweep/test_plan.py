@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from ipca.sweep.plan import Grid, matched_rates
+from ipca.sweep.plan import Grid, matched_rates, steps_of
 
 OPTIONS = {
     "windows": (0, 0.5, "minor"),
@@ -74,6 +75,9 @@ def test_without_equal_updates_all_trials_are_known():
         ({"windows": (0.5, "0.50")}, "windows holds a value twice"),
         ({"seeds": ()}, "needs at least one of seeds"),
         ({"seeds": (0, -1)}, r"seeds must lie from 0 to 2\*\*32 - 1, got 0, -1"),
+        ({"seeds": -1}, "seeds must be at least 1, or the seeds themselves; got -1"),
+        ({"windows": (1.5,)}, "windows: .*1.5"),
+        ({"windows": ("midle",)}, "windows: .*midle"),
         ({"windows": ("lora",)}, "'lora' is in the wrong list"),
         ({"methods": ("0.3",)}, "'0.3' is in the wrong list"),
         ({"methods": ("pissa",)}, "unknown method 'pissa'"),
@@ -85,3 +89,33 @@ def test_without_equal_updates_all_trials_are_known():
 def test_bad_grids_say_what_is_wrong(change, says):
     with pytest.raises(ValueError, match=says):
         Grid.of(**{**OPTIONS, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"windows": "middle"}, r"windows must be a list, got 'middle'; write \['middle'\] for one"),
+        ({"methods": "lora"}, "methods must be a list, got 'lora'"),
+        ({"comparisons": "same"}, "comparisons must be a list, got 'same'"),
+        ({"lrs": 1e-3}, "lrs must be a list, got 0.001"),
+        ({"lrs": ("fast",)}, "lrs must be learning rates, positive numbers; got 'fast'"),
+        ({"seeds": "8"}, "seeds must be a list, got '8'"),
+        ({"seeds": (0.5,)}, "seeds must be whole numbers, got 0.5"),
+    ],
+)
+def test_options_of_another_kind_are_named(change, says):
+    with pytest.raises(TypeError, match=says):
+        Grid.of(**{**OPTIONS, **change})
+
+
+def test_numbers_of_numpy_are_numbers():
+    grid = Grid.of(**{**OPTIONS, "seeds": np.arange(2), "lrs": np.array([1e-3]), "windows": np.array([0.5])})
+    assert (grid.seeds, grid.lrs, grid.windows) == ((0, 1), (1e-3,), ("0.5",))
+
+
+def test_checkpoints_are_steps():
+    assert steps_of((9, 3, 9)) == (3, 9)
+    with pytest.raises(TypeError, match="checkpoints must be a list, got 5"):
+        steps_of(5)
+    with pytest.raises(ValueError, match="counted from 1, got 0"):
+        steps_of((0, 3))

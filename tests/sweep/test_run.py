@@ -210,6 +210,18 @@ def no_step(model, groups, seed):
     return None
 
 
+def own_rate(model, groups, seed):
+    sweep_task.train(model, [{"params": [p for group in groups for p in group["params"]], "lr": 0.5}], seed)
+
+
+def not_a_number(model):
+    return {"target": float("nan"), "retained": 1.0}
+
+
+def cannot_judge(model):
+    raise KeyError("my own mistake")
+
+
 def only_target(model):
     return {"target": 1.0}
 
@@ -222,13 +234,45 @@ def raising(model, groups, seed):
     ("change", "error", "says"),
     [
         ({"train": no_step}, ValueError, r"0.0 \(same rate, lr 0.001, seed 0\): train\(\) took 0 optimiser steps"),
+        ({"train": own_rate}, ValueError, r"train\(\) used the learning rates 0.5 and never one that the sweep gave"),
         ({"evaluate": only_target}, ValueError, "evaluate\\(\\) must give 'target' and 'retained'"),
+        ({"evaluate": not_a_number}, ValueError, "the untrained model: target is nan; evaluate"),
+        ({"evaluate": cannot_judge}, KeyError, "my own mistake"),
+        ({"build": dict}, TypeError, r"build\(\) must return the pretrained model, an nn.Module; it returned {}"),
         ({"train": raising}, KeyError, "my own mistake"),
     ],
 )
 def test_a_wrong_task_stops_the_sweep(change, error, says, tmp_path):
     with pytest.raises(error, match=says):
         sweep.run(replace(sweep_task.task(), **change), tmp_path, **GRID)
+
+
+def test_an_error_in_judging_the_untrained_model_says_so(tmp_path):
+    with pytest.raises(KeyError) as found:
+        sweep.run(replace(sweep_task.task(), evaluate=cannot_judge), tmp_path, **GRID)
+    assert found.value.__notes__ == ["In judging the untrained model."]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"windows": ("start=40",)}, "body: .*ends at 42, but there are only 10 singular values"),
+        ({"methods": ("auto",)}, "expected an iterable of batches"),
+    ],
+)
+def test_a_grid_that_cannot_run_leaves_a_good_sweep_as_it_is(options, says, tmp_path):
+    task = replace(sweep_task.task(), calibration=int)
+    small = {**GRID, "windows": (0.5,), "lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same",)}
+    sweep.run(task, tmp_path, **small)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises((TypeError, ValueError), match=says):
+        sweep.run(task, tmp_path, **{**small, **options})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+def test_what_is_no_task_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"task must be an ipca.sweep.Task or a Python file .*, got 5"):
+        sweep.run(5, tmp_path, **GRID)
 
 
 @pytest.mark.parametrize("name", ["early", "workers", "threads"])

@@ -27,6 +27,14 @@ def test_files_without_a_task_say_so(text, says, tmp_path):
         load_task(path)
 
 
+def test_an_error_in_a_task_file_names_the_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import no_such_module_anywhere\n")
+    with pytest.raises(ImportError, match="no_such_module_anywhere") as found:
+        load_task(path)
+    assert found.value.__notes__ == [f"In the task file {path}."]
+
+
 def test_a_missing_file_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no task file at"):
         load_task(tmp_path / "none.py")
@@ -36,6 +44,7 @@ def test_a_missing_file_says_so(tmp_path):
     ("change", "error", "says"),
     [
         ({"train": 3}, TypeError, "train must be a function, got 3"),
+        ({"labels": "accuracy"}, TypeError, "labels must be a mapping, .*; got 'accuracy'"),
         ({"config": {"rank": 2}}, TypeError, "config must be an ipca.PCConfig"),
         ({"config": PCConfig(window_pattern={"a": "minor"})}, ValueError, "leave window_pattern out"),
     ],

@@ -49,6 +49,7 @@ def test_a_model_that_diverged_is_not_judged(lost, tmp_path):
         ({"target": 1.0, "retained": 1.0, "lr": 3.0}, "this trial: evaluate\\(\\) gave 'lr', which is another column"),
         ({"target": "high", "retained": 1.0}, "this trial: evaluate\\(\\) must give numbers, target is 'high'"),
         ({"target": 1.0, "retained": 1.0, "drift": None}, "must give numbers, drift is None"),
+        ({"target": 1.0, "retained": 1.0, 3: 1.0}, "must name each metric by a string, it gave 3"),
     ],
 )
 def test_wrong_metrics_are_refused_by_name(found, says):
@@ -75,6 +76,12 @@ def test_judging_the_untrained_model_leaves_it_as_it_is():
 
     base_row(replace(sweep_task.task(), evaluate=evaluate), model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_another_metric_of_the_untrained_model_may_be_undefined():
+    task = replace(sweep_task.task(), evaluate=lambda model: {"target": 0.0, "retained": 1.0, "corr": float("nan")})
+    row = base_row(task, nn.Linear(3, 2))
+    assert (row["status"], row["target"], row["corr"]) == ("ok", 0.0, None)
 
 
 def test_a_head_that_build_draws_is_the_same_every_time():

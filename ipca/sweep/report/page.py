@@ -30,8 +30,8 @@ from ipca.sweep.report.tables import (
 )
 from ipca.sweep.report.verdict import judge
 from ipca.sweep.report.views import View, views
+from ipca.sweep.store import REPORT
 
-REPORT = "report.html"
 _PACKAGES = ("matplotlib", "jinja2")
 
 
