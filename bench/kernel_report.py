@@ -8,18 +8,41 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from offline import Compiled, Row, compile_all
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.csv"
-COLUMNS = ("kernel", "variant", "config", "arch", "registers", "spills", "smem", "tmem", "matrix", "tma", "triton")
+COLUMNS = (
+    *("kernel", "variant", "config", "arch"),
+    *("registers", "spills", "smem", "tmem", "matrix", "tma", "triton", "digest"),
+)
 
 
 def record(row: Row, triton: str) -> dict[str, str]:
     """One line of the table; a kernel that does not compile has no numbers."""
     named = {"kernel": row.kernel, "variant": row.variant, "config": row.config, "arch": f"sm_{row.arch}"}
-    return {**dict.fromkeys(COLUMNS, "-"), **named, **(numbers(row.compiled) if row.compiled else {}), "triton": triton}
+    made = numbers(row.compiled) if row.compiled else {}
+    return {**dict.fromkeys(COLUMNS, "-"), **named, **made, "triton": triton, "digest": row.digest}
+
+
+def read_records() -> list[dict[str, str]]:
+    """The table as it was written."""
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def recorded(record: Mapping[str, str]) -> Compiled | None:
+    """What a line of the table says was compiled, its code being the instructions that the table names.
+
+    None where it did not compile.
+    """
+    if record["registers"] == "-":
+        return None
+    registers, spills, smem, tmem = (int(record[name]) for name in ("registers", "spills", "smem", "tmem"))
+    sass = f"{record['matrix'] if record['matrix'] != 'none' else ''} {'UTMALDG' if record['tma'] == 'yes' else ''}"
+    return Compiled(registers, spills, smem, tmem, sass)
 
 
 def numbers(made: Compiled) -> dict[str, str]:

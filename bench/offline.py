@@ -8,6 +8,7 @@ not above: a worker has to leave the interpreter's mode first.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -59,7 +60,11 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one architecture: what came out, or the ``error``."""
+    """One case on one architecture: what came out, or the ``error``.
+
+    ``digest`` is a hash of all that decides the outcome: the kernel's source and what it calls, arguments,
+    configuration, architecture, and Triton's version, which brings the assembler.
+    """
 
     kernel: str
     variant: str
@@ -69,6 +74,7 @@ class Row:
     compiled: Compiled | None = None
     error: str = ""
     seconds: float = 0.0
+    digest: str = ""
 
     def problems(self) -> list[str]:
         """Why this kernel may not ship, each as a line that says which kernel it is."""
@@ -142,26 +148,33 @@ def compile_kernel(
     return Compiled(registers, spills, made.metadata.shared, made.metadata.tmem_size or 0, sass)
 
 
-def compile_all(source: str = SHIPPED, workers: int = 2) -> list[Row]:
+def compile_all(source: str = SHIPPED, workers: int = 2, known: Mapping[str, Compiled] | None = None) -> list[Row]:
     """Compile every case of ``source`` for every architecture that it is meant for, ``workers`` at a time.
 
     ``source`` is ``"module:function"`` or ``"path.py:function"``. The function yields cases with the fields of
-    :class:`ipca.kernels.shipped.Case`, and ``args`` as :func:`compile_kernel` takes them.
+    :class:`ipca.kernels.shipped.Case`, and ``args`` as :func:`compile_kernel` takes them. What is ``known`` by its
+    digest is not compiled again.
     """
+    known = known or {}
     with tempfile.TemporaryDirectory() as cache_dir:
         with _pool(workers, cache_dir) as pool:
             rows = pool.submit(_uncompiled, source).result()
-            futures = [pool.submit(_compile_case, source, case, arch) for case, arch, _ in rows]
-            done = [
-                None if isinstance(future.exception(), BrokenProcessPool) else future.result() for future in futures
-            ]
+            done = {
+                i: replace(row, compiled=known[row.digest]) for i, (*_, row) in enumerate(rows) if row.digest in known
+            }
+            futures = {i: pool.submit(_compile_case, source, *rows[i]) for i in range(len(rows)) if i not in done}
+            done |= {
+                i: future.result()
+                for i, future in futures.items()
+                if not isinstance(future.exception(), BrokenProcessPool)
+            }
         # A compiler that crashes takes every unfinished case with it: these have another chance, each alone.
         for i, (case, arch, row) in enumerate(rows):
-            if done[i] is None:
+            if i not in done:
+                done[i] = replace(row, error="the compiler's process crashed")
                 with _pool(1, cache_dir) as pool, contextlib.suppress(BrokenProcessPool):
-                    done[i] = pool.submit(_compile_case, source, case, arch).result()
-                done[i] = done[i] or replace(row, error="the compiler's process crashed")
-    return [row for row in done if row is not None]
+                    done[i] = pool.submit(_compile_case, source, case, arch, row).result()
+    return [done[i] for i in range(len(rows))]
 
 
 class _Driver:
@@ -266,13 +279,21 @@ def _cases(source: str) -> list[Any]:
 def _uncompiled(source: str) -> list[tuple[int, int, Row]]:
     """Number of the case, architecture, and the row without its result."""
     return [
-        (i, arch, Row(case.name, case.variant, case.config.describe(), arch, case.matrix))
+        (i, arch, Row(case.name, case.variant, case.config.describe(), arch, case.matrix, digest=_digest(case, arch)))
         for i, case in enumerate(_cases(source))
         for arch in case.archs
     ]
 
 
-def _compile_case(source: str, i: int, arch: int) -> Row:
+def _digest(case: Any, arch: int) -> str:
+    import triton
+
+    kernel = getattr(case.kernel, "cache_key", None)
+    options = case.args, case.config.num_warps, case.config.num_stages, arch, triton.__version__
+    return hashlib.sha256(repr((kernel, *options)).encode()).hexdigest()[:16]
+
+
+def _compile_case(source: str, i: int, arch: int, row: Row) -> Row:
     case = _cases(source)[i]
     made, error, start = None, "", time.perf_counter()
     try:
@@ -280,4 +301,4 @@ def _compile_case(source: str, i: int, arch: int) -> Row:
     except CompileFailure as failure:
         error = str(failure)
     seconds = time.perf_counter() - start
-    return Row(case.name, case.variant, case.config.describe(), arch, case.matrix, made, error, seconds)
+    return replace(row, compiled=made, error=error, seconds=seconds)
