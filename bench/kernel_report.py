@@ -41,8 +41,8 @@ def recorded(record: Mapping[str, str]) -> Compiled | None:
     if record["registers"] == "-":
         return None
     registers, spills, smem, tmem = (int(record[name]) for name in ("registers", "spills", "smem", "tmem"))
-    sass = f"{record['matrix'] if record['matrix'] != 'none' else ''} {'UTMALDG' if record['tma'] == 'yes' else ''}"
-    return Compiled(registers, spills, smem, tmem, sass)
+    loads = "UTMALDG" if record["tma"] == "yes" else ""
+    return Compiled(registers, spills, smem, tmem, f"{record['matrix']} {loads}")
 
 
 def numbers(made: Compiled) -> dict[str, str]:

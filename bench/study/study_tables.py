@@ -257,8 +257,8 @@ def runs_section(study: Study) -> str:
         return NOT_RUN
     rows = [[SWEEPS[sweep.name], str(len(sweep.runs)), _diverged(sweep)] for sweep in sweeps]
     streams = study.table("V2")
-    if streams:  # a task that diverges ends `run.py`
-        rows.append(["V2: digits ViT, five tasks in a row", str(len(streams)), "none"])
+    if streams:
+        rows.append(["V2: digits ViT, five tasks in a row", str(len(streams)), "none: one that does ends `run.py`"])
     fixed = [sweep.settings["fixed"] for sweep in sweeps]
     versions = (", ".join(f"{name} {value}" for name, value in f["versions"].items()) for f in fixed)
     machines = dict.fromkeys(f"{f['device']}; {v}" for f, v in zip(fixed, versions, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
@@ -177,12 +178,9 @@ def _rate(value: Any) -> float:
 
 def _window(value: Any) -> str:
     text = str(value)
-    try:
-        Window(text, 1)
-    except ValueError as error:
-        if text not in (*DEFAULT_METHODS, "full"):  # those belong elsewhere, which `check` says
-            raise ValueError(f"windows: {error}") from None
-    return check_method(text)
+    with suppress(ValueError):
+        return check_method(text)
+    return Window(text, 1).text  # raises, and says what windows there are
 
 
 def matched_rates(rows: Sequence[Row], method: str, reference: str, lrs: Sequence[float]) -> dict[float, float]:

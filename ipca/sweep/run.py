@@ -22,7 +22,7 @@ from ipca.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid, steps_o
 from ipca.sweep.report import write_report
 from ipca.sweep.report.page import require_packages
 from ipca.sweep.runner import Runner
-from ipca.sweep.spectra import auto_config, check_windows, decompose
+from ipca.sweep.spectra import auto_config, decompose, find_windows
 from ipca.sweep.store import AUTO, Store
 from ipca.sweep.task import Task, load_task
 from ipca.sweep.trial import Row, base_row, build_base, seed_everything
@@ -105,12 +105,13 @@ def run(
     with num_threads(threads):
         use_device(devices[0] if devices else None)
         base = build_base(made)
-        check_windows(base, made.config, _runs(grid))
+        windows_of = find_windows(base, made.config, ((trial.method, trial.seed) for trial in grid.direct_trials()))
         digest = model_sha256(base)
         base = base.to(devices[0]) if devices else base
         first = base_row(made, base)
         store = Store(Path(out), _fixed(made, source, digest, early, judged_at, threads, device_of(base)))
-        auto = _decompose(base, made, grid, store, progress)
+        decompose(base, made.config, windows_of, SpectralCache(store.spectra), progress=progress)
+        auto = _find_auto(base, made, store, progress) if "auto" in grid.methods else None
         store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
         work = Work(source or made, store.spectra, early, judged_at, digest, threads, auto)
         with Crew(work, workers, devices, base) as crew, tqdm(desc="Trials", unit="trial", disable=not progress) as bar:
@@ -143,18 +144,12 @@ def _check_here(task: Task, source: Path | None, workers: int, devices: Sequence
         require_optuna()
 
 
-def _decompose(base: nn.Module, task: Task, grid: Grid, store: Store, progress: bool) -> PCConfig | None:
-    """Decompose each layer once for all trials; the configuration that ``"auto"`` stands for, if it is among them."""
+def _find_auto(base: nn.Module, task: Task, store: Store, progress: bool) -> PCConfig:
+    """The configuration that ``"auto"`` stands for."""
+    assert task.calibration is not None  # which `_check` has seen to
     cache = SpectralCache(store.spectra)
-    decompose(base, task.config, _runs(grid), cache, progress=progress)
-    if "auto" not in grid.methods or task.calibration is None:
-        return None
     seed_everything(0)
     return auto_config(base, task.config, task.calibration, store.folder / AUTO, cache, progress=progress)
-
-
-def _runs(grid: Grid) -> set[tuple[str, int]]:
-    return {(trial.method, trial.seed) for trial in grid.direct_trials()}
 
 
 def _fixed(

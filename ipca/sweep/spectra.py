@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ipca.baselines.apply import needed_windows
@@ -29,36 +29,44 @@ Run = tuple[str, int]
 """A method and a seed."""
 
 
-def check_windows(model: nn.Module, config: PCConfig, runs: Iterable[Run]) -> None:
-    """Raise where a layer cannot be adapted, or lacks a window that a method of ``runs`` asks for.
+def find_windows(model: nn.Module, config: PCConfig, runs: Iterable[Run]) -> dict[str, list[Window]]:
+    """For each layer the windows, in ascending order, that the methods of ``runs`` ask for; by the layer's path.
+
+    Without those that look at the spectrum; for ``"auto"`` see :func:`auto_config`.
 
     Raises:
-        TypeError, ValueError: as :func:`ipca.apply_pc`; the message names the layer.
+        TypeError, ValueError: as :func:`ipca.apply_pc`, or a window does not fit into a layer; the message names it.
     """
-    for _ in _needed(model, config, runs):
-        pass
+    runs, found = sorted(set(runs)), {}
+    for target in find_targets(model, config, whole=saved_modules(model, config)):
+        d = min(base_matrix(find_layer(model, target.name), target.name, None).weight.shape[-2:])
+        windows = [window for method, seed in runs for window in needed_windows(method, target, seed, d)]
+        try:
+            resolved = {window.resolve(d) for window in windows if not window.needs_spectrum}
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from None
+        found[target.name] = sorted(resolved, key=lambda window: window.index)
+    return found
 
 
 def decompose(
     model: nn.Module,
     config: PCConfig,
-    runs: Iterable[Run],
+    needed: Mapping[str, Sequence[Window]],
     cache: SpectralCache,
     *,
     progress: bool = True,
 ) -> None:
-    """Put into ``cache`` every window that the methods of ``runs`` ask for.
+    """Put into ``cache`` the windows that :func:`find_windows` found.
 
     A layer with one window missing is decomposed anew for all, so that its bits do not depend on what was there before.
-    Stacks of experts and windows that look at the spectrum are left to the trials; for ``"auto"`` see
-    :func:`auto_config`.
+    Stacks of experts are left to the trials.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`.
     """
-    layers = len(find_targets(model, config, whole=saved_modules(model, config)))
-    needed = _needed(model, config, runs)
-    for weight, windows in tqdm(needed, desc="Window SVD", unit="layer", total=layers, disable=not progress):
+    for name, windows in tqdm(needed.items(), desc="Window SVD", unit="layer", disable=not progress):
+        weight = base_matrix(find_layer(model, name), name, None).weight
         if weight.ndim != 2:
             continue
         options = precision(config, weight)
@@ -66,20 +74,6 @@ def decompose(
         if windows and not all((cache.folder / key.file_name).exists() for key in keys):
             for key, found in zip(keys, window_svd(weight, windows, **options), strict=True):
                 cache.put(key, found)
-
-
-def _needed(model: nn.Module, config: PCConfig, runs: Iterable[Run]) -> Iterator[tuple[Tensor, list[Window]]]:
-    """Of each layer the weight, and the windows in ascending order whose place does not depend on the spectrum."""
-    runs = sorted(set(runs))
-    for target in find_targets(model, config, whole=saved_modules(model, config)):
-        weight = base_matrix(find_layer(model, target.name), target.name, None).weight
-        d = min(weight.shape[-2:])
-        windows = [window for method, seed in runs for window in needed_windows(method, target, seed, d)]
-        try:
-            resolved = {window.resolve(d) for window in windows if not window.needs_spectrum}
-        except ValueError as error:
-            raise ValueError(f"{target.name}: {error}") from None
-        yield weight, sorted(resolved, key=lambda window: window.index)
 
 
 def auto_config(

@@ -46,8 +46,9 @@ def watched(groups: Sequence[Mapping[str, Any]], steps: Iterable[int], call: Cal
             followed.append(optimizer)
         if followed and optimizer is followed[0]:
             watch.steps += 1
-            if not watch.at_rate:
-                _look_at_rates(watch, optimizer, given)
+            if watch.steps == 1:
+                watch.rates = [_before_schedule(group) for group in optimizer.param_groups]
+            watch.at_rate = watch.at_rate or any(_is_at_rate(group, given) for group in optimizer.param_groups)
             if watch.steps in wanted:
                 call(watch.steps)
 
@@ -58,9 +59,12 @@ def watched(groups: Sequence[Mapping[str, Any]], steps: Iterable[int], call: Cal
         handle.remove()
 
 
-def _look_at_rates(watch: Watch, optimizer: Optimizer, given: Mapping[nn.Parameter, float]) -> None:
-    for group in optimizer.param_groups:
-        now, first = float(group["lr"]), float(group.get("initial_lr", group["lr"]))
-        watch.rates += [first] * (watch.steps == 1)
-        expected = {given[p] for p in group["params"] if p in given}
-        watch.at_rate |= any(math.isclose(rate, lr, rel_tol=1e-6) for rate in (now, first) for lr in expected)
+def _before_schedule(group: Mapping[str, Any]) -> float:
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _is_at_rate(group: Mapping[str, Any], given: Mapping[nn.Parameter, float]) -> bool:
+    """Whether a parameter of ``group`` has the rate that it was given, now or before any schedule."""
+    rates = float(group["lr"]), _before_schedule(group)
+    expected = {given[p] for p in group["params"] if p in given}
+    return any(math.isclose(rate, lr, rel_tol=1e-6) for rate in rates for lr in expected)
