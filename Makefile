@@ -50,15 +50,15 @@ results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_pc_linear.py --device cpu --out bench/results
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_training.py --device cpu --out bench/results
 	$(BIN)/python bench/bench_window_svd.py --device cpu --out bench/results
-	$(BIN)/python bench/quantised_start.py
+	$(BIN)/python bench/quantized_start.py
 	$(BIN)/python bench/error_rates.py
 	$(BIN)/python bench/report.py
 
 study: $(READY)
-	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python bench/study/run.py
-	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python bench/study/mechanism.py
-	$(BIN)/python bench/study/findings.py
-	$(BIN)/python bench/study/figures.py
+	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python studies/window_position/run.py
+	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python studies/window_position/mechanism.py
+	$(BIN)/python studies/window_position/findings.py
+	$(BIN)/python studies/window_position/figures.py
 	$(BIN)/python bench/report.py
 
 # PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
@@ -66,7 +66,7 @@ gpu:
 	$(PYTHON) bench/gpu.py --out $(OUT)
 
 # With scikit-learn too, but for STUDY=G2; STUDY="G1 --seeds 2" is less. A call is killed after 520 s; the next one goes on where it was.
-STUDY_GPU = $(PYTHON) bench/study/run.py --gpu --out $(OUT)/study --results $(OUT)/study-results $(STUDY)
+STUDY_GPU = $(PYTHON) studies/window_position/run.py --gpu --out $(OUT)/study --results $(OUT)/study-results $(STUDY)
 study-gpu: export PYTHONPATH := $(CURDIR)
 study-gpu: export IPCA_STUDY_CACHE := $(abspath $(OUT))/study-cache
 study-gpu: export TQDM_MININTERVAL := 10

@@ -21,9 +21,9 @@ from torch import nn
 
 import ipca
 from ipca import Window
-from ipca.fingerprint import tensor_sha256
+from ipca._hashing import tensor_sha256
+from ipca.io.adapter_folder import read_adapter
 from ipca.io.peft_format import WEIGHTS
-from ipca.io.read import read_adapter
 from ipca.nn import InitCertificate, LinearPC, WindowStart
 
 RANK, LAYERS, HIDDEN, INTERMEDIATE, KEYS = 16, 16, 2048, 8192, 8 * 64

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ipca.fingerprint import tensor_sha256
+from ipca._hashing import tensor_sha256
 from ipca.nn import InitCertificate, LinearPC, WindowStart
-from ipca.nn.place import put_layer
+from ipca.nn.registry import put_layer
 
 COLUMNS = (
     *("provider", "form", "step", "loss", "loss_difference", "status", "seconds", "tokens_per_s", "peak_mib"),
@@ -41,7 +41,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """How far a loss may be from that of the first provider, relative; bf16 factors and activations round at every step."""
 IN_PEFT = Provider("PEFT with PCConfig", "intact")
-"""``ipca.interop.peft.PCConfig``: PEFT's layers with our op."""
+"""``ipca.peft.PCConfig``: PEFT's layers with our op."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def as_peft(model: nn.Module, rank: int, *, sixteen_bit: bool) -> nn.Module:
 
 def as_window_in_peft(model: nn.Module, rank: int) -> nn.Module:
     """The same function and factors in PEFT's layers with a PCConfig."""
-    from ipca.interop.peft import PCConfig
+    from ipca.peft import PCConfig
 
     config = PCConfig(r=rank, target_modules=list(TARGETS))
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LinearPC)]:

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from facts import RESULTS, append_rows
 
-from ipca.analysis import best_rate, bootstrap_interval, paired_test
+from ipca.lab.compare import best_rate
+from ipca.lab.statistics import bootstrap_interval, paired_test
 
 COLUMNS = ("what", "n", "repeats", "share", "error")
 PATH = RESULTS / "error_rates.csv"

@@ -49,7 +49,7 @@ SELF = str(BENCH / "gpu.py")
 GRID, TRAINING = str(BENCH / "bench_pc_linear.py"), str(BENCH / "bench_training.py")
 WINDOWS = str(BENCH / "bench_window_svd.py")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
-NATIVE_ON_GPU = (*PYTEST, "-k", "on_a_gpu", "tests/svd/test_native.py")
+NATIVE_ON_GPU = (*PYTEST, "-k", "on_a_gpu", "tests/svd/test_inner_loops.py")
 ON_GPU = ("--device", "cuda", "--out", "{out}", "--seconds", "{seconds}")
 SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 """Compiling kernels takes the tests' time; pytest-xdist does it on several cores."""
@@ -57,7 +57,7 @@ STEPS = (
     Step("environment", (SELF, "--environment", "--out", "{out}"), 60),
     # The window SVD's CUDA extension: compiled for this GPU and loaded, then its kernels against their references.
     Step("extension", ("-m", "ipca._extension"), 150),
-    Step("native", (*PYTEST, "tests/svd/test_native.py"), 120),
+    Step("native", (*PYTEST, "tests/svd/test_inner_loops.py"), 120),
     Step("window_svd", (WINDOWS, *ON_GPU), 150, resumes=True),
     Step("tests", (*PYTEST, *SIDE_BY_SIDE, "tests"), 300),
     Step("memcheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "memcheck")),

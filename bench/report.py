@@ -9,18 +9,16 @@ from pathlib import Path
 
 from facts import RESULTS, ROOT
 from plots import draw, draw_windows
-from quantised_start import PATH as QUANTISED_START
-from quantised_start import overlap_section
-from quantised_start import section as quantised_start_section
+from quantized_start import PATH as QUANTISED_START
+from quantized_start import overlap_section
+from quantized_start import section as quantised_start_section
 from result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
 from svd_tables import LEGEND as WINDOW_LEGEND
 from svd_tables import against as windows_against
 from svd_tables import initialise_table, window_table
 
-from ipca.demo.report import read_rows, table
-
-sys.path.append(str(ROOT / "bench" / "study"))
-from study_tables import sections as study_sections
+from ipca.lab.demo.report import read_rows, table
+from studies.window_position.tables import sections as study_sections
 
 NO_GPU = "No GPU result has been measured yet; what follows is a CPU."
 
@@ -135,7 +133,7 @@ def main() -> int:
             "study": study["study_findings"],
         },
         ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
-        ROOT / "docs/quantised.md": {
+        ROOT / "docs/quantized.md": {
             "quantised_start": quantised_start_section(read_rows(RESULTS / QUANTISED_START.name)),
             "quantised_windows": overlap_section(read_rows(RESULTS / QUANTISED_START.name)),
         },

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import ipca
-from ipca.continual import METHODS, ContinualLearner, StreamTask, draw_stream, run_stream
+from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, draw_stream, run_stream
 
 PAIRS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 RANK = 8

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tiny import options, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from ipca.interop.peft import PCConfig
+from ipca.peft import PCConfig
 
 QUESTIONS = [(f"What is {a} plus {b}?", f"{a + b}.") for a in range(10) for b in range(10)]
 

@@ -9,8 +9,9 @@ import torch
 from tiny import options, tiny_data, tiny_model
 from transformers import Trainer, TrainingArguments
 
-from ipca import PCConfig, sweep
+from ipca import PCConfig
 from ipca.analysis import kl_to_base
+from ipca.lab import sweep
 
 
 def train(steps, model, groups, seed):

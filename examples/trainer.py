@@ -12,7 +12,7 @@ from tiny import options, tiny_data, tiny_model
 from transformers import Trainer, TrainingArguments
 
 import ipca
-from ipca.interop.peft import PCConfig
+from ipca.peft import PCConfig
 
 
 def build(folder, steps):

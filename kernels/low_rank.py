@@ -1,4 +1,4 @@
-"""The kernels of the low-rank products, under the names that ``ipca.ops.products`` gives them in plain PyTorch."""
+"""The kernels of the low-rank products, under the names that ``ipca.ops.torch_kernels`` gives them in plain PyTorch."""
 
 from ipca.kernels.outer import outer
 from ipca.kernels.products import fuses, products

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import ipca
-from ipca.fingerprint import tensor_sha256
+from ipca._hashing import tensor_sha256
 
 
 class Plain(nn.Module):

@@ -190,7 +190,7 @@ def cases():
 
 
 def views(call, arrays):
-    """The tensors that :mod:`ipca.svd.primitives` takes, of the call's arrays."""
+    """The tensors that :mod:`ipca.svd.inner_loops_torch` takes, of the call's arrays."""
     numbers, first, second = call.numbers, arrays[0], arrays[1]
     if call.operation == 0:
         _, _, n, _, _, _, _, rows, k = numbers

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from csrc_data import views
 
-from ipca.svd import primitives
+from ipca.svd import inner_loops_torch as primitives
 
 
 def complaints(call, found):

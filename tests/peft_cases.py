@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft_models import Small, ids
 from torch import Tensor, nn
 
-from ipca.interop.peft import PCConfig
+from ipca.peft import PCConfig
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:

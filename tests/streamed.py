@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from ipca import PCConfig
-from ipca.io.assemble import write_adapter
 from ipca.io.checkpoint import WHOLE, Checkpoint
-from ipca.io.job import Job
-from ipca.io.source import CheckpointSource, ModelSource
-from ipca.io.streaming import decompose_layers, install_layers
-from ipca.io.team import Team
 from ipca.model.targets import find_targets
+from ipca.offline.adapter_files import write_adapter
+from ipca.offline.decompose import decompose_layers, install_layers
+from ipca.offline.ranks import Team
+from ipca.offline.source import CheckpointSource, ModelSource
+from ipca.offline.work_folder import Job
 
 
 def on_meta(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""A made-up study: rows with known effects, as `bench/study/run.py`, `stream.py` and `mechanism.py` leave them."""
+"""A made-up study: rows with known effects, as the study's `run.py`, `stream.py` and `mechanism.py` leave them."""
 
 import csv
 import json
@@ -6,11 +6,11 @@ import random
 import shutil
 from dataclasses import dataclass
 
-from mechanism import COLUMNS as MECHANISM_COLUMNS
-from study_rows import write_table
 from sweep_rows import Made
 
-from ipca.baselines import CONTROLS
+from ipca.lab.baselines import CONTROLS
+from studies.window_position.mechanism import COLUMNS as MECHANISM_COLUMNS
+from studies.window_position.rows import write_table
 
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "1.0")
 BESIDE = ("lora", "full", "auto")

@@ -5,9 +5,9 @@ import json
 import random
 from dataclasses import dataclass, field
 
-from ipca.baselines import CONTROLS, kind_of, position_of
-from ipca.sweep.plan import MATCHED
-from ipca.sweep.trial import COLUMNS
+from ipca.lab.baselines import CONTROLS, kind_of, position_of
+from ipca.lab.sweep.plan import MATCHED
+from ipca.lab.sweep.trial import COLUMNS
 
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "0.875", "1.0")
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ipca.config import PCConfig
-from ipca.sweep import Task
+from ipca.lab.sweep import Task
 
 
 class Student(nn.Module):

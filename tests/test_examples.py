@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ipca
-from ipca.continual import METHODS
+from ipca.lab.continual import METHODS
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -15,20 +15,21 @@ import ipca
 from ipca._namesake import refuse_namesake
 
 LEVELS = {
-    **dict.fromkeys(("window", "fingerprint", "_version", "_namesake", "_extension", "_C", "kernels"), 0),
+    **dict.fromkeys(("window", "_hashing", "_version", "_namesake", "_extension", "_C", "kernels"), 0),
+    **dict.fromkeys(("_atomic", "_dtensor"), 0.5),
     **dict.fromkeys(("svd", "ops"), 1),
     "nn": 2,
     "config": 3,
     "model": 4,
     "io": 5,
     "": 5.5,  # ipca/__init__.py offers all of the above
-    **dict.fromkeys(("interop", "analysis", "baselines"), 6),
-    **dict.fromkeys(("continual", "demo", "sweep"), 7),
+    **dict.fromkeys(("offline", "analysis", "peft"), 6),
+    "lab": 7,
     "cli": 8,
     "__main__": 9,
 }
-WITH_PEFT = ("demo", "interop")
-WITH_TRANSFORMERS = ("demo", "interop", "cli")
+WITH_PEFT = ("lab", "peft")
+WITH_TRANSFORMERS = ("lab", "peft", "cli")
 
 
 def sources():
@@ -94,7 +95,7 @@ def check(module, is_package, text):
 
 def test_every_module_belongs_to_a_level_and_imports_only_what_it_may():
     files = list(sources())
-    assert {"ipca", "ipca.window", "ipca.svd.dispatch", "ipca.io.adapter"} <= {module for module, *_ in files}
+    assert {"ipca", "ipca.window", "ipca.svd.decompose", "ipca.io.adapter"} <= {module for module, *_ in files}
     assert [words for file in files for words in check(*file)] == []
 
 
@@ -105,10 +106,10 @@ def test_every_part_that_exists_is_where_the_levels_say():
 
 PLANTED = [
     ("ipca.window", "from ipca.svd import window_svd", "window (level 0) may not import svd (level 1)"),
-    ("ipca.window", "import ipca.fingerprint", "window (level 0) may not import fingerprint (level 0)"),
-    ("ipca.svd.range", "from ipca.ops.linear import pc_linear", "svd (level 1) may not import ops (level 1)"),
-    ("ipca.svd.range", "from ..nn import LinearPC", "svd (level 1) may not import nn (level 2)"),
-    ("ipca.svd.range", "from .. import nn", "svd (level 1) may not import nn (level 2)"),
+    ("ipca.window", "import ipca._hashing", "window (level 0) may not import _hashing (level 0)"),
+    ("ipca.svd.krylov", "from ipca.ops.linear import pc_linear", "svd (level 1) may not import ops (level 1)"),
+    ("ipca.svd.krylov", "from ..nn import LinearPC", "svd (level 1) may not import nn (level 2)"),
+    ("ipca.svd.krylov", "from .. import nn", "svd (level 1) may not import nn (level 2)"),
     ("ipca.nn.linear", "from ipca import config", "nn (level 2) may not import config (level 3)"),
     ("ipca.nn.linear", "from ipca import PCConfig", "nn (level 2) may not import ipca (level 5.5)"),
     ("ipca.nn.linear", "from ipca import *", "nn (level 2) may not import ipca (level 5.5)"),
@@ -117,13 +118,13 @@ PLANTED = [
     ("ipca.nn.linear", "def f():\n    from ipca.io import export", "nn (level 2) may not import io (level 5)"),
     ("ipca.nn.linear", "importlib.import_module('ipca.model')", "nn (level 2) may not import model (level 4)"),
     ("ipca.model.apply", "from ipca.io.files import staged_files", "model (level 4) may not import io (level 5)"),
-    ("ipca.interop.hub", "from ipca.analysis import angles", "interop (level 6) may not import analysis (level 6)"),
-    ("ipca.analysis.angles", "import ipca.demo.data", "analysis (level 6) may not import demo (level 7)"),
-    ("ipca.demo.task", "from ipca.cli import main", "demo (level 7) may not import cli (level 8)"),
-    ("ipca.io.read", "import peft", "only demo, interop may import peft"),
-    ("ipca.cli", "def f():\n    from peft import LoraConfig", "only demo, interop may import peft"),
+    ("ipca.peft.hub", "from ipca.analysis import angles", "peft (level 6) may not import analysis (level 6)"),
+    ("ipca.analysis.angles", "import ipca.lab.demo.data", "analysis (level 6) may not import lab (level 7)"),
+    ("ipca.lab.demo.task", "from ipca.cli import main", "lab (level 7) may not import cli (level 8)"),
+    ("ipca.io.adapter_folder", "import peft", "only lab, peft may import peft"),
+    ("ipca.cli", "def f():\n    from peft import LoraConfig", "only lab, peft may import peft"),
     (
-        "ipca.nn.kinds",
+        "ipca.nn.layer_kinds",
         "from transformers.pytorch_utils import Conv1D",
         "transformers is imported inside functions only",
     ),
@@ -143,7 +144,7 @@ def test_the_checker_sees_a_planted_violation(module, text, words):
     assert words in found
 
 
-@pytest.mark.parametrize("part", ["cli", "demo", "interop", "analysis"])
+@pytest.mark.parametrize("part", ["cli", "lab", "peft", "analysis"])
 def test_the_checker_keeps_the_front_free_of_what_lies_above_it(part):
     assert check("ipca", True, f"from ipca.{part} import main")
     assert check("ipca", True, f"from .{part} import main")
@@ -155,16 +156,16 @@ def test_the_checker_keeps_the_front_free_of_what_lies_above_it(part):
     ("module", "is_package", "text"),
     [
         ("ipca", True, "from ipca import nn\nfrom ipca.io import export\nfrom . import model"),
-        ("ipca.svd", True, "from ipca.svd.dispatch import window_svd\nfrom .result import WindowSVD"),
-        ("ipca.svd.range", False, "from ipca.window import Window\nfrom . import blocks\nfrom ..window import Window"),
+        ("ipca.svd", True, "from ipca.svd.decompose import window_svd\nfrom .result import WindowSVD"),
+        ("ipca.svd.krylov", False, "from ipca.window import Window\nfrom . import blocks\nfrom ..window import Window"),
         ("ipca.ops.linear", False, "def f():\n    from ipca.kernels.pc_linear import run"),
-        ("ipca.nn.kinds", False, "def f():\n    from transformers.pytorch_utils import Conv1D"),
-        ("ipca.demo.task", False, "import ipca, peft, transformers\nfrom ipca.analysis import angles"),
-        ("ipca.interop.hub", False, "from peft import LoraConfig\nimport ipca.io"),
+        ("ipca.nn.layer_kinds", False, "def f():\n    from transformers.pytorch_utils import Conv1D"),
+        ("ipca.lab.demo.task", False, "import ipca, peft, transformers\nfrom ipca.analysis import angles"),
+        ("ipca.peft.hub", False, "from peft import LoraConfig\nimport ipca.io"),
         (
             "ipca.cli",
             False,
-            "import transformers, ipca.demo\nfrom ipca import apply_pc\nimport kernels_of_another_name",
+            "import transformers, ipca.lab.demo\nfrom ipca import apply_pc\nimport kernels_of_another_name",
         ),
     ],
 )
@@ -198,7 +199,7 @@ print(json.dumps([sorted({*tried, *set(sys.modules) - before}), torch.cuda.is_in
     assert {"ipca", "torch", "scipy"} <= roots
     assert roots & {"triton", "transformers", "peft", "matplotlib", "kernels"} == set()
     assert "ipca.cli" not in names
-    assert "ipca.demo" not in names
+    assert "ipca.lab" not in names
     assert not cuda_started
 
 

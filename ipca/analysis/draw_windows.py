@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from ipca.analysis.draw import dark_to_light, panels, refuse_nothing, shade
+from ipca.analysis.figures import dark_to_light, panels, refuse_nothing, shade
 from ipca.analysis.importance import BlockImportance
 from ipca.analysis.picture import picture
 from ipca.model import LayerSensitivity

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipca.analysis.matrix import decompose, wide
+from ipca.analysis.linalg import decompose, wide
 from ipca.config import PCConfig
 from ipca.model.batches import as_batches, evaluating
-from ipca.model.sensitivity import measurable
+from ipca.model.calibration import measurable
 from ipca.model.targets import find_targets
-from ipca.nn.kinds import read_layer
-from ipca.nn.place import find_layer
-from ipca.nn.quantised import quantised_kind
+from ipca.nn.layer_kinds import read_layer
+from ipca.nn.quantization import quantised_kind
+from ipca.nn.registry import find_layer
 from ipca.window import Window
 
 Loss = Callable[[nn.Module, Any], float | Tensor]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ipca.analysis.matrix import wide
-from ipca.nn.kinds import ExpertStack, layer_kind, read_layer, to_matrix
+from ipca.analysis.linalg import wide
+from ipca.nn.layer_kinds import ExpertStack, layer_kind, read_layer, to_matrix
 from ipca.window import Window
 
 _INNER = ".base_layer"

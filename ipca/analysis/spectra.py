@@ -12,8 +12,8 @@ from tqdm import tqdm
 from ipca.config import PCConfig
 from ipca.model import adapted_layers, refuse_sharded
 from ipca.model.targets import find_targets
-from ipca.nn.kinds import read_layer
-from ipca.nn.place import find_layer
+from ipca.nn.layer_kinds import read_layer
+from ipca.nn.registry import find_layer
 from ipca.svd import singular_values
 from ipca.window import Window
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from ipca.analysis.matrix import decompose, ratio, refuse_infinite
-from ipca.analysis.pairs import Base, weight_pairs
+from ipca.analysis.layer_pairs import Base, weight_pairs
+from ipca.analysis.linalg import decompose, ratio, refuse_infinite
 from ipca.svd import window_svd
 from ipca.window import Window
 

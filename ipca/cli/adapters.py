@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ipca.cli.table import mib, short
+from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.peft_format import CONFIG, WEIGHTS
-from ipca.io.read import SIDECAR, read_adapter
-from ipca.io.stock import read_stock
+from ipca.io.peft_lora import read_stock
 
 Record = dict[str, object]
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ipca._version import __version__
-from ipca.baselines.names import CONTROLS
+from ipca.lab.baselines.methods import CONTROLS
 
 _EXAMPLES = (
     "ipca inspect path/to/model --window middle --rank 16 --plot spectra.png",
@@ -131,7 +131,7 @@ def _cache(add: argparse.ArgumentParser) -> None:
 
 def _sweep(add: argparse.ArgumentParser) -> None:
     _common(add)
-    add.add_argument("task", type=Path, metavar="TASK.py", help="a file whose task() returns an ipca.sweep.Task")
+    add.add_argument("task", type=Path, metavar="TASK.py", help="a file whose task() returns an ipca.lab.sweep.Task")
     add.add_argument("--windows", nargs="+", metavar="F", help="fractions or other windows (default 0 .125 … 1)")
     add.add_argument("--lrs", nargs="+", type=float, metavar="LR", help="learning rates (default 5e-4 1e-3 2e-3)")
     add.add_argument("--seeds", type=_positive, metavar="N", help="runs of each (default 8)")

@@ -11,9 +11,9 @@ from ipca.cli import adapters, spectra
 from ipca.cli.cache import cache
 from ipca.cli.choice import chosen_config, refuse_choice, refuse_inputs
 from ipca.cli.completion import completion
-from ipca.cli.folder import copy_companions, load_model
 from ipca.cli.init import init
 from ipca.io import check_target, staged_folder
+from ipca.io.model_folder import copy_companions, load_model
 
 __all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge", "sweep"]
 
@@ -88,7 +88,7 @@ def convert(args: argparse.Namespace) -> tuple[Record, str]:
 
 def sweep(args: argparse.Namespace) -> tuple[Record, str]:
     """Train every window beside plain LoRA and controls; print the verdict."""
-    from ipca import sweep as sweeps
+    from ipca.lab import sweep as sweeps
 
     options = [name for name, each in signature(sweeps.run).parameters.items() if each.kind is each.KEYWORD_ONLY]
     given = {name: value for name, value in vars(args).items() if name in options and value is not None}
@@ -102,6 +102,6 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:
     """Train four ways on real text; prints as it goes."""
-    from ipca.demo import demo as run_demo
+    from ipca.lab.demo import demo as run_demo
 
     return run_demo(args.text, args.out, seeds=args.seeds, steps=args.steps, sentences=args.sentences), ""

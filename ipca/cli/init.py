@@ -14,20 +14,20 @@ import torch
 
 import ipca
 from ipca.cli.choice import chosen_config, refuse_inputs
-from ipca.cli.folder import copy_companions, load_with_missing, model_digest
-from ipca.cli.skeleton import CannotStream, build_skeleton, checkpoint_keys
 from ipca.config import PCConfig
 from ipca.io import check_target
-from ipca.io.assemble import write_adapter
+from ipca.io.adapter_folder import read_adapter
 from ipca.io.checkpoint import Checkpoint
-from ipca.io.job import DONE, WORK, Job
+from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
 from ipca.io.peft_format import WEIGHTS
-from ipca.io.read import read_adapter
-from ipca.io.source import CheckpointSource, ModelSource
-from ipca.io.streaming import FinishedLayer, decompose_layers, install_layers
-from ipca.io.team import PeerEnded, Team
 from ipca.model import Target
 from ipca.model.targets import find_targets
+from ipca.offline.adapter_files import write_adapter
+from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
+from ipca.offline.ranks import PeerEnded, Team
+from ipca.offline.skeleton import CannotStream, build_skeleton, checkpoint_keys
+from ipca.offline.source import CheckpointSource, ModelSource
+from ipca.offline.work_folder import DONE, WORK, Job
 from ipca.svd.cache import SpectralCache
 
 Record = dict[str, object]

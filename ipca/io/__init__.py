@@ -1,10 +1,10 @@
 """Adapter files: save, load, export."""
 
 from ipca.io.adapter import load_adapter, save_adapter
-from ipca.io.card import write_model_card
-from ipca.io.convert import import_peft
-from ipca.io.export import export
+from ipca.io.export_formats import export
 from ipca.io.files import check_target, staged_files, staged_folder
+from ipca.io.from_peft import import_peft
+from ipca.io.model_card import write_model_card
 from ipca.io.originals import original_weights
 
 __all__ = [

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ipca._version import __version__
-from ipca.io.export import adapter_state, savable, write_peft
+from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, other_base, read_adapter, svd_record
+from ipca.io.export_formats import adapter_state, savable, write_peft
 from ipca.io.files import staged_files
 from ipca.io.gather import write_once
 from ipca.io.peft_format import WEIGHTS
-from ipca.io.read import SIDECAR, AdapterFolder, SavedLayer, file_sha256, other_base, read_adapter, svd_record
 from ipca.model import (
     Target,
     adapted_layers,
@@ -28,8 +28,8 @@ from ipca.model import (
     uninterrupted,
 )
 from ipca.nn import WindowLayer, WindowStart, certify_start
-from ipca.nn.kinds import base_sha256, read_layer
-from ipca.nn.place import find_layer, layers_of
+from ipca.nn.layer_kinds import base_sha256, read_layer
+from ipca.nn.registry import find_layer, layers_of
 
 _UNCHECKED = ", or pass check_base=False if you know that they fit."
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ipca._atomic import fsync_folder
 from ipca.model import uninterrupted
-from ipca.svd.sealed import fsync_folder
 
 
 @contextmanager

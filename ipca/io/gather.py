@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ipca.ops.sharded import full, is_sharded
+from ipca._dtensor import full, is_sharded
 
 
 def needs_all(model: nn.Module) -> bool:

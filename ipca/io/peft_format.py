@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ipca._dtensor import full
 from ipca.io.peft_kinds import PREFIX, factor_keys, to_peft, wrappers_around
 from ipca.nn import WindowLayer
-from ipca.nn.kinds import EXPERTS
-from ipca.ops.sharded import full
+from ipca.nn.layer_kinds import EXPERTS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

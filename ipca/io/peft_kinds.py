@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ipca.nn.kinds import EXPERTS
+from ipca.nn.layer_kinds import EXPERTS
 
 PREFIX = "base_model.model."
 MATRIX = "matrix"

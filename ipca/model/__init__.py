@@ -1,15 +1,5 @@
 """Whole models: choose layers, adapt them, summarise, merge, unload."""
 
-from ipca.model.adapter import (
-    adapter_parameters,
-    disabled,
-    merge_adapter,
-    refuse_sharded,
-    require_adapted,
-    unload,
-    unmerge_adapter,
-    whole_modules,
-)
 from ipca.model.apply import (
     adapted_layers,
     apply_pc,
@@ -19,11 +9,21 @@ from ipca.model.apply import (
     uninterrupted,
 )
 from ipca.model.auto import suggest_windows
-from ipca.model.param_groups import param_groups
-from ipca.model.sensitivity import LayerSensitivity, input_energy, sensitivity
+from ipca.model.calibration import LayerSensitivity, input_energy, sensitivity
+from ipca.model.decompose import share
+from ipca.model.merge import (
+    adapter_parameters,
+    disabled,
+    merge_adapter,
+    refuse_sharded,
+    require_adapted,
+    unload,
+    unmerge_adapter,
+    whole_modules,
+)
+from ipca.model.optim import param_groups
+from ipca.model.report import Summary, summary
 from ipca.model.start import precision, start_of
-from ipca.model.starts import share
-from ipca.model.summary import Summary, summary
 from ipca.model.targets import Target, refuse, refuse_suffix
 
 __all__ = [

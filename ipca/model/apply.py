@@ -14,11 +14,11 @@ from torch import nn
 
 from ipca.config import PCConfig
 from ipca.model.auto import auto_windows, check_calibration, without_auto
+from ipca.model.decompose import window_starts
 from ipca.model.originals import Originals, check_originals
-from ipca.model.starts import window_starts
 from ipca.model.targets import Target, find_targets, saved_modules
 from ipca.nn import WindowLayer, WindowStart
-from ipca.nn.place import find_layer, layer_class, put_layer
+from ipca.nn.registry import find_layer, layer_class, put_layer
 from ipca.svd import SpectralCache
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -11,9 +11,9 @@ from torch import nn
 
 from ipca.config import PCConfig
 from ipca.model.batches import as_batches
+from ipca.model.calibration import sensitivities, sensitivity
 from ipca.model.originals import Originals
 from ipca.model.patterns import lookup
-from ipca.model.sensitivity import sensitivities, sensitivity
 from ipca.model.targets import Target, find_targets
 from ipca.window import Window
 

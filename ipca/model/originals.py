@@ -8,10 +8,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ipca.model.targets import Target
-from ipca.nn.kinds import read_layer
-from ipca.nn.place import find_layer
-from ipca.nn.quantised import quantised_kind, quantised_sha256
-from ipca.nn.quantised_linear import quantised_source
+from ipca.nn.layer_kinds import read_layer
+from ipca.nn.quantization import quantised_kind, quantised_sha256
+from ipca.nn.quantized_linear import quantised_source
+from ipca.nn.registry import find_layer
 
 Originals = Mapping[str, Tensor] | Callable[[str], Tensor]
 """The weight ``(out, in)`` that a quantised layer had before, by the layer's path."""
@@ -29,7 +29,7 @@ def base_matrix(module: nn.Module, name: str, originals: Originals | None) -> Ba
     """The matrix that the layer ``module`` at the path ``name`` starts from.
 
     Raises:
-        TypeError, ValueError: as :func:`ipca.nn.quantised_linear.quantised_source`, or a callable's own.
+        TypeError, ValueError: as :func:`ipca.nn.quantized_linear.quantised_source`, or a callable's own.
     """
     if quantised_kind(module) is None:
         return BaseMatrix(read_layer(module)[0], "weight", None)

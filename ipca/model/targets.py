@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ipca._dtensor import is_sharded
 from ipca.config import PCConfig
 from ipca.model.patterns import lookup, matches, matches_any, require_match
 from ipca.nn import WindowLayer
 from ipca.nn.experts import ExpertsPC, StackPC
-from ipca.nn.kinds import LINEAR, ExpertStack, layer_kind, read_layer, refusal, stack_names
-from ipca.nn.place import layers_of
-from ipca.nn.quantised import quantised_kind
-from ipca.nn.quantised_linear import RESIDUAL
-from ipca.ops.sharded import is_sharded
+from ipca.nn.layer_kinds import LINEAR, ExpertStack, layer_kind, read_layer, refusal, stack_names
+from ipca.nn.quantization import quantised_kind
+from ipca.nn.quantized_linear import RESIDUAL
+from ipca.nn.registry import layers_of
 from ipca.svd import check_matrix
 from ipca.window import Window
 

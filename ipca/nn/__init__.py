@@ -3,13 +3,8 @@
 from ipca.nn.conv import ConvPC
 from ipca.nn.embedding import EmbeddingPC
 from ipca.nn.experts import ExpertsPC, StackPC
-from ipca.nn.explain import Explanation, backends, explain
-from ipca.nn.layer import WindowLayer
-from ipca.nn.linear import LinearPC
-from ipca.nn.quantised import dequantised, quantised_kind, requantised
-from ipca.nn.quantised_linear import QuantisedLinearPC
-from ipca.nn.shared import SharedInput
-from ipca.nn.start import (
+from ipca.nn.explanation import Explanation, backends, explain
+from ipca.nn.initialization import (
     FORMS,
     InitCertificate,
     WindowStart,
@@ -19,6 +14,11 @@ from ipca.nn.start import (
     start_from_svd,
     window_start,
 )
+from ipca.nn.linear import LinearPC
+from ipca.nn.quantization import dequantised, quantised_kind, requantised
+from ipca.nn.quantized_linear import QuantisedLinearPC
+from ipca.nn.shared_input import SharedInput
+from ipca.nn.window_layer import WindowLayer
 
 __all__ = [
     "FORMS",

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.nn.kinds import from_matrix, layer_kind, refusal, to_matrix
+from ipca.nn.layer_kinds import from_matrix, layer_kind, refusal, to_matrix
 from ipca.nn.product import ProductLayer
 from ipca.window import Window
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ipca.nn.kinds import EXPERTS, ExpertStack, from_matrix, layer_kind, refusal, to_matrix
-from ipca.nn.layer import WindowLayer
+from ipca.nn.layer_kinds import EXPERTS, ExpertStack, from_matrix, layer_kind, refusal, to_matrix
+from ipca.nn.window_layer import WindowLayer
 from ipca.window import Window
 
 

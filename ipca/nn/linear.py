@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.nn.kinds import LINEAR, build_layer, layer_kind, read_layer
+from ipca.nn.layer_kinds import LINEAR, build_layer, layer_kind, read_layer
 from ipca.nn.product import ProductLayer
 from ipca.ops import Layer, pc_linear
 from ipca.window import Window, as_window

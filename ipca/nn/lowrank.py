@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ipca.ops.sharded import full
+from ipca._dtensor import full
 
 _ROWS = 256
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipca.nn.layer import WindowLayer
+from ipca.nn.window_layer import WindowLayer
 
 
 class ProductLayer(WindowLayer):

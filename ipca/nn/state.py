@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ipca.nn.kinds import to_matrix
+from ipca._dtensor import part_like
+from ipca.nn.extra_state import check_record
+from ipca.nn.initialization import WindowStart
+from ipca.nn.layer_kinds import to_matrix
 from ipca.nn.lowrank import add_low_rank
-from ipca.nn.record import check_record
-from ipca.nn.start import WindowStart
-from ipca.ops.sharded import part_like
 
 if TYPE_CHECKING:
-    from ipca.nn.layer import WindowLayer
+    from ipca.nn.window_layer import WindowLayer
 
 
 def incoming_state(

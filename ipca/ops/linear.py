@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from ipca._dtensor import is_sharded
 from ipca.ops import backend as backends
-from ipca.ops import reference, split
+from ipca.ops import low_rank_linear as split
+from ipca.ops import reference
 from ipca.ops.dropout import new_seed
-from ipca.ops.sharded import is_sharded
-from ipca.ops.split import Layer, Needs
+from ipca.ops.low_rank_linear import Layer, Needs
 
 Grad = Callable[..., list[Tensor]]
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ipca.ops import backend as backends
-from ipca.ops import reference, split
+from ipca.ops import low_rank_linear as split
+from ipca.ops import reference
 from ipca.ops.dropout import new_seed
 from ipca.ops.linear import check, differentiated_again, on_device_of, pc_linear, shaped_like, to_autocast, transformed
-from ipca.ops.split import Layer, Needs
+from ipca.ops.low_rank_linear import Layer, Needs
 
 
 def forward(

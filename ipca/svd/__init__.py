@@ -2,9 +2,9 @@
 
 from ipca.svd.batch import workspace
 from ipca.svd.cache import SpectralCache, cached_window_svd
-from ipca.svd.dispatch import FLOAT_DTYPES, TOLERANCES, check_matrix, singular_values, tolerance, window_svd
+from ipca.svd.decompose import FLOAT_DTYPES, TOLERANCES, check_matrix, singular_values, tolerance, window_svd
+from ipca.svd.parallel import side_by_side
 from ipca.svd.result import SVDReport, WindowSVD
-from ipca.svd.side_by_side import side_by_side
 
 __all__ = [
     "FLOAT_DTYPES",

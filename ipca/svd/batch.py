@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ipca.svd.parallel import side_by_side
 from ipca.svd.problem import Problem
 from ipca.svd.result import SVDReport, WindowSVD
-from ipca.svd.side_by_side import side_by_side
 from ipca.svd.solve import Solution, solve
 from ipca.window import Window
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ipca.svd.candidate import Candidate
-from ipca.svd.inverse import inverse_krylov
 from ipca.svd.problem import Problem
+from ipca.svd.shift_invert import inverse_krylov
 
 
 def bottom(problem: Problem, window: range, tol: float) -> Candidate | None:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipca.svd.dispatch import check_matrix, window_svd
+from ipca._atomic import TEMPORARY, DamagedFile
+from ipca.svd.decompose import check_matrix, window_svd
 from ipca.svd.entry import ENDING, CacheEntry, CacheKey, cache_key, read_entry, write_entry
 from ipca.svd.result import WindowSVD
-from ipca.svd.sealed import TEMPORARY, DamagedFile
 from ipca.window import Window
 
 _ABANDONED = 24 * 3600.0

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ipca.svd.blocks import Blocks
-from ipca.svd.draws import PROBES, normal
 from ipca.svd.ldlt import factorise_shifted
+from ipca.svd.random_vectors import PROBES, normal
 
 _EPS = torch.finfo(torch.float64).eps
 _PROBES = 16

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipca.svd.draws import DENSITY, normal
-from ipca.svd.native import lanczos_step_
+from ipca.svd.inner_loops import lanczos_step_
+from ipca.svd.random_vectors import DENSITY, normal
 
 STEPS, CHAINS = 32, 16
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipca.fingerprint import tensor_sha256
-from ipca.svd.dispatch import tolerance
+from ipca._atomic import DamagedFile, Record, read_sealed, write_sealed
+from ipca._hashing import tensor_sha256
+from ipca.svd.decompose import tolerance
 from ipca.svd.result import SVDReport, WindowSVD
-from ipca.svd.sealed import DamagedFile, Record, read_sealed, write_sealed
 from ipca.window import Window
 
 VERSION = 1
@@ -27,7 +27,7 @@ class CacheKey:
     """What an entry belongs to.
 
     Attributes:
-        weight: :func:`ipca.fingerprint.tensor_sha256` of the matrix, which covers its shape and dtype.
+        weight: :func:`ipca._hashing.tensor_sha256` of the matrix, which covers its shape and dtype.
         window: the text of the window's start: an index, or a rule that looks at the spectrum.
         rank: of the window.
         tol: the bound on the residual, as a number.
@@ -87,7 +87,7 @@ def cache_key(
 
 
 def write_entry(folder: Path, key: CacheKey, found: WindowSVD) -> None:
-    """Keep the window of one matrix, in one go; raises OSError as :func:`ipca.svd.sealed.write_sealed` does."""
+    """Keep the window of one matrix, in one go; raises OSError as :func:`ipca._atomic.write_sealed` does."""
     (report,) = found.reports
     record = {"key": asdict(key), "report": asdict(report)}
     write_sealed(folder / key.file_name, record, {"U": found.U, "S": found.S, "Vh": found.Vh})

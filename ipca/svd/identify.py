@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ipca.svd.blocks import Blocks
 from ipca.svd.certificate import count_above_pivoted
-from ipca.svd.dispatch import window_svd
+from ipca.svd.decompose import window_svd
 from ipca.svd.result import WindowSVD
 from ipca.window import Window
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ipca.svd.candidate import Candidate
-from ipca.svd.inverse import inverse_krylov
 from ipca.svd.ldlt import LDLT
 from ipca.svd.problem import Problem
+from ipca.svd.shift_invert import inverse_krylov
 
 _NEAR = 24
 """Indices; to come nearer than that costs another factorisation, more than the few columns it saves."""

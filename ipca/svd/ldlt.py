@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ipca.svd.native import ldlt_panel_
-from ipca.svd.primitives import PANEL
+from ipca.svd.inner_loops import ldlt_panel_
+from ipca.svd.inner_loops_torch import PANEL
 
 _BLOCK = 256
 _EPS = torch.finfo(torch.float64).eps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ipca.svd.native import scaled_cholesky
+from ipca.svd.inner_loops import scaled_cholesky
 
 _PASSES = 6
 _BENIGN = 10.0

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ipca.svd.blocks import Blocks
 from ipca.svd.density import CHAINS, STEPS, Density, spectral_density
-from ipca.svd.draws import KRYLOV, POWER, normal
 from ipca.svd.ldlt import LDLT, factorise_shifted
+from ipca.svd.random_vectors import KRYLOV, POWER, normal
 
 _POWER_STEPS = 16
 

@@ -14,7 +14,7 @@ from ipca.svd.blocks import Blocks, largest_entry
 from ipca.svd.bottom import bottom
 from ipca.svd.candidate import Candidate
 from ipca.svd.certificate import Proof
-from ipca.svd.full import full_svd
+from ipca.svd.dense import full_svd
 from ipca.svd.interior import interior
 from ipca.svd.orthonormal import orthonormalise
 from ipca.svd.plan import plan

@@ -11,8 +11,8 @@ from quantised_layers import quantised_model
 
 from ipca import PCConfig, analysis
 from ipca.analysis import BlockImportance, LayerSensitivity, component_importance
-from ipca.nn.kinds import read_layer
-from ipca.nn.place import find_layer
+from ipca.nn.layer_kinds import read_layer
+from ipca.nn.registry import find_layer
 
 CONFIG = PCConfig(rank=3, targets=("a", "b"))
 

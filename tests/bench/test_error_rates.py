@@ -4,7 +4,7 @@ import error_rates as bench
 import pytest
 from facts import ROOT, read_rows
 
-from ipca.analysis import bootstrap_interval
+from ipca.lab.statistics import bootstrap_interval
 
 
 def test_few_values_give_intervals_that_are_too_narrow():
@@ -32,7 +32,12 @@ def test_what_is_written_of_intervals_and_tests_is_what_was_found():
     held = {int(row["n"]): f"{float(row['share']):.0%}".replace("%", " %") for row in rows if row["what"] == "coverage"}
     page, study, analysis, protocol = (
         " ".join((ROOT / path).read_text().split())
-        for path in ("ipca/sweep/report/page.html", "docs/study.md", "docs/analysis.md", "bench/study/PROTOCOL.md")
+        for path in (
+            "ipca/lab/sweep/report/page.html",
+            "docs/study.md",
+            "docs/analysis.md",
+            "studies/window_position/PROTOCOL.md",
+        )
     )
     says = " ".join(bootstrap_interval.__doc__.split())
     assert f"about {held[3]} of such 95 % intervals hold the mean at n = 3, {held[5]} at n = 5" in says

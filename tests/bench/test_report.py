@@ -8,7 +8,7 @@ import result_tables as tables
 from bench_pc_linear import COLUMNS
 from bench_training import COLUMNS as TRAINING_COLUMNS
 
-from ipca.demo.report import read_rows
+from ipca.lab.demo.report import read_rows
 
 OURS = [("ipca-auto", form) for form in ("residual", "intact")]
 
@@ -154,7 +154,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         shutil.copy(report.RESULTS / name, results)
     written(results, layer_rows({OURS[0]: 1.1}))
     markers = {"README.md": ("demo", "pc_linear", "training", "window_svd", "study"), "docs/method.md": ("memory",)}
-    markers["docs/quantised.md"] = ("quantised_start", "quantised_windows")
+    markers["docs/quantized.md"] = ("quantised_start", "quantised_windows")
     markers["docs/study.md"] = tuple(report.study_sections(results / "study"))
     for page, names in markers.items():
         (tmp_path / page).write_text("".join(f"<!-- report:{n} -->\n<!-- /report:{n} -->\n" for n in names))

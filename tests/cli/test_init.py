@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, T5Config,
 
 import ipca
 from ipca.cli import main
-from ipca.cli.folder import load_model
+from ipca.io.model_folder import load_model
 from ipca.svd.cache import SpectralCache
 
 IDS = torch.arange(6)[None]

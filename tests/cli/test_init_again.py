@@ -13,10 +13,10 @@ import torch
 from folders import contents, spoil
 from transformers import AutoModelForCausalLM as AutoModel
 
-import ipca.fingerprint
+import ipca._hashing
 import ipca.svd.cache
 from ipca.cli import main
-from ipca.io.job import WORK
+from ipca.offline.work_folder import WORK
 
 
 def init(model: Path, out: Path, *options: str) -> int:
@@ -62,7 +62,7 @@ def test_other_options_do_not_go_on_with_a_job(llama, tmp_path, monkeypatch, cap
 def test_residual_needs_an_empty_folder_but_for_its_own_work(llama, tmp_path, monkeypatch, capsys, decomposed):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("ipca.io.source.write_in_place", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("ipca.offline.source.write_in_place", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert init(llama, out, "--form", "residual") == 130
     assert len(decomposed) == 14
     (out / "notes.txt").write_text("mine")
@@ -78,7 +78,7 @@ KILLED = """
 import os, signal, sys
 import ipca.svd.cache
 from ipca.cli import main
-from ipca.fingerprint import tensor_sha256
+from ipca._hashing import tensor_sha256
 
 log, limit, *arguments = sys.argv[1:]
 plain, done = ipca.svd.cache.window_svd, []
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(llama, tmp_path, monkeypatc
     later, plain = [], ipca.svd.cache.window_svd
 
     def counted(weight, *args, **options):
-        later.append(ipca.fingerprint.tensor_sha256(weight))
+        later.append(ipca._hashing.tensor_sha256(weight))
         return plain(weight, *args, **options)
 
     monkeypatch.setattr(ipca.svd.cache, "window_svd", counted)

@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTModel
 
 import ipca
 from ipca.cli import main
-from ipca.cli.folder import load_model
+from ipca.io.model_folder import load_model
 
 
 def vit() -> ViTModel:

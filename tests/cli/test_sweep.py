@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import sweep_task
 
-from ipca.baselines import CONTROLS
 from ipca.cli import main
+from ipca.lab.baselines import CONTROLS
 
 TASK = Path(sweep_task.__file__)
 OPTIONS = ("--windows", "0", "0.5", "1", "--lrs", "1e-3", "1e-2", "--seeds", "2", "--early", "2", "--methods", "lora")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ipca.svd import native, primitives
+from ipca.svd import inner_loops as native
+from ipca.svd import inner_loops_torch as primitives
 
 DTYPES = [torch.float64, torch.float32]
 

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 import ipca
-from ipca.interop.peft import PCConfig
+from ipca.peft import PCConfig
 
 ROOT = Path(__file__).parent.parent.parent
 RANK, LR = 3, 1e-2

@@ -4,7 +4,7 @@ import pytest
 from engines import launch
 from peft import PeftModel
 
-from ipca.interop.peft import PCConfig, export
+from ipca.peft import PCConfig, export
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_adapter_is_that_of_one_process(told, alone, engine):
 
 
 def test_what_two_processes_saved_resumes_in_one_without_an_svd(told, alone, monkeypatch):
-    monkeypatch.setattr("ipca.nn.start.window_svd", None)
+    monkeypatch.setattr("ipca.nn.initialization.window_svd", None)
     folder = told[0] / "fsdp2"
     model = PeftModel.from_pretrained(launch.base(), folder, config=PCConfig.from_pretrained(folder), is_trainable=True)
     x = launch.batch(7)[0]

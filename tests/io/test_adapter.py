@@ -11,7 +11,7 @@ from common import snapshot
 from torch import nn
 
 import ipca
-import ipca.nn.start
+import ipca.nn.initialization
 from ipca import Window
 from ipca.nn import LinearPC
 

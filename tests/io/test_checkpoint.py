@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ipca.io.checkpoint import DTYPES, INDEX, WHOLE, Checkpoint, read_header, write_in_place
-from ipca.io.stream_file import in_file_order, write_tensors
+from ipca.offline.stream_file import in_file_order, write_tensors
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -17,7 +17,7 @@ from torch import nn
 import ipca
 import ipca.io.adapter
 from ipca.io import staged_files, staged_folder
-from ipca.io.read import read_adapter
+from ipca.io.adapter_folder import read_adapter
 
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
 
@@ -90,8 +90,8 @@ def test_failure_while_writing_leaves_the_old_files(saved, error, monkeypatch, t
     base, folder = saved
     (folder / "notes.txt").write_text("mine")
     before, model = contents(tmp_path), adapted(copy.deepcopy(base))
-    # `ipca.io.export` is the function
-    monkeypatch.setattr(sys.modules["ipca.io.export"], "save_file", broken(error))
+    # `ipca.io.export_formats` is the function
+    monkeypatch.setattr(sys.modules["ipca.io.export_formats"], "save_file", broken(error))
     expected = OSError if isinstance(error, SafetensorError) else type(error)
     for name, target in [("save", folder), ("peft", folder), *((name, tmp_path / "new") for name in WRITERS)]:
         with pytest.raises(expected):

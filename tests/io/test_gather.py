@@ -9,8 +9,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ipca
+from ipca._dtensor import full, is_sharded, part_like
 from ipca.io.gather import gathered, is_writer, needs_all, plain_type, write_once
-from ipca.ops.sharded import full, is_sharded, part_like
 
 
 @pytest.fixture

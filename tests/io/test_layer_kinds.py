@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ipca
-import ipca.nn.start
+import ipca.nn.initialization
 import ipca.svd.cache
 
 FORMS = ("residual", "intact")
@@ -30,7 +30,7 @@ def trained(name: str, base: nn.Module, form: str = "intact") -> nn.Module:
 
 
 def no_svd(monkeypatch) -> None:
-    for module in (ipca.nn.start, ipca.svd.cache):
+    for module in (ipca.nn.initialization, ipca.svd.cache):
         monkeypatch.setattr(module, "window_svd", lambda *a, **k: pytest.fail("an SVD ran"))
 
 

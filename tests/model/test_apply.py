@@ -13,7 +13,7 @@ from torch import nn
 
 import ipca
 import ipca.model.apply
-import ipca.nn.start
+import ipca.nn.initialization
 from ipca import PCConfig, Window
 from ipca.nn import LinearPC
 
@@ -76,12 +76,12 @@ def test_failure_in_the_middle_of_the_decompositions(error, words, monkeypatch):
 
 
 def test_missed_certificate_names_the_layer(monkeypatch):
-    kept = ipca.nn.start.kept_weight
+    kept = ipca.nn.initialization.kept_weight
 
     def planted(weight, *args, **options):
         return kept(weight, *args, **options) + (0.1 if weight.shape[0] == 5 else 0.0)
 
-    monkeypatch.setattr(ipca.nn.start, "kept_weight", planted)
+    monkeypatch.setattr(ipca.nn.initialization, "kept_weight", planted)
     model = Plain()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match=r"^head: the effective weight is off by .* before training"):

@@ -11,9 +11,10 @@ from quantised_layers import quantised_model
 from torch import nn
 
 import ipca
-from ipca import PCConfig, baselines
+from ipca import PCConfig
+from ipca.lab import baselines
 from ipca.model import adapted_layers, sensitivity, suggest_windows
-from ipca.model.sensitivity import sensitivities
+from ipca.model.calibration import sensitivities
 from ipca.nn import LinearPC
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ipca import Window
 from ipca.nn import window_start
 from ipca.nn.experts import ExpertsPC, StackPC
-from ipca.nn.kinds import ExpertStack
-from ipca.nn.place import find_layer, layers_of, put_layer
+from ipca.nn.layer_kinds import ExpertStack
+from ipca.nn.registry import find_layer, layers_of, put_layer
 
 FORMS = ("residual", "intact")
 

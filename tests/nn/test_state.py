@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import ipca.nn.start
+import ipca.nn.initialization
 from ipca import Window
 from ipca.nn import LinearPC
 
@@ -178,7 +178,7 @@ def test_own_state_dict_restores_without_svd(form, through, monkeypatch):
         state = load(save({key: value.contiguous() for key, value in state.items()}))
     other = nn.Sequential(LinearPC(23, 37, 5, "principal", alpha=8.0, form=form))
     waiting = nn.Sequential(LinearPC(23, 37, 5, alpha=8.0, form=form, device="meta"))
-    monkeypatch.setattr(ipca.nn.start, "window_svd", lambda *a, **k: pytest.fail("an SVD ran"))
+    monkeypatch.setattr(ipca.nn.initialization, "window_svd", lambda *a, **k: pytest.fail("an SVD ran"))
     other.load_state_dict(state)
     waiting.load_state_dict(state, assign=True)
     x = torch.randn(6, 23)

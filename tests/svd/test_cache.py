@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca.fingerprint import tensor_sha256
+from ipca._atomic import DamagedFile, read_sealed, write_sealed
+from ipca._hashing import tensor_sha256
 from ipca.svd.cache import SpectralCache, cached_window_svd, default_cache_folder
 from ipca.svd.entry import CacheKey, cache_key
-from ipca.svd.sealed import DamagedFile, read_sealed, write_sealed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WINDOW = Window.middle(4)
@@ -193,7 +193,7 @@ def test_a_full_disk_costs_a_warning_alone(cache, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("ipca.svd.sealed.os.fsync", full)
+    monkeypatch.setattr("ipca._atomic.os.fsync", full)
     W = torch.randn(24, 30)
     with pytest.warns(RuntimeWarning, match="cannot write the spectral cache .*: No space left on device; results are"):
         found = cached_window_svd(W, WINDOW, cache=cache)

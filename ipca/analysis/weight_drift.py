@@ -1,0 +1,132 @@
+"""What training did to each singular component of a weight: rescaled or rotated it; and how far the window turned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ipca.analysis.layer_pairs import Base, weight_pairs
+from ipca.analysis.linalg import decompose, ratio, refuse_infinite
+from ipca.window import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """The change ``ΔW`` of one weight, split by the components of the pretrained ``W = U diag(S) Vh``.
+
+    Tensors are ``(d,)``, float64, on the CPU. ``rescaling² + rotation² + outside²`` sums to ``norm²``.
+
+    Attributes:
+        shape: ``(out, in)``.
+        S: the singular values of ``W``.
+        rescaling: ``|uᵢᵀ ΔW vᵢ|``, by how much the component's singular value would change if nothing turned.
+        rotation: ``√(½ Σⱼ (uᵢᵀ ΔW vⱼ)² + ½ Σⱼ (uⱼᵀ ΔW vᵢ)²)``, ``j ≠ i``: how much it mixes with others. Each entry
+            counts half for each of its two components.
+        outside: of a rectangular ``W`` what leaves the span of its singular vectors on the longer side,
+            ``‖(I − U Uᵀ) ΔW vᵢ‖`` of a tall one, ``‖uᵢᵀ ΔW (I − V Vᵀ)‖`` of a wide one; 0 of a square one.
+        norm: ``‖ΔW‖_F``.
+        window: of an adapted layer, else None.
+    """
+
+    shape: tuple[int, int]
+    S: Tensor
+    rescaling: Tensor
+    rotation: Tensor
+    outside: Tensor
+    norm: float
+    window: Window | None
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The shares of ``‖ΔW‖_F²`` in rescaling, rotation and outside; they add up to 1, or are 0 without a change."""
+        parts = {"rescaling": self.rescaling, "rotation": self.rotation, "outside": self.outside}
+        return {name: ratio(part.norm().item(), self.norm) ** 2 for name, part in parts.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class WindowAngles:
+    """How far the factors' spans have turned from where they started, in radians, largest first; float64, on the CPU.
+
+    Attributes:
+        output: principal angles between the columns of ``B`` and of ``B0``.
+        input: between the rows of ``A`` and of ``A0``.
+
+    There are ``rank`` of each, fewer where a factor has a lower rank, and none for a factor that is 0, such as the
+    ``B0`` of plain LoRA.
+    """
+
+    output: Tensor
+    input: Tensor
+
+
+def drift(model: nn.Module, base: Base | None = None) -> dict[str, Drift]:
+    """What training did to the singular components of each weight, by the layer's path.
+
+    With ``M = Uᵀ W' V (d, d)`` in the full SVD of the pretrained ``W``, the diagonal of ``M − diag(S)`` rescales
+    components and the rest rotates them into each other. Where singular values of ``W`` are equal their vectors, and so
+    the split between those components, are a matter of choice; sums over all of them are not.
+
+    Raises:
+        TypeError, ValueError: as :func:`weight_pairs`; a weight holds NaN or Inf.
+    """
+    found = {}
+    for pair in weight_pairs(model, base):
+        refuse_infinite(pair.name, pair.trained)
+        (U, S, Vh), change = decompose(pair.name, pair.base), pair.change
+        D = U.mT @ change @ Vh.mT
+        square = D.square().fill_diagonal_(0.0)
+        rotation = ((square.sum(0) + square.sum(1)) / 2).sqrt()
+        found[pair.name] = Drift(
+            shape=(len(U), Vh.shape[1]),
+            S=S.cpu(),
+            rescaling=D.diagonal().abs().cpu(),
+            rotation=rotation.cpu(),
+            outside=_outside(U, D, Vh, change).cpu(),
+            norm=change.norm().item(),
+            window=pair.window,
+        )
+    return found
+
+
+def principal_angles(model: nn.Module, base: Base | None = None) -> dict[str, WindowAngles]:
+    """How far the window of each adapted layer has turned, by the layer's path.
+
+    It is the factors that are compared, ``B`` with ``B0`` and ``A`` with ``A0``; ``base`` is needed where
+    :func:`weight_pairs` needs it.
+
+    Raises:
+        TypeError, ValueError: as :func:`weight_pairs`; a layer does not keep the factors it started from; NaN or Inf.
+    """
+    found = {}
+    for pair in weight_pairs(model, base):
+        if pair.factors is None:
+            raise ValueError(
+                f"{pair.name}: a {type(pair.layer).__name__} does not keep the factors it started from; an adapted "
+                "layer of ipca.apply_pc or of ipca.peft.PCConfig, with one active adapter, does."
+            )
+        A, B, A0, B0 = pair.factors
+        output, rows = ([decompose(pair.name, X).left for X in both] for both in ((B, B0), (A.mT, A0.mT)))
+        found[pair.name] = WindowAngles(_angles(*output).cpu(), _angles(*rows).cpu())
+    return found
+
+
+def _outside(U: Tensor, D: Tensor, Vh: Tensor, change: Tensor) -> Tensor:
+    """For each component the part of ``change (out, in)`` that ``U D Vh`` leaves out."""
+    if len(U) > Vh.shape[1]:
+        return (change @ Vh.mT - U @ D).norm(dim=0)
+    if len(U) < Vh.shape[1]:
+        return (U.mT @ change - D @ Vh).norm(dim=1)
+    return change.new_zeros(len(D))
+
+
+def _angles(X: Tensor, Y: Tensor) -> Tensor:
+    """Principal angles of two orthonormal bases, descending; from sine and cosine, so that small ones are right too.
+
+    Source: Knyazev & Argentati, "Principal angles between subspaces in an A-based scalar product", SISC 23 (2002).
+    """
+    P, Q = sorted((X, Y), key=lambda basis: basis.shape[1])
+    overlap = Q.mT @ P
+    cosines, sines = torch.linalg.svdvals(overlap), torch.linalg.svdvals(P - Q @ overlap)
+    return torch.atan2(sines, cosines.flip(0))

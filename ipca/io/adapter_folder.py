@@ -1,0 +1,182 @@
+"""Reading an adapter folder: every file, key and shape is checked before anybody sees a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ipca.io.peft_format import WEIGHTS, split_factors
+from ipca.io.peft_kinds import PREFIX, factor_keys, from_peft, wrappers_around
+from ipca.nn import check_options
+from ipca.nn.layer_kinds import EXPERTS
+from ipca.svd import SVDReport
+from ipca.window import Window
+
+SIDECAR = "ipca.json"
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """What ``ipca.json`` says of one layer; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``."""
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    rank: int
+    alpha: float
+    form: str
+    dropout: float
+    base_sha256: str | None
+    svd: dict[str, Any] | None
+
+    @property
+    def window(self) -> Window:
+        return Window(self.start, self.rank)
+
+    def report(self) -> SVDReport | None:
+        """The report of the decomposition the factors came from."""
+        return None if self.svd is None else SVDReport(window=self.window, **self.svd)
+
+
+class Factors(NamedTuple):
+    """``A, A0 (…, rank, in)``, ``B, B0 (…, out, rank)``, on the CPU."""
+
+    A: Tensor
+    B: Tensor
+    A0: Tensor
+    B0: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter as read: layers and their factors by path, and the state of modules that were trained whole."""
+
+    layers: dict[str, SavedLayer]
+    factors: dict[str, Factors]
+    whole: dict[str, dict[str, Tensor]]
+
+
+def svd_record(report: SVDReport) -> dict[str, Any]:
+    """What :attr:`SavedLayer.svd` holds; the window is the layer's own."""
+    record = asdict(report)
+    del record["window"]
+    return record
+
+
+def other_base(name: str, was: str | None, here: str | None) -> str:
+    """What to say of a layer whose base weight has another hash than the adapter knows."""
+    dtypes = [str(digest).partition("-")[0] for digest in (here, was)]
+    cause = f"it is {dtypes[0]} here and was {dtypes[1]}" if dtypes[0] != dtypes[1] else "its values differ"
+    return f"{name}: this is not the base weight the adapter was made on ({cause}). Load the original base"
+
+
+def read_adapter(folder: str | os.PathLike[str], *, whole: bool = True) -> AdapterFolder:
+    """Read what :func:`ipca.save_adapter` wrote.
+
+    Args:
+        folder: holds the adapter's three files.
+        whole: read modules that were trained whole too; False leaves out whatever is no layer's factor.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or the files do not belong together.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder; give the folder that save_adapter wrote.")
+    for name, hint in (
+        (WEIGHTS, "it is no adapter folder"),
+        (SIDECAR, "it was not written by ipca.save_adapter; for a stock LoRA see ipca.import_peft"),
+    ):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} has no {name}: {hint}.")
+    layers, names, digest = _read_sidecar(path / SIDECAR)
+    tensors = read_tensors(path / WEIGHTS)
+    if digest is not None and file_sha256(path / WEIGHTS) != digest:
+        raise ValueError(f"{path / WEIGHTS} is not the file that {SIDECAR} was written with; save the adapter again.")
+    wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
+    factors = {name: _factors(name, layer, wrappers[name], tensors) for name, layer in layers.items()}
+    for name in layers:  # PEFT saves it with an adapted embedding; the layer's hash already pins it
+        tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
+    return AdapterFolder(layers, factors, _whole(tensors, names) if whole else {})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or a ValueError where it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from None
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | None]:
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] != 1:
+            raise ValueError(f"format {record['format']} is that of a newer ipca; upgrade it")
+        layers = {name: _layer(values) for name, values in record["layers"].items()}
+        if not layers:
+            raise ValueError("it names no layer")
+        if not isinstance(record["modules_to_save"], list):
+            raise TypeError(f"modules_to_save is {record['modules_to_save']!r}, not a list")
+        return layers, record["modules_to_save"], record["adapter_sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _layer(values: dict[str, Any]) -> SavedLayer:
+    """One layer's record; whatever is wrong with it must fail here and not when the model is being changed."""
+    layer = SavedLayer(**{**values, "shape": tuple(values["shape"])})
+    if len(layer.shape) != (3 if layer.kind in EXPERTS else 2):
+        raise ValueError(f"shape {layer.shape} is none of a layer of the kind {layer.kind!r}")
+    layer.window.resolve(min(layer.shape[-2:]))
+    check_options(form=layer.form, dropout=layer.dropout, alpha=layer.alpha)
+    layer.report()
+    return layer
+
+
+def _factors(name: str, layer: SavedLayer, wrappers: int, tensors: dict[str, Tensor]) -> Factors:
+    """Take the layer's two tensors out of ``tensors`` and split them."""
+    *experts, out, inner = layer.shape
+    r = 2 * layer.rank * math.prod(experts)
+    pair = []
+    for key, shape in zip(factor_keys(name, layer.kind, wrappers), ((r, inner), (out, r)), strict=True):
+        if key not in tensors:
+            raise ValueError(f"{WEIGHTS} has no tensor {key}.")
+        tensor = tensors.pop(key)
+        if tensor.ndim < 2 or tuple(tensor.flatten(1).shape) != shape:  # a convolution's kernel lies behind `in`
+            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, but {SIDECAR} says {shape}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{WEIGHTS}: {key} holds NaN or Inf; take a checkpoint from before.")
+        pair.append(tensor)
+    return Factors(*split_factors(*from_peft(layer.kind, layer.shape, pair[0], pair[1])))
+
+
+def _whole(tensors: dict[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:
+    """What is left in the file: the state of whole modules, by the module's path."""
+    whole: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, value in tensors.items():
+        owner = next((name for name in names if key.startswith(f"{PREFIX}{name}.")), None)
+        if owner is None:
+            raise ValueError(f"{WEIGHTS} holds {key}, which belongs to no layer of the adapter.")
+        whole[owner][key.removeprefix(f"{PREFIX}{owner}.")] = value
+    return whole

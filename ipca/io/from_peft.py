@@ -1,0 +1,212 @@
+"""import_peft: a stock PEFT LoRA as LinearPC layers, where a window of singular components is what it trains.
+
+    of the original base    lora_A = [A; A0], lora_B = [B, −B0]: the start A0, B0 is in the file
+    PiSSA                   A0, B0 are the principal window of W, read off W − W_res where the residual base is given
+
+Either way ``scaling · B0 A0`` must be the components ``[start, start + rank)`` of ``W``, which is measured.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipca._hashing import tensor_sha256
+from ipca.io.adapter import whole_state
+from ipca.io.peft_format import split_factors
+from ipca.io.peft_lora import StockLayer, StockLora, read_stock
+from ipca.model import Target, adapted_layers, install, refuse, refuse_inference_mode, train_only_adapter, uninterrupted
+from ipca.nn import WindowStart, certify_start, default_adapter_dtype
+from ipca.nn.initialization import measure_start
+from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
+from ipca.svd import WindowSVD, window_svd
+from ipca.svd.identify import identify_window
+from ipca.window import Window
+
+ANGLE = 1e-2
+"""The largest sine of an angle, and relative error, that still is the window: rounding to bfloat16 or an SVD in float32
+gives up to some 1e-3, an index that is off by one gives 1."""
+SLACK = 4
+"""PEFT computes ``W − scaling · B0 A0`` in float32: beside the last rounding there are those of its products."""
+
+
+class _Imported(NamedTuple):
+    """One layer: what it starts from, and its trained ``A (rank, in)``, ``B (out, rank)``."""
+
+    target: Target
+    start: WindowStart
+    A: Tensor
+    B: Tensor
+
+
+def import_peft(
+    model: nn.Module, folder: str | os.PathLike[str], *, original: nn.Module | None = None, progress: bool = True
+) -> nn.Module:
+    """Put the stock PEFT LoRA in ``folder`` on ``model`` as LinearPC layers, where that is exact.
+
+    Args:
+        model: the base that the adapter is for, with plain layers; changed in place.
+        folder: of one of these, its factors in safetensors:
+
+            - a LoRA of rank ``2 rank`` for the original base, ``lora_A = [A; A0]`` and ``lora_B = [B, −B0]``: what
+              :func:`ipca.export` writes, and PEFT for PiSSA with ``path_initial_model_for_weight_conversion``;
+            - a PiSSA adapter with ``init_lora_weights="pissa"``, ``model`` being the original base that PEFT would load
+              it on (a residual base cannot be told from it, and would give another function, as with PEFT);
+            - a PiSSA adapter of a residual base, which is ``model``, with ``original``.
+        original: the base before PiSSA took its components away.
+        progress: show a progress bar.
+
+    Returns:
+        The same model: ``A, B`` the file's, to the bit; ``A0, B0`` the file's too, or the principal window. On an
+        original base the form is ``"intact"``; on a residual base ``"residual"``, with its weight as it is. So it
+        computes what PEFT computes with the file, up to the order of sums (a PiSSA adapter on the original base: up to
+        PEFT's decomposition in float32). Each layer's ``svd_report`` has the window and its proof, and as ``residual``
+        how far the factors are from the window, see :func:`ipca.svd.identify.identify_window`.
+
+    Raises:
+        FileNotFoundError: ``folder`` lacks a file, or has its factors in a pickle.
+        ValueError: the adapter trains something else than a window, by a field of its configuration or as measured; or
+            it is damaged or does not fit ``model``, which is unchanged.
+    """
+    refuse_inference_mode()
+    lora = read_stock(folder)
+    present = next(iter(adapted_layers(model)), None)
+    if present is not None:
+        raise ValueError(f"{present} is adapted already; unload the model first.")
+    whole = whole_state(model, lora.whole)
+    found = _find_layers(model, lora, original, progress)
+    with uninterrupted(), torch.no_grad():
+        kept = [read_layer(model.get_submodule(each.target.name))[0] for each in found]
+        install(model, ((each.target, each.start) for each in found))
+        layers = adapted_layers(model)
+        for each, weight in zip(found, kept, strict=True):
+            layer = layers[each.target.name]
+            layer.kept_weight.copy_(weight)  # a residual base has it already: W_res, and not W
+            layer.lora_A.copy_(each.A)
+            layer.lora_B.copy_(each.B)
+        for module, state in whole:
+            module.load_state_dict(state)
+        train_only_adapter(model, lora.whole)
+    return model
+
+
+def _find_layers(model: nn.Module, lora: StockLora, original: nn.Module | None, progress: bool) -> list[_Imported]:
+    """Every layer of the adapter, its window found and measured; changes nothing."""
+    find = _from_principal if lora.start == "pissa" else _from_halves
+    if original is None and isinstance(lora.start, str) and lora.start.startswith("pissa_niter"):
+        raise ValueError(
+            f"init_lora_weights is {lora.start!r}: PEFT then starts from a random approximation of the window, which "
+            "the file does not hold. Give the residual base as the model, and its original."
+        )
+    targets = _targets(model, lora, doubled=original is None and find is _from_halves, residual=original is not None)
+    found = []
+    for target in tqdm(targets, desc="Windows", unit="layer", disable=not progress):
+        layer, module = lora.layers[target.name], model.get_submodule(target.name)
+        weight = _weight(module, target.name, layer)
+        if original is None:
+            found.append(find(target, layer, weight))
+        else:
+            found.append(_from_residual_base(target, layer, weight, _original(original, target.name, layer)))
+    return found
+
+
+def _targets(model: nn.Module, lora: StockLora, *, doubled: bool, residual: bool) -> list[Target]:
+    """The layers to adapt, each checked; where their windows start is not known yet."""
+    modules = dict(model.named_modules())
+    targets = []
+    for name, layer in lora.layers.items():
+        if name not in modules:
+            raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
+        if doubled and layer.rank % 2:
+            raise ValueError(_plain(name, f"its rank {layer.rank} is odd"))
+        rank = layer.rank // 2 if doubled else layer.rank
+        form = "residual" if residual else "intact"
+        targets.append(Target(name, Window.principal(rank), layer.scaling * rank, form, lora.dropout))
+    refuse(model, targets)
+    for name, layer in lora.layers.items():
+        _weight(modules[name], name, layer)
+    return targets
+
+
+def _from_halves(target: Target, layer: StockLayer, weight: Tensor) -> _Imported:
+    """``lora_A = [A; A0]``, ``lora_B = [B, −B0]``, and ``weight`` is the original."""
+    A, B, A0, B0 = split_factors(layer.A, layer.B)
+    found, off = identify_window(weight, layer.scaling * B0.double(), A0)
+    if off > ANGLE:
+        raise ValueError(_plain(target.name, f"its second half is {off:.1e} away from the nearest window"))
+    return _imported(target, weight, found, (A, B, A0, B0), off)
+
+
+def _from_principal(target: Target, layer: StockLayer, weight: Tensor) -> _Imported:
+    """A PiSSA adapter, and ``weight`` is the original, of which PEFT itself would take the exact principal window."""
+    found = window_svd(weight, target.window, dtype=torch.float64)
+    return _imported(target, weight, found, (layer.A, layer.B, *_balanced(found, layer.scaling)), 0.0)
+
+
+def _from_residual_base(target: Target, layer: StockLayer, kept: Tensor, weight: Tensor) -> _Imported:
+    """A PiSSA adapter on ``kept``, ``W_res``: the principal window of ``weight``, ``W``, must be their difference."""
+    difference = weight.double() - kept.double()
+    A0, B0 = _balanced(window_svd(difference, target.window, dtype=torch.float64), layer.scaling)
+    found, off = identify_window(weight, layer.scaling * B0, A0, start=0)
+    imported = _imported(target, weight, found, (layer.A, layer.B, A0, B0), off)
+    start = imported.start
+    certificate = measure_start(weight, kept, start.A0, start.B0, scaling=layer.scaling)
+    if off > ANGLE or certificate.relative > SLACK * certificate.bound:
+        raise ValueError(
+            f"{target.name}: the original less this base is not the principal window of rank {layer.rank}: it is "
+            f"{off:.1e} away from it, and {certificate.relative:.1e} of the weight is neither. Give the residual base "
+            "as the model and the one it was made from as the original; another start is for PEFT alone."
+        )
+    return imported._replace(start=replace(start, certificate=certificate))
+
+
+def _imported(
+    target: Target, weight: Tensor, found: WindowSVD, factors: tuple[Tensor, Tensor, Tensor, Tensor], off: float
+) -> _Imported:
+    """The layer that started from ``A0, B0``, ``off`` away from ``found``, and has come to ``A, B``."""
+    dtype = torch.promote_types(default_adapter_dtype(weight.dtype), factors[0].dtype)
+    A, B, A0, B0 = (factor.to(weight.device, dtype) for factor in factors)
+    words = f"{found.report.certificate}; the factors are within {off:.1e} of it"
+    report = replace(found.report, residual=max(found.report.residual, off), certificate=words)
+    exact = certify_start(weight, A0, B0, scaling=target.alpha / target.window.rank, form="intact")
+    start = WindowStart(A0, B0, report.window, tensor_sha256(weight), report, exact)
+    return _Imported(replace(target, window=report.window), start, A, B)
+
+
+def _balanced(found: WindowSVD, scaling: float) -> tuple[Tensor, Tensor]:
+    """``A0 = √(S / scaling) Vh``, ``B0 = U √(S / scaling)``."""
+    root = (found.S / scaling).sqrt()
+    return root[:, None] * found.Vh, found.U * root
+
+
+def _original(original: nn.Module, name: str, layer: StockLayer) -> Tensor:
+    """The weight that the original has for the layer ``name``."""
+    try:
+        module = original.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"the original has no {name}; give the model that the residual base was made from.") from None
+    return _weight(module, f"{name} of the original", layer)
+
+
+def _weight(module: nn.Module, name: str, layer: StockLayer) -> Tensor:
+    """``weight (out, in)`` of the layer, or a ValueError where the adapter was made for another shape or type."""
+    if layer_kind(module) not in LINEAR:
+        raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear and transformers' Conv1D are imported.")
+    weight, _ = read_layer(module)
+    wanted = (layer.B.shape[0], layer.A.shape[1])
+    if tuple(weight.shape) != wanted:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}, but the adapter was made for {wanted}.")
+    return weight
+
+
+def _plain(name: str, why: str) -> str:
+    return (
+        f"{name}: this is no LoRA of twice a window's rank for this base ({why}). A plain LoRA starts from 0 and "
+        "pissa_niter from an approximation, neither is a window: use it with PEFT, or merge it there and begin anew "
+        "with apply_pc. For a PiSSA adapter on a residual base give the original."
+    )

@@ -1,0 +1,148 @@
+"""The model card of an adapter folder: README.md with the Hub's front matter, from the folder's own files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ipca.io.adapter_folder import SIDECAR, AdapterFolder, read_adapter
+from ipca.io.files import staged_files
+from ipca.io.peft_format import CONFIG
+
+CARD = "README.md"
+_MARK = "<!-- written by ipca.write_model_card -->"
+_HUB_NAME = r"[\w.-]+/[\w.-]+"
+_LOADING = """\
+## Loading
+
+With stock PEFT, on the original base model:
+
+```python
+model = peft.PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+
+With ipca, to continue training:
+
+```python
+model = ipca.load_adapter(model, "path/to/this/folder")
+```"""
+
+
+def write_model_card(
+    folder: str | os.PathLike[str],
+    *,
+    data: str | None = None,
+    metrics: Mapping[str, float | str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write ``folder/README.md``: base, windows, ranks, how exact they are, versions, and how to load the adapter.
+
+    Args:
+        folder: written by :func:`ipca.save_adapter`. Its files say everything but ``data`` and ``metrics``; nothing is
+            looked up elsewhere.
+        data: what the adapter was trained on, as Markdown.
+        metrics: a table of what was measured, such as ``{"accuracy": 0.77}``.
+        overwrite: replace a README.md that this function did not write.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError, ValueError: ``folder`` is no adapter, or is damaged, as :func:`ipca.load_adapter`.
+        FileExistsError: it holds another README.md; nothing has changed.
+        OSError: ``folder`` cannot be written; nothing has changed.
+    """
+    path = Path(folder)
+    adapter = read_adapter(path)
+    config, versions = _config(path / CONFIG), _config(path / SIDECAR).get("versions", {})
+    card = path / CARD
+    if card.exists() and not overwrite and _MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{card} was written by something else; say overwrite=True to replace it.")
+    base = " ".join(str(config.get("base_model_name_or_path") or "an unnamed base model").split())
+    parts = [_front_matter(base), _MARK, _head(base, adapter), _layers(adapter), _exactness(adapter), _LOADING]
+    if data:
+        parts.append(f"## Data\n\n{data.strip()}")
+    if metrics:
+        parts.append("## Results\n\n" + _table(("measured", "value"), [(k, _number(v)) for k, v in metrics.items()]))
+    parts.append("## Versions\n\n" + _table(("package", "version"), list(versions.items())))
+    with staged_files(path) as stage:
+        (stage / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return card
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: it is no adapter folder.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(record).__name__}, not an object.")
+    return record
+
+
+def _front_matter(base: str) -> str:
+    """YAML for the Hub, which takes names on the Hub only as ``base_model``; JSON strings are YAML."""
+    on_hub = re.fullmatch(_HUB_NAME, base) is not None and not Path(base).exists()
+    named = [f"base_model: {json.dumps(base)}"] if on_hub else []
+    tags = ["ipca", "lora", "peft", *([f"base_model:adapter:{base}"] if on_hub else [])]
+    lines = [*named, "library_name: peft", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _head(base: str, adapter: AdapterFolder) -> str:
+    trained = sum(f.A.numel() + f.B.numel() for f in adapter.factors.values())
+    whole = ", and whole modules beside them" if adapter.whole else ""
+    return (
+        f"# Adapter of {base}\n\n"
+        "A window of the singular components of each adapted weight was trained ([arXiv 2602.03493]"
+        f"(https://arxiv.org/abs/2602.03493)): {trained:,} parameters in {len(adapter.layers)} layers{whole}. "
+        "The file is a LoRA of twice the rank for the original base."
+    )
+
+
+def _layers(adapter: AdapterFolder) -> str:
+    kinds = Counter((x.kind, x.shape, x.start, x.rank, x.alpha, x.form) for x in adapter.layers.values())
+    rows = [
+        (
+            count,
+            kind,
+            " × ".join(map(str, shape)),
+            f"[{start}, {start + rank}) of {min(shape[-2:])}",
+            f"{alpha:g}",
+            form,
+        )
+        for (kind, shape, start, rank, alpha, form), count in kinds.items()
+    ]
+    return "## Windows\n\n" + _table(("layers", "kind", "weight", "window", "alpha", "form"), rows)
+
+
+def _exactness(adapter: AdapterFolder) -> str:
+    """How well the windows are known, from the reports that the layers were saved with."""
+    reports = [report for layer in adapter.layers.values() if (report := layer.report()) is not None]
+    if not reports:
+        return "The folder does not say how the windows were found."
+    proven = sum(report.certified for report in reports)
+    return (
+        f"Window SVD: largest relative residual {max(report.residual for report in reports):.1e}; the indices of "
+        f"{proven} of {len(adapter.layers)} windows are proven by inertia counts or a full decomposition."
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,143 @@
+"""Adapt a model for a method by name: a window, plain LoRA, whole weights, or a control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ipca.config import PCConfig
+from ipca.lab.baselines.initialization import haar, layer_generator, matched, plain_lora_start, random_window
+from ipca.lab.baselines.methods import kind_of
+from ipca.model import adapted_layers, apply_pc, install, precision, start_of, train_only_adapter, uninterrupted
+from ipca.model.decompose import window_starts
+from ipca.model.originals import base_matrix
+from ipca.model.targets import Target, find_targets, saved_modules
+from ipca.nn import WindowStart, quantised_kind
+from ipca.nn.registry import find_layer
+from ipca.svd import SpectralCache, WindowSVD, cached_window_svd
+from ipca.window import Window
+
+Model = TypeVar("Model", bound=nn.Module)
+_ENDS = {"matched-principal": "principal", "matched-minor": "minor"}
+
+
+def apply(
+    model: Model,
+    method: str,
+    config: PCConfig,
+    *,
+    seed: int = 0,
+    cache: SpectralCache | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> Model:
+    """Adapt ``model`` in place for ``method``; ``config`` says which layers, rank, alpha, form and what trains whole.
+
+    ===================================  ======================================================================
+    a window, such as ``"0.25"``         :func:`ipca.apply_pc` with that window
+    ``"auto"``                           the same with the window that ``calibration`` suggests (experimental)
+    ``"lora"``                           plain LoRA: random ``A0``, ``B0 = 0``
+    ``"full"``                           no adapter: the weights of the layers train whole
+    ``"random-window"``                  a window at a random place in each layer
+    ``"haar"``                           the reference's singular values on random directions
+    ``"frozen-A"``, ``"frozen-B"``       the reference window with one factor frozen
+    ``"matched-principal"``, ``"-minor"``  the directions of that end with the reference's singular values
+    ===================================  ======================================================================
+
+    The *reference* is ``config.window``. Every method leaves the model's function as it was.
+
+    Args:
+        seed: of random factors, directions and places; with the layer's path it decides them alone.
+        cache: of decompositions, for all methods that need one.
+        calibration: batches of unlabelled inputs, for ``"auto"``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`, or an unknown method; the model is unchanged.
+    """
+    kind = kind_of(method)
+    if kind == "window":
+        return apply_pc(model, replace(config, window=method), cache=cache, progress=False)
+    if kind == "auto":
+        return apply_pc(model, replace(config, window="auto"), calibration=calibration, cache=cache, progress=False)
+    if method in ("frozen-A", "frozen-B"):
+        apply_pc(model, config, cache=cache, progress=False)
+        for layer in adapted_layers(model).values():
+            (layer.lora_A if method == "frozen-A" else layer.lora_B).requires_grad_(False)
+        return model
+    whole = saved_modules(model, config)
+    targets = find_targets(model, config, whole=whole)
+    if kind == "full":
+        _train_whole_weights(model, targets, whole)
+        return model
+    starts = _starts(model, method, targets, config, seed, cache)
+    with uninterrupted():
+        install(model, zip(targets, starts, strict=True))
+        train_only_adapter(model, whole)
+    return model
+
+
+def needed_windows(method: str, target: Target, seed: int, d: int) -> list[Window]:
+    """Every window of a layer with ``d`` singular values that :func:`apply` decomposes for ``method``.
+
+    None for ``"auto"``, which looks at the whole spectrum, and for methods without a window.
+    """
+    rank = target.window.rank
+    if kind_of(method) == "window":
+        return [Window(method, rank)]
+    if method == "random-window":
+        return [_random_window(target, seed, d)]
+    if method in _ENDS:
+        return [target.window, Window(_ENDS[method], rank)]
+    return [target.window] if kind_of(method) == "control" else []
+
+
+def _starts(
+    model: nn.Module, method: str, targets: list[Target], config: PCConfig, seed: int, cache: SpectralCache | None
+) -> list[WindowStart]:
+    if method == "random-window":
+        shapes = [base_matrix(find_layer(model, t.name), t.name, None).weight.shape for t in targets]
+        pairs = zip(targets, shapes, strict=True)
+        targets = [replace(t, window=_random_window(t, seed, min(shape[-2:]))) for t, shape in pairs]
+        return window_starts(model, targets, config, cache=cache, progress=False)
+    return [_start(model, method, target, config, seed, cache) for target in targets]
+
+
+def _start(
+    model: nn.Module, method: str, target: Target, config: PCConfig, seed: int, cache: SpectralCache | None
+) -> WindowStart:
+    weight, source, digest = base_matrix(find_layer(model, target.name), target.name, None)
+    generator = layer_generator(seed, target.name)
+    if method == "lora":
+        dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else None
+        start = plain_lora_start(weight, target.window.rank, generator, adapter_dtype=dtype)
+        return start if digest is None else replace(start, base_sha256=digest)
+
+    def components(window: Window) -> WindowSVD:
+        return cached_window_svd(weight, window, **precision(config, weight), cache=cache)
+
+    reference = components(target.window)
+    if method == "haar":
+        found = haar(reference, generator)
+    else:
+        found = matched(components(Window(_ENDS[method], target.window.rank)), reference)
+    return start_of(target, config, weight, found, digest, source)
+
+
+def _random_window(target: Target, seed: int, d: int) -> Window:
+    return random_window(target.window.rank, d, layer_generator(seed, target.name))
+
+
+def _train_whole_weights(model: nn.Module, targets: list[Target], whole: list[str]) -> None:
+    layers = {target.name: find_layer(model, target.name) for target in targets}
+    quantised = [name for name, layer in layers.items() if quantised_kind(layer) is not None]
+    if quantised:
+        raise ValueError(f"{quantised[0]} is quantised and cannot train whole; leave the method 'full' out.")
+    train_only_adapter(model, whole)
+    for layer in layers.values():
+        layer.get_parameter("weight").requires_grad_(True)

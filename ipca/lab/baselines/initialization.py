@@ -1,0 +1,68 @@
+"""Where the layers of plain LoRA and of the controls start: the same :class:`ipca.nn.WindowStart`, other factors."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ipca._hashing import tensor_sha256
+from ipca.nn import InitCertificate, WindowStart, default_adapter_dtype
+from ipca.svd import SVDReport, WindowSVD
+from ipca.window import Window
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on ``seed`` and the layer's path alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def plain_lora_start(
+    weight: Tensor, rank: int, generator: torch.Generator, *, adapter_dtype: torch.dtype | None = None
+) -> WindowStart:
+    """Plain LoRA (arXiv 2106.09685) for ``weight (…, out, in)``: random ``A0``; ``B0 = 0``, so ``W_res = W``.
+
+    ``A0`` is uniform in ``±1 / √in``, as PEFT draws it (Kaiming-uniform with a = √5). LoRA has no window; the start
+    carries ``Window(0, rank)`` for its rank, and no SVD report.
+
+    Args:
+        generator: on the CPU; the same one gives the same start on every device.
+    """
+    *experts, out_features, in_features = weight.shape
+    dtype = adapter_dtype or default_adapter_dtype(weight.dtype)
+    A0 = torch.empty(*experts, rank, in_features, dtype=torch.float64).uniform_(-1, 1, generator=generator)
+    A0 = (A0 / in_features**0.5).to(weight.dtype).to(device=weight.device, dtype=dtype)
+    B0 = A0.new_zeros(*experts, out_features, rank)
+    exact = InitCertificate(str(weight.dtype).removeprefix("torch."), 0.0, 0.0, 0.0)
+    return WindowStart(A0, B0, Window(0, rank), tensor_sha256(weight), None, exact)
+
+
+def haar(found: WindowSVD, generator: torch.Generator) -> WindowSVD:
+    """The singular values of ``found`` on Haar-random directions: ``U (m, r)`` and ``Vh (r, n)`` know no weight."""
+    U = _orthonormal(found.U, generator)
+    Vh = _orthonormal(found.Vh.mT, generator).mT
+    return WindowSVD(U, found.S, Vh, _reported(found, "haar", "random directions, which belong to no component"))
+
+
+def matched(directions: WindowSVD, magnitudes: WindowSVD) -> WindowSVD:
+    """The directions of one window with the singular values of another."""
+    what = f"directions of this window, singular values of {magnitudes.report.window}"
+    return WindowSVD(directions.U, magnitudes.S, directions.Vh, _reported(directions, "matched", what))
+
+
+def random_window(rank: int, d: int, generator: torch.Generator) -> Window:
+    """A window whose start is uniform over ``0 … d − rank``."""
+    return Window(int(torch.randint(d - rank + 1, (), generator=generator)), rank)
+
+
+def _orthonormal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform over matrices ``(…, m, r)`` with orthonormal columns (Mezzadri, Notices of the AMS 54, 2007)."""
+    Q, R = torch.linalg.qr(torch.randn(like.shape, dtype=torch.float64, generator=generator))
+    return (Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).to(like)
+
+
+def _reported(found: WindowSVD, path: str, what: str) -> tuple[SVDReport, ...]:
+    return tuple(replace(report, path=path, certified=False, certificate=what) for report in found.reports)

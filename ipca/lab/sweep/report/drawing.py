@@ -1,0 +1,114 @@
+"""What several figures draw: means with intervals, bands, limits that panels share, and labels kept apart."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ipca.lab.sweep.report.statistics import Estimate, estimate
+from ipca.lab.sweep.report.style import INK, Style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 5.0, 3.7
+"""Of a panel, in inches: readable as it is on a phone, two beside each other on a desk."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a figure: an ``<svg>`` element with its title and a sentence on what is fixed in it."""
+
+    title: str
+    note: str
+    svg: str
+
+
+def limits(values: Iterable[float]) -> tuple[float, float]:
+    """The range of ``values`` with 6 % of room on both sides."""
+    numbers = list(values)
+    if not numbers:
+        return 0.0, 1.0
+    low, high = min(numbers), max(numbers)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
+    return low - room, high + room
+
+
+def axis_title(label: str, note: str = "mean, 95 % interval over seeds") -> str:
+    """``label`` in lines that fit along a panel's height, and below it what the marks are."""
+    return "\n".join([*textwrap.wrap(label, 40), note])
+
+
+def point(axis: Axes, x: float, found: Estimate, style: Style, *, hollow: bool = False, size: float = 6.5) -> None:
+    """A mean with its interval; hollow where some of its runs failed."""
+    if found.low is not None and found.high is not None:
+        axis.plot([x, x], [found.low, found.high], color=style.colour, linewidth=1.6, zorder=3)
+    face = "none" if hollow else style.colour
+    axis.plot(x, found.mean, style.mark, color=style.colour, markerfacecolor=face, markersize=size, zorder=4)
+
+
+def dots(axis: Axes, x: float, values: Mapping[int, float], style: Style, width: float) -> None:
+    """A small dot for each seed, spread over ``width`` around ``x``."""
+    n = len(values)
+    if n > 1:
+        places = [x + width * (k / (n - 1) - 0.5) for k in range(n)]
+        axis.plot(places, list(values.values()), ".", color=style.colour, alpha=0.45, markersize=4, zorder=2)
+
+
+def band(axis: Axes, values: Mapping[int, float], style: Style, ends: tuple[float, float]) -> None:
+    """A line between ``ends`` at the mean of ``values``, its interval shaded."""
+    found = estimate(values.values())
+    if found is None:
+        return
+    axis.plot(ends, [found.mean] * 2, color=style.colour, linestyle=style.dashes, linewidth=1.5, zorder=1.5)
+    if found.low is not None and found.high is not None:
+        axis.fill_between(ends, found.low, found.high, color=style.colour, alpha=0.13, linewidth=0, zorder=1)
+
+
+def near(base: float | None, values: Iterable[float]) -> float | None:
+    """``base``, or None where it lies so far from all ``values`` that showing it would squeeze them.
+
+    An untrained model's target is often that of guessing, since its head is new.
+    """
+    numbers = list(values)
+    if base is None or not numbers:
+        return base
+    room = (max(numbers) - min(numbers)) / 2
+    return base if min(numbers) - room <= base <= max(numbers) + room else None
+
+
+def base_line(axis: Axes, value: float | None, ends: tuple[float, float]) -> None:
+    """The untrained model, which no seed changes."""
+    if value is not None:
+        axis.plot(ends, [value] * 2, color=INK, linestyle=(0, (1, 2)), linewidth=1.3, zorder=1.5)
+
+
+def end_labels(axis: Axes, x: float, labels: Sequence[tuple[float, str, str]], span: tuple[float, float]) -> None:
+    """Texts ``(y, text, colour)`` right of ``x``, within ``span``, moved up and down until none touches another."""
+    line = 0.052 * (span[1] - span[0])
+    low, high = span[0] + line / 2, span[1] - line / 2
+    order = sorted((min(max(y, low), high), text, colour) for y, text, colour in labels)
+    places = spread([y for y, _, _ in order], line)
+    for y, (_, text, colour) in zip(places, order, strict=True):
+        axis.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=8.5, color=colour)
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Ascending ``values``, moved to lie ``gap`` apart: groups that touch are centred on their mean."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and _first(groups[-1], gap) - _last(groups[-2], gap) < gap:
+            group = groups.pop()
+            groups[-1] += group
+    return [_first(group, gap) + k * gap for group in groups for k in range(len(group))]
+
+
+def _first(group: list[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _last(group: list[float], gap: float) -> float:
+    return sum(group) / len(group) + gap * (len(group) - 1) / 2

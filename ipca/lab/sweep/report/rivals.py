@@ -1,0 +1,175 @@
+"""The reference window against plain LoRA and against its controls.
+
+*Plain LoRA*, at each method's best rates (at the same rate where there are none): reference − LoRA in ``target`` and in
+``retained``, two-sided, Holm over the two. The window is called better only if ``retained`` favours it and ``target``
+does not favour LoRA, and LoRA the other way round. What is said of ``retained`` must hold at the same rate too, with
+p ≤ 5 %: all seeds share the rates that were chosen, so where the target hardly depends on the rate, two methods that
+are alike get different ones by chance, and what they keep then differs by the rate.
+
+*Controls*, at the same rate: reference − control in ``retained``, two-sided, Holm over the controls.
+
+*Direction or magnitude*, for each end: where Δ = reference − end in ``retained`` at the same rate has a
+one-sided p ≤ 5 %,
+
+- ``matched-…`` has the end's directions and the reference's singular values. *Magnitude* where reference − matched has
+  a 95 % interval within ± Δ / 4: singular values alone undo the loss. *Direction* where matched − end has.
+- *Step size* where Δ at equal early updates has a 95 % interval within ± a quarter of Δ at the same rate: a lower rate
+  would do the same.
+
+An interval counts where it rests on at least five seeds, without which no test could reach 5 % either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ipca.lab.baselines import CONTROLS
+from ipca.lab.sweep.report.comparisons import View
+from ipca.lab.sweep.report.data import Sweep
+from ipca.lab.sweep.report.statistics import LEVEL, Difference, corrected, difference
+from ipca.lab.sweep.report.words import CONTROLS as MEANING
+from ipca.lab.sweep.report.words import Finding, estimated, listed, name, result, too_few
+
+_QUARTER = 0.25
+_CAUSES = {
+    "magnitude": "Its singular values account for it, not their directions.",
+    "direction": "Its directions account for it, not their singular values.",
+    "step size": "The size of its steps accounts for it: at equal early updates the difference is gone.",
+}
+
+
+def against_lora(sweep: Sweep, views: Sequence[View]) -> Finding | None:
+    """The reference window beside plain LoRA; None where one of the two is missing."""
+    reference = sweep.reference
+    if reference is None or not {reference, "lora"} <= set(sweep.methods) or not views:
+        return None
+    same = next((v for v in views if v.key == "same"), views[0])
+    view = next((v for v in views if v.key in ("tuned", "best")), same)
+    tests = corrected(
+        {
+            metric: difference(view.values(reference, metric), view.values("lora", metric))
+            for metric in ("target", "retained")
+        }
+    )
+    if not tests:
+        return None
+    at_one_rate = difference(same.values(reference, "retained"), same.values("lora", "retained"))
+    lines = [f"{metric.capitalize()}, window {reference} minus plain LoRA: {result(f)}" for metric, f in tests.items()]
+    lines.append(f"At {view.title}: {view.note}. Two-sided p, Holm-adjusted over {len(tests)}.")
+    if view is not same and at_one_rate is not None:
+        lines.append(f"Retained at {same.title}, {same.note}: {result(at_one_rate)}")
+    lines += [text for method in (reference, "lora") if (text := _at_the_edge(view, method))]
+    return Finding(f"Is window {reference} better than plain LoRA?", _lora_answer(tests, at_one_rate), tuple(lines))
+
+
+def _at_the_edge(view: View, method: str) -> str | None:
+    """That most of a method's best rates are the lowest or the highest of the grid: better ones may lie beyond."""
+    if view.key != "best":
+        return None
+    rates, lrs = list(view.rates[method].values()), view.sweep.lrs
+    for which, edge in (("lowest", lrs[0]), ("highest", lrs[-1])):
+        if 2 * rates.count(edge) > len(rates):
+            return f"The best rate of {name(method)} is mostly the {which}, {edge:g}: a wider grid may say otherwise."
+    return None
+
+
+def _lora_answer(tests: dict[str, Difference], at_one_rate: Difference | None) -> str:
+    few = too_few(tests.values(), len(tests))
+    if few:
+        return f"Too few seeds to say ({few})."
+    favours = {m: (1 if found.mean > 0 else -1) if found.shown else 0 for m, found in tests.items()}
+    target, retained = favours.get("target", 0), favours.get("retained", 0)
+    holds = at_one_rate is not None and at_one_rate.p <= LEVEL and at_one_rate.mean * retained > 0
+    if retained and not holds:
+        who = "It" if retained > 0 else "Plain LoRA"
+        return f"{who} keeps more, but at the same rate that is not shown: the rates may be why."
+    if retained > 0:
+        return "It keeps more, but learns less: a trade." if target < 0 else "Yes: it keeps more" + _also(target)
+    if retained < 0:
+        return "It learns more, but keeps less: a trade." if target > 0 else "No: plain LoRA keeps more" + _also(target)
+    if target:
+        return f"Not shown to keep more or less; {'it' if target > 0 else 'plain LoRA'} learns the target better."
+    return "No difference to plain LoRA is shown."
+
+
+def _also(target: int) -> str:
+    return " and learns better." if target else ", and no difference in the target is shown."
+
+
+def controls(sweep: Sweep, views: Sequence[View]) -> list[Finding]:
+    """What the controls and matched updates tell."""
+    same = next((view for view in views if view.key == "same"), None)
+    reference = sweep.reference
+    if same is None or reference is None or "retained" not in sweep.metrics:
+        return []
+    update = next((view for view in views if view.key == "update"), None)
+    found = [_each_control(same, reference)]
+    ends = list(sweep.positions)
+    for control, end in (("matched-principal", ends[:1]), ("matched-minor", ends[-1:])):
+        if end and end[0] != reference and sweep.positions[end[0]] in (0.0, 1.0):
+            found.append(_magnitude(same, update, reference, end[0], control))
+    return [finding for finding in found if finding is not None]
+
+
+def control_tests(view: View, reference: str, metric: str = "retained") -> dict[str, Difference]:
+    """Reference − control for each control that was run, Holm-corrected over them."""
+    kept = view.values(reference, metric)
+    return corrected({c: difference(kept, view.values(c, metric)) for c in CONTROLS if c in view.sweep.methods})
+
+
+def _each_control(view: View, reference: str) -> Finding | None:
+    tests = control_tests(view, reference)
+    if not tests:
+        return None
+    question = f"Does window {reference} keep more than its controls?"
+    lines = [f"Minus {control}, {MEANING[control]}: {result(found)}" for control, found in tests.items()]
+    lines.append(f"Retained at {view.title}: {view.note}. Two-sided p, Holm-adjusted over {len(tests)}.")
+    details = tuple(lines)
+    few = too_few(tests.values(), len(tests))
+    if few:
+        return Finding(question, f"Too few seeds to say ({few}).", details)
+    groups = {
+        "more than": [c for c, found in tests.items() if found.shown and found.mean > 0],
+        "less than": [c for c, found in tests.items() if found.shown and found.mean < 0],
+        "no difference is shown to": [c for c, found in tests.items() if not found.shown],
+    }
+    text = "; ".join(f"{what} {listed(names)}" for what, names in groups.items() if names)
+    return Finding(question, text[0].upper() + text[1:] + ".", details)
+
+
+def _magnitude(same: View, update: View | None, reference: str, end: str, control: str) -> Finding | None:
+    """Whether the end's loss is its directions', its singular values' or its steps' doing."""
+    kept = same.values(reference, "retained")
+    lost = same.values(end, "retained")
+    matched = same.values(control, "retained")
+    total = difference(kept, lost, "greater")
+    if total is None or total.p > LEVEL or not (matched or update is not None):
+        return None
+    side = "principal" if control == "matched-principal" else "minor"
+    question = f"Why does the {side} end forget more than window {reference}?"
+    parts = {
+        "magnitude": difference(kept, matched),
+        "direction": difference(matched, lost),
+        "step size": None if update is None else _lost(update, reference, end),
+    }
+    causes = [_CAUSES[cause] for cause, found in parts.items() if found is not None and _small(found, total.mean)]
+    says = {
+        "magnitude": f"window {reference} minus {control}",
+        "direction": f"{control} minus window {end}",
+        "step size": f"window {reference} minus window {end} at equal early updates",
+    }
+    lines = [f"Retained at the same rate, window {reference} minus window {end}: {result(total)}"]
+    lines += [f"{says[c].capitalize()}: {estimated(found)}" for c, found in parts.items() if found is not None]
+    return Finding(question, " ".join(causes) or "Undecided: no cause alone accounts for it.", tuple(lines))
+
+
+def _lost(view: View, reference: str, end: str) -> Difference | None:
+    return difference(view.values(reference, "retained"), view.values(end, "retained"))
+
+
+def _small(found: Difference, total: float) -> bool:
+    """Whether all of the interval lies within a quarter of ``total`` around 0, and enough seeds are behind it."""
+    if found.low is None or found.high is None or 2.0**-found.n > LEVEL:
+        return False
+    bound = _QUARTER * abs(total)
+    return -bound <= found.low and found.high <= bound

@@ -1,0 +1,165 @@
+"""The report's tables, as texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from ipca.lab.sweep.report.arms import Arms
+from ipca.lab.sweep.report.comparisons import TITLES, View
+from ipca.lab.sweep.report.data import Run, Sweep
+from ipca.lab.sweep.report.front import best_spots
+from ipca.lab.sweep.report.statistics import Difference, corrected, difference, estimate
+from ipca.lab.sweep.report.words import estimated, name, number, p_value
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a note, and cells."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def arm_table(arms: Sequence[Arms]) -> Table:
+    """Both arms in every comparison, for retained and drift."""
+    says = {"U": "U", "left": "left arm only", "right": "right arm only", "none": "none detected"}
+    says |= {"few": "too few seeds", "untested": "an arm is missing"}
+    rows = [
+        [
+            f"{a.metric} at {a.view.title}",
+            *(cell for side in ("left", "right") for cell in _cells(a.tests.get(side))),
+            says[a.verdict],
+        ]
+        for a in arms
+    ]
+    note = (
+        "How much more the principal and the minor end forget than the middle windows (0.25 to 0.75): mean difference, "
+        "95 % interval, one-sided p, Holm-adjusted over the two arms of a line. A U takes both at an unadjusted 5 %."
+    )
+    return Table("Both arms of the curve", note, ["", "principal end", "p", "minor end", "p", "shape"], rows)
+
+
+def mean_tables(sweep: Sweep) -> list[Table]:
+    """A table for each comparison: every method at every rate."""
+    tables = []
+    for key in dict.fromkeys(run.comparison for run in sweep.ends):
+        runs = [run for run in sweep.ends if run.comparison == key]
+        header = ["method", "rate", "seeds", *sweep.metrics, "‖ΔW‖ / ‖W‖", "trained"]
+        groups = ((method, lr) for method in sweep.methods for lr in sorted({r.lr for r in runs if r.lr is not None}))
+        rows = [
+            _mean_row(sweep, group)
+            for method, lr in groups
+            if (group := [run for run in runs if (run.method, run.lr) == (method, lr)])
+        ]
+        if key == "same" and sweep.base:
+            values = [number(sweep.base[m]) if m in sweep.base else "–" for m in sweep.metrics]
+            rows.insert(0, [name("base"), "–", "–", *values, "–", "–"])
+        title = f"Means at {TITLES.get(key, key)}"
+        tables.append(Table(title, "Mean and 95 % bootstrap interval over the seeds that ended well.", header, rows))
+    return tables
+
+
+def _mean_row(sweep: Sweep, group: Sequence[Run]) -> list[str]:
+    first, well = group[0], [run for run in group if run.ok]
+    cells = []
+    for metric in sweep.metrics:
+        found = estimate(run.metrics[metric] for run in well if metric in run.metrics)
+        cells.append("–" if found is None else estimated(found))
+    used = sorted({run.lr_used for run in group if run.lr_used is not None})
+    rate = f"{first.lr:g}" + (f" (used: {used[0]:g})" if used and used != [first.lr] else "")
+    updates = [run.update for run in well if run.update is not None]
+    moved = number(mean(updates)) if updates else "–"
+    trained = f"{first.trainable:,}" if first.trainable is not None else "–"
+    count = f"{len(well)}" if len(well) == len(group) else f"{len(well)} of {len(group)}"
+    return [name(first.method), rate, count, *cells, moved, trained]
+
+
+def difference_tables(sweep: Sweep, views: Iterable[View]) -> list[Table]:
+    """Every method minus plain LoRA, and minus the reference window, at the same rate and at the best ones."""
+    tables = []
+    for view in views:
+        if view.key in ("sqrt-sigma", "update"):
+            continue
+        for rival in dict.fromkeys(("lora", sweep.reference)):
+            if rival is not None and rival in sweep.methods:
+                tables.append(_differences(sweep, view, rival))
+    return [table for table in tables if table.rows]
+
+
+def _differences(sweep: Sweep, view: View, rival: str) -> Table:
+    others = [method for method in sweep.methods if method != rival]
+    columns = {
+        metric: corrected({m: difference(view.values(m, metric), view.values(rival, metric)) for m in others})
+        for metric in sweep.metrics
+    }
+    rows = [
+        [name(m), *(cell for found in columns.values() for cell in _cells(found.get(m)))]
+        for m in others
+        if any(m in found for found in columns.values())
+    ]
+    note = (
+        f"{view.note[0].upper()}{view.note[1:]}. Mean difference over shared seeds, 95 % bootstrap interval, "
+        "two-sided p of the sign-flip test, Holm-adjusted over the methods of a column."
+    )
+    if view.lr is None:
+        note += " The p are those of these rates, which all seeds share, not of their choice."
+    return Table(
+        f"Minus {name(rival)}, at {view.title}",
+        note,
+        ["method", *(part for metric in sweep.metrics for part in (metric, "p"))],
+        rows,
+    )
+
+
+def frontier_table(sweep: Sweep) -> Table | None:
+    """The numbered marks of the frontier."""
+    if not {"target", "retained"} <= set(sweep.metrics):
+        return None
+    rows = [
+        [str(k + 1), name(spot.method), f"{spot.lr:g}", number(spot.target), number(spot.retained), str(spot.n)]
+        for k, spot in enumerate(best_spots(sweep))
+    ]
+    note = "No other method and rate has both a higher mean target and a higher mean retained."
+    return Table("On the line", note, ["", "method", "rate", "target", "retained", "seeds"], rows)
+
+
+def failure_table(sweep: Sweep) -> Table:
+    """Every run that failed, with its reason."""
+    rows = [
+        [
+            name(run.method),
+            TITLES.get(run.comparison, run.comparison),
+            "–" if run.lr_used is None else f"{run.lr_used:g}",
+            "–" if run.seed is None else str(run.seed),
+            run.status.removeprefix("failed:").strip(),
+        ]
+        for run in sweep.ends
+        if not run.ok
+    ]
+    return Table("Failed runs", "", ["method", "compared at", "rate", "seed", "why"], rows)
+
+
+def settings_table(sweep: Sweep) -> Table:
+    """What ``settings.json`` says."""
+    rows = [[key, _text(value)] for key, value in sweep.settings.items()]
+    return Table("Settings", "", ["", ""], rows)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item not in (None, {}, [])) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cells(found: Difference | None) -> tuple[str, str]:
+    if found is None:
+        return "–", "–"
+    p = found.p if found.adjusted is None else found.adjusted
+    return estimated(found), p_value(p).removeprefix("p ").removeprefix("= ")

@@ -1,0 +1,207 @@
+"""How much a layer's inputs use each singular component of its weight, and how far a step there moves its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipca.config import PCConfig
+from ipca.model.batches import as_batches, evaluating, run_batch
+from ipca.model.originals import Originals, base_matrix
+from ipca.model.targets import find_targets
+from ipca.nn.layer_kinds import LINEAR, layer_kind
+from ipca.nn.quantization import quantised_kind
+from ipca.nn.registry import find_layer
+from ipca.window import Window
+
+_BUDGET = 2**32
+"""Bytes of second moments held at a time; the layers beyond it take another pass over the batches."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSensitivity:
+    """What calibration inputs say about the components of one layer's weight ``W = U diag(S) Vh (out, in)``.
+
+    Attributes:
+        shape: ``(out, in)``; ``d = min(out, in)``.
+        S: the singular values ``(d,)``, descending, float64, on the CPU as the others.
+        energy: ``(d,)``, the mean of ``(v_iᵀ x)²`` over the layer's inputs ``x``.
+    """
+
+    shape: tuple[int, int]
+    S: Tensor
+    energy: Tensor
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """``S_i · energy_i (d,)``: the mean square change of the output for a step of length 1 in ``B``.
+
+        A window trains ``B0_i A0_i = (√S_i u_i) (√S_i v_iᵀ)``. A step ``δ`` in column ``i`` of ``B`` changes the output
+        by ``δ √S_i v_iᵀ x``, whose mean square is ``‖δ‖² S_i energy_i`` (at ``scaling = 1``; else a constant factor).
+        To first order in ``σ_i`` itself, a relative change ``ε`` has the mean square ``ε² S_i² energy_i``.
+        """
+        return self.S * self.energy
+
+    def quietest(self, rank: int) -> Window:
+        """The window of ``rank`` components with the smallest sum of :attr:`sensitivity`; of equal ones the first.
+
+        Raises:
+            ValueError: ``rank`` is above ``d``.
+        """
+        Window(0, rank).resolve(len(self.S))
+        sums = self.sensitivity.unfold(0, rank, 1).sum(-1)
+        return Window(int((sums == sums.min()).nonzero()[0]), rank)
+
+
+def sensitivity(
+    model: nn.Module, batches: Iterable[Any], config: PCConfig | None = None, *, progress: bool = True
+) -> dict[str, LayerSensitivity]:
+    """The :class:`LayerSensitivity` of each layer that ``config`` names, by path. Experimental.
+
+    Args:
+        model: plain, its weights loaded. It runs in evaluation mode, and ends as it was, random generators too.
+        batches: inputs, each a tensor, a tuple of the model's arguments or a mapping of them by name; consumed once.
+            Positions where ``attention_mask`` is 0 do not count.
+        config: which layers, linear ones alone; its other settings do not matter. Default: every linear layer but the
+            head.
+        progress: show progress bars.
+
+    Costs a full SVD in float64 of every layer, and a pass over the batches for every 4 GiB of ``in²`` float64 numbers.
+
+    Raises:
+        TypeError, ValueError: as :func:`ipca.apply_pc`; a layer is not linear or was never called; bad batches or
+            inputs with NaN or Inf. The message names the layer.
+    """
+    names = [target.name for target in find_targets(model, measurable(config))]
+    return sensitivities(model, names, batches, progress=progress)
+
+
+def measurable(config: PCConfig | None) -> PCConfig:
+    """``config`` for a measurement of whole layers, which no rank, window or form may make impossible."""
+    return replace(config or PCConfig(), rank=1, rank_pattern={}, window="principal", window_pattern={}, form="intact")
+
+
+def sensitivities(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[Any],
+    *,
+    originals: Originals | None = None,
+    progress: bool = True,
+) -> dict[str, LayerSensitivity]:
+    """As :func:`sensitivity`, of the ``layers`` at these paths; ``originals`` as for :func:`ipca.apply_pc`."""
+    found = {}
+    with tqdm(total=len(layers), desc="Full SVD", unit="layer", disable=not progress) as bar:
+        for name, moment in input_energy(model, layers, batches, progress=progress):
+            weight = base_matrix(find_layer(model, name), name, originals).weight
+            weight = (weight.cpu() if weight.device.type == "mps" else weight).to(torch.float64)
+            _, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+            energy = ((Vh @ moment.to(Vh.device)) * Vh).sum(-1)
+            found[name] = LayerSensitivity((weight.shape[0], weight.shape[1]), S.cpu(), energy.clamp_min(0).cpu())
+            bar.update()
+    return found
+
+
+def input_energy(
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Any], *, progress: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's path and the second moment ``C = mean of x xᵀ (in, in)`` of its inputs, float64, on the CPU.
+
+    The mean is over every position of every call, but those where the batch's ``attention_mask`` is 0, where the
+    layer's input has the mask's shape (or is that flattened). ``v_iᵀ C v_i`` is the energy along a direction.
+
+    Args, Raises: as :func:`sensitivity`; ``layers`` are paths.
+    """
+    modules = {name: _linear(model, name) for name in layers}
+    held = as_batches(batches)
+    groups = _groups({name: _in_features(module) for name, module in modules.items()})
+    with tqdm(total=len(groups) * len(held), desc="Calibration", unit="batch", disable=not progress) as bar:
+        for group in groups:
+            sums = {name: _Moment(_in_features(modules[name])) for name in group}
+            with evaluating(model), _watched({modules[name]: sums[name] for name in group}) as mask:
+                for batch in held:
+                    mask[:] = [_mask_of(batch)]
+                    run_batch(model, batch)
+                    bar.update()
+            for name in group:
+                yield name, sums.pop(name).mean(name)
+
+
+class _Moment:
+    """The sum of ``x xᵀ (in, in)`` over inputs, and how many there were."""
+
+    def __init__(self, in_features: int) -> None:
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        """Add the inputs ``x (…, in)`` where ``mask (…)``, if it is of that shape or that size, is not 0."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
+            rows = rows[mask.flatten().to(rows.device) != 0]
+        rows = (rows.cpu() if rows.device.type == "mps" else rows).to(torch.float64)
+        self.total += (rows.mT @ rows).cpu()
+        self.count += len(rows)
+
+    def mean(self, name: str) -> Tensor:
+        if self.count == 0:
+            raise ValueError(f"{name}: no input reached it in these batches; exclude it, or name its window.")
+        if not bool(torch.isfinite(self.total).all()):
+            raise ValueError(f"{name}: its inputs hold NaN or Inf in these batches.")
+        return self.total.div_(self.count)
+
+
+@contextmanager
+def _watched(moments: Mapping[nn.Module, _Moment]) -> Iterator[list[Tensor | None]]:
+    """Within the block every call of a module adds its inputs; the list holds the mask of the batch."""
+    mask: list[Tensor | None] = [None]
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        moments[module].add(args[0] if args else next(iter(kwargs.values())), mask[0])
+
+    handles = [module.register_forward_hook(called, with_kwargs=True) for module in moments]
+    try:
+        yield mask
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask_of(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _linear(model: nn.Module, name: str) -> nn.Module:
+    module = find_layer(model, name)
+    if layer_kind(module) not in LINEAR and quantised_kind(module) is None:
+        raise ValueError(
+            f"{name}: the inputs of linear layers alone are measured, and it is of the kind {layer_kind(module)!r}; "
+            "exclude it, or name its window in window_pattern."
+        )
+    return module
+
+
+def _in_features(module: nn.Module) -> int:
+    if quantised_kind(module) is not None or isinstance(module, nn.Linear):
+        return int(module.in_features)  # type: ignore[arg-type]
+    return module.get_parameter("weight").shape[0]  # Conv1D (in, out)
+
+
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The layers in their order, in groups whose second moments fit into the budget; one layer at least."""
+    groups: list[list[str]] = []
+    taken = 0
+    for name, size in sizes.items():
+        if not groups or taken + 8 * size**2 > _BUDGET:
+            groups.append([])
+            taken = 0
+        groups[-1].append(name)
+        taken += 8 * size**2
+    return groups

@@ -1,0 +1,110 @@
+"""A printable account of an adapted model: layers, trainable share, windows, time, certificates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ipca.model.apply import adapted_layers
+from ipca.model.targets import holds_peft
+from ipca.nn import InitCertificate
+from ipca.nn.quantization import quantised_kind
+from ipca.svd import SVDReport
+
+WindowKind = tuple[tuple[int, ...], int, int, float, str]
+"""``((…, out, in), start, rank, alpha, form)`` of a layer."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`summary` found; ``str()`` gives the table.
+
+    Attributes:
+        layers: number of adapted layers.
+        trainable, total: parameters, as counts; ``total`` is that of the plain model plus the factors.
+        windows: ``(how many, shape (…, out, in), start, rank, alpha, form)`` for each distinct kind of layer.
+        svd_seconds: time of the decompositions; 0 where the factors came from a file.
+        uncertified: ``(layer, why)`` where the window's indices are not proven.
+        worst_residual: the largest relative residual of a decomposition.
+        worst_start: ``(layer, relative, max_abs, dtype)`` of the largest initialisation error, None if none is known.
+        sources: ``(how many, of what)`` windows of quantised layers are: ``"original"`` or ``"dequantised"`` weights.
+    """
+
+    layers: int
+    trainable: int
+    total: int
+    windows: tuple[tuple[int, tuple[int, ...], int, int, float, str], ...]
+    svd_seconds: float
+    uncertified: tuple[tuple[str, str], ...]
+    worst_residual: float
+    worst_start: tuple[str, float, float, str] | None
+    sources: tuple[tuple[int, str], ...] = ()
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        lines = [f"{self.layers} layers adapted, {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)"]
+        for count, shape, start, rank, alpha, form in self.windows:
+            d = min(shape[-2:])
+            lines.append(f"  {count:4d} × {shape}  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}")
+        proven = self.layers - len(self.uncertified)
+        lines.append(
+            f"window SVD: {self.svd_seconds:.2f} s, worst residual {self.worst_residual:.1e}, {proven} of "
+            f"{self.layers} windows certified"
+        )
+        lines += [f"  not certified: {name}: {why}" for name, why in self.uncertified[:5]]
+        if self.sources:
+            lines.append("quantised layers: " + ", ".join(f"{n} windows of {what} weights" for n, what in self.sources))
+        if self.worst_start is not None:
+            name, relative, largest, dtype = self.worst_start
+            lines.append(
+                f"before training: worst ‖W_eff − W‖/‖W‖ = {relative:.1e}, "
+                f"max|W_eff − W| = {largest:.1e} ({dtype}, layer {name})"
+            )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Account for the adapted layers of ``model``, at any time after they are in place.
+
+    Raises:
+        ValueError: the layers are PEFT's.
+    """
+    layers = adapted_layers(model)
+    if not layers and holds_peft(model):
+        raise ValueError("these are PEFT's layers; for those of a PCConfig say ipca.peft.summary(model).")
+    windows = [(m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window]
+    reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
+    starts = {name: m.certificate for name, m in layers.items() if m.certificate is not None}
+    return account(model, windows, reports, starts)
+
+
+def account(
+    model: nn.Module,
+    windows: Sequence[WindowKind],
+    reports: Mapping[str, SVDReport],
+    starts: Mapping[str, InitCertificate],
+) -> Summary:
+    """The summary of ``model``, of which every layer has a window, and some a report and a certificate, by path."""
+    sources = Counter(r.source for r in reports.values() if r.source != "weight")
+    packed = [m for m in model.modules() if quantised_kind(m) is not None]  # of 4 bits, two in an element
+    worst = max(starts.items(), key=lambda item: item[1].relative, default=None)
+    return Summary(
+        layers=len(windows),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()) + sum(_hidden_entries(m) for m in packed),
+        windows=tuple((count, *kind) for kind, count in Counter(windows).items()),
+        svd_seconds=sum(r.seconds for r in reports.values()),
+        uncertified=tuple((name, r.certificate) for name, r in reports.items() if not r.certified),
+        worst_residual=max((r.residual for r in reports.values()), default=0.0),
+        worst_start=None if worst is None else (worst[0], worst[1].relative, worst[1].max_abs, worst[1].dtype),
+        sources=tuple((count, source) for source, count in sources.items()),
+    )
+
+
+def _hidden_entries(quantised: Any) -> int:
+    """How many entries of the weight ``(out, in)`` the stored tensor's size does not show."""
+    return quantised.out_features * quantised.in_features - quantised.weight.numel()

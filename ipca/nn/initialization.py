@@ -1,0 +1,173 @@
+"""Where a layer begins: the window's factors, and the proof that they leave the function unchanged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ipca._hashing import tensor_sha256
+from ipca.nn.lowrank import add_low_rank, wide_blocks
+from ipca.svd import SVDReport, WindowSVD, window_svd
+from ipca.window import Window
+
+FORMS = ("residual", "intact")
+
+
+def check_options(*, form: str, dropout: float, alpha: float) -> None:
+    """Raise ValueError for a value out of range."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be positive, got {alpha}.")
+
+
+def default_adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """The factors' dtype beside a weight of ``weight_dtype``: the same, but float32 for 16-bit weights."""
+    return torch.promote_types(weight_dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class InitCertificate:
+    """How far the layer's effective weight is from the pretrained one before training.
+
+    Attributes:
+        dtype: of the weight, such as ``"bfloat16"``.
+        max_abs: ``max|W_eff − W|``.
+        relative: ``‖W_eff − W‖_F / ‖W‖_F``.
+        bound: the largest ``relative`` that rounding ``W_res`` once to ``dtype`` can explain; 0 for ``intact``.
+    """
+
+    dtype: str
+    max_abs: float
+    relative: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.relative <= self.bound
+
+
+@dataclass(frozen=True)
+class WindowStart:
+    """The factors a layer starts from, ``A0 (…, rank, in)`` and ``B0 (…, out, rank)``, and where they come from.
+
+    ``svd`` is None where the factors were read from a file that does not say.
+    """
+
+    A0: Tensor
+    B0: Tensor
+    window: Window
+    base_sha256: str
+    svd: SVDReport | None
+    certificate: InitCertificate
+
+    def factors(self) -> dict[str, Tensor]:
+        """The factors of a layer that starts here, by name; ``A0`` and ``B0`` themselves."""
+        return {"lora_A": self.A0.clone(), "lora_B": self.B0.clone(), "lora_A0": self.A0, "lora_B0": self.B0}
+
+
+def window_start(
+    weight: Tensor,
+    window: Window,
+    *,
+    scaling: float,
+    form: str,
+    adapter_dtype: torch.dtype,
+    tol: float | str,
+    digest: str | None = None,
+) -> WindowStart:
+    """Decompose ``weight (…, out, in)`` and split the window between the factors; ``digest`` is the base's, if known.
+
+    Raises:
+        TypeError, ValueError: as :func:`ipca.window_svd`, or as :func:`start_from_svd`.
+        RuntimeError: as :func:`start_from_svd`.
+    """
+    found = window_svd(weight, window, tol=tol, dtype=weight.dtype if weight.device.type == "mps" else torch.float64)
+    return start_from_svd(weight, found, scaling=scaling, form=form, adapter_dtype=adapter_dtype, digest=digest)
+
+
+def start_from_svd(
+    weight: Tensor,
+    found: WindowSVD,
+    *,
+    scaling: float,
+    form: str,
+    adapter_dtype: torch.dtype,
+    digest: str | None = None,
+) -> WindowStart:
+    """Split the window ``found`` of ``weight (…, out, in)``, a matrix or a stack, between the factors.
+
+    ``B0 = U √(S / scaling)`` and ``A0 = √(S / scaling) Vh``, rounded to the dtype of ``weight`` and held in
+    ``adapter_dtype``, so that a cast to the compute dtype changes nothing before training.
+
+    Args:
+        found: of this matrix or this stack, in float64 where the device has it.
+        digest: ``tensor_sha256(weight)``, where it is known already.
+
+    Raises:
+        ValueError: the factors underflow to zeros, or a stack's windows do not all start at one index.
+        RuntimeError: the factors overflow their dtype, or the initialisation certificate does not hold.
+    """
+    report = _one_report(found)
+    root = (found.S / scaling).sqrt()
+    A0 = (root[..., :, None] * found.Vh).to(weight.dtype).to(adapter_dtype)
+    B0 = (found.U * root[..., None, :]).to(weight.dtype).to(adapter_dtype)
+    if found.S.any() and not (A0.any() and B0.any()):
+        raise ValueError(f"the factors are all 0 in {weight.dtype} and could never train; lower alpha.")
+    if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
+        raise RuntimeError(f"the factors overflow {weight.dtype} or {adapter_dtype}; choose another adapter_dtype.")
+    certificate = certify_start(weight, A0, B0, scaling=scaling, form=form)
+    return WindowStart(A0, B0, report.window, digest or tensor_sha256(weight), report, certificate)
+
+
+def _one_report(found: WindowSVD) -> SVDReport:
+    """The report of the matrix; of a stack its worst, with the time and the work of all."""
+    starts = sorted({report.window.index for report in found.reports})
+    if len(starts) > 1:
+        raise ValueError(
+            f"the windows of this stack of {len(found.reports)} weights start at {starts[0]} to {starts[-1]}, "
+            "but a stack has one window; name an index or a fraction instead of looking at each spectrum."
+        )
+    seconds, flops = (sum(getattr(report, name) for report in found.reports) for name in ("seconds", "flops"))
+    return replace(found.report, seconds=seconds, flops=flops)
+
+
+def kept_weight(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> Tensor:
+    """The weight a layer keeps: ``W`` itself (intact), or ``W_res = W − scaling · B0 A0``, rounded once (residual)."""
+    return weight if form == "intact" else add_low_rank(weight, [(-scaling, B0, A0)])
+
+
+def certify_start(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> InitCertificate:
+    """Measure ``‖W_eff(0) − W‖`` of a layer that starts from ``A0, B0``, and raise if it is above the dtype's bound."""
+    if form == "intact":
+        return InitCertificate(str(weight.dtype).removeprefix("torch."), 0.0, 0.0, 0.0)
+    kept = kept_weight(weight, A0, B0, scaling=scaling, form=form)
+    certificate = measure_start(weight, kept, A0, B0, scaling=scaling)
+    if not certificate.holds:
+        raise RuntimeError(
+            f"the effective weight is off by {certificate.relative:.1e} (relative) before training, "
+            f"but one rounding to {certificate.dtype} explains at most {certificate.bound:.1e}; "
+            "please report this weight."
+        )
+    return certificate
+
+
+def measure_start(weight: Tensor, kept: Tensor, A0: Tensor, B0: Tensor, *, scaling: float) -> InitCertificate:
+    """``‖kept + scaling · B0 A0 − weight‖``, beside what one rounding of ``kept`` explains."""
+    largest = error = norm = 0.0
+    for rows, effective in wide_blocks(kept, [(scaling, B0, A0)]):
+        base = weight[rows].to(effective.dtype)
+        difference = effective - base
+        largest = max(largest, difference.abs().max().item())
+        error = math.hypot(error, difference.norm().item())
+        norm = math.hypot(norm, base.norm().item())
+    info = torch.finfo(weight.dtype)
+    subnormal = math.sqrt(weight.numel()) * info.smallest_normal * info.eps
+    bound = info.eps + subnormal / norm if norm > 0 else 0.0
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return InitCertificate(dtype, largest, error / norm if norm > 0 else error, bound)

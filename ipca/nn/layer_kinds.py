@@ -1,0 +1,135 @@
+"""The weights that can be adapted: how to read each as a matrix ``(out, in)``, and how to build its layer again.
+
+| kind | of | weight | as ``(out, in)`` |
+|---|---|---|---|
+| ``"linear"`` | ``nn.Linear`` | ``(out, in)`` | itself |
+| ``"conv1d"`` | transformers' ``Conv1D`` | ``(in, out)`` | transposed |
+| ``"embedding"`` | ``nn.Embedding`` | ``(num, dim)`` | transposed: out = dim, in = num |
+| ``"conv"`` | ``nn.Conv1d``, ``Conv2d``, ``Conv3d`` | ``(out, channels, k…)`` | flattened: in = channels · k… |
+| ``"experts"`` | a parameter ``(E, out, in)`` of a module of experts | the same | a stack of E matrices |
+| ``"experts transposed"`` | the same where the module has ``is_transposed`` | ``(E, in, out)`` | a stack, transposed |
+| ``"nf4"``, ``"int8"``, … | a quantised linear layer, see :mod:`ipca.nn.quantization` | | dequantised |
+
+To support another type of layer: name it in :func:`layer_kind` and :func:`to_matrix`, say in :func:`refusal` which of
+its settings do not work, write a :class:`~ipca.nn.window_layer.WindowLayer` that computes it and name that in
+:func:`ipca.nn.registry.layer_class`. Everything else works on matrices.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from ipca._hashing import tensor_sha256
+from ipca.nn.quantization import dequantised, quantised_kind, quantised_refusal, quantised_sha256
+
+LINEAR = ("linear", "conv1d")
+EXPERTS = ("experts", "experts transposed")
+_TRANSPOSED = ("conv1d", "embedding", "experts transposed")
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """The kind of a layer as in the table above, or None for a module that is no such layer.
+
+    Subclasses do not count: their ``forward`` may do more.
+    """
+    quantised = quantised_kind(module)
+    if quantised is not None:
+        return quantised
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module) is nn.Embedding:
+        return "embedding"
+    if type(module) in _CONVS:
+        return "conv"
+    if isinstance(module, ExpertStack):
+        return "experts transposed" if module.transposed else "experts"
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return "conv1d" if conv1d is not None and type(module) is conv1d else None
+
+
+def refusal(module: nn.Module, *, dropout: float = 0.0) -> str | None:
+    """Why a layer with a :func:`layer_kind` cannot be adapted because of how it is set up, or None."""
+    if quantised_kind(module) is not None:
+        return quantised_refusal(module)
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "its max_norm rewrites rows of the weight in every forward"
+        if module.sparse or module.scale_grad_by_freq:
+            return "its sparse or scale_grad_by_freq is about the gradient of a weight that stays frozen; unset it"
+        if dropout:
+            return "its input is indices, of which dropout can drop nothing; set dropout=0"
+    if isinstance(module, ExpertStack) and dropout:
+        return "the input of one expert's product cannot be reached to drop entries of it; set dropout=0"
+    if isinstance(module, _CONVS):
+        for name, plain in (("groups", 1), ("dilation", (1,) * len(module.kernel_size)), ("padding_mode", "zeros")):
+            value = getattr(module, name)
+            if value != plain:
+                return f"it has {name}={value}, which PEFT's low-rank convolution does not have"
+    return None
+
+
+class ExpertStack(nn.Module):
+    """A parameter ``(E, out, in)`` of a module of experts, ``(E, in, out)`` where ``transposed``, as a layer.
+
+    It shares the parameter, and computes nothing: each expert's product is the business of the module of experts.
+    """
+
+    def __init__(self, weight: nn.Parameter, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.transposed = weight, transposed
+
+
+def stack_names(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters that are stacks of two weights or more, one for each expert."""
+    if layer_kind(module) is not None:
+        return []
+    return [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and len(p) > 1]
+
+
+def to_matrix(kind: str, weight: Tensor) -> Tensor:
+    """A plain ``weight`` of ``kind`` as ``(out, in)`` or, for experts, ``(E, out, in)``; shares its memory."""
+    if kind in _TRANSPOSED:
+        return weight.mT
+    return weight.flatten(1) if kind == "conv" else weight
+
+
+def from_matrix(kind: str, matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of :func:`to_matrix`; ``shape`` is that of the plain weight."""
+    return matrix.mT if kind in _TRANSPOSED else matrix.view(shape)
+
+
+def read_layer(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """``weight (out, in)`` and ``bias (out,)`` or None of a layer with a kind, sharing memory with it.
+
+    A quantised weight comes dequantised, in memory of its own.
+    """
+    kind, weight, bias = layer_kind(module), module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    matrix = to_matrix(kind or "linear", weight.detach()) if quantised_kind(module) is None else dequantised(module)
+    return matrix, None if bias is None else bias.detach()
+
+
+def base_sha256(module: nn.Module) -> str:
+    """How an adapter knows a layer again: a hash of its weight ``(out, in)``, or of what a quantised one stores."""
+    return tensor_sha256(read_layer(module)[0]) if quantised_kind(module) is None else quantised_sha256(module)
+
+
+def build_layer(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A plain ``nn.Linear`` or ``Conv1D`` that computes ``x weightᵀ + bias``, frozen as little as a new one."""
+    out_features, in_features = weight.shape
+    if kind == "linear":
+        layer: nn.Module = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight)
+    else:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            layer = Conv1D(out_features, in_features)
+        layer.weight = nn.Parameter(weight.mT.contiguous())
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    return layer

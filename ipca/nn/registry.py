@@ -1,0 +1,73 @@
+"""Where layers stand in a model, which class adapts one, and how it is put there, adapted or plain again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ipca.nn.conv import ConvPC
+from ipca.nn.embedding import EmbeddingPC
+from ipca.nn.experts import ExpertsPC, StackPC
+from ipca.nn.layer_kinds import EXPERTS, LINEAR, ExpertStack, layer_kind, stack_names
+from ipca.nn.linear import LinearPC
+from ipca.nn.quantization import quantised_kind
+from ipca.nn.quantized_linear import QuantisedLinearPC
+from ipca.nn.window_layer import WindowLayer
+
+_CLASSES: dict[str, type[WindowLayer]] = {
+    **dict.fromkeys(LINEAR, LinearPC),
+    **dict.fromkeys(EXPERTS, StackPC),
+    "embedding": EmbeddingPC,
+    "conv": ConvPC,
+}
+
+
+def layer_class(plain: nn.Module) -> type[WindowLayer]:
+    """What adapts ``plain``, a module or a stack of :func:`find_layer`.
+
+    Raises:
+        TypeError: nothing does.
+    """
+    if quantised_kind(plain) is not None:
+        return QuantisedLinearPC
+    kind = layer_kind(plain)
+    if kind is None:
+        raise TypeError(f"a {type(plain).__name__} is no layer that can be adapted.")
+    return _CLASSES[kind]
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """The module at the path ``name``, or the stack of experts' weights that is a parameter there."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    experts = owner.base if isinstance(owner, ExpertsPC) else owner
+    if leaf not in stack_names(experts):
+        return model.get_submodule(name)
+    transposed = bool(getattr(experts, "is_transposed", False))
+    return ExpertStack(experts.get_parameter(leaf), transposed).train(experts.training)
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of ``model`` by its path, and after a module of experts each of its plain stacks of weights."""
+    found: dict[str, nn.Module] = {}
+    inside = {id(module.base) for module in model.modules() if isinstance(module, ExpertsPC)}
+    for name, module in model.named_modules():
+        found[name] = module
+        experts = module.base if isinstance(module, ExpertsPC) else module
+        plain = id(module) not in inside and not isinstance(module, WindowLayer)
+        for leaf in stack_names(experts) if plain else ():
+            path = f"{name}.{leaf}" if name else leaf
+            found[path] = find_layer(model, path)
+    return found
+
+
+def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer``, adapted or plain, at the path ``name``; a stack into its module of experts, adapted as needed."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if not isinstance(layer, StackPC | ExpertStack):
+        setattr(owner, leaf, layer)
+        return
+    experts = owner if isinstance(owner, ExpertsPC) else ExpertsPC(owner)
+    experts.put(leaf, layer)
+    above, _, place = parent.rpartition(".")
+    setattr(model.get_submodule(above), place, experts if experts.stacks() else experts.base)

@@ -1,0 +1,132 @@
+"""A model without its weights: on the meta device, with the checkpoint's tensor for each of its parameters.
+
+What transformers would do to a weight while loading it, other than renaming it, cannot be done to one tensor alone;
+:class:`CannotStream` then says so, and the whole model has to be loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipca.io.checkpoint import Checkpoint
+from ipca.io.model_folder import read_config
+from ipca.model import Target
+from ipca.nn.layer_kinds import ExpertStack, layer_kind
+from ipca.nn.registry import find_layer
+
+
+class CannotStream(Exception):
+    """The layers of this model cannot be read one by one; the message says why."""
+
+
+def build_skeleton(folder: Path, checkpoint: Checkpoint) -> nn.Module:
+    """The model of ``folder`` on the meta device, in the dtype that transformers would load it with.
+
+    Raises:
+        CannotStream: loading takes more than reading tensors, or the model cannot be built without them.
+        FileNotFoundError, ImportError, ValueError: as :func:`ipca.io.model_folder.read_config`.
+    """
+    model_class, config = read_config(folder)
+    for name in ("quantization_config", "fusion_config", "transformers_weights"):
+        if getattr(config, name, None) is not None:
+            raise CannotStream(f"its config.json has a {name}")
+    if (folder / "adapter_config.json").exists():
+        raise CannotStream("an adapter_config.json lies beside it")
+    dtype = _dtype(config, checkpoint)
+    try:
+        with torch.device("meta"):
+            build = getattr(model_class, "_from_config", None) or model_class.from_config  # AutoModel has the latter
+            model: nn.Module = build(config, dtype=dtype)
+    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise CannotStream(f"it cannot be built without weights ({_first_line(error)})") from None
+    _refuse_dtype_plan(model, dtype)
+    return model.eval()
+
+
+def checkpoint_keys(
+    model: nn.Module, targets: Sequence[Target], checkpoint: Checkpoint, *, residual: bool
+) -> dict[str, str]:
+    """The checkpoint's tensor for the weight of each target, by the target's path.
+
+    Raises:
+        CannotStream: a weight is not in the checkpoint under a name of its own, or (``residual``) its dtype there is
+            not the model's, so that it cannot be replaced in place.
+    """
+    sources = _sources(model, checkpoint)
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    keys = {}
+    for target in targets:
+        own = target.name if isinstance(find_layer(model, target.name), ExpertStack) else f"{target.name}.weight"
+        parameter = model.get_parameter(own)
+        key = next((sources[name] for name in (own, *tied[id(parameter)]) if name in sources), None)
+        if key is None:
+            raise CannotStream(f"the checkpoint holds no tensor that is {own} alone")
+        stored = checkpoint.tensors[key].torch_dtype
+        if residual and stored != parameter.dtype:
+            raise CannotStream(f"{key} is stored as {checkpoint.tensors[key].dtype} and loaded as {parameter.dtype}")
+        keys[target.name] = key
+    return keys
+
+
+def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensor behind every entry of the model's state dict that is one tensor of the checkpoint, unchanged.
+
+    Names are what transformers makes of them: the prefix of the base model comes or goes, old names become new ones.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        rules = get_model_conversion_mapping(model)
+        state, prefix = model.state_dict(), model.base_model_prefix
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        found, seen = {}, Counter[str]()
+        for key in checkpoint.tensors:
+            name, converted = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, converted = rename_source_key(key, [], [], prefix, state)
+            seen[name] += 1
+            if converted is None:
+                found[name] = key
+    except (ImportError, AttributeError, TypeError) as error:
+        raise CannotStream(f"this transformers does not tell how it renames weights ({_first_line(error)})") from None
+    return {name: key for name, key in found.items() if name in state and seen[name] == 1}
+
+
+def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """What ``dtype="auto"`` means: the configuration's dtype, else the one that all floats of the checkpoint have."""
+    dtype = config.dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    held = {stored.torch_dtype for stored in checkpoint.tensors.values()}
+    floats = {dtype for dtype in held if dtype is not None and dtype.is_floating_point}
+    if dtype is not None or len(floats) != 1:
+        raise CannotStream("its config.json does not say one dtype, and neither do its weights")
+    return floats.pop()
+
+
+def _refuse_dtype_plan(model: Any, dtype: torch.dtype) -> None:
+    """transformers keeps some modules of 16-bit models in float32; leave those that hold linear layers to it."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) if dtype == torch.float16 else None
+    always = getattr(model, "_keep_in_fp32_modules_strict", None) if dtype.itemsize == 2 else None
+    names = [name for name, module in model.named_modules() if layer_kind(module)]
+    for pattern in (*(kept or ()), *(always or ())):
+        words = re.findall(r"\w+", pattern)
+        if any(all(word in name for word in words) for name in names):
+            raise CannotStream(f"transformers keeps {pattern} of it in float32")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

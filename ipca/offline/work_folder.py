@@ -1,0 +1,198 @@
+"""The work folder of a long job: what is being made, one sealed file for each finished layer, and the final exchange.
+
+    OUT/.ipca-init/job.json             what is being made; another job's folder is refused
+                  /lock                 held by the process at work
+                  /layers/00007.safetensors
+                  /final/               the files of OUT, as they become complete
+                  /ready                final/ is complete: whoever comes next only has to move it
+
+Whatever stops the process, the same job goes on from here: every file appears in one go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ipca._atomic import DamagedFile, fsync_folder, read_sealed, write_sealed, write_whole
+from ipca.model import uninterrupted
+
+WORK, DONE = ".ipca-init", ".ipca-done"
+Record = dict[str, Any]
+
+
+class Job:
+    """The work folder in ``out``; nothing is made before :meth:`open`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out.absolute()
+        self.folder = self.out / WORK
+        self.final = self.folder / "final"
+        self._lock: int | None = None
+        self._made_out = self._opened = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``final`` is complete and waits to be moved."""
+        return (self.folder / "ready").exists()
+
+    def open(self, record: Mapping[str, Any]) -> None:
+        """Begin the job that ``record`` describes in JSON values, or go on with it.
+
+        Raises:
+            FileExistsError: the folder holds finished layers of another job, or a process is at work in it.
+            OSError: it cannot be made.
+        """
+        with self.writing():
+            self._made_out = not self.out.exists()
+            (self.folder / "layers").mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            shutil.rmtree(self.out / DONE, ignore_errors=True)
+            path, text = self.folder / "job.json", json.dumps(record, indent=2, sort_keys=True)
+            if self.count() or self.ready:
+                self._check_same(path, json.loads(text))
+            else:
+                write_whole(path, text.encode())
+            self._opened = True
+
+    def finished(self, count: int) -> list[int]:
+        """Which of ``count`` layers are done; a damaged file is removed with a warning, and its layer made again."""
+        done = []
+        for index in range(count):
+            try:
+                self.read_layer(index)
+                done.append(index)
+            except FileNotFoundError:
+                continue
+            except DamagedFile as error:
+                warnings.warn(f"{error}; the layer is made again.", RuntimeWarning, stacklevel=2)
+                self._layer_file(index).unlink()
+        return done
+
+    def count(self) -> int:
+        """How many layers are done, by the names of their files."""
+        with suppress(FileNotFoundError):
+            return sum(1 for path in (self.folder / "layers").iterdir() if path.suffix == ".safetensors")
+        return 0
+
+    def write_layer(self, index: int, record: Record, tensors: Mapping[str, Tensor]) -> None:
+        """Put a finished layer down for good."""
+        with self.writing():
+            write_sealed(self._layer_file(index), record, tensors)
+
+    def read_layer(self, index: int) -> tuple[Record, dict[str, Tensor]]:
+        """What :meth:`write_layer` was given."""
+        return read_sealed(self._layer_file(index))
+
+    def finish(self) -> None:
+        """Move everything in ``final`` into ``out``, in place of what has the same names, and remove the work folder.
+
+        Where a move fails, those before it are undone; where the process is killed, the next one moves the rest.
+        """
+        with self.writing(), uninterrupted():
+            if not self.ready:
+                _fsync_files(self.final)
+                write_whole(self.folder / "ready", b"")
+            self._exchange()
+            os.replace(self.folder, self.out / DONE)  # from here on there is nothing to go on with
+            fsync_folder(self.out)
+            shutil.rmtree(self.out / DONE, ignore_errors=True)
+        self.close()
+
+    def abandon(self) -> int:
+        """Remove the work folder where no layer in it is finished, else leave it for the same job to go on.
+
+        Returns:
+            How many finished layers are left there.
+        """
+        kept = self.count() if self._opened else 0
+        if self._opened and not self.ready and not kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self._made_out:
+                with suppress(OSError):
+                    self.out.rmdir()
+        self.close()
+        return kept
+
+    def close(self) -> None:
+        """Let other processes work in the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Name the folder in an error of the system that names no file, such as a full disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.strerror and not error.filename:
+                raise type(error)(f"cannot write {self.out}: {error.strerror}") from None
+            raise
+
+    def _exchange(self) -> None:
+        old = self.folder / "old"
+        old.mkdir(exist_ok=True)
+        moved = []
+        try:
+            for path in sorted(self.final.iterdir()):
+                moved.append(path.name)
+                if (self.out / path.name).exists():
+                    os.replace(self.out / path.name, old / path.name)
+                os.replace(path, self.out / path.name)
+        except OSError:
+            for name in moved:
+                if (self.out / name).exists() and not (self.final / name).exists():
+                    os.replace(self.out / name, self.final / name)
+                if (old / name).exists():
+                    os.replace(old / name, self.out / name)
+            raise
+
+    def _check_same(self, path: Path, record: Record) -> None:
+        try:
+            before = json.loads(path.read_text())
+            names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise FileExistsError(f"{path} cannot be read ({error}); delete {self.folder} to start anew.") from None
+        if names:
+            pairs = [(name, _brief(before.get(name)), _brief(record.get(name))) for name in names[:3]]
+            changes = "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs)
+            raise FileExistsError(
+                f"{self.folder} holds the unfinished work of another job ({changes}); repeat that one to finish it, "
+                f"choose another folder, or delete {self.folder} to start anew."
+            )
+
+    def _take_lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # not POSIX: two processes at once would only do the same work twice
+            return
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise FileExistsError(f"another process is at work in {self.folder}; wait until it has ended.") from None
+
+    def _layer_file(self, index: int) -> Path:
+        return self.folder / "layers" / f"{index:05}.safetensors"
+
+
+def _brief(value: object, width: int = 60) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _fsync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

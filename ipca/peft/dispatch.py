@@ -1,0 +1,120 @@
+"""Which layer of :mod:`ipca.peft.layers` PEFT puts around a base layer, or why none."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from ipca.nn import WindowLayer
+from ipca.nn.quantization import quantised_kind, quantised_refusal
+from ipca.peft.layers import WindowConv1d, WindowConv2d, WindowConv3d, WindowEmbedding, WindowLinear, WindowLora
+from ipca.peft.parameter import ParamWrapper
+
+if TYPE_CHECKING:
+    from ipca.peft.config import PCConfig
+
+_CONVOLUTIONS: dict[type[nn.Module], type[WindowLora]] = {
+    nn.Conv1d: WindowConv1d,
+    nn.Conv2d: WindowConv2d,
+    nn.Conv3d: WindowConv3d,
+}
+
+_STOCK: dict[type[nn.Module], type[WindowLora]] = {
+    lora.Linear: WindowLinear,
+    lora.Embedding: WindowEmbedding,
+    lora.Conv1d: WindowConv1d,
+    lora.Conv2d: WindowConv2d,
+    lora.Conv3d: WindowConv3d,
+}
+
+
+def build(target: nn.Module, adapter_name: str, *, config: PCConfig, target_name: str = "", **kwargs: Any) -> nn.Module:
+    """PEFT's dispatch for the layers of a PCConfig.
+
+    Raises:
+        ValueError: the layer cannot have a window; the message has its path.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if kwargs.get("parameter_name") is not None:
+        return ParamWrapper(target, adapter_name, config=config, target_name=target_name, **kwargs)
+    kwargs.pop("parameter_name", None)
+    why = refusal(base)
+    if why:
+        raise ValueError(f"{target_name}: {why}; exclude it, or adapt it with peft.LoraConfig.")
+    if isinstance(base, (nn.Linear, Conv1D)):
+        config.fan_in_fan_out = kwargs["is_target_conv_1d_layer"] = isinstance(base, Conv1D)
+    return class_for(base)(target, adapter_name, config=config, target_name=target_name, **kwargs)
+
+
+def class_for(base: nn.Module) -> type[WindowLora]:
+    """The layer around a base layer that :func:`refusal` does not refuse."""
+    kind = quantised_kind(base)
+    if kind is not None:
+        return _quantised_class(kind)
+    if isinstance(base, nn.Embedding):
+        return WindowEmbedding
+    for convolution, layer in _CONVOLUTIONS.items():
+        if isinstance(base, convolution):
+            return layer
+    return WindowLinear
+
+
+def _quantised_class(kind: str) -> type[WindowLora]:
+    """These modules import the library that quantised the base, which is therefore there."""
+    if kind.startswith("torchao-"):
+        from ipca.peft.torchao import WindowTorchaoLinear
+
+        return WindowTorchaoLinear
+    from ipca.peft.bnb import WindowLinear4bit, WindowLinear8bitLt
+
+    return WindowLinear8bitLt if kind == "int8" else WindowLinear4bit
+
+
+def admit_windows(model: nn.Module, paths: Container[str] | None = None) -> None:
+    """Make stock LoRA layers such that can take a window too; the adapters they hold stay what they are.
+
+    Args:
+        model: holds layers of PEFT.
+        paths: of the layers; default all that are of a kind with a window.
+    """
+    for path, layer in model.named_modules():
+        if type(layer) in _STOCK and (paths is None or path in paths) and not refusal(layer.get_base_layer()):
+            layer.__class__, layer.path = _STOCK[type(layer)], path
+
+
+def refusal(base: nn.Module) -> str:
+    """Why a base layer cannot have a window, or an empty text."""
+    if quantised_kind(base) is not None:
+        return quantised_refusal(base) or ""
+    if isinstance(base, WindowLayer):
+        return "it is adapted by ipca.apply_pc already; ipca.unload the model first"
+    if isinstance(base, NonDynamicallyQuantizableLinear | nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights without calling their layers"
+    if getattr(base, "_hf_tp_plan", None) is not None:
+        return "it is tensor parallel, and no rank has the weight to decompose"
+    if isinstance(base, tuple(_CONVOLUTIONS)):
+        return _convolution_refusal(base)
+    if not isinstance(base, nn.Linear | Conv1D | nn.Embedding):
+        return f"a {type(base).__name__} has no weight matrix that PEFT's format knows"
+    if getattr(base, "max_norm", None) is not None:
+        return f"max_norm={base.max_norm} changes the embedding's weight as it is read"
+    weight = base.weight
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed from other parameters, so that nothing could be merged into it"
+    if not (type(weight.data) is Tensor and weight.is_floating_point()):
+        return f"its weight is a {type(weight.data).__name__} of {weight.dtype}"
+    return ""
+
+
+def _convolution_refusal(base: Any) -> str:
+    """PEFT's convolution by ``A`` takes kernel size, stride and padding from the base layer, and nothing else."""
+    for name, plain in (("groups", 1), ("dilation", (1,) * len(base.kernel_size)), ("padding_mode", "zeros")):
+        if getattr(base, name) != plain:
+            return f"PEFT's format knows no convolution with {name}={getattr(base, name)!r}"
+    return ""

@@ -1,0 +1,83 @@
+"""PEFT's layer around a bare parameter, with a window: the stacked experts of a mixture, or a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+from ipca.io.peft_kinds import MATRIX
+from ipca.peft.layers import WindowLora
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class ParamWrapper(WindowLora, lora.ParamWrapper):
+    """A base that is one parameter: ``(out, in)``, or a stack of experts ``(E, out, in)``, each with its own window.
+
+    PEFT recognises the class by its name. It stores ``A`` as ``(E r, in)``, expert by expert, and ``B`` as
+    ``(out, r E)``, rank by rank.
+    """
+
+    @property
+    def kind(self) -> str:
+        if self._param_ndim == 2:
+            return MATRIX
+        return "experts" if self._did_swap_in_out_features else "experts transposed"
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """PEFT allows no variant here; :meth:`update_layer` does what the variant does elsewhere."""
+        if getattr(config, "window", None) is None:
+            return super().resolve_lora_variant(config=config, **kwargs)
+        return None
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **kwargs: Any) -> None:
+        """Add an adapter."""
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        if getattr(config, "window", None) is not None:
+            self.begin(adapter_name, config)
+
+    def base_weight(self) -> Tensor:
+        return self.get_param()
+
+    def base_matrix(self) -> Tensor:
+        return self.in_layout(self.base_weight().detach())
+
+    def in_layout(self, matrix: Tensor) -> Tensor:
+        return matrix if matrix.ndim == 2 or self._did_swap_in_out_features else matrix.mT
+
+    def product(self, B: Tensor, A: Tensor) -> Tensor:
+        if self._param_ndim == 2:
+            return B @ A
+        E = self.num_experts
+        return B.reshape(len(B), -1, E).permute(2, 0, 1) @ A.reshape(E, -1, A.shape[-1])
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """PEFT's, but the change is added as one tensor: exactly 0 at the start, which PEFT's one product is not."""
+        adapters = [name for name in active_adapters if name in self.lora_A]
+        if not any(self.pairs(name) for name in adapters):
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        base: Any = self.get_base_layer()
+        name, trains = self.parameter_name, self.get_param().requires_grad
+        change = lora._LoraParameterProxy(sum(self.get_delta_weight(adapter) for adapter in adapters))
+        nn.utils.parametrize.register_parametrization(base, name, change)
+        base.parametrizations[name].original.requires_grad_(trains)
+        try:
+            with nn.utils.parametrize.cached():
+                yield
+        finally:
+            self._remove_parametrizations()
+
+    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        """The change of the parameter, in its layout and dtype."""
+        if self.pairs(adapter) is None:
+            return super().get_delta_weight(adapter, *args, **kwargs)
+        return self.change(adapter).to(self.get_param().dtype)

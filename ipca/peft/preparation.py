@@ -1,0 +1,136 @@
+"""Decompose the base weights of a whole model before PEFT wraps it: checked first, side by side, cached, with a bar."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Mapping
+from itertools import chain
+
+from peft import PeftModel, inject_adapter_in_model
+from torch import nn
+
+from ipca.config import PCConfig as NativeConfig
+from ipca.model import Target, refuse_inference_mode
+from ipca.model.decompose import window_starts
+from ipca.model.originals import Originals
+from ipca.nn.layer_kinds import stack_names
+from ipca.peft.config import PCConfig
+from ipca.peft.dispatch import admit_windows
+from ipca.peft.layers import WindowLora
+from ipca.peft.parameter import ParamWrapper
+from ipca.svd import SpectralCache
+
+_ADAPTER, _INSIDE = "ipca_prepare", ".base_layer"
+
+
+def prepare(
+    model: nn.Module,
+    config: PCConfig,
+    *,
+    cache: SpectralCache | str | os.PathLike[str] | None = None,
+    originals: Originals | None = None,
+    progress: bool = True,
+) -> PCConfig:
+    """Find every start that ``config`` asks of ``model``, so that PEFT can put the layers in at once.
+
+    >>> model = peft.get_peft_model(model, prepare(model, config))
+
+    Needed where stock LoRA adapters are on the layers already: PEFT's own layers refuse a window, and here they learn
+    of it. Otherwise not needed, but kind to large models: PEFT alone has one layer after another decomposed while it
+    changes the model, without a bar, and an error in the tenth layer leaves nine wrapped. Here nothing changes before
+    all is known, and layers are decomposed as :func:`ipca.apply_pc` does it: batched on a GPU, side by side on a CPU,
+    shared among the ranks of a process group.
+
+    Args:
+        model: the base, or a PeftModel that is to get another adapter; unchanged but for the class of stock LoRA
+            layers that ``config`` targets.
+        config: what to adapt; it keeps the starts until PEFT takes them.
+        cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
+        originals: for quantised layers the weights they had before, see :func:`ipca.apply_pc`.
+        progress: show a progress bar.
+
+    Returns:
+        ``config`` itself.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as PEFT, or as :func:`ipca.apply_pc`, with the layer's path.
+    """
+    refuse_inference_mode()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    trial = _wrapped(base, config)
+    targets = _targets(trial, config)
+    store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
+    try:
+        starts = window_starts(
+            trial,
+            list(targets.values()),
+            NativeConfig(tol=config.tol),
+            cache=store,
+            originals=_by_path(originals),
+            progress=progress,
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(str(error).replace(_INSIDE, "")) from None
+    admit_windows(base, set(targets))
+    config.starts = dict(zip(targets, starts, strict=True))
+    return config
+
+
+def _by_path(originals: Originals | None) -> Originals | None:
+    """The same by the name that a base layer has inside PEFT's."""
+    if originals is None:
+        return None
+    find = originals.__getitem__ if isinstance(originals, Mapping) else originals
+    return lambda name: find(name.replace(_INSIDE, ""))
+
+
+def _wrapped(base: nn.Module, config: PCConfig) -> nn.Module:
+    """What PEFT would make of ``base``, tried on a copy that shares every tensor with it; the factors are empty."""
+    tensors = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+    trial, before = copy.deepcopy(base, tensors), [(p, p.requires_grad) for p in base.parameters()]
+    admit_windows(trial)
+    try:
+        return inject_adapter_in_model(copy.deepcopy(config), trial, _ADAPTER, low_cpu_mem_usage=True)
+    finally:
+        for parameter, trains in before:
+            parameter.requires_grad_(trains)
+
+
+def _targets(trial: nn.Module, config: PCConfig) -> dict[str, Target]:
+    """By the path in the base, what is to be decomposed in ``trial``; single parameters are left to PEFT's own turn.
+
+    Raises:
+        ValueError: a weight is tied to another module's, or a single parameter is too small for its rank.
+    """
+    targets = {}
+    owners = Counter(id(p) for _, p in trial.named_parameters(remove_duplicate=False))
+    for name, layer in trial.named_modules():
+        if not (isinstance(layer, WindowLora) and layer.holds(_ADAPTER)):
+            continue
+        base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
+        if owners[id(layer.base_weight())] > 1:
+            raise ValueError(
+                f"{layer.path}: its weight is tied to another module's, which merging would change too; exclude it, or "
+                "untie them."
+            )
+        while trial.get_submodule(name) is not base:
+            name += _INSIDE
+        if isinstance(layer, ParamWrapper):
+            if layer.parameter_name not in stack_names(base):
+                _check_rank(layer, rank)
+                continue
+            name += f".{layer.parameter_name}"
+        window, alpha = config.window_of(layer.path, rank), layer.scaling[_ADAPTER] * rank
+        targets[layer.path] = Target(name, window, alpha, "intact", config.lora_dropout)
+    return targets
+
+
+def _check_rank(layer: ParamWrapper, rank: int) -> None:
+    d = min(layer.base_matrix().shape[-2:])
+    if rank > d:
+        raise ValueError(
+            f"{layer.path}: rank {rank} is above its {d} singular values; give it another in rank_pattern, or "
+            "exclude it."
+        )

@@ -1,8 +1,0 @@
-"""Sweeps: every window beside its neighbours, at several rates and seeds, and a report that says what was found."""
-
-from ipca.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS
-from ipca.sweep.report import verdict, write_report
-from ipca.sweep.run import run
-from ipca.sweep.task import Task, load_task
-
-__all__ = ["COMPARISONS", "DEFAULT_METHODS", "WINDOWS", "Task", "load_task", "run", "verdict", "write_report"]

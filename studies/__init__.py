@@ -1,0 +1,1 @@
+"""Studies: protocols, runners, rows and what they found; no part of the library."""

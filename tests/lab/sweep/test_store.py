@@ -1,0 +1,79 @@
+"""A sweep's folder: what it refuses, and what a mistake leaves behind."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import sweep_task
+
+from ipca import PCConfig
+from ipca.lab import sweep
+from ipca.lab.sweep.store import AUTO, SETTINGS, Store
+
+GRID = {"windows": (0.5,), "lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same",), "early": 2}
+QUIET = {"progress": False, "report": False}
+
+
+def opened(folder, **fixed):
+    store = Store(folder, fixed)
+    store.describe({})
+    return store
+
+
+def test_a_folder_without_a_trial_takes_what_was_mended(tmp_path):
+    opened(tmp_path, early=1)
+    (tmp_path / AUTO).write_text("{}")
+    (tmp_path / "rows.csv").write_text("the untrained model's row")
+    Store(tmp_path, {"early": 2})  # killed before the grid is known
+    assert [path.name for path in tmp_path.iterdir()] == ["trials"]
+    store = opened(tmp_path, early=2)
+    assert json.loads((tmp_path / SETTINGS).read_text())["fixed"] == {"early": 2}
+    assert not (tmp_path / AUTO).exists()
+    store.put("a", [], 1.0)
+    with pytest.raises(ValueError, match=r"holds another sweep: early differ \(early was 2, is now 3\)"):
+        Store(tmp_path, {"early": 3})
+    assert opened(tmp_path, early=2).get("a") == []
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"fixed": 3}'])
+def test_settings_of_something_else_are_refused(text, tmp_path):
+    (tmp_path / SETTINGS).write_text(text)
+    with pytest.raises(ValueError, match=r"settings.json was not written by a sweep, or is damaged; use a new folder"):
+        Store(tmp_path, {"early": 3})
+    assert (tmp_path / SETTINGS).read_text() == text
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "seconds.csv", "report.html"])
+def test_files_of_somebody_else_are_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"holds a {name} but no settings.json of a sweep; use a new folder"):
+        sweep.run(sweep_task.task(), tmp_path, **GRID, **QUIET)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(NotADirectoryError, match="out is a file; a sweep writes into a folder"):
+        sweep.run(sweep_task.task(), tmp_path / "out", **GRID, **QUIET)
+
+
+def test_of_another_config_the_field_is_named(tmp_path):
+    opened(tmp_path, config={"rank": 2, "alpha": None}).put("a", [], 1.0)
+    with pytest.raises(ValueError, match=r"config.rank differ \(config.rank was 2, is now 4\)"):
+        Store(tmp_path, {"config": {"rank": 4, "alpha": None}})
+
+
+def test_a_layer_that_is_not_there_leaves_no_folder(tmp_path):
+    task = replace(sweep_task.task(), config=PCConfig(rank=2, targets=("nope",)))
+    with pytest.raises(ValueError, match="no module matches the target 'nope'"):
+        sweep.run(task, tmp_path / "out", **GRID, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("package", "option"), [("jinja2", {"report": True}), ("optuna", {"tune": 1})])
+def test_a_missing_package_is_found_before_anything_runs(package, option, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match="pip install 'ipca-lora"):
+        sweep.run(sweep_task.task(), tmp_path / "out", **GRID, **{**QUIET, **option})
+    assert not (tmp_path / "out").exists()

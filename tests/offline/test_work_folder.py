@@ -1,0 +1,218 @@
+"""The work folder: whatever stops a job, it goes on where it was, and nothing is done twice."""
+
+import errno
+import os
+
+import pytest
+from common import Plain
+from folders import contents
+from streamed import Run
+
+import ipca
+import ipca.offline.decompose
+from ipca import PCConfig
+from ipca.io.checkpoint import WHOLE
+from ipca.offline.work_folder import DONE, WORK, Job
+
+FORMS = ("intact", "residual")
+
+
+def interrupted(run, monkeypatch, after: int, error: BaseException) -> None:
+    """Run until ``error`` comes up with the layer after the first ``after``."""
+    plain, calls = ipca.offline.decompose.cached_window_svd, []
+
+    def stop(*args, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise error
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ipca.offline.decompose, "cached_window_svd", stop)
+        with pytest.raises(type(error)):
+            run()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("NaN")], ids=repr)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_stopped_job_goes_on_where_it_was(tmp_path, monkeypatch, decomposed, form, after, error):
+    run = Run(tmp_path, Plain(), PCConfig(rank=3, form=form))
+    interrupted(run, monkeypatch, after, error)
+    assert os.listdir(run.out) == [WORK]
+    assert Job(run.out).count() == after
+    assert len(decomposed) == after
+    run()
+    assert len(decomposed) == 3
+    twin = Run(tmp_path, run.base, run.config)
+    twin.out = tmp_path / "twin"
+    twin()
+    mine, theirs = contents(run.out), contents(twin.out)
+    assert WORK not in os.listdir(run.out)
+    for name in ("adapter/adapter_config.json",) * (form == "residual"):
+        del mine[name], theirs[name]
+    assert mine == theirs
+
+
+def test_a_damaged_layer_is_made_again(run, decomposed, monkeypatch):
+    interrupted(run, monkeypatch, 1, KeyboardInterrupt())
+    (path,) = (run.out / WORK / "layers").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(RuntimeWarning, match=r"00000\.safetensors is damaged: .*; the layer is made again"):
+        run()
+    assert len(decomposed) == 3
+    ipca.load_adapter(run.base, run.out)
+
+
+def test_another_job_is_refused_with_the_way_out(run, monkeypatch):
+    interrupted(run, monkeypatch, 1, KeyboardInterrupt())
+    before = contents(run.out)
+    other = Job(run.out)
+    with pytest.raises(FileExistsError) as error:
+        other.open({"config": "another", "rank": 5})
+    assert str(error.value).startswith(f"{run.out / WORK} holds the unfinished work of another job (config ")
+    assert 'now "another"; rank null, now 5); repeat that one to finish it, choose another folder, or' in str(
+        error.value
+    )
+    assert other.abandon() == 0
+    assert contents(run.out) == before
+    run()
+
+
+def test_a_job_with_nothing_finished_gives_way(run, monkeypatch):
+    interrupted(run, monkeypatch, 0, KeyboardInterrupt())
+    run.config = PCConfig(rank=2, form="intact")
+    run()
+    assert ipca.load_adapter(run.base, run.out).a.rank == 2
+
+
+def test_two_processes_do_not_share_a_folder(run):
+    first, second = Job(run.out), Job(run.out)
+    first.open({})
+    with pytest.raises(FileExistsError, match=r"another process is at work in .*; wait until it has ended"):
+        second.open({})
+    first.close()
+    second.open({})
+    second.close()
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_abandoned_job_leaves_nothing(tmp_path, existed):
+    out = tmp_path / "out"
+    if existed:
+        out.mkdir()
+    job = Job(out)
+    job.open({})
+    assert job.abandon() == 0
+    assert out.exists() == existed
+    assert not existed or os.listdir(out) == []
+
+
+def test_old_files_are_replaced_together_and_others_kept(run):
+    run.out.mkdir()
+    for name in ("adapter_model.safetensors", "ipca.json", "notes.txt"):
+        (run.out / name).write_text("old")
+    job = run(finish=False)
+    assert (run.out / "ipca.json").read_text() == "old"
+    job.finish()
+    assert contents(run.out)["notes.txt"] == b"old"
+    ipca.load_adapter(run.base, run.out)
+    assert sorted(os.listdir(run.out)) == sorted(
+        ["adapter_config.json", "adapter_model.safetensors", "ipca.json", "notes.txt"]
+    )
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4, 5])
+def test_a_move_that_fails_undoes_the_others(run, monkeypatch, failing):
+    run.out.mkdir()
+    for name in ("adapter_config.json", "ipca.json"):
+        (run.out / name).write_text("old")
+    job, plain, calls = run(finish=False), os.replace, []
+
+    def replace(source, target):
+        if str(source).startswith(str(job.final)) or str(target).startswith(str(job.folder / "old")):
+            calls.append(1)
+            if len(calls) == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ipca.offline.work_folder.os.replace", replace)
+        with pytest.raises(OSError, match=f"cannot write {run.out}: Input/output error"):
+            job.finish()
+    assert {path.name: path.read_text() for path in run.out.glob("*.json")} == {
+        "adapter_config.json": "old",
+        "ipca.json": "old",
+    }
+    assert not (run.out / "adapter_model.safetensors").exists()
+    job.finish()
+    ipca.load_adapter(run.base, run.out)
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_a_job_killed_while_it_moves_is_finished_by_the_next(run, monkeypatch, moves, decomposed):
+    """The process dies: nothing is undone."""
+    run.out.mkdir()
+    (run.out / "ipca.json").write_text("old")
+    job, plain, done = run(finish=False), os.replace, []
+
+    def replace(source, target):
+        if str(target).startswith(str(run.out)) and not str(target).endswith("ready"):
+            if len(done) == moves:
+                raise KeyboardInterrupt
+            done.append(target)
+        plain(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ipca.offline.work_folder.os.replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            job.finish()
+    job.close()
+    later = Job(run.out)
+    assert later.ready
+    later.open({"config": run.config.to_json()})
+    later.finish()
+    assert len(decomposed) == 2
+    ipca.load_adapter(run.base, run.out)
+    assert len(os.listdir(run.out)) == 3
+
+
+def test_what_a_finished_job_left_is_cleared_away(run):
+    (run.out / DONE / "layers").mkdir(parents=True)
+    run()
+    assert len(os.listdir(run.out)) == 3
+
+
+@pytest.mark.parametrize("where", ["layer", "factors", "shard"])
+def test_a_full_disk_keeps_what_is_done_and_what_was_there(tmp_path, monkeypatch, where, decomposed):
+    run = Run(tmp_path, Plain(), PCConfig(rank=3, form="residual" if where == "shard" else "intact"))
+    run.out.mkdir()
+    if where != "shard":
+        (run.out / "ipca.json").write_text("old")
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    place = {
+        "layer": "ipca._atomic.safetensors.torch.save",
+        "factors": "ipca.offline.stream_file.raw_bytes",
+        "shard": "ipca.offline.source.write_in_place",
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        with pytest.raises(OSError, match=f"cannot write {run.out}: No space left on device"):
+            run()
+    assert where == "shard" or (run.out / "ipca.json").read_text() == "old"
+    assert Job(run.out).count() == (0 if where == "layer" else 3)
+    run()
+    assert len(decomposed) == (4 if where == "layer" else 3)
+    assert not list(run.out.rglob(".tmp-*"))
+
+
+def test_shards_that_are_done_are_not_written_again(tmp_path, monkeypatch):
+    run = Run(tmp_path, Plain(), PCConfig(rank=3, form="residual"))
+    job = run(finish=False)
+    shard = job.final / "base" / WHOLE
+    before = shard.stat().st_mtime_ns
+    run()
+    assert (run.out / "base" / WHOLE).stat().st_mtime_ns == before

@@ -1,0 +1,177 @@
+"""What a PCConfig does not do is refused by name, before the model has changed."""
+
+import copy
+from dataclasses import fields
+
+import peft
+import pytest
+import torch
+from common import snapshot
+from layer_kinds import mixtral
+from peft import LoraConfig, get_peft_model
+from peft_cases import train, wrap
+from peft_models import Small, ids, llama
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ipca import Window
+from ipca.peft import PCConfig
+from ipca.peft.config import _REFUSED
+
+GIVEN = {
+    "velora_config": peft.tuners.lora.config.VeloraConfig,
+    "monteclora_config": peft.tuners.lora.config.MontecloraConfig,
+    "arrow_config": lambda: peft.tuners.lora.config.ArrowConfig(),
+    "kasa_config": peft.tuners.lora.config.KasaConfig,
+    "layer_replication": lambda: [(0, 2)],
+    "alora_invocation_tokens": lambda: [1, 2],
+    "megatron_config": lambda: {"x": 1},
+    "loftq_config": lambda: {"loftq_bits": 4},
+}
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_variants_of_lora(name):
+    value = GIVEN.get(name, lambda: True)()
+    with pytest.raises(ValueError, match=rf"PCConfig does not support {name}; leave it out, or use peft\.LoraConfig\."):
+        PCConfig(**{name: value})
+
+
+def test_every_variant_of_pefts_is_refused_or_ours():
+    variants = {f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")}
+    assert variants <= set(_REFUSED)
+
+
+@pytest.mark.parametrize("value", ["pissa", "gaussian", "olora", "pissa_niter_4", "eva", "mica", "orthogonal"])
+def test_other_initialisations(value):
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{value}' is no window; leave it out and say window=…"):
+        PCConfig(init_lora_weights=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": "centre"}, "Unknown window 'centre'"),
+        ({"window": 1.5}, r"must lie in \[0, 1\]"),
+        ({"window": Window(3, 4), "r": 5}, "has rank 4, but rank=5 was given too"),
+        ({"window_pattern": {"a": "centre"}}, "Unknown window 'centre'"),
+        ({"r": 0}, "rank must be at least 1, got 0"),
+        ({"rank_pattern": {"a": 0}}, "rank must be at least 1, got 0"),
+        ({"lora_alpha": -1}, "alpha must be positive, got -1"),
+        ({"alpha_pattern": {"a": 0}}, "alpha must be positive, got 0"),
+        ({"lora_dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1\.0"),
+        ({"tol": "fastest"}, "tol"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        PCConfig(**options)
+
+
+def test_a_window_brings_its_rank():
+    config = PCConfig(window=Window(3, 4))
+    assert (config.r, config.window, config.lora_alpha) == (4, "start=3", 4)
+    assert PCConfig(r=9, use_rslora=True).lora_alpha == 3
+
+
+def test_add_weighted_adapter():
+    model = wrap(Small())
+    model.add_adapter("minor", PCConfig(r=3, window="minor", target_modules=["a", "b"]))
+    train(model, ids())
+    with pytest.raises(ValueError, match="'default' trains a window, and add_weighted_adapter would combine"):
+        model.add_weighted_adapter(["default", "minor"], [1.0, 1.0], "both")
+    assert set(model.peft_config) == {"default", "minor"}
+
+
+class Odd(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.fine = layer, nn.Linear(8, 8)
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrised():
+    layer = nn.Linear(8, 8)
+    parametrize.register_parametrization(layer, "weight", Scaled())
+    return layer
+
+
+def parallel():
+    layer = nn.Linear(8, 8)
+    layer._hf_tp_plan = "colwise"
+    return layer
+
+
+LAYERS = {
+    "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=2), "PEFT's format knows no convolution with groups=2"),
+    "dilated": (lambda: nn.Conv1d(4, 8, 3, dilation=2), r"knows no convolution with dilation=\(2,\)"),
+    "circular": (lambda: nn.Conv1d(4, 8, 3, padding_mode="circular"), "convolution with padding_mode='circular'"),
+    "max_norm": (lambda: nn.Embedding(9, 8, max_norm=1.0), r"max_norm=1\.0 changes the embedding's weight"),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), "nn.MultiheadAttention reads its weights without calling"),
+    "its projection": (lambda: nn.MultiheadAttention(8, 2).out_proj, "reads its weights without calling"),
+    "parallel": (parallel, "it is tensor parallel, and no rank has the weight to decompose"),
+    "parametrised": (parametrised, "its weight is computed from other parameters"),
+    "bilinear": (lambda: nn.Bilinear(8, 8, 8), "a Bilinear has no weight matrix that PEFT's format knows"),
+    "norm": (lambda: nn.LayerNorm(8), "a LayerNorm has no weight matrix that PEFT's format knows"),
+    "too small": (lambda: nn.Linear(8, 3), r"needs 4 singular values, but there are only 3"),
+    "not finite": (lambda: broken(nn.Linear(8, 8)), "NaN"),
+}
+
+
+def broken(layer):
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    return layer
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_no_window_fits_are_refused_by_path(name):
+    build, words = LAYERS[name]
+    with pytest.raises(ValueError, match=rf"^layer: .*{words}"):
+        get_peft_model(Odd(build()), PCConfig(r=4, target_modules=["layer"]))
+
+
+def test_a_weight_of_integers():
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^layer: its weight is a Tensor of torch\.int8"):
+        get_peft_model(Odd(layer), PCConfig(r=4, target_modules=["layer"]))
+
+
+def test_a_window_behind_the_last_component():
+    with pytest.raises(ValueError, match=r"^a: .*ends at 13, but there are only 12 singular values"):
+        wrap(Small(), window="start=10")
+
+
+def test_experts_whose_windows_start_apart():
+    model = mixtral()
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[0] *= torch.linspace(1, 0, 24).square()
+    config = PCConfig(r=2, window="erank", target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match=r"^model\.layers\.[01]\.mlp\.experts\.down_proj: the windows of this stack"):
+        get_peft_model(model, config)
+
+
+def test_dropout_on_experts_is_refused_by_peft():
+    config = PCConfig(r=2, lora_dropout=0.1, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match="dropout"):
+        get_peft_model(mixtral(), config)
+
+
+def test_no_layer_matches():
+    with pytest.raises(ValueError, match=r"Target modules .* not found in the base model"):
+        wrap(llama(), target_modules=["query"])
+
+
+def test_a_refusal_names_the_config_alone():
+    base = Small()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        get_peft_model(base, PCConfig(r=3, init_lora_weights="pissa", target_modules=["a"]))
+    assert snapshot(base) == before
+    assert copy.deepcopy(PCConfig(r=3)).r == 3

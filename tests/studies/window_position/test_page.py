@@ -1,0 +1,125 @@
+import pytest
+import study_made
+
+from studies.window_position import figures, findings, rules
+from studies.window_position import tables as study_tables
+from studies.window_position.rows import Study, read_table, write_table
+
+
+@pytest.fixture(scope="module")
+def pictures(whole):
+    """Every figure of a complete study."""
+    made = rules.read_tables(Study(whole))
+    return [draw(made) for draw in figures.FIGURES]
+
+
+def test_every_picture_is_drawn_with_its_axes_labelled(whole, tmp_path, pictures):
+    for figure in pictures:
+        assert all(axis.get_ylabel() or axis.get_yticklabels()[0].get_text() for axis in figure.axes if _first(axis))
+        assert all(axis.get_xlabel() or axis.get_xticklabels()[0].get_text() for axis in figure.axes)
+        assert "95 % bootstrap interval over seeds" in figure.get_suptitle()
+    drawn = figures.draw(rules.read_tables(Study(whole)), tmp_path)
+    assert [path.stem for path in drawn] == [draw.__name__ for draw in figures.FIGURES]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def _first(axis):
+    return axis.get_subplotspec().is_first_col()
+
+
+def test_what_was_not_run_is_not_drawn(tmp_path):
+    folder = study_made.study(tmp_path, sweeps=("M5",), streams={}, curves={})
+    findings.write(Study(folder))
+    assert figures.draw(rules.read_tables(Study(folder)), folder) == []
+    assert figures.draw(rules.read_tables(Study(tmp_path / "none")), tmp_path) == []
+
+
+def shown(axis):
+    """The labels of ticks within the view; matplotlib keeps others, which it does not draw."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    return [tick.label1 for tick in ticks if low <= tick.get_loc() <= high]
+
+
+def test_no_two_labels_of_a_picture_overlap(pictures):
+    for figure in pictures:
+        figure.draw_without_rendering()
+        texts = [text for axis in figure.axes for text in (axis.title, axis.xaxis.label, axis.yaxis.label)]
+        texts += [text for axis in figure.axes for text in (*shown(axis.xaxis), *shown(axis.yaxis))]
+        texts += [text for legend in figure.legends for text in legend.get_texts()]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+        pairs = [(a, b) for k, a in enumerate(boxes) for b in boxes[:k] if a.overlaps(b)]
+        assert not pairs, figure.get_suptitle()
+
+
+def test_the_page_has_a_row_for_each_test_and_names_what_is_missing(whole, tmp_path):
+    sections = study_tables.sections(whole)
+    assert sections["study_tests"].count("| **") == 14 + 2
+    assert "| C10 | V1, 2e-3 | retained: minor against middle | 10 |" in sections["study_tests"]
+    assert "**minor below middle** |" in sections["study_tests"]
+    assert "Holm's correction is over those tested, 14 of 14." in sections["study_tests"]
+    assert (
+        "Everything in the protocol's grid was run. Not run either, as they need a GPU and no test uses them: G1 and "
+        "G2. Measured on cpu x86_64; python 3.11.7, torch" in (sections["study_runs"])
+    )
+    assert "full fine-tuning (same, 0.004): 10 |" in sections["study_runs"]
+    assert sections["study_all"].count("<details>") == 7
+    assert not any("png" in text for text in sections.values())
+    (whole / "rates.png").touch()
+    pictured = study_tables.sections(whole)
+    (whole / "rates.png").unlink()
+    assert pictured["study_rates"].endswith("![rates](../studies/window_position/results/rates.png)")
+    assert pictured | {"study_rates": sections["study_rates"]} == sections
+    empty = study_tables.sections(tmp_path)
+    assert set(empty) == set(sections)
+    assert empty["study_tests"] == empty["study_all"] == empty["study_frontier"] == "Not run."
+
+
+def test_a_sweep_for_a_gpu_that_was_cut_short_is_described_as_far_as_it_is(tmp_path):
+    grid = {"methods": ("lora", "full", "auto"), "lrs": (1e-3, 2e-3), "extra": ("kl",)}
+    made = study_made.Truth({"windows": study_made.WINDOWS, "comparisons": ("same",)}, {"G2": grid}, {}, {})
+    rows = read_table(made.write(tmp_path) / "G2.csv")
+    cut = [row for row in rows if (row["method"], row["lr"], row["seed"]) != ("lora", "0.002", "9")]
+    assert len(cut) == len(rows) - 1
+    write_table(tmp_path / "G2.csv", list(rows[0]), cut)
+    findings.write(Study(tmp_path))
+    sections = study_tables.sections(tmp_path)
+    assert (
+        "| G2: language model of 26 M parameters, all linear layers, exploratory | 179 | none |"
+        in (sections["study_runs"])
+    )
+    assert "Not run either, as they need a GPU and no test uses them: G1." in sections["study_runs"]
+    assert [line.split(" | ")[1] for line in sections["study_positions"].splitlines()[2:]] == [
+        "kl",
+        "retained",
+        "target",
+    ]
+    best = {method for _, method, _, lr, _ in rules.read_tables(Study(tmp_path)).summary if lr == "best"}
+    assert best == {*study_made.WINDOWS, "full", "auto"}
+
+
+def test_shares_of_a_difference_are_those_of_the_same_rate(whole):
+    rows = rules.read_tables(Study(whole)).summary
+    whole_one, left = (float(rows["M3", "0.0", c, "0.002", "drift"]["difference"]) for c in ("same", "update"))
+    line = next(
+        line
+        for line in study_tables.sections(whole)["study_comparisons"].splitlines()
+        if line.startswith("| M3 | 0.002 | drift | principal − middle | 5 |")
+    )
+    assert line.endswith(f", {round(100 * left / whole_one)} % |")
+    assert line.count("%") == 2  # none at the same rate itself
+    assert "–" not in line  # with a √σ-matched cell
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [("0.01", "0.02", "further than"), ("-0.02", "-0.01", "less than"), ("-0.01", "0.02", "not")],
+)
+def test_where_the_minor_end_lies_is_read_off_the_interval(whole, low, high, words):
+    tables = rules.read_tables(Study(whole))
+    key = "V1", "1.0", "update", "0.002", "drift"
+    tables.summary[key] = tables.summary[key] | {"difference_low": low, "difference_high": high}
+    *_, last = study_tables.comparisons_section(tables).splitlines()
+    *_, ours = last.split(" and ")
+    assert ours.startswith(words)
+    assert ours.endswith("the middle at equal early updates.")

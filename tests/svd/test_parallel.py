@@ -1,0 +1,94 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from ipca import Window, window_svd
+from ipca.svd.parallel import TOGETHER, side_by_side
+
+
+@pytest.fixture
+def threads():
+    """Set PyTorch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def run(count, seen, *, room=1.0, threads_each=None):
+    lock = threading.Lock()
+    running = 0
+
+    def work(i):
+        nonlocal running
+        with lock:
+            running += 1
+            seen.append((running, torch.get_num_threads(), threading.current_thread().name))
+        time.sleep(0.02 * ((i % 2) + 1))
+        with lock:
+            running -= 1
+        return i
+
+    return list(side_by_side(work, range(count), [room] * count))
+
+
+@pytest.mark.parametrize(("available", "count", "workers"), [(1, 5, 1), (2, 1, 1), (2, 5, 2), (4, 2, 2), (4, 9, 4)])
+def test_results_come_in_order_from_as_many_workers_as_fit(threads, available, count, workers):
+    threads(available)
+    seen = []
+    assert run(count, seen) == list(range(count))
+    assert max(together for together, *_ in seen) == workers
+    assert {each for _, each, _ in seen} == {available // workers}
+    assert torch.get_num_threads() == available
+    assert any(name.startswith("ipca") for *_, name in seen) is (workers > 1)
+
+
+@pytest.mark.parametrize(("room", "workers"), [(TOGETHER, 1), (TOGETHER / 2, 2), (TOGETHER / 3.5, 3)])
+def test_workspaces_bound_how_many_run(threads, room, workers):
+    threads(4)
+    seen = []
+    run(8, seen, room=room)
+    assert max(together for together, *_ in seen) == workers
+
+
+def test_an_error_comes_at_its_turn_and_ends_the_rest(threads):
+    threads(2)
+    began = []
+
+    def work(i):
+        began.append(i)
+        if i == 2:
+            raise ValueError("two")
+        return i
+
+    results = []
+    with pytest.raises(ValueError, match="two"):
+        results.extend(side_by_side(work, range(50), [1.0] * 50))
+    assert results == [0, 1]
+    assert len(began) < 6
+    assert torch.get_num_threads() == 2
+
+
+def test_nothing_to_do():
+    assert list(side_by_side(lambda i: i, [], [])) == []
+
+
+def test_a_stack_gives_the_same_bits_side_by_side_as_one_by_one(threads):
+    W = torch.randn(5, 260, 270)
+    threads(1)
+    alone = window_svd(W, Window.middle(6))
+    threads(2)
+    together = window_svd(W, Window.middle(6))
+    assert torch.equal(alone.U, together.U)
+    assert torch.equal(alone.Vh, together.Vh)
+
+
+def test_two_callers_at_once_leave_the_thread_count_alone(threads):
+    threads(2)
+    callers = [threading.Thread(target=run, args=(6, [])) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert torch.get_num_threads() == 2
