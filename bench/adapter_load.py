@@ -24,7 +24,7 @@ from ipca import Window
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter_folder import read_adapter
 from ipca.io.peft_format import WEIGHTS
-from ipca.nn import InitCertificate, LinearPC, WindowStart
+from ipca.nn import InitCertificate, InitialFactors, LinearPC
 
 RANK, LAYERS, HIDDEN, INTERMEDIATE, KEYS = 16, 16, 2048, 8192, 8 * 64
 SHAPES = {
@@ -58,8 +58,8 @@ def adapted(model: nn.Module) -> nn.Module:
     for name, linear in linear_layers(model).items():
         A0, B0 = torch.randn(RANK, linear.in_features), torch.randn(linear.out_features, RANK)
         window = Window.middle(RANK).resolve(min(linear.weight.shape))
-        start = WindowStart(A0, B0, window, tensor_sha256(linear.weight), None, exact)
-        put(model, name, LinearPC.from_start(linear, start, alpha=float(RANK), form="intact"))
+        start = InitialFactors(A0, B0, window, tensor_sha256(linear.weight), None, exact)
+        put(model, name, LinearPC.from_factors(linear, start, alpha=float(RANK), form="intact"))
     return model
 
 

@@ -78,7 +78,7 @@ def statuses(who: Sequence[Provider], sample: Sample) -> dict[Provider, str]:
     for provider in who:
         truth = truths["residual" if provider.name.startswith("peft") else provider.form]
         try:
-            reason = refusal(provider, sample)
+            reason = unsupported_reason(provider, sample)
             complaint = "" if reason else check(provider, sample, truth)
             found[provider] = f"refused: {reason}" if reason else f"wrong: {complaint}" if complaint else "ok"
         except Exception as error:  # one that breaks must not cost the others their rows
@@ -86,7 +86,7 @@ def statuses(who: Sequence[Provider], sample: Sample) -> dict[Provider, str]:
     return found
 
 
-def refusal(provider: Provider, sample: Sample) -> str:
+def unsupported_reason(provider: Provider, sample: Sample) -> str:
     """Why the provider's backend cannot run here, or nothing."""
     layer = sample.layer(provider)
     if not isinstance(layer, LinearPC) or provider.backend == "auto":
@@ -227,7 +227,7 @@ def test_full(benchmark: Any, provider: Provider) -> None:
     import pytest
 
     sample = Sample(SMALL, torch.device("cpu"), seed=0)
-    if reason := refusal(provider, sample):
+    if reason := unsupported_reason(provider, sample):
         pytest.skip(reason)
     truth = truth_of(sample, "residual" if provider.name.startswith("peft") else provider.form)
     assert not check(provider, sample, truth)

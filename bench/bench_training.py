@@ -30,8 +30,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ipca._hashing import tensor_sha256
-from ipca.nn import InitCertificate, LinearPC, WindowStart
-from ipca.nn.registry import put_layer
+from ipca.nn import InitCertificate, InitialFactors, LinearPC
+from ipca.nn.registry import set_layer
 
 COLUMNS = (
     *("provider", "form", "step", "loss", "loss_difference", "status", "seconds", "tokens_per_s", "peak_mib"),
@@ -97,7 +97,7 @@ def build(provider: Provider, settings: Settings, device: torch.device) -> Run:
         if isinstance(module, nn.Linear) and name.endswith(TARGETS):
             start = cheap_start(module.weight.detach(), settings.rank, generator)
             form = provider.form or "residual"
-            put_layer(model, name, linear_pc(module.weight, start, form, dropout=0.0))
+            set_layer(model, name, linear_pc(module.weight, start, form, dropout=0.0))
     if provider == IN_PEFT:
         model = as_window_in_peft(model, settings.rank)
     elif provider.backend is None:
@@ -135,7 +135,7 @@ def as_peft(model: nn.Module, rank: int, *, sixteen_bit: bool) -> nn.Module:
     """The same function under stock PEFT: the residual weights as the base, the window's factors as the adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LinearPC)}
     for name, layer in layers.items():
-        put_layer(model, name, plain_linear(layer.kept_weight))
+        set_layer(model, name, plain_linear(layer.base_weight))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
     adapted = get_peft_model(model, config, autocast_adapter_dtype=not sixteen_bit)
     with torch.no_grad():
@@ -152,10 +152,10 @@ def as_window_in_peft(model: nn.Module, rank: int) -> nn.Module:
 
     config = PCConfig(r=rank, target_modules=list(TARGETS))
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LinearPC)]:
-        put_layer(model, name, plain_linear(layer.kept_weight))
-        digest, certificate = tensor_sha256(layer.kept_weight), InitCertificate("", 0.0, 0.0, 0.0)
+        set_layer(model, name, plain_linear(layer.base_weight))
+        digest, certificate = tensor_sha256(layer.base_weight), InitCertificate("", 0.0, 0.0, 0.0)
         assert layer.window is not None
-        config.starts[name] = WindowStart(layer.lora_A0, layer.lora_B0, layer.window, digest, None, certificate)
+        config.starts[name] = InitialFactors(layer.lora_A0, layer.lora_B0, layer.window, digest, None, certificate)
     return get_peft_model(model, config)
 
 

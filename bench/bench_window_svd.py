@@ -20,11 +20,11 @@ import torch
 from bench_pc_linear import DEVICE_LOST, DeviceLostError
 from facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug, version
 from svd_grid import FORCED, OURS, Cell, Task, grid, must_show, quick_grid, tasks
-from svd_initialise import initialiser, model_of, worst
+from svd_initialize import initializer, model_of, worst
 from svd_matrices import Accuracy, Found, accuracy, matrix, truth
 from svd_providers import Provider, Refused, provider
 from svd_race import Lane, first_call, race, times
-from svd_tables import against, initialise_table, must_show_lines, window_table
+from svd_tables import against, initialize_table, must_show_lines, window_table
 from timing import synchronize
 from torch import nn
 from tqdm import tqdm
@@ -47,12 +47,12 @@ class Subject:
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
-        self.model: nn.Module | None = model_of(cell, device) if cell.op == "initialise" else None
+        self.model: nn.Module | None = model_of(cell, device) if cell.op == "initialize" else None
         self.W = matrix(cell.m, cell.n, cell.spectrum, device, cell.batch)
 
     def entrant(self, name: str, window: ipca.Window, text: str) -> Provider:
         if self.model is not None:
-            return initialiser(name, self.cell, self.model, text)
+            return initializer(name, self.cell, self.model, text)
         return provider(name, self.W, window)
 
     def accuracy(self, found: Found, result: Any, start: int) -> Accuracy:
@@ -229,7 +229,7 @@ def main() -> int:
     lines = (
         must_show_lines(rows)
         if args.must_show
-        else [window_table(rows), "", initialise_table(rows), "", *against(rows)]
+        else [window_table(rows), "", initialize_table(rows), "", *against(rows)]
     )
     print("\n".join([*lines, str(path)]))
     bad = [row for row in rows if row["status"].startswith(("wrong", "failed"))]

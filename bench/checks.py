@@ -47,7 +47,7 @@ def truth_of(sample: Sample, form: str) -> Truth:
         factors = [layer.lora_A, layer.lora_B, *([layer.lora_A0, layer.lora_B0] if form == "intact" else [])]
 
     def run(dtype: torch.dtype) -> Results:
-        x, dy, weight = (t.detach().to(dtype) for t in (sample.x, sample.dy, layer.kept_weight))
+        x, dy, weight = (t.detach().to(dtype) for t in (sample.x, sample.dy, layer.base_weight))
         cast = [factor.detach().to(dtype) for factor in factors]
         leaves = [x, *cast[:2]]
         for leaf in leaves:

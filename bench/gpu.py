@@ -193,7 +193,7 @@ def choose_backends(out: Path, seconds: float) -> None:
     measure_backends(cells, out / cache_file(torch.device("cuda")).name, seconds)
 
 
-def summarise(out: Path) -> None:
+def summarize(out: Path) -> None:
     """Print and write the tables."""
     import svd_tables
     from facts import read_rows
@@ -237,7 +237,7 @@ def main() -> int:
         if not torch.cuda.is_available():
             sys.exit("bench/gpu.py needs a CUDA device, and torch sees none here.")
         failed = run_all(STEPS, out, args.seconds)
-        summarise(out)
+        summarize(out)
         return failed
     return 0
 

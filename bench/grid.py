@@ -12,7 +12,7 @@ TOKENS = (8192, 4096, 16384, 1024, 256)
 RANKS = (16, 64, 128, 8)
 DROPOUT = 0.05
 
-Choice = tuple[int, tuple[int, int], int, float]
+BackendChoice = tuple[int, tuple[int, int], int, float]
 """``M, (N, K), rank, dropout``."""
 
 
@@ -24,11 +24,11 @@ def grid(device: str) -> list[Cell]:
 def gpu_grid() -> list[Cell]:
     """bf16: one thing varied at a time around the goal first, then every combination, torch.compile in four cells."""
     M, shape, rank = TOKENS[0], SHAPES[0], RANKS[0]
-    around: list[Choice] = [(m, shape, rank, 0.0) for m in TOKENS]
+    around: list[BackendChoice] = [(m, shape, rank, 0.0) for m in TOKENS]
     around += [(M, s, rank, 0.0) for s in SHAPES[1:]]
     around += [(M, shape, r, 0.0) for r in RANKS[1:]]
     around += [(M, s, rank, DROPOUT) for s in SHAPES]
-    rest: list[Choice] = [(m, s, r, p) for r in RANKS for p in (0.0, DROPOUT) for s in SHAPES for m in TOKENS]
+    rest: list[BackendChoice] = [(m, s, r, p) for r in RANKS for p in (0.0, DROPOUT) for s in SHAPES for m in TOKENS]
     compiled = [replace(_cell((M, s, rank, 0.0)), compiled=True) for s in SHAPES]
     cells = [*map(_cell, around), compiled[0], *map(_cell, rest), *compiled]
     return list(dict.fromkeys(cells))
@@ -41,6 +41,6 @@ def cpu_grid() -> list[Cell]:
     return [goal, replace(goal, compiled=True), *(replace(goal, **change) for change in varied)]  # type: ignore[arg-type]
 
 
-def _cell(choice: Choice) -> Cell:
+def _cell(choice: BackendChoice) -> Cell:
     M, (N, K), rank, dropout = choice
     return Cell(M, N, K, rank, dropout)

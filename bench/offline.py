@@ -1,6 +1,6 @@
 """Compile Triton kernels for sm_80, sm_90 and sm_100 without a GPU, and read what the compiler made of them.
 
-A stand-in for Triton's driver names the architecture; ``warmup`` then specialises a kernel as its launch would and
+A stand-in for Triton's driver names the architecture; ``warmup`` then specializes a kernel as its launch would and
 stops before loading it. The ptxas and cuobjdump that Triton brings do the rest. Triton is imported where it is used,
 not above: a worker has to leave the interpreter's mode first.
 """

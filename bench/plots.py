@@ -24,7 +24,7 @@ LINES = {
     ("peft-autocast", ""): ("PEFT, autocast", "tab:red", "--"),
     ("peft-default", ""): ("PEFT, default", "tab:brown", "--"),
 }
-"""Label, colour and line style by provider and form."""
+"""Label, color and line style by provider and form."""
 PATHS = {"top": "^", "interior": "o", "bottom": "v", "range": "s", "full": "x"}
 """Marker by path of the window SVD."""
 
@@ -51,12 +51,12 @@ def _shown(row: Row) -> bool:
 
 
 def _panel(axis: Axes, rows: Sequence[Row]) -> None:
-    for key, (label, colour, style) in LINES.items():
+    for key, (label, color, style) in LINES.items():
         points = sorted(
             (int(row["M"]), float(row["ratio_linear"])) for row in rows if (row["provider"], row["form"]) == key
         )
         if points:
-            axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=4, label=label)
+            axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4, label=label)
     tokens = sorted({int(row["M"]) for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(tokens, [str(M) for M in tokens])
@@ -99,10 +99,10 @@ def _window_panel(axis: Axes, rows: Sequence[Row]) -> None:
             for row in rows
             if int(row["n"]) == d
         )
-        colour = f"C{number}"
-        axis.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, label=f"d = {d}")
+        color = f"C{number}"
+        axis.plot([x for x, _, _ in points], [y for _, y, _ in points], color=color, label=f"d = {d}")
         for x, y, name in points:
-            axis.plot(x, y, PATHS.get(name, "*"), color=colour, markersize=5)
+            axis.plot(x, y, PATHS.get(name, "*"), color=color, markersize=5)
     axis.set_xticks([0, 0.5, 1], ["principal", "middle", "minor"])
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.grid(alpha=0.3)

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import ipca
-from ipca.nn import LinearPC, WindowStart, certify_start, default_adapter_dtype
+from ipca.nn import InitialFactors, LinearPC, certify_init, default_adapter_dtype
 
 BACKENDS = ("triton", "addmm", "merged", "reference", "auto")
 FORMS = ("residual", "intact")
@@ -113,7 +113,7 @@ class Sample:
         return values.mul_(scale)
 
     @cached_property
-    def start(self) -> WindowStart:
+    def start(self) -> InitialFactors:
         return cheap_start(self.weight, self.cell.rank, self.generator)
 
     def layer(self, provider: Provider) -> nn.Module:
@@ -126,7 +126,7 @@ class Sample:
     def _build(self, key: str) -> nn.Module:
         if key in FORMS:
             return self._moved(linear_pc(self.weight, self.start, key, self.cell.dropout))
-        kept = self.layer(Provider("ipca-auto", "residual")).kept_weight
+        kept = self.layer(Provider("ipca-auto", "residual")).base_weight
         assert isinstance(kept, Tensor)
         base = plain_linear(kept)
         if key == "linear":
@@ -140,7 +140,7 @@ class Sample:
         return layer
 
 
-def cheap_start(weight: Tensor, rank: int, generator: torch.Generator) -> WindowStart:
+def cheap_start(weight: Tensor, rank: int, generator: torch.Generator) -> InitialFactors:
     """Factors of the size that a middle window of ``weight (N, K)`` has, nearly orthogonal, without a decomposition."""
     N, K = weight.shape
     adapter_dtype = default_adapter_dtype(weight.dtype)
@@ -151,13 +151,13 @@ def cheap_start(weight: Tensor, rank: int, generator: torch.Generator) -> Window
         return values.to(weight.dtype).to(adapter_dtype)
 
     A0, B0 = factor(rank, K, K), factor(N, rank, N)
-    certificate = certify_start(weight, A0, B0, scaling=1.0, form="residual")
-    return WindowStart(A0, B0, ipca.Window(0, rank), "", None, certificate)
+    certificate = certify_init(weight, A0, B0, scaling=1.0, form="residual")
+    return InitialFactors(A0, B0, ipca.Window(0, rank), "", None, certificate)
 
 
-def linear_pc(weight: Tensor, start: WindowStart, form: str, dropout: float) -> LinearPC:
+def linear_pc(weight: Tensor, start: InitialFactors, form: str, dropout: float) -> LinearPC:
     """A LinearPC on ``weight`` that starts from ``start``."""
-    return LinearPC.from_start(plain_linear(weight), start, form=form, dropout=dropout)
+    return LinearPC.from_factors(plain_linear(weight), start, form=form, dropout=dropout)
 
 
 def plain_linear(weight: Tensor) -> nn.Linear:

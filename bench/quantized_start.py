@@ -1,10 +1,10 @@
-"""How far a model is from its pretrained weights when training starts on a quantised base; writes one CSV file.
+"""How far a model is from its pretrained weights when training starts on a quantized base; writes one CSV file.
 
-    ‖W − Q(W)‖ / ‖W‖                      quantise W: the base of the intact form, of QLoRA and of PEFT's LoRA
-    ‖W − (Q(W_res) + B0 A0)‖ / ‖W‖        quantise W_res = W − B0 A0, QPiSSA's order, for a window
+    ‖W − Q(W)‖ / ‖W‖                      quantize W: the base of the intact form, of QLoRA and of PEFT's LoRA
+    ‖W − (Q(W_res) + B0 A0)‖ / ‖W‖        quantize W_res = W − B0 A0, QPiSSA's order, for a window
 
 in the Frobenius norm, on weights of the demo's model and on noise with 32 large components. Beside windows PEFT's own
-``"pissa"``, its residual quantised as PEFT's documentation says, and its ``"loftq"``. And how much of the window of
+``"pissa"``, its residual quantized as PEFT's documentation says, and its ``"loftq"``. And how much of the window of
 ``W`` the window of ``Q(W)`` still is: ``‖V_wᵀ V'_w‖_F² / rank`` of their right vectors, 1 where they span the same.
 """
 
@@ -22,7 +22,7 @@ from svd_matrices import MINILM, matrix, minilm
 from torch import Tensor, nn
 
 import ipca
-from ipca.nn.quantization import dequantised, requantised
+from ipca.nn.quantization import dequantize, quantize_like
 
 MATRICES = {
     "minilm query": (384, 384),
@@ -30,17 +30,17 @@ MATRICES = {
     "outliers": (1024, 1024),
 }
 WINDOWS, RANKS = ("principal", "middle", "minor"), (16, 64)
-QUANTISERS = ("nf4", "int8", "int4")
+QUANTIZERS = ("nf4", "int8", "int4")
 COLUMNS = (
     *(
         "matrix",
         "m",
         "n",
-        "quantiser",
+        "quantizer",
         "provider",
         "window",
         "rank",
-        "quantised",
+        "quantized",
         "start",
         "ratio",
         "overlap",
@@ -49,17 +49,17 @@ COLUMNS = (
     *FACTS,
     *("bitsandbytes", "torchao"),
 )
-PATH = RESULTS / "quantised_start.csv"
+PATH = RESULTS / "quantized_start.csv"
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 Row = dict[str, str]
 
 
-def quantiser(name: str, m: int, n: int) -> Callable[[Tensor], Tensor]:
+def quantizer(name: str, m: int, n: int) -> Callable[[Tensor], Tensor]:
     """``W (m, n)`` to what is left of it: NF4 of bitsandbytes in blocks of 64 with its scales in 8 bits, its int8 by
     rows, or torchao's int4 in groups of 32.
     """
     like = _layer(name, m, n)
-    return lambda W: dequantised(requantised(like, W))
+    return lambda W: dequantize(quantize_like(like, W))
 
 
 def _layer(name: str, m: int, n: int) -> nn.Module:
@@ -87,15 +87,15 @@ def overlap(W: Tensor, Q: Tensor, window: str, rank: int) -> float:
     return float((ours @ theirs.mT).square().sum() / rank)
 
 
-def window_start(W: Tensor, quantise: Callable[[Tensor], Tensor], window: str, rank: int) -> Tensor:
+def initial_factors(W: Tensor, quantize: Callable[[Tensor], Tensor], window: str, rank: int) -> Tensor:
     """``Q(W − B0 A0) + B0 A0``."""
     found = ipca.window_svd(W, ipca.Window(window, rank))
     part = (found.U * found.S) @ found.Vh
-    return quantise(W - part) + part
+    return quantize(W - part) + part
 
 
-def pissa_start(W: Tensor, quantise: Callable[[Tensor], Tensor], rank: int) -> Tensor:
-    """The same by PEFT: its ``"pissa"`` on the float layer, then its residual weight quantised."""
+def pissa_start(W: Tensor, quantize: Callable[[Tensor], Tensor], rank: int) -> Tensor:
+    """The same by PEFT: its ``"pissa"`` on the float layer, then its residual weight quantized."""
     from peft import LoraConfig, get_peft_model
 
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
@@ -103,7 +103,7 @@ def pissa_start(W: Tensor, quantise: Callable[[Tensor], Tensor], rank: int) -> T
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="pissa", target_modules=["layer"])
     layer: Any = get_peft_model(nn.ModuleDict({"layer": linear}), config).get_submodule("base_model.model.layer")
     part = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    return (quantise(layer.get_base_layer().weight.detach()) + part).detach()
+    return (quantize(layer.get_base_layer().weight.detach()) + part).detach()
 
 
 def loftq_start(W: Tensor, name: str, rank: int) -> Tensor:
@@ -118,38 +118,38 @@ def measure(spectrum: str) -> Iterator[dict[str, object]]:
     """The rows of one matrix."""
     m, n = minilm()[MINILM[spectrum]].shape if spectrum in MINILM else MATRICES[spectrum]
     W = matrix(m, n, spectrum, torch.device("cpu"), 1)[0]
-    for name in QUANTISERS:
-        quantise = quantiser(name, m, n)
-        Q = quantise(W)
+    for name in QUANTIZERS:
+        quantize = quantizer(name, m, n)
+        Q = quantize(W)
         lost = distance(W, Q)
         arms = [*(("ipca", window) for window in WINDOWS), ("peft-pissa", "principal")]
         arms += [("peft-loftq", "")] * (name != "int4")  # LoftQ is for bitsandbytes
         for rank, (provider, window) in product(RANKS, arms):
-            shared = {"matrix": spectrum, "m": m, "n": n, "quantiser": name, "quantised": f"{lost:.6g}"}
+            shared = {"matrix": spectrum, "m": m, "n": n, "quantizer": name, "quantized": f"{lost:.6g}"}
             shared |= {"provider": provider, "window": window, "rank": rank}
             if provider == "ipca":
                 shared |= {"overlap": f"{overlap(W, Q, window, rank):.4f}"}
             try:
-                error = distance(W, _start(provider, window, rank, W, name, quantise))
+                error = distance(W, _start(provider, window, rank, W, name, quantize))
             except (AssertionError, RuntimeError, ValueError) as problem:  # PEFT may not run here
                 yield shared | {"status": f"failed: {str(problem).splitlines()[0]}"}
             else:
                 yield shared | {"start": f"{error:.6g}", "ratio": f"{error / lost:.4f}", "status": "ok"}
 
 
-def _start(provider: str, window: str, rank: int, W: Tensor, name: str, quantise: Callable[[Tensor], Tensor]) -> Tensor:
+def _start(provider: str, window: str, rank: int, W: Tensor, name: str, quantize: Callable[[Tensor], Tensor]) -> Tensor:
     if provider == "ipca":
-        return window_start(W, quantise, window, rank)
-    return pissa_start(W, quantise, rank) if provider == "peft-pissa" else loftq_start(W, name, rank)
+        return initial_factors(W, quantize, window, rank)
+    return pissa_start(W, quantize, rank) if provider == "peft-pissa" else loftq_start(W, name, rank)
 
 
 def section(rows: list[Row]) -> str:
-    """A table of ``docs/quantized.md``: what quantising loses, and the share of it that each start leaves."""
+    """A table of ``docs/quantized.md``: what quantizing loses, and the share of it that each start leaves."""
     columns = [("ipca", window, str(rank)) for rank in RANKS for window in WINDOWS]
     columns += [("peft-pissa", "principal", str(rank)) for rank in RANKS]
     lines = _table(rows, columns, "ratio", "‖W − Q(W)‖ / ‖W‖")
     failed = sorted(
-        {f"{row['provider']}, {row['quantiser']}: {row['status']}" for row in rows if row["status"] != "ok"}
+        {f"{row['provider']}, {row['quantizer']}: {row['status']}" for row in rows if row["status"] != "ok"}
     )
     first = rows[0]
     versions = ", ".join(f"{name} {first[name]}" for name in ("bitsandbytes", "torchao", "torch", "peft"))
@@ -164,17 +164,17 @@ def overlap_section(rows: list[Row]) -> str:
 
 
 def _table(rows: list[Row], columns: list[tuple[str, str, str]], value: str, lost: str) -> list[str]:
-    """A line for each matrix and quantiser; a column for each ``(provider, window, rank)``."""
+    """A line for each matrix and quantizer; a column for each ``(provider, window, rank)``."""
     heads = [f"{'PEFT pissa' if provider != 'ipca' else window} {rank}" for provider, window, rank in columns]
     lines = [f"| matrix | Q | {lost} | {' | '.join(heads)} |", "|---" * (len(columns) + 3) + "|"]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["matrix"], row["quantiser"]), []).append(row)
+        groups.setdefault((row["matrix"], row["quantizer"]), []).append(row)
     for (name, Q), group in groups.items():
         cells = {(row["provider"], row["window"], row["rank"]): row[value] for row in group}
         values = [f"{float(cells[key]):.2f}" if cells[key] else "–" for key in columns]
         title = f"{name} {group[0]['m']} × {group[0]['n']}"
-        lines.append(f"| {title} | {Q} | {float(group[0]['quantised']):.4f} | {' | '.join(values)} |")
+        lines.append(f"| {title} | {Q} | {float(group[0]['quantized']):.4f} | {' | '.join(values)} |")
     return lines
 
 

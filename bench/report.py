@@ -9,13 +9,13 @@ from pathlib import Path
 
 from facts import RESULTS, ROOT
 from plots import draw, draw_windows
-from quantized_start import PATH as QUANTISED_START
+from quantized_start import PATH as QUANTIZED_START
 from quantized_start import overlap_section
-from quantized_start import section as quantised_start_section
+from quantized_start import section as quantized_start_section
 from result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
 from svd_tables import LEGEND as WINDOW_LEGEND
 from svd_tables import against as windows_against
-from svd_tables import initialise_table, window_table
+from svd_tables import initialize_table, window_table
 
 from ipca.lab.demo.report import read_rows, table
 from studies.window_position.tables import sections as study_sections
@@ -84,8 +84,8 @@ def window_svd_section(results: Path) -> str:
         rows = latest(read_rows(path))
         lines = "\n".join(f"- {line}" for line in windows_against(rows, most=3))
         parts += [f"{measured_on(rows[0])} Rows: `bench/results/{path.name}`.", window_table(rows)]
-        if any(row["op"] == "initialise" for row in rows):
-            parts += ["A whole model of linear layers gets its adapter:", initialise_table(rows)]
+        if any(row["op"] == "initialize" for row in rows):
+            parts += ["A whole model of linear layers gets its adapter:", initialize_table(rows)]
         parts += [lines]
         if path.stem.endswith("_cpu"):
             parts += [f"![time over that of torch.linalg.svd](bench/results/{path.with_suffix('.png').name})"]
@@ -134,8 +134,8 @@ def main() -> int:
         },
         ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
         ROOT / "docs/quantized.md": {
-            "quantised_start": quantised_start_section(read_rows(RESULTS / QUANTISED_START.name)),
-            "quantised_windows": overlap_section(read_rows(RESULTS / QUANTISED_START.name)),
+            "quantized_start": quantized_start_section(read_rows(RESULTS / QUANTIZED_START.name)),
+            "quantized_windows": overlap_section(read_rows(RESULTS / QUANTIZED_START.name)),
         },
         ROOT / "docs/study.md": study,
     }

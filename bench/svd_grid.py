@@ -18,7 +18,7 @@ OURS, YARDSTICK, EIGH = "ipca", "torch.linalg.svd", "torch.linalg.eigh"
 RANGE, LOWRANK = "scipy.linalg.eigh", "torch.svd_lowrank"
 FORCED = {f"ipca-{path}": path for path in ("top", "interior", "bottom", "range", "full")}
 PEFT = {"peft-pissa": "principal", "peft-pissa_niter_4": "principal", "peft-mica": "minor"}
-"""PEFT's initialisations and the window that each of them takes."""
+"""PEFT's initializations and the window that each of them takes."""
 SQUARE, WIDE = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj")
 """Layers of the model that gets its adapter."""
 LLAMA = ((4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32))
@@ -33,7 +33,7 @@ class Cell:
     """One matrix ``(m, n)``, or a stack of ``batch``, and a rank: its windows and providers are timed in turn.
 
     Attributes:
-        op: ``"window_svd"``; ``"llama-2-7b"``, a group of that model's projections; or ``"initialise"``, a model of
+        op: ``"window_svd"``; ``"llama-2-7b"``, a group of that model's projections; or ``"initialize"``, a model of
             four layers ``n × n`` and two ``m × n`` that gets its adapter.
         rounds: in which ours and the yardstick are timed at the least.
         only: these providers alone.
@@ -61,22 +61,22 @@ class Cell:
     @property
     def components(self) -> int:
         """How many components a provider returns whose indices are looked at."""
-        return self.rank * (len(SQUARE) + len(WIDE) if self.op == "initialise" else 1)
+        return self.rank * (len(SQUARE) + len(WIDE) if self.op == "initialize" else 1)
 
     @property
     def matrices(self) -> str:
         """In words."""
-        if self.op == "initialise":
+        if self.op == "initialize":
             return f"{len(SQUARE)} × {self.n} × {self.n}, {len(WIDE)} × {self.m} × {self.n}"
         return f"{self.m} × {self.n}" if self.batch == 1 else f"{self.batch} × {self.m} × {self.n}"
 
     @property
     def yardstick(self) -> str:
         """The provider whose time the others' are divided by."""
-        return "peft-pissa" if self.op == "initialise" else YARDSTICK
+        return "peft-pissa" if self.op == "initialize" else YARDSTICK
 
 
-INITIALISE = Cell(5632, 2048, "outliers", 16, NAMED, "initialise")
+INITIALIZE = Cell(5632, 2048, "outliers", 16, NAMED, "initialize")
 MIDDLE, LARGE = Cell(2048, 2048, "outliers", 64, rounds=5), Cell(4096, 4096, "outliers", 64, NAMED, rounds=4)
 PRINCIPAL = replace(MIDDLE, rank=16)
 
@@ -93,14 +93,14 @@ def must_show() -> list[Cell]:
         replace(MIDDLE, windows=("middle",), only=both),
         replace(LARGE, windows=("middle",), only=both),
         replace(PRINCIPAL, windows=("principal",), only=both),
-        INITIALISE,
+        INITIALIZE,
     ]
 
 
 def cpu_grid() -> list[Cell]:
     """See the top of this file."""
     spectra = ("outliers", "gaussian", "heavy")
-    cells = [MIDDLE, PRINCIPAL, LARGE, INITIALISE, replace(MIDDLE, rank=128, rounds=3)]
+    cells = [MIDDLE, PRINCIPAL, LARGE, INITIALIZE, replace(MIDDLE, rank=128, rounds=3)]
     cells += [Cell(2048, 2048, spectrum, 64, NAMED) for spectrum in spectra[1:]]
     cells += [Cell(2048, 2048, "gaussian", 16, ("principal",)), Cell(tall(2048), 2048, "outliers", 64)]
     for d in (1024, 384):
@@ -123,7 +123,7 @@ def gpu_grid() -> list[Cell]:
 def quick_grid() -> list[Cell]:
     """Half a minute: whether everything runs."""
     small = Cell(384, 384, "outliers", 16)
-    return [small, replace(small, m=tall(384)), replace(INITIALISE, m=tall(384), n=384, rounds=1)]
+    return [small, replace(small, m=tall(384)), replace(INITIALIZE, m=tall(384), n=384, rounds=1)]
 
 
 def tall(d: int) -> int:
@@ -137,7 +137,7 @@ def tasks(cell: Cell, device: str) -> list[Task]:
     Left out for their time: the paths that were not chosen, the eigendecomposition and the range solver in all but the
     middle window of 4096; our full SVD in all but the middle window of 1024 and more; in stacks all but ours.
     """
-    if cell.op == "initialise":
+    if cell.op == "initialize":
         found = [(window, OURS) for window in cell.windows] + [(window, name) for name, window in PEFT.items()]
     else:
         found = [(window, name) for window in cell.windows for name in _providers(cell, window, device)]

@@ -1,4 +1,4 @@
-"""Whole models that get their adapter: ``ipca.apply_pc`` beside PEFT's initialisations by an SVD.
+"""Whole models that get their adapter: ``ipca.apply_pc`` beside PEFT's initializations by an SVD.
 
 The model has four layers ``n × n`` and two ``m × n``; the layers of a shape are one matrix with its rows in another
 order, so that they share their right singular vectors. PEFT's ``"pissa"`` and ``"pissa_niter_4"`` take the principal
@@ -38,7 +38,7 @@ def model_of(cell: Cell, device: torch.device) -> nn.Module:
     return nn.ModuleDict(layers)
 
 
-def initialiser(name: str, cell: Cell, plain: nn.Module, window: str) -> Provider:
+def initializer(name: str, cell: Cell, plain: nn.Module, window: str) -> Provider:
     """The provider ``name``; each call gets a copy of ``plain`` of its own, made outside the time."""
     start = _apply(cell.rank, window) if name == OURS else _peft(cell.rank, name.removeprefix("peft-"))
 
@@ -75,13 +75,13 @@ def _apply(rank: int, window: str) -> Callable[[nn.Module], nn.Module]:
     return lambda model: ipca.apply_pc(model, rank=rank, window=window, targets=[*SQUARE, *WIDE], progress=False)
 
 
-def _peft(rank: int, initialisation: str) -> Callable[[nn.Module], nn.Module]:
+def _peft(rank: int, initialization: str) -> Callable[[nn.Module], nn.Module]:
     def start(model: nn.Module) -> nn.Module:
         config = LoraConfig(
             r=rank,
             lora_alpha=rank,
             target_modules=[*SQUARE, *WIDE],
-            init_lora_weights=initialisation,  # type: ignore[arg-type]
+            init_lora_weights=initialization,  # type: ignore[arg-type]
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it asks for a model's config

@@ -22,7 +22,7 @@ def problems(rows: Sequence[Row]) -> list[dict[str, Row]]:
     """For each window of each matrix the rows by provider, in the order in which they were measured."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        if row["op"] != "initialise":
+        if row["op"] != "initialize":
             found.setdefault(tuple(row[name] for name in PROBLEM), {})[row["provider"]] = row
     return list(found.values())
 
@@ -39,14 +39,14 @@ def window_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines + [_line(problem) for problem in timed if _d(problem) >= least and _shown(problem[OURS])])
 
 
-def initialise_table(rows: Sequence[Row]) -> str:
-    """A line for each way to initialise the adapter of a whole model."""
+def initialize_table(rows: Sequence[Row]) -> str:
+    """A line for each way to initialize the adapter of a whole model."""
     lines = [
         "| layers | adapter by | window | seconds | faster than PEFT pissa | wrong | largest angle |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row["op"] == "initialise" and row["median_s"]:
+        if row["op"] == "initialize" and row["median_s"]:
             who = "ipca.apply_pc" if row["provider"] == OURS else f"PEFT {row['provider'].removeprefix('peft-')}"
             seconds, angle = _seconds(row), float(row["angle"])
             lines.append(

@@ -1,7 +1,7 @@
-// What both factorisations share: L D L^T of a small symmetric block, and one row solved against it.
+// What both factorizations share: L D L^T of a small symmetric block, and one row solved against it.
 //
 // Blocks lie in shared memory column by column: lower[j][i] is row i of column j, so that threads which hold rows i
-// read neighbouring words. Two words of padding spread a transposing copy over the banks.
+// read neighboring words. Two words of padding spread a transposing copy over the banks.
 #pragma once
 
 #include "platform.h"
@@ -12,7 +12,7 @@ namespace ipca {
 template <typename T, int N>
 using Block = T[N][N + 2];
 
-// tile[j][i] = load(i, j) for ROWS x COLUMNS entries. Neighbouring threads take neighbouring columns, as global memory
+// tile[j][i] = load(i, j) for ROWS x COLUMNS entries. Neighboring threads take neighboring columns, as global memory
 // wants it, and each has AHEAD loads under way before it waits for the first.
 template <int ROWS, int COLUMNS, int THREADS, typename T, int STEP, typename Load>
 __device__ void fill(T (&tile)[COLUMNS][STEP], Load load) {
@@ -35,7 +35,7 @@ __device__ void fill(T (&tile)[COLUMNS][STEP], Load load) {
 // Each thread holds PER x PER entries in registers, SIDE apart. A step publishes one column and subtracts its outer
 // product. Two columns take turns: while one is read the next may already be written, so a step has one barrier.
 template <typename T, int N>
-__device__ void factorise_block(Block<T, N>& lower, T (&column)[2][N], int k, T tiny) {
+__device__ void factorize_block(Block<T, N>& lower, T (&column)[2][N], int k, T tiny) {
   constexpr int PER = N / SIDE;
   const int row = threadIdx.x % SIDE, col = threadIdx.x / SIDE;
   T a[PER][PER];

@@ -1,7 +1,7 @@
 // T, upper triangular, such that X T is orthonormal where G = X^T X: T = D K^-T with D = diag(G)^-1/2 and
 // D G D + shift I = K K^T. The shift is 0, or the least of 16 p eps 100^i with which no pivot falls below 16 p eps.
 //
-// One thread block a matrix. [D G D + shift I; D] K^-T = [K; T], so one factorisation over stacked rows gives both, a
+// One thread block a matrix. [D G D + shift I; D] K^-T = [K; T], so one factorization over stacked rows gives both, a
 // block of columns after the other:
 //
 //     [K; T]_J = ([D G D + shift I; D]_J - sum over earlier blocks m of [K; T]_m (K_Jm)^T) (K_JJ)^-T
@@ -102,13 +102,13 @@ __device__ void update_rows(CholeskyMemory<T>& shared, const Stack<T>& stack, in
 
 // The diagonal block, whose rows come first; false where a pivot falls below `least`.
 template <typename T>
-__device__ bool factorise_diagonal(CholeskyMemory<T>& shared, int width, T least) {
+__device__ bool factorize_diagonal(CholeskyMemory<T>& shared, int width, T least) {
   for (int e = threadIdx.x; e < BLOCK * BLOCK; e += SQUARE_THREADS) {
     const int i = e % BLOCK, j = e / BLOCK;
     shared.lower[j][i] = j <= i ? shared.rows[j][i] : T(0);
   }
   __syncthreads();
-  factorise_block<T, BLOCK>(shared.lower, shared.column, width, T(0));
+  factorize_block<T, BLOCK>(shared.lower, shared.column, width, T(0));
   for (int j = threadIdx.x; j < width; j += SQUARE_THREADS) shared.root[j] = sqrt(shared.lower[j][j]);
   bool positive = true;
   for (int j = 0; j < width; ++j) positive = positive && shared.lower[j][j] >= least;
@@ -117,12 +117,12 @@ __device__ bool factorise_diagonal(CholeskyMemory<T>& shared, int width, T least
 
 // Every block of columns; false where the shift is too small.
 template <typename T>
-__device__ bool factorise(CholeskyMemory<T>& shared, Stack<T> stack, T shift, T least) {
+__device__ bool factorize(CholeskyMemory<T>& shared, Stack<T> stack, T shift, T least) {
   for (stack.J = 0; stack.J < stack.p; stack.J += BLOCK) {
     stack.width = stack.p - stack.J < BLOCK ? stack.p - stack.J : BLOCK;
     for (int first = 0; first < stack.count(); first += STACK_ROWS) {
       update_rows(shared, stack, first, shift);
-      if (first == 0 && !factorise_diagonal(shared, stack.width, least)) return false;
+      if (first == 0 && !factorize_diagonal(shared, stack.width, least)) return false;
       for (int i = threadIdx.x; i < STACK_ROWS; i += SQUARE_THREADS) {
         solve_row<T, BLOCK, STACK_ROWS + 1>(&shared.rows[0][i], shared.lower, stack.width);
       }
@@ -160,7 +160,7 @@ __global__ __launch_bounds__(SQUARE_THREADS) void scaled_cholesky_kernel(Grams<T
       shift = retry;
       retry *= 100;
     }
-    done = factorise(shared, stack, shift, least);
+    done = factorize(shared, stack, shift, least);
   }
   for (int64_t e = threadIdx.x; e < int64_t(p) * p; e += SQUARE_THREADS) {
     if (!done) out[e] = T(NAN);  // no shift helps a G that is not finite

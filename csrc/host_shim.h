@@ -52,25 +52,25 @@ class Barrier {
 };
 
 // What the threads of a block have in common.
-struct Team {
+struct Ranks {
   Barrier all;
   std::vector<std::unique_ptr<Barrier>> warps;
   std::vector<double> exchanged;
   std::vector<std::max_align_t> shared;
 
-  Team(int threads, size_t bytes) : all(threads), exchanged(threads), shared(bytes / sizeof(std::max_align_t) + 1) {
+  Ranks(int threads, size_t bytes) : all(threads), exchanged(threads), shared(bytes / sizeof(std::max_align_t) + 1) {
     for (int first = 0; first < threads; first += WARP) {
       warps.push_back(std::make_unique<Barrier>(threads - first < WARP ? threads - first : WARP));
     }
   }
 };
 
-inline thread_local Team* team;
+inline thread_local Ranks* team;
 inline thread_local int block_turn, warp_turn;
 
 inline void wait_for_block() { team->all.wait(block_turn); }
 
-inline void synchronise(const char* file, int line) {
+inline void synchronize(const char* file, int line) {
   static const char* const without = std::getenv("IPCA_WITHOUT_BARRIER");
   if (without != nullptr) {
     const std::string path = file;
@@ -83,7 +83,7 @@ inline void synchronise(const char* file, int line) {
 
 inline thread_local dim3 threadIdx, blockIdx;
 
-#define __syncthreads() ipca::host::synchronise(__FILE__, __LINE__)
+#define __syncthreads() ipca::host::synchronize(__FILE__, __LINE__)
 
 inline double __shfl_xor_sync(unsigned, double value, int distance) {
   auto& team = *ipca::host::team;
@@ -105,7 +105,7 @@ Memory& shared_memory() {
 template <typename... Parameters>
 void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t,
             Parameters... arguments) {
-  host::Team team(threads, shared);
+  host::Ranks team(threads, shared);
   const auto run = [&](int thread) {
     host::team = &team;
     threadIdx = dim3(unsigned(thread));

@@ -1,4 +1,4 @@
-// One step of independent Lanczos recurrences with full reorthogonalisation, in one launch: alpha = <v, w>, w made
+// One step of independent Lanczos recurrences with full reorthogonalization, in one launch: alpha = <v, w>, w made
 // orthogonal to all earlier vectors by classical Gram-Schmidt, twice, beta = ||w||, the next vector w / beta.
 //
 // One thread block a chain. All sums are in double and their order depends on the sizes alone.

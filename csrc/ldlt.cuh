@@ -1,6 +1,6 @@
 // A = L D L^T without pivoting: the first k columns of what is left of each matrix, in place.
 //
-// Two kernels. One thread block a matrix factorises the k x k block on top; then many solve the rows below it.
+// Two kernels. One thread block a matrix factorizes the k x k block on top; then many solve the rows below it.
 #pragma once
 
 #include "block.cuh"
@@ -26,7 +26,7 @@ __global__ __launch_bounds__(SQUARE_THREADS) void ldlt_top_kernel(Panels<T> pane
     return i < k && j <= i ? top[i * panels.row_stride + j] : T(0);
   });
   __syncthreads();
-  factorise_block<T, PANEL>(shared.lower, shared.column, k, panels.tiny[matrix]);
+  factorize_block<T, PANEL>(shared.lower, shared.column, k, panels.tiny[matrix]);
 
   for (int e = thread; e < PANEL * PANEL; e += SQUARE_THREADS) {
     const int i = e / PANEL, j = e % PANEL;

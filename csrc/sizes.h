@@ -17,12 +17,12 @@ constexpr int CHAIN_THREADS = 8;
 #else
 constexpr int WARP = 32;
 constexpr int PANEL = 64;          // most columns of a panel of L D L^T
-constexpr int SIDE = 16;           // SIDE x SIDE threads factorise a symmetric block
+constexpr int SIDE = 16;           // SIDE x SIDE threads factorize a symmetric block
 constexpr int GROUP = 16;          // columns that a row's substitution holds in registers
 constexpr int BELOW_ROWS = 64;     // rows below a panel's top that one thread block solves
 constexpr int BELOW_THREADS = 128;
-constexpr int BLOCK = 32;          // columns at a time in the Cholesky factorisation
-constexpr int STACK_ROWS = 128;    // rows at a time in the Cholesky factorisation
+constexpr int BLOCK = 32;          // columns at a time in the Cholesky factorization
+constexpr int STACK_ROWS = 128;    // rows at a time in the Cholesky factorization
 constexpr int CHAIN_THREADS = 512; // threads of one Lanczos chain
 #endif
 

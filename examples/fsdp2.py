@@ -17,7 +17,7 @@ import ipca
 
 
 def build():
-    """Adapt first, then shard block by block; the optimiser takes what is then left of the parameters here."""
+    """Adapt first, then shard block by block; the optimizer takes what is then left of the parameters here."""
     model = ipca.apply_pc(tiny_model(), rank=8, window="middle", form="intact", progress=False)
     for block in model.model.layers:
         fully_shard(block)

@@ -15,7 +15,7 @@ from ipca.lab import sweep
 
 
 def train(steps, model, groups, seed):
-    """The sweep gives the parameter groups with the rates it tries; the Trainer takes an optimiser over them."""
+    """The sweep gives the parameter groups with the rates it tries; the Trainer takes an optimizer over them."""
     arguments = TrainingArguments(
         output_dir="unused",
         max_steps=steps,

@@ -10,14 +10,14 @@ The method is that of "Least but not Last: Fine-tuning Intermediate Principal Co
 Performance-Forgetting Trade-Offs", arXiv 2602.03493.
 """
 
-from ipca._namesake import refuse_namesake
+from ipca._namesake import check_distribution
 
-refuse_namesake()
+check_distribution()
 
 from ipca import nn  # noqa: E402
 from ipca._version import __version__  # noqa: E402
 from ipca.config import PCConfig  # noqa: E402
-from ipca.io import export, import_peft, load_adapter, original_weights, save_adapter, write_model_card  # noqa: E402
+from ipca.io import export, import_peft, load_adapter, load_unquantized_weights, save_adapter, write_model_card  # noqa: E402
 from ipca.model import (  # noqa: E402
     Summary,
     adapter_parameters,
@@ -50,9 +50,9 @@ __all__ = [
     "export",
     "import_peft",
     "load_adapter",
+    "load_unquantized_weights",
     "merge_adapter",
     "nn",
-    "original_weights",
     "param_groups",
     "save_adapter",
     "set_backend",

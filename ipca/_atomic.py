@@ -21,11 +21,11 @@ TEMPORARY = ".tmp-"
 Record = dict[str, Any]
 
 
-class DamagedFile(ValueError):
+class CorruptFileError(ValueError):
     """The file is truncated, was changed after it was written, or was never a sealed one."""
 
 
-def write_sealed(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_checksummed(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write ``record`` and ``tensors`` to ``path``; its folder is made where missing.
 
     The file appears complete or not at all, also when the process is killed, and several processes may write the same
@@ -38,15 +38,15 @@ def write_sealed(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Te
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(plain, metadata={"record": text, "sha256": _seal(text, plain)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, data)
+    write_atomic(path, data)
 
 
-def read_sealed(path: Path) -> tuple[Record, dict[str, Tensor]]:
-    """The record and the tensors that :func:`write_sealed` was given, on the CPU.
+def read_checksummed(path: Path) -> tuple[Record, dict[str, Tensor]]:
+    """The record and the tensors that :func:`write_checksummed` was given, on the CPU.
 
     Raises:
         OSError: the file is not there or cannot be read.
-        DamagedFile: it is not what was written.
+        CorruptFileError: it is not what was written.
     """
     data = path.read_bytes()
     try:
@@ -56,13 +56,13 @@ def read_sealed(path: Path) -> tuple[Record, dict[str, Tensor]]:
         tensors = safetensors.torch.load(data)
         true = metadata["sha256"] == _seal(metadata["record"], tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from None
+        raise CorruptFileError(f"{path} is damaged: {error}") from None
     if not true or not isinstance(record, dict):
-        raise DamagedFile(f"{path} is damaged: its checksum differs")
+        raise CorruptFileError(f"{path} is damaged: its checksum differs")
     return record, tensors
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path``, on disk and in one go; the folder exists."""
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:

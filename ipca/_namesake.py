@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 
-def refuse_namesake() -> None:
+def check_distribution() -> None:
     """Raise ImportError where the distribution ``ipca`` is installed: both would write to one package folder."""
     try:
         other = metadata.distribution("ipca")

@@ -30,7 +30,7 @@ class PCConfig:
         targets: ``"all-linear"`` (every linear layer but the output head), a pattern, or several, of embeddings,
             convolutions and experts too.
         exclude: patterns of modules to leave alone.
-        modules_to_save: patterns of modules that train whole and travel in the adapter file, such as a new head.
+        modules_to_save: patterns of modules that are fully trained and saved in the adapter file, such as a new head.
         rank_pattern, window_pattern, alpha_pattern: exceptions, ``{pattern: value}``; the first match counts.
         adapter_dtype: of the factors, such as ``"float32"``; None means the weight's, float32 for 16-bit weights.
         tol: of the decomposition, see :func:`ipca.window_svd`.

@@ -52,7 +52,7 @@ class Window:
             raise TypeError(f"rank must be an int, got {rank!r}.")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}.")
-        object.__setattr__(self, "start", _normalise(start))
+        object.__setattr__(self, "start", _normalize(start))
         object.__setattr__(self, "rank", rank)
 
     @classmethod
@@ -154,7 +154,7 @@ def as_window(window: Window | str | float, rank: int | None, default_rank: int 
     return Window(window, default_rank if rank is None else rank)
 
 
-def _normalise(start: int | float | str) -> int | str:
+def _normalize(start: int | float | str) -> int | str:
     if isinstance(start, bool) or not isinstance(start, (int, float, str)):
         raise TypeError(f"A window starts at an int or is {_FORMS}; got {start!r}.")
     if isinstance(start, int):
@@ -172,7 +172,7 @@ def _normalise(start: int | float | str) -> int | str:
     except ValueError:
         raise ValueError(f"Unknown window {start!r}: use {_FORMS}.") from None
     if isinstance(number, int):
-        return _normalise(number)
+        return _normalize(number)
     if not 0.0 <= number <= 1.0:
         meant = f" For an index write 'start={int(number)}'." if number > 1 and number.is_integer() else ""
         raise ValueError(f"The fraction in window {start!r} must lie in [0, 1].{meant}")

@@ -46,12 +46,12 @@ def build(csrc, out, *flags):
 
 
 def run(program, calls, folder, **environment):
-    """Exit status, what the program said, and for each call its arrays afterwards (none if it did not end well)."""
+    """Exit status, what the program said, and for each call its arrays afterward (none if it did not end well)."""
     (folder / "in").write_bytes(b"".join(encoded(call) for call in calls))
     command = [program, folder / "in", folder / "out"]
     try:
         status, said = ended(command, environment)
-        if "unexpected memory mapping" in said and shutil.which("setarch"):  # the sanitizer and a randomised layout
+        if "unexpected memory mapping" in said and shutil.which("setarch"):  # the sanitizer and a randomized layout
             status, said = ended(["setarch", "-R", *command], environment)
     except subprocess.TimeoutExpired:
         return None, "hangs: some threads wait where others do not", []

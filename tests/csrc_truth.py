@@ -56,7 +56,7 @@ def ldlt_complaints(call, found):
 
 
 def ldlt(A, growth, tiny):
-    """Factorise the ``k`` columns ``A (rows, k)`` in place, add to ``growth``, and count positive pivots."""
+    """Factorize the ``k`` columns ``A (rows, k)`` in place, add to ``growth``, and count positive pivots."""
     for j in range(A.shape[1]):
         if not abs(A[j, j]) >= tiny:
             A[j, j] = -tiny

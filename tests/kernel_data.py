@@ -69,7 +69,7 @@ LAYOUTS = ["contiguous", "transposed", "every other row", "every other column"]
 
 @contextmanager
 def poisoned():
-    """Memory that PyTorch hands out uninitialised is NaN: an output that is not written cannot pass."""
+    """Memory that PyTorch hands out uninitialized is NaN: an output that is not written cannot pass."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()

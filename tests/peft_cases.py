@@ -36,7 +36,7 @@ def train(model: nn.Module, x: Tensor, steps: int = 2, optimizer: torch.optim.Op
     return losses
 
 
-def randomise(model):
+def randomize(model):
     """Let every stock adapter of ``model`` do something."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -21,7 +21,7 @@ class Small(nn.Module):
 
 
 class Heavy(nn.Module):
-    """Large enough to be quantised, with a head that stays as it is."""
+    """Large enough to be quantized, with a head that stays as it is."""
 
     def __init__(self):
         super().__init__()

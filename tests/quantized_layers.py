@@ -1,4 +1,4 @@
-"""Layers with a quantised weight, of every kind that runs on a CPU, and small models of them."""
+"""Layers with a quantized weight, of every kind that runs on a CPU, and small models of them."""
 
 import copy
 
@@ -14,8 +14,8 @@ TORCHAO = ("torchao-int8", "torchao-int4")
 KINDS = (*BITSANDBYTES, *TORCHAO)
 
 
-def quantised_layer(kind, weight, bias=None, **options):
-    """``weight (out, in)`` quantised; ``options`` are those of bitsandbytes' 4-bit parameter."""
+def quantized_layer(kind, weight, bias=None, **options):
+    """``weight (out, in)`` quantized; ``options`` are those of bitsandbytes' 4-bit parameter."""
     out, inner = weight.shape
     if kind in TORCHAO:
         return in_torchao(kind, weight, bias)
@@ -28,7 +28,7 @@ def quantised_layer(kind, weight, bias=None, **options):
         layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type=kind, module=layer, **options)
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return layer.to("cpu")  # where bitsandbytes quantises
+    return layer.to("cpu")  # where bitsandbytes quantizes
 
 
 def in_torchao(kind, weight, bias):
@@ -38,11 +38,11 @@ def in_torchao(kind, weight, bias):
         "torchao-int8": quantization.Int8WeightOnlyConfig,
         "torchao-int4": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=by_row),
     }
-    return quantised_by(configs[kind](), weight, bias)
+    return quantized_by(configs[kind](), weight, bias)
 
 
-def quantised_by(config, weight, bias=None):
-    """An ``nn.Linear`` quantised by a configuration of torchao."""
+def quantized_by(config, weight, bias=None):
+    """An ``nn.Linear`` quantized by a configuration of torchao."""
     quantization = pytest.importorskip("torchao.quantization")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -52,20 +52,20 @@ def quantised_by(config, weight, bias=None):
     return layer
 
 
-def quantise(model, kind):
+def quantize(model, kind):
     """Every ``nn.Linear`` of ``model`` but its head, in place."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "head":
             parent, _, child = name.rpartition(".")
-            layer = quantised_layer(kind, module.weight.detach(), module.bias.detach())
+            layer = quantized_layer(kind, module.weight.detach(), module.bias.detach())
             setattr(model.get_submodule(parent), child, layer)
     return model
 
 
-def quantised_model(kind="nf4"):
-    """A model of two quantised layers and a plain head, its plain twin, and an input."""
+def quantized_model(kind="nf4"):
+    """A model of two quantized layers and a plain head, its plain twin, and an input."""
     plain = Plain()
-    return quantise(copy.deepcopy(plain), kind), plain, torch.randn(7, 20, requires_grad=True)
+    return quantize(copy.deepcopy(plain), kind), plain, torch.randn(7, 20, requires_grad=True)
 
 
 def adapt(model, **options):

@@ -1,4 +1,4 @@
-"""A streaming job on a plain model, for the tests of its parts."""
+"""A streaming work on a plain model, for the tests of its parts."""
 
 import copy
 from pathlib import Path
@@ -11,9 +11,9 @@ from ipca.io.checkpoint import WHOLE, Checkpoint
 from ipca.model.targets import find_targets
 from ipca.offline.adapter_files import write_adapter
 from ipca.offline.decompose import decompose_layers, install_layers
-from ipca.offline.ranks import Team
+from ipca.offline.ranks import Ranks
 from ipca.offline.source import CheckpointSource, ModelSource
-from ipca.offline.work_folder import Job
+from ipca.offline.work_folder import WorkFolder
 
 
 def on_meta(model: torch.nn.Module) -> torch.nn.Module:
@@ -21,7 +21,7 @@ def on_meta(model: torch.nn.Module) -> torch.nn.Module:
 
 
 class Run:
-    """One job on a plain model whose checkpoint is a single file."""
+    """One work on a plain model whose checkpoint is a single file."""
 
     def __init__(self, tmp_path: Path, model: torch.nn.Module, config: PCConfig):
         self.base, self.config = model, config
@@ -34,19 +34,19 @@ class Run:
         targets = find_targets(model, self.config, values=False)
         return CheckpointSource(model, checkpoint, {target.name: f"{target.name}.weight" for target in targets})
 
-    def __call__(self, *, finish: bool = True, source=None, **options) -> Job:
-        source, job = source or self.source(), Job(self.out)
+    def __call__(self, *, finish: bool = True, source=None, **options) -> WorkFolder:
+        source, work = source or self.source(), WorkFolder(self.out)
         targets = find_targets(source.model, self.config, values=isinstance(source, ModelSource))
-        job.open({"config": self.config.to_json()})
+        work.open({"config": self.config.to_json()})
         try:
-            layers, _ = decompose_layers(source, targets, self.config, job, Team(), progress=False, **options)
-            install_layers(source.model, layers, job)
+            layers, _ = decompose_layers(source, targets, self.config, work, Ranks(), progress=False, **options)
+            install_layers(source.model, layers, work)
             if self.config.form == "residual":
-                source.write_residual(layers, job, Team(), str(self.out / "base"))
+                source.write_residual(layers, work, Ranks(), str(self.out / "base"))
             else:
-                write_adapter(source.model, layers, job, job.final, base_model=None)
+                write_adapter(source.model, layers, work, work.final, base_model=None)
             if finish:
-                job.finish()
+                work.finish()
         finally:
-            job.close()
-        return job
+            work.close()
+        return work

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import ipca
-from ipca._namesake import refuse_namesake
+from ipca._namesake import check_distribution
 
 LEVELS = {
     **dict.fromkeys(("window", "_hashing", "_version", "_namesake", "_extension", "_C", "kernels"), 0),
@@ -211,14 +211,14 @@ def test_no_namesake_is_no_error(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    assert refuse_namesake() is None
+    assert check_distribution() is None
     assert asked == ["ipca"]
 
 
 def test_a_namesake_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(version="0.6.7"))
     with pytest.raises(ImportError, match=r"distribution 'ipca' 0\.6\.7 .* installed beside 'ipca-lora'") as error:
-        refuse_namesake()
+        check_distribution()
     assert "Uninstall both and install ipca-lora again" in str(error.value)
 
 

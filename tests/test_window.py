@@ -192,7 +192,7 @@ def test_a_negative_start(start):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "=", "centre", "start=", "start=1.5", "start=x", "energy=", "energy=x", "rank=4", "a=b=0.5", "erank=4"]
+    "text", ["", "=", "center", "start=", "start=1.5", "start=x", "energy=", "energy=x", "rank=4", "a=b=0.5", "erank=4"]
 )
 def test_text_of_no_known_form_shows_the_forms(text):
     with pytest.raises(ValueError, match="Unknown window") as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from ipca.analysis.figures import dark_to_light, panels, refuse_nothing, shade
+from ipca.analysis.figures import check_not_empty, dark_to_light, panels, shade
 from ipca.analysis.importance import BlockImportance
 from ipca.analysis.picture import picture
 from ipca.model import LayerSensitivity
@@ -21,7 +21,7 @@ def draw_sensitivity(
 ) -> None:
     """``S_i · energy_i`` over its mean by index, log scale, a panel for each kind of layer; ``path`` names the format.
 
-    The quietest window of ``rank``, which ``window="auto"`` takes, is shaded red, ``window`` grey.
+    The quietest window of ``rank``, which ``window="auto"`` takes, is shaded red, ``window`` gray.
 
     Args:
         found: of :func:`ipca.analysis.sensitivity`.
@@ -31,15 +31,15 @@ def draw_sensitivity(
     """
     rows = [(name, row.shape, row) for name, row in found.items()]
     windows = {id(row): (row.quietest(rank), Window(window, rank).resolve(len(row.S), row.S)) for _, _, row in rows}
-    title = "Sensitivity by component, first layer (dark) to last (light); red: quietest window, grey: " + window
+    title = "Sensitivity by component, first layer (dark) to last (light); red: quietest window, gray: " + window
     with panels(rows, title, path) as axes:
         for axis, group in axes:
-            for colour, row in zip(dark_to_light(len(group)), group, strict=True):
+            for color, row in zip(dark_to_light(len(group)), group, strict=True):
                 relative = row.sensitivity / row.sensitivity.mean().clamp_min(1e-300)
-                axis.semilogy(relative.clamp_min(1e-9), color=colour, linewidth=1)
+                axis.semilogy(relative.clamp_min(1e-9), color=color, linewidth=1)
                 quietest, default = windows[id(row)]
                 shade(axis, quietest, len(group))
-                shade(axis, default, len(group), "grey")
+                shade(axis, default, len(group), "gray")
             axis.set_xlabel("index of the singular value", fontsize=8)
             axis.set_ylabel("S · energy / its mean", fontsize=8)
 
@@ -47,7 +47,7 @@ def draw_sensitivity(
 def draw_importance(found: Mapping[str, BlockImportance], path: str | os.PathLike[str]) -> None:
     """The change of the loss without each block, layers × blocks; ``path`` names the format.
 
-    The colours are linear near 0 and logarithmic beyond a thousandth of the largest change; what is no finite number is
+    The colors are linear near 0 and logarithmic beyond a thousandth of the largest change; what is no finite number is
     left blank.
 
     Args:
@@ -56,7 +56,7 @@ def draw_importance(found: Mapping[str, BlockImportance], path: str | os.PathLik
     Raises:
         ImportError, ValueError, OSError: as :func:`ipca.analysis.draw_spectra`.
     """
-    refuse_nothing(found)
+    check_not_empty(found)
     with picture(path, (6, 1.5 + 0.16 * len(found))) as figure:
         from matplotlib.colors import SymLogNorm
 

@@ -30,9 +30,9 @@ def draw_spectra(rows: Iterable[LayerSpectrum], path: str | os.PathLike[str]) ->
     named = [(row.name, row.shape, row) for row in rows]
     with panels(named, "Spectra by layer, first (dark) to last (light); the window is shaded", path) as axes:
         for axis, group in axes:
-            for colour, row in zip(dark_to_light(len(group)), group, strict=True):
+            for color, row in zip(dark_to_light(len(group)), group, strict=True):
                 relative = row.spectrum / row.spectrum[0].clamp_min(1e-300)
-                axis.semilogy(relative.clamp_min(1e-9), color=colour, linewidth=1)
+                axis.semilogy(relative.clamp_min(1e-9), color=color, linewidth=1)
                 shade(axis, row.window, len(group))
             axis.set_xlabel("index of the singular value", fontsize=8)
             axis.set_ylabel("σ / σ₁", fontsize=8)
@@ -51,9 +51,9 @@ def draw_drift(found: Mapping[str, Drift], path: str | os.PathLike[str]) -> None
     with panels(named, "What training did to each component; the window is shaded", path) as axes:
         for axis, group in axes:
             for k, row in enumerate(group):
-                for part, colour in (("rotation", "tab:orange"), ("rescaling", "tab:blue")):
+                for part, color in (("rotation", "tab:orange"), ("rescaling", "tab:blue")):
                     relative = getattr(row, part) / max(row.norm, 1e-300)
-                    style = {"color": colour, "linewidth": 1, "alpha": max(0.15, 1 / len(group))}
+                    style = {"color": color, "linewidth": 1, "alpha": max(0.15, 1 / len(group))}
                     axis.semilogy(relative.clamp_min(1e-9), label=part if k == 0 else None, **style)
                 if row.window is not None:
                     shade(axis, row.window, len(group))
@@ -70,7 +70,7 @@ def panels(
     kinds: dict[tuple[str, tuple[int, int]], list[Row]] = defaultdict(list)
     for name, shape, row in named:
         kinds[_kind(name), shape].append(row)
-    refuse_nothing(named)
+    check_not_empty(named)
     columns = min(3, len(kinds))
     lines = -(-len(kinds) // columns)
     with picture(path, (4 * columns, 2.8 * lines)) as figure:
@@ -84,7 +84,7 @@ def panels(
         figure.suptitle(title, fontsize=10)
 
 
-def refuse_nothing(layers: Sized) -> None:
+def check_not_empty(layers: Sized) -> None:
     """Raise ValueError where there are no ``layers`` to draw."""
     if not layers:
         raise ValueError("there is nothing to draw: no layers were given.")
@@ -96,12 +96,12 @@ def _kind(name: str) -> str:
 
 
 def dark_to_light(count: int) -> list[tuple[float, float, float, float]]:
-    """A colour for each of ``count`` layers, first to last."""
+    """A color for each of ``count`` layers, first to last."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](k / max(count - 1, 1)) for k in range(count)]
 
 
-def shade(axis: Any, window: Window, layers: int, colour: str = "tab:red") -> None:
+def shade(axis: Any, window: Window, layers: int, color: str = "tab:red") -> None:
     """Shade a resolved window, more lightly where one axis has many layers."""
-    axis.axvspan(window.index - 0.5, window.index + window.rank - 0.5, color=colour, alpha=0.3 / layers)
+    axis.axvspan(window.index - 0.5, window.index + window.rank - 0.5, color=color, alpha=0.3 / layers)

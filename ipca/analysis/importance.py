@@ -18,8 +18,8 @@ from ipca.model.batches import as_batches, evaluating
 from ipca.model.calibration import measurable
 from ipca.model.targets import find_targets
 from ipca.nn.layer_kinds import read_layer
-from ipca.nn.quantization import quantised_kind
-from ipca.nn.registry import find_layer
+from ipca.nn.quantization import quantization_kind
+from ipca.nn.registry import get_layer
 from ipca.window import Window
 
 Loss = Callable[[nn.Module, Any], float | Tensor]
@@ -53,8 +53,8 @@ class BlockImportance:
         Window(0, rank).resolve(d)
         change = self.change.abs().nan_to_num(nan=torch.inf)
         block = int((change == change.min()).nonzero()[0])
-        centred = (self.edges[block] + self.edges[block + 1] - rank) // 2
-        return Window(min(max(centred, 0), d - rank), rank)
+        centerd = (self.edges[block] + self.edges[block + 1] - rank) // 2
+        return Window(min(max(centerd, 0), d - rank), rank)
 
 
 def component_importance(
@@ -76,7 +76,7 @@ def component_importance(
         batches: whatever ``loss`` takes; consumed once.
         loss: ``loss(model, batch)``, a number; the mean over the batches counts. Every evaluation starts from the same
             state of torch's random generators.
-        config: which layers, of any kind that is not quantised; its other settings do not matter. Of a stack of experts
+        config: which layers, of any kind that is not quantized; its other settings do not matter. Of a stack of experts
             the block is taken out of all at once. Default: every linear layer but the head.
         blocks: into how many parts of nearly one size a layer's components are cut.
         progress: show a progress bar.
@@ -85,10 +85,10 @@ def component_importance(
 
     Raises:
         TypeError, ValueError: as :func:`ipca.apply_pc`; bad batches, a loss that is no finite number for the model as
-            it is, fewer components than blocks, or a quantised layer; the message names it.
+            it is, fewer components than blocks, or a quantized layer; the message names it.
     """
     names = [target.name for target in find_targets(model, measurable(config))]
-    edges = {name: _edges(name, find_layer(model, name), blocks) for name in names}
+    edges = {name: _edges(name, get_layer(model, name), blocks) for name in names}
     held = as_batches(batches)
     found = {}
     with tqdm(total=len(names) * blocks, desc="Importance", unit="block", disable=not progress) as bar:
@@ -96,7 +96,7 @@ def component_importance(
         if not torch.isfinite(torch.tensor(before)):
             raise ValueError(f"the loss of the model as it is is {before}, which no change can be compared with.")
         for name in names:
-            weight, changes = read_layer(find_layer(model, name))[0], []
+            weight, changes = read_layer(get_layer(model, name))[0], []
             for part in _parts(name, weight, edges[name]):
                 with _without(weight, part):
                     changes.append(_mean_loss(model, held, loss) - before)
@@ -108,8 +108,8 @@ def component_importance(
 
 def _edges(name: str, layer: nn.Module, blocks: int) -> tuple[int, ...]:
     """Where the blocks of a layer begin, and where the last one ends."""
-    if quantised_kind(layer) is not None:
-        raise ValueError(f"{name}: components of a quantised weight cannot be taken out; exclude it, or dequantise it.")
+    if quantization_kind(layer) is not None:
+        raise ValueError(f"{name}: components of a quantized weight cannot be taken out; exclude it, or dequantize it.")
     d = min(read_layer(layer)[0].shape[-2:])
     if not 1 <= blocks <= d:
         raise ValueError(f"{name}: its {d} components cannot be cut into {blocks} blocks; choose another number.")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ipca.analysis.linalg import wide
 from ipca.analysis.peft_layers import active_window, other_tuner, peft_factors, peft_layers, trained_matrix
-from ipca.model import adapted_layers, refuse_sharded
-from ipca.nn import WindowLayer, quantised_kind
+from ipca.model import adapted_layers, check_not_sharded
+from ipca.nn import WindowLayer, quantization_kind
 from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
-from ipca.nn.registry import layers_of
+from ipca.nn.registry import named_layers
 from ipca.window import Window
 
 Base = nn.Module | Mapping[str, Tensor]
@@ -65,13 +65,13 @@ def weight_pairs(model: nn.Module, base: Base | None = None) -> Iterator[LayerPa
     ===========================  ==============================================  =====================
     adapted layers               those, what they compute when not disabled      may be left out
     PEFT's layers                those, with their active adapters               needed
-    neither, ``base`` a model    linear layers (quantised ones too) of equal     needed
+    neither, ``base`` a model    linear layers (quantized ones too) of equal     needed
                                  names, such as after full fine-tuning
     neither, ``base`` a mapping  the layers of any kind that it names            needed
     ===========================  ==============================================  =====================
 
     Without ``base`` an adapted layer is compared with ``W`` as it stores it: the pretrained weight, in the residual
-    form up to one rounding, of a quantised layer the dequantised one. A quantised layer is read as what it multiplies
+    form up to one rounding, of a quantized layer the dequantized one. A quantized layer is read as what it multiplies
     by. With PEFT the weight that a layer keeps need not be the pretrained one: PiSSA, for one, keeps ``W − B A``.
 
     Raises:
@@ -83,9 +83,9 @@ def weight_pairs(model: nn.Module, base: Base | None = None) -> Iterator[LayerPa
         raise TypeError(f"base must be a model or a mapping from paths to weights, got {type(base).__name__}.")
     for given in (model, base):
         if isinstance(given, nn.Module):
-            refuse_sharded(given, "gather it first: save_adapter and load_adapter onto the plain base.")
+            check_not_sharded(given, "gather it first: save_adapter and load_adapter onto the plain base.")
     inner = _inside_peft(model)
-    before = layers_of(base) if isinstance(base, nn.Module) else base
+    before = named_layers(base) if isinstance(base, nn.Module) else base
     layers: dict[str, nn.Module] = {**adapted_layers(inner)} or peft_layers(inner)
     if before is None and any(not isinstance(layer, WindowLayer) for layer in layers.values()):
         raise ValueError(
@@ -102,7 +102,7 @@ def weight_pairs(model: nn.Module, base: Base | None = None) -> Iterator[LayerPa
 
 def _pairs(model: nn.Module, layers: dict[str, nn.Module], before: Mapping[str, Any] | None) -> Iterator[LayerPair]:
     for name, layer in layers.items():
-        _refuse_empty(name, layer)
+        _check_empty(name, layer)
         window = layer.window if isinstance(layer, WindowLayer) else active_window(model, name, layer)
         start = None if before is None else _base_matrix(name, before[name])
         shape, read = _read(name, layer)
@@ -132,7 +132,7 @@ def _read(name: str, layer: nn.Module) -> tuple[torch.Size, Iterable[tuple[Tenso
 
 def _adapted(layer: WindowLayer) -> Iterator[tuple[Tensor, Tensor, Factors]]:
     """``W``, ``W_eff`` and factors of each matrix, added up in float64 with no rounding in between."""
-    held = (layer.kept_matrix(), layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0)
+    held = (layer.base_matrix(), layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0)
     for each in zip(*map(_each, held), strict=True):
         kept, *rest = map(wide, each)
         A, B, A0, B0 = factors = Factors(*rest)
@@ -158,7 +158,7 @@ def _plain_layers(model: nn.Module, base: Base | None, before: Mapping[str, Any]
             f"this {type(model).__name__} holds a {tuner} of PEFT, which adds nothing to a weight; "
             "merge_and_unload() a copy of the model and compare that."
         )
-    here = layers_of(model)
+    here = named_layers(model)
     if isinstance(base, nn.Module):
         found = {name: m for name, m in here.items() if name in before and _is_linear(m) and _is_linear(before[name])}
     else:
@@ -174,7 +174,7 @@ def _plain_layers(model: nn.Module, base: Base | None, before: Mapping[str, Any]
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return layer_kind(module) in LINEAR or quantised_kind(module) is not None
+    return layer_kind(module) in LINEAR or quantization_kind(module) is not None
 
 
 def _base_matrix(name: str, given: Any) -> Tensor:
@@ -184,7 +184,7 @@ def _base_matrix(name: str, given: Any) -> Tensor:
             raise ValueError(
                 f"base: {name} is a {type(given).__module__}.{type(given).__name__}, not a plain layer; {_GIVE}."
             )
-        _refuse_empty(f"base: {name}", given)
+        _check_empty(f"base: {name}", given)
         return read_layer(given)[0]
     if not isinstance(given, Tensor) or not given.is_floating_point():
         what = given.dtype if isinstance(given, Tensor) else type(given).__name__
@@ -192,7 +192,7 @@ def _base_matrix(name: str, given: Any) -> Tensor:
     return given
 
 
-def _refuse_empty(name: str, layer: nn.Module) -> None:
+def _check_empty(name: str, layer: nn.Module) -> None:
     if any(parameter.is_meta for parameter in layer.parameters()):
         raise ValueError(f"{name}: its weight is on the meta device and holds no values; load the weights first.")
     if isinstance(layer, WindowLayer) and layer.window is None:

@@ -34,11 +34,11 @@ def decompose(name: str, weight: Tensor) -> SVD:
     Raises:
         ValueError: the weight holds NaN or Inf.
     """
-    refuse_infinite(name, weight)
+    check_finite(name, weight)
     return SVD(*torch.linalg.svd(weight, full_matrices=False))
 
 
-def refuse_infinite(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
     """Raise ValueError where ``weight`` holds NaN or Inf."""
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name}: it holds NaN or Inf, and so has no spectrum; training may have diverged.")

@@ -49,7 +49,7 @@ def trained_matrix(name: str, layer: Any) -> Tensor:
     base = _base_layer(name, layer)
     weight = wide(read_layer(base)[0])
     for adapter in [] if layer.merged else _active(layer):
-        _refuse_product(name, layer, adapter)
+        _check_product(name, layer, adapter)
         change = to_matrix(layer_kind(base) or "linear", layer.get_delta_weight(adapter).detach())
         weight = weight + wide(change).to(weight.device)
     return weight
@@ -79,7 +79,7 @@ def active_window(model: nn.Module, name: str, layer: Any) -> Window | None:
     return None if saved is None else Window(saved.start, saved.rank)
 
 
-def _refuse_product(name: str, layer: Any, adapter: str) -> None:
+def _check_product(name: str, layer: Any, adapter: str) -> None:
     """Raise ValueError for an adapter that does more than to add a matrix to the weight."""
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     modules = [c.__module__.split(".") for c in type(layer).__mro__]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ipca.analysis.predictions import Predictions, at_least_float32, counted, is_shifted, predict
 from ipca.model import adapted_layers, disabled
-from ipca.model.batches import evaluating, refuse_one_batch
+from ipca.model.batches import check_batches, evaluating
 
 Measure = Callable[[nn.Module, Any], Any]
 """``measure(model, batch)``: a tensor with what was measured of each item or token that counts."""
@@ -31,7 +31,7 @@ def cross_entropy_rise(
         model: in any mode; it and ``base`` stay as they are, and so do their modes and torch's random generators.
         base: what it is compared with. None: ``model`` itself without its adapter, as under :func:`ipca.disabled`,
             which takes no second copy. In the residual form that is the pretrained model up to rounding, and modules
-            that train whole stay as trained.
+            that are fully trained stay as trained.
         batches: each a mapping that the model takes by keyword, ``labels`` among it, or a pair ``(inputs, labels)``
             with a tensor or a mapping as inputs; on the model's device. Read once.
         loss_of: ``loss_of(model, batch)`` gives the losses of all items in a tensor of any shape, for what is neither;
@@ -98,7 +98,7 @@ def _mean(
             f"base=None takes the model without its adapter, but this {type(model).__name__} has no adapted layer of "
             "ipca; give the pretrained model as base."
         )
-    refuse_one_batch(batches)
+    check_batches(batches)
     total, items = 0.0, 0
     with evaluating(model, *([] if base is None else [base])):
         for batch in batches:
@@ -137,7 +137,7 @@ def _both(
     return read(now), read(then)
 
 
-def _labelled(found: Predictions) -> tuple[Tensor, Tensor]:
+def _labeled(found: Predictions) -> tuple[Tensor, Tensor]:
     logits, labels = counted(found)
     if labels is None:
         raise ValueError("these batches have no labels: give pairs (inputs, labels), or mappings with 'labels'.")
@@ -145,12 +145,12 @@ def _labelled(found: Predictions) -> tuple[Tensor, Tensor]:
 
 
 def _cross_entropy(found: Predictions) -> Tensor:
-    logits, labels = _labelled(found)
+    logits, labels = _labeled(found)
     return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 def _correct(found: Predictions) -> Tensor:
-    logits, labels = _labelled(found)
+    logits, labels = _labeled(found)
     largest, predicted = logits.max(-1)
     return (predicted == labels) & ~largest.isnan()
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca.config import PCConfig
-from ipca.model import adapted_layers, refuse_sharded
+from ipca.model import adapted_layers, check_not_sharded
 from ipca.model.targets import find_targets
 from ipca.nn.layer_kinds import read_layer
-from ipca.nn.registry import find_layer
+from ipca.nn.registry import get_layer
 from ipca.svd import singular_values
 from ipca.window import Window
 
@@ -133,7 +133,7 @@ def spectrum(model: nn.Module, config: PCConfig | None = None, *, progress: bool
     Raises:
         ValueError: ``config`` beside an adapted model; or as :func:`ipca.apply_pc` for a plain one.
     """
-    refuse_sharded(model, "gather it first: save_adapter and load_adapter onto the plain base.")
+    check_not_sharded(model, "gather it first: save_adapter and load_adapter onto the plain base.")
     parameters = sum(p.numel() for p in model.parameters())
     adapted = adapted_layers(model)
     if not adapted:
@@ -145,14 +145,14 @@ def spectrum(model: nn.Module, config: PCConfig | None = None, *, progress: bool
     for name, layer in _shown(list(adapted.items()), progress):
         if layer.window is None:
             raise ValueError(f"{name}: it has no window yet: load a state dict with load_state_dict().")
-        rows += _spectra(name, layer.base_weight(), layer.window, layer.form)
+        rows += _spectra(name, layer.pretrained_weight(), layer.window, layer.form)
     return Spectra(tuple(rows), parameters)
 
 
 def _chosen(model: nn.Module, config: PCConfig, progress: bool) -> Iterator[LayerSpectrum]:
     """The layers that ``config`` would adapt."""
     for target in _shown(find_targets(model, config), progress):
-        weight, _ = read_layer(find_layer(model, target.name))
+        weight, _ = read_layer(get_layer(model, target.name))
         yield from _spectra(target.name, weight, target.window, target.form)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ipca.analysis.layer_pairs import Base, weight_pairs
-from ipca.analysis.linalg import decompose, ratio, refuse_infinite
+from ipca.analysis.linalg import check_finite, decompose, ratio
 from ipca.svd import window_svd
 from ipca.window import Window
 
@@ -66,7 +66,7 @@ def spectral_imbalance(model: nn.Module, base: Base | None = None) -> dict[str, 
     """
     found = {}
     for pair in weight_pairs(model, base):
-        refuse_infinite(pair.name, pair.change)
+        check_finite(pair.name, pair.change)
         largest = torch.linalg.matrix_norm(pair.change, 2).item()
         found[pair.name] = ratio(largest, pair.change.norm().item()) ** 2
     return found
@@ -90,7 +90,7 @@ def overlap(model: nn.Module, base: Base | None = None, *, k: int = 16) -> dict[
         if k > d:
             raise ValueError(f"{pair.name}: k={k}, but its weight has only {d} singular values; lower k.")
         for weight in (pair.base, pair.trained):
-            refuse_infinite(pair.name, weight)
+            check_finite(pair.name, weight)
         top = window_svd(pair.base, Window(0, k), tol="exact")
         inside = (top.U.mT @ pair.change @ top.Vh.mT).norm().item()
         found[pair.name] = ratio(inside, pair.change.norm().item()) ** 2

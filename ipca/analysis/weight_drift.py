@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ipca.analysis.layer_pairs import Base, weight_pairs
-from ipca.analysis.linalg import decompose, ratio, refuse_infinite
+from ipca.analysis.linalg import check_finite, decompose, ratio
 from ipca.window import Window
 
 
@@ -73,7 +73,7 @@ def drift(model: nn.Module, base: Base | None = None) -> dict[str, Drift]:
     """
     found = {}
     for pair in weight_pairs(model, base):
-        refuse_infinite(pair.name, pair.trained)
+        check_finite(pair.name, pair.trained)
         (U, S, Vh), change = decompose(pair.name, pair.base), pair.change
         D = U.mT @ change @ Vh.mT
         square = D.square().fill_diagonal_(0.0)

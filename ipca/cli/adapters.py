@@ -58,7 +58,7 @@ def render(record: Any) -> str:
             f"{row['scaling']:8.3g} {window:>14} {min(shape[-2:]):6} {row.get('form', '–'):>9} {residual}"
         )
     lines += [f"not certified: {row['layer']}: {row['certificate']}" for row in _uncertified(record["layers"])[:5]]
-    lines += [f"trained whole: {', '.join(record['modules_to_save'])}"] * bool(record["modules_to_save"])
+    lines += [f"fully trained: {', '.join(record['modules_to_save'])}"] * bool(record["modules_to_save"])
     proven = f", {totals['layers'] - len(totals['uncertified'])} windows certified" if ours else ""
     lines.append(
         f"{totals['layers']} layers, {totals['trainable']:,} parameters train{proven}; "
@@ -91,7 +91,7 @@ def _ours(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
                 "base_sha256": layer.base_sha256,
             }
         )
-    return rows, list(saved.whole), _base(folder)
+    return rows, list(saved.modules_to_save), _base(folder)
 
 
 def _stock(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
@@ -106,7 +106,7 @@ def _stock(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
         }
         for name, layer in lora.layers.items()
     ]
-    return rows, list(lora.whole), _base(folder)
+    return rows, list(lora.modules_to_save), _base(folder)
 
 
 def _base(folder: Path) -> str | None:

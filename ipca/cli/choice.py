@@ -24,7 +24,7 @@ def chosen_config(args: argparse.Namespace) -> PCConfig:
     )
 
 
-def refuse_choice(args: argparse.Namespace, why: str) -> None:
+def check_no_window_options(args: argparse.Namespace, why: str) -> None:
     """Raise where an option of windows was given that has no meaning here, for the reason ``why``."""
     defaults = {"rank": 16, "window": "middle", "alpha": None, "targets": None, "exclude": [], "plot": None}
     given = [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]
@@ -32,7 +32,7 @@ def refuse_choice(args: argparse.Namespace, why: str) -> None:
         raise ValueError(f"{why}; leave out {', '.join(given)}.")
 
 
-def refuse_inputs(args: argparse.Namespace) -> None:
+def check_output_folder(args: argparse.Namespace) -> None:
     """Raise where an adapter is to be written over the one that is read, or beside the model that it is for."""
     given = {name: folder.resolve() for name, folder in vars(args).items() if name in ("model", "original") and folder}
     if args.out.resolve() in given.values():

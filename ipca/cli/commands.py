@@ -9,10 +9,10 @@ import ipca
 from ipca.analysis import draw_spectra, spectrum
 from ipca.cli import adapters, spectra
 from ipca.cli.cache import cache
-from ipca.cli.choice import chosen_config, refuse_choice, refuse_inputs
+from ipca.cli.choice import check_no_window_options, check_output_folder, chosen_config
 from ipca.cli.completion import completion
 from ipca.cli.init import init
-from ipca.io import check_target, staged_folder
+from ipca.io import check_writable, staged_folder
 from ipca.io.model_folder import copy_companions, load_model
 
 __all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge", "sweep"]
@@ -23,11 +23,11 @@ Record = dict[str, object]
 def inspect(args: argparse.Namespace) -> tuple[Record, str]:
     """Spectra and windows of a model folder, or what an adapter folder holds."""
     if adapters.is_adapter(args.model):
-        refuse_choice(args, f"{args.model} is an adapter, whose windows are chosen")
+        check_no_window_options(args, f"{args.model} is an adapter, whose windows are chosen")
         record = adapters.inspect_adapter(args.model)
         return record, adapters.render(record)
     if args.plot:
-        check_target(args.plot.absolute().parent)
+        check_writable(args.plot.absolute().parent)
     model = load_model(args.model)
     found = spectrum(model, chosen_config(args), progress=not args.quiet)
     text = spectra.render(found)
@@ -39,7 +39,7 @@ def inspect(args: argparse.Namespace) -> tuple[Record, str]:
 
 def merge(args: argparse.Namespace) -> tuple[Record, str]:
     """Fold an adapter into its model and write a plain model folder."""
-    check_target(args.out, empty=True)
+    check_writable(args.out, empty=True)
     model = ipca.load_adapter(load_model(args.model), args.adapter, check_base=not args.any_base)
     layers = ipca.summary(model).layers
     ipca.unload(model)
@@ -51,8 +51,8 @@ def merge(args: argparse.Namespace) -> tuple[Record, str]:
 
 def export(args: argparse.Namespace) -> tuple[Record, str]:
     """Write an adapter for programs without ipca."""
-    check_target(args.out, empty=args.form == "residual")
-    refuse_inputs(args)
+    check_writable(args.out, empty=args.form == "residual")
+    check_output_folder(args)
     model = ipca.load_adapter(load_model(args.model), args.adapter, check_base=not args.any_base)
     base_model = None if args.form == "residual" else str(args.model)
     errors = ipca.export(model, args.out, form=args.form, base_model=base_model, rank=args.rank)
@@ -69,8 +69,8 @@ def export(args: argparse.Namespace) -> tuple[Record, str]:
 
 def convert(args: argparse.Namespace) -> tuple[Record, str]:
     """Read a stock PEFT LoRA and write it as an adapter of ipca."""
-    check_target(args.out)
-    refuse_inputs(args)
+    check_writable(args.out)
+    check_output_folder(args)
     original = load_model(args.original) if args.original else None
     model = load_model(args.model)
     ipca.import_peft(model, args.adapter, original=original, progress=not args.quiet)

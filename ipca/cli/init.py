@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import ipca
-from ipca.cli.choice import chosen_config, refuse_inputs
+from ipca.cli.choice import check_output_folder, chosen_config
 from ipca.config import PCConfig
-from ipca.io import check_target
+from ipca.io import check_writable
 from ipca.io.adapter_folder import read_adapter
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
@@ -24,10 +24,10 @@ from ipca.model import Target
 from ipca.model.targets import find_targets
 from ipca.offline.adapter_files import write_adapter
 from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
-from ipca.offline.ranks import PeerEnded, Team
-from ipca.offline.skeleton import CannotStream, build_skeleton, checkpoint_keys
+from ipca.offline.ranks import PeerFailed, Ranks
+from ipca.offline.skeleton import NotStreamable, build_skeleton, checkpoint_keys
 from ipca.offline.source import CheckpointSource, ModelSource
-from ipca.offline.work_folder import DONE, WORK, Job
+from ipca.offline.work_folder import DONE, WORK, WorkFolder
 from ipca.svd.cache import SpectralCache
 
 Record = dict[str, object]
@@ -49,45 +49,45 @@ def init(args: argparse.Namespace) -> tuple[Record | None, str]:
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but this torch sees no GPU; leave it out.")
-    team, job = Team.from_environment(args.device), Job(args.out)
+    ranks, work = Ranks.from_environment(args.device), WorkFolder(args.out)
     try:
-        record, text = _run(args, team, job)
+        record, text = _run(args, ranks, work)
     except BaseException as error:
-        if isinstance(error, PeerEnded) and not team.first:  # the first process reports it
+        if isinstance(error, PeerFailed) and not ranks.is_main:  # the first process reports it
             raise SystemExit(1) from None
-        kept = job.abandon() if team.first else job.count()
+        kept = work.abandon() if ranks.is_main else work.count()
         if kept:
-            print(f"ipca: {kept} finished layers are kept in {job.folder}; the same command goes on", file=sys.stderr)
-        if not team.first and isinstance(error, (ValueError, TypeError, RuntimeError, OSError)):
-            raise RuntimeError(f"process {team.rank}: {error}") from error
+            print(f"ipca: {kept} finished layers are kept in {work.folder}; the same command goes on", file=sys.stderr)
+        if not ranks.is_main and isinstance(error, (ValueError, TypeError, RuntimeError, OSError)):
+            raise RuntimeError(f"process {ranks.rank}: {error}") from error
         raise
-    team.close()
-    return (record, text) if team.first else (None, "")
+    ranks.close()
+    return (record, text) if ranks.is_main else (None, "")
 
 
-def _run(args: argparse.Namespace, team: Team, job: Job) -> tuple[Record, str]:
+def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Record, str]:
     began = time.perf_counter()
-    if not team.first:
-        team.meet()  # what the first process refuses, the others need not refuse again
+    if not ranks.is_main:
+        ranks.barrier()  # what the first process refuses, the others need not refuse again
     config = chosen_config(args)
-    if team.first:
-        _check_folders(args, job)
+    if ranks.is_main:
+        _check_folders(args, work)
     plan = _plan(args.model, config)
-    if team.first:
-        job.open({"format": 1, "ipca": ipca.__version__, "model": model_digest(args.model), **asdict(config)})
-        team.meet()
-    ready, cache = team.agree(job.ready), _cache(args)
+    if ranks.is_main:
+        work.open({"format": 1, "ipca": ipca.__version__, "model": model_digest(args.model), **asdict(config)})
+        ranks.barrier()
+    ready, cache = ranks.broadcast(work.ready), _cache(args)
     layers, before = decompose_layers(
-        plan.source, plan.targets, config, job, team, device=args.device, cache=cache, progress=not args.quiet
+        plan.source, plan.targets, config, work, ranks, device=args.device, cache=cache, progress=not args.quiet
     )
-    install_layers(plan.source.model, layers, job)
+    install_layers(plan.source.model, layers, work)
     if not ready:
-        _assemble(args, plan, layers, job, team)
-    team.meet()
-    if team.first:
-        job.finish()
-    team.meet()
-    hits = team.total(cache.hits if cache else 0)
+        _assemble(args, plan, layers, work, ranks)
+    ranks.barrier()
+    if ranks.is_main:
+        work.finish()
+    ranks.barrier()
+    hits = ranks.sum(cache.hits if cache else 0)
     return _account(args, plan, layers, before, hits, time.perf_counter() - began)
 
 
@@ -96,12 +96,12 @@ def _plan(folder: Path, config: PCConfig) -> Plan:
     try:
         checkpoint = Checkpoint.open(folder)
         if checkpoint is None:
-            raise CannotStream("the folder holds no safetensors")
+            raise NotStreamable("the folder holds no safetensors")
         model = build_skeleton(folder, checkpoint)
         targets = find_targets(model, config, values=False)
         keys = checkpoint_keys(model, targets, checkpoint, residual=config.form == "residual")
         return Plan(CheckpointSource(model, checkpoint, keys), targets, None)
-    except CannotStream as error:
+    except NotStreamable as error:
         why = str(error)
     model, missing = load_with_missing(folder)
     targets = find_targets(model, config)
@@ -112,15 +112,17 @@ def _plan(folder: Path, config: PCConfig) -> Plan:
     return Plan(ModelSource(model), targets, why)
 
 
-def _assemble(args: argparse.Namespace, plan: Plan, layers: list[FinishedLayer], job: Job, team: Team) -> None:
-    """Complete the files in the job's folder."""
+def _assemble(
+    args: argparse.Namespace, plan: Plan, layers: list[FinishedLayer], work: WorkFolder, ranks: Ranks
+) -> None:
+    """Complete the files in the work's folder."""
     if args.form == "residual":
-        plan.source.write_residual(layers, job, team, str(args.out.absolute() / "base"))
-        if team.first:
-            with job.writing():
-                copy_companions(args.model, job.final / "base")
-    elif team.first:
-        write_adapter(plan.source.model, layers, job, job.final, base_model=str(args.model))
+        plan.source.write_residual(layers, work, ranks, str(args.out.absolute() / "base"))
+        if ranks.is_main:
+            with work.writing():
+                copy_companions(args.model, work.final / "base")
+    elif ranks.is_main:
+        write_adapter(plan.source.model, layers, work, work.final, base_model=str(args.model))
 
 
 def _account(
@@ -161,22 +163,22 @@ def _account(
     return record, "\n".join(lines)
 
 
-def _check_folders(args: argparse.Namespace, job: Job) -> None:
+def _check_folders(args: argparse.Namespace, work: WorkFolder) -> None:
     out = args.out.absolute()
-    refuse_inputs(args)
-    check_target(out)
-    if not job.ready:
-        _refuse_trained(out)
-    if args.form == "residual" and not job.ready and out.is_dir() and {p.name for p in out.iterdir()} - {WORK, DONE}:
+    check_output_folder(args)
+    check_writable(out)
+    if not work.ready:
+        _check_trained(out)
+    if args.form == "residual" and not work.ready and out.is_dir() and {p.name for p in out.iterdir()} - {WORK, DONE}:
         raise FileExistsError(f"{out} is not empty; choose a new folder.")
 
 
-def _refuse_trained(out: Path) -> None:
+def _check_trained(out: Path) -> None:
     """Raise where ``out`` holds an adapter other than an untrained start, which a new start may replace."""
     if not (out / WEIGHTS).is_file():
         return
     try:
-        factors = list(read_adapter(out, whole=False).factors.values())
+        factors = list(read_adapter(out, modules_to_save=False).factors.values())
     except (ValueError, FileNotFoundError):  # damaged, or somebody else's
         factors = []
     if not factors or any(not (torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0)) for f in factors):

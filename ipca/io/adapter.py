@@ -13,29 +13,29 @@ from torch import nn
 
 from ipca._version import __version__
 from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, other_base, read_adapter, svd_record
-from ipca.io.export_formats import adapter_state, savable, write_peft
+from ipca.io.export_formats import adapter_state, collect_adapter, write_peft
 from ipca.io.files import staged_files
 from ipca.io.gather import write_once
 from ipca.io.peft_format import WEIGHTS
 from ipca.model import (
     Target,
     adapted_layers,
+    check_inference_mode,
+    check_not_sharded,
     install,
-    refuse,
-    refuse_inference_mode,
-    refuse_sharded,
     train_only_adapter,
     uninterrupted,
+    validate_targets,
 )
-from ipca.nn import WindowLayer, WindowStart, certify_start
+from ipca.nn import InitialFactors, WindowLayer, certify_init
 from ipca.nn.layer_kinds import base_sha256, read_layer
-from ipca.nn.registry import find_layer, layers_of
+from ipca.nn.registry import get_layer, named_layers
 
 _UNCHECKED = ", or pass check_base=False if you know that they fit."
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
-    """Write the adapter of ``model`` to ``folder``: factors, whole-trained modules, configuration.
+    """Write the adapter of ``model`` to ``folder``: factors, fully trained modules, configuration.
 
     Writes ``adapter_model.safetensors`` and ``adapter_config.json``, which stock PEFT (and transformers'
     ``load_adapter``) load on the original base model, and ``ipca.json`` with what only :func:`load_adapter` needs:
@@ -44,7 +44,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
 
     Args:
         model: has adapted layers, from :func:`apply_pc` or in its own code. Every other module with trainable
-            parameters is written whole, as PEFT's ``modules_to_save``.
+            parameters is written modules_to_save, as PEFT's ``modules_to_save``.
         folder: made if missing.
         base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
 
@@ -62,14 +62,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
 def _write(
     model: nn.Module, tensors: dict[str, torch.Tensor], folder: str | os.PathLike[str], base_model: str | None
 ) -> None:
-    layers, whole = savable(model)
+    layers, modules_to_save = collect_adapter(model)
     with staged_files(folder) as stage:
         write_peft(model, tensors, stage, base_model)
         sidecar = {
             "format": 1,
             "versions": {"ipca": __version__, "torch": torch.__version__},
             "adapter_sha256": file_sha256(stage / WEIGHTS),
-            "modules_to_save": list(whole),
+            "modules_to_save": list(modules_to_save),
             "layers": {name: asdict(_saved(layer)) for name, layer in layers.items()},
         }
         (stage / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
@@ -100,10 +100,10 @@ def load_adapter(
         FileNotFoundError: ``folder`` lacks a file.
         ValueError: a damaged file, shapes or layers that do not fit, or another base; the model is unchanged.
     """
-    refuse_inference_mode()
-    refuse_sharded(model, "load the adapter first, then shard; torch.distributed.checkpoint resumes a sharded run.")
+    check_inference_mode()
+    check_not_sharded(model, "load the adapter first, then shard; torch.distributed.checkpoint resumes a sharded run.")
     saved = read_adapter(folder)
-    whole = whole_state(model, saved.whole)
+    modules_to_save = modules_to_save_state(model, saved.modules_to_save)
     present = adapted_layers(model)
     mixed = set(present) - set(saved.layers)
     if mixed:
@@ -121,9 +121,9 @@ def load_adapter(
             layer.unmerge()
             layer.lora_A.copy_(saved.factors[name].A)
             layer.lora_B.copy_(saved.factors[name].B)
-        for module, state in whole:
+        for module, state in modules_to_save:
             module.load_state_dict(state)
-        train_only_adapter(model, saved.whole, trainable=trainable)
+        train_only_adapter(model, saved.modules_to_save, trainable=trainable)
     return model
 
 
@@ -142,12 +142,12 @@ def _saved(layer: WindowLayer) -> SavedLayer:
     )
 
 
-def whole_state(
-    model: nn.Module, whole: Mapping[str, dict[str, torch.Tensor]]
+def modules_to_save_state(
+    model: nn.Module, modules_to_save: Mapping[str, dict[str, torch.Tensor]]
 ) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:
     """The modules that an adapter holds ``whole``, each with its state, names and shapes checked."""
     found = []
-    for name, state in whole.items():
+    for name, state in modules_to_save.items():
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -181,26 +181,28 @@ def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form
 
 def _fresh_layers(
     model: nn.Module, saved: AdapterFolder, form: str | None, check_base: bool
-) -> list[tuple[Target, WindowStart]]:
-    here = layers_of(model)
+) -> list[tuple[Target, InitialFactors]]:
+    here = named_layers(model)
     targets = []
     for name, layer in saved.layers.items():
         if name not in here:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
         targets.append(Target(name, layer.window, layer.alpha, form or layer.form, layer.dropout))
     known = check_base and all(layer.base_sha256 for layer in saved.layers.values())
-    refuse(model, targets, whole=saved.whole, values=not known)  # with its hash a weight has the values it had
+    validate_targets(
+        model, targets, modules_to_save=saved.modules_to_save, values=not known
+    )  # with its hash a weight has the values it had
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves Python's lock
-        digests = list(pool.map(lambda target: base_sha256(find_layer(model, target.name)), targets))
+        digests = list(pool.map(lambda target: base_sha256(get_layer(model, target.name)), targets))
     return [
         (target, _start(model, target, saved, digest, check_base))
         for target, digest in zip(targets, digests, strict=True)
     ]
 
 
-def _start(model: nn.Module, target: Target, saved: AdapterFolder, digest: str, check_base: bool) -> WindowStart:
+def _start(model: nn.Module, target: Target, saved: AdapterFolder, digest: str, check_base: bool) -> InitialFactors:
     layer, factors = saved.layers[target.name], saved.factors[target.name]
-    plain = find_layer(model, target.name)
+    plain = get_layer(model, target.name)
     weight, _ = read_layer(plain)
     if tuple(weight.shape) != layer.shape:
         raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
@@ -208,5 +210,5 @@ def _start(model: nn.Module, target: Target, saved: AdapterFolder, digest: str, 
         raise ValueError(other_base(target.name, layer.base_sha256, digest) + _UNCHECKED)
     A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)
     scaling = target.alpha / target.window.rank
-    certificate = certify_start(weight, A0, B0, scaling=scaling, form=target.form)
-    return WindowStart(A0, B0, target.window, digest, layer.report(), certificate)
+    certificate = certify_init(weight, A0, B0, scaling=scaling, form=target.form)
+    return InitialFactors(A0, B0, target.window, digest, layer.report(), certificate)

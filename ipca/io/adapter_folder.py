@@ -59,11 +59,11 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter as read: layers and their factors by path, and the state of modules that were trained whole."""
+    """An adapter as read: layers and their factors by path, and the state of fully trained modules."""
 
     layers: dict[str, SavedLayer]
     factors: dict[str, Factors]
-    whole: dict[str, dict[str, Tensor]]
+    modules_to_save: dict[str, dict[str, Tensor]]
 
 
 def svd_record(report: SVDReport) -> dict[str, Any]:
@@ -80,12 +80,12 @@ def other_base(name: str, was: str | None, here: str | None) -> str:
     return f"{name}: this is not the base weight the adapter was made on ({cause}). Load the original base"
 
 
-def read_adapter(folder: str | os.PathLike[str], *, whole: bool = True) -> AdapterFolder:
+def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True) -> AdapterFolder:
     """Read what :func:`ipca.save_adapter` wrote.
 
     Args:
         folder: holds the adapter's three files.
-        whole: read modules that were trained whole too; False leaves out whatever is no layer's factor.
+        modules_to_save: read modules that were fully trained too; False leaves out whatever is no layer's factor.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -108,7 +108,7 @@ def read_adapter(folder: str | os.PathLike[str], *, whole: bool = True) -> Adapt
     factors = {name: _factors(name, layer, wrappers[name], tensors) for name, layer in layers.items()}
     for name in layers:  # PEFT saves it with an adapted embedding; the layer's hash already pins it
         tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-    return AdapterFolder(layers, factors, _whole(tensors, names) if whole else {})
+    return AdapterFolder(layers, factors, _whole(tensors, names) if modules_to_save else {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -173,10 +173,10 @@ def _factors(name: str, layer: SavedLayer, wrappers: int, tensors: dict[str, Ten
 
 def _whole(tensors: dict[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:
     """What is left in the file: the state of whole modules, by the module's path."""
-    whole: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    modules_to_save: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for key, value in tensors.items():
         owner = next((name for name in names if key.startswith(f"{PREFIX}{name}.")), None)
         if owner is None:
             raise ValueError(f"{WEIGHTS} holds {key}, which belongs to no layer of the adapter.")
-        whole[owner][key.removeprefix(f"{PREFIX}{owner}.")] = value
-    return whole
+        modules_to_save[owner][key.removeprefix(f"{PREFIX}{owner}.")] = value
+    return modules_to_save

@@ -16,8 +16,8 @@ from ipca.io.files import staged_files, staged_folder
 from ipca.io.gather import gathered, is_writer, needs_all, plain_type, write_once
 from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, adapter_tensors
 from ipca.io.truncate import TRUNCATION, truncated
-from ipca.model import adapted_layers, refuse_suffix, require_adapted, whole_modules
-from ipca.nn import QuantisedLinearPC, WindowLayer
+from ipca.model import adapted_layers, check_ambiguous_suffix, fully_trained_modules, require_adapted
+from ipca.nn import QuantizedLinearPC, WindowLayer
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
 
@@ -66,7 +66,7 @@ def export(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be an int of at least 1, got {rank!r}.")
     if form == "residual":
-        _refuse_quantised(model)
+        _check_quantized(model)
     tensors = adapter_state(model, doubled=form != "residual")
     errors: dict[str, float] = {}
     if form == "peft":
@@ -89,7 +89,7 @@ def _export_peft(
 def _export_truncated(
     model: nn.Module, tensors: dict[str, Tensor], folder: str | os.PathLike[str], base_model: str | None, rank: int
 ) -> dict[str, float]:
-    layers, _ = savable(model)
+    layers, _ = collect_adapter(model)
     low, errors = truncated(tensors, {name: layer.scaling for name, layer in layers.items()}, rank)
     widths = {name: min(2 * layer.rank, *layer.matrix_shape) for name, layer in layers.items()}
     narrow = {f"^{re.escape(name)}": width for name, width in widths.items() if width < rank}
@@ -117,42 +117,42 @@ def _export_residual(
         write_peft(model, tensors, stage / "adapter", base_model, doubled=False)
 
 
-def _refuse_quantised(model: nn.Module) -> None:
+def _check_quantized(model: nn.Module) -> None:
     """Raise where there is no ``W_res`` in floats to write."""
     for name, layer in adapted_layers(model).items():
-        if isinstance(layer, QuantisedLinearPC):
+        if isinstance(layer, QuantizedLinearPC):
             raise ValueError(
-                f"{name} is quantised ({layer.kind}), and W_res would have to be quantised anew; adapt the model "
-                "before it is quantised, export that, and quantise its base."
+                f"{name} is quantized ({layer.kind}), and W_res would have to be quantized anew; adapt the model "
+                "before it is quantized, export that, and quantize its base."
             )
 
 
-def savable(model: nn.Module) -> tuple[dict[str, WindowLayer], dict[str, nn.Module]]:
-    """The adapted layers and the modules trained whole, or a ValueError for what an adapter file cannot hold."""
-    layers, whole = require_adapted(model), whole_modules(model)
+def collect_adapter(model: nn.Module) -> tuple[dict[str, WindowLayer], dict[str, nn.Module]]:
+    """The adapted layers and the fully trained modules, or a ValueError for what an adapter file cannot hold."""
+    layers, modules_to_save = require_adapted(model), fully_trained_modules(model)
     paths = list(model.named_modules(remove_duplicate=False))
     places = Counter(id(module) for _, module in paths)
     moved = tuple(f"{name}.base." for name, module in paths if isinstance(module, ExpertsPC))
     for name, layer in layers.items():
-        _refuse_layer(model, name, layer, places[id(layer)])
-    for name in (*layers, *whole):
+        _check_layer(model, name, layer, places[id(layer)])
+    for name in (*layers, *modules_to_save):
         if f"{name}.".startswith(moved):
             raise ValueError(
                 f"{name} trains beside an adapted stack of weights, in the module that was moved to that path; freeze "
                 "it, or put the stack into a module of its own."
             )
-    for name in whole:
+    for name in modules_to_save:
         inside = [path for path in layers if not name or path.startswith(f"{name}.")]
         if inside:
             raise ValueError(
                 f"{name or type(model).__name__} has trainable parameters of its own beside the adapted {inside[0]}; "
                 "an adapter file holds whole modules only, so freeze them."
             )
-        refuse_suffix(name, [path for path, _ in paths])
-    return layers, whole
+        check_ambiguous_suffix(name, [path for path, _ in paths])
+    return layers, modules_to_save
 
 
-def _refuse_layer(model: nn.Module, name: str, layer: WindowLayer, places: int) -> None:
+def _check_layer(model: nn.Module, name: str, layer: WindowLayer, places: int) -> None:
     """Raise where an adapter file cannot hold the ``layer``, which stands in so many ``places`` of ``model``."""
     if _FSDP1 in name.split(".") or layer.lora_A.shape != layer.lora_A0.shape:
         raise ValueError(
@@ -178,7 +178,7 @@ def adapter_state(model: nn.Module, *, doubled: bool = True) -> dict[str, Tensor
     Args:
         doubled: False gives ``A, B`` alone, for a residual base.
     """
-    return gathered(adapter_tensors(*savable(model), doubled=doubled), keep=is_writer(model))
+    return gathered(adapter_tensors(*collect_adapter(model), doubled=doubled), keep=is_writer(model))
 
 
 def write_peft(
@@ -206,9 +206,9 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_config(model: nn.Module, folder: Path, base_model: str | None, *, doubled: bool = True) -> None:
     """Write PEFT's configuration of the adapter of ``model``."""
-    layers, whole = savable(model)
+    layers, modules_to_save = collect_adapter(model)
     names = [name for name, _ in model.named_modules()]
-    config = adapter_config(layers, whole, names, base_model, doubled=doubled)
+    config = adapter_config(layers, modules_to_save, names, base_model, doubled=doubled)
     cls = plain_type(model)
     if cls.__module__.startswith("transformers."):  # what peft.AutoPeftModel loads the base with
         config["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
@@ -222,7 +222,7 @@ def residual_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Of a sharded model every process must call it, and rank 0 alone gets the tensors, whole and on the CPU.
     """
     layers = adapted_layers(model)
-    ours = tuple(f"{name}.{key}" for name in layers for key in ("lora_", "kept_weight", "_extra_state"))
+    ours = tuple(f"{name}.{key}" for name in layers for key in ("lora_", "base_weight", "_extra_state"))
     state = {_plain_key(model, k): value for k, value in model.state_dict().items() if not k.startswith(ours)}
     if needs_all(model):
         state = gathered(state.items(), keep=is_writer(model))
@@ -230,7 +230,7 @@ def residual_state_dict(model: nn.Module) -> dict[str, Tensor]:
         weight = layer.residual_weight()
         if is_writer(model):
             key = name if layer.kind in EXPERTS else f"{name}.weight"
-            state[key] = from_matrix(layer.kind, weight, layer.kept_weight.shape).contiguous()
+            state[key] = from_matrix(layer.kind, weight, layer.base_weight.shape).contiguous()
     return state
 
 

@@ -23,7 +23,7 @@ def staged_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: ``folder`` cannot be made or written; nothing in it has changed.
     """
     target = Path(folder)
-    check_target(target)
+    check_writable(target)
     with _explained(target):
         existed = target.is_dir()
         target.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: ``folder`` holds files, or cannot be made; nothing has changed.
     """
     target = Path(folder).absolute()
-    check_target(target, empty=True)
+    check_writable(target, empty=True)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -84,7 +84,7 @@ def _exchange(stage: Path, target: Path) -> None:
     fsync_folder(target)
 
 
-def check_target(folder: str | os.PathLike[str], *, empty: bool = False) -> None:
+def check_writable(folder: str | os.PathLike[str], *, empty: bool = False) -> None:
     """Raise OSError now where writing ``folder`` later would fail, before hours of work go into it.
 
     Args:

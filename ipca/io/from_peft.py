@@ -17,12 +17,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca._hashing import tensor_sha256
-from ipca.io.adapter import whole_state
+from ipca.io.adapter import modules_to_save_state
 from ipca.io.peft_format import split_factors
 from ipca.io.peft_lora import StockLayer, StockLora, read_stock
-from ipca.model import Target, adapted_layers, install, refuse, refuse_inference_mode, train_only_adapter, uninterrupted
-from ipca.nn import WindowStart, certify_start, default_adapter_dtype
-from ipca.nn.initialization import measure_start
+from ipca.model import (
+    Target,
+    adapted_layers,
+    check_inference_mode,
+    install,
+    train_only_adapter,
+    uninterrupted,
+    validate_targets,
+)
+from ipca.nn import InitialFactors, certify_init, default_adapter_dtype
+from ipca.nn.initialization import measure_init
 from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
 from ipca.svd import WindowSVD, window_svd
 from ipca.svd.identify import identify_window
@@ -39,7 +47,7 @@ class _Imported(NamedTuple):
     """One layer: what it starts from, and its trained ``A (rank, in)``, ``B (out, rank)``."""
 
     target: Target
-    start: WindowStart
+    start: InitialFactors
     A: Tensor
     B: Tensor
 
@@ -73,12 +81,12 @@ def import_peft(
         ValueError: the adapter trains something else than a window, by a field of its configuration or as measured; or
             it is damaged or does not fit ``model``, which is unchanged.
     """
-    refuse_inference_mode()
+    check_inference_mode()
     lora = read_stock(folder)
     present = next(iter(adapted_layers(model)), None)
     if present is not None:
         raise ValueError(f"{present} is adapted already; unload the model first.")
-    whole = whole_state(model, lora.whole)
+    modules_to_save = modules_to_save_state(model, lora.modules_to_save)
     found = _find_layers(model, lora, original, progress)
     with uninterrupted(), torch.no_grad():
         kept = [read_layer(model.get_submodule(each.target.name))[0] for each in found]
@@ -86,12 +94,12 @@ def import_peft(
         layers = adapted_layers(model)
         for each, weight in zip(found, kept, strict=True):
             layer = layers[each.target.name]
-            layer.kept_weight.copy_(weight)  # a residual base has it already: W_res, and not W
+            layer.base_weight.copy_(weight)  # a residual base has it already: W_res, and not W
             layer.lora_A.copy_(each.A)
             layer.lora_B.copy_(each.B)
-        for module, state in whole:
+        for module, state in modules_to_save:
             module.load_state_dict(state)
-        train_only_adapter(model, lora.whole)
+        train_only_adapter(model, lora.modules_to_save)
     return model
 
 
@@ -127,7 +135,7 @@ def _targets(model: nn.Module, lora: StockLora, *, doubled: bool, residual: bool
         rank = layer.rank // 2 if doubled else layer.rank
         form = "residual" if residual else "intact"
         targets.append(Target(name, Window.principal(rank), layer.scaling * rank, form, lora.dropout))
-    refuse(model, targets)
+    validate_targets(model, targets)
     for name, layer in lora.layers.items():
         _weight(modules[name], name, layer)
     return targets
@@ -155,7 +163,7 @@ def _from_residual_base(target: Target, layer: StockLayer, kept: Tensor, weight:
     found, off = identify_window(weight, layer.scaling * B0, A0, start=0)
     imported = _imported(target, weight, found, (layer.A, layer.B, A0, B0), off)
     start = imported.start
-    certificate = measure_start(weight, kept, start.A0, start.B0, scaling=layer.scaling)
+    certificate = measure_init(weight, kept, start.A0, start.B0, scaling=layer.scaling)
     if off > ANGLE or certificate.relative > SLACK * certificate.bound:
         raise ValueError(
             f"{target.name}: the original less this base is not the principal window of rank {layer.rank}: it is "
@@ -173,8 +181,8 @@ def _imported(
     A, B, A0, B0 = (factor.to(weight.device, dtype) for factor in factors)
     words = f"{found.report.certificate}; the factors are within {off:.1e} of it"
     report = replace(found.report, residual=max(found.report.residual, off), certificate=words)
-    exact = certify_start(weight, A0, B0, scaling=target.alpha / target.window.rank, form="intact")
-    start = WindowStart(A0, B0, report.window, tensor_sha256(weight), report, exact)
+    exact = certify_init(weight, A0, B0, scaling=target.alpha / target.window.rank, form="intact")
+    start = InitialFactors(A0, B0, report.window, tensor_sha256(weight), report, exact)
     return _Imported(replace(target, window=report.window), start, A, B)
 
 

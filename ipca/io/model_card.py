@@ -98,7 +98,7 @@ def _front_matter(base: str) -> str:
 
 def _head(base: str, adapter: AdapterFolder) -> str:
     trained = sum(f.A.numel() + f.B.numel() for f in adapter.factors.values())
-    whole = ", and whole modules beside them" if adapter.whole else ""
+    whole = ", and whole modules beside them" if adapter.modules_to_save else ""
     return (
         f"# Adapter of {base}\n\n"
         "A window of the singular components of each adapted weight was trained ([arXiv 2602.03493]"

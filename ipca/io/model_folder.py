@@ -78,7 +78,7 @@ def model_digest(folder: Path) -> str:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the small files beside the weights (tokenizer, templates, licence) that ``target`` does not have yet."""
+    """Copy the small files beside the weights (tokenizer, templates, license) that ``target`` does not have yet."""
     for path in sorted(source.iterdir()):
         other = (
             path.name.startswith((".", "adapter_")) or path.name.endswith(WEIGHT_ENDINGS) or path.name == "ipca.json"

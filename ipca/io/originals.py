@@ -1,4 +1,4 @@
-"""original_weights: the weights of a checkpoint by layer, each read from disk when it is asked for."""
+"""load_unquantized_weights: the weights of a checkpoint by layer, each read from disk when it is asked for."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class CheckpointWeights(Mapping[str, Tensor]):
         return alike[0] if len(alike) == 1 else None
 
 
-def original_weights(folder: str | os.PathLike[str]) -> CheckpointWeights:
-    """The weights in ``folder`` for ``ipca.apply_pc(quantised_model, originals=…)``; one is in memory at a time.
+def load_unquantized_weights(folder: str | os.PathLike[str]) -> CheckpointWeights:
+    """The weights in ``folder`` for ``ipca.apply_pc(…, unquantized_weights=…)``; one is in memory at a time.
 
     Args:
-        folder: holds the model before it was quantised, as ``save_pretrained`` writes it, in safetensors.
+        folder: holds the model before it was quantized, as ``save_pretrained`` writes it, in safetensors.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a shard is missing.

@@ -37,11 +37,11 @@ def split_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @torch.no_grad()
 def adapter_tensors(
-    layers: Mapping[str, WindowLayer], whole: Mapping[str, nn.Module], *, doubled: bool = True
+    layers: Mapping[str, WindowLayer], modules_to_save: Mapping[str, nn.Module], *, doubled: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the adapter file; ``doubled=False`` gives ``A, B`` alone, for a residual base.
 
-    Sharded factors come whole, which is a collective; for the rest see :func:`ipca.io.gather.gathered`.
+    Sharded factors come modules_to_save, which is a collective; for the rest see :func:`ipca.io.gather.gathered`.
     """
     wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
     for name, layer in layers.items():
@@ -49,14 +49,14 @@ def adapter_tensors(
         pair = join_factors(*pair, layer.lora_A0, layer.lora_B0) if doubled else pair
         pair = to_peft(layer.kind, *pair, getattr(layer, "kernel_size", ()))
         yield from zip(factor_keys(name, layer.kind, wrappers[name]), pair, strict=True)
-    for name, module in whole.items():
+    for name, module in modules_to_save.items():
         for key, value in module.state_dict().items():
             yield f"{PREFIX}{name}.{key}", value
 
 
 def adapter_config(
     layers: Mapping[str, WindowLayer],
-    whole: Mapping[str, nn.Module],
+    modules_to_save: Mapping[str, nn.Module],
     all_names: list[str],
     base_model: str | None,
     *,
@@ -73,7 +73,7 @@ def adapter_config(
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     stacks = [name for name, layer in layers.items() if layer.kind in EXPERTS]
     transposed = any(layer.kind == "conv1d" for layer in layers.values())
-    _refuse_stacks(stacks, all_names, transposed)
+    _check_stacks(stacks, all_names, transposed)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -88,13 +88,13 @@ def adapter_config(
         "fan_in_fan_out": transposed,
         "target_modules": _target_modules([name for name in layers if name not in stacks], all_names),
         "target_parameters": stacks or None,
-        "modules_to_save": list(whole) or None,
+        "modules_to_save": list(modules_to_save) or None,
         "rank_pattern": {f"^{re.escape(n)}": v for n, v in ranks.items() if v != r},
         "alpha_pattern": {f"^{re.escape(n)}": _number(v) for n, v in alphas.items() if v != alpha},
     }
 
 
-def _refuse_stacks(stacks: list[str], all_names: list[str], transposed: bool) -> None:
+def _check_stacks(stacks: list[str], all_names: list[str], transposed: bool) -> None:
     """Raise where PEFT, which matches a stack by the end of its path, would take others too, or takes none."""
     if stacks and transposed:
         raise ValueError(f"PEFT cannot have {stacks[0]} in one adapter with a Conv1D layer; adapt one of them.")

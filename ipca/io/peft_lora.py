@@ -46,11 +46,11 @@ class StockLayer:
 class StockLora:
     """An adapter as read.
 
-    ``start`` is its ``init_lora_weights``; ``whole`` the state of the modules that were trained whole, by path.
+    ``start`` is its ``init_lora_weights``; ``modules_to_save`` the state of fully trained modules, by path.
     """
 
     layers: dict[str, StockLayer]
-    whole: dict[str, dict[str, Tensor]]
+    modules_to_save: dict[str, dict[str, Tensor]]
     start: bool | str
     dropout: float
     config: dict[str, Any]
@@ -80,9 +80,9 @@ def read_stock(folder: str | os.PathLike[str]) -> StockLora:
         raise FileNotFoundError(f"{path} has no {WEIGHTS}: it is no PEFT adapter.")
     tensors = read_tensors(path / WEIGHTS)
     layers = _layers(tensors, config)
-    whole = _whole(tensors, config.get("modules_to_save") or [])
+    modules_to_save = _whole(tensors, config.get("modules_to_save") or [])
     dropout = float(config.get("lora_dropout") or 0.0)
-    return StockLora(layers, whole, config.get("init_lora_weights", True), dropout, config)
+    return StockLora(layers, modules_to_save, config.get("init_lora_weights", True), dropout, config)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]
 
 def _whole(tensors: Mapping[str, Tensor], endings: list[str]) -> dict[str, dict[str, Tensor]]:
     """What is left in the file: the state of whole modules, whose paths end as ``modules_to_save`` says."""
-    whole: dict[str, dict[str, Tensor]] = {}
+    modules_to_save: dict[str, dict[str, Tensor]] = {}
     pattern = re.compile(rf"{re.escape(PREFIX)}(.*?(?:{'|'.join(map(re.escape, endings)) or '(?!)'}))\.(.+)")
     for key, value in tensors.items():
         found = pattern.fullmatch(key)
@@ -174,5 +174,5 @@ def _whole(tensors: Mapping[str, Tensor], endings: list[str]) -> dict[str, dict[
             raise ValueError(f"{WEIGHTS} holds {key}, which is no factor of a linear layer and in no modules_to_save.")
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{WEIGHTS}: {key} holds NaN or Inf; take a checkpoint from before.")
-        whole.setdefault(found[1], {})[found[2]] = value
-    return whole
+        modules_to_save.setdefault(found[1], {})[found[2]] = value
+    return modules_to_save

@@ -14,9 +14,9 @@ from ipca.analysis.picture import picture
 Point = tuple[float, float]
 """``(target, retained)`` of one run or checkpoint: the score on the new task, and on what the model knew."""
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKS = ("o", "s", "^", "D", "v")
-"""With the colours (Okabe and Ito's) 35 different pairs."""
+"""With the colors (Okabe and Ito's) 35 different pairs."""
 
 
 class Matched(NamedTuple):
@@ -56,7 +56,7 @@ def target_matched(
 ) -> Matched:
     """How much each method retains at an equal score on the new task, so that learning less is no way to forget less.
 
-    The points of one method and seed are its rates and checkpoints. Between neighbours on their :func:`frontier`
+    The points of one method and seed are its rates and checkpoints. Between neighbors on their :func:`frontier`
     ``retained`` is interpolated linearly; below its lowest target it is that of the frontier's first point, which
     reaches more. So ``retained(t)`` is the largest on the frontier's line with a target of at least ``t``.
 
@@ -133,7 +133,7 @@ def draw_frontier(
     base: float | None = None,
     labels: tuple[str, str] = ("target (higher is better)", "retained (higher is better)"),
 ) -> None:
-    """Draw every point of every method, a line along each method's frontier, and a grey one along that of all.
+    """Draw every point of every method, a line along each method's frontier, and a gray one along that of all.
 
     Args:
         points: ``{method: [(target, retained), …]}``; points that are not finite are left out.
@@ -154,9 +154,9 @@ def draw_frontier(
         axis = figure.subplots()
         _staircase(axis, together)
         for k, (method, found) in enumerate(known.items()):
-            colour, mark = _COLOURS[k % len(_COLOURS)], _MARKS[k % len(_MARKS)]
-            axis.plot(*_columns(found), mark, color=colour, markersize=5, alpha=0.7, label=method)
-            axis.plot(*_columns([found[i] for i in frontier(found)]), color=colour, linewidth=1.2)
+            color, mark = _COLORS[k % len(_COLORS)], _MARKS[k % len(_MARKS)]
+            axis.plot(*_columns(found), mark, color=color, markersize=5, alpha=0.7, label=method)
+            axis.plot(*_columns([found[i] for i in frontier(found)]), color=color, linewidth=1.2)
         if base is not None:
             axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="untrained")
         axis.set_xlabel(labels[0])

@@ -1,10 +1,10 @@
-"""Whole models: choose layers, adapt them, summarise, merge, unload."""
+"""Whole models: choose layers, adapt them, summarize, merge, unload."""
 
 from ipca.model.apply import (
     adapted_layers,
     apply_pc,
+    check_inference_mode,
     install,
-    refuse_inference_mode,
     train_only_adapter,
     uninterrupted,
 )
@@ -13,18 +13,18 @@ from ipca.model.calibration import LayerSensitivity, input_energy, sensitivity
 from ipca.model.decompose import share
 from ipca.model.merge import (
     adapter_parameters,
+    check_not_sharded,
     disabled,
+    fully_trained_modules,
     merge_adapter,
-    refuse_sharded,
     require_adapted,
     unload,
     unmerge_adapter,
-    whole_modules,
 )
 from ipca.model.optim import param_groups
 from ipca.model.report import Summary, summary
 from ipca.model.start import precision, start_of
-from ipca.model.targets import Target, refuse, refuse_suffix
+from ipca.model.targets import Target, check_ambiguous_suffix, validate_targets
 
 __all__ = [
     "LayerSensitivity",
@@ -33,16 +33,16 @@ __all__ = [
     "adapted_layers",
     "adapter_parameters",
     "apply_pc",
+    "check_ambiguous_suffix",
+    "check_inference_mode",
+    "check_not_sharded",
     "disabled",
+    "fully_trained_modules",
     "input_energy",
     "install",
     "merge_adapter",
     "param_groups",
     "precision",
-    "refuse",
-    "refuse_inference_mode",
-    "refuse_sharded",
-    "refuse_suffix",
     "require_adapted",
     "sensitivity",
     "share",
@@ -53,5 +53,5 @@ __all__ = [
     "uninterrupted",
     "unload",
     "unmerge_adapter",
-    "whole_modules",
+    "validate_targets",
 ]

@@ -14,15 +14,15 @@ from torch import nn
 
 from ipca.config import PCConfig
 from ipca.model.auto import auto_windows, check_calibration, without_auto
-from ipca.model.decompose import window_starts
-from ipca.model.originals import Originals, check_originals
-from ipca.model.targets import Target, find_targets, saved_modules
-from ipca.nn import WindowLayer, WindowStart
-from ipca.nn.registry import find_layer, layer_class, put_layer
+from ipca.model.decompose import decompose_targets
+from ipca.model.targets import Target, find_modules_to_save, find_targets
+from ipca.model.unquantized_weights import UnquantizedWeights, check_unquantized_weights
+from ipca.nn import InitialFactors, WindowLayer
+from ipca.nn.registry import get_layer, layer_class, set_layer
 from ipca.svd import SpectralCache
 
 Model = TypeVar("Model", bound=nn.Module)
-TRAINS_WHOLE = "_ipca_trains_whole"
+FULLY_TRAINED = "_ipca_fully_trained"
 
 
 def apply_pc(
@@ -30,7 +30,7 @@ def apply_pc(
     config: PCConfig | None = None,
     *,
     cache: SpectralCache | str | os.PathLike[str] | None = None,
-    originals: Originals | None = None,
+    unquantized_weights: UnquantizedWeights | None = None,
     calibration: Iterable[Any] | None = None,
     progress: bool = True,
     **options: Any,
@@ -42,10 +42,10 @@ def apply_pc(
         config: what to adapt; or give its fields as options, ``apply_pc(model, rank=16, window="middle",
             targets=["query", "value"])``; ``window`` may also be a :class:`ipca.Window`.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
-        originals: for quantised layers, the weights ``(out, in)`` from before they were quantised, by the layer's path:
-            a mapping, a function, or :func:`ipca.original_weights` of a checkpoint folder. Windows are then taken from
-            those, else from the dequantised weights; :func:`ipca.summary` says which.
-        calibration: for the window ``"auto"``, which is experimental: batches of unlabelled inputs, each a tensor, a
+        unquantized_weights: for quantized layers, the weights ``(out, in)`` from before they were quantized, by the
+            layer's path: a mapping, a function, or :func:`ipca.load_unquantized_weights` of a checkpoint folder.
+            Windows are then taken from those, else from the dequantized weights; :func:`ipca.summary` says which.
+        calibration: for the window ``"auto"``, which is experimental: batches of unlabeled inputs, each a tensor, a
             tuple of the model's arguments or a mapping of them by name; consumed once. The model runs over them, and
             every layer with such a window costs a full SVD more, see :func:`ipca.analysis.suggest_windows`. The
             adapter keeps the starts that were found, so that nothing needs the batches again.
@@ -54,8 +54,8 @@ def apply_pc(
     Returns:
         The same model. ``print(ipca.summary(model))`` shows layers, windows, trainable share, time and certificates.
 
-    The model computes what it computed before, and every layer's initialisation certificate is checked. On a GPU
-    weights of one shape are decomposed together. Under an initialised ``torch.distributed`` process group each rank
+    The model computes what it computed before, and every layer's initialization certificate is checked. On a GPU
+    weights of one shape are decomposed together. Under an initialized ``torch.distributed`` process group each rank
     decomposes a share of the layers, and all end with the same bits; every rank must call this with the same model.
 
     Memory: the factors of all layers, and for one layer at a time up to three ``(d, d)`` float64 matrices beside the
@@ -74,32 +74,36 @@ def apply_pc(
         raise TypeError(f"config must be an ipca.PCConfig, got a {given}; give fields by name, such as rank=16.")
     if config is not None and options:
         raise TypeError(f"give a PCConfig or options, not both; got {', '.join(options)} beside a config.")
-    refuse_inference_mode()
+    check_inference_mode()
     config = config or PCConfig.create(**options)
     check_calibration(config, calibration)
-    saved = saved_modules(model, config)
-    targets = find_targets(model, without_auto(config), whole=saved)
-    check_originals(model, targets, originals)
+    saved = find_modules_to_save(model, config)
+    targets = find_targets(model, without_auto(config), modules_to_save=saved)
+    check_unquantized_weights(model, targets, unquantized_weights)
     if calibration is not None:
-        targets = auto_windows(model, targets, config, calibration, originals=originals, progress=progress)
+        targets = auto_windows(
+            model, targets, config, calibration, unquantized_weights=unquantized_weights, progress=progress
+        )
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
-    starts = window_starts(model, targets, config, cache=store, progress=progress, originals=originals)
+    starts = decompose_targets(
+        model, targets, config, cache=store, progress=progress, unquantized_weights=unquantized_weights
+    )
     with uninterrupted():
         install(model, zip(targets, starts, strict=True))
         train_only_adapter(model, saved)
     return model
 
 
-def install(model: nn.Module, layers: Iterable[tuple[Target, WindowStart]]) -> None:
+def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -> None:
     """Put an adapted layer in each target's place."""
     for target, start in layers:
-        plain = find_layer(model, target.name)
+        plain = get_layer(model, target.name)
         options = {"alpha": target.alpha, "form": target.form, "dropout": target.dropout}
-        put_layer(model, target.name, layer_class(plain).from_start(plain, start, **options))
+        set_layer(model, target.name, layer_class(plain).from_factors(plain, start, **options))
 
 
-def train_only_adapter(model: nn.Module, train_whole: Iterable[str] = (), *, trainable: bool = True) -> None:
-    """Freeze all of ``model`` but the factors of its adapted layers and the modules ``train_whole``.
+def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, trainable: bool = True) -> None:
+    """Freeze all of ``model`` but the factors of its adapted layers and the modules ``fully_trained``.
 
     Those modules are marked, so that freezing them later does not drop them from the adapter.
     """
@@ -107,10 +111,10 @@ def train_only_adapter(model: nn.Module, train_whole: Iterable[str] = (), *, tra
     for layer in adapted_layers(model).values():
         layer.lora_A.requires_grad_(trainable)
         layer.lora_B.requires_grad_(trainable)
-    for name in train_whole:
-        setattr(model.get_submodule(name), TRAINS_WHOLE, True)
+    for name in fully_trained:
+        setattr(model.get_submodule(name), FULLY_TRAINED, True)
     for module in model.modules():
-        if getattr(module, TRAINS_WHOLE, False):
+        if getattr(module, FULLY_TRAINED, False):
             module.requires_grad_(trainable)
 
 
@@ -135,7 +139,7 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def refuse_inference_mode() -> None:
+def check_inference_mode() -> None:
     """Raise within ``torch.inference_mode()``, where new factors could never train."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("within torch.inference_mode() new factors could never train; leave it first.")

@@ -12,9 +12,9 @@ from torch import nn
 from ipca.config import PCConfig
 from ipca.model.batches import as_batches
 from ipca.model.calibration import sensitivities, sensitivity
-from ipca.model.originals import Originals
 from ipca.model.patterns import lookup
 from ipca.model.targets import Target, find_targets
+from ipca.model.unquantized_weights import UnquantizedWeights
 from ipca.window import Window
 
 AUTO = "auto"
@@ -42,7 +42,7 @@ def check_calibration(config: PCConfig, calibration: object) -> None:
     asked = AUTO in (config.window, *config.window_pattern.values())
     if asked and calibration is None:
         raise ValueError(
-            "window 'auto' is found from inputs of the model; give some unlabelled batches, calibration=[…], or "
+            "window 'auto' is found from inputs of the model; give some unlabeled batches, calibration=[…], or "
             "another window."
         )
     if calibration is not None and not asked:
@@ -61,7 +61,7 @@ def auto_windows(
     config: PCConfig,
     calibration: Iterable[Any],
     *,
-    originals: Originals | None = None,
+    unquantized_weights: UnquantizedWeights | None = None,
     progress: bool = True,
 ) -> list[Target]:
     """``targets`` with the windows found for those that ``config`` says "auto" of, each at an explicit index.
@@ -77,5 +77,5 @@ def auto_windows(
         )
     batches = as_batches(calibration)
     names = [t.name for t in targets if lookup(config.window_pattern, t.name, config.window) == AUTO]
-    found = sensitivities(model, names, batches, originals=originals, progress=progress)
+    found = sensitivities(model, names, batches, unquantized_weights=unquantized_weights, progress=progress)
     return [replace(t, window=found[t.name].quietest(t.window.rank)) if t.name in found else t for t in targets]

@@ -17,14 +17,14 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
         TypeError: it is one batch, or no iterable.
         ValueError: it is empty.
     """
-    refuse_one_batch(batches)
+    check_batches(batches)
     found = list(batches)
     if not found:
         raise ValueError("there are no batches; give at least one.")
     return found
 
 
-def refuse_one_batch(batches: Any) -> None:
+def check_batches(batches: Any) -> None:
     """Raise TypeError for what is one batch, or no iterable."""
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -61,7 +61,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and the random generators are as before."""
+    """Evaluation mode without gradients; afterward every module's mode and the random generators are as before."""
     modes = {module: module.training for model in models for module in model.modules()}
     parameters = [parameter for model in models for parameter in model.parameters()]
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from ipca.config import PCConfig
 from ipca.model.batches import as_batches, evaluating, run_batch
-from ipca.model.originals import Originals, base_matrix
 from ipca.model.targets import find_targets
+from ipca.model.unquantized_weights import UnquantizedWeights, source_matrix
 from ipca.nn.layer_kinds import LINEAR, layer_kind
-from ipca.nn.quantization import quantised_kind
-from ipca.nn.registry import find_layer
+from ipca.nn.quantization import quantization_kind
+from ipca.nn.registry import get_layer
 from ipca.window import Window
 
 _BUDGET = 2**32
@@ -92,14 +92,14 @@ def sensitivities(
     layers: Sequence[str],
     batches: Iterable[Any],
     *,
-    originals: Originals | None = None,
+    unquantized_weights: UnquantizedWeights | None = None,
     progress: bool = True,
 ) -> dict[str, LayerSensitivity]:
     """As :func:`sensitivity`, of the ``layers`` at these paths; ``originals`` as for :func:`ipca.apply_pc`."""
     found = {}
     with tqdm(total=len(layers), desc="Full SVD", unit="layer", disable=not progress) as bar:
         for name, moment in input_energy(model, layers, batches, progress=progress):
-            weight = base_matrix(find_layer(model, name), name, originals).weight
+            weight = source_matrix(get_layer(model, name), name, unquantized_weights).weight
             weight = (weight.cpu() if weight.device.type == "mps" else weight).to(torch.float64)
             _, S, Vh = torch.linalg.svd(weight, full_matrices=False)
             energy = ((Vh @ moment.to(Vh.device)) * Vh).sum(-1)
@@ -179,8 +179,8 @@ def _mask_of(batch: Any) -> Tensor | None:
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module:
-    module = find_layer(model, name)
-    if layer_kind(module) not in LINEAR and quantised_kind(module) is None:
+    module = get_layer(model, name)
+    if layer_kind(module) not in LINEAR and quantization_kind(module) is None:
         raise ValueError(
             f"{name}: the inputs of linear layers alone are measured, and it is of the kind {layer_kind(module)!r}; "
             "exclude it, or name its window in window_pattern."
@@ -189,7 +189,7 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
 
 
 def _in_features(module: nn.Module) -> int:
-    if quantised_kind(module) is not None or isinstance(module, nn.Linear):
+    if quantization_kind(module) is not None or isinstance(module, nn.Linear):
         return int(module.in_features)  # type: ignore[arg-type]
     return module.get_parameter("weight").shape[0]  # Conv1D (in, out)
 

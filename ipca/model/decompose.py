@@ -14,44 +14,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca.config import PCConfig
-from ipca.model.originals import Originals, base_matrix
 from ipca.model.start import precision, start_of
 from ipca.model.targets import Target
-from ipca.nn import WindowStart
+from ipca.model.unquantized_weights import UnquantizedWeights, source_matrix
+from ipca.nn import InitialFactors
 from ipca.nn.layer_kinds import read_layer
-from ipca.nn.quantization import quantised_kind
-from ipca.nn.registry import find_layer
-from ipca.svd import SpectralCache, cached_window_svd, side_by_side, workspace
+from ipca.nn.quantization import quantization_kind
+from ipca.nn.registry import get_layer
+from ipca.svd import SpectralCache, cached_window_svd, thread_map, workspace
 from ipca.window import Window
 
 _STACK = 32
 """Weights that one batch holds at most: enough to fill a GPU, few enough for the progress bar to move."""
 
 
-def window_starts(
+def decompose_targets(
     model: nn.Module,
     targets: Sequence[Target],
     config: PCConfig,
     *,
     cache: SpectralCache | None,
     progress: bool,
-    originals: Originals | None = None,
-) -> list[WindowStart]:
-    """The start of every target, in order; under an initialised process group each rank makes its share.
+    unquantized_weights: UnquantizedWeights | None = None,
+) -> list[InitialFactors]:
+    """The start of every target, in order; under an initialized process group each rank makes its share.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ipca.nn.window_start`, with the layer's name; on every rank.
+        TypeError, ValueError, RuntimeError: as :func:`ipca.nn.initial_factors`, with the layer's name; on every rank.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if _together() else (0, 1)
-    costs = [_cost(_shape(find_layer(model, target.name))) for target in targets]
+    costs = [_cost(_shape(get_layer(model, target.name))) for target in targets]
     mine = share(costs, world)[rank]
     bar = tqdm(total=len(mine), desc="Window SVD", unit="layer", disable=not progress or rank > 0)
-    made: dict[int, WindowStart] = {}
+    made: dict[int, InitialFactors] = {}
     paths: Counter[str] = Counter()
     error: Exception | None = None
     try:
         with bar:
-            for place, start in _starts(model, [targets[i] for i in mine], config, cache, originals):
+            for place, start in _starts(model, [targets[i] for i in mine], config, cache, unquantized_weights):
                 made[mine[place]] = start
                 assert start.svd is not None
                 paths[start.svd.path] += 1
@@ -63,7 +63,7 @@ def window_starts(
         made, error = _exchange(made, error, rank, world)
     if error is not None:
         raise error
-    devices = [find_layer(model, target.name).get_parameter("weight").device for target in targets]
+    devices = [get_layer(model, target.name).get_parameter("weight").device for target in targets]
     return [_on(made[i], device) for i, device in enumerate(devices)]
 
 
@@ -86,22 +86,22 @@ def _starts(
     targets: Sequence[Target],
     config: PCConfig,
     cache: SpectralCache | None,
-    originals: Originals | None,
-) -> Iterator[tuple[int, WindowStart]]:
-    """Each target's place and start: those beside others on a GPU last; a weight is dequantised when its turn comes."""
-    modules = [find_layer(model, target.name) for target in targets]
-    weights = {i: read_layer(module)[0] for i, module in enumerate(modules) if quantised_kind(module) is None}
+    unquantized_weights: UnquantizedWeights | None,
+) -> Iterator[tuple[int, InitialFactors]]:
+    """Each target's place and start: those beside others on a GPU last; a weight is dequantized when its turn comes."""
+    modules = [get_layer(model, target.name) for target in targets]
+    weights = {i: read_layer(module)[0] for i, module in enumerate(modules) if quantization_kind(module) is None}
     single = {i: weight for i, weight in weights.items() if weight.ndim == 2}  # experts are a batch already
     beside = {i for i, weight in single.items() if weight.is_cuda and not targets[i].window.needs_spectrum}
     alone = [i for i in range(len(targets)) if i not in beside]
 
-    def one(i: int) -> WindowStart:
+    def one(i: int) -> InitialFactors:
         with _named(targets[i].name):
-            base = base_matrix(modules[i], targets[i].name, originals)
+            base = source_matrix(modules[i], targets[i].name, unquantized_weights)
             found = cached_window_svd(base.weight, targets[i].window, **precision(config, base.weight), cache=cache)
             return start_of(targets[i], config, base.weight, found, base.digest, base.source)
 
-    yield from zip(alone, side_by_side(one, alone, [workspace(_shape(modules[i])[-2:]) for i in alone]), strict=True)
+    yield from zip(alone, thread_map(one, alone, [workspace(_shape(modules[i])[-2:]) for i in alone]), strict=True)
     for group in _groups(weights, targets, beside):
         first = group[0]
         with _named(targets[first].name):
@@ -118,8 +118,8 @@ def _cost(shape: torch.Size) -> float:
 
 
 def _shape(module: nn.Module) -> torch.Size:
-    """``(…, out, in)``, without dequantising."""
-    if quantised_kind(module) is None:
+    """``(…, out, in)``, without dequantizing."""
+    if quantization_kind(module) is None:
         return read_layer(module)[0].shape
     return torch.Size((module.out_features, module.in_features))  # type: ignore[arg-type]
 
@@ -135,10 +135,10 @@ def _groups(weights: Mapping[int, Tensor], targets: Sequence[Target], places: se
 
 
 def _exchange(
-    made: dict[int, WindowStart], error: Exception | None, rank: int, world: int
-) -> tuple[dict[int, WindowStart], Exception | None]:
+    made: dict[int, InitialFactors], error: Exception | None, rank: int, world: int
+) -> tuple[dict[int, InitialFactors], Exception | None]:
     """Every rank's starts, and the first rank's error where one has failed; the tensors on the CPU."""
-    everything: dict[int, WindowStart] = {}
+    everything: dict[int, InitialFactors] = {}
     for source in range(world):
         share = {i: _on(start, torch.device("cpu")) for i, start in made.items()} if source == rank else None
         held = [(share, error if source == rank else None)]
@@ -151,7 +151,7 @@ def _exchange(
     return everything, None
 
 
-def _on(start: WindowStart, device: torch.device) -> WindowStart:
+def _on(start: InitialFactors, device: torch.device) -> InitialFactors:
     return replace(start, A0=start.A0.to(device), B0=start.B0.to(device))
 
 

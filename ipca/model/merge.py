@@ -9,34 +9,34 @@ from typing import TypeVar
 from torch import nn
 
 from ipca._dtensor import is_sharded
-from ipca.model.apply import TRAINS_WHOLE, adapted_layers
-from ipca.model.targets import holds_peft
-from ipca.nn import QuantisedLinearPC, WindowLayer
-from ipca.nn.quantization import quantised_kind
-from ipca.nn.registry import put_layer
+from ipca.model.apply import FULLY_TRAINED, adapted_layers
+from ipca.model.targets import has_peft_layers
+from ipca.nn import QuantizedLinearPC, WindowLayer
+from ipca.nn.quantization import quantization_kind
+from ipca.nn.registry import set_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter the adapter consists of: all factors, then those of modules that train whole.
+    """Every parameter the adapter consists of: all factors, then those of fully trained modules.
 
-    These are what an optimiser takes and what :func:`ipca.save_adapter` writes.
+    These are what an optimizer takes and what :func:`ipca.save_adapter` writes.
     """
     for layer in require_adapted(model).values():
         yield layer.lora_A
         yield layer.lora_B
-    for module in whole_modules(model).values():
+    for module in fully_trained_modules(model).values():
         yield from module.parameters()
 
 
-def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """What an adapter holds whole: ``modules_to_save``, and modules with trainable parameters of their own."""
+def fully_trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Fully trained modules: ``modules_to_save``, and those with trainable parameters of their own."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         own = any(p.requires_grad for p in module.parameters(recurse=False))
         if (
-            (own or getattr(module, TRAINS_WHOLE, False))
+            (own or getattr(module, FULLY_TRAINED, False))
             and not isinstance(module, WindowLayer)
             and not name.startswith(tuple(f"{outer}." for outer in found))
         ):
@@ -68,34 +68,34 @@ def unload(model: Model, *, merge: bool = True) -> Model:
         merge: with the trained function; else with the pretrained one (``form="residual"``: up to rounding).
 
     Like the rest of the model the plain layers are frozen; ``model.requires_grad_(True)`` trains everything again.
-    A merged layer that was quantised comes back in floats.
+    A merged layer that was quantized comes back in floats.
     """
     layers = require_adapted(model)
-    refuse_sharded(model, "save_adapter gathers it: load that onto the plain base and unload there.")
+    check_not_sharded(model, "save_adapter gathers it: load that onto the plain base and unload there.")
     for name, layer in layers.items():
-        put_layer(model, name, layer.to_plain(base=not merge).train(layer.training).requires_grad_(False))
-    if merge and any(isinstance(layer, QuantisedLinearPC) for layer in layers.values()):
-        _forget_quantisation(model)
+        set_layer(model, name, layer.to_plain(base=not merge).train(layer.training).requires_grad_(False))
+    if merge and any(isinstance(layer, QuantizedLinearPC) for layer in layers.values()):
+        _forget_quantization(model)
     return model
 
 
-def _forget_quantisation(model: nn.Module) -> None:
-    """Let transformers save the model in floats once no layer is quantised; its configuration says otherwise still."""
+def _forget_quantization(model: nn.Module) -> None:
+    """Let transformers save the model in floats once no layer is quantized; its configuration says otherwise still."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and all(quantised_kind(module) is None for module in model.modules()):
+    if quantizer is not None and all(quantization_kind(module) is None for module in model.modules()):
         quantizer.remove_quantization_config(model)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block every adapted layer computes the pretrained function; modules that train whole stay."""
+    """Within the block every adapted layer computes the pretrained function; fully trained modules stay."""
     with ExitStack() as stack:
         for layer in require_adapted(model).values():
             stack.enter_context(layer.disabled())
         yield
 
 
-def refuse_sharded(model: nn.Module, instead: str) -> None:
+def check_not_sharded(model: nn.Module, instead: str) -> None:
     """Raise ValueError for a model that ``fully_shard`` has spread over processes; ``instead`` is the way out."""
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise ValueError(f"this {type(model).__name__} is sharded over processes; {instead}")
@@ -105,7 +105,7 @@ def require_adapted(model: nn.Module) -> dict[str, WindowLayer]:
     """The adapted layers of ``model`` by path, or a ValueError where there is none."""
     layers = adapted_layers(model)
     if not layers:
-        if holds_peft(model):
+        if has_peft_layers(model):
             raise ValueError(
                 f"this {type(model).__name__} holds PEFT's layers: use its own save_pretrained, disable_adapter, "
                 "merge_adapter and merge_and_unload, and ipca.peft."

@@ -1,4 +1,4 @@
-"""Parameter groups for any torch optimiser: the factors A and B, what trains whole, and a learning rate for each."""
+"""Parameter groups for any torch optimizer: factors A and B, fully trained modules, a learning rate for each."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class _Factor(NamedTuple):
 def param_groups(
     model: nn.Module, lr: float, *, match: str | None = None, lora_plus: float | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimiser: ``torch.optim.AdamW(ipca.param_groups(model, 1e-3))``.
+    """Parameter groups for a torch optimizer: ``torch.optim.AdamW(ipca.param_groups(model, 1e-3))``.
 
     Every parameter that requires a gradient is in exactly one group ``{"params": […], "lr": float, "name": str}``:
-    ``"lora_A"``, ``"lora_B"`` (with ``match`` one each for every layer, ``"<layer path>.lora_A"``), and ``"whole"`` for
-    all others, such as a new head, at ``lr``. PEFT's layers count too.
+    ``"lora_A"``, ``"lora_B"`` (with ``match`` one each for every layer, ``"<layer path>.lora_A"``), and
+    ``"modules_to_save"`` for all others, such as a new head, at ``lr``. PEFT's layers count too.
 
     ``match="sqrt-sigma"`` makes one ``lr`` mean the same for every window. A step of Adam changes each entry of ``A``
     and ``B`` by about ``lr``. With ``s = scaling``, ``A0 = √(S_w / s) Vh_w``, ``B0 = U_w √(S_w / s)``, and as the rows
@@ -51,7 +51,7 @@ def param_groups(
     experts, which has one rate, ``σ_w`` and ``σ_ref`` are means over its weights.
 
     Args:
-        lr: the rate of ``A`` (before matching) and of what trains whole.
+        lr: the rate of ``A`` (before matching) and of fully trained modules.
         match: ``"sqrt-sigma"``, or None for one rate for all layers.
         lora_plus: ``λ`` of LoRA+ (arXiv 2402.12354): ``B`` trains at ``λ`` times the rate of ``A``.
 
@@ -66,19 +66,19 @@ def param_groups(
     if not places:
         raise ValueError(
             f"no low-rank factor of this {type(model).__name__} trains: call apply_pc first, or load_adapter(…, "
-            "trainable=True); to train plain weights give them to the optimiser."
+            "trainable=True); to train plain weights give them to the optimizer."
         )
     rates = {place: lr * (_sqrt_sigma(model, *place) if match else 1.0) for place in places}
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for factor, parameter in trained:
-        name, rate = "whole", lr
+        name, rate = "modules_to_save", lr
         if factor is not None:
             name = f"{factor.layer}.{factor.name}".lstrip(".") if match else factor.name
             rate = rates[factor.layer, factor.adapter]
             rate *= lora_plus if factor.name == "lora_B" else 1.0
         group = groups.setdefault((name, rate), {"params": [], "lr": rate, "name": name})
         group["params"].append(parameter)
-    return sorted(groups.values(), key=lambda group: group["name"] == "whole")
+    return sorted(groups.values(), key=lambda group: group["name"] == "modules_to_save")
 
 
 def _check(lr: Any, match: Any, lora_plus: Any) -> None:
@@ -120,7 +120,7 @@ def _start(model: nn.Module, path: str, adapter: str) -> tuple[Tensor, Tensor, f
     """``A0 (…, rank, in)``, ``B0 (…, out, rank)``, ``scaling`` and the pretrained ``W (…, out, in)`` of a layer."""
     layer: Any = model.get_submodule(path)
     if isinstance(layer, WindowLayer):
-        return full(layer.lora_A0), full(layer.lora_B0), layer.scaling, layer.base_weight()
+        return full(layer.lora_A0), full(layer.lora_B0), layer.scaling, layer.pretrained_weight()
     pair = layer.pairs(adapter) if hasattr(layer, "pairs") and hasattr(layer, "base_matrix") else None
     if pair is None:
         raise ValueError(

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ipca.model.apply import adapted_layers
-from ipca.model.targets import holds_peft
+from ipca.model.targets import has_peft_layers
 from ipca.nn import InitCertificate
-from ipca.nn.quantization import quantised_kind
+from ipca.nn.quantization import quantization_kind
 from ipca.svd import SVDReport
 
 WindowKind = tuple[tuple[int, ...], int, int, float, str]
@@ -30,8 +30,8 @@ class Summary:
         svd_seconds: time of the decompositions; 0 where the factors came from a file.
         uncertified: ``(layer, why)`` where the window's indices are not proven.
         worst_residual: the largest relative residual of a decomposition.
-        worst_start: ``(layer, relative, max_abs, dtype)`` of the largest initialisation error, None if none is known.
-        sources: ``(how many, of what)`` windows of quantised layers are: ``"original"`` or ``"dequantised"`` weights.
+        worst_start: ``(layer, relative, max_abs, dtype)`` of the largest initialization error, None if none is known.
+        sources: ``(how many, of what)`` windows of quantized layers are: ``"original"`` or ``"dequantized"`` weights.
     """
 
     layers: int
@@ -57,7 +57,7 @@ class Summary:
         )
         lines += [f"  not certified: {name}: {why}" for name, why in self.uncertified[:5]]
         if self.sources:
-            lines.append("quantised layers: " + ", ".join(f"{n} windows of {what} weights" for n, what in self.sources))
+            lines.append("quantized layers: " + ", ".join(f"{n} windows of {what} weights" for n, what in self.sources))
         if self.worst_start is not None:
             name, relative, largest, dtype = self.worst_start
             lines.append(
@@ -74,7 +74,7 @@ def summary(model: nn.Module) -> Summary:
         ValueError: the layers are PEFT's.
     """
     layers = adapted_layers(model)
-    if not layers and holds_peft(model):
+    if not layers and has_peft_layers(model):
         raise ValueError("these are PEFT's layers; for those of a PCConfig say ipca.peft.summary(model).")
     windows = [(m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window]
     reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
@@ -90,7 +90,7 @@ def account(
 ) -> Summary:
     """The summary of ``model``, of which every layer has a window, and some a report and a certificate, by path."""
     sources = Counter(r.source for r in reports.values() if r.source != "weight")
-    packed = [m for m in model.modules() if quantised_kind(m) is not None]  # of 4 bits, two in an element
+    packed = [m for m in model.modules() if quantization_kind(m) is not None]  # of 4 bits, two in an element
     worst = max(starts.items(), key=lambda item: item[1].relative, default=None)
     return Summary(
         layers=len(windows),
@@ -105,6 +105,6 @@ def account(
     )
 
 
-def _hidden_entries(quantised: Any) -> int:
+def _hidden_entries(quantized: Any) -> int:
     """How many entries of the weight ``(out, in)`` the stored tensor's size does not show."""
-    return quantised.out_features * quantised.in_features - quantised.weight.numel()
+    return quantized.out_features * quantized.in_features - quantized.weight.numel()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipca.config import PCConfig
 from ipca.model.targets import Target
-from ipca.nn import WindowStart, default_adapter_dtype, start_from_svd
+from ipca.nn import InitialFactors, default_adapter_dtype, factors_from_svd
 from ipca.svd import WindowSVD
 
 
@@ -33,13 +33,13 @@ def start_of(
     found: WindowSVD,
     digest: str | None = None,
     source: str = "weight",
-) -> WindowStart:
-    """Split ``found``, the window of ``weight (out, in)``, between the factors; raises as :func:`start_from_svd`.
+) -> InitialFactors:
+    """Split ``found``, the window of ``weight (out, in)``, between the factors; raises as :func:`factors_from_svd`.
 
     ``digest`` is that of the base, where it is known already; ``source`` says what ``weight`` is, for the report.
     """
     named = getattr(torch, config.adapter_dtype) if config.adapter_dtype else default_adapter_dtype(weight.dtype)
-    start = start_from_svd(
+    start = factors_from_svd(
         weight,
         found,
         scaling=target.alpha / target.window.rank,

@@ -13,10 +13,10 @@ from ipca.config import PCConfig
 from ipca.model.patterns import lookup, matches, matches_any, require_match
 from ipca.nn import WindowLayer
 from ipca.nn.experts import ExpertsPC, StackPC
-from ipca.nn.layer_kinds import LINEAR, ExpertStack, layer_kind, read_layer, refusal, stack_names
-from ipca.nn.quantization import quantised_kind
+from ipca.nn.layer_kinds import LINEAR, ExpertStack, layer_kind, read_layer, stack_names, unsupported_reason
+from ipca.nn.quantization import quantization_kind
 from ipca.nn.quantized_linear import RESIDUAL
-from ipca.nn.registry import layers_of
+from ipca.nn.registry import named_layers
 from ipca.svd import check_matrix
 from ipca.window import Window
 
@@ -47,18 +47,20 @@ class Target:
     dropout: float
 
 
-def find_targets(model: nn.Module, config: PCConfig, *, whole: Iterable[str] = (), values: bool = True) -> list[Target]:
+def find_targets(
+    model: nn.Module, config: PCConfig, *, modules_to_save: Iterable[str] = (), values: bool = True
+) -> list[Target]:
     """The layers of ``model`` that ``config`` names, in the model's order, each checked.
 
     Args:
-        whole: those of :func:`saved_modules`.
+        modules_to_save: those of :func:`find_modules_to_save`.
         values: check the weights' values too; False for a model on the meta device, which has none.
 
     Raises:
         ValueError: no module matches, a pattern matches nothing, or a layer cannot be adapted; the message lists every
             such layer with its reason.
     """
-    names = _matching(model, layers_of(model), config)
+    names = _matching(model, named_layers(model), config)
     targets = []
     for name in names:
         rank = lookup(config.rank_pattern, name, config.rank)
@@ -69,11 +71,11 @@ def find_targets(model: nn.Module, config: PCConfig, *, whole: Iterable[str] = (
     for field in ("rank_pattern", "window_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
             require_match(pattern, names, f"{field} {pattern!r} matches none of the layers to adapt.")
-    refuse(model, targets, whole=whole, values=values)
+    validate_targets(model, targets, modules_to_save=modules_to_save, values=values)
     return targets
 
 
-def saved_modules(model: nn.Module, config: PCConfig) -> list[str]:
+def find_modules_to_save(model: nn.Module, config: PCConfig) -> list[str]:
     """The outermost modules that ``modules_to_save`` names.
 
     Raises:
@@ -87,7 +89,7 @@ def saved_modules(model: nn.Module, config: PCConfig) -> list[str]:
     outermost = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in outermost:
-        refuse_suffix(name, names)
+        check_ambiguous_suffix(name, names)
         module = model.get_submodule(name)
         own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
         if any(isinstance(inner, WindowLayer) for inner in module.modules()):
@@ -101,7 +103,7 @@ def saved_modules(model: nn.Module, config: PCConfig) -> list[str]:
     return outermost
 
 
-def refuse_suffix(name: str, names: Iterable[str]) -> None:
+def check_ambiguous_suffix(name: str, names: Iterable[str]) -> None:
     """Raise where PEFT, which matches ``modules_to_save`` by bare endings, would take other modules for ``name``."""
     others = [other for other in names if other.endswith(name) and other != name]
     if others:
@@ -138,14 +140,14 @@ def _leaves(names: Iterable[str]) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" means the module; embeddings, convolutions and experts are named."""
-    return layer_kind(module) in LINEAR or quantised_kind(module) is not None or isinstance(module, WindowLayer)
+    return layer_kind(module) in LINEAR or quantization_kind(module) is not None or isinstance(module, WindowLayer)
 
 
 def _in_attention(modules: dict[str, nn.Module], name: str) -> bool:
     return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
-def holds_peft(model: nn.Module) -> bool:
+def has_peft_layers(model: nn.Module) -> bool:
     """Whether a tuner layer of PEFT is in the model."""
     return any(_of_peft(module) for module in model.modules())
 
@@ -161,29 +163,31 @@ def _in_peft(modules: dict[str, nn.Module], name: str) -> bool:
     return any(_of_peft(modules.get(".".join(parts[:i]))) for i in range(len(parts)))
 
 
-def refuse(model: nn.Module, targets: list[Target], *, whole: Iterable[str] = (), values: bool = True) -> None:
+def validate_targets(
+    model: nn.Module, targets: list[Target], *, modules_to_save: Iterable[str] = (), values: bool = True
+) -> None:
     """Raise with every reason why a target cannot be adapted.
 
     Args:
-        whole: paths of modules that are to train whole.
+        modules_to_save: paths of modules to train fully.
         values: as for :func:`find_targets`.
     """
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    modules = layers_of(model)
+    modules = named_layers(model)
     reasons: dict[str, list[str]] = {}
     for target in targets:
-        why = _reason(target, modules, paths, owners, values)
+        why = _unsupported_reason(target, modules, paths, owners, values)
         if why:
             reasons.setdefault(why, []).append(target.name or type(model).__name__)
-    beside = _beside_stacks(modules, [target.name for target in targets], whole)
+    beside = _beside_stacks(modules, [target.name for target in targets], modules_to_save)
     if beside:
         reasons[BESIDE_STACK] = beside
     if reasons:
         raise ValueError("cannot adapt " + "; ".join(f"{_few(names)}: {why}" for why, names in reasons.items()))
 
 
-def _beside_stacks(modules: dict[str, nn.Module], targets: Iterable[str], whole: Iterable[str]) -> list[str]:
+def _beside_stacks(modules: dict[str, nn.Module], targets: Iterable[str], modules_to_save: Iterable[str]) -> list[str]:
     """What of ``targets`` and ``whole``, or adapted before, lies in a module of experts without being its stack."""
     adapted = [name for name, module in modules.items() if isinstance(module, WindowLayer)]
     layers = dict.fromkeys([*adapted, *targets])
@@ -191,12 +195,12 @@ def _beside_stacks(modules: dict[str, nn.Module], targets: Iterable[str], whole:
     inside = tuple(f"{experts}." for experts in owner.values() if experts)
     return [
         name
-        for name in (*layers, *whole)
+        for name in (*layers, *modules_to_save)
         if name.startswith(tuple(path for path in inside if path != f"{owner.get(name)}."))
     ]
 
 
-def _stack_reason(target: Target, owner: nn.Module) -> str | None:
+def _unsupported_stack(target: Target, owner: nn.Module) -> str | None:
     """Why a stack of weights that ``owner`` has as a parameter cannot be adapted."""
     if "." not in target.name:
         return "it is a parameter of the model itself, which would have to be replaced; put the model into a module"
@@ -215,7 +219,7 @@ def _few(names: list[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def _reason(
+def _unsupported_reason(
     target: Target, modules: dict[str, nn.Module], paths: Counter[int], owners: Counter[int], values: bool
 ) -> str | None:
     module = modules[target.name]
@@ -228,9 +232,9 @@ def _reason(
     if _in_attention(modules, target.name):
         return "nn.MultiheadAttention reads its weight without calling it"
     if hasattr(module, "parametrizations"):
-        return "its weight is parametrised; remove the parametrisation first"
+        return "its weight is parametrized; remove the parametrization first"
     if any(is_sharded(parameter) for parameter in module.parameters(recurse=False)):
-        return "its weight is sharded already; adapt the model first, then call fully_shard or parallelise the rest"
+        return "its weight is sharded already; adapt the model first, then call fully_shard or parallelize the rest"
     if layer_kind(module) is None:
         stacks = [f"{target.name}.{leaf}" for leaf in stack_names(module)]
         if stacks:
@@ -239,30 +243,30 @@ def _reason(
             f"it is a {type(module).__name__}, not an nn.Linear, nn.Embedding, nn.Conv1d, Conv2d or Conv3d, a "
             "transformers Conv1D, or a stack of experts' weights"
         )
-    quantised = quantised_kind(module) is not None  # such a layer is called, and so keeps its hooks
-    if not quantised and ("forward" in vars(module) or any(getattr(module, f"_{hooks}_hooks") for hooks in _HOOKS)):
+    quantized = quantization_kind(module) is not None  # such a layer is called, and so keeps its hooks
+    if not quantized and ("forward" in vars(module) or any(getattr(module, f"_{hooks}_hooks") for hooks in _HOOKS)):
         return "it has hooks or a replaced forward, which would be lost; adapt the model before attaching them"
     owner = modules[target.name.rpartition(".")[0]]
     if isinstance(module, ExpertStack):
-        why = _stack_reason(target, owner)
+        why = _unsupported_stack(target, owner)
         if why:
             return why
     if paths[id(owner if isinstance(module, ExpertStack) else module)] > 1:
         return "the same module stands in several places of the model"
-    return _weight_reason(target, module, owners, values)
+    return _unsupported_weight(target, module, owners, values)
 
 
-def _weight_reason(target: Target, module: nn.Module, owners: Counter[int], values: bool) -> str | None:
+def _unsupported_weight(target: Target, module: nn.Module, owners: Counter[int], values: bool) -> str | None:
     """Why the weight of a layer with a kind, or a setting of the layer, cannot be adapted."""
-    weight, quantised = module.weight, quantised_kind(module) is not None
+    weight, quantized = module.weight, quantization_kind(module) is not None
     assert isinstance(weight, Tensor)
-    if quantised and target.form == "residual":
+    if quantized and target.form == "residual":
         return RESIDUAL
-    if not quantised and type(weight.data) is not Tensor:
+    if not quantized and type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     if owners[id(weight)] > 1:
         return TIED
-    why = refusal(module, dropout=target.dropout)
+    why = unsupported_reason(module, dropout=target.dropout)
     if why:
         return why
     try:

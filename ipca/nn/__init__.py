@@ -7,16 +7,16 @@ from ipca.nn.explanation import Explanation, backends, explain
 from ipca.nn.initialization import (
     FORMS,
     InitCertificate,
-    WindowStart,
-    certify_start,
+    InitialFactors,
+    certify_init,
     check_options,
     default_adapter_dtype,
-    start_from_svd,
-    window_start,
+    factors_from_svd,
+    initial_factors,
 )
 from ipca.nn.linear import LinearPC
-from ipca.nn.quantization import dequantised, quantised_kind, requantised
-from ipca.nn.quantized_linear import QuantisedLinearPC
+from ipca.nn.quantization import dequantize, quantization_kind, quantize_like
+from ipca.nn.quantized_linear import QuantizedLinearPC
 from ipca.nn.shared_input import SharedInput
 from ipca.nn.window_layer import WindowLayer
 
@@ -27,20 +27,20 @@ __all__ = [
     "ExpertsPC",
     "Explanation",
     "InitCertificate",
+    "InitialFactors",
     "LinearPC",
-    "QuantisedLinearPC",
+    "QuantizedLinearPC",
     "SharedInput",
     "StackPC",
     "WindowLayer",
-    "WindowStart",
     "backends",
-    "certify_start",
+    "certify_init",
     "check_options",
     "default_adapter_dtype",
-    "dequantised",
+    "dequantize",
     "explain",
-    "quantised_kind",
-    "requantised",
-    "start_from_svd",
-    "window_start",
+    "factors_from_svd",
+    "initial_factors",
+    "quantization_kind",
+    "quantize_like",
 ]

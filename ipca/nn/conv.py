@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.nn.layer_kinds import from_matrix, layer_kind, refusal, to_matrix
+from ipca.nn.layer_kinds import from_matrix, layer_kind, to_matrix, unsupported_reason
 from ipca.nn.product import ProductLayer
 from ipca.window import Window
 
@@ -24,7 +24,7 @@ class ConvPC(ProductLayer):
     with the factors as kernels, ``A (rank, channels, k…)`` with the layer's stride and padding, ``B (out, rank, 1…)``;
     the last term is the intact form's.
 
-    Shapes: ``x (N, channels, …)``, ``y (N, out, …)``, ``kept_weight, weight (out, channels, k…)``, ``bias (out,)``,
+    Shapes: ``x (N, channels, …)``, ``y (N, out, …)``, ``base_weight, weight (out, channels, k…)``, ``bias (out,)``,
     ``lora_A, lora_A0 (rank, channels · k…)``, ``lora_B, lora_B0 (out, rank)``.
 
     Args:
@@ -41,7 +41,7 @@ class ConvPC(ProductLayer):
         if layer_kind(conv) != "conv":
             raise TypeError(f"expected an nn.Conv1d, nn.Conv2d or nn.Conv3d, got {type(conv).__name__}.")
         assert isinstance(conv, nn.modules.conv._ConvNd)
-        why = refusal(conv)
+        why = unsupported_reason(conv)
         if why:
             raise ValueError(f"cannot adapt this {type(conv).__name__}: {why}.")
         kept, bias = conv.weight.detach().to("meta"), None if conv.bias is None else conv.bias.detach().to("meta")
@@ -52,25 +52,25 @@ class ConvPC(ProductLayer):
         self.dilation, self.groups = conv.dilation, conv.groups
 
     @classmethod
-    def empty_like(cls, plain: nn.Module, window: Window, **options: Any) -> ConvPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> ConvPC:
         return cls(plain, window, **options)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return to_matrix(self.kind, weight)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        return from_matrix(self.kind, matrix, self.kept_weight.shape)
+        return from_matrix(self.kind, matrix, self.base_weight.shape)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return _CONV[weight.ndim](x, weight, self.bias, self.stride, self.padding)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        conv, kernel = _CONV[self.kept_weight.ndim], self.kept_weight.shape[1:]
+        conv, kernel = _CONV[self.base_weight.ndim], self.base_weight.shape[1:]
         h = conv(x, A.to(x.dtype).view(-1, *kernel), None, self.stride, self.padding)
         return conv(h, B.to(x.dtype).view(*B.shape, *(1 for _ in self.kernel_size)))
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
-        weight = self.as_weight(self.base_weight() if base else self.effective_weight())
+        weight = self.as_weight(self.pretrained_weight() if base else self.effective_weight())
         build = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
         conv = build(
             self.in_channels,

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.nn.layer_kinds import from_matrix, layer_kind, refusal, to_matrix
+from ipca.nn.layer_kinds import from_matrix, layer_kind, to_matrix, unsupported_reason
 from ipca.nn.product import ProductLayer
 from ipca.window import Window
 
@@ -22,7 +22,7 @@ class EmbeddingPC(ProductLayer):
     ``K`` being what is kept of ``T``; the last term is the intact form's. As in ``nn.Embedding`` no gradient comes from
     ``padding_idx``, so the row of a padding token that is 0 stays 0.
 
-    Shapes: ``ids (…)``, ``y (…, dim)``, ``kept_weight, weight (num, dim)``, ``lora_A, lora_A0 (rank, num)``,
+    Shapes: ``ids (…)``, ``y (…, dim)``, ``base_weight, weight (num, dim)``, ``lora_A, lora_A0 (rank, num)``,
     ``lora_B, lora_B0 (dim, rank)``.
 
     Args:
@@ -39,7 +39,7 @@ class EmbeddingPC(ProductLayer):
         if layer_kind(embedding) != "embedding":
             raise TypeError(f"expected an nn.Embedding, got {type(embedding).__name__}.")
         assert isinstance(embedding, nn.Embedding)
-        why = refusal(embedding, dropout=dropout)
+        why = unsupported_reason(embedding, dropout=dropout)
         if why:
             raise ValueError(f"cannot adapt this Embedding: {why}.")
         kept = embedding.weight.detach().to("meta")
@@ -48,25 +48,25 @@ class EmbeddingPC(ProductLayer):
         self.padding_idx = embedding.padding_idx
 
     @classmethod
-    def empty_like(cls, plain: nn.Module, window: Window, **options: Any) -> EmbeddingPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> EmbeddingPC:
         return cls(plain, window, **options)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return to_matrix(self.kind, weight)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        return from_matrix(self.kind, matrix, self.kept_weight.shape)
+        return from_matrix(self.kind, matrix, self.base_weight.shape)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, self.padding_idx)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         # As rows: on more dimensions matmul takes different paths for a trained and a frozen factor.
-        rows = F.embedding(x.reshape(-1), A.mT, self.padding_idx).to(self.kept_weight.dtype)
+        rows = F.embedding(x.reshape(-1), A.mT, self.padding_idx).to(self.base_weight.dtype)
         return F.linear(rows, B.to(rows.dtype)).view(*x.shape, self.embedding_dim)
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
-        weight = self.as_weight(self.base_weight() if base else self.effective_weight()).contiguous()
+        weight = self.as_weight(self.pretrained_weight() if base else self.effective_weight()).contiguous()
         plain = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         plain.weight = nn.Parameter(weight)
         return plain

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ipca.nn.layer_kinds import EXPERTS, ExpertStack, from_matrix, layer_kind, refusal, to_matrix
+from ipca.nn.layer_kinds import EXPERTS, ExpertStack, from_matrix, layer_kind, to_matrix, unsupported_reason
 from ipca.nn.window_layer import WindowLayer
 from ipca.window import Window
 
@@ -17,7 +17,7 @@ class StackPC(WindowLayer):
 
     Called, without an input, it returns ``W_eff`` as the module of experts stores it.
 
-    Shapes: ``kept_weight, weight (E, out, in)``, or ``(E, in, out)`` for the kind ``"experts transposed"``,
+    Shapes: ``base_weight, weight (E, out, in)``, or ``(E, in, out)`` for the kind ``"experts transposed"``,
     ``lora_A, lora_A0 (E, rank, in)``, ``lora_B, lora_B0 (E, out, rank)``.
 
     Args:
@@ -34,28 +34,28 @@ class StackPC(WindowLayer):
         kind = layer_kind(stack)
         if kind not in EXPERTS or not isinstance(stack, ExpertStack):
             raise TypeError(f"expected a stack of experts' weights, got {type(stack).__name__}.")
-        why = refusal(stack, dropout=dropout)
+        why = unsupported_reason(stack, dropout=dropout)
         if why:
             raise ValueError(f"cannot adapt a stack of experts' weights: {why}.")
         kept = stack.weight.detach().to("meta")
         super().__init__(kept, None, tuple(to_matrix(kind, kept).shape), window, kind=kind, **options)
 
     @classmethod
-    def empty_like(cls, plain: nn.Module, window: Window, **options: Any) -> StackPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> StackPC:
         return cls(plain, window, **options)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return to_matrix(self.kind, weight)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        return from_matrix(self.kind, matrix, self.kept_weight.shape)
+        return from_matrix(self.kind, matrix, self.base_weight.shape)
 
     def forward(self) -> Tensor:
         self.check_ready()
         return self.weight
 
     def to_plain(self, *, base: bool = False) -> ExpertStack:
-        weight = self.as_weight(self.base_weight() if base else self.effective_weight()).contiguous()
+        weight = self.as_weight(self.pretrained_weight() if base else self.effective_weight()).contiguous()
         return ExpertStack(nn.Parameter(weight), self.kind == "experts transposed")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ipca.nn.linear import LinearPC
 from ipca.ops import BACKENDS
-from ipca.ops.backend import Problem, asked_for, choose, problem_of, refusal
+from ipca.ops.backend import LinearShape, choose, get_backend, linear_shape, unsupported_reason
 from ipca.ops.linear import to_autocast, transformed
 
 
@@ -46,7 +46,7 @@ def explain(layer: LinearPC, x: Tensor) -> Explanation:
         return Explanation("linear", reason, (), f"{problem}: one plain product, because {reason}.")
     if transformed():
         return Explanation("reference", "a torch.func transform", (), "The reference, inside a torch.func transform.")
-    choice = choose(asked_for(), problem)
+    choice = choose(get_backend(), problem)
     kernels = _kernels(layer, x, choice.backend) if choice.low_rank_in_triton else ()
     text = f"{problem}: {choice.backend}, because {choice.reason}."
     if kernels:
@@ -57,19 +57,19 @@ def explain(layer: LinearPC, x: Tensor) -> Explanation:
 def backends(layer: LinearPC, x: Tensor) -> dict[str, str]:
     """For every backend why it cannot run ``layer(x)``, or an empty text where it can."""
     problem = _problem(layer, x)
-    return {name: refusal(name, problem) for name in BACKENDS}
+    return {name: unsupported_reason(name, problem) for name in BACKENDS}
 
 
-def _problem(layer: LinearPC, x: Tensor) -> Problem:
+def _problem(layer: LinearPC, x: Tensor) -> LinearShape:
     if not isinstance(layer, LinearPC):
         raise TypeError(f"expected a LinearPC, got {type(layer).__name__}; take one from a model's modules().")
     if x.shape[-1] != layer.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, but the layer takes {layer.in_features}.")
-    x, weight = to_autocast(x, layer.kept_weight)
+    x, weight = to_autocast(x, layer.base_weight)
     rows = x.detach().reshape(-1, x.shape[-1])
     frozen = layer.lora_A0 if layer.form == "intact" else None
     dropout = layer.dropout if layer.training and not layer.is_disabled else 0.0
-    return problem_of(rows, weight, layer.lora_A, frozen, dropout, torch.is_grad_enabled())
+    return linear_shape(rows, weight, layer.lora_A, frozen, dropout, torch.is_grad_enabled())
 
 
 def _kernels(layer: LinearPC, x: Tensor, backend: str) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def _kernels(layer: LinearPC, x: Tensor, backend: str) -> tuple[str, ...]:
     from ipca.kernels import few_tokens, linear
     from ipca.kernels.tuning import choose as config
 
-    x, weight = to_autocast(x, layer.kept_weight)
+    x, weight = to_autocast(x, layer.base_weight)
     rows = x.detach().reshape(-1, x.shape[-1])
     frozen, dropout = layer.form == "intact", bool(layer.dropout) and layer.training and not layer.is_disabled
     R, (N, K) = layer.rank, weight.shape

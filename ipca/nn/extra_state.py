@@ -16,7 +16,7 @@ _MUST_AGREE = ("rank", "alpha", "form")
 _FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
 
 
-def encode_record(layer: WindowLayer) -> Tensor:
+def encode_extra_state(layer: WindowLayer) -> Tensor:
     """The record of ``layer`` as a 1-D uint8 tensor, which every checkpoint format can hold."""
     record = {name: getattr(layer, name) for name in _MUST_AGREE}
     record["start"] = None if layer.window is None else layer.window.index
@@ -38,8 +38,8 @@ def describe(layer: WindowLayer) -> str:
     )
 
 
-def decode_record(state: Tensor) -> dict[str, Any]:
-    """The inverse of :func:`encode_record`, or a ValueError."""
+def decode_extra_state(state: Tensor) -> dict[str, Any]:
+    """The inverse of :func:`encode_extra_state`, or a ValueError."""
     try:
         record: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
         missing = {*_MUST_AGREE, "start", "base_sha256"} - record.keys()
@@ -50,17 +50,17 @@ def decode_record(state: Tensor) -> dict[str, Any]:
     return record
 
 
-def check_record(layer: WindowLayer, state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Raise ValueError where a state dict of a WindowLayer contradicts ``layer``, or has kept_weight without factors.
+def check_extra_state(layer: WindowLayer, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise ValueError where a state dict of a WindowLayer contradicts ``layer``, or has base_weight without factors.
 
     Strict loading reports other missing keys.
     """
-    if prefix + "kept_weight" in state_dict:
+    if prefix + "base_weight" in state_dict:
         missing = [name for name in _FACTORS if prefix + name not in state_dict]
         if missing:
-            raise ValueError(f"the state dict holds kept_weight, which means nothing without {', '.join(missing)}.")
+            raise ValueError(f"the state dict holds base_weight, which means nothing without {', '.join(missing)}.")
     state = state_dict.get(prefix + "_extra_state")
-    record = {} if state is None else decode_record(state)
+    record = {} if state is None else decode_extra_state(state)
     for name, value in record.items():
         if name in _MUST_AGREE and value != getattr(layer, name):
             raise ValueError(

@@ -53,7 +53,7 @@ class InitCertificate:
 
 
 @dataclass(frozen=True)
-class WindowStart:
+class InitialFactors:
     """The factors a layer starts from, ``A0 (…, rank, in)`` and ``B0 (…, out, rank)``, and where they come from.
 
     ``svd`` is None where the factors were read from a file that does not say.
@@ -71,7 +71,7 @@ class WindowStart:
         return {"lora_A": self.A0.clone(), "lora_B": self.B0.clone(), "lora_A0": self.A0, "lora_B0": self.B0}
 
 
-def window_start(
+def initial_factors(
     weight: Tensor,
     window: Window,
     *,
@@ -80,18 +80,18 @@ def window_start(
     adapter_dtype: torch.dtype,
     tol: float | str,
     digest: str | None = None,
-) -> WindowStart:
+) -> InitialFactors:
     """Decompose ``weight (…, out, in)`` and split the window between the factors; ``digest`` is the base's, if known.
 
     Raises:
-        TypeError, ValueError: as :func:`ipca.window_svd`, or as :func:`start_from_svd`.
-        RuntimeError: as :func:`start_from_svd`.
+        TypeError, ValueError: as :func:`ipca.window_svd`, or as :func:`factors_from_svd`.
+        RuntimeError: as :func:`factors_from_svd`.
     """
     found = window_svd(weight, window, tol=tol, dtype=weight.dtype if weight.device.type == "mps" else torch.float64)
-    return start_from_svd(weight, found, scaling=scaling, form=form, adapter_dtype=adapter_dtype, digest=digest)
+    return factors_from_svd(weight, found, scaling=scaling, form=form, adapter_dtype=adapter_dtype, digest=digest)
 
 
-def start_from_svd(
+def factors_from_svd(
     weight: Tensor,
     found: WindowSVD,
     *,
@@ -99,7 +99,7 @@ def start_from_svd(
     form: str,
     adapter_dtype: torch.dtype,
     digest: str | None = None,
-) -> WindowStart:
+) -> InitialFactors:
     """Split the window ``found`` of ``weight (…, out, in)``, a matrix or a stack, between the factors.
 
     ``B0 = U √(S / scaling)`` and ``A0 = √(S / scaling) Vh``, rounded to the dtype of ``weight`` and held in
@@ -111,7 +111,7 @@ def start_from_svd(
 
     Raises:
         ValueError: the factors underflow to zeros, or a stack's windows do not all start at one index.
-        RuntimeError: the factors overflow their dtype, or the initialisation certificate does not hold.
+        RuntimeError: the factors overflow their dtype, or the initialization certificate does not hold.
     """
     report = _one_report(found)
     root = (found.S / scaling).sqrt()
@@ -121,8 +121,8 @@ def start_from_svd(
         raise ValueError(f"the factors are all 0 in {weight.dtype} and could never train; lower alpha.")
     if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
         raise RuntimeError(f"the factors overflow {weight.dtype} or {adapter_dtype}; choose another adapter_dtype.")
-    certificate = certify_start(weight, A0, B0, scaling=scaling, form=form)
-    return WindowStart(A0, B0, report.window, digest or tensor_sha256(weight), report, certificate)
+    certificate = certify_init(weight, A0, B0, scaling=scaling, form=form)
+    return InitialFactors(A0, B0, report.window, digest or tensor_sha256(weight), report, certificate)
 
 
 def _one_report(found: WindowSVD) -> SVDReport:
@@ -137,17 +137,17 @@ def _one_report(found: WindowSVD) -> SVDReport:
     return replace(found.report, seconds=seconds, flops=flops)
 
 
-def kept_weight(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> Tensor:
+def frozen_weight(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> Tensor:
     """The weight a layer keeps: ``W`` itself (intact), or ``W_res = W − scaling · B0 A0``, rounded once (residual)."""
     return weight if form == "intact" else add_low_rank(weight, [(-scaling, B0, A0)])
 
 
-def certify_start(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> InitCertificate:
+def certify_init(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> InitCertificate:
     """Measure ``‖W_eff(0) − W‖`` of a layer that starts from ``A0, B0``, and raise if it is above the dtype's bound."""
     if form == "intact":
         return InitCertificate(str(weight.dtype).removeprefix("torch."), 0.0, 0.0, 0.0)
-    kept = kept_weight(weight, A0, B0, scaling=scaling, form=form)
-    certificate = measure_start(weight, kept, A0, B0, scaling=scaling)
+    kept = frozen_weight(weight, A0, B0, scaling=scaling, form=form)
+    certificate = measure_init(weight, kept, A0, B0, scaling=scaling)
     if not certificate.holds:
         raise RuntimeError(
             f"the effective weight is off by {certificate.relative:.1e} (relative) before training, "
@@ -157,7 +157,7 @@ def certify_start(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, for
     return certificate
 
 
-def measure_start(weight: Tensor, kept: Tensor, A0: Tensor, B0: Tensor, *, scaling: float) -> InitCertificate:
+def measure_init(weight: Tensor, kept: Tensor, A0: Tensor, B0: Tensor, *, scaling: float) -> InitCertificate:
     """``‖kept + scaling · B0 A0 − weight‖``, beside what one rounding of ``kept`` explains."""
     largest = error = norm = 0.0
     for rows, effective in wide_blocks(kept, [(scaling, B0, A0)]):

@@ -8,10 +8,10 @@
 | ``"conv"`` | ``nn.Conv1d``, ``Conv2d``, ``Conv3d`` | ``(out, channels, k…)`` | flattened: in = channels · k… |
 | ``"experts"`` | a parameter ``(E, out, in)`` of a module of experts | the same | a stack of E matrices |
 | ``"experts transposed"`` | the same where the module has ``is_transposed`` | ``(E, in, out)`` | a stack, transposed |
-| ``"nf4"``, ``"int8"``, … | a quantised linear layer, see :mod:`ipca.nn.quantization` | | dequantised |
+| ``"nf4"``, ``"int8"``, … | a quantized linear layer, see :mod:`ipca.nn.quantization` | | dequantized |
 
-To support another type of layer: name it in :func:`layer_kind` and :func:`to_matrix`, say in :func:`refusal` which of
-its settings do not work, write a :class:`~ipca.nn.window_layer.WindowLayer` that computes it and name that in
+To support another type of layer: name it in :func:`layer_kind` and :func:`to_matrix`, say in :func:`unsupported_reason`
+which of its settings do not work, write a :class:`~ipca.nn.window_layer.WindowLayer` that computes it and name that in
 :func:`ipca.nn.registry.layer_class`. Everything else works on matrices.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ipca._hashing import tensor_sha256
-from ipca.nn.quantization import dequantised, quantised_kind, quantised_refusal, quantised_sha256
+from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256, unsupported_quantization
 
 LINEAR = ("linear", "conv1d")
 EXPERTS = ("experts", "experts transposed")
@@ -36,9 +36,9 @@ def layer_kind(module: nn.Module) -> str | None:
 
     Subclasses do not count: their ``forward`` may do more.
     """
-    quantised = quantised_kind(module)
-    if quantised is not None:
-        return quantised
+    quantized = quantization_kind(module)
+    if quantized is not None:
+        return quantized
     if type(module) is nn.Linear:
         return "linear"
     if type(module) is nn.Embedding:
@@ -51,10 +51,10 @@ def layer_kind(module: nn.Module) -> str | None:
     return "conv1d" if conv1d is not None and type(module) is conv1d else None
 
 
-def refusal(module: nn.Module, *, dropout: float = 0.0) -> str | None:
+def unsupported_reason(module: nn.Module, *, dropout: float = 0.0) -> str | None:
     """Why a layer with a :func:`layer_kind` cannot be adapted because of how it is set up, or None."""
-    if quantised_kind(module) is not None:
-        return quantised_refusal(module)
+    if quantization_kind(module) is not None:
+        return unsupported_quantization(module)
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return "its max_norm rewrites rows of the weight in every forward"
@@ -105,18 +105,18 @@ def from_matrix(kind: str, matrix: Tensor, shape: torch.Size) -> Tensor:
 def read_layer(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """``weight (out, in)`` and ``bias (out,)`` or None of a layer with a kind, sharing memory with it.
 
-    A quantised weight comes dequantised, in memory of its own.
+    A quantized weight comes dequantized, in memory of its own.
     """
     kind, weight, bias = layer_kind(module), module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    matrix = to_matrix(kind or "linear", weight.detach()) if quantised_kind(module) is None else dequantised(module)
+    matrix = to_matrix(kind or "linear", weight.detach()) if quantization_kind(module) is None else dequantize(module)
     return matrix, None if bias is None else bias.detach()
 
 
 def base_sha256(module: nn.Module) -> str:
-    """How an adapter knows a layer again: a hash of its weight ``(out, in)``, or of what a quantised one stores."""
-    return tensor_sha256(read_layer(module)[0]) if quantised_kind(module) is None else quantised_sha256(module)
+    """How an adapter knows a layer again: a hash of its weight ``(out, in)``, or of what a quantized one stores."""
+    return tensor_sha256(read_layer(module)[0]) if quantization_kind(module) is None else quantized_sha256(module)
 
 
 def build_layer(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -25,7 +25,7 @@ class LinearPC(ProductLayer):
         form="residual"   K = W − scaling · B0 A0    y = x Kᵀ + bias + scaling · z Aᵀ Bᵀ
         form="intact"     K = W                      y = x Kᵀ + bias + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)
 
-    with ``K = kept_weight`` and ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained; all
+    with ``K = base_weight`` and ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained; all
     else is frozen. Before training the layer computes ``x Wᵀ + bias``: in the residual form up to the rounding of
     ``W_res`` and of the two products, unless dropout thins out the window's part in training mode; in the intact form
     to the bit with the backend ``reference``, by default that of a CPU, dropout or not, and with ``merged`` on
@@ -38,7 +38,7 @@ class LinearPC(ProductLayer):
     ``weight`` is not a parameter here but the effective weight, computed on every access, so that code which reads a
     layer's weight without calling it stays right.
 
-    Shapes: ``x (…, in)``, ``y (…, out)``, ``kept_weight, weight (out, in)``, ``bias (out,)``,
+    Shapes: ``x (…, in)``, ``y (…, out)``, ``base_weight, weight (out, in)``, ``bias (out,)``,
     ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``.
 
     Args:
@@ -95,12 +95,12 @@ class LinearPC(ProductLayer):
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         """All of it by one registered op, which chooses the kernels."""
         frozen = {"A0": self.lora_A0, "B0": self.lora_B0} if self.form == "intact" else {}
-        return pc_linear(x, self.kept_weight, A, B, self.bias, scaling=self.scaling, dropout=dropout, **frozen)
+        return pc_linear(x, self.base_weight, A, B, self.bias, scaling=self.scaling, dropout=dropout, **frozen)
 
     def tensors(self) -> Layer:
         """What :func:`ipca.ops.pc_linear_shared` takes of a layer."""
         A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
-        return Layer(self.kept_weight, self.lora_A, self.lora_B, self.bias, A0, B0, self.scaling)
+        return Layer(self.base_weight, self.lora_A, self.lora_B, self.bias, A0, B0, self.scaling)
 
     @classmethod
     def from_linear(
@@ -121,7 +121,7 @@ class LinearPC(ProductLayer):
         return cls.from_layer(linear, as_window(window, rank), **options)
 
     @classmethod
-    def empty_like(cls, plain: nn.Module, window: Window, **options: Any) -> LinearPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> LinearPC:
         kind = layer_kind(plain)
         if kind not in LINEAR:
             raise TypeError(f"expected an nn.Linear or a transformers Conv1D, got {type(plain).__name__}.")
@@ -136,18 +136,18 @@ class LinearPC(ProductLayer):
         """Draw ``weight`` and ``bias`` as ``nn.Linear`` does, and take the window of that weight."""
         self.unmerge()
         with torch.no_grad():
-            nn.init.kaiming_uniform_(self.kept_weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.base_weight, a=math.sqrt(5))
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(self.bias, -bound, bound)
-            start = self.start_for(self.kept_weight.detach())
-            self.kept_weight.copy_(self.kept_of(self.kept_weight, start))
+            start = self._initial_factors(self.base_weight.detach())
+            self.base_weight.copy_(self._base_for(self.base_weight, start))
             for name, value in start.factors().items():
                 getattr(self, name).copy_(value)
-        self.remember(start)
+        self._record_init(start)
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
-        weight = self.base_weight() if base else self.effective_weight()
+        weight = self.pretrained_weight() if base else self.effective_weight()
         return build_layer(self.kind, weight, None if self.bias is None else self.bias.detach().clone())
 
     to_linear = to_plain

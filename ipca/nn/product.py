@@ -17,7 +17,7 @@ class ProductLayer(WindowLayer):
     """
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What the plain layer with ``weight``, in the shape of ``kept_weight``, computes of ``x``, bias included."""
+        """What the plain layer with ``weight``, in the shape of ``base_weight``, computes of ``x``, bias included."""
         raise NotImplementedError
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class ProductLayer(WindowLayer):
 
     def base_product(self, x: Tensor) -> Tensor:
         """What the plain layer with the kept weight computes of ``x``, bias included."""
-        return self.product(x, self.kept_weight)
+        return self.product(x, self.base_weight)
 
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         """The whole output for the factors ``A, B``."""

@@ -1,4 +1,4 @@
-"""Layers with a quantised weight: which kind a module is, its weight as floats, the same layer with another weight.
+"""Layers with a quantized weight: which kind a module is, its weight as floats, the same layer with another weight.
 
 | kind | module | stored |
 |---|---|---|
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ipca._hashing import tensor_sha256
 
 
-def quantised_kind(module: nn.Module) -> str | None:
-    """The kind of a layer with a quantised weight as in the table above, or None for any other module.
+def quantization_kind(module: nn.Module) -> str | None:
+    """The kind of a layer with a quantized weight as in the table above, or None for any other module.
 
-    It is about the type alone; :func:`quantised_refusal` says whether such a layer can be worked with.
+    It is about the type alone; :func:`unsupported_quantization` says whether such a layer can be worked with.
     """
     bnb: Any = sys.modules.get("bitsandbytes")
     weight: Any = getattr(module, "weight", None)
@@ -42,61 +42,61 @@ def quantised_kind(module: nn.Module) -> str | None:
     return {"Int8Tensor": "torchao-int8"}.get(name, f"torchao-{name}")
 
 
-def quantised_refusal(module: nn.Module) -> str | None:
-    """Why a layer that has a :func:`quantised_kind` cannot be adapted, or None."""
-    kind, weight = quantised_kind(module), module.weight
+def unsupported_quantization(module: nn.Module) -> str | None:
+    """Why a layer that has a :func:`quantization_kind` cannot be adapted, or None."""
+    kind, weight = quantization_kind(module), module.weight
     assert kind is not None
     assert isinstance(weight, Tensor)
     if weight.is_meta:
-        return "its quantised weight is on the meta device; load the weights first"
+        return "its quantized weight is on the meta device; load the weights first"
     if kind == "int8":
-        return _refusal_8bit(module)
-    return _refusal_torchao(weight) if kind.startswith("torchao-") else _refusal_4bit(module)
+        return _unsupported_8bit(module)
+    return _unsupported_torchao(weight) if kind.startswith("torchao-") else _unsupported_4bit(module)
 
 
-def _refusal_4bit(module: Any) -> str | None:
+def _unsupported_4bit(module: Any) -> str | None:
     state = getattr(module.weight, "quant_state", None)
     if state is None:
-        return "its weight is not quantised yet; bitsandbytes does that when the model moves to its device"
+        return "its weight is not quantized yet; bitsandbytes does that when the model moves to its device"
     if getattr(state, "packing_format_for_cpu", False):
         return (
             "bitsandbytes packed its weight for evaluation on this CPU, which rounds its scales and passes no "
             "gradient; load the model again and adapt it before it is evaluated"
         )
     if tuple(state.shape) != (module.out_features, module.in_features):
-        return f"its weight was quantised as {tuple(state.shape)}, not as (out, in)"
+        return f"its weight was quantized as {tuple(state.shape)}, not as (out, in)"
     return None
 
 
-def _refusal_8bit(module: Any) -> str | None:
+def _unsupported_8bit(module: Any) -> str | None:
     if module.state.has_fp16_weights:
         return "it keeps a 16-bit weight (has_fp16_weights=True); load it with has_fp16_weights=False"
     if module.weight.dtype != torch.int8:
-        return "its weight is not quantised yet; bitsandbytes does that when the model moves to its device"
+        return "its weight is not quantized yet; bitsandbytes does that when the model moves to its device"
     return None
 
 
-def _refusal_torchao(weight: Any) -> str | None:
+def _unsupported_torchao(weight: Any) -> str | None:
     name = type(weight).__name__
     if name not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
         return (
-            f"torchao's {name} is not supported; quantise with Int8WeightOnlyConfig or "
+            f"torchao's {name} is not supported; quantize with Int8WeightOnlyConfig or "
             "IntxWeightOnlyConfig(weight_dtype=torch.int4), or with bitsandbytes"
         )
     if getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None):
-        return "it quantises its input too; use a weight-only configuration of torchao"
+        return "it quantizes its input too; use a weight-only configuration of torchao"
     return None
 
 
 @torch.no_grad()
-def dequantised(module: nn.Module) -> Tensor:
+def dequantize(module: nn.Module) -> Tensor:
     """The weight ``(out, in)`` that the layer multiplies by, as a new float tensor on its device.
 
-    Its dtype is the one the library dequantises to: that of the weight before it was quantised, float32 for ``int8``.
+    Its dtype is the one the library dequantizes to: that of the weight before it was quantized, float32 for ``int8``.
 
     Raises:
-        TypeError: the module is not quantised.
-        ValueError: it is, but in a way that cannot be worked with; see :func:`quantised_refusal`.
+        TypeError: the module is not quantized.
+        ValueError: it is, but in a way that cannot be worked with; see :func:`unsupported_quantization`.
     """
     kind = _usable(module)
     weight: Any = module.weight
@@ -109,18 +109,18 @@ def dequantised(module: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def requantised(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A copy of the layer ``module`` with ``weight (out, in)``, any float dtype, quantised by the same settings.
+def quantize_like(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A copy of the layer ``module`` with ``weight (out, in)``, any float dtype, quantized by the same settings.
 
     Raises:
-        TypeError, ValueError: as :func:`dequantised`; or the shape is another, or the weight has NaN or Inf.
+        TypeError, ValueError: as :func:`dequantize`; or the shape is another, or the weight has NaN or Inf.
     """
     kind, own, shape = _usable(module), module.weight, (module.out_features, module.in_features)
     if tuple(weight.shape) != shape:  # type: ignore[comparison-overlap]
         raise ValueError(f"the weight has shape {tuple(weight.shape)}, the layer takes {shape}.")
     if not (weight.is_floating_point() and torch.isfinite(weight).all()):
         raise ValueError(
-            f"the weight must hold finite floats to be quantised; it is {weight.dtype}, or has NaN or Inf."
+            f"the weight must hold finite floats to be quantized; it is {weight.dtype}, or has NaN or Inf."
         )
     assert isinstance(own, Tensor)
     new: Any = copy.deepcopy(module)
@@ -135,13 +135,13 @@ def requantised(module: nn.Module, weight: Tensor) -> nn.Module:
     return new
 
 
-def quantised_sha256(module: nn.Module) -> str:
-    """``"nf4-<hex digest>"`` over the stored integers and scales: how an adapter knows its quantised base.
+def quantized_sha256(module: nn.Module) -> str:
+    """``"nf4-<hex digest>"`` over the stored integers and scales: how an adapter knows its quantized base.
 
     Not over the floats, which need not be the same bits on a CPU and a GPU.
 
     Raises:
-        TypeError, ValueError: as :func:`dequantised`.
+        TypeError, ValueError: as :func:`dequantize`.
     """
     kind, digest = _usable(module), hashlib.sha256()
     for name, tensor in sorted(_stored(module, kind).items()):
@@ -151,17 +151,17 @@ def quantised_sha256(module: nn.Module) -> str:
 
 def _usable(module: nn.Module) -> str:
     """The module's kind, or an exception."""
-    kind = quantised_kind(module)
+    kind = quantization_kind(module)
     if kind is None:
-        raise TypeError(f"expected a layer with a quantised weight, got {type(module).__name__} without one.")
-    why = quantised_refusal(module)
+        raise TypeError(f"expected a layer with a quantized weight, got {type(module).__name__} without one.")
+    why = unsupported_quantization(module)
     if why:
         raise ValueError(f"a {type(module).__name__} cannot be worked with: {why}.")
     return kind
 
 
 def _stored(module: Any, kind: str) -> dict[str, Tensor]:
-    """The tensors that a quantised weight consists of."""
+    """The tensors that a quantized weight consists of."""
     weight = module.weight
     if kind.startswith("torchao-"):
         return {name: getattr(weight, name) for name in weight.__tensor_flatten__()[0]}

@@ -1,4 +1,4 @@
-"""QuantisedLinearPC: a window beside a linear layer whose weight is quantised and stays so."""
+"""QuantizedLinearPC: a window beside a linear layer whose weight is quantized and stays so."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.nn.initialization import WindowStart, window_start
+from ipca.nn.initialization import InitialFactors, initial_factors
 from ipca.nn.layer_kinds import build_layer
 from ipca.nn.product import ProductLayer
-from ipca.nn.quantization import dequantised, quantised_kind, quantised_refusal, quantised_sha256
+from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256, unsupported_quantization
 from ipca.window import Window, as_window
 
 RESIDUAL = (
-    "its weight is quantised, and the residual form would have to quantise W_res anew, which changes what the model "
+    "its weight is quantized, and the residual form would have to quantize W_res anew, which changes what the model "
     "computes; use form='intact'"
 )
 """Why there is no residual form."""
 
 
-class QuantisedLinearPC(ProductLayer):
-    """A linear layer with a quantised weight ``Q`` beside which a window of singular components trains.
+class QuantizedLinearPC(ProductLayer):
+    """A linear layer with a quantized weight ``Q`` beside which a window of singular components trains.
 
     ::
 
         y = base(x) + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ),      z = dropout(x)
 
-    ``base`` is the quantised layer itself, called for its product, so that before training the output is that of
+    ``base`` is the quantized layer itself, called for its product, so that before training the output is that of
     ``base`` to the bit, in every dtype and with dropout. ``A`` and ``B`` start at ``A0`` and ``B0``, the window of the
-    original weight where that is given, else of the dequantised one, and train; ``base`` is frozen. There is the intact
+    original weight where that is given, else of the dequantized one, and train; ``base`` is frozen. There is the intact
     form alone.
 
-    Merged, the layer multiplies by ``dequantised(base) + scaling · (B A − B0 A0)`` in floats: quantising the sum again
+    Merged, the layer multiplies by ``dequantize(base) + scaling · (B A − B0 A0)`` in floats: quantizing the sum again
     would round away an update that is smaller than the steps of ``Q``.
 
     Shapes: ``x (…, in)``, ``y (…, out)``, ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``. The factors
     are float32 unless ``adapter_dtype`` says otherwise, and are cast to the dtype of ``x``.
 
     Args:
-        base: a layer that :func:`ipca.nn.quantization.quantised_kind` knows; it becomes a part of this one. (Its 4-bit
+        base: a layer that has a :func:`quantization_kind`; it becomes a part of this one. (A 4-bit
             weight then stays as it is in evaluation on a CPU too, where bitsandbytes would pack it for good.)
         window: the window, or the rule that finds it.
         alpha, form, dropout, adapter_dtype, tol: as for :class:`ipca.nn.LinearPC`.
 
     Raises:
-        TypeError: ``base`` is not quantised.
+        TypeError: ``base`` is not quantized.
         ValueError: it cannot be adapted, or an argument is out of range; the message says which.
     """
 
     def __init__(self, base: nn.Module, window: Window, *, form: str = "intact", **options: Any) -> None:
-        kind = quantised_kind(base)
+        kind = quantization_kind(base)
         if kind is None:
-            raise TypeError(f"expected a layer with a quantised weight, got {type(base).__name__}; use LinearPC.")
-        why = quantised_refusal(base) or (RESIDUAL if form == "residual" else None)
+            raise TypeError(f"expected a layer with a quantized weight, got {type(base).__name__}; use LinearPC.")
+        why = unsupported_quantization(base) or (RESIDUAL if form == "residual" else None)
         if why:
             raise ValueError(f"cannot adapt a {type(base).__name__}: {why}.")
         shape = (int(base.out_features), int(base.in_features))  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ class QuantisedLinearPC(ProductLayer):
         self._packs = bool(getattr(base, "support_avx512bf16_for_cpu", False))
 
     @classmethod
-    def empty_like(cls, plain: nn.Module, window: Window, **options: Any) -> QuantisedLinearPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> QuantizedLinearPC:
         return cls(plain, window, **options)
 
     @classmethod
@@ -77,45 +77,45 @@ class QuantisedLinearPC(ProductLayer):
         rank: int | None = None,
         original: Tensor | None = None,
         **options: Any,
-    ) -> QuantisedLinearPC:
-        """A layer that computes what the quantised ``linear`` computes, and holds it.
+    ) -> QuantizedLinearPC:
+        """A layer that computes what the quantized ``linear`` computes, and holds it.
 
         Args:
             linear: as ``base`` for the class.
             window, rank: as for :class:`ipca.nn.LinearPC`.
-            original: ``W (out, in)`` before it was quantised; its window is taken then.
+            original: ``W (out, in)`` before it was quantized; its window is taken then.
             options: as for the class.
 
         Raises:
-            TypeError, ValueError: as for the class; or ``original`` is not what ``linear`` was quantised from.
+            TypeError, ValueError: as for the class; or ``original`` is not what ``linear`` was quantized from.
         """
         layer = cls(linear, as_window(window, rank), **options)
-        weight, source = quantised_source(linear, original)
-        layer.begin(linear, layer.start_for(weight, source=source))
+        weight, source = quantized_source(linear, original)
+        layer._init_from(linear, layer._initial_factors(weight, source=source))
         return layer
 
-    def begin(self, plain: nn.Module, start: WindowStart) -> None:
+    def _init_from(self, plain: nn.Module, start: InitialFactors) -> None:
         assert plain is self.base
         if self._packs:
             plain.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        self.take(start)
+        self._set_factors(start)
         self.train(plain.training)
 
-    def start_for(self, weight: Tensor, *, source: str = "dequantised") -> WindowStart:
-        start = window_start(
+    def _initial_factors(self, weight: Tensor, *, source: str = "dequantized") -> InitialFactors:
+        start = initial_factors(
             weight,
             self.requested_window,
             scaling=self.scaling,
             form=self.form,
             adapter_dtype=self.lora_A.dtype,
             tol=self.tol,
-            digest=quantised_sha256(self.base),
+            digest=quantized_sha256(self.base),
         )
         assert start.svd is not None
         return replace(start, svd=replace(start.svd, source=source))
 
-    def kept_matrix(self) -> Tensor:
-        return dequantised(self.base)
+    def base_matrix(self) -> Tensor:
+        return dequantize(self.base)
 
     def base_product(self, x: Tensor) -> Tensor:
         return self.base(x)
@@ -131,10 +131,10 @@ class QuantisedLinearPC(ProductLayer):
         return low.view(*x.shape[:-1], self.out_features)
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
-        """An ``nn.Linear`` with the effective weight in floats, or (``base``) the quantised layer itself."""
+        """An ``nn.Linear`` with the effective weight in floats, or (``base``) the quantized layer itself."""
         if not base:
             weight, bias = self.effective_weight(), self._bias()
-            # of one dtype: bitsandbytes casts the bias to the one it computes in, whatever it dequantises to
+            # of one dtype: bitsandbytes casts the bias to the one it computes in, whatever it dequantizes to
             return build_layer("linear", weight, None if bias is None else bias.detach().to(weight.dtype, copy=True))
         if self._packs:
             self.base.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
@@ -156,23 +156,23 @@ class QuantisedLinearPC(ProductLayer):
         if prefix + "weight" in state_dict:
             *_, errors = rest
             errors.append(
-                f"{prefix.rstrip('.') or type(self).__name__}: a plain weight cannot be loaded beside a quantised one; "
-                "load it into the plain model, quantise that and adapt it anew."
+                f"{prefix.rstrip('.') or type(self).__name__}: a plain weight cannot be loaded beside a quantized one; "
+                "load it into the plain model, quantize that and adapt it anew."
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def quantised_source(module: nn.Module, original: Tensor | None) -> tuple[Tensor, str]:
-    """The matrix ``(out, in)`` whose window a quantised layer starts from, on the layer's device, and what it is.
+def quantized_source(module: nn.Module, original: Tensor | None) -> tuple[Tensor, str]:
+    """The matrix ``(out, in)`` whose window a quantized layer starts from, on the layer's device, and what it is.
 
     Raises:
-        TypeError, ValueError: as :func:`ipca.nn.quantization.dequantised`; or ``original`` has another shape, is no
-            float tensor, or is farther from the quantised weight than 0 is, and so cannot be what was quantised.
+        TypeError, ValueError: as :func:`ipca.nn.quantization.dequantize`; or ``original`` has another shape, is no
+            float tensor, or is farther from the quantized weight than 0 is, and so cannot be what was quantized.
     """
-    held = dequantised(module)
+    held = dequantize(module)
     if original is None:
-        return held, "dequantised"
+        return held, "dequantized"
     if original.shape != held.shape:
         raise ValueError(f"the original weight has shape {tuple(original.shape)}, the layer {tuple(held.shape)}.")
     if not original.is_floating_point():
@@ -182,7 +182,7 @@ def quantised_source(module: nn.Module, original: Tensor | None) -> tuple[Tensor
     distance, norm = torch.dist(wide, held.to(wide.dtype)), wide.norm()
     if not distance < norm:
         raise ValueError(
-            f"the original weight is no nearer to the quantised one than 0 is (‖W − Q‖ / ‖W‖ = {distance / norm:.2f}); "
+            f"the original weight is no nearer to the quantized one than 0 is (‖W − Q‖ / ‖W‖ = {distance / norm:.2f}); "
             "it is another layer's, another model's, or transposed."
         )
     return original, "original"

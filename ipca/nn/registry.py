@@ -9,8 +9,8 @@ from ipca.nn.embedding import EmbeddingPC
 from ipca.nn.experts import ExpertsPC, StackPC
 from ipca.nn.layer_kinds import EXPERTS, LINEAR, ExpertStack, layer_kind, stack_names
 from ipca.nn.linear import LinearPC
-from ipca.nn.quantization import quantised_kind
-from ipca.nn.quantized_linear import QuantisedLinearPC
+from ipca.nn.quantization import quantization_kind
+from ipca.nn.quantized_linear import QuantizedLinearPC
 from ipca.nn.window_layer import WindowLayer
 
 _CLASSES: dict[str, type[WindowLayer]] = {
@@ -22,20 +22,20 @@ _CLASSES: dict[str, type[WindowLayer]] = {
 
 
 def layer_class(plain: nn.Module) -> type[WindowLayer]:
-    """What adapts ``plain``, a module or a stack of :func:`find_layer`.
+    """What adapts ``plain``, a module or a stack of :func:`get_layer`.
 
     Raises:
         TypeError: nothing does.
     """
-    if quantised_kind(plain) is not None:
-        return QuantisedLinearPC
+    if quantization_kind(plain) is not None:
+        return QuantizedLinearPC
     kind = layer_kind(plain)
     if kind is None:
         raise TypeError(f"a {type(plain).__name__} is no layer that can be adapted.")
     return _CLASSES[kind]
 
 
-def find_layer(model: nn.Module, name: str) -> nn.Module:
+def get_layer(model: nn.Module, name: str) -> nn.Module:
     """The module at the path ``name``, or the stack of experts' weights that is a parameter there."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
@@ -46,7 +46,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     return ExpertStack(experts.get_parameter(leaf), transposed).train(experts.training)
 
 
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of ``model`` by its path, and after a module of experts each of its plain stacks of weights."""
     found: dict[str, nn.Module] = {}
     inside = {id(module.base) for module in model.modules() if isinstance(module, ExpertsPC)}
@@ -56,11 +56,11 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
         plain = id(module) not in inside and not isinstance(module, WindowLayer)
         for leaf in stack_names(experts) if plain else ():
             path = f"{name}.{leaf}" if name else leaf
-            found[path] = find_layer(model, path)
+            found[path] = get_layer(model, path)
     return found
 
 
-def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+def set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put ``layer``, adapted or plain, at the path ``name``; a stack into its module of experts, adapted as needed."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ipca._dtensor import part_like
-from ipca.nn.extra_state import decode_record, describe, encode_record
+from ipca.nn.extra_state import decode_extra_state, describe, encode_extra_state
 from ipca.nn.initialization import (
     InitCertificate,
-    WindowStart,
+    InitialFactors,
     check_options,
     default_adapter_dtype,
-    kept_weight,
-    window_start,
+    frozen_weight,
+    initial_factors,
 )
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.lowrank import add_low_rank
-from ipca.nn.state import incoming_state, round_anew
+from ipca.nn.state import incoming_state, reround
 from ipca.svd import SVDReport
 from ipca.window import Window
 
@@ -43,10 +43,10 @@ class WindowLayer(nn.Module):
 
     ``A`` and ``B`` start at ``A0`` and ``B0`` and train; all else is frozen.
 
-    A subclass defines ``forward``, :meth:`empty_like` and :meth:`to_plain`. One that keeps its weight in another way,
-    such as quantised, gives ``kept=None`` and defines :meth:`kept_matrix` and :meth:`begin` too.
+    A subclass defines ``forward``, :meth:`_meta_like` and :meth:`to_plain`. One that keeps its weight in another way,
+    such as quantized, gives ``kept=None`` and defines :meth:`base_matrix` and :meth:`_init_from` too.
 
-    Shapes: ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``, ``bias (out,)``, ``kept_weight`` as the
+    Shapes: ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``, ``bias (out,)``, ``base_weight`` as the
     layer multiplies by it. A stack of weights ``(E, out, in)`` has factors ``(E, rank, in)`` and ``(E, out, rank)``.
 
     Args:
@@ -98,7 +98,7 @@ class WindowLayer(nn.Module):
 
         if kept is not None:
             device, dtype = kept.device, kept.dtype
-            self.kept_weight = nn.Parameter(kept, requires_grad=False)
+            self.base_weight = nn.Parameter(kept, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         adapter_dtype = adapter_dtype or default_adapter_dtype(dtype or torch.get_default_dtype())
         factor = torch.empty(0, dtype=adapter_dtype, device=device)
@@ -118,16 +118,16 @@ class WindowLayer(nn.Module):
             raise RuntimeError(f"A merged {name} cannot train: call unmerge() first, or eval().")
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """``weight``, in the shape of ``kept_weight``, as ``(…, out, in)``."""
+        """``weight``, in the shape of ``base_weight``, as ``(…, out, in)``."""
         return weight
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`as_matrix`."""
         return matrix
 
-    def kept_matrix(self) -> Tensor:
+    def base_matrix(self) -> Tensor:
         """What is kept, ``W`` or ``W_res (…, out, in)``, in the dtype that products are computed in."""
-        return self.as_matrix(self.kept_weight)
+        return self.as_matrix(self.base_weight)
 
     @property
     def scaling(self) -> float:
@@ -161,7 +161,7 @@ class WindowLayer(nn.Module):
         """
         if self._merged is not None and not self._disabled:
             return self._merged
-        kept = self.kept_matrix()
+        kept = self.base_matrix()
         if self._disabled and self.form == "intact":
             return self.as_weight(kept)
         B, A = (self.lora_B0, self.lora_A0) if self._disabled else (self.lora_B, self.lora_A)
@@ -177,7 +177,7 @@ class WindowLayer(nn.Module):
         return self._plus(trained) if self.form == "residual" else self._plus(trained, frozen)
 
     @torch.no_grad()
-    def base_weight(self) -> Tensor:
+    def pretrained_weight(self) -> Tensor:
         """The pretrained ``W (…, out, in)``, in the weight's dtype, as a new tensor (residual form: up to rounding)."""
         return self._plus((1, self.lora_B0, self.lora_A0)) if self.form == "residual" else self._plus()
 
@@ -187,50 +187,50 @@ class WindowLayer(nn.Module):
         return self._plus() if self.form == "residual" else self._plus((-1, self.lora_B0, self.lora_A0))
 
     def _plus(self, *terms: tuple[int, Tensor, Tensor]) -> Tensor:
-        """``kept_matrix + Σ sign · scaling · B A`` in float64, rounded once."""
-        return add_low_rank(self.kept_matrix(), [(sign * self.scaling, B, A) for sign, B, A in terms])
+        """``base_matrix + Σ sign · scaling · B A`` in float64, rounded once."""
+        return add_low_rank(self.base_matrix(), [(sign * self.scaling, B, A) for sign, B, A in terms])
 
     @classmethod
-    def empty_like(cls: type[Layer], plain: nn.Module, window: Window, **options: Any) -> Layer:
+    def _meta_like(cls: type[Layer], plain: nn.Module, window: Window, **options: Any) -> Layer:
         """A layer without a window yet, on the meta device, for what ``plain`` is; raises TypeError for another."""
         raise NotImplementedError
 
     @classmethod
     def from_layer(cls: type[Layer], plain: nn.Module, window: Window, **options: Any) -> Layer:
         """A layer that computes what ``plain`` does, which stays as it is; arguments and errors as for the class."""
-        layer = cls.empty_like(plain, window, **options)
-        layer.begin(plain, layer.start_for(read_layer(plain)[0]))
+        layer = cls._meta_like(plain, window, **options)
+        layer._init_from(plain, layer._initial_factors(read_layer(plain)[0]))
         return layer
 
     @classmethod
-    def from_start(cls: type[Layer], plain: nn.Module, start: WindowStart, **options: Any) -> Layer:
+    def from_factors(cls: type[Layer], plain: nn.Module, start: InitialFactors, **options: Any) -> Layer:
         """As :meth:`from_layer`, with the factors already at hand: no SVD."""
-        layer = cls.empty_like(plain, start.window, adapter_dtype=start.A0.dtype, **options)
-        layer.begin(plain, start)
+        layer = cls._meta_like(plain, start.window, adapter_dtype=start.A0.dtype, **options)
+        layer._init_from(plain, start)
         return layer
 
-    def begin(self, plain: nn.Module, start: WindowStart) -> None:
+    def _init_from(self, plain: nn.Module, start: InitialFactors) -> None:
         """Take the weight, bias and mode of ``plain``, and the factors of ``start``."""
-        self.hold(*read_layer(plain), start)
+        self._set_base(*read_layer(plain), start)
         self.train(plain.training)
 
-    def hold(self, weight: Tensor, bias: Tensor | None, start: WindowStart) -> None:
+    def _set_base(self, weight: Tensor, bias: Tensor | None, start: InitialFactors) -> None:
         """Keep ``weight (…, out, in)`` or its residual, ``bias``, and the factors of ``start``."""
-        self.kept_weight = nn.Parameter(self.kept_of(weight, start), requires_grad=False)
+        self.base_weight = nn.Parameter(self._base_for(weight, start), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.take(start)
+        self._set_factors(start)
 
-    def take(self, start: WindowStart) -> None:
+    def _set_factors(self, start: InitialFactors) -> None:
         """Put the factors of ``start`` in place, without copying ``A0`` and ``B0``."""
         factors = start.factors()
         self.lora_A, self.lora_B = nn.Parameter(factors["lora_A"]), nn.Parameter(factors["lora_B"])
         self.lora_A0, self.lora_B0 = factors["lora_A0"], factors["lora_B0"]
-        self.remember(start)
+        self._record_init(start)
 
-    def start_for(self, weight: Tensor) -> WindowStart:
+    def _initial_factors(self, weight: Tensor) -> InitialFactors:
         """The factors this layer would start from on the pretrained ``weight (…, out, in)``; changes nothing."""
         window, s, form, dtype = self.requested_window, self.scaling, self.form, self.lora_A.dtype
-        return window_start(weight, window, scaling=s, form=form, adapter_dtype=dtype, tol=self.tol)
+        return initial_factors(weight, window, scaling=s, form=form, adapter_dtype=dtype, tol=self.tol)
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
         """A plain layer of the original type with the effective weight; shares no memory with this one.
@@ -240,12 +240,12 @@ class WindowLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def kept_of(self, weight: Tensor, start: WindowStart) -> Tensor:
+    def _base_for(self, weight: Tensor, start: InitialFactors) -> Tensor:
         """What to keep of ``weight (…, out, in)``; in the intact form its own memory, where the layout allows."""
-        kept = kept_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
+        kept = frozen_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
         return self.as_weight(kept).contiguous()
 
-    def remember(self, start: WindowStart) -> None:
+    def _record_init(self, start: InitialFactors) -> None:
         self.window, self.base_sha256 = start.window, start.base_sha256
         self.svd_report, self.certificate = start.svd, start.certificate
 
@@ -271,10 +271,10 @@ class WindowLayer(nn.Module):
         return describe(self)
 
     def get_extra_state(self) -> Tensor:
-        return encode_record(self)
+        return encode_extra_state(self)
 
     def set_extra_state(self, state: Tensor) -> None:
-        record = decode_record(state)
+        record = decode_extra_state(state)
         self.window = None if record["start"] is None else Window(record["start"], self.rank)
         self.base_sha256 = record["base_sha256"]
         self.svd_report = self.certificate = None
@@ -291,17 +291,17 @@ class WindowLayer(nn.Module):
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
         if start is not None and not self.lora_A.is_meta:
-            self.remember(start)
+            self._record_init(start)
 
     def _apply(self, fn: Any, recurse: bool = True) -> WindowLayer:
         """Move or cast. Casting the residual form rounds its parts anew, so that they still add up to ``W``."""
         merged = self.merged
         self.unmerge()
-        kept = self.kept_matrix().detach() if self.form == "residual" else None
+        kept = self.base_matrix().detach() if self.form == "residual" else None
         A0, B0 = self.lora_A0, self.lora_B0
         super()._apply(fn, recurse)
         if kept is not None:
-            round_anew(self, kept, A0, B0)
+            reround(self, kept, A0, B0)
         if merged:
             self.merge()
         return self

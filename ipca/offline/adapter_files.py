@@ -1,4 +1,4 @@
-"""The adapter's files from a job's finished layers: those of :func:`ipca.save_adapter`, byte for byte."""
+"""The adapter's files from a work's finished layers: those of :func:`ipca.save_adapter`, byte for byte."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ipca.io.peft_kinds import factor_keys, to_peft, wrappers_around
 from ipca.model import adapted_layers
 from ipca.offline.decompose import FinishedLayer
 from ipca.offline.stream_file import write_tensors
-from ipca.offline.work_folder import Job
+from ipca.offline.work_folder import WorkFolder
 
 
 def write_adapter(
     model: nn.Module,
     layers: Sequence[FinishedLayer],
-    job: Job,
+    work: WorkFolder,
     folder: Path,
     *,
     base_model: str | None,
@@ -38,9 +38,9 @@ def write_adapter(
         base_model: for PEFT's ``base_model_name_or_path``.
         doubled: an adapter for the original base, and ``ipca.json``; False: PEFT's two files for a residual base.
     """
-    with job.writing():
+    with work.writing():
         folder.mkdir(parents=True, exist_ok=True)
-        digest = _write_factors(model, layers, job, folder / WEIGHTS, doubled)
+        digest = _write_factors(model, layers, work, folder / WEIGHTS, doubled)
         write_config(model, folder, base_model, doubled=doubled)
         if doubled:
             (folder / SIDECAR).write_text(json.dumps(_sidecar(layers, digest), indent=2) + "\n")
@@ -57,7 +57,9 @@ def _sidecar(layers: Sequence[FinishedLayer], digest: str) -> dict[str, object]:
     }
 
 
-def _write_factors(model: nn.Module, layers: Sequence[FinishedLayer], job: Job, path: Path, doubled: bool) -> str:
+def _write_factors(
+    model: nn.Module, layers: Sequence[FinishedLayer], work: WorkFolder, path: Path, doubled: bool
+) -> str:
     """Write the file of factors; returns its SHA-256."""
     adapted = adapted_layers(model)
     kinds = {layer.target.name: layer.saved.kind for layer in layers}
@@ -69,7 +71,7 @@ def _write_factors(model: nn.Module, layers: Sequence[FinishedLayer], job: Job, 
 
     @lru_cache(maxsize=1)  # the two sides of a layer follow each other
     def pair(name: str, index: int) -> tuple[Tensor, Tensor]:
-        factors = job.read_layer(index)[1]
+        factors = work.read_layer(index)[1]
         return as_stored(name, factors["A0"], factors["B0"])
 
     layout, owner, wrappers = {}, {}, wrappers_around(kinds)

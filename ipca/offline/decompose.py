@@ -15,12 +15,12 @@ from ipca._hashing import tensor_sha256
 from ipca.config import PCConfig
 from ipca.io.adapter_folder import SavedLayer
 from ipca.model import Target, install, precision, share, start_of, train_only_adapter
-from ipca.nn import InitCertificate, WindowStart
+from ipca.nn import InitCertificate, InitialFactors
 from ipca.nn.layer_kinds import base_sha256, layer_kind, read_layer
-from ipca.nn.quantization import quantised_kind
-from ipca.nn.registry import find_layer
-from ipca.offline.ranks import Team
-from ipca.offline.work_folder import Job
+from ipca.nn.quantization import quantization_kind
+from ipca.nn.registry import get_layer
+from ipca.offline.ranks import Ranks
+from ipca.offline.work_folder import WorkFolder
 from ipca.svd import SpectralCache, cached_window_svd
 
 
@@ -35,7 +35,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer whose factors lie in a job's folder under ``index``, and what the adapter's files say of it."""
+    """A layer whose factors lie in a work's folder under ``index``, and what the adapter's files say of it."""
 
     index: int
     target: Target
@@ -48,14 +48,14 @@ def decompose_layers(
     source: Source,
     targets: Sequence[Target],
     config: PCConfig,
-    job: Job,
-    team: Team,
+    work: WorkFolder,
+    ranks: Ranks,
     *,
     device: str = "cpu",
     cache: SpectralCache | None = None,
     progress: bool = True,
 ) -> tuple[list[FinishedLayer], int]:
-    """Decompose the layers that ``job`` has not finished yet, shared among the processes of ``team``.
+    """Decompose the layers that ``work`` has not finished yet, shared among the processes of ``ranks``.
 
     Args:
         targets: what to adapt, the same in every process.
@@ -66,52 +66,58 @@ def decompose_layers(
         Every layer, those of other processes too, and how many were finished before.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ipca.nn.window_start`, with the layer's name.
+        TypeError, ValueError, RuntimeError: as :func:`ipca.nn.initial_factors`, with the layer's name.
         OSError: a weight cannot be read, or a finished layer not be written.
     """
-    done = set(team.agree(job.finished(len(targets)) if team.first else []))
+    done = set(ranks.broadcast(work.finished(len(targets)) if ranks.is_main else []))
     pending = [index for index in range(len(targets)) if index not in done]
     costs = [_cost(source.model, targets[index]) for index in pending]
     paths: Counter[str] = Counter()
     bar = tqdm(
-        total=len(targets), initial=len(done), desc="Window SVD", unit="layer", disable=not (progress and team.first)
+        total=len(targets), initial=len(done), desc="Window SVD", unit="layer", disable=not (progress and ranks.is_main)
     )
 
     def show() -> None:
-        bar.n = job.count()
+        bar.n = work.count()
         bar.refresh()
 
     with bar:
-        for k in share(costs, team.size)[team.rank]:
-            paths[_decompose(source, targets[pending[k]], config, job, pending[k], device, cache)] += 1
+        for k in share(costs, ranks.size)[ranks.rank]:
+            paths[_decompose(source, targets[pending[k]], config, work, pending[k], device, cache)] += 1
             bar.set_postfix(paths, refresh=False)
             show()
-        team.meet(show)
-    return [_finished(job, index, target) for index, target in enumerate(targets)], len(done)
+        ranks.barrier(show)
+    return [_finished(work, index, target) for index, target in enumerate(targets)], len(done)
 
 
-def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], job: Job) -> None:
+def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], work: WorkFolder) -> None:
     """Put an adapted layer in the place of every layer; on a model of the meta device without values."""
 
-    def start(layer: FinishedLayer) -> WindowStart:
-        factors = job.read_layer(layer.index)[1]
-        device = read_layer(find_layer(model, layer.target.name))[0].device
+    def start(layer: FinishedLayer) -> InitialFactors:
+        factors = work.read_layer(layer.index)[1]
+        device = read_layer(get_layer(model, layer.target.name))[0].device
         A0, B0, saved = factors["A0"].to(device), factors["B0"].to(device), layer.saved
         assert saved.base_sha256 is not None
-        return WindowStart(A0, B0, saved.window, saved.base_sha256, saved.report(), layer.certificate)
+        return InitialFactors(A0, B0, saved.window, saved.base_sha256, saved.report(), layer.certificate)
 
     install(model, ((layer.target, start(layer)) for layer in layers))
     train_only_adapter(model)
 
 
 def _decompose(
-    source: Source, target: Target, config: PCConfig, job: Job, index: int, device: str, cache: SpectralCache | None
+    source: Source,
+    target: Target,
+    config: PCConfig,
+    work: WorkFolder,
+    index: int,
+    device: str,
+    cache: SpectralCache | None,
 ) -> str:
     """Decompose one layer and put it down; returns the path that was taken."""
-    weight, module = source.weight(target.name).to(device), find_layer(source.model, target.name)
+    weight, module = source.weight(target.name).to(device), get_layer(source.model, target.name)
     kind, digest = layer_kind(module), tensor_sha256(weight)
     assert kind is not None
-    base, origin = (digest, "weight") if quantised_kind(module) is None else (base_sha256(module), "dequantised")
+    base, origin = (digest, "weight") if quantization_kind(module) is None else (base_sha256(module), "dequantized")
     known = [digest] if weight.ndim == 2 else None  # a stack is decomposed, and kept, matrix by matrix
     try:
         found = cached_window_svd(weight, target.window, **precision(config, weight), cache=cache, digests=known)
@@ -133,17 +139,17 @@ def _decompose(
         svd=report,
     )
     record = {"layer": asdict(saved), "certificate": asdict(start.certificate)}
-    job.write_layer(index, record, {"A0": start.A0, "B0": start.B0})
+    work.write_layer(index, record, {"A0": start.A0, "B0": start.B0})
     return start.svd.path
 
 
-def _finished(job: Job, index: int, target: Target) -> FinishedLayer:
-    record, tensors = job.read_layer(index)
+def _finished(work: WorkFolder, index: int, target: Target) -> FinishedLayer:
+    record, tensors = work.read_layer(index)
     values = record["layer"]
     saved = SavedLayer(**{**values, "shape": tuple(values["shape"])})
     return FinishedLayer(index, target, saved, InitCertificate(**record["certificate"]), tensors["A0"].dtype)
 
 
 def _cost(model: nn.Module, target: Target) -> float:
-    weight, _ = read_layer(find_layer(model, target.name))
+    weight, _ = read_layer(get_layer(model, target.name))
     return float(weight.numel()) * min(weight.shape[-2:])

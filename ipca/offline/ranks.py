@@ -1,4 +1,4 @@
-"""The processes that share a job: one alone, or the ranks that torchrun has started."""
+"""The processes that share a work: one alone, or the ranks that torchrun has started."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=30)  # the default of half an hour would end a job whose shares differ by more
+_PATIENCE = timedelta(days=30)  # the default of half an hour would end a work whose shares differ by more
 _POLL = 0.05
 
 
-class PeerEnded(RuntimeError):
-    """Another process of the job has ended before its work was done."""
+class PeerFailed(RuntimeError):
+    """Another process of the work has ended before its work was done."""
 
 
 @dataclass(frozen=True)
-class Team:
-    """Process ``rank`` of ``size``; all call :meth:`meet`, :meth:`total` and :meth:`agree` in the same order."""
+class Ranks:
+    """Process ``rank`` of ``size``; all call :meth:`barrier`, :meth:`sum` and :meth:`broadcast` in the same order."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def from_environment(cls, device: str, environment: Mapping[str, str] = os.environ) -> Team:
-        """The team of torchrun's ``RANK`` and ``WORLD_SIZE``; alone where they are absent.
+    def from_environment(cls, device: str, environment: Mapping[str, str] = os.environ) -> Ranks:
+        """The ranks of torchrun's ``RANK`` and ``WORLD_SIZE``; alone where they are absent.
 
         The processes tell each other that they are done and nothing more: gloo on a CPU, with ``device="cuda"`` nccl
         beside it, and each takes the GPU of its ``LOCAL_RANK``.
@@ -53,18 +53,18 @@ class Team:
         return cls(int(environment["RANK"]), size)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait until every process is here, calling ``meanwhile`` again and again; raises as :meth:`total`."""
-        self.total(0, meanwhile)
+    def barrier(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait until every process is here, calling ``meanwhile`` again and again; raises as :meth:`sum`."""
+        self.sum(0, meanwhile)
 
-    def total(self, count: int, meanwhile: Callable[[], None] = lambda: None) -> int:
+    def sum(self, count: int, meanwhile: Callable[[], None] = lambda: None) -> int:
         """The sum of every process's ``count``, once all are here.
 
         Raises:
-            PeerEnded: one of them has ended.
+            PeerFailed: one of them has ended.
         """
         if self.size == 1:
             return count
@@ -76,13 +76,13 @@ class Team:
                 time.sleep(_POLL)
             work.wait()
         except RuntimeError:
-            raise PeerEnded("another process of this job has ended; its own message says why.") from None
+            raise PeerFailed("another process of this work has ended; its own message says why.") from None
         meanwhile()
         return int(held)
 
-    def agree(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first process's ``value``, in every process."""
-        self.meet()
+        self.barrier()
         if self.size == 1:
             return value
         held = [value]
@@ -90,7 +90,7 @@ class Team:
         return held[0]
 
     def close(self) -> None:
-        """Leave the team when all is done."""
+        """Leave the ranks when all is done."""
         if self.size > 1:
             with suppress(RuntimeError):
                 dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """A model without its weights: on the meta device, with the checkpoint's tensor for each of its parameters.
 
 What transformers would do to a weight while loading it, other than renaming it, cannot be done to one tensor alone;
-:class:`CannotStream` then says so, and the whole model has to be loaded.
+:class:`NotStreamable` then says so, and the whole model has to be loaded.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import read_config
 from ipca.model import Target
 from ipca.nn.layer_kinds import ExpertStack, layer_kind
-from ipca.nn.registry import find_layer
+from ipca.nn.registry import get_layer
 
 
-class CannotStream(Exception):
+class NotStreamable(Exception):
     """The layers of this model cannot be read one by one; the message says why."""
 
 
@@ -30,23 +30,23 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> nn.Module:
     """The model of ``folder`` on the meta device, in the dtype that transformers would load it with.
 
     Raises:
-        CannotStream: loading takes more than reading tensors, or the model cannot be built without them.
+        NotStreamable: loading takes more than reading tensors, or the model cannot be built without them.
         FileNotFoundError, ImportError, ValueError: as :func:`ipca.io.model_folder.read_config`.
     """
     model_class, config = read_config(folder)
     for name in ("quantization_config", "fusion_config", "transformers_weights"):
         if getattr(config, name, None) is not None:
-            raise CannotStream(f"its config.json has a {name}")
+            raise NotStreamable(f"its config.json has a {name}")
     if (folder / "adapter_config.json").exists():
-        raise CannotStream("an adapter_config.json lies beside it")
+        raise NotStreamable("an adapter_config.json lies beside it")
     dtype = _dtype(config, checkpoint)
     try:
         with torch.device("meta"):
             build = getattr(model_class, "_from_config", None) or model_class.from_config  # AutoModel has the latter
             model: nn.Module = build(config, dtype=dtype)
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
-        raise CannotStream(f"it cannot be built without weights ({_first_line(error)})") from None
-    _refuse_dtype_plan(model, dtype)
+        raise NotStreamable(f"it cannot be built without weights ({_first_line(error)})") from None
+    _check_dtype_plan(model, dtype)
     return model.eval()
 
 
@@ -56,7 +56,7 @@ def checkpoint_keys(
     """The checkpoint's tensor for the weight of each target, by the target's path.
 
     Raises:
-        CannotStream: a weight is not in the checkpoint under a name of its own, or (``residual``) its dtype there is
+        NotStreamable: a weight is not in the checkpoint under a name of its own, or (``residual``) its dtype there is
             not the model's, so that it cannot be replaced in place.
     """
     sources = _sources(model, checkpoint)
@@ -65,14 +65,14 @@ def checkpoint_keys(
         tied.setdefault(id(parameter), []).append(name)
     keys = {}
     for target in targets:
-        own = target.name if isinstance(find_layer(model, target.name), ExpertStack) else f"{target.name}.weight"
+        own = target.name if isinstance(get_layer(model, target.name), ExpertStack) else f"{target.name}.weight"
         parameter = model.get_parameter(own)
         key = next((sources[name] for name in (own, *tied[id(parameter)]) if name in sources), None)
         if key is None:
-            raise CannotStream(f"the checkpoint holds no tensor that is {own} alone")
+            raise NotStreamable(f"the checkpoint holds no tensor that is {own} alone")
         stored = checkpoint.tensors[key].torch_dtype
         if residual and stored != parameter.dtype:
-            raise CannotStream(f"{key} is stored as {checkpoint.tensors[key].dtype} and loaded as {parameter.dtype}")
+            raise NotStreamable(f"{key} is stored as {checkpoint.tensors[key].dtype} and loaded as {parameter.dtype}")
         keys[target.name] = key
     return keys
 
@@ -99,7 +99,7 @@ def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
             if converted is None:
                 found[name] = key
     except (ImportError, AttributeError, TypeError) as error:
-        raise CannotStream(f"this transformers does not tell how it renames weights ({_first_line(error)})") from None
+        raise NotStreamable(f"this transformers does not tell how it renames weights ({_first_line(error)})") from None
     return {name: key for name, key in found.items() if name in state and seen[name] == 1}
 
 
@@ -113,11 +113,11 @@ def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     held = {stored.torch_dtype for stored in checkpoint.tensors.values()}
     floats = {dtype for dtype in held if dtype is not None and dtype.is_floating_point}
     if dtype is not None or len(floats) != 1:
-        raise CannotStream("its config.json does not say one dtype, and neither do its weights")
+        raise NotStreamable("its config.json does not say one dtype, and neither do its weights")
     return floats.pop()
 
 
-def _refuse_dtype_plan(model: Any, dtype: torch.dtype) -> None:
+def _check_dtype_plan(model: Any, dtype: torch.dtype) -> None:
     """transformers keeps some modules of 16-bit models in float32; leave those that hold linear layers to it."""
     kept = getattr(model, "_keep_in_fp32_modules", None) if dtype == torch.float16 else None
     always = getattr(model, "_keep_in_fp32_modules_strict", None) if dtype.itemsize == 2 else None
@@ -125,7 +125,7 @@ def _refuse_dtype_plan(model: Any, dtype: torch.dtype) -> None:
     for pattern in (*(kept or ()), *(always or ())):
         words = re.findall(r"\w+", pattern)
         if any(all(word in name for word in words) for name in names):
-            raise CannotStream(f"transformers keeps {pattern} of it in float32")
+            raise NotStreamable(f"transformers keeps {pattern} of it in float32")
 
 
 def _first_line(error: Exception) -> str:

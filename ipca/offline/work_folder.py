@@ -1,12 +1,12 @@
-"""The work folder of a long job: what is being made, one sealed file for each finished layer, and the final exchange.
+"""The work folder of a long work: what is being made, one sealed file for each finished layer, and the final exchange.
 
-    OUT/.ipca-init/job.json             what is being made; another job's folder is refused
+    OUT/.ipca-init/job.json             what is being made; another work's folder is refused
                   /lock                 held by the process at work
                   /layers/00007.safetensors
                   /final/               the files of OUT, as they become complete
                   /ready                final/ is complete: whoever comes next only has to move it
 
-Whatever stops the process, the same job goes on from here: every file appears in one go.
+Whatever stops the process, the same work goes on from here: every file appears in one go.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ipca._atomic import DamagedFile, fsync_folder, read_sealed, write_sealed, write_whole
+from ipca._atomic import CorruptFileError, fsync_folder, read_checksummed, write_atomic, write_checksummed
 from ipca.model import uninterrupted
 
 WORK, DONE = ".ipca-init", ".ipca-done"
 Record = dict[str, Any]
 
 
-class Job:
+class WorkFolder:
     """The work folder in ``out``; nothing is made before :meth:`open`."""
 
     def __init__(self, out: Path) -> None:
@@ -45,10 +45,10 @@ class Job:
         return (self.folder / "ready").exists()
 
     def open(self, record: Mapping[str, Any]) -> None:
-        """Begin the job that ``record`` describes in JSON values, or go on with it.
+        """Begin the work that ``record`` describes in JSON values, or go on with it.
 
         Raises:
-            FileExistsError: the folder holds finished layers of another job, or a process is at work in it.
+            FileExistsError: the folder holds finished layers of another work, or a process is at work in it.
             OSError: it cannot be made.
         """
         with self.writing():
@@ -60,7 +60,7 @@ class Job:
             if self.count() or self.ready:
                 self._check_same(path, json.loads(text))
             else:
-                write_whole(path, text.encode())
+                write_atomic(path, text.encode())
             self._opened = True
 
     def finished(self, count: int) -> list[int]:
@@ -72,7 +72,7 @@ class Job:
                 done.append(index)
             except FileNotFoundError:
                 continue
-            except DamagedFile as error:
+            except CorruptFileError as error:
                 warnings.warn(f"{error}; the layer is made again.", RuntimeWarning, stacklevel=2)
                 self._layer_file(index).unlink()
         return done
@@ -86,11 +86,11 @@ class Job:
     def write_layer(self, index: int, record: Record, tensors: Mapping[str, Tensor]) -> None:
         """Put a finished layer down for good."""
         with self.writing():
-            write_sealed(self._layer_file(index), record, tensors)
+            write_checksummed(self._layer_file(index), record, tensors)
 
     def read_layer(self, index: int) -> tuple[Record, dict[str, Tensor]]:
         """What :meth:`write_layer` was given."""
-        return read_sealed(self._layer_file(index))
+        return read_checksummed(self._layer_file(index))
 
     def finish(self) -> None:
         """Move everything in ``final`` into ``out``, in place of what has the same names, and remove the work folder.
@@ -100,7 +100,7 @@ class Job:
         with self.writing(), uninterrupted():
             if not self.ready:
                 _fsync_files(self.final)
-                write_whole(self.folder / "ready", b"")
+                write_atomic(self.folder / "ready", b"")
             self._exchange()
             os.replace(self.folder, self.out / DONE)  # from here on there is nothing to go on with
             fsync_folder(self.out)
@@ -108,7 +108,7 @@ class Job:
         self.close()
 
     def abandon(self) -> int:
-        """Remove the work folder where no layer in it is finished, else leave it for the same job to go on.
+        """Remove the work folder where no layer in it is finished, else leave it for the same work to go on.
 
         Returns:
             How many finished layers are left there.
@@ -166,7 +166,7 @@ class Job:
             pairs = [(name, _brief(before.get(name)), _brief(record.get(name))) for name in names[:3]]
             changes = "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs)
             raise FileExistsError(
-                f"{self.folder} holds the unfinished work of another job ({changes}); repeat that one to finish it, "
+                f"{self.folder} holds the unfinished work of another work ({changes}); repeat that one to finish it, "
                 f"choose another folder, or delete {self.folder} to start anew."
             )
 

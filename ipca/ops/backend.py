@@ -23,10 +23,10 @@ from torch import Tensor
 BACKENDS = ("triton", "addmm", "merged", "reference")
 VARIABLE = "IPCA_BACKEND"
 
-_asked_for: str | None = None
+_chosen: str | None = None
 
 
-class Problem(NamedTuple):
+class LinearShape(NamedTuple):
     """What decides: ``x (M, K)``, ``weight (N, K)``, rank ``R``."""
 
     device: torch.device
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
         )
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """A backend, whether Triton computes the low-rank products, and why."""
 
     backend: str
@@ -73,14 +73,14 @@ def set_backend(name: str) -> str:
     ``torch.func`` transform ``"auto"`` is the reference and ``"triton"``, ``"addmm"`` and ``"merged"`` raise. Under
     torch.compile each name is a compilation of its own.
     """
-    global _asked_for
-    before, _asked_for = asked_for(), _known(name, "set_backend")
+    global _chosen
+    before, _chosen = get_backend(), _known(name, "set_backend")
     return before
 
 
-def asked_for() -> str:
+def get_backend() -> str:
     """The name in force: that of :func:`set_backend`, of the environment, or ``"auto"``."""
-    return _asked_for or _known(os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}")
+    return _chosen or _known(os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}")
 
 
 def _known(name: str, source: str) -> str:
@@ -89,7 +89,7 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def choose(name: str, problem: Problem) -> Choice:
+def choose(name: str, problem: LinearShape) -> BackendChoice:
     """What ``name`` means for ``problem``.
 
     Raises:
@@ -97,20 +97,22 @@ def choose(name: str, problem: Problem) -> Choice:
     """
     if name == "auto":
         return _measured_best(problem)
-    why_not = refusal(name, problem)
+    why_not = unsupported_reason(name, problem)
     if why_not:
         raise RuntimeError(f"backend {name!r} cannot run {problem}: {why_not}. Say ipca.set_backend('auto').")
-    return Choice(name, name != "reference" and not refusal("triton", problem), f"{name!r} was asked for by name")
+    return BackendChoice(
+        name, name != "reference" and not unsupported_reason("triton", problem), f"{name!r} was asked for by name"
+    )
 
 
-def refusal(name: str, problem: Problem) -> str:
+def unsupported_reason(name: str, problem: LinearShape) -> str:
     """Why a backend cannot run, or an empty text."""
     if name == "merged" and problem.dropout:
         return "dropout acts on the low-rank branch alone, and a merged weight has none"
-    return _triton_refusal(problem) if name == "triton" else ""
+    return _triton_unsupported(problem) if name == "triton" else ""
 
 
-def _triton_refusal(problem: Problem) -> str:
+def _triton_unsupported(problem: LinearShape) -> str:
     if not _has_triton():
         return "triton is not installed"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -127,15 +129,15 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _measured_best(problem: Problem) -> Choice:
+def _measured_best(problem: LinearShape) -> BackendChoice:
     """The fastest backend at the nearest measured shape."""
     if problem.device.type != "cuda":
-        return Choice("reference", False, f"x is on {problem.device}: the kernels are for CUDA")
+        return BackendChoice("reference", False, f"x is on {problem.device}: the kernels are for CUDA")
     if problem.dtype == torch.float64:
-        return Choice("reference", False, "the kernels have no float64")
-    in_triton = not refusal("triton", problem)
+        return BackendChoice("reference", False, "the kernels have no float64")
+    in_triton = not unsupported_reason("triton", problem)
     if not in_triton:
-        return Choice("addmm", False, refusal("triton", problem))
+        return BackendChoice("addmm", False, unsupported_reason("triton", problem))
     from ipca.kernels import tables, tuning
 
     shape = (tuning.bucket(problem.M), problem.N, problem.K, problem.R)
@@ -145,17 +147,19 @@ def _measured_best(problem: Problem) -> Choice:
         device = torch.cuda.get_device_name(problem.device)
         # The library's own product is the safer guess; for dropout its backward needs a mask in PyTorch, which is slow.
         name = "triton" if problem.dropout else "addmm"
-        return Choice(name, True, f"no backend was measured on {device} or its kind; bench/gpu.py measures")
+        return BackendChoice(name, True, f"no backend was measured on {device} or its kind; bench/gpu.py measures")
     rounds = problem.frozen and problem.dtype.itemsize == 2  # W + Δ rounds back to W where Δ is small
     times: dict[str, float] = {
-        name: ms for name, ms in row.found.items() if not refusal(name, problem) and not (rounds and name == "merged")
+        name: ms
+        for name, ms in row.found.items()
+        if not unsupported_reason(name, problem) and not (rounds and name == "merged")
     }
     best = min(times, key=lambda name: times[name])
     others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
-    return Choice(best, best != "reference", f"measured at (M, N, K, R) = {row.shape} in {row.source}: {others}")
+    return BackendChoice(best, best != "reference", f"measured at (M, N, K, R) = {row.shape} in {row.source}: {others}")
 
 
-def problem_of(x: Tensor, weight: Tensor, A: Tensor, A0: Any, dropout: float, training: bool) -> Problem:
+def linear_shape(x: Tensor, weight: Tensor, A: Tensor, A0: Any, dropout: float, training: bool) -> LinearShape:
     """The facts about one call, with ``x`` as rows."""
     (N, K), M = weight.shape, x.shape[0]
-    return Problem(x.device, x.dtype, M, N, K, A.shape[0], A0 is not None, dropout > 0, training)
+    return LinearShape(x.device, x.dtype, M, N, K, A.shape[0], A0 is not None, dropout > 0, training)

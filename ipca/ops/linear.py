@@ -42,7 +42,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``y (…, N)`` and ``h = z Aᵀ (…, R)``, see :mod:`ipca.ops.reference`; ``build`` is for torch.compile's cache."""
     rows = x.reshape(-1, x.shape[-1])
-    choice = backends.choose(backend, backends.problem_of(rows, weight, A, A0, dropout, training))
+    choice = backends.choose(backend, backends.linear_shape(rows, weight, A, A0, dropout, training))
     with on_device_of(x):
         (y,), (h,) = split.forward(x, [Layer(weight, A, B, bias, A0, B0, scaling)], seed, dropout, choice)
     return shaped_like(x, y), shaped_like(x, h)
@@ -75,7 +75,7 @@ def backward(
 ) -> list[Tensor]:
     """Of ``dx, dW, dA, dB, dbias`` those that ``needs`` asks for."""
     rows, layer = x.reshape(-1, x.shape[-1]), Layer(weight, A, B, bias, A0, B0, scaling)
-    choice = backends.choose(backend, backends.problem_of(rows, weight, A, A0, dropout, True))
+    choice = backends.choose(backend, backends.linear_shape(rows, weight, A, A0, dropout, True))
     with on_device_of(x):
         dx, (grads,) = split.backward(
             [dy.reshape(-1, dy.shape[-1])],
@@ -190,7 +190,7 @@ def pc_linear(
         return _under_transform(x, weight, A, B, bias, A0, B0, scaling, dropout)
     seed = new_seed(x.device) if dropout > 0 else None
     op, build = op_for(x)
-    settings = (scaling, dropout, backends.asked_for(), build, torch.is_grad_enabled())
+    settings = (scaling, dropout, backends.get_backend(), build, torch.is_grad_enabled())
     return op(x, weight, A, B, bias, A0, B0, seed, *settings)[0]
 
 
@@ -229,9 +229,9 @@ def _under_transform(
     dropout: float,
 ) -> Tensor:
     """The reference, which ``torch.func`` sees through."""
-    if backends.asked_for() not in ("auto", "reference"):
+    if backends.get_backend() not in ("auto", "reference"):
         raise RuntimeError(
-            f"backend {backends.asked_for()!r} has no rule for torch.func transforms; "
+            f"backend {backends.get_backend()!r} has no rule for torch.func transforms; "
             "say ipca.set_backend('auto') or 'reference' around them."
         )
     if dropout > 0:

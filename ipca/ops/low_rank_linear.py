@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ipca.ops import torch_kernels as plain
-from ipca.ops.backend import Choice
+from ipca.ops.backend import BackendChoice
 
 
 class Layer(NamedTuple):
@@ -51,7 +51,7 @@ class Grads(NamedTuple):
 
 
 def forward(
-    x: Tensor, layers: list[Layer], seed: Tensor | None, p: float, choice: Choice
+    x: Tensor, layers: list[Layer], seed: Tensor | None, p: float, choice: BackendChoice
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``y_i`` and ``h_i``, as rows, of ``x (…, K)``."""
     given, x = x, x.reshape(-1, x.shape[-1])
@@ -84,7 +84,7 @@ def backward(
     layers: list[Layer],
     seed: Tensor | None,
     p: float,
-    choice: Choice,
+    choice: BackendChoice,
     needs_x: bool,
     needs: list[Needs],
 ) -> tuple[Tensor | None, list[Grads]]:
@@ -113,7 +113,7 @@ def backward(
 
 
 def _low_rank_grads(
-    dy: Tensor, h: Tensor, layer: Layer, choice: Choice, needs_x: bool, need: Needs
+    dy: Tensor, h: Tensor, layer: Layer, choice: BackendChoice, needs_x: bool, need: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``g``, ``g0``, ``dB`` and ``dbias``, from one read of ``dy`` where one kernel gives them all."""
     small, scaling = _small(choice), layer.scaling
@@ -134,7 +134,7 @@ def _input_grad(
     g0: Tensor | None,
     seed: Tensor | None,
     p: float,
-    choice: Choice,
+    choice: BackendChoice,
     out: Tensor | None,
 ) -> Tensor:
     if choice.backend == "merged":
@@ -143,7 +143,7 @@ def _input_grad(
     return _large(choice)[1](dy, layer.weight, g, layer.A, g0, layer.A0, seed, p, out=out)
 
 
-def _small(choice: Choice) -> Any:
+def _small(choice: BackendChoice) -> Any:
     """The module that has ``project``, ``products`` and ``outer``."""
     if not choice.low_rank_in_triton:
         return plain
@@ -152,7 +152,7 @@ def _small(choice: Choice) -> Any:
     return low_rank
 
 
-def _large(choice: Choice) -> tuple[Any, Any]:
+def _large(choice: BackendChoice) -> tuple[Any, Any]:
     """``linear`` and ``input_grad``."""
     if choice.backend == "triton":
         from ipca.kernels.linear import input_grad, linear

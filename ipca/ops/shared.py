@@ -95,11 +95,11 @@ def _layers(
     return [Layer(W, a, b, next(biases) if has else None, a0, b0, s) for W, a, b, has, a0, b0, s in every]
 
 
-def _choice(x: Tensor, layers: list[Layer], dropout: float, backend: str, training: bool) -> backends.Choice:
+def _choice(x: Tensor, layers: list[Layer], dropout: float, backend: str, training: bool) -> backends.BackendChoice:
     """That of the widest layer, for all."""
     widest = max(layers, key=lambda layer: layer.weight.shape[0])
     rows = x.reshape(-1, x.shape[-1])
-    return backends.choose(backend, backends.problem_of(rows, widest.weight, widest.A, widest.A0, dropout, training))
+    return backends.choose(backend, backends.linear_shape(rows, widest.weight, widest.A, widest.A0, dropout, training))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -221,7 +221,7 @@ def pc_linear_shared(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.0
         scalings,
         [bias is not None for bias in biases],
         dropout,
-        backends.asked_for(),
+        backends.get_backend(),
         build,
         torch.is_grad_enabled(),
     )

@@ -1,4 +1,4 @@
-"""PEFT's layers around bitsandbytes' linear layers, with a window of the dequantised weight."""
+"""PEFT's layers around bitsandbytes' linear layers, with a window of the dequantized weight."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from peft.tuners.lora import bnb
 from torch import nn
 
-from ipca.peft.layers import QuantisedWindowLora
+from ipca.peft.layers import QuantizedWindowLora
 
 
-class WindowLinear4bit(QuantisedWindowLora, bnb.Linear4bit):
+class WindowLinear4bit(QuantizedWindowLora, bnb.Linear4bit):
     """A base of type ``bitsandbytes.nn.Linear4bit``: NF4 or FP4.
 
     On some CPUs bitsandbytes packs the weight at its first evaluation, for good: its scales are rounded, and no
@@ -23,5 +23,5 @@ class WindowLinear4bit(QuantisedWindowLora, bnb.Linear4bit):
         base.support_avx512bf16_for_cpu = False
 
 
-class WindowLinear8bitLt(QuantisedWindowLora, bnb.Linear8bitLt):
+class WindowLinear8bitLt(QuantizedWindowLora, bnb.Linear8bitLt):
     """A base of type ``bitsandbytes.nn.Linear8bitLt``."""

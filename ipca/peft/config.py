@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ipca.io.adapter_folder import SavedLayer, other_base, svd_record
-from ipca.nn import WindowStart, check_options, window_start
+from ipca.nn import InitialFactors, check_options, initial_factors
 from ipca.peft.save_load import load_config, save_config
 from ipca.svd import tolerance
 from ipca.window import Window, as_window
@@ -62,7 +62,7 @@ class PCConfig(LoraConfig):
         lora_alpha: default such that the scaling is 1: ``r``, or ``√r`` with ``use_rslora``.
         init_lora_weights: True, or False for random ``A`` and ``B`` (for debugging, as in PEFT).
         others: as for LoraConfig. Refused by name: DoRA and PEFT's other variants, ``lora_bias``,
-            ``layer_replication``, ``ensure_weight_tying``, and initialisations that are no window.
+            ``layer_replication``, ``ensure_weight_tying``, and initializations that are no window.
 
     Raises:
         TypeError, ValueError: a field has the wrong type, is out of range, or is not supported; the message names it.
@@ -93,9 +93,9 @@ class PCConfig(LoraConfig):
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             check_options(form="intact", dropout=self.lora_dropout, alpha=alpha)
         tolerance(self.tol)
-        self._refuse()
+        self._check_unsupported()
         super().__post_init__()
-        self.starts: dict[str, WindowStart] = {}
+        self.starts: dict[str, InitialFactors] = {}
         self.bases: dict[str, str] = {}
         self.layers: dict[str, SavedLayer] = {}
         self._register_custom_module({nn.Module: _build})  # type: ignore[dict-item]
@@ -103,7 +103,7 @@ class PCConfig(LoraConfig):
     def _alpha_of(self, rank: int) -> float:
         return math.sqrt(rank) if self.use_rslora else rank
 
-    def _refuse(self) -> None:
+    def _check_unsupported(self) -> None:
         for name in _REFUSED:
             if getattr(self, name):
                 raise ValueError(f"PCConfig does not support {name}; leave it out, or use peft.LoraConfig.")
@@ -151,11 +151,11 @@ class PCConfig(LoraConfig):
         """
         return load_config(cls, pretrained_model_name_or_path, subfolder, **kwargs)
 
-    def begin(self, layer: WindowLora, adapter: str, dtype: torch.dtype) -> WindowStart:
+    def begin(self, layer: WindowLora, adapter: str, dtype: torch.dtype) -> InitialFactors:
         """Where an adapter of ``layer`` begins: prepared or read from a file before, else decomposed now.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as :func:`ipca.nn.window_start`, with the layer's path; or what was
+            TypeError, ValueError, RuntimeError: as :func:`ipca.nn.initial_factors`, with the layer's path; or what was
                 prepared belongs to another weight.
         """
         path, rank, scaling = layer.path, layer.r[adapter], layer.scaling[adapter]
@@ -165,7 +165,7 @@ class PCConfig(LoraConfig):
             if start is None:
                 window = self.window_of(path, rank)
                 options = {"scaling": scaling, "form": "intact", "adapter_dtype": dtype, "tol": self.tol}
-                start = window_start(matrix, window, digest=digest, **options)
+                start = initial_factors(matrix, window, digest=digest, **options)
         except ValueError as error:
             raise ValueError(f"{path}: {error} Or give it another rank in rank_pattern, or exclude it.") from None
         except (TypeError, RuntimeError) as error:

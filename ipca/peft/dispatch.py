@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ipca.nn import WindowLayer
-from ipca.nn.quantization import quantised_kind, quantised_refusal
+from ipca.nn.quantization import quantization_kind, unsupported_quantization
 from ipca.peft.layers import WindowConv1d, WindowConv2d, WindowConv3d, WindowEmbedding, WindowLinear, WindowLora
 from ipca.peft.parameter import ParamWrapper
 
@@ -44,7 +44,7 @@ def build(target: nn.Module, adapter_name: str, *, config: PCConfig, target_name
     if kwargs.get("parameter_name") is not None:
         return ParamWrapper(target, adapter_name, config=config, target_name=target_name, **kwargs)
     kwargs.pop("parameter_name", None)
-    why = refusal(base)
+    why = unsupported_reason(base)
     if why:
         raise ValueError(f"{target_name}: {why}; exclude it, or adapt it with peft.LoraConfig.")
     if isinstance(base, (nn.Linear, Conv1D)):
@@ -53,10 +53,10 @@ def build(target: nn.Module, adapter_name: str, *, config: PCConfig, target_name
 
 
 def class_for(base: nn.Module) -> type[WindowLora]:
-    """The layer around a base layer that :func:`refusal` does not refuse."""
-    kind = quantised_kind(base)
+    """The layer around a base layer that :func:`unsupported_reason` does not refuse."""
+    kind = quantization_kind(base)
     if kind is not None:
-        return _quantised_class(kind)
+        return _quantized_class(kind)
     if isinstance(base, nn.Embedding):
         return WindowEmbedding
     for convolution, layer in _CONVOLUTIONS.items():
@@ -65,8 +65,8 @@ def class_for(base: nn.Module) -> type[WindowLora]:
     return WindowLinear
 
 
-def _quantised_class(kind: str) -> type[WindowLora]:
-    """These modules import the library that quantised the base, which is therefore there."""
+def _quantized_class(kind: str) -> type[WindowLora]:
+    """These modules import the library that quantized the base, which is therefore there."""
     if kind.startswith("torchao-"):
         from ipca.peft.torchao import WindowTorchaoLinear
 
@@ -84,14 +84,18 @@ def admit_windows(model: nn.Module, paths: Container[str] | None = None) -> None
         paths: of the layers; default all that are of a kind with a window.
     """
     for path, layer in model.named_modules():
-        if type(layer) in _STOCK and (paths is None or path in paths) and not refusal(layer.get_base_layer()):
+        if (
+            type(layer) in _STOCK
+            and (paths is None or path in paths)
+            and not unsupported_reason(layer.get_base_layer())
+        ):
             layer.__class__, layer.path = _STOCK[type(layer)], path
 
 
-def refusal(base: nn.Module) -> str:
+def unsupported_reason(base: nn.Module) -> str:
     """Why a base layer cannot have a window, or an empty text."""
-    if quantised_kind(base) is not None:
-        return quantised_refusal(base) or ""
+    if quantization_kind(base) is not None:
+        return unsupported_quantization(base) or ""
     if isinstance(base, WindowLayer):
         return "it is adapted by ipca.apply_pc already; ipca.unload the model first"
     if isinstance(base, NonDynamicallyQuantizableLinear | nn.MultiheadAttention):
@@ -99,7 +103,7 @@ def refusal(base: nn.Module) -> str:
     if getattr(base, "_hf_tp_plan", None) is not None:
         return "it is tensor parallel, and no rank has the weight to decompose"
     if isinstance(base, tuple(_CONVOLUTIONS)):
-        return _convolution_refusal(base)
+        return _unsupported_convolution(base)
     if not isinstance(base, nn.Linear | Conv1D | nn.Embedding):
         return f"a {type(base).__name__} has no weight matrix that PEFT's format knows"
     if getattr(base, "max_norm", None) is not None:
@@ -112,7 +116,7 @@ def refusal(base: nn.Module) -> str:
     return ""
 
 
-def _convolution_refusal(base: Any) -> str:
+def _unsupported_convolution(base: Any) -> str:
     """PEFT's convolution by ``A`` takes kernel size, stride and padding from the base layer, and nothing else."""
     for name, plain in (("groups", 1), ("dilation", (1,) * len(base.kernel_size)), ("padding_mode", "zeros")):
         if getattr(base, name) != plain:

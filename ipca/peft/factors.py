@@ -49,7 +49,7 @@ def _shape(part: Part, shape: torch.Size, times: int) -> tuple[int, ...]:
     return (times * shape[0], *shape[1:]) if part == "A" else (shape[0], times * shape[1], *shape[2:])
 
 
-def keep_start(
+def register_initial(
     owner: nn.Module, name: str, part: Part, start: Tensor, *, experts: int = 1, saved: Callable[[], None]
 ) -> None:
     """Keep ``start`` beside the parameter ``name`` of ``owner``, and double that parameter in state dicts.
@@ -62,7 +62,7 @@ def keep_start(
         experts: stacked in the factor.
         saved: called whenever the doubled factor is put into a state dict.
     """
-    owner.register_buffer(start_name(name), start, persistent=False)
+    owner.register_buffer(initial_name(name), start, persistent=False)
     hooks = (
         owner.register_state_dict_post_hook(partial(_double, name, part, experts, saved)),
         owner.register_load_state_dict_pre_hook(partial(_halve, name, part, experts)),
@@ -70,40 +70,40 @@ def keep_start(
     setattr(owner, f"hooks_of_{name}", hooks)
 
 
-def drop_start(owner: nn.Module, name: str) -> None:
-    """Undo :func:`keep_start`, where it was called: another adapter may take the name in the same ``ParameterDict``."""
-    if has_start(owner, name):
-        delattr(owner, start_name(name))
+def remove_initial(owner: nn.Module, name: str) -> None:
+    """Undo :func:`register_initial`, where it was called: another adapter may take the name."""
+    if has_initial(owner, name):
+        delattr(owner, initial_name(name))
         for hook in owner.__dict__.pop(f"hooks_of_{name}"):
             hook.remove()
 
 
-def start_name(name: str) -> str:
+def initial_name(name: str) -> str:
     """The buffer that holds the start of the parameter ``name``."""
-    return f"start_of_{name}"
+    return f"initial_{name}"
 
 
 def move_pair(owner: nn.Module, name: str, device: torch.device) -> None:
     """Move the parameter ``name`` and its start to ``device``, and nothing else that ``owner`` holds."""
-    parameter, start = owner.get_parameter(name), owner.get_buffer(start_name(name))
+    parameter, start = owner.get_parameter(name), owner.get_buffer(initial_name(name))
     if parameter.device != device and not parameter.is_meta:
         moved = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
         owner.register_parameter(name, moved)
     if start.device != device and not start.is_meta:
-        owner.register_buffer(start_name(name), start.to(device), persistent=False)
+        owner.register_buffer(initial_name(name), start.to(device), persistent=False)
 
 
-def has_start(owner: nn.Module, name: str) -> bool:
+def has_initial(owner: nn.Module, name: str) -> bool:
     """Whether a start was kept beside the parameter ``name``."""
-    return start_name(name) in owner._buffers
+    return initial_name(name) in owner._buffers
 
 
-def start_of(owner: nn.Module, name: str) -> Tensor | None:
+def initial_factor(owner: nn.Module, name: str) -> Tensor | None:
     """The start kept beside the parameter ``name``, where that still is one factor of it.
 
     PEFT's hot-swap may have put a whole stock LoRA of another rank into the parameter, which then stands for itself.
     """
-    start = owner._buffers.get(start_name(name))
+    start = owner._buffers.get(initial_name(name))
     parameter = owner._parameters.get(name)
     return start if start is not None and parameter is not None and parameter.shape == start.shape else None
 
@@ -137,7 +137,7 @@ def _double(
     prefix: str,
     local_metadata: dict[str, Any],
 ) -> None:
-    start, key = start_of(owner, name), prefix + name
+    start, key = initial_factor(owner, name), prefix + name
     if start is None or key not in state_dict:
         return
     state_dict[key] = doubled(part, state_dict[key], start.detach(), experts)
@@ -157,7 +157,7 @@ def _halve(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    start, key = start_of(owner, name), prefix + name
+    start, key = initial_factor(owner, name), prefix + name
     if start is None or key not in state_dict:
         return
     both, shape = state_dict[key], start.shape
@@ -170,7 +170,7 @@ def _halve(
         return
     state_dict[key], start_there = halves(part, both, shape, experts)
     if start.is_meta or local_metadata.get("assign_to_params_buffers", False):
-        owner.register_buffer(start_name(name), start_there, persistent=False)
+        owner.register_buffer(initial_name(name), start_there, persistent=False)
     else:
         with torch.no_grad():
             start.copy_(start_there)

@@ -20,7 +20,7 @@ from ipca.peft.config import PCConfig
 from ipca.peft.layers import WindowLora
 
 
-def refuse_swap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str) -> None:
+def check_hotswap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str) -> None:
     """Raise ValueError where ``state_dict`` would fill ``A`` and ``B`` of a window alone, or leave them out."""
     for path, layer in model.named_modules():
         if not (isinstance(layer, WindowLora) and layer.holds(adapter)) or layer.pairs(adapter) is None:
@@ -34,7 +34,7 @@ def refuse_swap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str
             )
 
 
-def refuse_weighted(model: LoraModel, adapters: Sequence[str]) -> None:
+def check_weighted(model: LoraModel, adapters: Sequence[str]) -> None:
     """Raise ValueError where one of ``adapters`` trains a window."""
     windows = [name for name in adapters if isinstance(model.peft_config.get(name), PCConfig)]
     if windows:
@@ -52,12 +52,12 @@ def install_guards() -> None:
     def checked_swap(
         model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        refuse_swap(model, state_dict, adapter_name)
+        check_hotswap(model, state_dict, adapter_name)
         swap(model, state_dict, adapter_name, *args, **kwargs)
 
     @wraps(combine)
     def checked_combine(self: LoraModel, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        refuse_weighted(self, adapters)
+        check_weighted(self, adapters)
         combine(self, adapters, *args, **kwargs)
 
     hotswap.hotswap_adapter_from_state_dict = checked_swap

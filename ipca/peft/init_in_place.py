@@ -10,9 +10,9 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from ipca.model import uninterrupted
-from ipca.nn import WindowStart, quantised_kind, window_start
-from ipca.nn.initialization import kept_weight
-from ipca.peft.dispatch import refusal
+from ipca.nn import InitialFactors, initial_factors, quantization_kind
+from ipca.nn.initialization import frozen_weight
+from ipca.peft.dispatch import unsupported_reason
 from ipca.window import Window, as_window
 
 
@@ -22,7 +22,7 @@ def init_(
     *,
     adapter_name: str = "default",
     tol: float | str = "default",
-) -> dict[str, WindowStart]:
+) -> dict[str, InitialFactors]:
     """Let the stock LoRA layers of ``model`` start from a window, in place, as PEFT's ``pissa`` does.
 
     ``lora_A = √(S_w / scaling) Vh_w``, ``lora_B = U_w √(S_w / scaling)``, and the base weight becomes
@@ -56,7 +56,7 @@ def init_(
         for path, start in starts.items():
             layer, weight = layers[path], _matrix(layers[path])
             options = {"scaling": layer.scaling[adapter_name], "form": "residual"}
-            weight.copy_(kept_weight(weight, start.A0, start.B0, **options))
+            weight.copy_(frozen_weight(weight, start.A0, start.B0, **options))
             layer.lora_A[adapter_name].weight.copy_(start.A0)
             layer.lora_B[adapter_name].weight.copy_(start.B0)
     return starts
@@ -69,7 +69,7 @@ def _stock_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
         raise ValueError(f"this {type(base).__name__} has no LoRA layer; wrap it with peft.get_peft_model first.")
     owners: dict[int, str] = {}
     for path, layer in layers.items():
-        why = _refusal(layer, adapter)
+        why = _unsupported_reason(layer, adapter)
         if why:
             raise ValueError(f"{path}: {why}.")
         if (first := owners.setdefault(id(layer.get_base_layer().weight), path)) != path:
@@ -80,7 +80,7 @@ def _stock_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     return layers
 
 
-def _refusal(layer: Any, adapter: str) -> str:
+def _unsupported_reason(layer: Any, adapter: str) -> str:
     if type(layer) is not lora.Linear:
         return f"it is a {type(layer).__module__}.{type(layer).__qualname__}, not PEFT's stock linear layer"
     if set(layer.lora_A) != {adapter}:
@@ -89,9 +89,9 @@ def _refusal(layer: Any, adapter: str) -> str:
         return "it is merged; call unmerge_adapter() first"
     if layer.lora_variant or layer.lora_bias[adapter]:
         return "its adapter is a variant of LoRA (DoRA, lora_bias, …)"
-    if quantised_kind(layer.get_base_layer()) is not None:
-        return "its weight is quantised, so that nothing can be taken out of it; use a PCConfig"
-    return refusal(layer.get_base_layer())
+    if quantization_kind(layer.get_base_layer()) is not None:
+        return "its weight is quantized, so that nothing can be taken out of it; use a PCConfig"
+    return unsupported_reason(layer.get_base_layer())
 
 
 def _matrix(layer: Any) -> Tensor:
@@ -99,11 +99,11 @@ def _matrix(layer: Any) -> Tensor:
     return weight.mT if layer.fan_in_fan_out else weight
 
 
-def _start(path: str, layer: Any, window: Window | str | float, adapter: str, tol: float | str) -> WindowStart:
+def _start(path: str, layer: Any, window: Window | str | float, adapter: str, tol: float | str) -> InitialFactors:
     dtype, scaling = layer.lora_A[adapter].weight.dtype, layer.scaling[adapter]
     try:
         chosen = as_window(window, layer.r[adapter])
         options = {"scaling": scaling, "form": "residual", "adapter_dtype": dtype, "tol": tol}
-        return window_start(_matrix(layer), chosen, **options)
+        return initial_factors(_matrix(layer), chosen, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"{path}: {error}") from None

@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ipca._hashing import tensor_sha256
 from ipca.io.peft_kinds import to_peft
-from ipca.nn import WindowStart
-from ipca.nn.quantization import dequantised, quantised_kind, quantised_sha256
+from ipca.nn import InitialFactors
+from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256
 from ipca.ops import pc_linear
-from ipca.peft.factors import LOST, drop_start, has_start, keep_start, misfit, move_pair, start_of
+from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
 from ipca.peft.variant import WindowVariant
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ class WindowLora(_Mixed):
             return super().resolve_lora_variant(config=config, **kwargs)
         return WindowVariant()
 
-    def base_weight(self) -> Tensor:
+    def base_parameter(self) -> Tensor:
         """The tensor the base layer holds."""
         return self.get_base_layer().weight
 
     def base_matrix(self) -> Tensor:
         """The base weight as ``(out, in)``, a float tensor."""
-        return self.base_weight().detach()
+        return self.base_parameter().detach()
 
     def base_sha256(self) -> str:
         """How an adapter knows the base weight it belongs to."""
@@ -69,37 +69,37 @@ class WindowLora(_Mixed):
         """The modules of PEFT that hold ``A`` and ``B``, and the parameters' names there."""
         return (self.lora_A[adapter], "weight"), (self.lora_B[adapter], "weight")
 
-    def stored(self, start: WindowStart, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def stored(self, start: InitialFactors, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """``A0, B0`` in the shapes, the dtype and on the device of ``A, B``."""
-        kernel = self.base_weight().shape[2:] if self.kind == "conv" else ()
+        kernel = self.base_parameter().shape[2:] if self.kind == "conv" else ()
         A0, B0 = to_peft(self.kind, start.A0, start.B0, kernel)
         return A0.to(A), B0.to(B)
 
-    def begin(self, adapter: str, config: PCConfig) -> None:
+    def init_adapter(self, adapter: str, config: PCConfig) -> None:
         """Set ``A = A0`` and ``B = B0``, the window of the base weight, and keep ``A0, B0`` beside them."""
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
         A, B = in_A.get_parameter(name_A), in_B.get_parameter(name_B)
-        if A.is_meta or self.base_weight().is_meta:  # low_cpu_mem_usage: a file is about to be loaded
-            if not self.base_weight().is_meta:
+        if A.is_meta or self.base_parameter().is_meta:  # low_cpu_mem_usage: a file is about to be loaded
+            if not self.base_parameter().is_meta:
                 config.check_base(self)
             A0, B0 = torch.empty_like(A, device="meta"), torch.empty_like(B, device="meta")
         else:
-            with gather_params_ctx(self.base_weight()):
+            with gather_params_ctx(self.base_parameter()):
                 A0, B0 = self.stored(config.begin(self, adapter, A.dtype), A.detach(), B.detach())
             if config.init_lora_weights:
                 with torch.no_grad():
                     A.copy_(A0)
                     B.copy_(B0)
         experts, saved = getattr(self, "num_experts", 1), config.on_save(self.path)
-        keep_start(in_A, name_A, "A", A0, experts=experts, saved=saved)
-        keep_start(in_B, name_B, "B", B0, experts=experts, saved=saved)
+        register_initial(in_A, name_A, "A", A0, experts=experts, saved=saved)
+        register_initial(in_B, name_B, "B", B0, experts=experts, saved=saved)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's, which after loading with ``low_cpu_mem_usage`` would also round the factors to the base's dtype."""
         owners = self.owners(adapter_name) if self.holds(adapter_name) else ()
-        if owners and all(has_start(owner, name) for owner, name in owners):
+        if owners and all(has_initial(owner, name) for owner, name in owners):
             for owner, name in owners:
-                move_pair(owner, name, device or self.base_weight().device)
+                move_pair(owner, name, device or self.base_parameter().device)
         else:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
@@ -108,7 +108,7 @@ class WindowLora(_Mixed):
         owners = self.owners(adapter_name) if self.holds(adapter_name) else ()
         super().delete_adapter(adapter_name)
         for owner, name in owners:
-            drop_start(owner, name)
+            remove_initial(owner, name)
 
     def pairs(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """``A, B, A0, B0`` of an adapter with a start, else None.
@@ -117,14 +117,14 @@ class WindowLora(_Mixed):
             RuntimeError: the factors do not belong to the start, or hold nothing yet; see :func:`misfit`.
         """
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
-        A0, B0 = start_of(in_A, name_A), start_of(in_B, name_B)
+        A0, B0 = initial_factor(in_A, name_A), initial_factor(in_B, name_B)
         if A0 is None or B0 is None:
             window = isinstance(self.lora_variant.get(adapter), WindowVariant)
-            if window and not (has_start(in_A, name_A) and has_start(in_B, name_B)):
+            if window and not (has_initial(in_A, name_A) and has_initial(in_B, name_B)):
                 raise RuntimeError(f"{self.path}: the adapter {adapter!r} cannot be computed: {LOST}.")
             return None
         A, B = in_A.get_parameter(name_A), in_B.get_parameter(name_B)
-        why = misfit(A, B, self.base_weight())
+        why = misfit(A, B, self.base_parameter())
         if why:
             raise RuntimeError(f"{self.path}: the adapter {adapter!r} cannot be computed: {why}.")
         return A, B, A0, B0
@@ -166,25 +166,25 @@ class WindowLora(_Mixed):
         return F.linear(x, weight)
 
 
-class QuantisedWindowLora(WindowLora):
-    """A base whose weight is quantised: the window is that of the dequantised weight."""
+class QuantizedWindowLora(WindowLora):
+    """A base whose weight is quantized: the window is that of the dequantized weight."""
 
     @property
     def kind(self) -> str:
-        return str(quantised_kind(self.get_base_layer()))
+        return str(quantization_kind(self.get_base_layer()))
 
     def base_matrix(self) -> Tensor:
-        return dequantised(self.get_base_layer())
+        return dequantize(self.get_base_layer())
 
     def base_sha256(self) -> str:
-        return quantised_sha256(self.get_base_layer())
+        return quantized_sha256(self.get_base_layer())
 
 
 class WindowLinear(WindowLora, lora.Linear):
     """A base of type ``nn.Linear`` or transformers' ``Conv1D``."""
 
     def base_matrix(self) -> Tensor:
-        return self.in_layout(self.base_weight().detach())
+        return self.in_layout(self.base_parameter().detach())
 
     def in_layout(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self.fan_in_fan_out else matrix
@@ -236,7 +236,7 @@ class WindowEmbedding(WindowLora, lora.Embedding):
     kind = "embedding"
 
     def base_matrix(self) -> Tensor:
-        return self.base_weight().detach().mT
+        return self.base_parameter().detach().mT
 
     def in_layout(self, matrix: Tensor) -> Tensor:
         return matrix.mT
@@ -270,10 +270,10 @@ class _WindowConv(WindowLora):
     kind = "conv"
 
     def base_matrix(self) -> Tensor:
-        return self.base_weight().detach().flatten(1)
+        return self.base_parameter().detach().flatten(1)
 
     def in_layout(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.base_weight().shape)
+        return matrix.reshape(self.base_parameter().shape)
 
     def apply_factor(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         return module._conv_forward(x, weight, None)  # type: ignore[operator]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class ParamWrapper(WindowLora, lora.ParamWrapper):
     """A base that is one parameter: ``(out, in)``, or a stack of experts ``(E, out, in)``, each with its own window.
 
-    PEFT recognises the class by its name. It stores ``A`` as ``(E r, in)``, expert by expert, and ``B`` as
+    PEFT recognizes the class by its name. It stores ``A`` as ``(E r, in)``, expert by expert, and ``B`` as
     ``(out, r E)``, rank by rank.
     """
 
@@ -40,13 +40,13 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
         """Add an adapter."""
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
         if getattr(config, "window", None) is not None:
-            self.begin(adapter_name, config)
+            self.init_adapter(adapter_name, config)
 
-    def base_weight(self) -> Tensor:
+    def base_parameter(self) -> Tensor:
         return self.get_param()
 
     def base_matrix(self) -> Tensor:
-        return self.in_layout(self.base_weight().detach())
+        return self.in_layout(self.base_parameter().detach())
 
     def in_layout(self, matrix: Tensor) -> Tensor:
         return matrix if matrix.ndim == 2 or self._did_swap_in_out_features else matrix.mT

@@ -12,9 +12,9 @@ from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 
 from ipca.config import PCConfig as NativeConfig
-from ipca.model import Target, refuse_inference_mode
-from ipca.model.decompose import window_starts
-from ipca.model.originals import Originals
+from ipca.model import Target, check_inference_mode
+from ipca.model.decompose import decompose_targets
+from ipca.model.unquantized_weights import UnquantizedWeights
 from ipca.nn.layer_kinds import stack_names
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
@@ -30,7 +30,7 @@ def prepare(
     config: PCConfig,
     *,
     cache: SpectralCache | str | os.PathLike[str] | None = None,
-    originals: Originals | None = None,
+    unquantized_weights: UnquantizedWeights | None = None,
     progress: bool = True,
 ) -> PCConfig:
     """Find every start that ``config`` asks of ``model``, so that PEFT can put the layers in at once.
@@ -48,7 +48,7 @@ def prepare(
             layers that ``config`` targets.
         config: what to adapt; it keeps the starts until PEFT takes them.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
-        originals: for quantised layers the weights they had before, see :func:`ipca.apply_pc`.
+        unquantized_weights: for quantized layers the weights they had before, see :func:`ipca.apply_pc`.
         progress: show a progress bar.
 
     Returns:
@@ -57,18 +57,18 @@ def prepare(
     Raises:
         TypeError, ValueError, RuntimeError: as PEFT, or as :func:`ipca.apply_pc`, with the layer's path.
     """
-    refuse_inference_mode()
+    check_inference_mode()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     trial = _wrapped(base, config)
     targets = _targets(trial, config)
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
     try:
-        starts = window_starts(
+        starts = decompose_targets(
             trial,
             list(targets.values()),
             NativeConfig(tol=config.tol),
             cache=store,
-            originals=_by_path(originals),
+            unquantized_weights=_by_path(unquantized_weights),
             progress=progress,
         )
     except (TypeError, ValueError, RuntimeError) as error:
@@ -78,11 +78,11 @@ def prepare(
     return config
 
 
-def _by_path(originals: Originals | None) -> Originals | None:
+def _by_path(unquantized_weights: UnquantizedWeights | None) -> UnquantizedWeights | None:
     """The same by the name that a base layer has inside PEFT's."""
-    if originals is None:
+    if unquantized_weights is None:
         return None
-    find = originals.__getitem__ if isinstance(originals, Mapping) else originals
+    find = unquantized_weights.__getitem__ if isinstance(unquantized_weights, Mapping) else unquantized_weights
     return lambda name: find(name.replace(_INSIDE, ""))
 
 
@@ -110,7 +110,7 @@ def _targets(trial: nn.Module, config: PCConfig) -> dict[str, Target]:
         if not (isinstance(layer, WindowLora) and layer.holds(_ADAPTER)):
             continue
         base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
-        if owners[id(layer.base_weight())] > 1:
+        if owners[id(layer.base_parameter())] > 1:
             raise ValueError(
                 f"{layer.path}: its weight is tied to another module's, which merging would change too; exclude it, or "
                 "untie them."

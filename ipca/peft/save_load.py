@@ -23,7 +23,7 @@ from ipca.io.adapter_folder import SIDECAR, Factors, SavedLayer, file_sha256, re
 from ipca.io.files import staged_files
 from ipca.io.peft_format import WEIGHTS
 from ipca.io.peft_kinds import PREFIX, factor_keys, wrappers_around
-from ipca.nn import InitCertificate, WindowStart
+from ipca.nn import InitCertificate, InitialFactors
 
 if TYPE_CHECKING:
     from ipca.peft.config import PCConfig
@@ -112,7 +112,7 @@ def load_config(
     }
     if not (path / WEIGHTS).is_file():
         return cls(**values, **_own_fields(path))
-    saved = read_adapter(path, whole=False)
+    saved = read_adapter(path, modules_to_save=False)
     config = cls(**{**values, **_windows(path, saved.layers)})
     config.layers = dict(saved.layers)
     config.bases = {name: layer.base_sha256 for name, layer in saved.layers.items() if layer.base_sha256}
@@ -143,10 +143,10 @@ def _whole_modules(weights: Path, layers: Mapping[str, SavedLayer]) -> list[str]
     return sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in others})
 
 
-def _start(layer: SavedLayer, factors: Factors) -> WindowStart:
+def _start(layer: SavedLayer, factors: Factors) -> InitialFactors:
     dtype = str(factors.A0.dtype).removeprefix("torch.")
     certificate = InitCertificate(dtype, 0.0, 0.0, 0.0)
-    return WindowStart(factors.A0, factors.B0, layer.window, layer.base_sha256 or "", layer.report(), certificate)
+    return InitialFactors(factors.A0, factors.B0, layer.window, layer.base_sha256 or "", layer.report(), certificate)
 
 
 def _local(folder: str | os.PathLike[str], subfolder: str | None, **kwargs: Any) -> Path:

@@ -1,4 +1,4 @@
-"""PEFT's layer around a linear layer with a weight of torchao, with a window of the dequantised weight."""
+"""PEFT's layer around a linear layer with a weight of torchao, with a window of the dequantized weight."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 
-from ipca.peft.layers import QuantisedWindowLora
+from ipca.peft.layers import QuantizedWindowLora
 
 
-class WindowTorchaoLinear(QuantisedWindowLora, TorchaoLoraLinear):
-    """A base of type ``nn.Linear`` whose weight torchao has quantised."""
+class WindowTorchaoLinear(QuantizedWindowLora, TorchaoLoraLinear):
+    """A base of type ``nn.Linear`` whose weight torchao has quantized."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         kwargs.setdefault("get_apply_tensor_subclass", None)  # merging needs it, and says so

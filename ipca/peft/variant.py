@@ -21,7 +21,7 @@ class WindowVariant(LoraVariant):
 
     @staticmethod
     def init(module: WindowLora, adapter_name: str, config: PCConfig, **_: Any) -> None:
-        module.begin(adapter_name, config)
+        module.init_adapter(adapter_name, config)
 
     @staticmethod
     def forward(module: WindowLora, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:

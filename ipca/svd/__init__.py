@@ -3,7 +3,7 @@
 from ipca.svd.batch import workspace
 from ipca.svd.cache import SpectralCache, cached_window_svd
 from ipca.svd.decompose import FLOAT_DTYPES, TOLERANCES, check_matrix, singular_values, tolerance, window_svd
-from ipca.svd.parallel import side_by_side
+from ipca.svd.parallel import thread_map
 from ipca.svd.result import SVDReport, WindowSVD
 
 __all__ = [
@@ -14,8 +14,8 @@ __all__ = [
     "WindowSVD",
     "cached_window_svd",
     "check_matrix",
-    "side_by_side",
     "singular_values",
+    "thread_map",
     "tolerance",
     "window_svd",
     "workspace",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ipca.svd.parallel import side_by_side
-from ipca.svd.problem import Problem
+from ipca.svd.parallel import thread_map
+from ipca.svd.problem import MatrixBatch
 from ipca.svd.result import SVDReport, WindowSVD
 from ipca.svd.solve import Solution, solve
 from ipca.window import Window
@@ -35,7 +35,7 @@ def decompose(W: Tensor, windows: Sequence[Window], *, tol: float, dtype: torch.
     parts = on.split(together)
     work = lambda part: _decompose(part, windows, tol, dtype, seed)  # noqa: E731
     threaded = on.device.type == "cpu"
-    done = side_by_side(work, parts, [room] * len(parts)) if threaded else map(work, parts)
+    done = thread_map(work, parts, [room] * len(parts)) if threaded else map(work, parts)
     rows = [row for part in done for row in part]
     return [_stack([row[k] for row in rows], W.device) for k in range(len(windows))]
 
@@ -51,7 +51,7 @@ def _decompose(
 def _decompose_exactly(
     W: Tensor, windows: Sequence[Window], tol: float, dtype: torch.dtype, seed: int
 ) -> list[list[WindowSVD]]:
-    problem = Problem(W if W.shape[1] >= W.shape[2] else W.mT, seed)
+    problem = MatrixBatch(W if W.shape[1] >= W.shape[2] else W.mT, seed)
     spectrum = torch.linalg.svdvals(problem.blocks.dense())[0] if any(w.needs_spectrum for w in windows) else None
     rows: list[list[WindowSVD]] = [[] for _ in W]
     for window in windows:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipca._atomic import TEMPORARY, DamagedFile
+from ipca._atomic import TEMPORARY, CorruptFileError
 from ipca.svd.decompose import check_matrix, window_svd
 from ipca.svd.entry import ENDING, CacheEntry, CacheKey, cache_key, read_entry, write_entry
 from ipca.svd.result import WindowSVD
@@ -46,7 +46,7 @@ class SpectralCache:
             _, found = read_entry(path)
         except FileNotFoundError:
             return None
-        except DamagedFile as error:
+        except CorruptFileError as error:
             _warn(f"{error}; it is removed and made again")
             with suppress(OSError):
                 path.unlink()
@@ -71,7 +71,7 @@ class SpectralCache:
         """Every sound entry, of any version, the one used last first."""
         found = []
         for path in self._files():
-            with suppress(OSError, DamagedFile):
+            with suppress(OSError, CorruptFileError):
                 key, window = read_entry(path)
                 shape, status = (window.U.shape[0], window.Vh.shape[1]), path.stat()
                 found.append(CacheEntry(path, key, window.report, shape, status.st_size, status.st_mtime))
@@ -89,7 +89,7 @@ class SpectralCache:
                 read_entry(path)
             except FileNotFoundError:  # another process has deleted it
                 continue
-            except (OSError, DamagedFile) as error:
+            except (OSError, CorruptFileError) as error:
                 damaged.append((path, str(error)))
                 if remove:
                     path.unlink(missing_ok=True)

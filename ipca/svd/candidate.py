@@ -1,4 +1,4 @@
-"""What a path proposes: vectors of a window, and how close its neighbours seem to be."""
+"""What a path proposes: vectors of a window, and how close its neighbors seem to be."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Candidate:
 
     Attributes:
         V: ``(batch, n, r)``, orthonormal.
-        neighbours: ``(batch, 2)``; estimates of the singular values next to the window, above (infinity where the
+        neighbors: ``(batch, 2)``; estimates of the singular values next to the window, above (infinity where the
             window starts the spectrum) and below (0 where it ends it).
         polish: one more step of the path's iteration on ``V``, where the path has one.
     """
 
     V: Tensor
-    neighbours: Tensor
+    neighbors: Tensor
     polish: Callable[[Tensor], Tensor] | None = None

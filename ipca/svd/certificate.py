@@ -1,6 +1,6 @@
 """Are these the components they claim to be? The residual bounds the vectors, two inertia counts prove the indices.
 
-By Sylvester's law of inertia the number of positive pivots of an LDLᵀ factorisation of ``WᵀW − x² I`` is the number
+By Sylvester's law of inertia the number of positive pivots of an LDLᵀ factorization of ``WᵀW − x² I`` is the number
 of singular values above ``x``. Let ρ be the residual of a window ``[s, s + r)``. Orthonormal vectors with residual ρ
 belong to ``r`` distinct singular values within ρ of ``S`` (Kahan). So any two thresholds outside of these prove it,
 
@@ -9,8 +9,8 @@ belong to ``r`` distinct singular values within ρ of ``S`` (Kahan). So any two 
 as ``r`` of the ``s + r`` values above ``y`` are the window's and ``s`` lie above it. A count at an end of the spectrum
 (s = 0, s + r = d) is not needed.
 
-Where a path says how far the window's neighbours are, the thresholds lie a quarter of the way towards them, and never
-nearer to the window than ``n eps σ₁²``, the rounding error of the Gram matrix; a factorisation whose own error could
+Where a path says how far the window's neighbors are, the thresholds lie a quarter of the way toward them, and never
+nearer to the window than ``n eps σ₁²``, the rounding error of the Gram matrix; a factorization whose own error could
 reach the window does not count. So a window that cuts a tie, or lies so low that these errors hide it, is never proven
 by accident: it is left uncertified.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ipca.svd.blocks import Blocks
-from ipca.svd.ldlt import factorise_shifted
+from ipca.svd.ldlt import factorize_shifted
 from ipca.svd.random_vectors import PROBES, normal
 
 _EPS = torch.finfo(torch.float64).eps
@@ -57,10 +57,10 @@ def count_above(G: Tensor, threshold: Tensor, room: Tensor, seed: int = 0) -> Te
     """How many eigenvalues of each symmetric ``G (batch, n, n)`` exceed ``threshold (batch,)``.
 
     ``room (batch,)``: how far an error may move eigenvalues without harm. Where the bound on the unpivoted
-    factorisation's error is above that, the error is measured, and where it is too large indeed Bunch and Kaufman's
+    factorization's error is above that, the error is measured, and where it is too large indeed Bunch and Kaufman's
     pivoting counts again.
     """
-    factor = factorise_shifted(G, threshold)
+    factor = factorize_shifted(G, threshold)
     counts, unsure = factor.positive, ~(factor.error <= room)
     if bool(unsure.any()):
         x = probes(G, seed)
@@ -82,7 +82,7 @@ def count_above_pivoted(G: Tensor, threshold: Tensor | float) -> int:
 
 
 def certify(
-    G: Tensor, S: Tensor, rho: Tensor, sigma1: Tensor, start: int, neighbours: Tensor | None = None
+    G: Tensor, S: Tensor, rho: Tensor, sigma1: Tensor, start: int, neighbors: Tensor | None = None
 ) -> list[Proof]:
     """Prove that ``S`` holds the singular values ``[start, start + r)`` of the matrices whose Gram matrices are ``G``.
 
@@ -92,7 +92,7 @@ def certify(
         rho: ``(batch,)``, the residuals.
         sigma1: ``(batch,)``.
         start: the index that ``S[:, 0]`` claims to have.
-        neighbours: ``(batch, 2)``, estimates of the values at ``start − 1`` and ``start + r``, none by default.
+        neighbors: ``(batch, 2)``, estimates of the values at ``start − 1`` and ``start + r``, none by default.
     """
     n, end = G.shape[-1], start + S.shape[1]
     delta = torch.maximum(4 * rho, 1e-9 * sigma1)
@@ -101,7 +101,7 @@ def certify(
     failed: list[str | None] = [None for _ in S]
     if start > 0:
         nearest = (S[:, 0] + delta).square() + rounding
-        x2 = nearest if neighbours is None else torch.maximum(nearest, _towards(S[:, 0], neighbours[:, 0]))
+        x2 = nearest if neighbors is None else torch.maximum(nearest, _towards(S[:, 0], neighbors[:, 0]))
         counts = count_above(G, x2, room=x2 - (S[:, 0] + rho).square())
         for i, count in enumerate(counts.tolist()):
             words[i].append(f"{count} above")
@@ -110,7 +110,7 @@ def certify(
     if end < n:
         low = S[:, -1] - delta
         nearest = low.square() - rounding
-        y2 = nearest if neighbours is None else torch.minimum(nearest, _towards(S[:, -1], neighbours[:, 1]))
+        y2 = nearest if neighbors is None else torch.minimum(nearest, _towards(S[:, -1], neighbors[:, 1]))
         hidden = (low <= 0) | (low.square() <= 2 * rounding)
         counts = count_above(G, y2, room=(S[:, -1] - rho).square() - y2)
         for i, (count, too_low) in enumerate(zip(counts.tolist(), hidden.tolist(), strict=True)):
@@ -125,24 +125,24 @@ def certify(
 
 
 def certify_first(
-    W: Blocks, G: Tensor, S: Tensor, V: Tensor, rho: Tensor, sigma1: Tensor, neighbour: Tensor, seed: int
+    W: Blocks, G: Tensor, S: Tensor, V: Tensor, rho: Tensor, sigma1: Tensor, neighbor: Tensor, seed: int
 ) -> list[Proof]:
-    """The same for the windows ``[0, r)``, by one Cholesky factorisation, and in float32 where ``G`` is float32.
+    """The same for the windows ``[0, r)``, by one Cholesky factorization, and in float32 where ``G`` is float32.
 
     If ``y² I − WᵀW + V diag(2 S²) Vᵀ`` is positive definite, at most ``r`` singular values reach ``y``, as the last
     term has rank ``r``; the residual says that at least ``r`` do if ``y <= S_last − ρ``. Here ``y²`` is moved down by
-    what ``G`` can be off from ``WᵀW``, measured, and by the factorisation's own error.
+    what ``G`` can be off from ``WᵀW``, measured, and by the factorization's own error.
 
     Args:
         W, G: the matrices, and ``WᵀW (batch, n, n)``.
         V: ``(batch, n, r)``, the right singular vectors.
-        neighbour: ``(batch,)``, an estimate of the value at ``r``.
+        neighbor: ``(batch,)``, an estimate of the value at ``r``.
         seed: of the random vectors that ``G`` is measured with.
     """
     r, dtype = S.shape[1], G.dtype
     lowest = (S[:, -1] - torch.maximum(4 * rho, 1e-9 * sigma1)).clamp_min(0).square()
-    y2 = torch.minimum(lowest, (S[:, -1].square() + neighbour.square()) / 2)
-    largest = y2 + 2 * S[:, 0].square()  # entry of M: what its factorisation is off by is √n eps of it
+    y2 = torch.minimum(lowest, (S[:, -1].square() + neighbor.square()) / 2)
+    largest = y2 + 2 * S[:, 0].square()  # entry of M: what its factorization is off by is √n eps of it
     error = gram_error(W, G, seed) + G.shape[-1] ** 0.5 * torch.finfo(dtype).eps * largest
     M = torch.baddbmm(G, (V * (2 * S.square())[:, None]).to(dtype), V.mT.to(dtype), beta=-1)
     M.diagonal(dim1=-2, dim2=-1).add_((y2 - error).to(dtype)[:, None])
@@ -189,9 +189,9 @@ def certify_full(spectrum: Tensor, start: int, rank: int, d: int, m: int) -> Pro
     return Proof(True, "full SVD: no tie at the window's edges")
 
 
-def _towards(edge: Tensor, neighbour: Tensor) -> Tensor:
-    """A quarter of the way from ``edge`` to ``neighbour``, in squares; ``edge`` where the neighbour is unknown."""
-    known = torch.where(neighbour.isfinite(), neighbour, edge).square()
+def _towards(edge: Tensor, neighbor: Tensor) -> Tensor:
+    """A quarter of the way from ``edge`` to ``neighbor``, in squares; ``edge`` where the neighbor is unknown."""
+    known = torch.where(neighbor.isfinite(), neighbor, edge).square()
     return edge.square() + (known - edge.square()) / 4
 
 

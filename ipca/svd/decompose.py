@@ -84,7 +84,7 @@ def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> None:
     if not isinstance(W, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(W).__name__}.")
     if W.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"cannot decompose a {W.dtype} tensor; dequantise or cast it to a 16-, 32- or 64-bit float.")
+        raise TypeError(f"cannot decompose a {W.dtype} tensor; dequantize or cast it to a 16-, 32- or 64-bit float.")
     if W.layout != torch.strided:
         raise TypeError(f"cannot decompose a {W.layout} tensor; make it dense first.")
     if W.ndim not in dims or W.numel() == 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipca._atomic import DamagedFile, Record, read_sealed, write_sealed
+from ipca._atomic import CorruptFileError, Record, read_checksummed, write_checksummed
 from ipca._hashing import tensor_sha256
 from ipca.svd.decompose import tolerance
 from ipca.svd.result import SVDReport, WindowSVD
@@ -87,10 +87,10 @@ def cache_key(
 
 
 def write_entry(folder: Path, key: CacheKey, found: WindowSVD) -> None:
-    """Keep the window of one matrix, in one go; raises OSError as :func:`ipca._atomic.write_sealed` does."""
+    """Keep the window of one matrix, in one go; raises OSError as :func:`ipca._atomic.write_checksummed` does."""
     (report,) = found.reports
     record = {"key": asdict(key), "report": asdict(report)}
-    write_sealed(folder / key.file_name, record, {"U": found.U, "S": found.S, "Vh": found.Vh})
+    write_checksummed(folder / key.file_name, record, {"U": found.U, "S": found.S, "Vh": found.Vh})
 
 
 def read_entry(path: Path) -> tuple[CacheKey, WindowSVD]:
@@ -98,16 +98,16 @@ def read_entry(path: Path) -> tuple[CacheKey, WindowSVD]:
 
     Raises:
         OSError: the file is not there or cannot be read.
-        DamagedFile: it is not what was written, or its name is that of another entry.
+        CorruptFileError: it is not what was written, or its name is that of another entry.
     """
-    record, tensors = read_sealed(path)
+    record, tensors = read_checksummed(path)
     try:
         key = CacheKey(**record["key"])
         found = WindowSVD(tensors["U"], tensors["S"], tensors["Vh"], (_report(record["report"]),))
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFile(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        raise CorruptFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     if key.file_name != path.name:
-        raise DamagedFile(f"{path} is damaged: it holds another entry than its name says")
+        raise CorruptFileError(f"{path} is damaged: it holds another entry than its name says")
     return key, found
 
 

@@ -49,7 +49,7 @@ def identify_window(W: Tensor, B: Tensor, A: Tensor, start: int | None = None) -
 
 
 def singular_values_above(W: Tensor, value: float) -> int:
-    """``#(σ > value)`` of ``W (m, n)``: the positive pivots of an LDLᵀ factorisation of ``WᵀW − value² I`` (Sylvester).
+    """``#(σ > value)`` of ``W (m, n)``: the positive pivots of an LDLᵀ factorization of ``WᵀW − value² I`` (Sylvester).
 
     Right where no singular value is within about ``n eps σ₁² / value`` of ``value``, eps that of float64.
     """

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 PANEL = 64
-"""Columns that :func:`ldlt_panel_` factorises at once."""
+"""Columns that :func:`ldlt_panel_` factorizes at once."""
 _LEAF = 16
 
 
 def ldlt_panel_(panel: Tensor, growth: Tensor, positive: Tensor, tiny: Tensor) -> None:
-    """Factorise the first columns of symmetric matrices, ``A = L D Lᵀ`` without pivoting, in place.
+    """Factorize the first columns of symmetric matrices, ``A = L D Lᵀ`` without pivoting, in place.
 
     Args:
         panel: ``(batch, rows, k)``, ``k <= rows``, the last dimension contiguous: the columns of what is left of each
@@ -99,7 +99,7 @@ def scaled_cholesky(G: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lanczos_step_(basis: Tensor, product: Tensor, alpha: Tensor, beta: Tensor, step: int) -> None:
-    """One step of independent Lanczos recurrences with full reorthogonalisation.
+    """One step of independent Lanczos recurrences with full reorthogonalization.
 
     With ``v_j = basis[j]`` and ``w = product = G v_step``: ``alpha_step = ⟨v_step, w⟩``; ``w`` is made orthogonal to
     ``v_0 … v_step`` by classical Gram–Schmidt, twice; ``beta_step = ‖w‖``; ``v_{step+1} = w / beta_step``, or 0 where

@@ -1,4 +1,4 @@
-"""A window inside a large spectrum: a shift from the density of states, one factorisation, inverse block Krylov."""
+"""A window inside a large spectrum: a shift from the density of states, one factorization, inverse block Krylov."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from ipca.svd.candidate import Candidate
 from ipca.svd.ldlt import LDLT
-from ipca.svd.problem import Problem
+from ipca.svd.problem import MatrixBatch
 from ipca.svd.shift_invert import inverse_krylov
 
 _NEAR = 24
-"""Indices; to come nearer than that costs another factorisation, more than the few columns it saves."""
+"""Indices; to come nearer than that costs another factorization, more than the few columns it saves."""
 _TRIES = 6
 
 
-def interior(problem: Problem, window: range, tol: float) -> Candidate | None:
+def interior(problem: MatrixBatch, window: range, tol: float) -> Candidate | None:
     """The window's right singular vectors for every matrix of ``problem``; None where no shift comes near it."""
     problem.gram  # noqa: B018  first, as what follows takes its float32 copy
     goal = tol * problem.sigma1
@@ -23,18 +23,18 @@ def interior(problem: Problem, window: range, tol: float) -> Candidate | None:
     return inverse_krylov(problem, factor, shift, factor.positive, window, goal)
 
 
-def _shift_near(problem: Problem, index: float, near: int) -> tuple[Tensor, LDLT]:
-    """A shift with about ``index`` eigenvalues of ``WᵀW`` above it, and the factorisation whose inertia counts them.
+def _shift_near(problem: MatrixBatch, index: float, near: int) -> tuple[Tensor, LDLT]:
+    """A shift with about ``index`` eigenvalues of ``WᵀW`` above it, and the factorization whose inertia counts them.
 
     The density of states is right to a few indices where the spectrum is smooth. Elsewhere its miss is known exactly
-    after the factorisation, and the next try corrects by it, or lies between two counts once both sides are known.
+    after the factorization, and the next try corrects by it, or lies between two counts once both sides are known.
     """
     aim = torch.full_like(problem.sigma1, index)
     low, high = torch.zeros_like(aim), torch.full_like(aim, torch.inf)
     low_count, high_count = torch.full_like(aim, problem.n), torch.zeros_like(aim)
     sigma = problem.density.value_at(aim)
     for _ in range(_TRIES):
-        factor = problem.factorise(sigma.square())
+        factor = problem.factorize(sigma.square())
         missed = factor.positive - index
         done = missed.abs() <= near
         if done.all():
@@ -50,5 +50,5 @@ def _shift_near(problem: Problem, index: float, near: int) -> tuple[Tensor, LDLT
         sigma = torch.where(done, sigma, torch.where(guess.isfinite(), guess, 2 * low))
         del factor  # before the next one takes its memory
     else:
-        factor = problem.factorise(sigma.square())
+        factor = problem.factorize(sigma.square())
     return sigma.square(), factor

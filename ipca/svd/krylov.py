@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ipca.svd.candidate import Candidate
-from ipca.svd.orthonormal import orthonormalise
+from ipca.svd.orthonormal import orthonormalize
 
 Operator = Callable[[Tensor], Tensor]
 _FLOOR = 1e-3
-"""Closer neighbours than this share of ``tol`` are not worth more work: the certificate tells."""
+"""Closer neighbors than this share of ``tol`` are not worth more work: the certificate tells."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Krylov:
         self.basis, self.images = (start.new_empty(batch, limit, n).mT for _ in range(2))
         self.projected = start.new_zeros(batch, limit, limit)
         self.size = 0
-        self._append(orthonormalise(start))
+        self._append(orthonormalize(start))
 
     def grow(self) -> None:
         """Add the next block."""
         seen = self.basis[:, :, : self.size]
-        self._append(orthonormalise(self.images[:, :, self.size - self.width : self.size], seen))
+        self._append(orthonormalize(self.images[:, :, self.size - self.width : self.size], seen))
 
     def _append(self, block: Tensor) -> None:
         new = slice(self.size, self.size + self.width)
@@ -77,10 +77,10 @@ class Krylov:
         """Grow until the pairs ``wanted`` are good, or the basis is full.
 
         Args:
-            wanted: as in :meth:`ritz`; besides the window's places those of its neighbours.
+            wanted: as in :meth:`ritz`; besides the window's places those of its neighbors.
             measure: how good a pair is.
             edges: which of ``wanted`` are the window.
-            tol: ``(batch,)``; the residual to reach. Where the window's neighbours lie closer than that, a tenth of
+            tol: ``(batch,)``; the residual to reach. Where the window's neighbors lie closer than that, a tenth of
                 their distance is.
             first: the size at which to look for the first time.
         """
@@ -100,7 +100,7 @@ class Krylov:
 
 
 def _outside(sigma: Tensor, edges: slice) -> Tensor:
-    """The neighbours' values ``(batch, 2)``: the one above, or infinity, and the one below, or 0."""
+    """The neighbors' values ``(batch, 2)``: the one above, or infinity, and the one below, or 0."""
     above = sigma[:, 0] if edges.start else torch.full_like(sigma[:, 0], torch.inf)
     below = sigma[:, -1] if edges.stop < sigma.shape[1] else torch.zeros_like(sigma[:, 0])
     return torch.stack([above, below], dim=1)

@@ -1,6 +1,6 @@
 """Symmetric indefinite systems: ``A = L D Lᵀ`` without pivoting, blocked, with inertia and a bound on its error.
 
-Nearly all the work is in products of blocks, with half the operations of an LU factorisation. Without pivoting a small
+Nearly all the work is in products of blocks, with half the operations of an LU factorization. Without pivoting a small
 pivot lets the entries grow; ``growth`` says how far, so that nobody trusts a factor that lost its digits.
 """
 
@@ -63,8 +63,8 @@ class LDLT:
         return torch.linalg.solve_triangular(self.factor.mT, Y, upper=True, unitriangular=True)
 
 
-def factorise_(A: Tensor) -> LDLT:
-    """Factorise the symmetric ``A (batch, n, n)``, of which only the lower triangle counts, in place."""
+def factorize_(A: Tensor) -> LDLT:
+    """Factorize the symmetric ``A (batch, n, n)``, of which only the lower triangle counts, in place."""
     batch, n, _ = A.shape
     growth = A.new_zeros(batch, n)
     positive = torch.zeros(batch, dtype=torch.int64, device=A.device)
@@ -87,10 +87,10 @@ def _subtract_(A: Tensor, done: slice, columns: slice) -> None:
     A[:, columns.start :, columns].baddbmm_(A[:, columns.start :, done], right.mT, alpha=-1)
 
 
-def factorise_shifted(G: Tensor, shift: Tensor) -> LDLT:
+def factorize_shifted(G: Tensor, shift: Tensor) -> LDLT:
     """``G − shift I = L D Lᵀ`` for ``G (batch, n, n)`` and ``shift (batch,)``; ``G`` stays."""
     A = torch.empty_like(G)
     for k in range(0, G.shape[-1], _BLOCK):
         A[:, k:, k : k + _BLOCK] = G[:, k:, k : k + _BLOCK]
     A.diagonal(dim1=-2, dim2=-1).sub_(shift[:, None])
-    return factorise_(A)
+    return factorize_(A)

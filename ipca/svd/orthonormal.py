@@ -1,4 +1,4 @@
-"""Orthonormal bases of blocks of columns by Cholesky QR: products and one small factorisation a pass."""
+"""Orthonormal bases of blocks of columns by Cholesky QR: products and one small factorization a pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PASSES = 6
 _BENIGN = 10.0
 
 
-def orthonormalise(X: Tensor, against: Tensor | None = None) -> Tensor:
+def orthonormalize(X: Tensor, against: Tensor | None = None) -> Tensor:
     """An orthonormal basis of the columns of ``X (batch, n, p)``, orthogonal to those of ``against (batch, n, q)``.
 
     At least two passes of projection and scaled Cholesky QR, and more until one enlarges no column much: what a pass

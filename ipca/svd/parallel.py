@@ -17,9 +17,7 @@ TOGETHER = 256 * 2**20
 """Bytes of workspace that items running side by side may have between them."""
 
 
-def side_by_side(
-    work: Callable[[Item], Result], items: Sequence[Item], workspaces: Sequence[float]
-) -> Iterator[Result]:
+def thread_map(work: Callable[[Item], Result], items: Sequence[Item], workspaces: Sequence[float]) -> Iterator[Result]:
     """``work(item)`` for each item, in order, as many at a time as there are threads and room for.
 
     While several run, each has an equal share of PyTorch's threads. Where the largest workspace, in bytes, leaves no

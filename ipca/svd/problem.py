@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ipca.svd.blocks import Blocks
 from ipca.svd.density import CHAINS, STEPS, Density, spectral_density
-from ipca.svd.ldlt import LDLT, factorise_shifted
+from ipca.svd.ldlt import LDLT, factorize_shifted
 from ipca.svd.random_vectors import KRYLOV, POWER, normal
 
 _POWER_STEPS = 16
 
 
-class Problem:
+class MatrixBatch:
     """Tall matrices ``W (batch, m, n)`` of which windows are wanted; everything is in units of ``W / scale``.
 
     ``flops`` counts what was computed so far, for one matrix of the batch.
@@ -50,7 +50,7 @@ class Problem:
 
     @cached_property
     def sigma1(self) -> Tensor:
-        """``(batch,)``; a lower bound of the largest singular value, usually within a few per cent."""
+        """``(batch,)``; a lower bound of the largest singular value, usually within a few percent."""
         G = self.gram if "gram" in self.__dict__ else self.gram32
         v = normal(self.seed, POWER, (self.n, 1), G.dtype).to(G.device).expand(len(self.blocks), -1, -1)
         for _ in range(_POWER_STEPS):
@@ -68,17 +68,17 @@ class Problem:
         columns = normal(self.seed, KRYLOV, (self.n, width), dtype)
         return columns.to(self.blocks.W.device).expand(len(self.blocks), -1, -1)
 
-    def factorise(self, shift: Tensor) -> LDLT:
+    def factorize(self, shift: Tensor) -> LDLT:
         """``G − shift I = L D Lᵀ`` for ``shift (batch,)``."""
         self.__dict__.pop("gram32", None)  # its memory is wanted for the factor
         self.flops += self.n**3 / 3
-        return factorise_shifted(self.gram, shift)
+        return factorize_shifted(self.gram, shift)
 
-    def part(self, rows: list[int]) -> Problem:
+    def part(self, rows: list[int]) -> MatrixBatch:
         """The matrices at the places ``rows``, with what is known of them."""
         if len(rows) == len(self.blocks):
             return self
-        part = object.__new__(Problem)
+        part = object.__new__(MatrixBatch)
         part.blocks, part.seed, part.flops = self.blocks[rows], self.seed, self.flops
         for name in ("gram", "gram32", "sigma1"):
             if name in self.__dict__:

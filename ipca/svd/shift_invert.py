@@ -8,15 +8,15 @@ from torch import Tensor
 from ipca.svd.candidate import Candidate
 from ipca.svd.krylov import Krylov, RitzPairs
 from ipca.svd.ldlt import LDLT
-from ipca.svd.orthonormal import orthonormalise
-from ipca.svd.problem import Problem
+from ipca.svd.orthonormal import orthonormalize
+from ipca.svd.problem import MatrixBatch
 
 _WIDTH = 16
 """Columns of a block: narrow ones need fewer columns in all, wide ones multiply faster."""
 
 
 def inverse_krylov(
-    problem: Problem, factor: LDLT, shift: Tensor, above: Tensor, window: range, goal: Tensor
+    problem: MatrixBatch, factor: LDLT, shift: Tensor, above: Tensor, window: range, goal: Tensor
 ) -> Candidate | None:
     """The window's vectors, found as those of the largest ``1 / (σ² − shift)`` in magnitude on either side.
 
@@ -56,6 +56,6 @@ def inverse_krylov(
     krylov = Krylov(solve, problem.start(min(_WIDTH, n)), min(n, 5 * reach + 12 * _WIDTH))
     edges = slice(window.start - wanted.start, window.stop - wanted.start)
     found = krylov.converge(places, measure, edges, goal, first=5 * reach)
-    V = orthonormalise(solve(found.V))
+    V = orthonormalize(solve(found.V))
     problem.flops += (2 * n**2 + 6 * n * krylov.size) * solves
-    return Candidate(V, found.neighbours, lambda V: orthonormalise(problem.factorise(shift).solve(V)))
+    return Candidate(V, found.neighbors, lambda V: orthonormalize(problem.factorize(shift).solve(V)))

@@ -16,13 +16,13 @@ from ipca.svd.candidate import Candidate
 from ipca.svd.certificate import Proof
 from ipca.svd.dense import full_svd
 from ipca.svd.interior import interior
-from ipca.svd.orthonormal import orthonormalise
+from ipca.svd.orthonormal import orthonormalize
 from ipca.svd.plan import plan
-from ipca.svd.problem import Problem
+from ipca.svd.problem import MatrixBatch
 from ipca.svd.range import lapack_range
 from ipca.svd.top import top, uses_float32
 
-PATHS: dict[str, Callable[[Problem, range, float], Candidate | None]] = {
+PATHS: dict[str, Callable[[MatrixBatch, range, float], Candidate | None]] = {
     "top": top,
     "interior": interior,
     "bottom": bottom,
@@ -43,7 +43,7 @@ class Solution:
     flops: float
 
 
-def solve(problem: Problem, window: range, tol: float) -> list[Solution]:
+def solve(problem: MatrixBatch, window: range, tol: float) -> list[Solution]:
     """The window of every matrix of ``problem``; a path's result counts only where it is within ``tol`` and proven."""
     found: dict[int, Solution] = {}
     empty = (largest_entry(problem.blocks.W) == 0).tolist()
@@ -57,7 +57,7 @@ def solve(problem: Problem, window: range, tol: float) -> list[Solution]:
     return [found[i] if i in found else _full(problem.part([i]), window) for i in range(len(problem.blocks))]
 
 
-def _attempt(name: str, problem: Problem, window: range, tol: float) -> list[Solution | None]:
+def _attempt(name: str, problem: MatrixBatch, window: range, tol: float) -> list[Solution | None]:
     """What one path finds; where that is not good enough, once more after polishing."""
     try:
         candidate = PATHS[name](problem, window, tol)
@@ -65,7 +65,7 @@ def _attempt(name: str, problem: Problem, window: range, tol: float) -> list[Sol
         candidate = None
     if candidate is None:
         return [None] * len(problem.blocks)
-    found = _judge(name, problem, window, tol, candidate.V, candidate.neighbours)
+    found = _judge(name, problem, window, tol, candidate.V, candidate.neighbors)
     if candidate.polish is None or all(found):
         return found
     again = _judge(name, problem, window, tol, candidate.polish(candidate.V), None)
@@ -73,7 +73,7 @@ def _attempt(name: str, problem: Problem, window: range, tol: float) -> list[Sol
 
 
 def _judge(
-    name: str, problem: Problem, window: range, tol: float, V: Tensor, neighbours: Tensor | None
+    name: str, problem: MatrixBatch, window: range, tol: float, V: Tensor, neighbors: Tensor | None
 ) -> list[Solution | None]:
     U, S, V, WV = rayleigh_ritz(problem.blocks, V)
     rho = certificate.residual(problem.blocks, U, S, V, WV)
@@ -81,7 +81,7 @@ def _judge(
     problem.flops += 4 * problem.m * problem.n * len(window)
     if not bool((error <= tol).any()):
         return [None] * len(problem.blocks)
-    proofs = _prove(name, problem, window, tol, S, V, rho, neighbours)
+    proofs = _prove(name, problem, window, tol, S, V, rho, neighbors)
     return [
         Solution(U[i], S[i], V[i], name, e, proof, problem.flops) if e <= tol and proof.certified else None
         for i, (e, proof) in enumerate(zip(error.tolist(), proofs, strict=True))
@@ -90,20 +90,20 @@ def _judge(
 
 def _prove(
     name: str,
-    problem: Problem,
+    problem: MatrixBatch,
     window: range,
     tol: float,
     S: Tensor,
     V: Tensor,
     rho: Tensor,
-    neighbours: Tensor | None,
+    neighbors: Tensor | None,
 ) -> list[Proof]:
-    if name == "top" and window.start == 0 and neighbours is not None:
+    if name == "top" and window.start == 0 and neighbors is not None:
         G = problem.gram32 if uses_float32(problem, tol) else problem.gram
         problem.flops += problem.n**3 / 3
-        return certificate.certify_first(problem.blocks, G, S, V, rho, problem.sigma1, neighbours[:, 1], problem.seed)
+        return certificate.certify_first(problem.blocks, G, S, V, rho, problem.sigma1, neighbors[:, 1], problem.seed)
     problem.flops += ((window.start > 0) + (window.stop < problem.n)) * problem.n**3 / 3
-    return certificate.certify(problem.gram, S, rho, problem.sigma1, window.start, neighbours)
+    return certificate.certify(problem.gram, S, rho, problem.sigma1, window.start, neighbors)
 
 
 def rayleigh_ritz(W: Blocks, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,12 +113,12 @@ def rayleigh_ritz(W: Blocks, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     wins those of ``S`` and ``U`` back, and the residual shows what is left.
     """
     X = W.matmul(V)
-    Q = orthonormalise(X)
+    Q = orthonormalize(X)
     U, S, Rh = torch.linalg.svd(Q.mT @ X)
     return Q @ U, S, V @ Rh.mT, X @ Rh.mT
 
 
-def _full(problem: Problem, window: range) -> Solution:
+def _full(problem: MatrixBatch, window: range) -> Solution:
     U, S, V, spectrum = full_svd(problem, window)
     sigma1 = spectrum[0, 0].item()
     rho = certificate.residual(problem.blocks, U, S, V).item()

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ipca.svd.candidate import Candidate
 from ipca.svd.krylov import Krylov, RitzPairs
-from ipca.svd.orthonormal import orthonormalise
-from ipca.svd.problem import Problem
+from ipca.svd.orthonormal import orthonormalize
+from ipca.svd.problem import MatrixBatch
 
 _WIDTH, _BLOCKS = 16, 40
 
 
-def top(problem: Problem, window: range, tol: float) -> Candidate:
+def top(problem: MatrixBatch, window: range, tol: float) -> Candidate:
     """The window's right singular vectors for every matrix of ``problem``; cheap where the window starts early.
 
     Squaring costs little here: an error of ``eps σ₁²`` in ``WᵀW`` is one of ``eps σ₁`` in singular values near σ₁. So
@@ -40,12 +40,12 @@ def top(problem: Problem, window: range, tol: float) -> Candidate:
     problem.flops += (2 * n**2 + 6 * n * krylov.size) * products
     blocks = problem.blocks
     return Candidate(
-        orthonormalise(found.V.double()),
-        found.neighbours,
-        lambda V: orthonormalise(blocks.rmatmul(blocks.matmul(V))),
+        orthonormalize(found.V.double()),
+        found.neighbors,
+        lambda V: orthonormalize(blocks.rmatmul(blocks.matmul(V))),
     )
 
 
-def uses_float32(problem: Problem, tol: float) -> bool:
+def uses_float32(problem: MatrixBatch, tol: float) -> bool:
     """Whether ``tol`` is above the rounding of float32; a GPU's float64 is as fast, as its TF32 would not do."""
     return tol >= 1e-6 and problem.blocks.W.device.type == "cpu"

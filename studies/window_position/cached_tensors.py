@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipca._atomic import DamagedFile, read_sealed, write_sealed
+from ipca._atomic import CorruptFileError, read_checksummed, write_checksummed
 
 
 def kept(name: str, settings: Mapping[str, object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -31,11 +31,11 @@ def kept(name: str, settings: Mapping[str, object], make: Callable[[], dict[str,
     path = cache_folder() / f"{name}-{key}.safetensors"
     if path.exists():
         try:
-            return read_sealed(path)[1]
-        except DamagedFile as error:
+            return read_checksummed(path)[1]
+        except CorruptFileError as error:
             raise ValueError(f"{error}; delete the file and it is made again") from None
     tensors = make()
-    write_sealed(path, record, tensors)
+    write_checksummed(path, record, tensors)
     return tensors
 
 

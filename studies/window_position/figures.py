@@ -121,11 +121,11 @@ def _way(axis: Axes, tables: Tables, name: str, method: str) -> None:
         target, kept = (point(tables, name, method, metric, lr) for metric in ("target", "retained"))
         if target and kept:
             at.append((target.y, kept.y))
-            axis.plot([target.low, target.high], [kept.y, kept.y], color=style.colour, linewidth=0.7)
-            axis.plot([target.y, target.y], [kept.low, kept.high], color=style.colour, linewidth=0.7)
-            axis.plot(target.y, kept.y, style.mark, color=style.colour, markersize=4 + 1.5 * size)
-    axis.plot([x for x, _ in at], [y for _, y in at], color=style.colour, linewidth=1, alpha=0.7)
-    axis.plot([], [], style.mark, color=style.colour, label=method_name(method))
+            axis.plot([target.low, target.high], [kept.y, kept.y], color=style.color, linewidth=0.7)
+            axis.plot([target.y, target.y], [kept.low, kept.high], color=style.color, linewidth=0.7)
+            axis.plot(target.y, kept.y, style.mark, color=style.color, markersize=4 + 1.5 * size)
+    axis.plot([x for x, _ in at], [y for _, y in at], color=style.color, linewidth=1, alpha=0.7)
+    axis.plot([], [], style.mark, color=style.color, label=method_name(method))
 
 
 def lengths(tables: Tables) -> Figure | None:
@@ -144,7 +144,7 @@ def lengths(tables: Tables) -> Figure | None:
                 line(axis, [p for p in found if p], style_of(method), label, dashed=dashed)
             ticks(axis, ["80", "320"])
             axis.set_xlim(60, 430)
-            axis.set_xlabel("optimiser steps")
+            axis.set_xlabel("optimizer steps")
             axis.set_ylabel(METRICS[metric])
         return figure
 
@@ -189,9 +189,9 @@ def streams(tables: Tables) -> Figure | None:
             for y, name in enumerate(names):
                 found = point(tables, "V2", name, metric, "", comparison="")
                 assert found is not None  # every stream has every metric
-                colour = style_of({"fresh": MIDDLE, "pissa": PRINCIPAL, "milora": MINOR}.get(name, name)).colour
-                axis.plot([found.low, found.high], [y, y], color=colour, linewidth=2)
-                axis.plot(found.y, y, "o", color=colour)
+                color = style_of({"fresh": MIDDLE, "pissa": PRINCIPAL, "milora": MINOR}.get(name, name)).color
+                axis.plot([found.low, found.high], [y, y], color=color, linewidth=2)
+                axis.plot(found.y, y, "o", color=color)
             axis.set_yticks(range(len(names)), names)
             axis.set_ylim(len(names) - 0.5, -0.5)
             axis.set_xlabel(title)

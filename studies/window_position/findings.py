@@ -25,7 +25,7 @@ SUMMARY_COLUMNS = (
 RANK_COLUMNS = ("experiment", "lr", "n", "mean", "low", "high")
 
 
-def summarise(sweep: Sweep) -> Iterator[dict[str, Any]]:
+def summarize(sweep: Sweep) -> Iterator[dict[str, Any]]:
     """A row of ``summary.csv`` for each method, comparison, rate and metric.
 
     ``lr`` is the grid's rate, or ``"best"``: for each seed the one with the best mean target over the other seeds.
@@ -45,7 +45,7 @@ def summarise(sweep: Sweep) -> Iterator[dict[str, Any]]:
                 yield _summary((sweep.name, method, "same", "best", metric), best, middle)
 
 
-def summarise_streams(rows: Table) -> Iterator[dict[str, Any]]:
+def summarize_streams(rows: Table) -> Iterator[dict[str, Any]]:
     """The rows of ``summary.csv`` of the streams, V2; ``difference`` is that to fresh middle windows."""
     methods = dict.fromkeys(row["method"] for row in rows)
     for method in methods:
@@ -95,8 +95,8 @@ def _spearman(sensitivities: Sequence[float], drift: Sequence[Values]) -> list[f
 def write(study: Study) -> None:
     """Make the three tables from the rows and ``mechanism.csv``."""
     write_table(study.folder / "tests.csv", TEST_COLUMNS, confirm(study))
-    summaries = [row for sweep in study.sweeps for row in summarise(sweep)]
-    summaries += summarise_streams(study.table("V2"))
+    summaries = [row for sweep in study.sweeps for row in summarize(sweep)]
+    summaries += summarize_streams(study.table("V2"))
     write_table(study.folder / "summary.csv", SUMMARY_COLUMNS, summaries)
     ranks = rank_correlations(study, study.table("mechanism"))
     write_table(study.folder / "ranks.csv", RANK_COLUMNS, ranks)

@@ -32,7 +32,7 @@ def measure(
     """The rows of several experiments on one pretrained model.
 
     Args:
-        batches: unlabelled inputs, as :func:`ipca.model.calibration.sensitivity` takes them.
+        batches: unlabeled inputs, as :func:`ipca.model.calibration.sensitivity` takes them.
         configs: ``{experiment: its layers and rank}``; the first must name the layers of all.
         windows: fractions of ``d − rank``.
     """

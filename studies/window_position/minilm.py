@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca import PCConfig
-from ipca.lab.demo.data import ARCHIVE, Labelled, load_text
+from ipca.lab.demo.data import ARCHIVE, Labeled, load_text
 from ipca.lab.demo.task import Encoder, Settings, accuracy, load_encoder
 from ipca.lab.sweep import Task
 from studies.window_position.cached_tensors import kept
@@ -65,7 +65,7 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Data:
-    """Disjoint sets of sentences: the sentiment task's, labelled with it, and the probe's, with their sources."""
+    """Disjoint sets of sentences: the sentiment task's, labeled with it, and the probe's, with their sources."""
 
     train: Sentences
     test: Sentences
@@ -169,11 +169,11 @@ def pretrained() -> Encoder:
 
 @cache
 def sentences(source: str) -> Data:
-    """The text, tokenised."""
+    """The text, tokenized."""
     text = load_text(archive(), train=TRAIN[source], test=HELD_OUT, probe=HELD_OUT, source=source)
     tokenize = partial(pretrained().tokenizer, truncation=True, max_length=pretrained().max_tokens)
 
-    def tokenized(part: Labelled) -> Sentences:
+    def tokenized(part: Labeled) -> Sentences:
         return Sentences(tokenize(part.texts)["input_ids"], torch.tensor(part.labels))
 
     return Data(*map(tokenized, (text.train, text.test, text.probe_train, text.probe_test)))

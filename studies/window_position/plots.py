@@ -22,9 +22,9 @@ class Point(NamedTuple):
 
 
 class Style(NamedTuple):
-    """Colour and mark of a method."""
+    """Color and mark of a method."""
 
-    colour: str
+    color: str
     mark: str
 
 
@@ -43,7 +43,7 @@ def style_of(method: str) -> Style:
 
 @contextmanager
 def sheet(rows: int, columns: int, note: str, *, wide: float = 3.5, high: float = 2.9) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its axes ``[rows][columns]``; afterwards a legend under it of all that has a label.
+    """A figure and its axes ``[rows][columns]``; afterward a legend under it of all that has a label.
 
     Args:
         note: what holds for all panels, above them.
@@ -74,7 +74,7 @@ def line(axis: Axes, points: Sequence[Point], style: Style, label: str | None = 
     whiskers(axis, points, style)
     at = [p.x for p in points], [p.y for p in points]
     look: dict[str, Any] = {
-        "color": style.colour,
+        "color": style.color,
         "linestyle": "--" if dashed else "-",
         "linewidth": 1.3,
         "markersize": 5,
@@ -85,22 +85,22 @@ def line(axis: Axes, points: Sequence[Point], style: Style, label: str | None = 
 def marks(axis: Axes, points: Sequence[Point], style: Style, label: str) -> None:
     """Means with their intervals, each by itself."""
     whiskers(axis, points, style)
-    axis.plot([p.x for p in points], [p.y for p in points], style.mark, color=style.colour, markersize=5, label=label)
+    axis.plot([p.x for p in points], [p.y for p in points], style.mark, color=style.color, markersize=5, label=label)
 
 
 def whiskers(axis: Axes, points: Sequence[Point], style: Style) -> None:
     """The intervals alone."""
     for p in points:
-        axis.plot([p.x, p.x], [p.low, p.high], color=style.colour, linewidth=1.3)
+        axis.plot([p.x, p.x], [p.low, p.high], color=style.color, linewidth=1.3)
 
 
 def band(axis: Axes, found: Point | None, style: Style, label: str) -> None:
     """A mean across the panel, its interval shaded."""
     if found is None:
         return
-    axis.axhline(found.y, color=style.colour, linewidth=1.1, linestyle="--", label=label)
+    axis.axhline(found.y, color=style.color, linewidth=1.1, linestyle="--", label=label)
     if math.isfinite(found.low):
-        axis.axhspan(found.low, found.high, color=style.colour, alpha=0.13, linewidth=0)
+        axis.axhspan(found.low, found.high, color=style.color, alpha=0.13, linewidth=0)
 
 
 def ticks(axis: Axes, values: Sequence[str]) -> None:

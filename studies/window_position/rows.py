@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ipca._atomic import write_whole
+from ipca._atomic import write_atomic
 from ipca.lab.compare import best_rate
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -174,7 +174,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     writer.writeheader()
     writer.writerows({name: _cell(row[name]) for name in columns} for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode())
 
 
 def _cell(value: object) -> object:

@@ -85,7 +85,7 @@ def shape(tables: Tables) -> str:
 
 
 def where_lora_is_better(tables: Tables) -> list[str]:
-    """Where C5, or C6 or C11 with its support, all of middle − LoRA, favours LoRA."""
+    """Where C5, or C6 or C11 with its support, all of middle − LoRA, favors LoRA."""
     on_m = "below" in (tables.verdict("C5"), supported(tables, "C6"))
     return ["M1"] * on_m + ["V1"] * (supported(tables, "C11") == "below")
 
@@ -120,9 +120,9 @@ def _against_lora(tables: Tables, claim: str, where: str) -> str:
     if verdict == "below":
         return f"on {where} plain LoRA retains more, each at its best rate ({test})"
     if verdict == "above" and tables.verdict("C5") in ("above", "not shown"):
-        return f"on {where} the middle window retains more, each at its best rate ({test}), and C5 does not favour LoRA"
+        return f"on {where} the middle window retains more, each at its best rate ({test}), and C5 does not favor LoRA"
     if verdict == "above":
-        return f"on {where} the middle window retains more ({test}), which without C5 in its favour is no claim"
+        return f"on {where} the middle window retains more ({test}), which without C5 in its favor is no claim"
     return f"on {where} neither is shown to retain more, each at its best rate ({test})"
 
 

@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward part, each on the normalised sum of what came before."""
+    """Attention and a feed-forward part, each on the normalized sum of what came before."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

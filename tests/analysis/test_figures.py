@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from common import Plain
-from quantised_layers import train
+from quantized_layers import train
 
 import ipca
 from ipca import analysis

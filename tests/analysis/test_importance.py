@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from common import Plain, snapshot
 from layer_kinds import CASES, output
-from quantised_layers import quantised_model
+from quantized_layers import quantized_model
 
 from ipca import PCConfig, analysis
 from ipca.analysis import BlockImportance, LayerSensitivity, component_importance
 from ipca.nn.layer_kinds import read_layer
-from ipca.nn.registry import find_layer
+from ipca.nn.registry import get_layer
 
 CONFIG = PCConfig(rank=3, targets=("a", "b"))
 
@@ -68,7 +68,7 @@ def test_every_kind_of_layer_can_lose_a_block(name):
     found = importance(model, [x], size, PCConfig(rank=2, targets=tuple(case.targets)), blocks=2)
     assert snapshot(model) == before
     path = next(path for path in found if path.endswith(case.targets[0]))
-    matrix = read_layer(find_layer(model, path))[0]
+    matrix = read_layer(get_layer(model, path))[0]
     with torch.no_grad():
         plain = size(model, x).item()
         matrix.copy_(without(matrix, found[path].edges[1], found[path].edges[2]))
@@ -122,7 +122,7 @@ def test_the_quietest_window_lies_in_the_block_that_matters_least():
         return BlockImportance((40, 50), (0, 10, 20, 30, 40), 1.0, torch.tensor(change, dtype=torch.float64))
 
     assert found(3.0, 0.5, -0.1, 2.0).quietest(4).index == 23
-    assert found(3.0, 0.5, -0.1, 2.0).quietest(24).index == 13  # wider than the block, around its centre
+    assert found(3.0, 0.5, -0.1, 2.0).quietest(24).index == 13  # wider than the block, around its center
     assert found(3.0, 0.5, -8.0, 2.0).quietest(4).index == 13  # better without it is a change too
     assert found(0.0, 1.0, 1.0, 1.0).quietest(16).index == 0
     assert found(1.0, 1.0, 1.0, 0.0).quietest(16).index == 24
@@ -150,9 +150,9 @@ def test_what_is_refused_leaves_the_model_as_it_was(options, error, words):
     assert snapshot(model) == before
 
 
-def test_a_quantised_layer_is_named():
-    with pytest.raises(ValueError, match=r": components of a quantised weight cannot be taken out; exclude it"):
-        importance(quantised_model()[0], batches())
+def test_a_quantized_layer_is_named():
+    with pytest.raises(ValueError, match=r": components of a quantized weight cannot be taken out; exclude it"):
+        importance(quantized_model()[0], batches())
 
 
 pytest.importorskip("matplotlib")

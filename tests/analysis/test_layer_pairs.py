@@ -6,15 +6,15 @@ import pytest
 import torch
 from common import Plain, snapshot
 from layer_kinds import CASES
-from quantised_layers import adapt, quantised_model, train
+from quantized_layers import adapt, quantized_model, train
 from torch import nn
 
 import ipca
 from ipca import analysis
 from ipca.analysis.linalg import wide
-from ipca.nn import StackPC, dequantised
+from ipca.nn import StackPC, dequantize
 from ipca.nn.layer_kinds import read_layer
-from ipca.nn.registry import find_layer
+from ipca.nn.registry import get_layer
 
 
 def plain_and_adapted(**options):
@@ -60,7 +60,7 @@ def test_every_kind_of_layer_is_read_as_matrices_adapted_and_merged(case):
         for i in range(len(layer.lora_A) if isinstance(layer, StackPC) else 1)
     ]
     assert [pair.name for pair in pairs] == [pair.name for pair in beside] == expected
-    weights = {name: read_layer(find_layer(base, name))[0] for name in layers}
+    weights = {name: read_layer(get_layer(base, name))[0] for name in layers}
     merged = list(analysis.weight_pairs(ipca.unload(model), weights))
     for pair, other, whole in zip(pairs, beside, merged, strict=True):
         assert torch.equal(pair.base, other.base)
@@ -72,9 +72,9 @@ def test_every_kind_of_layer_is_read_as_matrices_adapted_and_merged(case):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8", "torchao-int4"])
-def test_a_quantised_layer_is_compared_dequantised(kind):
-    model, plain, _ = quantised_model(kind)
-    before = {name: dequantised(model.get_submodule(name)).double() for name in ("a", "b")}
+def test_a_quantized_layer_is_compared_dequantized(kind):
+    model, plain, _ = quantized_model(kind)
+    before = {name: dequantize(model.get_submodule(name)).double() for name in ("a", "b")}
     train(adapt(model))
     for pair in analysis.weight_pairs(model):
         assert torch.equal(pair.base, before[pair.name])
@@ -82,8 +82,8 @@ def test_a_quantised_layer_is_compared_dequantised(kind):
         assert torch.equal(pair.base, plain.get_submodule(pair.name).weight.double())
 
 
-def test_quantised_layers_that_are_not_adapted_are_compared_too():
-    model, plain, _ = quantised_model("torchao-int8")
+def test_quantized_layers_that_are_not_adapted_are_compared_too():
+    model, plain, _ = quantized_model("torchao-int8")
     assert [pair.name for pair in analysis.weight_pairs(model, plain)] == ["a", "b", "head"]
 
 

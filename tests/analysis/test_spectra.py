@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from common import Plain
-from quantised_layers import adapt, quantised_model, train
+from quantized_layers import adapt, quantized_model, train
 
 import ipca
 from ipca import PCConfig, analysis
-from ipca.nn import dequantised
+from ipca.nn import dequantize
 
 
 def test_a_plain_model_shows_what_a_config_would_choose():
@@ -72,9 +72,9 @@ def test_experts_are_shown_one_by_one():
     assert found.totals()["trainable"] == 3 * 2 * (6 + 8)
 
 
-def test_a_quantised_model_shows_the_dequantised_weights():
-    model, _, _ = quantised_model("torchao-int8")
-    S = torch.linalg.svdvals(dequantised(model.a).double())
+def test_a_quantized_model_shows_the_dequantized_weights():
+    model, _, _ = quantized_model("torchao-int8")
+    S = torch.linalg.svdvals(dequantize(model.a).double())
     (layer, _) = analysis.spectrum(adapt(model), progress=False)
     torch.testing.assert_close(layer.spectrum, S, rtol=1e-12, atol=0)
 

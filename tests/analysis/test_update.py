@@ -47,8 +47,8 @@ def test_update_norm_of_an_adapted_model_is_that_of_its_factors():
     assert analysis.update_norm(model) == 0
     with torch.no_grad():
         model.a.lora_B.mul_(2)
-    W, low = model.a.kept_weight.double(), model.a.lora_B0.double() @ model.a.lora_A0.double()
-    expected = low.norm() / math.hypot(W.norm().item(), model.b.kept_weight.double().norm().item())
+    W, low = model.a.base_weight.double(), model.a.lora_B0.double() @ model.a.lora_A0.double()
+    expected = low.norm() / math.hypot(W.norm().item(), model.b.base_weight.double().norm().item())
     assert analysis.update_norm(model) == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -59,7 +59,7 @@ def test_an_update_below_the_rounding_of_the_weight_counts():
         model.a.lora_B.mul_(1 + 1e-5)
     assert torch.equal(model.a.effective_weight(), plain)
     low = model.a.lora_B0.double() @ model.a.lora_A0.double()
-    total = math.hypot(*(layer.base_weight().double().norm().item() for layer in (model.a, model.b)))
+    total = math.hypot(*(layer.pretrained_weight().double().norm().item() for layer in (model.a, model.b)))
     assert analysis.update_norm(model) == pytest.approx(1e-5 * low.norm().item() / total, rel=1e-2)
 
 

@@ -125,7 +125,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, change, words):
 def test_the_check_sees_what_is_missing(monkeypatch, missing):
     sample = Sample(CELL, CPU, 0)
     layer = sample.layer(Provider("ipca-auto", "intact"))
-    kept, A, B = layer.kept_weight, layer.lora_A, layer.lora_B
+    kept, A, B = layer.base_weight, layer.lora_A, layer.lora_B
     wrong = {
         "low rank": lambda x: linear(x, kept) + 0 * linear(linear(x, A), B),
         "frozen pair": lambda x: linear(x, kept) + linear(linear(x, A), B),

@@ -7,7 +7,7 @@ import plots
 import pytest
 import report
 import svd_grid
-import svd_initialise
+import svd_initialize
 import svd_matrices
 import svd_providers
 import svd_race
@@ -20,7 +20,7 @@ from ipca.svd import solve as solving
 
 CPU = torch.device("cpu")
 TINY = Cell(96, 64, "outliers", 8, rounds=2)
-MODEL = Cell(96, 64, "outliers", 4, svd_grid.NAMED, "initialise", rounds=1)
+MODEL = Cell(96, 64, "outliers", 4, svd_grid.NAMED, "initialize", rounds=1)
 
 
 def run(cells, path, seconds=60.0):
@@ -75,7 +75,7 @@ def test_rivals_that_are_exact_say_so_and_a_sketch_does_not(tiny):
 
 
 def test_whole_models_get_the_windows_that_they_ask_for(tiny):
-    rows = by_task(row for row in tiny if row["op"] == "initialise")
+    rows = by_task(row for row in tiny if row["op"] == "initialize")
     assert list(rows) == svd_grid.tasks(MODEL, "cpu")
     exact = [(window, OURS) for window in svd_grid.NAMED] + [("principal", "peft-pissa"), ("minor", "peft-mica")]
     for task in exact:
@@ -252,7 +252,7 @@ def test_components_of_factors_and_of_one_factor():
     W = torch.randn(20, 12, dtype=torch.float64)
     U, S, Vh = (part[..., :4] if k < 2 else part[:4] for k, part in enumerate(torch.linalg.svd(W, full_matrices=False)))
     A, B = S.sqrt()[:, None] * Vh, U * S.sqrt()
-    for found in (svd_initialise.components(W, A, B), svd_initialise.components(W, torch.zeros_like(A), U)):
+    for found in (svd_initialize.components(W, A, B), svd_initialize.components(W, torch.zeros_like(A), U)):
         assert torch.allclose(found.U * found.S @ found.V.mT, U * S @ Vh)
         assert torch.allclose(found.S, S)
 
@@ -307,7 +307,7 @@ def test_the_claims_alone_are_printed_with_both_ratios(command, capsys):
     assert len(rows) == 2 + 6
     said = capsys.readouterr().out
     assert "window_svd 96 × 64, middle, r=8, full: " in said
-    assert "initialise 4 × 64 × 64, 2 × 96 × 64, minor, r=4" in said
+    assert "initialize 4 × 64 × 64, 2 × 96 × 64, minor, r=4" in said
     assert said.count("of the best") == 4
     assert said.count("; 0 indices wrong") == 4
 
@@ -318,7 +318,7 @@ def test_the_command_picks_cells_and_says_by_its_status_whether_all_were_right(c
     assert (code, {row["op"] for row in rows}) == (0, {"window_svd"})
     assert "| PEFT pissa |" not in capsys.readouterr().out
     code, rows = command("--quick")
-    assert (code, {row["op"] for row in rows}) == (0, {"window_svd", "initialise"})
+    assert (code, {row["op"] for row in rows}) == (0, {"window_svd", "initialize"})
     assert "| PEFT mica | minor |" in capsys.readouterr().out
     rows[0]["status"] = "wrong: off"
     monkeypatch.setattr(bench, "read_rows", lambda path: rows)
@@ -346,7 +346,7 @@ def written(folder, rows, name="window_svd_cpu.csv"):
 
 def test_the_readme_says_times_ratios_and_accuracy(tmp_path, tiny):
     rows = window_rows({OURS: 0.4, svd_grid.EIGH: 1.2, svd_grid.RANGE: 0.6, "ipca-range": 0.7})
-    rows += window_rows({OURS: 0.5}, d=1024) + [row for row in tiny if row["op"] == "initialise"]
+    rows += window_rows({OURS: 0.5}, d=1024) + [row for row in tiny if row["op"] == "initialize"]
     written(tmp_path, [{**row, "commit": "new"} for row in rows])
     text = report.window_svd_section(tmp_path)
     assert text.startswith(report.NO_GPU)

@@ -95,7 +95,7 @@ def test_a_missing_memory_checker_is_said_and_is_no_failure(tmp_path, capsys):
 
 def test_the_summary_is_written_and_says_what_was_not_measured(tmp_path, capsys):
     gpu.run_all((python("", name="a"),), tmp_path, 60)
-    gpu.summarise(tmp_path)
+    gpu.summarize(tmp_path)
     assert (tmp_path / "summary.txt").read_text() in capsys.readouterr().out
     assert "a: done" in (tmp_path / "summary.txt").read_text()
 

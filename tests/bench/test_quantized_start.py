@@ -1,12 +1,12 @@
-"""What quantising loses: the measure, the two orders, and the table."""
+"""What quantizing loses: the measure, the two orders, and the table."""
 
 import pytest
 import quantized_start as bench
 import torch
 
 
-def row(provider, window, rank, ratio, status="ok", quantiser="nf4"):
-    shared = {"matrix": "noise", "m": "48", "n": "64", "quantiser": quantiser, "quantised": "0.0925"}
+def row(provider, window, rank, ratio, status="ok", quantizer="nf4"):
+    shared = {"matrix": "noise", "m": "48", "n": "64", "quantizer": quantizer, "quantized": "0.0925"}
     shared |= {"device": "cpu", "torch": "2", "peft": "3", "bitsandbytes": "4", "torchao": "5"}
     shared |= {"overlap": "0.5" if provider == "ipca" else ""}
     return shared | {"provider": provider, "window": window, "rank": str(rank), "ratio": ratio, "status": status}
@@ -22,23 +22,23 @@ def test_the_distance_is_relative_and_in_the_frobenius_norm():
     assert bench.distance(W, torch.tensor([[3.0, 0.0], [0.0, 1.0]])) == pytest.approx(3 / 5)
 
 
-@pytest.mark.parametrize("name", bench.QUANTISERS)
+@pytest.mark.parametrize("name", bench.QUANTIZERS)
 def test_the_residual_of_the_largest_components_loses_less(name):
     pytest.importorskip("torchao" if name == "int4" else "bitsandbytes")
     W = torch.randn(48, 64) + 5 * torch.randn(48, 2) @ torch.randn(2, 64)
-    quantise = bench.quantiser(name, 48, 64)
-    lost = bench.distance(W, quantise(W))
+    quantize = bench.quantizer(name, 48, 64)
+    lost = bench.distance(W, quantize(W))
     assert 0 < lost < 0.2
-    starts = [bench.window_start(W, quantise, "principal", 4)]
+    starts = [bench.initial_factors(W, quantize, "principal", 4)]
     if pytest.importorskip("peft"):
-        starts.append(bench.pissa_start(W, quantise, 4))
+        starts.append(bench.pissa_start(W, quantize, 4))
     errors = [bench.distance(W, start) for start in starts]
     assert max(errors) < 0.5 * lost
     assert errors[0] == pytest.approx(errors[1], rel=1e-2)
 
 
-def test_the_table_has_a_line_for_each_matrix_and_quantiser():
-    text = bench.section(rows() + rows(quantiser="int8"))
+def test_the_table_has_a_line_for_each_matrix_and_quantizer():
+    text = bench.section(rows() + rows(quantizer="int8"))
     assert "| noise 48 × 64 | nf4 | 0.0925 | 0.16 | 0.16 | 0.16 | 0.64 | 0.64 | 0.64 | 0.16 | 0.64 |" in text
     assert "| noise 48 × 64 | int8 |" in text
     assert "cpu; bitsandbytes 4, torchao 5, torch 2, peft 3." in text

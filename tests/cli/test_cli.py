@@ -161,7 +161,7 @@ def test_inspect_an_adapter(bert, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     text = capsys.readouterr().out
     assert "[14, 18)" in text
-    assert "trained whole: pooler" in text
+    assert "fully trained: pooler" in text
     assert f"6 layers, 1,664 parameters train, 6 windows certified; file {size / 1024:.1f} KiB; base: some/base" in text
 
 

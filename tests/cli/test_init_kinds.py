@@ -53,7 +53,7 @@ def test_the_residual_base_holds_the_residual_weights(kind, tmp_path):
     layers, left = ipca.model.adapted_layers(base), residual.state_dict()
     for name, layer in layers.items():
         stored = left[name if name in left else f"{name}.weight"]
-        assert relative(stored, layer.kept_weight) <= 1e-6
+        assert relative(stored, layer.base_weight) <= 1e-6
     factors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert len(factors) == 2 * len(layers)
     assert all(torch.isfinite(factor).all() for factor in factors.values())

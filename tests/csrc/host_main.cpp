@@ -1,4 +1,4 @@
-// Runs the kernels on a CPU: calls from one file, the arrays as they are afterwards into another.
+// Runs the kernels on a CPU: calls from one file, the arrays as they are afterward into another.
 //
 // A call is five int64 (operation, bytes of a float, numbers, arrays, 0), its numbers, and for each array its size in
 // bytes and the bytes. The numbers are those of the structs in csrc/launch.h, pointers as offsets into their arrays.

@@ -15,7 +15,7 @@ def symmetric(batch, n, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_factorisation_of_panels_inside_a_larger_matrix(door, dtype):
+def test_a_factorization_of_panels_inside_a_larger_matrix(door, dtype):
     """Panels are views into the matrix, growth into one of its own; A = L D Lᵀ holds if nothing is misplaced."""
     batch, n, k = 2, 150, 64
     A = symmetric(batch, n, dtype)

@@ -78,7 +78,7 @@ FAULTS = {  # what: in which file, what stands there, what to write instead
     "no retry": ("cholesky.cuh", "attempt < ATTEMPTS", "attempt < 1"),
     "a zero column": ("cholesky.cuh", "g > 0 ? 1 / sqrt(g) : T(0)", "1 / sqrt(g)"),
     "an earlier vector left out": ("lanczos.cuh", "j <= step; ++j) left", "j < step; ++j) left"),
-    "once orthogonalised": (
+    "once orthogonalized": (
         "lanczos.cuh",
         "subtract_overlaps(overlap, basis, stride, w, n, step);\n  find",
         "__syncthreads();\n  find",

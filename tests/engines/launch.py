@@ -32,7 +32,7 @@ def base():
 
 
 def adapted(form):
-    """Factors in both blocks; the last layer trains whole."""
+    """Factors in both blocks; the last layer is fully trained."""
     return ipca.apply_pc(base(), rank=RANK, form=form, targets=["up", "down"], modules_to_save=["2"], progress=False)
 
 
@@ -42,7 +42,7 @@ def in_peft():
     return get_peft_model(base(), config)
 
 
-def peft_optimiser(model):
+def peft_optimizer(model):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=LR, weight_decay=0.01)
 
@@ -65,13 +65,13 @@ def kinds(form):
 
 def kinds_step(model, parts):
     """One step of ``model`` on the mean of its losses on ``parts`` of a batch of ids."""
-    optimizer, ids = optimiser(model), torch.arange(24).view(8, 3)
+    stepper, ids = optimizer(model), torch.arange(24).view(8, 3)
     for part in parts:
         (model(ids[part]).square().mean() / len(parts)).backward()
-    optimizer.step()
+    stepper.step()
 
 
-def optimiser(model):
+def optimizer(model):
     return torch.optim.AdamW(ipca.adapter_parameters(model), lr=LR, weight_decay=0.01)
 
 

@@ -17,7 +17,7 @@ import ipca
 
 def ddp(form):
     model = DistributedDataParallel(launch.adapted(form))
-    found = launch.losses(model, launch.optimiser(model.module), range(4), launch.half(rank))
+    found = launch.losses(model, launch.optimizer(model.module), range(4), launch.half(rank))
     if rank == 0:
         ipca.save_adapter(model.module, folder / f"{form}-ddp")
     return {"losses": found, "wrapper": launch.raised(lambda: ipca.save_adapter(model, folder / "refused"))}
@@ -27,7 +27,7 @@ def accelerated():
     """Four steps through accelerate, the adapter of what it unwraps; two more, and again from its checkpoint."""
     accelerator = Accelerator(cpu=True)
     model = launch.adapted("intact")
-    model, optimizer = accelerator.prepare(model, launch.optimiser(model))
+    model, optimizer = accelerator.prepare(model, launch.optimizer(model))
     part, kind = launch.half(rank), str(accelerator.distributed_type)
     found = launch.losses(model, optimizer, range(4), part, accelerator.backward)
     if accelerator.is_main_process:

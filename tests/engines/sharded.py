@@ -26,7 +26,7 @@ def sharded(model):
 def train_and_resume(form, folder):
     """Save before training, after two steps (a checkpoint), and after four; then go on from the checkpoint again."""
     model = sharded(launch.adapted(form))
-    optimizer, part = launch.optimiser(model), launch.half(rank)
+    optimizer, part = launch.optimizer(model), launch.half(rank)
     ipca.save_adapter(model, folder / "start")
     first = launch.losses(model, optimizer, range(2), part)
     state, optimizer_state = get_state_dict(model, optimizer)
@@ -41,7 +41,7 @@ def train_and_resume(form, folder):
         for parameter in again.parameters():
             parameter.add_(1.0)
     sharded(again)
-    optimizer = launch.optimiser(again)
+    optimizer = launch.optimizer(again)
     state, optimizer_state = get_state_dict(again, optimizer)
     dcp.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
     set_state_dict(again, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
@@ -59,7 +59,7 @@ def outside_forward(model, made):
     return {
         "weight_error": (seen - whole).abs().max().item(),
         "merged_error": (merged - y).abs().max().item(),
-        "op": launch.raised(lambda: ipca.ops.pc_linear(x, layer.kept_weight, layer.lora_A, layer.lora_B)),
+        "op": launch.raised(lambda: ipca.ops.pc_linear(x, layer.base_weight, layer.lora_A, layer.lora_B)),
         "unload": launch.raised(lambda: ipca.unload(model)),
         "load_adapter": launch.raised(lambda: ipca.load_adapter(model, made / "adapter")),
         "apply_pc": launch.raised(lambda: ipca.apply_pc(sharded(launch.base()), rank=2, progress=False)),

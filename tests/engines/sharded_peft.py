@@ -29,7 +29,7 @@ def resumed(part):
         for parameter in model.parameters():
             parameter.add_(1.0)
     sharded(model)
-    optimizer = launch.peft_optimiser(model)
+    optimizer = launch.peft_optimizer(model)
     state, optimizer_state = get_state_dict(model, optimizer)
     dcp.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
@@ -42,7 +42,7 @@ rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 part = launch.half(rank)
 
 model = sharded(launch.in_peft())
-optimizer = launch.peft_optimiser(model)
+optimizer = launch.peft_optimizer(model)
 facts = {"first": launch.losses(model, optimizer, range(2), part)}
 state, optimizer_state = get_state_dict(model, optimizer)
 dcp.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
@@ -52,7 +52,7 @@ export(model, folder / "fsdp2")
 
 model = launch.in_peft()
 replicated = DistributedDataParallel(model)
-facts["ddp"] = launch.losses(replicated, launch.peft_optimiser(model), range(4), part)
+facts["ddp"] = launch.losses(replicated, launch.peft_optimizer(model), range(4), part)
 export(model, folder / "ddp")
 facts["wrapper"] = launch.raised(lambda: export(replicated, folder / "wrapper"))
 (folder / f"{rank}.json").write_text(json.dumps(facts))

@@ -18,7 +18,7 @@ def told(tmp_path_factory):
 def alone(tmp_path_factory):
     """The folder of the adapter that one process trains with the arithmetic of two, and its losses."""
     model, folder = launch.in_peft(), tmp_path_factory.mktemp("alone")
-    found = launch.losses_of_halves(model, launch.peft_optimiser(model), range(4))
+    found = launch.losses_of_halves(model, launch.peft_optimizer(model), range(4))
     export(model, folder)
     return folder, found
 

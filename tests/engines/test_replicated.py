@@ -26,7 +26,7 @@ def told(tmp_path_factory):
 def test_losses_and_adapter_are_those_of_one_process(told, engine, form, saved, tmp_path):
     folder, facts = told
     model = launch.adapted(form)
-    alone = launch.losses_of_halves(model, launch.optimiser(model), range(4))
+    alone = launch.losses_of_halves(model, launch.optimizer(model), range(4))
     assert [list(pair) for pair in zip(*(fact[engine]["losses"] for fact in facts), strict=True)] == alone
     ipca.save_adapter(model, tmp_path)
     for name in ("adapter_model.safetensors", "adapter_config.json"):

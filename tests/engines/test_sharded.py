@@ -29,7 +29,7 @@ def alone():
     found = {}
     for form in FORMS:
         model = launch.adapted(form)
-        found[form] = model, launch.losses_of_halves(model, launch.optimiser(model), range(4))
+        found[form] = model, launch.losses_of_halves(model, launch.optimizer(model), range(4))
     return found
 
 
@@ -57,7 +57,7 @@ def test_losses_are_those_of_one_process(told, alone, form):
 @both_forms
 def test_halves_of_a_batch_train_as_the_whole(alone, form):
     model = launch.adapted(form)
-    whole = launch.losses(model, launch.optimiser(model), range(4))
+    whole = launch.losses(model, launch.optimizer(model), range(4))
     halves = [sum(pair) / 2 for pair in alone[form][1]]
     assert halves == pytest.approx(whole, rel=1e-5)
 
@@ -74,7 +74,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(told, alone, form):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    optimizer = launch.optimiser(model)
+    optimizer = launch.optimizer(model)
     state, optimizer_state = get_state_dict(model, optimizer)
     checkpoint = told[0] / f"{form}-form" / "checkpoint"
     dcp.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=checkpoint, no_dist=True)

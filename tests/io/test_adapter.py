@@ -220,13 +220,13 @@ def test_models_adapted_in_another_way_are_refused(pair, tmp_path):
 def test_interrupt_while_loading_leaves_a_whole_model(pair, tmp_path, monkeypatch):
     base, model = pair
     ipca.save_adapter(model, tmp_path)
-    from_start = LinearPC.from_start
+    from_factors = LinearPC.from_factors
 
     def interrupted(*args, **options):
         signal.raise_signal(signal.SIGINT)
-        return from_start(*args, **options)
+        return from_factors(*args, **options)
 
-    monkeypatch.setattr(LinearPC, "from_start", interrupted)
+    monkeypatch.setattr(LinearPC, "from_factors", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

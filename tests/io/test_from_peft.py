@@ -74,7 +74,7 @@ def test_a_pissa_adapter_that_peft_converted(options, tmp_path):
     assert off(base, pissa.y) > 1e-2
     assert (model.a.window, model.b.window) == (Window(0, 3), Window(0, 5 if options is PATTERNS else 3))
     assert model.a.form == "intact"
-    assert torch.equal(model.a.kept_weight, base.a.weight)
+    assert torch.equal(model.a.base_weight, base.a.weight)
     assert model.a.svd_report.certified
     assert "; the factors are within " in model.a.svd_report.certificate
     with ipca.disabled(model), torch.no_grad():
@@ -88,7 +88,7 @@ def test_a_pissa_adapter_on_its_residual_base(options, tmp_path):
     model = ipca.import_peft(copy.deepcopy(pissa.residual), tmp_path / "trained", original=base, progress=False)
     assert off(model, pissa.y) < 1e-6
     assert model.a.form == "residual"
-    assert torch.equal(model.a.kept_weight, pissa.residual.a.weight)
+    assert torch.equal(model.a.base_weight, pissa.residual.a.weight)
     assert model.a.certificate.relative <= 2**-23
     ipca.save_adapter(model, tmp_path / "ours")
     again = ipca.load_adapter(copy.deepcopy(base), tmp_path / "ours")

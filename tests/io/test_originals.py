@@ -11,12 +11,12 @@ FILE = "model.safetensors"
 
 def test_a_folder_without_a_checkpoint_is_no_source(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor .* the original model"):
-        ipca.original_weights(tmp_path)
+        ipca.load_unquantized_weights(tmp_path)
 
 
 def test_a_checkpoint_is_a_mapping_by_layer(tmp_path):
     save_file({"m.a.weight": torch.ones(2), "n.a.weight": torch.ones(2), "b.weight": torch.ones(3)}, tmp_path / FILE)
-    weights = ipca.original_weights(tmp_path)
+    weights = ipca.load_unquantized_weights(tmp_path)
     assert "b" in weights
     assert "x.b" in weights  # the checkpoint of an inner model
     assert "a" not in weights  # which of two?

@@ -71,7 +71,7 @@ def test_what_does_not_change_the_function_is_let_through(saved):
     change_config(folder, use_dora=False, lora_bias=False, corda_config=None, loftq_config={}, peft_version="0.21.2")
     lora = read_stock(folder)
     assert lora.layers.keys() == {"a", "b"}
-    assert lora.whole.keys() == {"norm"}
+    assert lora.modules_to_save.keys() == {"norm"}
     assert (lora.layers["a"].rank, lora.layers["a"].scaling) == (6, 1.0)
 
 

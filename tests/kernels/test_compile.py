@@ -136,7 +136,7 @@ def test_a_good_kernel_passes_with_the_matrix_instructions_of_its_architecture(f
 
 
 def test_a_stride_of_one_is_folded_into_the_kernel_as_a_launch_does(found):
-    # Only then are 8 neighbouring numbers known to lie together, to be copied at once.
+    # Only then are 8 neighboring numbers known to lie together, to be copied at once.
     assert "LDGSTS.E.BYPASS.128" in rows_of(found, "good")[0].compiled.sass
     assert "LDGSTS.E.BYPASS.128" not in rows_of(found, "unknown stride")[0].compiled.sass
 

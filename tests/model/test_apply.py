@@ -76,12 +76,12 @@ def test_failure_in_the_middle_of_the_decompositions(error, words, monkeypatch):
 
 
 def test_missed_certificate_names_the_layer(monkeypatch):
-    kept = ipca.nn.initialization.kept_weight
+    kept = ipca.nn.initialization.frozen_weight
 
     def planted(weight, *args, **options):
         return kept(weight, *args, **options) + (0.1 if weight.shape[0] == 5 else 0.0)
 
-    monkeypatch.setattr(ipca.nn.initialization, "kept_weight", planted)
+    monkeypatch.setattr(ipca.nn.initialization, "frozen_weight", planted)
     model = Plain()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match=r"^head: the effective weight is off by .* before training"):
@@ -112,8 +112,8 @@ def test_interrupt_between_decompositions(monkeypatch):
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_interrupt_while_layers_are_replaced_waits_until_all_are(call, monkeypatch):
-    from_start = on_call(call, LinearPC.from_start, lambda: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(LinearPC, "from_start", from_start)
+    from_factors = on_call(call, LinearPC.from_factors, lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(LinearPC, "from_factors", from_factors)
     model, x = Plain(), torch.randn(4, 20)
     y = model(x)
     with pytest.raises(KeyboardInterrupt):
@@ -252,7 +252,7 @@ def test_summary_reads_as_a_table():
     assert lines[3].endswith("2 of 2 windows certified")
     assert lines[4] == "before training: worst ‖W_eff − W‖/‖W‖ = 0.0e+00, max|W_eff − W| = 0.0e+00 (float32, layer a)"
     with torch.no_grad():
-        model.b.kept_weight.copy_(torch.eye(20, 12))
+        model.b.base_weight.copy_(torch.eye(20, 12))
     tied = ipca.apply_pc(ipca.unload(model, merge=False), rank=2, targets="b", progress=False)
     assert "  not certified: b: the window's edge at index 5 cuts a tie" in str(ipca.summary(tied))
     assert str(ipca.summary(Plain())).startswith("0 layers adapted, 605 of 617 parameters")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from common import Plain, snapshot
 from layer_kinds import Table
-from quantised_layers import quantised_model
+from quantized_layers import quantized_model
 from torch import nn
 
 import ipca
@@ -83,18 +83,20 @@ def test_the_adapter_is_loaded_without_batches(batches, tmp_path):
     assert torch.equal(again(batches[0]), model(batches[0]))
 
 
-def test_a_quantised_layer_takes_the_window_of_its_original_weight(batches):
-    """An original as far from the quantised weight as one may be, so that its windows are others."""
-    model, plain, _ = quantised_model("int8")
+def test_a_quantized_layer_takes_the_window_of_its_original_weight(batches):
+    """An original as far from the quantized weight as one may be, so that its windows are others."""
+    model, plain, _ = quantized_model("int8")
     weights = {name: plain.get_submodule(name).weight.detach() for name in ("a", "b")}
-    originals = {name: weight + 0.8 * weight.std() * torch.randn_like(weight) for name, weight in weights.items()}
+    unquantized_weights = {
+        name: weight + 0.8 * weight.std() * torch.randn_like(weight) for name, weight in weights.items()
+    }
     names, found = ("a", "b"), {}
-    for source in (None, originals):
-        measured = sensitivities(model, names, batches, originals=source, progress=False)
+    for source in (None, unquantized_weights):
+        measured = sensitivities(model, names, batches, unquantized_weights=source, progress=False)
         found[source is None] = {name: measured[name].quietest(3).index for name in names}
     assert found[True] != found[False]
     options = {"rank": 3, "form": "intact", "targets": names, "calibration": batches, "progress": False}
-    model = ipca.apply_pc(model, window="auto", originals=originals, **options)
+    model = ipca.apply_pc(model, window="auto", unquantized_weights=unquantized_weights, **options)
     assert starts(model) == found[False]
 
 

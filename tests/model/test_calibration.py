@@ -7,7 +7,7 @@ import torch
 import transformers
 from common import Plain, snapshot
 from layer_kinds import Table, mixtral
-from quantised_layers import quantised_model
+from quantized_layers import quantized_model
 from torch import nn
 from transformers import BatchEncoding
 
@@ -139,8 +139,8 @@ def test_a_transposed_layer_is_read_as_out_in():
 
 
 @pytest.mark.parametrize("kind", ["int8", "torchao-int8"])
-def test_a_quantised_layer_is_measured_by_its_dequantised_weight(kind, batches):
-    model, _, _ = quantised_model(kind)
+def test_a_quantized_layer_is_measured_by_its_dequantized_weight(kind, batches):
+    model, _, _ = quantized_model(kind)
     found = sensitivity(model, batches, progress=False)
     assert close(found["a"].S, torch.linalg.svdvals(read_layer(model.a)[0].double()))
     inputs = torch.cat(batches).flatten(0, -2).double()

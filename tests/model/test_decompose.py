@@ -100,7 +100,7 @@ def test_layers_go_side_by_side_and_stay_in_order():
     finally:
         torch.set_num_threads(1)
     for one, other in zip(alone, together, strict=True):
-        torch.testing.assert_close(one.kept_weight, other.kept_weight)
+        torch.testing.assert_close(one.base_weight, other.base_weight)
         torch.testing.assert_close(one.lora_A, other.lora_A)
 
 
@@ -117,7 +117,7 @@ def test_a_cache_keeps_what_was_decomposed(tmp_path, as_path, monkeypatch):
     ipca.apply_pc(second, rank=4, cache=cache, progress=False)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.lora_A, other.lora_A)
-        assert torch.equal(one.kept_weight, other.kept_weight)
+        assert torch.equal(one.base_weight, other.base_weight)
 
 
 def test_the_bar_counts_layers_and_names_paths(capsys):

@@ -58,7 +58,7 @@ def test_every_trainable_parameter_is_in_one_group(match):
     groups = ipca.param_groups(model, 1e-3, match=match)
     assert ids_of(groups) == trainable(model)
     names = ["lora_A", "lora_B"] if match is None else ["a.lora_A", "a.lora_B", "b.lora_A", "b.lora_B"]
-    assert [group["name"] for group in groups] == [*names, "whole"]
+    assert [group["name"] for group in groups] == [*names, "modules_to_save"]
     assert {id(p) for p in groups[-1]["params"]} == {id(p) for p in model.head.parameters()}
     torch.optim.SGD(groups)
 
@@ -69,16 +69,18 @@ def test_a_frozen_factor_is_in_no_group(frozen):
     getattr(model.layer, frozen).requires_grad_(False)
     groups = ipca.param_groups(model, 1e-3, match="sqrt-sigma")
     assert ids_of(groups) == trainable(model)
-    assert {group["name"] for group in groups} == {"layer.lora_A", "layer.lora_B", "whole"} - {f"layer.{frozen}"}
+    assert {group["name"] for group in groups} == {"layer.lora_A", "layer.lora_B", "modules_to_save"} - {
+        f"layer.{frozen}"
+    }
 
 
 def test_without_match_all_train_at_lr():
-    assert rates(ipca.param_groups(adapted(One()), 2e-3)) == {"lora_A": 2e-3, "lora_B": 2e-3, "whole": 2e-3}
+    assert rates(ipca.param_groups(adapted(One()), 2e-3)) == {"lora_A": 2e-3, "lora_B": 2e-3, "modules_to_save": 2e-3}
 
 
 def test_lora_plus_scales_the_rate_of_B_alone():
     found = rates(ipca.param_groups(adapted(One()), 2e-3, lora_plus=8.0))
-    assert found == {"lora_A": 2e-3, "lora_B": 16e-3, "whole": 2e-3}
+    assert found == {"lora_A": 2e-3, "lora_B": 16e-3, "modules_to_save": 2e-3}
     matched = rates(ipca.param_groups(adapted(One()), 2e-3, match="sqrt-sigma", lora_plus=8.0))
     assert matched["layer.lora_B"] == 8 * matched["layer.lora_A"]
 
@@ -94,7 +96,7 @@ def test_matched_rates_are_those_of_the_formula(window, alpha, form):
     assert found == {
         "layer.lora_A": pytest.approx(expected, rel=1e-9),
         "layer.lora_B": pytest.approx(expected, rel=1e-9),
-        "whole": 2e-3,
+        "modules_to_save": 2e-3,
     }
 
 
@@ -133,7 +135,7 @@ def test_a_stack_of_experts_takes_the_means_over_its_weights():
     model = ipca.apply_pc(mixtral(), rank=3, targets=["mlp.experts.down_proj"], progress=False)
     found = rates(ipca.param_groups(model, 1.0, match="sqrt-sigma"))
     layer = model.model.layers[0].mlp.experts.down_proj
-    spectra, start = torch.linalg.svdvals(layer.base_weight().double()), layer.window.index
+    spectra, start = torch.linalg.svdvals(layer.pretrained_weight().double()), layer.window.index
     reference = spectra.square().mean(-1).sqrt().mean()
     expected = (reference / spectra[:, start : start + 3].mean()).sqrt().item()
     assert found["model.layers.0.mlp.experts.down_proj.lora_A"] == pytest.approx(expected, rel=1e-5)
@@ -160,7 +162,7 @@ def test_windows_inside_peft_get_the_same_rates(build, options, targets):
 def test_stock_lora_in_peft_has_groups_and_no_match():
     model = get_peft_model(Small(), LoraConfig(r=3, target_modules=["a", "words"], modules_to_save=["b"]))
     groups = ipca.param_groups(model, 1e-3, lora_plus=4.0)
-    assert rates(groups) == {"lora_A": 1e-3, "lora_B": 4e-3, "whole": 1e-3}
+    assert rates(groups) == {"lora_A": 1e-3, "lora_B": 4e-3, "modules_to_save": 1e-3}
     assert ids_of(groups) == trainable(model)
     with pytest.raises(ValueError, match=r"\.a: match needs the factors a layer started from.*Leave match out"):
         ipca.param_groups(wrap(Small(), LoraConfig(r=3, target_modules=["a"])), 1e-3, match="sqrt-sigma")

@@ -1,13 +1,13 @@
-"""Quantised models of transformers: trained, saved, merged; stock PEFT on the same base."""
+"""Quantized models of transformers: trained, saved, merged; stock PEFT on the same base."""
 
 import pytest
 import torch
-from quantised_layers import train
+from quantized_layers import train
 from torch import nn
 
 import ipca
-from ipca.nn import QuantisedLinearPC
-from ipca.nn.quantization import dequantised, quantised_kind, requantised
+from ipca.nn import QuantizedLinearPC
+from ipca.nn.quantization import dequantize, quantization_kind, quantize_like
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,17 @@ def test_a_merged_transformers_model_is_saved_in_floats(llama, bits, tmp_path):
     assert (again(ids).logits - after).abs().max() < 1e-4
 
 
-def test_what_is_left_quantised_keeps_its_configuration(llama):
+def test_what_is_left_quantized_keeps_its_configuration(llama):
     model = loaded(llama, 4)
     ipca.apply_pc(model, rank=4, form="intact", targets=["q_proj"], progress=False)
     ipca.unload(model)
     assert model.config.quantization_config is not None
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
-    assert quantised_kind(model.model.layers[0].self_attn.k_proj) == "nf4"
+    assert quantization_kind(model.model.layers[0].self_attn.k_proj) == "nf4"
 
 
 def test_qpissa_by_way_of_export(llama, tmp_path):
-    """``Q(W_res) + B0 A0`` is nearer to the original weight than ``Q(W)``, with stock PEFT on a quantised base."""
+    """``Q(W_res) + B0 A0`` is nearer to the original weight than ``Q(W)``, with stock PEFT on a quantized base."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     plain = transformers.LlamaForCausalLM.from_pretrained(llama)
     weights = {}
@@ -63,8 +63,8 @@ def test_qpissa_by_way_of_export(llama, tmp_path):
     base = peft.PeftModel.from_pretrained(loaded(tmp_path / "qpissa" / "base", 4), tmp_path / "qpissa" / "adapter")
     for name, W in weights.items():
         layer = base.base_model.model.get_submodule(name)
-        start = dequantised(layer.base_layer) + layer.get_delta_weight("default")
-        lost = W - dequantised(requantised(layer.base_layer, W))
+        start = dequantize(layer.base_layer) + layer.get_delta_weight("default")
+        lost = W - dequantize(quantize_like(layer.base_layer, W))
         assert (W - start).norm() < 0.8 * lost.norm()
 
 
@@ -85,9 +85,11 @@ def test_a_transformers_model_trains_and_stock_peft_loads_its_adapter(llama, bit
     peft = pytest.importorskip("peft")
     model, ids = loaded(llama, bits), torch.randint(0, 50, (2, 7))
     before = model(ids).logits
-    ipca.apply_pc(model, rank=4, form="intact", originals=ipca.original_weights(llama), progress=False)
+    ipca.apply_pc(
+        model, rank=4, form="intact", unquantized_weights=ipca.load_unquantized_weights(llama), progress=False
+    )
     assert torch.equal(model(ids).logits, before)
-    assert len([m for m in model.modules() if isinstance(m, QuantisedLinearPC)]) == 14
+    assert len([m for m in model.modules() if isinstance(m, QuantizedLinearPC)]) == 14
     optimizer = torch.optim.AdamW(ipca.adapter_parameters(model), lr=1e-2, weight_decay=0)
     losses = []
     for _ in range(4):

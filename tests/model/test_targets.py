@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import ipca
 from ipca import PCConfig, Window
-from ipca.model.targets import find_targets, saved_modules
+from ipca.model.targets import find_modules_to_save, find_targets
 from ipca.nn import LinearPC
 
 
@@ -96,8 +96,8 @@ def test_all_linear_leaves_the_output_head_and_attention_alone(tied):
 def test_saved_modules_are_the_outermost_that_match():
     model = blocks()
     with pytest.raises(ValueError, match="'proj' would make PEFT save"):
-        saved_modules(model, PCConfig(modules_to_save=("norm", "proj")))
-    found = saved_modules(model, PCConfig(modules_to_save=(r"layers\.1.*", "q_proj")))
+        find_modules_to_save(model, PCConfig(modules_to_save=("norm", "proj")))
+    found = find_modules_to_save(model, PCConfig(modules_to_save=(r"layers\.1.*", "q_proj")))
     assert found == ["layers.0.q_proj", "layers.1", "layers.2.q_proj"]
 
 
@@ -196,7 +196,7 @@ PLACES = "the same module stands in several places of the model"
     [
         (poison(math.nan), "b: the tensor holds NaN or Inf"),
         (poison(math.inf), "b: the tensor holds NaN or Inf"),
-        (integer, r"b: cannot decompose a torch\.int8 tensor; dequantise"),
+        (integer, r"b: cannot decompose a torch\.int8 tensor; dequantize"),
         (lambda m: m.b.to("meta"), "b: the tensor is on the meta device.*load the weights first"),
         (tied, "b: its weight is tied to another module's: adapted they would differ.*untie them.*or exclude it"),
         (shared, f"b: {PLACES}"),
@@ -223,14 +223,14 @@ def test_layers_that_cannot_be_adapted(change, words):
     [
         (lambda: nn.Sequential(Subclass(8, 8)), "0", "0: it is a Subclass, not an nn.Linear"),
         (lambda: nn.ModuleDict({"box": nn.Sequential(nn.Linear(8, 8))}), "box", "box: it is a Sequential"),
-        (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8))), "0", "0: its weight is parametrised"),
+        (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8))), "0", "0: its weight is parametrized"),
         (lambda: nn.TransformerEncoderLayer(8, 2, 8), "out_proj", "self_attn.out_proj: nn.MultiheadAttention reads"),
         (lambda: nn.Linear(8, 8), "all-linear", "Linear: it is the model itself; use LinearPC.from_linear"),
         (lambda: LinearPC(8, 8, 2), "all-linear", "LinearPC: it is adapted already"),
         (lambda: nn.Sequential(LinearPC(8, 8, 2)), "0", "0: it is adapted already; unload the adapter first"),
         (lambda: nn.Sequential(*[Subclass(8, 8) for _ in range(7)]), "[0-9]", "0, 1, 2 and 4 more: it is a Subclass"),
     ],
-    ids=["subclass", "container", "parametrised", "out_proj", "itself", "pc", "adapted", "many"],
+    ids=["subclass", "container", "parametrized", "out_proj", "itself", "pc", "adapted", "many"],
 )
 def test_modules_that_cannot_be_adapted(build, targets, words):
     model = build()
@@ -241,7 +241,7 @@ def test_modules_that_cannot_be_adapted(build, targets, words):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
-def test_quantised_layers_are_refused_by_name_and_passed_over_by_all_linear():
+def test_quantized_layers_are_refused_by_name_and_passed_over_by_all_linear():
     model = torch.ao.quantization.quantize_dynamic(Plain(), {"b"}, dtype=torch.qint8)
     before, weight = snapshot(model), model.b.weight().dequantize()
     with pytest.raises(ValueError, match=r"cannot adapt b: it is a Linear, not an nn\.Linear"):

@@ -39,7 +39,7 @@ def test_output_and_gradients_are_those_of_the_effective_weight(name, form):
     y.backward(dy)
     A, B, wide_x = (t.detach().double().requires_grad_() for t in (layer.lora_A, layer.lora_B, x))
     low = B @ A - (layer.lora_B0.double() @ layer.lora_A0.double() if form == "intact" else 0.0)
-    kept = layer.kept_weight.detach().double()
+    kept = layer.base_weight.detach().double()
     wide = CONVS[name][0](bias=False).double()
     y64 = torch.func.functional_call(wide, {"weight": kept + layer.scaling * low.view(kept.shape)}, (wide_x,))
     bias = layer.bias.detach().double().view(-1, *(1 for _ in layer.kernel_size))
@@ -48,7 +48,7 @@ def test_output_and_gradients_are_those_of_the_effective_weight(name, form):
     assert relative(y, y64) <= 1e-6
     for found, wanted in ((layer.lora_A.grad, A.grad), (layer.lora_B.grad, B.grad), (x.grad, wide_x.grad)):
         assert relative(found, wanted) <= 1e-6
-    assert layer.kept_weight.grad is None
+    assert layer.base_weight.grad is None
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -69,15 +69,15 @@ def test_window_is_that_of_the_flattened_weight():
     U, S, Vh = torch.linalg.svd(conv.weight.detach().double().flatten(1), full_matrices=False)
     wanted = U[:, 2:5] * S[2:5] @ Vh[2:5]
     assert relative(layer.lora_B0 @ layer.lora_A0, wanted) <= 1e-6
-    assert relative(layer.kept_weight, (conv.weight.double().flatten(1) - wanted).view(7, 3, 3, 2)) <= 1e-6
-    assert layer.weight.shape == layer.kept_weight.shape == conv.weight.shape
+    assert relative(layer.base_weight, (conv.weight.double().flatten(1) - wanted).view(7, 3, 3, 2)) <= 1e-6
+    assert layer.weight.shape == layer.base_weight.shape == conv.weight.shape
     assert relative(layer.weight, conv.weight) <= 1e-6
 
 
 def test_intact_form_shares_the_memory_of_the_weight():
     conv = nn.Conv2d(3, 7, 3)
     layer = ConvPC.from_layer(conv, Window("middle", 3), form="intact")
-    assert layer.kept_weight.data_ptr() == conv.weight.data_ptr()
+    assert layer.base_weight.data_ptr() == conv.weight.data_ptr()
     assert layer.bias.data_ptr() == conv.bias.data_ptr()
 
 
@@ -100,7 +100,7 @@ def test_plain_again_with_every_setting(name):
     assert repr(back) == repr(conv)
     assert relative(back(x), layer(x)) <= 1e-6
     assert torch.equal(layer.to_plain(base=True).weight, conv.weight)
-    assert layer.to_plain().weight.data_ptr() != layer.kept_weight.data_ptr()
+    assert layer.to_plain().weight.data_ptr() != layer.base_weight.data_ptr()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -31,7 +31,7 @@ def test_output_and_gradients_are_those_of_the_effective_table(form, shape):
     y.backward(dy)
     A, B = (t.detach().double().requires_grad_() for t in (layer.lora_A, layer.lora_B))
     low = B @ A - (layer.lora_B0.double() @ layer.lora_A0.double() if form == "intact" else 0.0)
-    y64 = (layer.kept_weight.double() + layer.scaling * low.mT)[ids]
+    y64 = (layer.base_weight.double() + layer.scaling * low.mT)[ids]
     y64.backward(dy.double())
     for found, wanted in ((y, y64), (layer.lora_A.grad, A.grad), (layer.lora_B.grad, B.grad)):
         assert (found.double() - wanted).norm() <= 1e-6 * wanted.norm()
@@ -50,7 +50,7 @@ def test_intact_form_is_exact_before_training_also_under_autocast(dtype):
 def test_intact_form_shares_the_memory_of_the_table():
     table = nn.Embedding(19, 11)
     layer = EmbeddingPC.from_layer(table, Window("middle", 3), form="intact")
-    assert layer.kept_weight.data_ptr() == table.weight.data_ptr()
+    assert layer.base_weight.data_ptr() == table.weight.data_ptr()
     assert layer.weight.shape == table.weight.shape
     assert (layer.out_features, layer.in_features) == (11, 19)
     assert layer.lora_A.shape == (3, 19)

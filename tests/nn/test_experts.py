@@ -8,10 +8,10 @@ from layer_kinds import relative
 from torch import Tensor, nn
 
 from ipca import Window
-from ipca.nn import window_start
+from ipca.nn import initial_factors
 from ipca.nn.experts import ExpertsPC, StackPC
 from ipca.nn.layer_kinds import ExpertStack
-from ipca.nn.registry import find_layer, layers_of, put_layer
+from ipca.nn.registry import get_layer, named_layers, set_layer
 
 FORMS = ("residual", "intact")
 
@@ -40,8 +40,8 @@ def experts(transposed: bool) -> Experts:
 
 
 def adapt(model: nn.Module, name: str, form: str, rank: int = 2, **options) -> StackPC:
-    layer = StackPC.from_layer(find_layer(model, name), Window("middle", rank), form=form, **options)
-    put_layer(model, name, layer)
+    layer = StackPC.from_layer(get_layer(model, name), Window("middle", rank), form=form, **options)
+    set_layer(model, name, layer)
     return layer
 
 
@@ -68,7 +68,7 @@ def test_output_and_gradients_are_those_of_the_effective_weights(form, transpose
         low = B @ A - layer.lora_B0.double() @ layer.lora_A0.double()
         if form == "residual":
             low = low + layer.lora_B0.double() @ layer.lora_A0.double()
-        matrix = layer.as_matrix(layer.kept_weight.detach()).double() + layer.scaling * low
+        matrix = layer.as_matrix(layer.base_weight.detach()).double() + layer.scaling * low
         weights[name] = matrix.mT if transposed else matrix
         factors += [(layer.lora_A, A), (layer.lora_B, B)]
     y64 = torch.func.functional_call(wide, weights, (x.double(),))
@@ -86,7 +86,7 @@ def test_every_experts_window_is_its_own():
     for e in range(3):
         U, S, Vh = torch.linalg.svd(weight[e], full_matrices=False)
         assert relative(layer.lora_B0[e] @ layer.lora_A0[e], U[:, 2:5] * S[2:5] @ Vh[2:5]) <= 1e-6
-    assert relative(layer.base_weight(), weight) <= 1e-6
+    assert relative(layer.pretrained_weight(), weight) <= 1e-6
     assert relative(layer.residual_weight() + layer.lora_B0 @ layer.lora_A0, weight) <= 1e-6
 
 
@@ -103,7 +103,7 @@ def test_a_stack_whose_windows_start_in_different_places_is_refused():
     stack = torch.stack([torch.diag(torch.tensor(d)) for d in ([9.0, 1, 1, 1, 1, 1], [3.0, 3, 3, 3, 3, 1])])
     options = {"scaling": 1.0, "form": "intact", "adapter_dtype": torch.float32, "tol": "default"}
     with pytest.raises(ValueError, match="windows of this stack of 2 weights start at 1 to 4, but a stack has one"):
-        window_start(stack, Window("energy=0.8", 2), **options)
+        initial_factors(stack, Window("energy=0.8", 2), **options)
 
 
 def test_put_in_and_out_in_any_order_keeps_the_parameters_order_and_the_bits():
@@ -115,7 +115,7 @@ def test_put_in_and_out_in_any_order_keeps_the_parameters_order_and_the_bits():
     assert list(model[0].stacks()) == ["up", "down"]
     assert [n for n, p in model.named_parameters() if p.shape == (3, 9)] == ["0.base.bias"]
     for name in ("up", "down"):
-        put_layer(model, f"0.{name}", model[0].stacks()[name].to_plain(base=True))
+        set_layer(model, f"0.{name}", model[0].stacks()[name].to_plain(base=True))
     assert isinstance(model[0], Experts)
     after = model.state_dict()
     assert list(after) == list(before)
@@ -124,11 +124,11 @@ def test_put_in_and_out_in_any_order_keeps_the_parameters_order_and_the_bits():
 
 def test_places_of_plain_and_adapted_stacks():
     model = nn.Sequential(experts(False), nn.Conv1d(2, 2, 3))
-    assert [n for n, m in layers_of(model).items() if isinstance(m, ExpertStack)] == ["0.up", "0.down"]
+    assert [n for n, m in named_layers(model).items() if isinstance(m, ExpertStack)] == ["0.up", "0.down"]
     adapt(model, "0.up", "intact")
-    assert list(layers_of(model)) == ["", "0", "0.down", "0.base", "0.up", "1"]
-    assert isinstance(find_layer(model, "0.up"), StackPC)
-    assert isinstance(find_layer(model, "0.down"), ExpertStack)
+    assert list(named_layers(model)) == ["", "0", "0.down", "0.base", "0.up", "1"]
+    assert isinstance(get_layer(model, "0.up"), StackPC)
+    assert isinstance(get_layer(model, "0.down"), ExpertStack)
 
 
 @pytest.mark.parametrize("form", FORMS)

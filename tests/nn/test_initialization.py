@@ -9,7 +9,7 @@ from torch import nn
 import ipca.nn.initialization
 from ipca import Window
 from ipca._hashing import tensor_sha256
-from ipca.nn import InitCertificate, LinearPC, certify_start, default_adapter_dtype, window_start
+from ipca.nn import InitCertificate, LinearPC, certify_init, default_adapter_dtype, initial_factors
 from ipca.nn.lowrank import add_low_rank
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -17,7 +17,7 @@ OPTIONS = {"scaling": 1.0, "form": "residual", "adapter_dtype": torch.float32, "
 
 
 def start_of(weight: torch.Tensor, window: Window | None = None, **options):
-    return window_start(weight, window or Window.middle(5), **{**OPTIONS, **options})
+    return initial_factors(weight, window or Window.middle(5), **{**OPTIONS, **options})
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.25, 8.0])
@@ -51,7 +51,7 @@ def test_factors_survive_the_cast_to_the_compute_dtype(dtype):
 def test_certificate_measures_the_error_of_the_start(dtype, scaling):
     weight = torch.randn(48, 33).to(dtype)
     start = start_of(weight, Window.principal(5), scaling=scaling)
-    kept = ipca.nn.initialization.kept_weight(weight, start.A0, start.B0, scaling=scaling, form="residual")
+    kept = ipca.nn.initialization.frozen_weight(weight, start.A0, start.B0, scaling=scaling, form="residual")
     assert kept.dtype == dtype
     off = kept.double() + scaling * start.B0.double() @ start.A0.double() - weight.double()
     certificate = start.certificate
@@ -90,11 +90,11 @@ def test_certificate_fails_for_other_factors():
     weight = torch.randn(2050, 33, dtype=torch.float64)
     start = start_of(weight, adapter_dtype=torch.float64)
     settings = {"scaling": 1.0, "form": "residual"}
-    assert certify_start(weight, start.A0, start.B0, **settings) == start.certificate
+    assert certify_init(weight, start.A0, start.B0, **settings) == start.certificate
     broken = start.A0.clone()
     broken[0, 0] = math.nan
     with pytest.raises(RuntimeError, match=r"off by nan .*float64 explains at most 2\.2e-16"):
-        certify_start(weight, broken, start.B0, **settings)
+        certify_init(weight, broken, start.B0, **settings)
     assert not InitCertificate("float32", 0.0, math.nan, 1e-7).holds
 
 
@@ -102,14 +102,14 @@ def test_certificate_fails_for_other_factors():
 def test_wrong_kept_weight_fails_loudly(error, monkeypatch):
     linear = nn.Linear(33, 48)
     before = linear.weight.clone()
-    kept = ipca.nn.initialization.kept_weight
+    kept = ipca.nn.initialization.frozen_weight
 
     def planted(weight, *args, **options):
         wrong = kept(weight, *args, **options)
         wrong[-1, -1] += error
         return wrong
 
-    monkeypatch.setattr(ipca.nn.initialization, "kept_weight", planted)
+    monkeypatch.setattr(ipca.nn.initialization, "frozen_weight", planted)
     with pytest.raises(RuntimeError, match=r"effective weight is off by .* before training.*float32.*please report"):
         LinearPC.from_linear(linear, rank=5)
     assert torch.equal(linear.weight, before)
@@ -123,7 +123,7 @@ def test_wrong_kept_weight_fails_loudly(error, monkeypatch):
     ("weight", "error", "words"),
     [
         (torch.full((8, 8), math.nan), ValueError, "holds NaN or Inf"),
-        (torch.eye(8, dtype=torch.int8), TypeError, r"cannot decompose a torch\.int8 tensor; dequantise or cast"),
+        (torch.eye(8, dtype=torch.int8), TypeError, r"cannot decompose a torch\.int8 tensor; dequantize or cast"),
         (torch.empty(8, 8, device="meta"), ValueError, "meta device"),
         (torch.ones(8), ValueError, r"got shape \(8,\)"),
         (torch.ones(0, 8), ValueError, r"at least one entry, got shape \(0, 8\)"),

@@ -43,7 +43,7 @@ def reference_weight(layer: LinearPC) -> torch.Tensor:
     low = layer.lora_B.double() @ layer.lora_A.double()
     if layer.form == "intact":
         low = low - layer.lora_B0.double() @ layer.lora_A0.double()
-    return layer.kept_weight.double() + layer.alpha / layer.rank * low
+    return layer.base_weight.double() + layer.alpha / layer.rank * low
 
 
 def relative(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -168,7 +168,7 @@ def test_dropout_falls_on_the_low_rank_branch_alone():
     y = layer(x)
     torch.manual_seed(1)
     z = dropout(x, new_seed(x.device), 0.4)
-    wanted = F.linear(x, layer.kept_weight, layer.bias) + F.linear(F.linear(z, layer.lora_A), layer.lora_B)
+    wanted = F.linear(x, layer.base_weight, layer.bias) + F.linear(F.linear(z, layer.lora_A), layer.lora_B)
     assert torch.allclose(y, wanted, rtol=1e-5, atol=1e-6)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
@@ -177,7 +177,7 @@ def test_dropout_falls_on_the_low_rank_branch_alone():
 def test_intact_form_shares_the_weight_and_residual_does_not():
     linear = nn.Linear(23, 37)
     residual, intact = (LinearPC.from_linear(linear, rank=5, form=form) for form in FORMS)
-    assert intact.kept_weight.data_ptr() == linear.weight.data_ptr() != residual.kept_weight.data_ptr()
+    assert intact.base_weight.data_ptr() == linear.weight.data_ptr() != residual.base_weight.data_ptr()
     assert intact.bias.data_ptr() == residual.bias.data_ptr() == linear.bias.data_ptr()
     assert [name for name, p in intact.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
     assert linear.weight.requires_grad

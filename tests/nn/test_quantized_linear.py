@@ -1,24 +1,24 @@
-"""QuantisedLinearPC: a window beside a quantised linear layer."""
+"""QuantizedLinearPC: a window beside a quantized linear layer."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised_layers import KINDS, quantised_layer
+from quantized_layers import KINDS, quantized_layer
 from torch import nn
 
 import ipca
-from ipca.nn import QuantisedLinearPC
-from ipca.nn.quantization import dequantised, quantised_sha256
+from ipca.nn import QuantizedLinearPC
+from ipca.nn.quantization import dequantize, quantized_sha256
 
 OUT, IN, RANK = 33, 65, 5
 
 
 def made(kind, *, dtype=torch.float32, trained=False, bias=True, original=False, **options):
     W = torch.randn(OUT, IN, dtype=dtype)
-    base = quantised_layer(kind, W, torch.randn(OUT, dtype=dtype) if bias else None)
-    layer = QuantisedLinearPC.from_linear(base, rank=RANK, original=W if original else None, **options)
+    base = quantized_layer(kind, W, torch.randn(OUT, dtype=dtype) if bias else None)
+    layer = QuantizedLinearPC.from_linear(base, rank=RANK, original=W if original else None, **options)
     if trained:
         with torch.no_grad():
             layer.lora_A.add_(0.1 * torch.randn_like(layer.lora_A))
@@ -47,15 +47,15 @@ def test_in_evaluation_too_and_with_strided_input(kind):
 
 @pytest.mark.parametrize("original", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_window_is_that_of_the_original_or_of_the_dequantised_weight(kind, original):
+def test_the_window_is_that_of_the_original_or_of_the_dequantized_weight(kind, original):
     layer, W = made(kind, original=original)
-    source = W if original else dequantised(layer.base)
+    source = W if original else dequantize(layer.base)
     found = ipca.window_svd(source, layer.window, dtype=torch.float64)
     want = (found.U * found.S) @ found.Vh
     got = layer.lora_B0.double() @ layer.lora_A0.double()
     assert (got - want).abs().max() < 1e-5
-    assert layer.svd_report.source == ("original" if original else "dequantised")
-    assert layer.base_sha256 == quantised_sha256(layer.base)
+    assert layer.svd_report.source == ("original" if original else "dequantized")
+    assert layer.base_sha256 == quantized_sha256(layer.base)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +66,7 @@ def test_output_and_gradients_of_the_trained_layer(kind):
     assert all(p.grad is None for p in layer.base.parameters())
     z, A, B = (t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B))
     change = 2 * (B @ A - layer.lora_B0.double() @ layer.lora_A0.double())
-    y = F.linear(z, dequantised(layer.base).double() + change, layer.base.bias.double())
+    y = F.linear(z, dequantize(layer.base).double() + change, layer.base.bias.double())
     y.backward(dy.double())
     for got, want in ((layer(x), y), (x.grad, z.grad), (layer.lora_A.grad, A.grad), (layer.lora_B.grad, B.grad)):
         assert (got.double() - want).abs().max() < 1e-5 * want.abs().max()
@@ -80,7 +80,7 @@ def test_merged_disabled_and_plain(kind):
     trained, untouched = layer(x), layer.base(x)
     with layer.disabled():
         assert torch.equal(layer(x), untouched)
-        assert torch.equal(layer.weight, dequantised(layer.base))
+        assert torch.equal(layer.weight, dequantize(layer.base))
     layer.merge()
     merged = layer(x)
     plain = layer.to_plain()
@@ -154,20 +154,20 @@ def test_the_factors_keep_their_own_dtype():
 
 def test_a_packing_cpu_does_not_pack_in_evaluation():
     """Where bitsandbytes would, in place and for good: then nothing could train any more."""
-    base = quantised_layer("nf4", torch.randn(32, 64))
+    base = quantized_layer("nf4", torch.randn(32, 64))
     base.support_avx512bf16_for_cpu = True
-    layer = QuantisedLinearPC.from_linear(base, rank=RANK)
-    digest = quantised_sha256(base)
+    layer = QuantizedLinearPC.from_linear(base, rank=RANK)
+    digest = quantized_sha256(base)
     layer.eval()(torch.randn(3, 64))
     assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False)
-    assert quantised_sha256(base) == digest
+    assert quantized_sha256(base) == digest
     assert layer.to_plain(base=True).support_avx512bf16_for_cpu
 
 
 def test_the_repr_says_what_it_is():
     layer, _ = made("nf4")
     text = repr(layer)
-    assert text.startswith("QuantisedLinearPC(\n  nf4, in_features=65, out_features=33, bias=True, window=[14, 19)")
+    assert text.startswith("QuantizedLinearPC(\n  nf4, in_features=65, out_features=33, bias=True, window=[14, 19)")
     assert "(base): Linear4bit" in text
     layer, _ = made("int8", bias=False)
     assert "bias=False" in repr(layer)
@@ -186,24 +186,24 @@ def test_its_state_restores_the_factors():
 
 def test_a_plain_weight_cannot_be_loaded():
     layer, W = made("nf4")
-    with pytest.raises(RuntimeError, match="a plain weight cannot be loaded beside a quantised one"):
+    with pytest.raises(RuntimeError, match="a plain weight cannot be loaded beside a quantized one"):
         layer.load_state_dict({"weight": W})
 
 
 def test_a_plain_layer_is_refused():
-    with pytest.raises(TypeError, match="expected a layer with a quantised weight, got Linear; use LinearPC"):
-        QuantisedLinearPC.from_linear(nn.Linear(IN, OUT), rank=RANK)
+    with pytest.raises(TypeError, match="expected a layer with a quantized weight, got Linear; use LinearPC"):
+        QuantizedLinearPC.from_linear(nn.Linear(IN, OUT), rank=RANK)
 
 
 def test_the_residual_form_is_refused():
-    with pytest.raises(ValueError, match=r"quantise W_res anew, which changes what the model computes; use form="):
+    with pytest.raises(ValueError, match=r"quantize W_res anew, which changes what the model computes; use form="):
         made("nf4", form="residual")
 
 
 def test_a_layer_that_cannot_be_worked_with_is_refused():
     bnb = pytest.importorskip("bitsandbytes")
-    with pytest.raises(ValueError, match="cannot adapt a Linear4bit: its weight is not quantised yet"):
-        QuantisedLinearPC.from_linear(bnb.nn.Linear4bit(IN, OUT), rank=RANK)
+    with pytest.raises(ValueError, match="cannot adapt a Linear4bit: its weight is not quantized yet"):
+        QuantizedLinearPC.from_linear(bnb.nn.Linear4bit(IN, OUT), rank=RANK)
 
 
 @pytest.mark.parametrize(
@@ -211,22 +211,22 @@ def test_a_layer_that_cannot_be_worked_with_is_refused():
     [
         (lambda W: W.mT, ValueError, r"shape \(65, 33\), the layer \(33, 65\)"),
         (lambda W: W.to(torch.int8), TypeError, r"must hold floats, got torch.int8"),
-        (lambda W: W.flip(0), ValueError, r"no nearer to the quantised one than 0 is \(‖W − Q‖ / ‖W‖ = 1\.\d\d\)"),
-        (lambda W: W * torch.nan, ValueError, r"no nearer to the quantised one"),
+        (lambda W: W.flip(0), ValueError, r"no nearer to the quantized one than 0 is \(‖W − Q‖ / ‖W‖ = 1\.\d\d\)"),
+        (lambda W: W * torch.nan, ValueError, r"no nearer to the quantized one"),
     ],
 )
 def test_what_cannot_be_the_original_is_refused(change, error, words):
     W = torch.randn(OUT, IN)
-    base = quantised_layer("nf4", W)
+    base = quantized_layer("nf4", W)
     with pytest.raises(error, match=words):
-        QuantisedLinearPC.from_linear(base, rank=RANK, original=change(W))
+        QuantizedLinearPC.from_linear(base, rank=RANK, original=change(W))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_on_a_gpu_the_output_before_training_is_the_bases(kind):
     W = torch.randn(96, 128, dtype=torch.bfloat16)
-    layer = QuantisedLinearPC.from_linear(quantised_layer(kind, W).cuda(), rank=RANK, original=W)
+    layer = QuantizedLinearPC.from_linear(quantized_layer(kind, W).cuda(), rank=RANK, original=W)
     x = torch.randn(7, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     y = layer(x)
     assert torch.equal(y, layer.base(x))
@@ -237,7 +237,7 @@ def test_on_a_gpu_the_output_before_training_is_the_bases(kind):
 
 def test_a_plain_layer_has_one_dtype_though_bitsandbytes_casts_the_bias():
     W = torch.randn(OUT, IN, dtype=torch.bfloat16)
-    base = quantised_layer("nf4", W, torch.randn(OUT), compute_dtype=torch.float32)
-    plain = QuantisedLinearPC.from_linear(base, rank=RANK).to_plain()
+    base = quantized_layer("nf4", W, torch.randn(OUT), compute_dtype=torch.float32)
+    plain = QuantizedLinearPC.from_linear(base, rank=RANK).to_plain()
     assert (plain.weight.dtype, plain.bias.dtype) == (torch.bfloat16, torch.bfloat16)
     assert base.bias.dtype == torch.float32

@@ -38,7 +38,7 @@ def wide_weight(layer: LinearPC) -> torch.Tensor:
     low = layer.lora_B.double() @ layer.lora_A.double()
     if layer.form == "intact":
         low = low - layer.lora_B0.double() @ layer.lora_A0.double()
-    return (layer.kept_weight.double() + layer.scaling * low).detach()
+    return (layer.base_weight.double() + layer.scaling * low).detach()
 
 
 def bits(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -228,7 +228,7 @@ def test_missing_and_unexpected_keys_are_reported_as_by_nn_linear():
         layer.load_state_dict({"weight": torch.randn(8, 8)})
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"scale"'):
         layer.load_state_dict({**nn.Linear(8, 8).state_dict(), "scale": torch.ones(1)})
-    with pytest.raises(RuntimeError, match=r'Missing key.*"kept_weight"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"base_weight"'):
         layer.load_state_dict({"bias": torch.randn(8)})
 
 
@@ -282,7 +282,7 @@ def test_cast_of_the_residual_form_rounds_the_sum_once(dtype):
     U, _, Vh = torch.linalg.svd(torch.randn(48, 64), full_matrices=False)
     linear.weight = nn.Parameter(U @ torch.diag(0.5 ** torch.arange(48.0)) @ Vh)
     layer = LinearPC.from_linear(linear, "principal", rank=8, alpha=5)
-    parts = [t.detach().to(dtype).double() for t in (layer.kept_weight, layer.lora_B0, layer.lora_A0)]
+    parts = [t.detach().to(dtype).double() for t in (layer.base_weight, layer.lora_B0, layer.lora_A0)]
     each_part_rounded = relative(parts[0] + layer.scaling * parts[1] @ parts[2], linear.weight)
     off = relative(wide_weight(layer.to(dtype)), linear.weight)
     eps = torch.finfo(dtype).eps

@@ -100,7 +100,7 @@ def test_a_kept_weight_without_its_factors_is_refused():
     before = copy.deepcopy(layer.state_dict())
     partial = {key: value for key, value in before.items() if "lora" not in key}
     with pytest.raises(
-        RuntimeError, match=r"kept_weight, which means nothing without lora_A, lora_B, lora_A0, lora_B0"
+        RuntimeError, match=r"base_weight, which means nothing without lora_A, lora_B, lora_A0, lora_B0"
     ):
         layer.load_state_dict(partial, strict=False)
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())

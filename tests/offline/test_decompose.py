@@ -17,7 +17,7 @@ import ipca
 from ipca import PCConfig
 from ipca.io.checkpoint import WHOLE
 from ipca.offline.source import ModelSource
-from ipca.offline.work_folder import Job
+from ipca.offline.work_folder import WorkFolder
 from ipca.svd.cache import SpectralCache
 
 FORMS = ("intact", "residual")
@@ -108,7 +108,7 @@ def test_an_error_names_the_layer(tmp_path):
     run = Run(tmp_path, base, PCConfig(rank=3, form="intact"))
     with pytest.raises(ValueError, match=r"^b: the tensor holds NaN or Inf"):
         run()
-    assert Job(run.out).count() == 1
+    assert WorkFolder(run.out).count() == 1
 
 
 def test_a_tensor_of_another_shape_is_refused(run):

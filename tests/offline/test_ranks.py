@@ -2,11 +2,11 @@
 
 import pytest
 
-from ipca.offline.ranks import Team
+from ipca.offline.ranks import Ranks
 
 
 def test_a_team_needs_all_of_its_environment():
-    assert Team.from_environment("cpu", {}) == Team(0, 1)
-    assert Team.from_environment("cpu", {"RANK": "0", "WORLD_SIZE": "1"}) == Team(0, 1)
+    assert Ranks.from_environment("cpu", {}) == Ranks(0, 1)
+    assert Ranks.from_environment("cpu", {"RANK": "0", "WORLD_SIZE": "1"}) == Ranks(0, 1)
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 but RANK is not set; start the processes with torchrun"):
-        Team.from_environment("cpu", {"WORLD_SIZE": "2"})
+        Ranks.from_environment("cpu", {"WORLD_SIZE": "2"})

@@ -1,4 +1,4 @@
-"""The work folder: whatever stops a job, it goes on where it was, and nothing is done twice."""
+"""The work folder: whatever stops a work, it goes on where it was, and nothing is done twice."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import ipca
 import ipca.offline.decompose
 from ipca import PCConfig
 from ipca.io.checkpoint import WHOLE
-from ipca.offline.work_folder import DONE, WORK, Job
+from ipca.offline.work_folder import DONE, WORK, WorkFolder
 
 FORMS = ("intact", "residual")
 
@@ -40,7 +40,7 @@ def test_a_stopped_job_goes_on_where_it_was(tmp_path, monkeypatch, decomposed, f
     run = Run(tmp_path, Plain(), PCConfig(rank=3, form=form))
     interrupted(run, monkeypatch, after, error)
     assert os.listdir(run.out) == [WORK]
-    assert Job(run.out).count() == after
+    assert WorkFolder(run.out).count() == after
     assert len(decomposed) == after
     run()
     assert len(decomposed) == 3
@@ -67,10 +67,10 @@ def test_a_damaged_layer_is_made_again(run, decomposed, monkeypatch):
 def test_another_job_is_refused_with_the_way_out(run, monkeypatch):
     interrupted(run, monkeypatch, 1, KeyboardInterrupt())
     before = contents(run.out)
-    other = Job(run.out)
+    other = WorkFolder(run.out)
     with pytest.raises(FileExistsError) as error:
         other.open({"config": "another", "rank": 5})
-    assert str(error.value).startswith(f"{run.out / WORK} holds the unfinished work of another job (config ")
+    assert str(error.value).startswith(f"{run.out / WORK} holds the unfinished work of another work (config ")
     assert 'now "another"; rank null, now 5); repeat that one to finish it, choose another folder, or' in str(
         error.value
     )
@@ -87,7 +87,7 @@ def test_a_job_with_nothing_finished_gives_way(run, monkeypatch):
 
 
 def test_two_processes_do_not_share_a_folder(run):
-    first, second = Job(run.out), Job(run.out)
+    first, second = WorkFolder(run.out), WorkFolder(run.out)
     first.open({})
     with pytest.raises(FileExistsError, match=r"another process is at work in .*; wait until it has ended"):
         second.open({})
@@ -101,9 +101,9 @@ def test_an_abandoned_job_leaves_nothing(tmp_path, existed):
     out = tmp_path / "out"
     if existed:
         out.mkdir()
-    job = Job(out)
-    job.open({})
-    assert job.abandon() == 0
+    work = WorkFolder(out)
+    work.open({})
+    assert work.abandon() == 0
     assert out.exists() == existed
     assert not existed or os.listdir(out) == []
 
@@ -112,9 +112,9 @@ def test_old_files_are_replaced_together_and_others_kept(run):
     run.out.mkdir()
     for name in ("adapter_model.safetensors", "ipca.json", "notes.txt"):
         (run.out / name).write_text("old")
-    job = run(finish=False)
+    work = run(finish=False)
     assert (run.out / "ipca.json").read_text() == "old"
-    job.finish()
+    work.finish()
     assert contents(run.out)["notes.txt"] == b"old"
     ipca.load_adapter(run.base, run.out)
     assert sorted(os.listdir(run.out)) == sorted(
@@ -127,10 +127,10 @@ def test_a_move_that_fails_undoes_the_others(run, monkeypatch, failing):
     run.out.mkdir()
     for name in ("adapter_config.json", "ipca.json"):
         (run.out / name).write_text("old")
-    job, plain, calls = run(finish=False), os.replace, []
+    work, plain, calls = run(finish=False), os.replace, []
 
     def replace(source, target):
-        if str(source).startswith(str(job.final)) or str(target).startswith(str(job.folder / "old")):
+        if str(source).startswith(str(work.final)) or str(target).startswith(str(work.folder / "old")):
             calls.append(1)
             if len(calls) == failing:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -139,13 +139,13 @@ def test_a_move_that_fails_undoes_the_others(run, monkeypatch, failing):
     with monkeypatch.context() as patch:
         patch.setattr("ipca.offline.work_folder.os.replace", replace)
         with pytest.raises(OSError, match=f"cannot write {run.out}: Input/output error"):
-            job.finish()
+            work.finish()
     assert {path.name: path.read_text() for path in run.out.glob("*.json")} == {
         "adapter_config.json": "old",
         "ipca.json": "old",
     }
     assert not (run.out / "adapter_model.safetensors").exists()
-    job.finish()
+    work.finish()
     ipca.load_adapter(run.base, run.out)
 
 
@@ -154,7 +154,7 @@ def test_a_job_killed_while_it_moves_is_finished_by_the_next(run, monkeypatch, m
     """The process dies: nothing is undone."""
     run.out.mkdir()
     (run.out / "ipca.json").write_text("old")
-    job, plain, done = run(finish=False), os.replace, []
+    work, plain, done = run(finish=False), os.replace, []
 
     def replace(source, target):
         if str(target).startswith(str(run.out)) and not str(target).endswith("ready"):
@@ -166,9 +166,9 @@ def test_a_job_killed_while_it_moves_is_finished_by_the_next(run, monkeypatch, m
     with monkeypatch.context() as patch:
         patch.setattr("ipca.offline.work_folder.os.replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            job.finish()
-    job.close()
-    later = Job(run.out)
+            work.finish()
+    work.close()
+    later = WorkFolder(run.out)
     assert later.ready
     later.open({"config": run.config.to_json()})
     later.finish()
@@ -203,7 +203,7 @@ def test_a_full_disk_keeps_what_is_done_and_what_was_there(tmp_path, monkeypatch
         with pytest.raises(OSError, match=f"cannot write {run.out}: No space left on device"):
             run()
     assert where == "shard" or (run.out / "ipca.json").read_text() == "old"
-    assert Job(run.out).count() == (0 if where == "layer" else 3)
+    assert WorkFolder(run.out).count() == (0 if where == "layer" else 3)
     run()
     assert len(decomposed) == (4 if where == "layer" else 3)
     assert not list(run.out.rglob(".tmp-*"))
@@ -211,8 +211,8 @@ def test_a_full_disk_keeps_what_is_done_and_what_was_there(tmp_path, monkeypatch
 
 def test_shards_that_are_done_are_not_written_again(tmp_path, monkeypatch):
     run = Run(tmp_path, Plain(), PCConfig(rank=3, form="residual"))
-    job = run(finish=False)
-    shard = job.final / "base" / WHOLE
+    work = run(finish=False)
+    shard = work.final / "base" / WHOLE
     before = shard.stat().st_mtime_ns
     run()
     assert (run.out / "base" / WHOLE).stat().st_mtime_ns == before

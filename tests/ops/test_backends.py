@@ -313,9 +313,9 @@ def test_names_and_the_environment(monkeypatch):
     assert ipca.set_backend("auto") == "addmm"
     with pytest.raises(ValueError, match=r"set_backend got 'cublas'; backends are 'auto', 'triton'"):
         ipca.set_backend("cublas")
-    monkeypatch.setattr(backends, "_asked_for", None)
+    monkeypatch.setattr(backends, "_chosen", None)
     monkeypatch.setenv("IPCA_BACKEND", "merged")
-    assert backends.asked_for() == "merged"
+    assert backends.get_backend() == "merged"
     monkeypatch.setenv("IPCA_BACKEND", "tirton")
     with pytest.raises(ValueError, match="the environment variable IPCA_BACKEND got 'tirton'"):
         call(inputs(intact=False))
@@ -332,7 +332,7 @@ def measured(monkeypatch):
         monkeypatch.setattr(tables, "tables_for", lambda device: ((table,), ()))
         tables.forget()
 
-    monkeypatch.setattr(backends, "_triton_refusal", lambda problem: "")
+    monkeypatch.setattr(backends, "_triton_unsupported", lambda problem: "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
     yield says
     tables.forget()
@@ -345,7 +345,7 @@ MILLISECONDS = {
 
 
 def best(M, *, frozen=False, dropout=False):
-    problem = backends.Problem(torch.device("cuda"), torch.bfloat16, M, 4096, 4096, 16, frozen, dropout, True)
+    problem = backends.LinearShape(torch.device("cuda"), torch.bfloat16, M, 4096, 4096, 16, frozen, dropout, True)
     return backends.choose("auto", problem)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft_cases import off, output, randomise, train, wrap
+from peft_cases import off, output, randomize, train, wrap
 from peft_models import CASES, Small, ids, llama
 from torch import nn
 
@@ -20,7 +20,7 @@ def three(base, x, targets=ALL):
     model = wrap(base, target_modules=targets)
     model.add_adapter("minor", PCConfig(r=2, window="minor", target_modules=targets[:2]))
     model.add_adapter("default_plain", LoraConfig(r=3, target_modules=targets))
-    randomise(model)
+    randomize(model)
     outputs = {"__base__": base(x)}
     for name in ("default", "minor", "default_plain"):
         model.set_adapter(name)
@@ -103,7 +103,7 @@ def test_a_deleted_adapter_leaves_nothing_behind(second):
     assert not [name for name in model.state_dict() if "minor" in name]
     model.add_adapter("minor", second(r=2, target_modules=ALL))
     model.set_adapter("minor")
-    randomise(model) if second is LoraConfig else None
+    randomize(model) if second is LoraConfig else None
     assert torch.equal(model(x), outputs["__base__"]) == (second is PCConfig)
     rank = 4 if second is PCConfig else 2
     shapes = {tuple(tensor.shape) for name, tensor in model.state_dict().items() if "A.minor" in name}

@@ -8,16 +8,16 @@ import torch
 from common import Plain, snapshot
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft_cases import randomise, train, wrap
+from peft_cases import randomize, train, wrap
 from peft_models import CASES, Small, ids
 from torch import nn
 
 import ipca
 from ipca import analysis
 from ipca.analysis.peft_layers import _ADDITIVE
-from ipca.nn import dequantised
+from ipca.nn import dequantize
 from ipca.nn.layer_kinds import read_layer
-from ipca.nn.registry import find_layer
+from ipca.nn.registry import get_layer
 from ipca.peft import PCConfig
 
 KINDS = [name for name in CASES if name != "matrix"]
@@ -26,7 +26,7 @@ KINDS = [name for name in CASES if name != "matrix"]
 def stock(base, config_class=LoraConfig, **options):
     """``base`` in stock PEFT, its adapter changed at random."""
     model = get_peft_model(copy.deepcopy(base), config_class(**{"r": 3, "target_modules": ["a", "b"], **options}))
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -43,7 +43,7 @@ def test_every_kind_is_what_merging_makes_of_it(case, ours):
     assert pairs
     for pair in pairs:
         name, _, index = pair.name.partition("[")
-        before, after = (read_layer(find_layer(plain, name))[0].double() for plain in (base, merged))
+        before, after = (read_layer(get_layer(plain, name))[0].double() for plain in (base, merged))
         if index:
             before, after = before[int(index[:-1])], after[int(index[:-1])]
         assert torch.equal(pair.base, before)
@@ -220,12 +220,12 @@ def test_a_half_precision_weight_is_not_rounded():
         assert pair.change.norm() > 0
 
 
-def test_a_quantised_base_is_dequantised():
+def test_a_quantized_base_is_dequantized():
     pytest.importorskip("bitsandbytes")
-    from quantised_layers import quantised_model
+    from quantized_layers import quantized_model
 
-    model, plain, _ = quantised_model("nf4")
-    held = dequantised(model.a).double()
+    model, plain, _ = quantized_model("nf4")
+    held = dequantize(model.a).double()
     model = get_peft_model(model, LoraConfig(r=3, target_modules=["a"]))
     (pair,) = analysis.weight_pairs(model, plain)
     assert torch.equal(pair.trained, held)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_cases import off, randomise, train, wrap
+from peft_cases import off, randomize, train, wrap
 from peft_models import CASES, Small, ids, llama
 
 from ipca.peft import PCConfig
@@ -40,7 +40,7 @@ def test_saved_windows_are_swapped_in_stock_peft(tmp_path):
 def test_what_would_leave_a_start_behind_is_not_swapped_in(options, tmp_path):
     base, x = Small(), ids()
     plain = wrap(base, LoraConfig(**{"target_modules": ["a", "b"], **options}))
-    randomise(plain)
+    randomize(plain)
     plain.save_pretrained(tmp_path)
     model = wrap(base)
     train(model, x)
@@ -113,7 +113,7 @@ def test_plain_adapters_beside_a_window_combine_as_ever():
     model = wrap(base)
     for name in ("one", "two"):
         model.add_adapter(name, LoraConfig(r=3, target_modules=["a", "b"]))
-    randomise(model)
+    randomize(model)
     model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both", combination_type="cat")
     model.set_adapter("both")
     y = model(x)

@@ -8,7 +8,7 @@ from common import snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_cases import off, output, train, wrap
 from peft_models import Heavy, Small, gpt2, ids, llama
-from quantised_layers import quantise
+from quantized_layers import quantize
 from torch import nn
 
 from ipca import window_svd
@@ -115,8 +115,8 @@ REFUSED = {
     "tied outside": (tied_outside, "the weight of an adapted layer is tied to another module's: .*c.weight"),
     "not finite": (broken, "^b: .*NaN"),
     "too large": (lambda: stock(Small(), r=13), "^a: .*needs 13 singular values, but there are only 12"),
-    "quantised": (
-        lambda: get_peft_model(quantise(Heavy(), "nf4"), LoraConfig(target_modules=["a"])),
+    "quantized": (
+        lambda: get_peft_model(quantize(Heavy(), "nf4"), LoraConfig(target_modules=["a"])),
         "^a: its weight is quant",
     ),
 }

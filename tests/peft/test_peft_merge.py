@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft_cases import off, output, train, wrap
 from peft_models import CASES, Heavy, ids, llama
-from quantised_layers import KINDS, TORCHAO, quantise
+from quantized_layers import KINDS, TORCHAO, quantize
 
 from ipca.peft import PCConfig
 
@@ -68,9 +68,9 @@ def test_scaling_scales_the_change(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_base_merges_as_in_stock_peft(kind, tmp_path):
+def test_a_quantized_base_merges_as_in_stock_peft(kind, tmp_path):
     torch.manual_seed(0)
-    base, x = quantise(Heavy(), kind).train(), torch.randn(5, 64)
+    base, x = quantize(Heavy(), kind).train(), torch.randn(5, 64)
     twin = copy.deepcopy(base)
     twin.is_loaded_in_8bit, twin.is_loaded_in_4bit = kind == "int8", kind in ("nf4", "fp4")  # as transformers says it
     model = get_peft_model(base, PCConfig(r=3, target_modules=["a", "b"]))

@@ -10,7 +10,7 @@ from layer_kinds import mixtral
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_cases import off, output, train, wrap
 from peft_models import CASES, Heavy, Small, ids, llama
-from quantised_layers import KINDS, quantise
+from quantized_layers import KINDS, quantize
 from torch import nn
 
 import ipca
@@ -86,8 +86,8 @@ def test_a_window_after_plain_lora(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_base(kind, never_again):
-    base, x = quantise(Heavy(), kind).train(), torch.randn(5, 64)
+def test_a_quantized_base(kind, never_again):
+    base, x = quantize(Heavy(), kind).train(), torch.randn(5, 64)
     config = prepare(base, PCConfig(r=3, target_modules=["a", "b"]), progress=False)
     never_again()
     model = get_peft_model(base, config)
@@ -96,17 +96,17 @@ def test_a_quantised_base(kind, never_again):
     assert torch.equal(model(x), y)
 
 
-def test_the_originals_of_a_quantised_base():
+def test_the_originals_of_a_quantized_base():
     plain = Heavy()
-    base, x = quantise(copy.deepcopy(plain), "nf4").train(), torch.randn(5, 64)
-    originals = {f"{name}.weight": getattr(plain, name).weight.detach() for name in "ab"}
+    base, x = quantize(copy.deepcopy(plain), "nf4").train(), torch.randn(5, 64)
+    unquantized_weights = {f"{name}.weight": getattr(plain, name).weight.detach() for name in "ab"}
     asked = []
 
     def find(name):
         asked.append(name)
-        return originals[name if name.endswith("weight") else f"{name}.weight"]
+        return unquantized_weights[name if name.endswith("weight") else f"{name}.weight"]
 
-    config = prepare(base, PCConfig(r=3, target_modules=["a", "b"]), originals=find, progress=False)
+    config = prepare(base, PCConfig(r=3, target_modules=["a", "b"]), unquantized_weights=find, progress=False)
     assert {name.removesuffix(".weight") for name in asked} == {"a", "b"}
     exact = ipca.window_svd(plain.a.weight.detach(), ipca.Window.middle(3))
     start = config.starts["a"]

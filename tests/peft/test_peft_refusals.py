@@ -43,7 +43,7 @@ def test_every_variant_of_pefts_is_refused_or_ours():
 
 
 @pytest.mark.parametrize("value", ["pissa", "gaussian", "olora", "pissa_niter_4", "eva", "mica", "orthogonal"])
-def test_other_initialisations(value):
+def test_other_initializations(value):
     with pytest.raises(ValueError, match=rf"init_lora_weights='{value}' is no window; leave it out and say window=…"):
         PCConfig(init_lora_weights=value)
 
@@ -51,10 +51,10 @@ def test_other_initialisations(value):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"window": "centre"}, "Unknown window 'centre'"),
+        ({"window": "center"}, "Unknown window 'center'"),
         ({"window": 1.5}, r"must lie in \[0, 1\]"),
         ({"window": Window(3, 4), "r": 5}, "has rank 4, but rank=5 was given too"),
-        ({"window_pattern": {"a": "centre"}}, "Unknown window 'centre'"),
+        ({"window_pattern": {"a": "center"}}, "Unknown window 'center'"),
         ({"r": 0}, "rank must be at least 1, got 0"),
         ({"rank_pattern": {"a": 0}}, "rank must be at least 1, got 0"),
         ({"lora_alpha": -1}, "alpha must be positive, got -1"),
@@ -95,7 +95,7 @@ class Scaled(nn.Module):
         return 2 * weight
 
 
-def parametrised():
+def parametrized():
     layer = nn.Linear(8, 8)
     parametrize.register_parametrization(layer, "weight", Scaled())
     return layer
@@ -115,7 +115,7 @@ LAYERS = {
     "attention": (lambda: nn.MultiheadAttention(8, 2), "nn.MultiheadAttention reads its weights without calling"),
     "its projection": (lambda: nn.MultiheadAttention(8, 2).out_proj, "reads its weights without calling"),
     "parallel": (parallel, "it is tensor parallel, and no rank has the weight to decompose"),
-    "parametrised": (parametrised, "its weight is computed from other parameters"),
+    "parametrized": (parametrized, "its weight is computed from other parameters"),
     "bilinear": (lambda: nn.Bilinear(8, 8, 8), "a Bilinear has no weight matrix that PEFT's format knows"),
     "norm": (lambda: nn.LayerNorm(8), "a LayerNorm has no weight matrix that PEFT's format knows"),
     "too small": (lambda: nn.Linear(8, 3), r"needs 4 singular values, but there are only 3"),

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from peft_cases import off, output, train, wrap
 from peft_models import CASES, Heavy, Small, ids, llama
-from quantised_layers import KINDS, quantise
+from quantized_layers import KINDS, quantize
 
 from ipca.peft import PCConfig
 
@@ -27,8 +27,8 @@ def test_the_start_is_the_base_to_the_bit(name, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_base_is_kept_to_the_bit(kind):
-    base, x = quantise(Heavy(), kind).train(), torch.randn(5, 64)
+def test_a_quantized_base_is_kept_to_the_bit(kind):
+    base, x = quantize(Heavy(), kind).train(), torch.randn(5, 64)
     model = get_peft_model(base, PCConfig(r=3, target_modules=["a", "b"]))
     with model.disable_adapter():
         y = model(x)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca._atomic import DamagedFile, read_sealed, write_sealed
+from ipca._atomic import CorruptFileError, read_checksummed, write_checksummed
 from ipca._hashing import tensor_sha256
 from ipca.svd.cache import SpectralCache, cached_window_svd, default_cache_folder
 from ipca.svd.entry import CacheKey, cache_key
@@ -205,8 +205,8 @@ def test_a_later_version_may_report_more(cache, tmp_path):
     W = torch.randn(24, 30)
     first = cached_window_svd(W, WINDOW, cache=cache)
     path = only_file(cache)
-    record, tensors = read_sealed(path)
-    write_sealed(path, {**record, "report": {**record["report"], "joules": 3}}, tensors)
+    record, tensors = read_checksummed(path)
+    write_checksummed(path, {**record, "report": {**record["report"], "joules": 3}}, tensors)
     assert same(cached_window_svd(W, WINDOW, cache=cache), first)
 
 
@@ -332,12 +332,12 @@ def test_the_default_folder(monkeypatch, tmp_path):
 def test_a_sealed_file_holds_record_and_tensors(tmp_path):
     path = tmp_path / "x"
     record, tensors = {"a": [1, "é"]}, {"t": torch.arange(6.0).view(2, 3).mT, "b": torch.ones(2, dtype=torch.bfloat16)}
-    write_sealed(path, record, tensors)
-    back, values = read_sealed(path)
+    write_checksummed(path, record, tensors)
+    back, values = read_checksummed(path)
     assert back == record
     assert all(torch.equal(values[name], tensors[name]) for name in tensors)
     with pytest.raises(FileNotFoundError):
-        read_sealed(tmp_path / "none")
+        read_checksummed(tmp_path / "none")
     path.write_bytes(b"\xff" * 40)
-    with pytest.raises(DamagedFile, match="x is damaged"):
-        read_sealed(path)
+    with pytest.raises(CorruptFileError, match="x is damaged"):
+        read_checksummed(path)

@@ -5,7 +5,7 @@ import torch
 
 from ipca import Window, window_svd
 from ipca.svd import certificate, solve
-from ipca.svd.problem import Problem
+from ipca.svd.problem import MatrixBatch
 from ipca.svd.range import lapack_range
 from ipca.svd.solve import rayleigh_ritz
 
@@ -28,7 +28,7 @@ def matrix(S):
     """``W (M, N)``, the problem of its windows, its Gram matrix and its singular vectors."""
     U, V = orthonormal(M, N), orthonormal(N, N)
     W = (U * S) @ V.mT
-    problem = Problem(W[None], seed=0)
+    problem = MatrixBatch(W[None], seed=0)
     return W, problem, problem.gram[0], U, S / problem.blocks.scale, V
 
 
@@ -36,10 +36,10 @@ def falling():
     return torch.linspace(2, 1, N, dtype=F64)
 
 
-def judge(problem, U, S, V, start=START, neighbours=None):
+def judge(problem, U, S, V, start=START, neighbors=None):
     """The residual relative to σ₁, and whether ``U, S, V`` are certified as the window that starts at ``start``."""
     rho = residual(problem, U, S, V)
-    (proof,) = certificate.certify(problem.gram, S[None], rho, problem.sigma1, start, neighbours)
+    (proof,) = certificate.certify(problem.gram, S[None], rho, problem.sigma1, start, neighbors)
     return (rho / problem.sigma1).item(), *proof
 
 
@@ -193,7 +193,7 @@ def test_a_tie_across_an_edge_is_not_certified(start, value):
 @pytest.mark.parametrize("edge", [START, START + RANK])
 @pytest.mark.parametrize(("distance", "certified"), [(0.5, False), (4.0, True)])
 def test_values_that_the_gram_matrix_cannot_tell_apart_are_not_certified(edge, distance, certified):
-    """Of squares near 1e-12, all but the window's two neighbours stand far apart; the rounding is ``N eps``."""
+    """Of squares near 1e-12, all but the window's two neighbors stand far apart; the rounding is ``N eps``."""
     squares = torch.cat([torch.linspace(1, 1e-3, START), torch.full((RANK,), 1e-12), torch.zeros(N - START - RANK)])
     squares = squares.double()
     squares[START - 1 if edge == START else edge] = 1e-12 + (1 if edge == START else -1) * distance * N * EPS
@@ -270,14 +270,14 @@ def test_the_ends_of_the_spectrum_are_no_edges():
 
 def test_the_largest_singular_value_is_a_close_lower_bound():
     for seed in range(5):
-        problem = Problem(torch.randn(1, M, N), seed)
+        problem = MatrixBatch(torch.randn(1, M, N), seed)
         sigma1 = torch.linalg.eigvalsh(problem.gram)[0, -1].sqrt().item()
         assert 0.9 * sigma1 <= problem.sigma1.item() <= sigma1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("ratio", [0.999, 0.9, 0.1])
-def test_a_first_window_is_proven_by_one_cholesky_factorisation(dtype, ratio):
+def test_a_first_window_is_proven_by_one_cholesky_factorization(dtype, ratio):
     S = torch.cat([torch.linspace(3, 2, RANK), ratio * torch.linspace(2, 1, N - RANK)]).double()
     assert prove_first(S, range(RANK), dtype)[0]
 
@@ -298,7 +298,7 @@ def test_a_first_window_is_not_proven_within_the_rounding_of_the_gram_matrix(gap
 
 
 def prove_first(S, kept, dtype):
-    """The components ``kept`` as the first window, the next one as their neighbour."""
+    """The components ``kept`` as the first window, the next one as their neighbor."""
     _, problem, _, U, S, V = matrix(S)
     kept = list(kept)
     found = S[kept][None]
@@ -312,7 +312,7 @@ def prove_first(S, kept, dtype):
 
 @pytest.mark.parametrize("error", [1e-2, 1e-6])
 def test_the_error_of_a_gram_matrix_is_measured(error):
-    blocks = Problem(torch.randn(2, M, N), 0).blocks
+    blocks = MatrixBatch(torch.randn(2, M, N), 0).blocks
     E = torch.randn(2, N, N, dtype=F64)
     E *= error / torch.linalg.matrix_norm(E)[:, None, None]
     bound = certificate.gram_error(blocks, blocks.gram() + E, seed=0)

@@ -68,7 +68,7 @@ def test_blocks_multiply_as_the_scaled_matrix_does(m, largest):
 NOT_DECOMPOSABLE = [
     ([[1.0]], TypeError, "expected a torch.Tensor, got list"),
     *[
-        (torch.ones(3, 3, dtype=dtype), TypeError, f"cannot decompose a {dtype} tensor; dequantise or cast it")
+        (torch.ones(3, 3, dtype=dtype), TypeError, f"cannot decompose a {dtype} tensor; dequantize or cast it")
         for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn)
     ],
     *[

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca.svd.parallel import TOGETHER, side_by_side
+from ipca.svd.parallel import TOGETHER, thread_map
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def run(count, seen, *, room=1.0, threads_each=None):
             running -= 1
         return i
 
-    return list(side_by_side(work, range(count), [room] * count))
+    return list(thread_map(work, range(count), [room] * count))
 
 
 @pytest.mark.parametrize(("available", "count", "workers"), [(1, 5, 1), (2, 1, 1), (2, 5, 2), (4, 2, 2), (4, 9, 4)])
@@ -64,14 +64,14 @@ def test_an_error_comes_at_its_turn_and_ends_the_rest(threads):
 
     results = []
     with pytest.raises(ValueError, match="two"):
-        results.extend(side_by_side(work, range(50), [1.0] * 50))
+        results.extend(thread_map(work, range(50), [1.0] * 50))
     assert results == [0, 1]
     assert len(began) < 6
     assert torch.get_num_threads() == 2
 
 
 def test_nothing_to_do():
-    assert list(side_by_side(lambda i: i, [], [])) == []
+    assert list(thread_map(lambda i: i, [], [])) == []
 
 
 def test_a_stack_gives_the_same_bits_side_by_side_as_one_by_one(threads):

@@ -6,9 +6,9 @@ import torch
 from ipca import Window, window_svd
 from ipca.svd import solve
 from ipca.svd.krylov import Krylov
-from ipca.svd.orthonormal import orthonormalise
+from ipca.svd.orthonormal import orthonormalize
 from ipca.svd.plan import THRESHOLDS, plan
-from ipca.svd.problem import Problem
+from ipca.svd.problem import MatrixBatch
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
@@ -202,7 +202,7 @@ def test_a_basis_is_orthonormal_however_ill_conditioned_the_block(dtype, conditi
     scales = torch.logspace(0, -torch.tensor(condition).log10().item(), 12, dtype=F64)
     X = (torch.linalg.qr(torch.randn(2, 90, 12, dtype=F64))[0] * scales) @ torch.randn(12, 12, dtype=F64)
     against = torch.linalg.qr(torch.randn(2, 90, 20, dtype=F64))[0].to(dtype)
-    Q = orthonormalise(X.to(dtype), against)
+    Q = orthonormalize(X.to(dtype), against)
     bound = 200 * torch.finfo(dtype).eps
     assert torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(12, dtype=dtype), ord=2).max() <= bound
     assert torch.linalg.matrix_norm(against.mT @ Q, ord=2).max() <= bound
@@ -229,10 +229,10 @@ def test_a_batch_solves_each_matrix_and_falls_back_for_one_alone(monkeypatch, na
     tie[edge - 1] = tie[edge]
     W = torch.stack([matrix(300, 300, S), matrix(300, 300, tie), matrix(300, 300, 2 * S)])
     monkeypatch.setattr(solve, "plan", lambda *_: [name])
-    found = solve.solve(Problem(W, 0), window, 1e-6)
+    found = solve.solve(MatrixBatch(W, 0), window, 1e-6)
     assert [one.path for one in found] == [name, "full", name]
     assert [one.proof.certified for one in found] == [True, False, True]
-    problem = Problem(W, 0)
+    problem = MatrixBatch(W, 0)
     for one, scale, values in zip(found, problem.blocks.scale, (S, tie, 2 * S), strict=True):
         torch.testing.assert_close(one.S * scale, values[window.start : window.stop], rtol=0, atol=1e-7)
         assert one.error <= 1e-6

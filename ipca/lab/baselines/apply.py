@@ -13,11 +13,11 @@ from ipca.config import PCConfig
 from ipca.lab.baselines.initialization import haar, layer_generator, matched, plain_lora_start, random_window
 from ipca.lab.baselines.methods import kind_of
 from ipca.model import adapted_layers, apply_pc, install, precision, start_of, train_only_adapter, uninterrupted
-from ipca.model.decompose import window_starts
-from ipca.model.originals import base_matrix
-from ipca.model.targets import Target, find_targets, saved_modules
-from ipca.nn import WindowStart, quantised_kind
-from ipca.nn.registry import find_layer
+from ipca.model.decompose import decompose_targets
+from ipca.model.targets import Target, find_modules_to_save, find_targets
+from ipca.model.unquantized_weights import source_matrix
+from ipca.nn import InitialFactors, quantization_kind
+from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache, WindowSVD, cached_window_svd
 from ipca.window import Window
 
@@ -34,13 +34,14 @@ def apply(
     cache: SpectralCache | None = None,
     calibration: Iterable[Any] | None = None,
 ) -> Model:
-    """Adapt ``model`` in place for ``method``; ``config`` says which layers, rank, alpha, form and what trains whole.
+    """Adapt ``model`` in place for ``method``; ``config`` says which layers, rank, alpha, form and
+    modules_to_save.
 
     ===================================  ======================================================================
     a window, such as ``"0.25"``         :func:`ipca.apply_pc` with that window
     ``"auto"``                           the same with the window that ``calibration`` suggests (experimental)
     ``"lora"``                           plain LoRA: random ``A0``, ``B0 = 0``
-    ``"full"``                           no adapter: the weights of the layers train whole
+    ``"full"``                           no adapter: the weights of the layers are fully trained
     ``"random-window"``                  a window at a random place in each layer
     ``"haar"``                           the reference's singular values on random directions
     ``"frozen-A"``, ``"frozen-B"``       the reference window with one factor frozen
@@ -52,7 +53,7 @@ def apply(
     Args:
         seed: of random factors, directions and places; with the layer's path it decides them alone.
         cache: of decompositions, for all methods that need one.
-        calibration: batches of unlabelled inputs, for ``"auto"``.
+        calibration: batches of unlabeled inputs, for ``"auto"``.
 
     Returns:
         The same model.
@@ -70,15 +71,15 @@ def apply(
         for layer in adapted_layers(model).values():
             (layer.lora_A if method == "frozen-A" else layer.lora_B).requires_grad_(False)
         return model
-    whole = saved_modules(model, config)
-    targets = find_targets(model, config, whole=whole)
+    modules_to_save = find_modules_to_save(model, config)
+    targets = find_targets(model, config, modules_to_save=modules_to_save)
     if kind == "full":
-        _train_whole_weights(model, targets, whole)
+        _train_whole_weights(model, targets, modules_to_save)
         return model
     starts = _starts(model, method, targets, config, seed, cache)
     with uninterrupted():
         install(model, zip(targets, starts, strict=True))
-        train_only_adapter(model, whole)
+        train_only_adapter(model, modules_to_save)
     return model
 
 
@@ -99,19 +100,19 @@ def needed_windows(method: str, target: Target, seed: int, d: int) -> list[Windo
 
 def _starts(
     model: nn.Module, method: str, targets: list[Target], config: PCConfig, seed: int, cache: SpectralCache | None
-) -> list[WindowStart]:
+) -> list[InitialFactors]:
     if method == "random-window":
-        shapes = [base_matrix(find_layer(model, t.name), t.name, None).weight.shape for t in targets]
+        shapes = [source_matrix(get_layer(model, t.name), t.name, None).weight.shape for t in targets]
         pairs = zip(targets, shapes, strict=True)
         targets = [replace(t, window=_random_window(t, seed, min(shape[-2:]))) for t, shape in pairs]
-        return window_starts(model, targets, config, cache=cache, progress=False)
+        return decompose_targets(model, targets, config, cache=cache, progress=False)
     return [_start(model, method, target, config, seed, cache) for target in targets]
 
 
 def _start(
     model: nn.Module, method: str, target: Target, config: PCConfig, seed: int, cache: SpectralCache | None
-) -> WindowStart:
-    weight, source, digest = base_matrix(find_layer(model, target.name), target.name, None)
+) -> InitialFactors:
+    weight, source, digest = source_matrix(get_layer(model, target.name), target.name, None)
     generator = layer_generator(seed, target.name)
     if method == "lora":
         dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else None
@@ -133,11 +134,11 @@ def _random_window(target: Target, seed: int, d: int) -> Window:
     return random_window(target.window.rank, d, layer_generator(seed, target.name))
 
 
-def _train_whole_weights(model: nn.Module, targets: list[Target], whole: list[str]) -> None:
-    layers = {target.name: find_layer(model, target.name) for target in targets}
-    quantised = [name for name, layer in layers.items() if quantised_kind(layer) is not None]
-    if quantised:
-        raise ValueError(f"{quantised[0]} is quantised and cannot train whole; leave the method 'full' out.")
-    train_only_adapter(model, whole)
+def _train_whole_weights(model: nn.Module, targets: list[Target], modules_to_save: list[str]) -> None:
+    layers = {target.name: get_layer(model, target.name) for target in targets}
+    quantized = [name for name, layer in layers.items() if quantization_kind(layer) is not None]
+    if quantized:
+        raise ValueError(f"{quantized[0]} is quantized and cannot be fully trained; leave the method 'full' out.")
+    train_only_adapter(model, modules_to_save)
     for layer in layers.values():
         layer.get_parameter("weight").requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Where the layers of plain LoRA and of the controls start: the same :class:`ipca.nn.WindowStart`, other factors."""
+"""Where the layers of plain LoRA and of the controls start: the same :class:`ipca.nn.InitialFactors`, other factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ipca._hashing import tensor_sha256
-from ipca.nn import InitCertificate, WindowStart, default_adapter_dtype
+from ipca.nn import InitCertificate, InitialFactors, default_adapter_dtype
 from ipca.svd import SVDReport, WindowSVD
 from ipca.window import Window
 
@@ -22,7 +22,7 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
 
 def plain_lora_start(
     weight: Tensor, rank: int, generator: torch.Generator, *, adapter_dtype: torch.dtype | None = None
-) -> WindowStart:
+) -> InitialFactors:
     """Plain LoRA (arXiv 2106.09685) for ``weight (…, out, in)``: random ``A0``; ``B0 = 0``, so ``W_res = W``.
 
     ``A0`` is uniform in ``±1 / √in``, as PEFT draws it (Kaiming-uniform with a = √5). LoRA has no window; the start
@@ -37,7 +37,7 @@ def plain_lora_start(
     A0 = (A0 / in_features**0.5).to(weight.dtype).to(device=weight.device, dtype=dtype)
     B0 = A0.new_zeros(*experts, out_features, rank)
     exact = InitCertificate(str(weight.dtype).removeprefix("torch."), 0.0, 0.0, 0.0)
-    return WindowStart(A0, B0, Window(0, rank), tensor_sha256(weight), None, exact)
+    return InitialFactors(A0, B0, Window(0, rank), tensor_sha256(weight), None, exact)
 
 
 def haar(found: WindowSVD, generator: torch.Generator) -> WindowSVD:

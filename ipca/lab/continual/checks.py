@@ -9,11 +9,11 @@ from torch import nn
 from ipca.config import PCConfig
 from ipca.lab.continual.methods import Kind
 from ipca.model import adapted_layers
-from ipca.model.originals import base_matrix
-from ipca.model.targets import Target, find_targets, saved_modules
+from ipca.model.targets import Target, find_modules_to_save, find_targets
+from ipca.model.unquantized_weights import source_matrix
 from ipca.nn.layer_kinds import layer_kind
-from ipca.nn.quantization import quantised_kind
-from ipca.nn.registry import find_layer
+from ipca.nn.quantization import quantization_kind
+from ipca.nn.registry import get_layer
 from ipca.window import Window
 
 
@@ -51,7 +51,7 @@ def check_options(
 
 
 def find_layers(model: nn.Module, method: str, kind: Kind, config: PCConfig) -> tuple[list[Target], list[str]]:
-    """The layers to adapt and the modules that train whole, with every reason against found before a task begins.
+    """The layers to adapt and the modules to train fully, with every reason against found before a task begins.
 
     Raises:
         TypeError, ValueError: as :func:`ipca.apply_pc`, or the method cannot have a layer; the message names it.
@@ -61,13 +61,13 @@ def find_layers(model: nn.Module, method: str, kind: Kind, config: PCConfig) -> 
     present = adapted_layers(model)
     if present:
         raise ValueError(f"{next(iter(present))} is adapted already; ipca.unload(model) first.")
-    whole = saved_modules(model, config)
-    targets = find_targets(model, config, whole=whole)
+    modules_to_save = find_modules_to_save(model, config)
+    targets = find_targets(model, config, modules_to_save=modules_to_save)
     for target in targets:
-        layer = find_layer(model, target.name)
-        if quantised_kind(layer) is not None:
+        layer = get_layer(model, target.name)
+        if quantization_kind(layer) is not None:
             raise ValueError(
-                f"{target.name} is quantised, and what a task learnt cannot be folded into it; exclude it."
+                f"{target.name} is quantized, and what a task learned cannot be folded into it; exclude it."
             )
         if kind.layers is not None and layer_kind(layer) not in kind.layers:
             raise ValueError(
@@ -75,13 +75,13 @@ def find_layers(model: nn.Module, method: str, kind: Kind, config: PCConfig) -> 
             )
     if not kind.factors and config.dropout:
         raise ValueError(f"method {method!r} has no dropout of its own, got {config.dropout}; set it to 0.")
-    return targets, whole
+    return targets, modules_to_save
 
 
 def check_room(model: nn.Module, targets: Iterable[Target], tasks: int) -> None:
     """Raise ValueError where the disjoint windows of all ``tasks`` do not fit into a layer's singular components."""
     for target in targets:
-        d = min(base_matrix(find_layer(model, target.name), target.name, None).weight.shape[-2:])
+        d = min(source_matrix(get_layer(model, target.name), target.name, None).weight.shape[-2:])
         wanted = tasks * target.window.rank
         if wanted > d:
             raise ValueError(

@@ -34,7 +34,7 @@ def draw_stream(results: StreamResult | Sequence[StreamResult], path: str | os.P
 
 
 def _fill(axes: Any, shown: Sequence[StreamResult]) -> None:
-    """A heat map for each stream, on one scale of colours, then the curves; further axes stay empty."""
+    """A heat map for each stream, on one scale of colors, then the curves; further axes stay empty."""
     low, high = min(result.matrix.R.min() for result in shown), max(result.matrix.R.max() for result in shown)
     for axis, result in zip(axes, shown, strict=False):
         _heat_map(axis, result, low, high)
@@ -49,8 +49,8 @@ def _heat_map(axis: Any, result: StreamResult, low: float, high: float) -> None:
     for i in ticks:
         for j in ticks:
             score = result.matrix.R[i, j]
-            colour = "white" if score < (low + high) / 2 else "black"
-            axis.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7, color=colour)
+            color = "white" if score < (low + high) / 2 else "black"
+            axis.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7, color=color)
     axis.set_xticks(ticks, result.names, fontsize=7)
     axis.set_yticks(ticks, result.names, fontsize=7)
     axis.set_xlabel("score on", fontsize=8)

@@ -15,13 +15,13 @@ from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, adapter_tensors
 from ipca.lab.continual.method import Adapter
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.lowrank import add_low_rank
-from ipca.nn.registry import find_layer
+from ipca.nn.registry import get_layer
 
 
 def without_weights(layers: Adapter) -> Adapter:
     """``layers``, which have left their model, without their weights: the factors and what they mean."""
     for layer in layers.values():
-        layer.kept_weight = nn.Parameter(torch.empty_like(layer.kept_weight, device="meta"), requires_grad=False)
+        layer.base_weight = nn.Parameter(torch.empty_like(layer.base_weight, device="meta"), requires_grad=False)
         layer.bias = None
         layer.requires_grad_(False)
     return layers
@@ -38,7 +38,7 @@ def take_out(model: nn.Module, layers: Adapter) -> None:
     """Subtract ``scaling · (B A − B0 A0)`` of every layer from its plain weight in ``model``, rounded once."""
     changed = []
     for name, layer in layers.items():
-        weight, _ = read_layer(find_layer(model, name))
+        weight, _ = read_layer(get_layer(model, name))
         terms = [(-layer.scaling, layer.lora_B, layer.lora_A), (layer.scaling, layer.lora_B0, layer.lora_A0)]
         changed.append((weight, add_low_rank(weight, terms)))
     for weight, new in changed:

@@ -24,7 +24,7 @@ class TaskRecord:
     """The cost of one task.
 
     Attributes:
-        trained: parameters that trained, modules that train whole included.
+        trained: parameters that trained, fully trained modules included.
         kept_parameters, kept_bytes: what the model and the method hold after it beyond the model of the beginning.
     """
 
@@ -34,7 +34,7 @@ class TaskRecord:
 
 
 class ContinualLearner:
-    """Adapts ``model`` for one task after another; training is the caller's, with any optimiser and any loop.
+    """Adapts ``model`` for one task after another; training is the caller's, with any optimizer and any loop.
 
     >>> learner = ContinualLearner(model, "disjoint", PCConfig(rank=8), tasks=5)
     >>> for task in tasks:
@@ -45,7 +45,7 @@ class ContinualLearner:
     ...     learner.end_task()
     >>> model = learner.finish()
 
-    Between tasks the model computes all that was learnt so far. No data of earlier tasks are used.
+    Between tasks the model computes all that was learned so far. No data of earlier tasks are used.
 
     Args:
         model: plain; changed in place.
@@ -60,11 +60,11 @@ class ContinualLearner:
             ``lora``        one plain LoRA that goes on training
             ``lora-fresh``  a new plain LoRA for every task
             ``o-lora``      the same, its rows driven away from those of earlier tasks by :meth:`penalty`
-            ``sd-lora``     earlier updates as normalised directions, whose magnitudes train too
+            ``sd-lora``     earlier updates as normalized directions, whose magnitudes train too
             ``osf``         all but the largest components, by PEFT; says nothing to rank, alpha, window and form
             ==============  ========================================================================================
 
-        config: layers, rank, alpha, form, window, and what trains whole in every task.
+        config: layers, rank, alpha, form, window, and the modules that are fully trained in every task.
         tasks: how many tasks there will be; a further one is refused.
         keep: keep the factors of every task, which are folded into the weights when it ends, so that
             :meth:`remove_task` and :meth:`save_task` can name them. For methods that fold.
@@ -101,13 +101,13 @@ class ContinualLearner:
     ) -> None:
         kind = find_kind(method)
         check_options(method, kind, tasks, keep, frozen, orthogonality, protected)
-        targets, whole = find_layers(model, method, kind, config)
+        targets, modules_to_save = find_layers(model, method, kind, config)
         if method == "disjoint" and tasks is not None:
             check_room(model, targets, tasks)
         setup = Setup(
             config=config,
             targets=tuple(targets),
-            whole=tuple(whole),
+            modules_to_save=tuple(modules_to_save),
             tasks=tasks,
             seed=seed,
             cache=cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache),
@@ -132,7 +132,7 @@ class ContinualLearner:
         """Adapt the model for the next task; its function stays as it was.
 
         Returns:
-            The parameters that train, for the optimiser; ``ipca.param_groups(model, lr)`` gives them with rates.
+            The parameters that train, for the optimizer; ``ipca.param_groups(model, lr)`` gives them with rates.
 
         Raises:
             RuntimeError: a task is running, or all are done.
@@ -188,7 +188,7 @@ class ContinualLearner:
     def remove_task(self, task: int) -> None:
         """Take the change that task number ``task`` made out of the weights again, up to one rounding of them.
 
-        What later tasks learnt, and modules that train whole, stay.
+        What later tasks learned, and fully trained modules, stay.
 
         Raises:
             RuntimeError: a task is running.
@@ -203,7 +203,7 @@ class ContinualLearner:
         """Write the change that task number ``task`` made to the weights as a stock PEFT LoRA of twice the rank.
 
         It is a difference: added to the original base by PEFT it gives what this task alone changed, and with all
-        tasks' adapters the weights as they are now, up to rounding. Modules that train whole are not in it.
+        tasks' adapters the weights as they are now, up to rounding. Fully trained modules are not in it.
 
         Raises:
             ValueError: the task is not kept, or PEFT's format cannot hold its layers.

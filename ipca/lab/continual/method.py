@@ -23,7 +23,7 @@ class Setup:
     Attributes:
         config: which layers, rank, alpha, form, and the window where the method has one.
         targets: the layers that ``config`` names.
-        whole: paths of the modules that train whole in every task.
+        modules_to_save: paths of the modules that are fully trained in every task.
         tasks: how many there will be, where that is known.
         seed: of random factors; with the task's number and the layer's path it decides them.
         cache: of decompositions.
@@ -33,7 +33,7 @@ class Setup:
 
     config: PCConfig
     targets: tuple[Target, ...]
-    whole: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     tasks: int | None
     seed: int
     cache: SpectralCache | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ipca.analysis.linalg import refuse_infinite
+from ipca.analysis.linalg import check_finite
 from ipca.lab.continual.method import Adapter, Method, Setup
 from ipca.model import uninterrupted
 
@@ -25,10 +25,10 @@ def osf(setup: Setup) -> Method:
 
     def begin(model: nn.Module, index: int) -> None:
         for name in names:
-            refuse_infinite(name, model.get_submodule(name).get_parameter("weight"))
+            check_finite(name, model.get_submodule(name).get_parameter("weight"))
         with uninterrupted():
             inject_osf(model, names, setup.protected)
-            for name in setup.whole:
+            for name in setup.modules_to_save:
                 model.get_submodule(name).requires_grad_(True)
 
     def end(model: nn.Module) -> Adapter:

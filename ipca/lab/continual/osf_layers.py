@@ -3,7 +3,7 @@
     W = U_high S_high V_high + U_low S_low V_low,      U_low, S_low, V_low train
 
 PEFT projects the gradients of ``U_low`` and ``V_low`` to be orthogonal to ``U_high`` and ``V_high``. So plain SGD keeps
-``U_highᵀ ΔW = 0`` and ``ΔW V_highᵀ = 0``. Optimisers that scale each entry by itself, such as Adam, or that decay
+``U_highᵀ ΔW = 0`` and ``ΔW V_highᵀ = 0``. Optimizers that scale each entry by itself, such as Adam, or that decay
 weights differently, do not keep them exactly: their step is no multiple of the projected gradient.
 
 Source: "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning", arXiv 2504.07097. Its choice
@@ -20,7 +20,7 @@ from peft import OSFConfig, inject_adapter_in_model
 from peft.tuners.osf import Linear as OSFLinear
 from torch import nn
 
-from ipca.nn.registry import put_layer
+from ipca.nn.registry import set_layer
 
 _ADAPTER = "default"
 
@@ -51,7 +51,7 @@ def inject_osf(model: nn.Module, layers: Sequence[str], protected: float) -> Non
         inject_adapter_in_model(config, model, _ADAPTER)
     except BaseException:
         for name, module in before.items():
-            put_layer(model, name, module)
+            set_layer(model, name, module)
         for parameter, trained in trains:
             parameter.requires_grad_(trained)
         _forget(model)
@@ -62,13 +62,13 @@ def inject_osf(model: nn.Module, layers: Sequence[str], protected: float) -> Non
 
 @torch.no_grad()
 def fold_osf(model: nn.Module) -> None:
-    """Add what every OSF layer has learnt to its weight, and put the plain layers back, frozen."""
+    """Add what every OSF layer has learned to its weight, and put the plain layers back, frozen."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, OSFLinear):
             plain = layer.get_base_layer()
             assert isinstance(plain, nn.Linear)
             plain.weight.add_(layer.get_delta_weight(_ADAPTER))
-            put_layer(model, name, plain.train(layer.training).requires_grad_(False))
+            set_layer(model, name, plain.train(layer.training).requires_grad_(False))
     _forget(model)
 
 

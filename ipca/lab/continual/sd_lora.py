@@ -1,4 +1,4 @@
-"""SD-LoRA: earlier tasks leave normalised directions, whose magnitudes go on training beside the new task's factors."""
+"""SD-LoRA: earlier tasks leave normalized directions, whose magnitudes go on training beside the new task's factors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ipca.lab.continual.method import Method, Setup, leave
 from ipca.model import train_only_adapter, uninterrupted
 from ipca.nn.layer_kinds import build_layer, layer_kind, read_layer
 from ipca.nn.lowrank import add_low_rank
-from ipca.nn.registry import put_layer
+from ipca.nn.registry import set_layer
 
 
 class DirectionsLinear(nn.Module):
@@ -101,12 +101,12 @@ def _begin(model: nn.Module, setup: Setup, index: int) -> None:
         new = DirectionsLinear(kind, weight, bias, start.A0, start.B0, scaling=scaling)
         layers[target.name] = new.train(old.training)
     with uninterrupted():
-        train_only_adapter(model, setup.whole)
+        train_only_adapter(model, setup.modules_to_save)
         for name, layer in layers.items():
-            put_layer(model, name, layer)
+            set_layer(model, name, layer)
 
 
 def _finish(model: nn.Module) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, DirectionsLinear)}
     for name, layer in layers.items():
-        put_layer(model, name, layer.to_plain())
+        set_layer(model, name, layer.to_plain())

@@ -29,12 +29,12 @@ class StreamTask:
 
     Attributes:
         name: for tables and pictures.
-        train: ``train(learner, seed)`` trains ``learner.model`` with any optimiser over the parameters that require
+        train: ``train(learner, seed)`` trains ``learner.model`` with any optimizer over the parameters that require
             gradients, and adds ``learner.penalty()`` to the loss. The stream begins and ends the task around it. While
             it runs :func:`ipca.save_adapter` may be called, where the method allows. torch's generator is seeded with
             ``seed`` before.
         evaluate: ``evaluate(model)`` gives a score, larger is better; called in evaluation mode without gradients; the
-            modes and torch's generators are as before afterwards.
+            modes and torch's generators are as before afterward.
 
     Raises:
         TypeError: ``train`` or ``evaluate`` is no function.
@@ -137,7 +137,7 @@ def run_stream(
     """Train ``tasks`` in order with ``learner``; before the first and after each, score all of them.
 
     Args:
-        learner: of no task yet. ``learner.finish()`` makes the model plain afterwards.
+        learner: of no task yet. ``learner.finish()`` makes the model plain afterward.
         tasks: at least two, between which there is something to forget.
         retained: as ``StreamTask.evaluate``, on what the model knew before.
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ipca.analysis.linalg import refuse_infinite
+from ipca.analysis.linalg import check_finite
 from ipca.lab.continual.method import Method, Setup
 from ipca.model import apply_pc, install, precision, start_of, train_only_adapter, uninterrupted
-from ipca.model.originals import base_matrix
 from ipca.model.targets import Target
-from ipca.nn import WindowStart
-from ipca.nn.registry import find_layer
+from ipca.model.unquantized_weights import source_matrix
+from ipca.nn import InitialFactors
+from ipca.nn.registry import get_layer
 from ipca.svd import WindowSVD, cached_window_svd
 from ipca.window import Window
 
@@ -82,16 +82,16 @@ class _Basis:
         self.blocks = blocks
         with uninterrupted():
             install(model, zip(self.setup.targets, starts, strict=True))
-            train_only_adapter(model, self.setup.whole)
+            train_only_adapter(model, self.setup.modules_to_save)
 
     def _block(self, model: nn.Module, target: Target) -> WindowSVD:
-        weight = base_matrix(find_layer(model, target.name), target.name, None).weight
-        refuse_infinite(target.name, weight)
+        weight = source_matrix(get_layer(model, target.name), target.name, None).weight
+        check_finite(target.name, weight)
         window = Window(target.window.start, self.windows * target.window.rank)
         return cached_window_svd(weight, window, **precision(self.setup.config, weight), cache=self.setup.cache)
 
-    def _start(self, model: nn.Module, target: Target, block: WindowSVD, index: int) -> WindowStart:
-        weight = base_matrix(find_layer(model, target.name), target.name, None).weight
+    def _start(self, model: nn.Module, target: Target, block: WindowSVD, index: int) -> InitialFactors:
+        weight = source_matrix(get_layer(model, target.name), target.name, None).weight
         piece = part_of(block, index % self.windows, target.window.rank, weight.device)
         return start_of(replace(target, window=piece.report.window), self.setup.config, weight, piece)
 

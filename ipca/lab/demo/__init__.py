@@ -1,4 +1,4 @@
-"""``ipca demo``: a real model, real text, and the method beside its neighbours."""
+"""``ipca demo``: a real model, real text, and the method beside its neighbors."""
 
 from ipca.lab.demo.run import demo
 

@@ -26,7 +26,7 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Sentences and their class indices."""
 
     texts: list[str]
@@ -37,10 +37,10 @@ class Labelled:
 class Text:
     """Disjoint sets of sentences: the new task (sentiment, of one source) and the earlier ability (which source?)."""
 
-    train: Labelled
-    test: Labelled
-    probe_train: Labelled
-    probe_test: Labelled
+    train: Labeled
+    test: Labeled
+    probe_train: Labeled
+    probe_test: Labeled
 
 
 def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int = 400, source: str = "movie") -> Text:
@@ -67,16 +67,16 @@ def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int =
     for sentences in rated.values():
         rng.shuffle(sentences)
     each = probe // len(SOURCES)
-    sets: list[Labelled] = []
+    sets: list[Labeled] = []
     for count in (each, 2 * each):
         taken = [(text, k) for k, name in enumerate(SOURCES) for _, text in _take(rated[name], count)]
-        sets.append(_labelled(taken))
+        sets.append(_labeled(taken))
     clear = [(text, int(rating > 0)) for rating, text in rated[source] if abs(rating) > 0.5]
     if len(clear) < train + test:
         raise ValueError(
             f"the text has no {train} + {test} {source} sentences beside a probe of {probe}; ask for fewer."
         )
-    return Text(_labelled(clear[:train]), _labelled(clear[train : train + test]), sets[1], sets[0])
+    return Text(_labeled(clear[:train]), _labeled(clear[train : train + test]), sets[1], sets[0])
 
 
 def _take(items: list[tuple[float, str]], count: int) -> list[tuple[float, str]]:
@@ -87,9 +87,9 @@ def _take(items: list[tuple[float, str]], count: int) -> list[tuple[float, str]]
     return taken
 
 
-def _labelled(pairs: list[tuple[str, int]]) -> Labelled:
+def _labeled(pairs: list[tuple[str, int]]) -> Labeled:
     texts, labels = zip(*pairs, strict=True)
-    return Labelled(list(texts), list(labels))
+    return Labeled(list(texts), list(labels))
 
 
 def _read(archive: Path) -> dict[str, list[tuple[float, str]]]:

@@ -68,8 +68,8 @@ def _panel(axis: Axes, rows: list[Row], measure: str, title: str) -> None:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for k, method in enumerate(methods):
         points = values(rows, method, measure)
-        colour = "tab:gray" if method == "LoRA" else "tab:blue"
-        axis.hlines(mean(points), k - 0.3, k + 0.3, color=colour, linewidth=3)
+        color = "tab:gray" if method == "LoRA" else "tab:blue"
+        axis.hlines(mean(points), k - 0.3, k + 0.3, color=color, linewidth=3)
         axis.plot([k] * len(points), points, "o", color="black", markersize=4)
     axis.set_xticks(range(len(methods)), methods)
     axis.set_xlim(-0.5, len(methods) - 0.5)

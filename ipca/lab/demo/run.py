@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ipca
-from ipca.io import check_target, staged_files
+from ipca.io import check_writable, staged_files
 from ipca.lab.demo import report
 from ipca.lab.demo.data import Text, load_text
 from ipca.lab.demo.task import METHODS, Encoder, Outcome, Probe, Settings, load_encoder, run
@@ -42,7 +42,7 @@ def demo(archive: Path, out: Path, *, seeds: int = 1, steps: int = 60, sentences
         RuntimeError: stock PEFT failed to load the adapter.
     """
     began = time.perf_counter()
-    check_target(out)
+    check_writable(out)
     settings = Settings(steps=steps)
     text = load_text(archive, test=sentences, probe=sentences)
     _quiet()

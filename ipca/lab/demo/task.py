@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ipca
-from ipca.lab.demo.data import Labelled, Text
+from ipca.lab.demo.data import Labeled, Text
 
 TARGETS = ("intermediate.dense",)  # the six feed-forward input layers
 METHODS = ("principal", "middle", "minor", "LoRA")
@@ -110,7 +110,7 @@ def adapt(encoder: Encoder, method: str, rank: int) -> list[nn.Parameter]:
 
 
 def train(
-    encoder: Encoder, parameters: list[nn.Parameter], data: Labelled, settings: Settings, seed: int, label: str
+    encoder: Encoder, parameters: list[nn.Parameter], data: Labeled, settings: Settings, seed: int, label: str
 ) -> nn.Linear:
     """Train ``parameters`` and a new linear head on ``data``; returns the head."""
     torch.manual_seed(seed)
@@ -173,7 +173,7 @@ def _standard(embeddings: Tensor) -> Tensor:
 
 
 def _logistic_regression(embeddings: Tensor, labels: Tensor, penalty: float = 1e-3) -> Tensor:
-    """Weights ``(features + 1, classes)`` of an L2-penalised multinomial regression."""
+    """Weights ``(features + 1, classes)`` of an L2-penalized multinomial regression."""
     X = _standard(embeddings)
     weights = torch.zeros(X.shape[1], int(labels.max()) + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")

@@ -1,4 +1,4 @@
-"""Sweeps: every window beside its neighbours, at several rates and seeds, and a report that says what was found."""
+"""Sweeps: every window beside its neighbors, at several rates and seeds, and a report that says what was found."""
 
 from ipca.lab.sweep.driver import run
 from ipca.lab.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS

@@ -12,15 +12,15 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from ipca._atomic import write_whole
+from ipca._atomic import write_atomic
 from ipca.config import PCConfig
 from ipca.lab.baselines.apply import needed_windows
 from ipca.model import precision
 from ipca.model.auto import AUTO, auto_windows, without_auto
-from ipca.model.decompose import window_starts
-from ipca.model.originals import base_matrix
-from ipca.model.targets import find_targets, saved_modules
-from ipca.nn.registry import find_layer
+from ipca.model.decompose import decompose_targets
+from ipca.model.targets import find_modules_to_save, find_targets
+from ipca.model.unquantized_weights import source_matrix
+from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache, window_svd
 from ipca.svd.entry import cache_key
 from ipca.window import Window
@@ -38,8 +38,8 @@ def find_windows(model: nn.Module, config: PCConfig, runs: Iterable[Run]) -> dic
         TypeError, ValueError: as :func:`ipca.apply_pc`, or a window does not fit into a layer; the message names it.
     """
     runs, found = sorted(set(runs)), {}
-    for target in find_targets(model, config, whole=saved_modules(model, config)):
-        d = min(base_matrix(find_layer(model, target.name), target.name, None).weight.shape[-2:])
+    for target in find_targets(model, config, modules_to_save=find_modules_to_save(model, config)):
+        d = min(source_matrix(get_layer(model, target.name), target.name, None).weight.shape[-2:])
         windows = [window for method, seed in runs for window in needed_windows(method, target, seed, d)]
         try:
             resolved = {window.resolve(d) for window in windows if not window.needs_spectrum}
@@ -66,7 +66,7 @@ def decompose(
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`.
     """
     for name, windows in tqdm(needed.items(), desc="Window SVD", unit="layer", disable=not progress):
-        weight = base_matrix(find_layer(model, name), name, None).weight
+        weight = source_matrix(get_layer(model, name), name, None).weight
         if weight.ndim != 2:
             continue
         options = precision(config, weight)
@@ -95,11 +95,11 @@ def auto_config(
     """
     if not path.exists():
         asked = replace(config, window=AUTO)
-        targets = find_targets(model, without_auto(asked), whole=saved_modules(model, config))
+        targets = find_targets(model, without_auto(asked), modules_to_save=find_modules_to_save(model, config))
         found = auto_windows(model, targets, asked, calibration(), progress=progress)
-        write_whole(path, json.dumps({target.name: target.window.text for target in found}, indent=1).encode())
+        write_atomic(path, json.dumps({target.name: target.window.text for target in found}, indent=1).encode())
     windows: dict[str, str] = json.loads(path.read_text())
     config = replace(config, window_pattern={re.escape(name): text for name, text in windows.items()})
-    targets = find_targets(model, config, whole=saved_modules(model, config))
-    window_starts(model, targets, config, cache=cache, progress=False)
+    targets = find_targets(model, config, modules_to_save=find_modules_to_save(model, config))
+    decompose_targets(model, targets, config, cache=cache, progress=False)
     return config

@@ -73,7 +73,7 @@ def same_bits(device: torch.device) -> Iterator[None]:
     """Within the block the same computation on a CUDA ``device`` gives the same bits; on others nothing changes.
 
     An operation that has no such implementation raises RuntimeError in torch's words. Who can live without the same
-    bits says ``torch.use_deterministic_algorithms(False)`` within the block; afterwards it is as it was before.
+    bits says ``torch.use_deterministic_algorithms(False)`` within the block; afterward it is as it was before.
     """
     if device.type != "cuda":
         yield

@@ -26,7 +26,7 @@ from ipca.lab.sweep.store import AUTO, Store
 from ipca.lab.sweep.task import Task, load_task
 from ipca.lab.sweep.trial import Row, base_row, build_base, seed_everything
 from ipca.lab.sweep.tune import require_optuna, tuned_trials
-from ipca.lab.sweep.workers import Crew, Work, check_sendable, model_sha256
+from ipca.lab.sweep.workers import Work, WorkerPool, check_sendable, model_sha256
 from ipca.svd import SpectralCache
 
 
@@ -71,8 +71,8 @@ def run(
         comparisons: ``"same"`` rate; ``"sqrt-sigma"``, rates of each layer divided by √σ of its window
             (:func:`ipca.param_groups`); ``"update"``, rates at which the first ``early`` steps change the weights as
             much as the reference window's do. The best-tuned rate is chosen among ``lrs`` when the report is made.
-        early: optimiser steps after which ``early_update`` is measured.
-        checkpoints: optimiser steps after which a model is judged on the way, for the frontier; a run that is over
+        early: optimizer steps after which ``early_update`` is measured.
+        checkpoints: optimizer steps after which a model is judged on the way, for the frontier; a run that is over
             before has no row for them.
         tune: rounds in which Optuna looks for each method's best rate, on seeds of its own; 0 for none. The rows at the
             rates it finds have the comparison ``"tuned"``.
@@ -114,7 +114,10 @@ def run(
         auto = _find_auto(base, made, store, progress) if "auto" in grid.methods else None
         store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
         work = Work(source or made, store.spectra, early, judged_at, digest, threads, auto)
-        with Crew(work, workers, devices, base) as crew, tqdm(desc="Trials", unit="trial", disable=not progress) as bar:
+        with (
+            WorkerPool(work, workers, devices, base) as crew,
+            tqdm(desc="Trials", unit="trial", disable=not progress) as bar,
+        ):
             runner = Runner(store, crew, first, bar)
             rows = runner.run(grid.direct_trials())
             runner.run(grid.update_trials(rows))
@@ -130,7 +133,7 @@ def _check(counts: dict[str, int], task: Task, grid: Grid) -> None:
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if "auto" in grid.methods and task.calibration is None:
-        raise ValueError("the method 'auto' needs the task's `calibration`, which gives unlabelled batches.")
+        raise ValueError("the method 'auto' needs the task's `calibration`, which gives unlabeled batches.")
 
 
 def _check_here(task: Task, source: Path | None, workers: int, devices: Sequence[str], tune: int, report: bool) -> None:

@@ -152,7 +152,7 @@ def steps_of(checkpoints: Sequence[int]) -> tuple[int, ...]:
     """
     steps = tuple(sorted({_whole("checkpoints", step) for step in _several("checkpoints", checkpoints)}))
     if steps and steps[0] < 1:
-        raise ValueError(f"checkpoints are optimiser steps counted from 1, got {steps[0]}.")
+        raise ValueError(f"checkpoints are optimizer steps counted from 1, got {steps[0]}.")
     return steps
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ipca.lab.sweep.store import Store
 from ipca.lab.sweep.trial import Row, Trial
-from ipca.lab.sweep.workers import Crew
+from ipca.lab.sweep.workers import WorkerPool
 
 TABLE_SECONDS = 60.0
 """How far the table may be behind the trials."""
@@ -18,7 +18,7 @@ TABLE_SECONDS = 60.0
 class Runner:
     """Has trials done, each at most once in the life of the folder, and keeps the table."""
 
-    def __init__(self, store: Store, crew: Crew, first: Row, bar: tqdm) -> None:
+    def __init__(self, store: Store, crew: WorkerPool, first: Row, bar: tqdm) -> None:
         self.store, self.crew, self.first, self.bar = store, crew, first, bar
         self.trials: list[Trial] = []
         self.rows: list[Row] = []

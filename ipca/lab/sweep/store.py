@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ipca._atomic import write_whole
+from ipca._atomic import write_atomic
 from ipca.lab.sweep.trial import COLUMNS, Row, Trial
 
 SETTINGS, ROWS, SECONDS, AUTO, REPORT = "settings.json", "rows.csv", "seconds.csv", "auto.json", "report.html"
@@ -32,20 +32,20 @@ class Store:
         self.folder = folder
         self.trials, self.spectra = folder / "trials", folder / "spectra"
         self.fixed = json.loads(json.dumps(fixed))
-        _refuse_strange(folder)
+        _check_strange(folder)
         self.trials.mkdir(parents=True, exist_ok=True)
         path = folder / SETTINGS
         then = _read_fixed(path) if path.exists() else None
         if then != self.fixed:
             if then is not None and any(self.trials.glob("*.json")):
-                _refuse_other(folder, then, self.fixed)
+                _check_other(folder, then, self.fixed)
             for made in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):  # nothing was run with what has been mended since
                 (folder / made).unlink(missing_ok=True)
 
     def describe(self, grid: Mapping[str, Any]) -> None:
         """Write the settings: what is fixed, and the grid of this run."""
         text = json.dumps({**grid, "fixed": self.fixed}, indent=2)
-        write_whole(self.folder / SETTINGS, text.encode())
+        write_atomic(self.folder / SETTINGS, text.encode())
 
     def get(self, key: str) -> list[Row] | None:
         """The rows of a trial that is done, else None; a damaged file counts as not done."""
@@ -61,7 +61,7 @@ class Store:
 
     def put(self, key: str, rows: Sequence[Row], seconds: float) -> None:
         """Keep the rows of a trial that took ``seconds``."""
-        write_whole(self.trials / f"{key}.json", json.dumps({"rows": rows, "seconds": seconds}).encode())
+        write_atomic(self.trials / f"{key}.json", json.dumps({"rows": rows, "seconds": seconds}).encode())
 
     def table(self, base: Row, trials: Iterable[Trial]) -> list[Row]:
         """Write and return the rows of the untrained model and of those of ``trials`` that are done, in their order."""
@@ -72,8 +72,8 @@ class Store:
                 rows += found["rows"]
                 times.append({"trial": str(trial), "seconds": f"{found['seconds']:.2f}"})
         extra = sorted({name for row in rows for name in row} - set(COLUMNS))
-        write_whole(self.folder / ROWS, _csv(rows, [*COLUMNS, *extra]))
-        write_whole(self.folder / SECONDS, _csv(times, ["trial", "seconds"]))
+        write_atomic(self.folder / ROWS, _csv(rows, [*COLUMNS, *extra]))
+        write_atomic(self.folder / SECONDS, _csv(times, ["trial", "seconds"]))
         return rows
 
 
@@ -96,7 +96,7 @@ def _read_fixed(path: Path) -> dict[str, Any]:
     return found
 
 
-def _refuse_strange(folder: Path) -> None:
+def _check_strange(folder: Path) -> None:
     """Raise where writing a sweep into ``folder`` would overwrite what no sweep has written."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a sweep writes into a folder.")
@@ -105,7 +105,7 @@ def _refuse_strange(folder: Path) -> None:
         raise ValueError(f"{folder} holds a {found[0]} but no {SETTINGS} of a sweep; use a new folder.")
 
 
-def _refuse_other(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_other(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     old, new = _flat(then), _flat(now)
     differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     name = differ[0]

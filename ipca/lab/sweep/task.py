@@ -25,14 +25,14 @@ class Task:
     Attributes:
         build: makes the pretrained model with its new head; the same bits every time. The random generators of torch,
             NumPy and Python are seeded before each of these calls.
-        train: ``train(model, groups, seed)`` trains with any torch optimiser over ``groups``, the parameter groups
+        train: ``train(model, groups, seed)`` trains with any torch optimizer over ``groups``, the parameter groups
             with the rates that the sweep tries: ``torch.optim.AdamW(groups, weight_decay=0)``. A Hugging Face Trainer
             takes it as ``Trainer(model, …, optimizers=(optimizer, None)).train()``.
         evaluate: ``evaluate(model)`` gives floats by name; it is called in evaluation mode, without gradients.
             ``"target"`` (the new task) and ``"retained"`` (what the model knew) are required and larger is better for
             both; any others may join them.
-        config: layers, rank, what trains whole (``modules_to_save``: the head). Its window is the controls' reference.
-        calibration: makes unlabelled batches for the method ``"auto"``, once for all of its trials.
+        config: layers, rank, ``modules_to_save`` (the head). Its window is the controls' reference.
+        calibration: makes unlabeled batches for the method ``"auto"``, once for all of its trials.
         labels: what a metric is, with its unit: ``{"target": "accuracy on …"}``; for the report's axes.
     """
 

@@ -25,9 +25,9 @@ from ipca.lab.sweep.task import Task
 from ipca.lab.sweep.watch import watched
 from ipca.model import adapted_layers, apply_pc, param_groups
 from ipca.model.batches import evaluating
-from ipca.model.originals import base_matrix
-from ipca.model.targets import find_targets, saved_modules
-from ipca.nn.registry import find_layer
+from ipca.model.targets import find_modules_to_save, find_targets
+from ipca.model.unquantized_weights import source_matrix
+from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache
 
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ class Trial:
             :func:`ipca.param_groups`) or ``"update"`` (chosen so that the first steps move the weights as far as the
             reference's do).
         lr: the rate of the grid.
-        lr_used: of the factors; for ``"sqrt-sigma"`` before the scaling. What trains whole beside them has ``lr``.
+        lr_used: of the factors; for ``"sqrt-sigma"`` before the scaling. Fully trained modules beside them has ``lr``.
         seed: of everything random in adapting and training.
     """
 
@@ -125,13 +125,13 @@ def run_trial(
         task.train(model, groups, trial.seed)
     if early not in moved:
         raise ValueError(
-            f"{trial}: train() took {watch.steps} optimiser steps over the parameters it was given, fewer than "
-            f"early={early}; build the optimiser from `groups`, train longer, or lower early."
+            f"{trial}: train() took {watch.steps} optimizer steps over the parameters it was given, fewer than "
+            f"early={early}; build the optimizer from `groups`, train longer, or lower early."
         )
     if not watch.at_rate:
         raise ValueError(
             f"{trial}: train() used the learning rates {', '.join(f'{lr:g}' for lr in watch.rates)} and never one that "
-            "the sweep gave; build the optimiser from `groups`, which hold the rates, and let a schedule start or peak "
+            "the sweep gave; build the optimizer from `groups`, which hold the rates, and let a schedule start or peak "
             "at them."
         )
     final = _row(trial, parameters, None, moved[early], update_norm(model, before), metrics_of(model))
@@ -207,22 +207,22 @@ def _number(value: Any, name: str, trial: object) -> float:
 
 
 def _weights(base: nn.Module, task: Task) -> dict[str, Tensor]:
-    """The pretrained weights ``(out, in)`` of the layers that train whole, by path; adapted ones know their own."""
-    targets = find_targets(base, task.config, whole=saved_modules(base, task.config), values=False)
-    return {t.name: base_matrix(find_layer(base, t.name), t.name, None).weight for t in targets}
+    """The pretrained weights ``(out, in)`` of the fully trained layers, by path; adapted ones know their own."""
+    targets = find_targets(base, task.config, modules_to_save=find_modules_to_save(base, task.config), values=False)
+    return {t.name: source_matrix(get_layer(base, t.name), t.name, None).weight for t in targets}
 
 
 def rate_groups(model: nn.Module, trial: Trial) -> list[dict[str, Any]]:
     """The parameter groups of ``trial``; for a model without adapted layers one group of all that trains.
 
-    Matched rates are those of the factors: what trains whole beside them has the grid's rate with every method.
+    Matched rates are those of the factors: fully trained modules beside them have the grid's rate with every method.
     """
     if not adapted_layers(model):
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": trial.lr_used, "name": "full"}]
     match = "sqrt-sigma" if trial.comparison == "sqrt-sigma" else None
     groups = param_groups(model, trial.lr_used, match=match)
     for group in groups:
-        if group["name"] == "whole":
+        if group["name"] == "modules_to_save":
             group["lr"] = trial.lr
     return groups
 

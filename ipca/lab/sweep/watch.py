@@ -1,4 +1,4 @@
-"""Watch an optimiser from outside: call something after chosen steps, whoever wrote the training loop."""
+"""Watch an optimizer from outside: call something after chosen steps, whoever wrote the training loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Watch:
-    """What was seen of the watched optimiser.
+    """What was seen of the watched optimizer.
 
     Attributes:
         steps: that it has taken.
@@ -29,9 +29,9 @@ class Watch:
 
 @contextmanager
 def watched(groups: Sequence[Mapping[str, Any]], steps: Iterable[int], call: Callable[[int], None]) -> Iterator[Watch]:
-    """Within the block ``call(step)`` runs after each of ``steps`` of the first optimiser that holds a parameter.
+    """Within the block ``call(step)`` runs after each of ``steps`` of the first optimizer that holds a parameter.
 
-    Steps count from 1. Of several optimisers over these parameters the one that steps first is counted.
+    Steps count from 1. Of several optimizers over these parameters the one that steps first is counted.
 
     Args:
         groups: parameter groups, each with ``params`` and ``lr``; read before the block, as schedules change them.

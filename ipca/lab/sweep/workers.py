@@ -84,7 +84,7 @@ class Worker:
         return trial, rows, time.perf_counter() - began
 
 
-class Crew:
+class WorkerPool:
     """Workers that stay until the block ends; one worker is this process itself, with ``base`` as its model."""
 
     def __init__(self, work: Work, workers: int, devices: Sequence[str], base: nn.Module) -> None:
@@ -93,7 +93,7 @@ class Crew:
         self._pool: ProcessPoolExecutor | None = None
         self._hold: Connection | None = None
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -156,7 +156,7 @@ def model_sha256(model: nn.Module) -> str:
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors in an entry of a state dict: itself, what a quantised one is made of, or none."""
+    """The plain tensors in an entry of a state dict: itself, what a quantized one is made of, or none."""
     if hasattr(value, "__tensor_flatten__"):
         for part in value.__tensor_flatten__()[0]:
             yield from _tensors(f"{name}.{part}", getattr(value, part))

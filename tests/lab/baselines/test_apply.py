@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from common import Plain, snapshot
-from quantised_layers import quantised_layer
+from quantized_layers import quantized_layer
 from torch import nn
 
 import ipca
@@ -182,7 +182,7 @@ def test_kinds_and_positions():
 
 
 @pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
-def test_quantised_weights_are_not_trained_whole(kind):
-    model = nn.Sequential(quantised_layer(kind, torch.randn(64, 64)))
-    with pytest.raises(ValueError, match="0 is quantised and cannot train whole; leave the method 'full' out"):
+def test_quantized_weights_are_not_trained_whole(kind):
+    model = nn.Sequential(quantized_layer(kind, torch.randn(64, 64)))
+    with pytest.raises(ValueError, match="0 is quantized and cannot be fully trained; leave the method 'full' out"):
         baselines.apply(model, "full", ipca.PCConfig(rank=3, form="intact"))

@@ -64,7 +64,7 @@ def test_the_saved_tasks_are_stock_adapters_that_add_up_to_the_weights(method, t
 
     learner = learner_of(method, keep=True)
     base, x = plain(), torch.randn(7, 20)
-    base.head.load_state_dict(learner.model.head.state_dict())  # trains whole, and is in no task's file
+    base.head.load_state_dict(learner.model.head.state_dict())  # is fully trained, and is in no task's file
     for task in (0, 1):
         learner.save_task(task, tmp_path / str(task))
         base = peft.PeftModel.from_pretrained(base, tmp_path / str(task)).merge_and_unload()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import snapshot
 from continual_cases import CONFIG, SHAPES, learn, plain, train
-from quantised_layers import quantise
+from quantized_layers import quantize
 from torch import nn
 
 import ipca
@@ -67,7 +67,7 @@ def test_only_the_task_and_what_trains_whole_train(method):
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"head.weight", "head.bias"} < names
-    assert not any(name.endswith(("bias", "kept_weight", "a.weight", "b.weight")) for name in names - {"head.bias"})
+    assert not any(name.endswith(("bias", "base_weight", "a.weight", "b.weight")) for name in names - {"head.bias"})
     assert not any(module.training for module in model.modules())
 
 
@@ -211,9 +211,9 @@ def test_an_adapted_model_is_refused():
         ContinualLearner(model, "fresh", CONFIG)
 
 
-def test_a_quantised_layer_is_refused():
-    model = quantise(nn.Sequential(nn.Linear(64, 64)), "int8")
-    with pytest.raises(ValueError, match="0 is quantised, and what a task learnt cannot be folded into it"):
+def test_a_quantized_layer_is_refused():
+    model = quantize(nn.Sequential(nn.Linear(64, 64)), "int8")
+    with pytest.raises(ValueError, match="0 is quantized, and what a task learned cannot be folded into it"):
         ContinualLearner(model, "fresh", ipca.PCConfig(rank=2, targets="0", form="intact"))
 
 

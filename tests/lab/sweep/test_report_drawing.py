@@ -84,7 +84,7 @@ def test_every_method_has_a_look_of_its_own(tmp_path):
     sweep = read_sweep(Made(seeds=1, lrs=(1e-3,), comparisons=("same",)).write(tmp_path))
     look = styles(sweep)
     assert set(look) == set(sweep.methods) >= set(CONTROLS)
-    assert len({(style.colour, style.mark) for style in look.values()}) == len(look)
+    assert len({(style.color, style.mark) for style in look.values()}) == len(look)
     assert len({(style.dark, style.mark) for style in look.values()}) == len(look)
 
 
@@ -94,7 +94,7 @@ def test_a_method_looks_the_same_whatever_stands_beside_it(tmp_path):
     assert all(many[method] == style for method, style in few.items())
 
 
-def test_an_inline_picture_has_ids_of_its_own_and_no_colour_of_its_own():
+def test_an_inline_picture_has_ids_of_its_own_and_no_color_of_its_own():
     with canvas(2, 2) as (figure, axis):
         axis.plot([0, 1], [0, 1], "o--")
         axis.set_title("a < b & $c")
@@ -109,11 +109,11 @@ def test_an_inline_picture_has_ids_of_its_own_and_no_colour_of_its_own():
     assert not re.search(r"(fill|stroke): #1d1d22", svg)
 
 
-def test_both_themes_define_the_same_colours(tmp_path):
+def test_both_themes_define_the_same_colors(tmp_path):
     look = styles(read_sweep(Made(**SMALL).write(tmp_path)))
     names = [re.findall(r"--c-[0-9a-f]{6}", variables(look, dark=dark)) for dark in (False, True)]
     assert names[0] == names[1]
-    assert {f"--c-{style.colour[1:]}" for style in look.values()} <= set(names[0])
+    assert {f"--c-{style.color[1:]}" for style in look.values()} <= set(names[0])
 
 
 def test_the_legend_names_methods_and_the_untrained_model(tmp_path):

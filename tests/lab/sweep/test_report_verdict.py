@@ -239,7 +239,7 @@ def test_scaled_rates_are_suggested_with_how_to_scale(tmp_path):
 def test_a_matched_rate_is_suggested_with_the_rate_of_the_rest(tmp_path):
     rows = [by_hand("0.0", seed, 0.5, 0.5, comparison="update", lr_used=4e-4) for seed in range(3)]
     found = suggestion(read_sweep(write_rows(tmp_path, rows)))
-    assert found.answer == "Window 0.0, learning rate 0.0004, what trains whole at 0.001."
+    assert found.answer == "Window 0.0, learning rate 0.0004, fully trained modules at 0.001."
 
 
 def test_two_seeds_suggest_nothing(tmp_path):

@@ -233,7 +233,7 @@ def raising(model, groups, seed):
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"train": no_step}, ValueError, r"0.0 \(same rate, lr 0.001, seed 0\): train\(\) took 0 optimiser steps"),
+        ({"train": no_step}, ValueError, r"0.0 \(same rate, lr 0.001, seed 0\): train\(\) took 0 optimizer steps"),
         ({"train": own_rate}, ValueError, r"train\(\) used the learning rates 0.5 and never one that the sweep gave"),
         ({"evaluate": only_target}, ValueError, "evaluate\\(\\) must give 'target' and 'retained'"),
         ({"evaluate": not_a_number}, ValueError, "the untrained model: target is nan; evaluate"),

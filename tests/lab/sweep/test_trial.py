@@ -95,7 +95,7 @@ def test_the_head_has_the_rate_of_the_grid_in_every_comparison(comparison):
     model = baselines.apply(sweep_task.build(), "1.0", sweep_task.CONFIG)
     trial = Trial("1.0", comparison, 1e-3, 5e-3 if comparison == "update" else 1e-3, 0)
     rates = {group["name"]: group["lr"] for group in rate_groups(model, trial)}
-    assert rates.pop("whole") == 1e-3
+    assert rates.pop("modules_to_save") == 1e-3
     assert (set(rates.values()) == {5e-3}) == (comparison == "update")
 
 

@@ -1,4 +1,4 @@
-"""An optimiser is followed from outside."""
+"""An optimizer is followed from outside."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_calls_come_after_the_steps_that_were_asked_for():
     assert watch.steps == 5
 
 
-def test_other_optimisers_are_not_counted_and_the_hook_goes_away():
+def test_other_optimizers_are_not_counted_and_the_hook_goes_away():
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     mine, second = (torch.optim.SGD([p], lr=0.1) for p in model.parameters())
     foreign = torch.optim.SGD(other.parameters(), lr=0.1)

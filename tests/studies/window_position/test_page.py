@@ -13,7 +13,7 @@ def pictures(whole):
     return [draw(made) for draw in figures.FIGURES]
 
 
-def test_every_picture_is_drawn_with_its_axes_labelled(whole, tmp_path, pictures):
+def test_every_picture_is_drawn_with_its_axes_labeled(whole, tmp_path, pictures):
     for figure in pictures:
         assert all(axis.get_ylabel() or axis.get_yticklabels()[0].get_text() for axis in figure.axes if _first(axis))
         assert all(axis.get_xlabel() or axis.get_xticklabels()[0].get_text() for axis in figure.axes)

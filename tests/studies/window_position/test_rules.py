@@ -42,9 +42,9 @@ def test_the_rule_of_the_u(verdicts, said):
             "above",
             "above",
             "not run",
-            "and C5 does not favour LoRA; on V1 nothing was tested. Not tested: C11 (not run).",
+            "and C5 does not favor LoRA; on V1 nothing was tested. Not tested: C11 (not run).",
         ),
-        ("not run", "above", "not shown", "which without C5 in its favour is no claim"),
+        ("not run", "above", "not shown", "which without C5 in its favor is no claim"),
         ("not shown", "not shown", "not shown", "on M1 neither is shown to retain more"),
     ],
 )

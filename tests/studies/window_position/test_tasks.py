@@ -156,7 +156,7 @@ def test_a_task_travels_to_another_process(make):
     assert set(task.labels) >= {"target", "retained", "drift"}
 
 
-def test_calibration_is_unlabelled_training_data_that_the_model_takes(base):
+def test_calibration_is_unlabeled_training_data_that_the_model_takes(base):
     batches = digits.task().calibration()
     assert [batch.shape for batch in batches] == [(32, 8, 8)] * 4
     assert torch.equal(batches[1], digits.turned(digits.images().train[32:64]))
@@ -290,7 +290,7 @@ def test_a_text_run_is_decided_by_its_seed_and_drifts():
 
 @needs_minilm
 @pytest.mark.usefixtures("small")
-def test_text_calibration_is_unlabelled_training_data():
+def test_text_calibration_is_unlabeled_training_data():
     batches = minilm.task(source="tweet").calibration()
     assert batches[0]["input_ids"].shape[0] == minilm.BATCH
     assert set(batches[0]) == {"input_ids", "attention_mask"}

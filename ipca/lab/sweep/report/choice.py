@@ -33,7 +33,7 @@ class Setting:
     def __str__(self) -> str:
         how = {
             "sqrt-sigma": ', divided by √σ in each layer (ipca.param_groups with match="sqrt-sigma")',
-            "update": f", what trains whole at {self.lr:g}",
+            "update": f", fully trained modules at {self.lr:g}",
         }
         return f"{name(self.method)}, learning rate {self.lr_used:g}{how.get(self.comparison, '')}"
 

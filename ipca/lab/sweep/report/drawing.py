@@ -44,9 +44,9 @@ def axis_title(label: str, note: str = "mean, 95 % interval over seeds") -> str:
 def point(axis: Axes, x: float, found: Estimate, style: Style, *, hollow: bool = False, size: float = 6.5) -> None:
     """A mean with its interval; hollow where some of its runs failed."""
     if found.low is not None and found.high is not None:
-        axis.plot([x, x], [found.low, found.high], color=style.colour, linewidth=1.6, zorder=3)
-    face = "none" if hollow else style.colour
-    axis.plot(x, found.mean, style.mark, color=style.colour, markerfacecolor=face, markersize=size, zorder=4)
+        axis.plot([x, x], [found.low, found.high], color=style.color, linewidth=1.6, zorder=3)
+    face = "none" if hollow else style.color
+    axis.plot(x, found.mean, style.mark, color=style.color, markerfacecolor=face, markersize=size, zorder=4)
 
 
 def dots(axis: Axes, x: float, values: Mapping[int, float], style: Style, width: float) -> None:
@@ -54,7 +54,7 @@ def dots(axis: Axes, x: float, values: Mapping[int, float], style: Style, width:
     n = len(values)
     if n > 1:
         places = [x + width * (k / (n - 1) - 0.5) for k in range(n)]
-        axis.plot(places, list(values.values()), ".", color=style.colour, alpha=0.45, markersize=4, zorder=2)
+        axis.plot(places, list(values.values()), ".", color=style.color, alpha=0.45, markersize=4, zorder=2)
 
 
 def band(axis: Axes, values: Mapping[int, float], style: Style, ends: tuple[float, float]) -> None:
@@ -62,9 +62,9 @@ def band(axis: Axes, values: Mapping[int, float], style: Style, ends: tuple[floa
     found = estimate(values.values())
     if found is None:
         return
-    axis.plot(ends, [found.mean] * 2, color=style.colour, linestyle=style.dashes, linewidth=1.5, zorder=1.5)
+    axis.plot(ends, [found.mean] * 2, color=style.color, linestyle=style.dashes, linewidth=1.5, zorder=1.5)
     if found.low is not None and found.high is not None:
-        axis.fill_between(ends, found.low, found.high, color=style.colour, alpha=0.13, linewidth=0, zorder=1)
+        axis.fill_between(ends, found.low, found.high, color=style.color, alpha=0.13, linewidth=0, zorder=1)
 
 
 def near(base: float | None, values: Iterable[float]) -> float | None:
@@ -86,17 +86,17 @@ def base_line(axis: Axes, value: float | None, ends: tuple[float, float]) -> Non
 
 
 def end_labels(axis: Axes, x: float, labels: Sequence[tuple[float, str, str]], span: tuple[float, float]) -> None:
-    """Texts ``(y, text, colour)`` right of ``x``, within ``span``, moved up and down until none touches another."""
+    """Texts ``(y, text, color)`` right of ``x``, within ``span``, moved up and down until none touches another."""
     line = 0.052 * (span[1] - span[0])
     low, high = span[0] + line / 2, span[1] - line / 2
-    order = sorted((min(max(y, low), high), text, colour) for y, text, colour in labels)
+    order = sorted((min(max(y, low), high), text, color) for y, text, color in labels)
     places = spread([y for y, _, _ in order], line)
-    for y, (_, text, colour) in zip(places, order, strict=True):
-        axis.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=8.5, color=colour)
+    for y, (_, text, color) in zip(places, order, strict=True):
+        axis.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=8.5, color=color)
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Ascending ``values``, moved to lie ``gap`` apart: groups that touch are centred on their mean."""
+    """Ascending ``values``, moved to lie ``gap`` apart: groups that touch are centerd on their mean."""
     groups: list[list[float]] = []
     for value in values:
         groups.append([value])

@@ -107,12 +107,12 @@ def _method(axis: Axes, found: list[Spot], style: Style) -> None:
     joined = bool(order) and (kind_of(order[0].method) != "control" or any(spot.step is not None for spot in order))
     if joined:
         at = [s.target for s in order], [s.retained for s in order]
-        axis.plot(*at, color=style.colour, linestyle=style.dashes, linewidth=0.9, alpha=0.6, zorder=2)
+        axis.plot(*at, color=style.color, linestyle=style.dashes, linewidth=0.9, alpha=0.6, zorder=2)
     for k, spot in enumerate(order):
         size = 5 + 4 * k / max(len(order) - 1, 1)
-        face = "none" if spot.failed else style.colour
+        face = "none" if spot.failed else style.color
         axis.plot(
-            spot.target, spot.retained, style.mark, color=style.colour, markerfacecolor=face, markersize=size, zorder=3
+            spot.target, spot.retained, style.mark, color=style.color, markerfacecolor=face, markersize=size, zorder=3
         )
 
 

@@ -26,7 +26,7 @@ def _swatch(style: Style) -> Markup:
     dashes = style.dashes if isinstance(style.dashes, tuple) else None
     pattern = " ".join(f"{1.6 * d:g}" for d in dashes[1]) if dashes else _DOTS[style.dashes]
     line = f'<line x1="1" y1="8" x2="33" y2="8" stroke-width="1.8" stroke-dasharray="{pattern}"/>'
-    return _picture(f'<g stroke="{_variable(style.colour)}" fill="{_variable(style.colour)}">{line}{_mark(style)}</g>')
+    return _picture(f'<g stroke="{_variable(style.color)}" fill="{_variable(style.color)}">{line}{_mark(style)}</g>')
 
 
 def _mark(style: Style) -> str:
@@ -45,5 +45,5 @@ def _picture(inside: str) -> Markup:
     return Markup('<svg class="swatch" viewBox="0 0 34 16" aria-hidden="true">' + inside + "</svg>")
 
 
-def _variable(colour: str) -> str:
-    return f"var(--c-{colour[1:]}, {colour})"
+def _variable(color: str) -> str:
+    return f"var(--c-{color[1:]}, {color})"

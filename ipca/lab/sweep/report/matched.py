@@ -59,7 +59,7 @@ def matched_panels(sweep: Sweep, styles: Mapping[str, Style]) -> list[Panel]:
 def _bar(axis: Axes, y: int, lost: Mapping[int, float], style: Style) -> None:
     found = estimate(lost.values())
     assert found is not None  # the target is one that every method reaches
-    axis.barh(y, found.mean, 0.66, color=style.colour, alpha=0.5, linewidth=0, zorder=2)
+    axis.barh(y, found.mean, 0.66, color=style.color, alpha=0.5, linewidth=0, zorder=2)
     if found.low is not None and found.high is not None:
         axis.plot([found.low, found.high], [y - 0.12, y - 0.12], color=INK, linewidth=1.8, zorder=4)
     axis.plot(list(lost.values()), [y + 0.16] * len(lost), ".", color=INK, markersize=4, alpha=0.5, zorder=3)

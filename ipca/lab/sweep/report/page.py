@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ipca._atomic import write_whole
+from ipca._atomic import write_atomic
 from ipca.lab.sweep.report.comparisons import View, views
 from ipca.lab.sweep.report.curves import curves
 from ipca.lab.sweep.report.data import Sweep, read_sweep
@@ -62,7 +62,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     require_packages()
     sweep = read_sweep(Path(folder))
     path = Path(folder) / REPORT
-    write_whole(path, render(sweep).encode())
+    write_atomic(path, render(sweep).encode())
     return path
 
 

@@ -47,7 +47,7 @@ def _panel(sweep: Sweep, title: str, methods: Sequence[str], metric: str, styles
             _failures(axis, sweep, method, styles[method], shift)
             if found and kind_of(method) == "window":
                 last = max(found)
-                labels.setdefault(last, []).append((found[last].mean, method, styles[method].colour))
+                labels.setdefault(last, []).append((found[last].mean, method, styles[method].color))
             spoken.append(f"{method} " + ", ".join(f"{value.mean:.3g} at {lr:g}" for lr, value in found.items()))
         axis.set(xscale="log", ylim=span)
         axis.set_xlim(sweep.lrs[0] / step**3, sweep.lrs[-1] * step**8)
@@ -69,7 +69,7 @@ def _line(axis: Axes, sweep: Sweep, method: str, metric: str, style: Style, shif
             found[lr] = value
             point(axis, lr * shift, value, style, hollow=_failed(sweep, method, lr) > 0, size=5)
     at = [lr * shift for lr in found]
-    axis.plot(at, [value.mean for value in found.values()], color=style.colour, linestyle=style.dashes, linewidth=1.4)
+    axis.plot(at, [value.mean for value in found.values()], color=style.color, linestyle=style.dashes, linewidth=1.4)
     return found
 
 
@@ -79,7 +79,7 @@ def _failures(axis: Axes, sweep: Sweep, method: str, style: Style, shift: float)
         failed = _failed(sweep, method, lr)
         if failed:
             foot = axis.get_xaxis_transform()
-            axis.plot(lr * shift, 0.03, "x", color=style.colour, transform=foot, markersize=7, markeredgewidth=2)
+            axis.plot(lr * shift, 0.03, "x", color=style.color, transform=foot, markersize=7, markeredgewidth=2)
             axis.annotate(
                 str(failed), (lr * shift, 0.03), (0, 6), xycoords=foot, textcoords="offset points", ha="center",
                 fontsize=8, color=INK,

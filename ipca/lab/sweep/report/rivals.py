@@ -1,8 +1,8 @@
 """The reference window against plain LoRA and against its controls.
 
 *Plain LoRA*, at each method's best rates (at the same rate where there are none): reference − LoRA in ``target`` and in
-``retained``, two-sided, Holm over the two. The window is called better only if ``retained`` favours it and ``target``
-does not favour LoRA, and LoRA the other way round. What is said of ``retained`` must hold at the same rate too, with
+``retained``, two-sided, Holm over the two. The window is called better only if ``retained`` favors it and ``target``
+does not favor LoRA, and LoRA the other way round. What is said of ``retained`` must hold at the same rate too, with
 p ≤ 5 %: all seeds share the rates that were chosen, so where the target hardly depends on the rate, two methods that
 are alike get different ones by chance, and what they keep then differs by the rate.
 
@@ -77,8 +77,8 @@ def _lora_answer(tests: dict[str, Difference], at_one_rate: Difference | None) -
     few = too_few(tests.values(), len(tests))
     if few:
         return f"Too few seeds to say ({few})."
-    favours = {m: (1 if found.mean > 0 else -1) if found.shown else 0 for m, found in tests.items()}
-    target, retained = favours.get("target", 0), favours.get("retained", 0)
+    favors = {m: (1 if found.mean > 0 else -1) if found.shown else 0 for m, found in tests.items()}
+    target, retained = favors.get("target", 0), favors.get("retained", 0)
     holds = at_one_rate is not None and at_one_rate.p <= LEVEL and at_one_rate.mean * retained > 0
     if retained and not holds:
         who = "It" if retained > 0 else "Plain LoRA"

@@ -1,7 +1,7 @@
-"""Colours, marks and line styles of the methods, the same in every figure, and matplotlib figures as inline SVG.
+"""Colors, marks and line styles of the methods, the same in every figure, and matplotlib figures as inline SVG.
 
-Figures are drawn in the light theme's colours, and each colour is then replaced by a CSS variable of that default, so
-that a page's theme can change it. Colours are Okabe and Ito's where they name a kind; windows run from violet at
+Figures are drawn in the light theme's colors, and each color is then replaced by a CSS variable of that default, so
+that a page's theme can change it. Colors are Okabe and Ito's where they name a kind; windows run from violet at
 the principal end to cyan at the minor one. Kinds and controls have marks of their own, and windows stand in
 order or carry their position, but for the frontier, where the best are numbered.
 """
@@ -30,7 +30,7 @@ _FIXED = {  # light, dark, mark, dashes
     "full": ("#55555e", "#b8b8c2", "D", ":"),
     "auto": ("#c2478f", "#f090c5", "*", "-."),
 }
-_CONTROLS = {  # one colour for each pair that asks the same
+_CONTROLS = {  # one color for each pair that asks the same
     **dict.fromkeys(("random-window", "haar"), ("#00805e", "#3fd0a5")),
     **dict.fromkeys(("frozen-A", "frozen-B"), ("#a06f00", "#e6b93f")),
     **dict.fromkeys(("matched-principal", "matched-minor"), ("#1d1d23", "#e8e8ef")),
@@ -41,9 +41,9 @@ _CONTROL_DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2
 
 @dataclass(frozen=True)
 class Style:
-    """How one method looks; ``colour`` in the light theme, ``dark`` in the dark one."""
+    """How one method looks; ``color`` in the light theme, ``dark`` in the dark one."""
 
-    colour: str
+    color: str
     dark: str
     mark: str
     dashes: Any
@@ -66,15 +66,15 @@ def styles(sweep: Sweep) -> dict[str, Style]:
 
 
 def _ramp(anchors: Sequence[tuple[int, int, int]], f: float) -> str:
-    """The colour at ``f`` in [0, 1] of the line through three colours."""
+    """The color at ``f`` in [0, 1] of the line through three colors."""
     f = min(max(f, 0.0), 1.0)
     (a, b), t = (anchors[:2], 2 * f) if f <= 0.5 else (anchors[1:], 2 * f - 1)
     return "#" + "".join(f"{round(x + (y - x) * t):02x}" for x, y in zip(a, b, strict=True))
 
 
 def variables(found: Mapping[str, Style], dark: bool) -> str:
-    """CSS declarations of every colour: ``--c-5b21b6: …;``."""
-    pairs = {style.colour: style.dark for style in found.values()}
+    """CSS declarations of every color: ``--c-5b21b6: …;``."""
+    pairs = {style.color: style.dark for style in found.values()}
     pairs |= {INK: "#e8e8ee", SOFT: "#9b9ba7", FAINT: "#5b5b66"}
     return " ".join(f"--c-{light[1:]}: {other if dark else light};" for light, other in pairs.items())
 
@@ -123,7 +123,7 @@ _LOOK: Any = {
 
 
 def inline(figure: Figure, key: str, words: str) -> str:
-    """``figure`` as an ``<svg>`` element for a page: ids of its own, theme colours, ``words`` for who cannot see it."""
+    """``figure`` as an ``<svg>`` element for a page: ids of its own, theme colors, ``words`` for who cannot see it."""
     from html import escape
 
     text = io.StringIO()

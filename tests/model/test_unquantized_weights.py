@@ -1,11 +1,11 @@
-"""Where the windows of quantised layers come from: original weights by layer, or what they were quantised to."""
+"""Where the windows of quantized layers come from: original weights by layer, or what they were quantized to."""
 
 import re
 
 import pytest
 import torch
 from common import Plain, snapshot
-from quantised_layers import adapt, quantised_model
+from quantized_layers import adapt, quantized_model
 from safetensors.torch import save_file
 
 import ipca
@@ -21,19 +21,19 @@ def as_function(plain, _):
 
 def as_folder(plain, tmp_path):
     save_file(plain.state_dict(), tmp_path / "model.safetensors")
-    return ipca.original_weights(tmp_path)
+    return ipca.load_unquantized_weights(tmp_path)
 
 
 def with_a_prefix(plain, tmp_path):
     save_file({f"model.{k}": v.contiguous() for k, v in plain.state_dict().items()}, tmp_path / "model.safetensors")
-    return ipca.original_weights(tmp_path)
+    return ipca.load_unquantized_weights(tmp_path)
 
 
 @pytest.mark.parametrize("given", [as_mapping, as_function, as_folder, with_a_prefix])
 def test_windows_of_the_original_weights(given, tmp_path):
-    model, plain, x = quantised_model()
+    model, plain, x = quantized_model()
     before = model(x)
-    adapt(model, originals=given(plain, tmp_path))
+    adapt(model, unquantized_weights=given(plain, tmp_path))
     assert torch.equal(model(x), before)
     assert ipca.summary(model).sources == ((2, "original"),)
     for name in ("a", "b"):
@@ -49,22 +49,22 @@ def wrong_layer(plain):
 @pytest.mark.parametrize(
     ("originals", "error", "words"),
     [
-        (lambda plain: "folder", TypeError, "say originals=ipca.original_weights(folder)"),
+        (lambda plain: "folder", TypeError, "say unquantized_weights=ipca.load_unquantized_weights(folder)"),
         (lambda plain: {"a": plain.a.weight}, ValueError, "lacks the weight of b (1 of 2 layers are missing)"),
-        (lambda plain: lambda name: None, TypeError, "originals gave NoneType, not a tensor"),
+        (lambda plain: lambda name: None, TypeError, "unquantized_weights gave NoneType, not a tensor"),
         (lambda plain: lambda name: plain.a.weight, ValueError, "b: the original weight has shape (12, 20), the layer"),
-        (wrong_layer, ValueError, "a: the original weight is no nearer to the quantised one than 0 is"),
+        (wrong_layer, ValueError, "a: the original weight is no nearer to the quantized one than 0 is"),
     ],
 )
-def test_originals_that_do_not_fit_leave_the_model_alone(originals, error, words):
-    model, plain, _ = quantised_model()
+def test_originals_that_do_not_fit_leave_the_model_alone(unquantized_weights, error, words):
+    model, plain, _ = quantized_model()
     before = snapshot(model)
     with pytest.raises(error, match=re.escape(words)):
-        adapt(model, originals=originals(plain))
+        adapt(model, unquantized_weights=unquantized_weights(plain))
     assert snapshot(model) == before
 
 
 def test_originals_for_a_plain_model_are_refused():
     plain = Plain()
     with pytest.raises(ValueError, match="none of the layers to adapt is; leave it out"):
-        adapt(plain, originals={"a": plain.a.weight, "b": plain.b.weight})
+        adapt(plain, unquantized_weights={"a": plain.a.weight, "b": plain.b.weight})
