@@ -33,40 +33,40 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layout.py
-	$(BIN)/python bench/report.py --check
+	$(BIN)/python -m bench.report --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 report: $(READY)
-	$(BIN)/python bench/report.py
+	$(BIN)/python -m bench.report
 
 results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out --seeds 3
 	cp demo-out/demo.csv demo-out/demo.png bench/results/
-	$(BIN)/python bench/apply_memory.py
-	$(BIN)/python bench/adapter_load.py
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_pc_linear.py --device cpu --out bench/results
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python bench/bench_training.py --device cpu --out bench/results
-	$(BIN)/python bench/bench_window_svd.py --device cpu --out bench/results
-	$(BIN)/python bench/quantized_start.py
-	$(BIN)/python bench/error_rates.py
-	$(BIN)/python bench/report.py
+	$(BIN)/python -m bench.apply_memory
+	$(BIN)/python -m bench.adapter_load
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.bench_pc_linear --device cpu --out bench/results
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.bench_training --device cpu --out bench/results
+	$(BIN)/python -m bench.bench_window_svd --device cpu --out bench/results
+	$(BIN)/python -m bench.quantized_start
+	$(BIN)/python -m bench.error_rates
+	$(BIN)/python -m bench.report
 
 study: $(READY)
-	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python studies/window_position/run.py
-	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python studies/window_position/mechanism.py
-	$(BIN)/python studies/window_position/findings.py
-	$(BIN)/python studies/window_position/figures.py
-	$(BIN)/python bench/report.py
+	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m studies.window_position.run
+	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m studies.window_position.mechanism
+	$(BIN)/python -m studies.window_position.findings
+	$(BIN)/python -m studies.window_position.figures
+	$(BIN)/python -m bench.report
 
 # PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
 gpu:
-	$(PYTHON) bench/gpu.py --out $(OUT)
+	$(PYTHON) -m bench.gpu --out $(OUT)
 
 # With scikit-learn too, but for STUDY=G2; STUDY="G1 --seeds 2" is less. A call is killed after 520 s; the next one goes on where it was.
-STUDY_GPU = $(PYTHON) studies/window_position/run.py --gpu --out $(OUT)/study --results $(OUT)/study-results $(STUDY)
+STUDY_GPU = $(PYTHON) -m studies.window_position.run --gpu --out $(OUT)/study --results $(OUT)/study-results $(STUDY)
 study-gpu: export PYTHONPATH := $(CURDIR)
 study-gpu: export IPCA_STUDY_CACHE := $(abspath $(OUT))/study-cache
 study-gpu: export TQDM_MININTERVAL := 10
@@ -74,8 +74,8 @@ study-gpu:
 	timeout -s KILL 520 $(STUDY_GPU) || { [ $$? -eq 137 ] && $(STUDY_GPU) --how-far; }
 
 kernels: $(READY)
-	$(BIN)/python bench/kernel_report.py
-	$(BIN)/python bench/csrc_report.py
+	$(BIN)/python -m bench.kernel_report
+	$(BIN)/python -m bench.csrc_report
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from facts import FACTS, RESULTS, append_rows, facts
 from safetensors.torch import load_file
 from torch import nn
 
 import ipca
+from bench.facts import FACTS, RESULTS, append_rows, facts
 from ipca import Window
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter_folder import read_adapter

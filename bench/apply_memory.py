@@ -49,7 +49,7 @@ def main() -> None:
     for kind, d, form in CASES:
         # glibc raises this threshold as it goes, and then keeps freed blocks in fragments that differ from run to run.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, kind, str(d), form]
+        command = [sys.executable, "-m", "bench.apply_memory", kind, str(d), form]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         ratio, size, version = done.stdout.strip().split(",")
         rows.append({"layers": kind, "d": d, "form": form, "peak_layers": ratio, "largest_mib": size, "torch": version})

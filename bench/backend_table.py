@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_pc_linear import bench_modes
-from facts import Row
-from providers import BACKENDS, FORMS, Cell, Provider
-from timing import side_stream
 from tqdm import tqdm
 
+from bench.bench_pc_linear import bench_modes
+from bench.facts import Row
+from bench.providers import BACKENDS, FORMS, Cell, Provider
+from bench.timing import side_stream
 from ipca.kernels import tables
 from ipca.kernels.tuning import bucket
 

@@ -1,6 +1,6 @@
 """Time the fused linear against a bare ``nn.Linear`` and stock PEFT: forward, backward, both; see bench/README.md.
 
-python bench/bench_pc_linear.py --out DIR runs the grid and continues where an earlier call stopped;
+python -m bench.bench_pc_linear --out DIR runs the grid and continues where an earlier call stopped;
 pytest bench/bench_pc_linear.py runs a small part of it under pytest-benchmark.
 """
 
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
-from checks import check, truth_of
-from facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
-from grid import grid
-from providers import ARMS, FORMS, Cell, Provider, Sample, active, layer_call, providers, trained
-from result_tables import pc_linear_table
-from timing import Call, Timing, measure, peak_mib, rotation, runner, saved_mib, side_stream, synchronize
 from torch import Tensor
 from tqdm import tqdm
 
 import ipca
+from bench.checks import check, truth_of
+from bench.facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
+from bench.grid import grid
+from bench.providers import ARMS, FORMS, Cell, Provider, Sample, active, layer_call, providers, trained
+from bench.result_tables import pc_linear_table
+from bench.timing import Call, Timing, measure, peak_mib, rotation, runner, saved_mib, side_stream, synchronize
 from ipca.nn import LinearPC
 
 MODES = ("forward", "backward", "full")

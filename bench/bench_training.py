@@ -2,7 +2,7 @@
 
 All start from the same function, weights and factors and see the same batches, so their losses must agree step by step.
 The models take their steps in turn, so that a drift of the machine's speed meets all of them. One CSV row for each
-provider and step. python bench/bench_training.py --out DIR
+provider and step. python -m bench.bench_training --out DIR
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 import peft
 import torch
-from facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from providers import Provider, cheap_start, linear_pc, plain_linear
-from result_tables import training_table
-from timing import synchronize
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
+from bench.providers import Provider, cheap_start, linear_pc, plain_linear
+from bench.result_tables import training_table
+from bench.timing import synchronize
 from ipca._hashing import tensor_sha256
 from ipca.nn import InitCertificate, InitialFactors, LinearPC
 from ipca.nn.registry import set_layer

@@ -1,6 +1,6 @@
 """Time ``ipca.window_svd`` against full and partial decompositions, and ``apply_pc`` against PEFT; see bench/README.md.
 
-python bench/bench_window_svd.py --out DIR runs the grid of svd_grid.py and continues where an earlier call stopped;
+python -m bench.bench_window_svd --out DIR runs the grid of svd_grid.py and continues where an earlier call stopped;
 --must-show measures the cells that the README speaks of alone. Within a quarter of an hour on two cores, which should
 have nothing else to do.
 """
@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_pc_linear import DEVICE_LOST, DeviceLostError
-from facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug, version
-from svd_grid import FORCED, OURS, Cell, Task, grid, must_show, quick_grid, tasks
-from svd_initialize import initializer, model_of, worst
-from svd_matrices import Accuracy, Found, accuracy, matrix, truth
-from svd_providers import Provider, Refused, provider
-from svd_race import Lane, first_call, race, times
-from svd_tables import against, initialize_table, must_show_lines, window_table
-from timing import synchronize
 from torch import nn
 from tqdm import tqdm
 
 import ipca
+from bench.bench_pc_linear import DEVICE_LOST, DeviceLostError
+from bench.facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug, version
+from bench.svd_grid import FORCED, OURS, Cell, Task, grid, must_show, quick_grid, tasks
+from bench.svd_initialize import initializer, model_of, worst
+from bench.svd_matrices import Accuracy, Found, accuracy, matrix, truth
+from bench.svd_providers import Provider, Refused, provider
+from bench.svd_race import Lane, first_call, race, times
+from bench.svd_tables import against, initialize_table, must_show_lines, window_table
+from bench.timing import synchronize
 
 KEY = ("op", "m", "n", "batch", "spectrum", "rank", "window", "provider")
 COLUMNS = (

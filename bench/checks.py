@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from providers import Provider, Sample, active, layer_call, trained
 from torch import Tensor
 
+from bench.providers import Provider, Sample, active, layer_call, trained
 from ipca.nn import LinearPC
 
 Results = dict[str, Tensor]

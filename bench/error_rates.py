@@ -1,6 +1,6 @@
 """How often our statistics err where the truth is known; writes bench/results/error_rates.csv, from fixed seeds.
 
-    python bench/error_rates.py
+    python -m bench.error_rates
 
 ``coverage``: the share of 95 % intervals of :func:`ipca.analysis.bootstrap_interval` that hold the mean, of ``n``
 normally distributed values. Ideal is 0.95.
@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from facts import RESULTS, append_rows
 
+from bench.facts import RESULTS, append_rows
 from ipca.lab.compare import best_rate
 from ipca.lab.statistics import bootstrap_interval, paired_test
 

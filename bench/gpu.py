@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command that fits a time limit and continues where an earlier call stopped.
 
-python bench/gpu.py --out DIR: environment, CUDA extension, tests, memory checker, tuning, choice of backends, benches
+python -m bench.gpu --out DIR: environment, CUDA extension, tests, memory checker, tuning, choice of backends, benches
 and a summary. Each step is a process with a limit of its own, so that one that hangs or breaks leaves the others their
 time. DIR gets at most eight files: state.json, environment.json, log.txt, summary.txt, the tuning table and three CSV
 files, from which bench/report.py draws the pictures.
@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BENCH = Path(__file__).resolve().parent
-ROOT = BENCH.parent
+ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_SECONDS = 15
 """Kept back for the summary."""
 
@@ -45,27 +44,27 @@ class Step:
 
 
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-SELF = str(BENCH / "gpu.py")
-GRID, TRAINING = str(BENCH / "bench_pc_linear.py"), str(BENCH / "bench_training.py")
-WINDOWS = str(BENCH / "bench_window_svd.py")
+SELF = ("-m", "bench.gpu")
+GRID, TRAINING = ("-m", "bench.bench_pc_linear"), ("-m", "bench.bench_training")
+WINDOWS = ("-m", "bench.bench_window_svd")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
 NATIVE_ON_GPU = (*PYTEST, "-k", "on_a_gpu", "tests/svd/test_inner_loops.py")
 ON_GPU = ("--device", "cuda", "--out", "{out}", "--seconds", "{seconds}")
 SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 """Compiling kernels takes the tests' time; pytest-xdist does it on several cores."""
 STEPS = (
-    Step("environment", (SELF, "--environment", "--out", "{out}"), 60),
+    Step("environment", (*SELF, "--environment", "--out", "{out}"), 60),
     # The window SVD's CUDA extension: compiled for this GPU and loaded, then its kernels against their references.
     Step("extension", ("-m", "ipca._extension"), 150),
     Step("native", (*PYTEST, "tests/svd/test_inner_loops.py"), 120),
-    Step("window_svd", (WINDOWS, *ON_GPU), 150, resumes=True),
+    Step("window_svd", (*WINDOWS, *ON_GPU), 150, resumes=True),
     Step("tests", (*PYTEST, *SIDE_BY_SIDE, "tests"), 300),
-    Step("memcheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "memcheck")),
-    Step("tune", (SELF, "--tune", "--out", "{out}", "--seconds", "{seconds}"), 100, resumes=True),
-    Step("backends", (SELF, "--backends", "--out", "{out}", "--seconds", "{seconds}"), 75, resumes=True),
-    Step("pc_linear", (GRID, *ON_GPU), 10_000, keep=90, resumes=True),
-    Step("training", (TRAINING, *ON_GPU), 150, resumes=True),
-    Step("racecheck", (SELF, "--sanitize-case"), 60, before=(*SANITIZER, "racecheck")),
+    Step("memcheck", (*SELF, "--sanitize-case"), 60, before=(*SANITIZER, "memcheck")),
+    Step("tune", (*SELF, "--tune", "--out", "{out}", "--seconds", "{seconds}"), 100, resumes=True),
+    Step("backends", (*SELF, "--backends", "--out", "{out}", "--seconds", "{seconds}"), 75, resumes=True),
+    Step("pc_linear", (*GRID, *ON_GPU), 10_000, keep=90, resumes=True),
+    Step("training", (*TRAINING, *ON_GPU), 150, resumes=True),
+    Step("racecheck", (*SELF, "--sanitize-case"), 60, before=(*SANITIZER, "racecheck")),
     Step("native memcheck", NATIVE_ON_GPU, 90, before=(*SANITIZER, "memcheck")),
     Step("native racecheck", NATIVE_ON_GPU, 90, before=(*SANITIZER, "racecheck", "--kernel-regex", "kns=ipca")),
 )
@@ -142,7 +141,8 @@ def bounded(command: list[str], out: Path, seconds: float) -> int | None:
 def write_environment(out: Path) -> None:
     """What ran: device, driver, versions, commit."""
     import torch
-    from facts import facts
+
+    from bench.facts import facts
 
     found = {**facts(torch.device("cuda")), "cuda": torch.version.cuda or "", "platform": platform.platform()}
     query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
@@ -154,8 +154,9 @@ def sanitize_case() -> None:
     """Forward and backward of the Triton kernels at odd shapes, small enough to run under a memory checker."""
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else an overrun stays within the cache's larger block
     import torch
-    from checks import results
-    from providers import FORMS, Cell, Provider, Sample, active, layer_call, trained
+
+    from bench.checks import results
+    from bench.providers import FORMS, Cell, Provider, Sample, active, layer_call, trained
 
     cells = [Cell(33, 65, 97, rank=5, dropout=0.1), Cell(1, 128, 72), Cell(130, 64, 256, rank=24, dropout=0.1)]
     for cell in cells:
@@ -170,8 +171,8 @@ def sanitize_case() -> None:
 def tune(out: Path, seconds: float) -> None:
     """Measure the configurations for every shape of the grid, in its order, into the table that the benches read."""
     import torch
-    from grid import grid
 
+    from bench.grid import grid
     from ipca.kernels.tables import cache_file
     from ipca.kernels.tune import tune_grid
 
@@ -184,9 +185,9 @@ def tune(out: Path, seconds: float) -> None:
 def choose_backends(out: Path, seconds: float) -> None:
     """Time our backends against each other, so that "auto" has something to choose by in the benches."""
     import torch
-    from backend_table import measure_backends
-    from grid import grid
 
+    from bench.backend_table import measure_backends
+    from bench.grid import grid
     from ipca.kernels.tables import cache_file
 
     cells = [cell for cell in grid("cuda") if not cell.compiled]
@@ -195,9 +196,9 @@ def choose_backends(out: Path, seconds: float) -> None:
 
 def summarize(out: Path) -> None:
     """Print and write the tables."""
-    import svd_tables
-    from facts import read_rows
-    from result_tables import against, compiled_lines, goal_line, latest, pc_linear_table, training_table
+    from bench import svd_tables
+    from bench.facts import read_rows
+    from bench.result_tables import against, compiled_lines, goal_line, latest, pc_linear_table, training_table
 
     lines = [f"{name}: {entry['status']}, {entry['words']}" for name, entry in read_state(out).items()]
     for path in out.glob("window_svd_*.csv"):
@@ -235,7 +236,7 @@ def main() -> int:
         import torch
 
         if not torch.cuda.is_available():
-            sys.exit("bench/gpu.py needs a CUDA device, and torch sees none here.")
+            sys.exit("bench.gpu needs a CUDA device, and torch sees none here.")
         failed = run_all(STEPS, out, args.seconds)
         summarize(out)
         return failed

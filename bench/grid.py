@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from providers import Cell
+from bench.providers import Cell
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 """``N, K`` of a GPU's cells: attention and both feed-forward layers of LLaMA-2-7B, the wider one of LLaMA-3-8B."""

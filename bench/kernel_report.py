@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from offline import Compiled, Row, compile_all
+from bench.offline import Compiled, Row, compile_all
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.csv"
 COLUMNS = (

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from result_tables import Row, latest
-
+from bench.result_tables import Row, latest
 from ipca.analysis.picture import picture
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from facts import FACTS, RESULTS, append_rows, facts, version
-from svd_matrices import MINILM, matrix, minilm
 from torch import Tensor, nn
 
 import ipca
+from bench.facts import FACTS, RESULTS, append_rows, facts, version
+from bench.svd_matrices import MINILM, matrix, minilm
 from ipca.nn.quantization import dequantize, quantize_like
 
 MATRICES = {

@@ -7,16 +7,15 @@ import re
 import sys
 from pathlib import Path
 
-from facts import RESULTS, ROOT
-from plots import draw, draw_windows
-from quantized_start import PATH as QUANTIZED_START
-from quantized_start import overlap_section
-from quantized_start import section as quantized_start_section
-from result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
-from svd_tables import LEGEND as WINDOW_LEGEND
-from svd_tables import against as windows_against
-from svd_tables import initialize_table, window_table
-
+from bench.facts import RESULTS, ROOT
+from bench.plots import draw, draw_windows
+from bench.quantized_start import PATH as QUANTIZED_START
+from bench.quantized_start import overlap_section
+from bench.quantized_start import section as quantized_start_section
+from bench.result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
+from bench.svd_tables import LEGEND as WINDOW_LEGEND
+from bench.svd_tables import against as windows_against
+from bench.svd_tables import initialize_table, window_table
 from ipca.lab.demo.report import read_rows, table
 from studies.window_position.tables import sections as study_sections
 

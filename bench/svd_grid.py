@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from svd_matrices import MINILM
+from bench.svd_matrices import MINILM
 
 WINDOWS = ("principal", "0.25", "middle", "0.75", "minor")
 NAMED = ("principal", "middle", "minor")

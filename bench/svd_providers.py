@@ -18,11 +18,11 @@ from unittest.mock import patch
 
 import scipy.linalg
 import torch
-from svd_grid import EIGH, FORCED, LOWRANK, OURS, RANGE, YARDSTICK
-from svd_matrices import Found
 from torch import Tensor
 
 import ipca
+from bench.svd_grid import EIGH, FORCED, LOWRANK, OURS, RANGE, YARDSTICK
+from bench.svd_matrices import Found
 from ipca.svd import solve as solving
 
 Call = Callable[[], Any]

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from facts import Row
-from svd_grid import OURS, Cell
-from svd_providers import Call, Provider
-from timing import Timing, synchronize
+
+from bench.facts import Row
+from bench.svd_grid import OURS, Cell
+from bench.svd_providers import Call, Provider
+from bench.timing import Timing, synchronize
 
 SECONDS, MOST_ROUNDS = 0.3, 5
 """For the rounds of one provider in one window; ours and the yardstick take part in ``Cell.rounds`` at the least."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from result_tables import TIE, Row
-from svd_grid import EIGH, OURS, RANGE, YARDSTICK
+from bench.result_tables import TIE, Row
+from bench.svd_grid import EIGH, OURS, RANGE, YARDSTICK
 
 LEGEND = (
     "One matrix, noise with 32 large components as trained weights have them; *faster*: the rival's time over ours, "

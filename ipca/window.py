@@ -8,12 +8,16 @@ layer, so that one setting serves layers of every size.
 from __future__ import annotations
 
 import math
+import numbers
+import re
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch import Tensor
 
 _NAMED = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
 _FORMS = '"principal", "middle", "minor", a fraction such as "0.33", "start=256", "energy=0.9" or "erank"'
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
 @dataclass(frozen=True, init=False)
@@ -23,11 +27,11 @@ class Window:
     ``start`` is one of
 
     ============================  ==========================================================================
-    an ``int`` or ``"start=256"``  that index
+    an ``int`` or ``"start=256"``  that index; as a text it is never a bare number
     ``"principal"``               0: the largest components, as PiSSA trains (arXiv 2404.02948)
     ``"middle"``                  ``(d - rank) // 2``, the default everywhere in this package
     ``"minor"``                   ``d - rank``: the smallest components, as MiLoRA trains (arXiv 2406.09044)
-    a ``float`` or ``"0.33"``     ``floor(fraction * (d - rank))``: 0 is principal, 1 is minor
+    ``"0.33"``, see :meth:`at`    ``floor(fraction * (d - rank))``: "0.0" is principal, "1.0" is minor
     ``"energy=0.9"``              the number of leading components that hold 90 % of ``sum(S ** 2)``
     ``"erank"``                   the effective rank ``exp(-sum(p * log p))``, ``p = S / sum(S)``, rounded down
                                   (Roy & Vetterli, "The effective rank", EUSIPCO 2007)
@@ -47,7 +51,7 @@ class Window:
     start: int | str
     rank: int
 
-    def __init__(self, start: int | float | str, rank: int) -> None:
+    def __init__(self, start: int | str, rank: int) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise TypeError(f"rank must be an int, got {rank!r}.")
         if rank < 1:
@@ -73,7 +77,9 @@ class Window:
     @classmethod
     def at(cls, fraction: float, rank: int) -> Window:
         """The window that starts at ``floor(fraction * (d - rank))``, ``0 <= fraction <= 1``."""
-        return cls(float(fraction), rank)
+        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real):
+            raise TypeError(f"a window's fraction must be a number in [0, 1], got {fraction!r}.")
+        return cls(str(float(fraction)), rank)
 
     @classmethod
     def energy(cls, quantile: float, rank: int) -> Window:
@@ -144,26 +150,43 @@ class Window:
 def as_window(window: Window | str | float, rank: int | None, default_rank: int = 16) -> Window:
     """A :class:`Window` from what users write: a window, or the rule for its start beside a rank.
 
+    Every entrance takes the same spellings: a :class:`Window`, one of its texts, or a ``float`` in [0, 1], which is a
+    fraction. A whole number could be an index or a fraction and is refused.
+
     Raises:
-        ValueError: both ``window`` and ``rank`` name a rank, and they differ.
+        TypeError: ``window`` is something else.
+        ValueError: a whole number, an unknown text, a fraction outside of [0, 1], or both ``window`` and ``rank`` name
+            a rank, and they differ.
     """
     if isinstance(window, Window):
         if rank is not None and rank != window.rank:
             raise ValueError(f"{window} has rank {window.rank}, but rank={rank} was given too; give one of them.")
         return window
-    return Window(window, default_rank if rank is None else rank)
+    rank = default_rank if rank is None else rank
+    if isinstance(window, numbers.Integral) and not isinstance(window, bool):
+        _raise_ambiguous(str(window))
+    if isinstance(window, numbers.Real) and not isinstance(window, bool):
+        return Window.at(window, rank)
+    if not isinstance(window, str):
+        raise TypeError(f"a window is {_FORMS}, a fraction as a float, or an ipca.Window; got {window!r}.")
+    return Window(window, rank)
 
 
-def _normalize(start: int | float | str) -> int | str:
-    if isinstance(start, bool) or not isinstance(start, (int, float, str)):
+def _normalize(start: int | str) -> int | str:
+    """``start`` as an index, or as the one text that stands for the rule."""
+    if isinstance(start, float):
+        raise TypeError(f"Window(start, rank) takes an index or a text; for a fraction write Window.at({start}, rank).")
+    if isinstance(start, bool) or not isinstance(start, (int, str)):
         raise TypeError(f"A window starts at an int or is {_FORMS}; got {start!r}.")
     if isinstance(start, int):
         if start < 0:
             raise ValueError(f"A window cannot start at {start}: indices count from 0, the largest singular value.")
         return start
-    text = str(start).strip().lower()
+    text = start.strip().lower()
     if text in _NAMED or text in ("erank", "auto"):
         return text
+    if _WHOLE_NUMBER.fullmatch(text):
+        _raise_ambiguous(text)
     key, equals, value = text.rpartition("=")
     try:
         if key not in ("start", "energy") and equals:
@@ -177,6 +200,13 @@ def _normalize(start: int | float | str) -> int | str:
         meant = f" For an index write 'start={int(number)}'." if number > 1 and number.is_integer() else ""
         raise ValueError(f"The fraction in window {start!r} must lie in [0, 1].{meant}")
     return f"{key}={number}" if key else str(number)
+
+
+def _raise_ambiguous(number: str) -> NoReturn:
+    fraction = f", '{int(number)}.0' for the fraction" if int(number) in (0, 1) else ""
+    raise ValueError(
+        f"window {number} is ambiguous, an index or a fraction: write 'start={int(number)}' for the index{fraction}."
+    )
 
 
 def _spectral_start(text: str, singular_values: Tensor) -> int:

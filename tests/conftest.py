@@ -42,6 +42,21 @@ def decomposed(monkeypatch):
     return shapes
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were written."""
+    from matplotlib.figure import Figure
+
+    figures, plain = [], Figure.savefig
+
+    def kept(figure, *args, **options):
+        figures.append(figure)
+        return plain(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    return figures
+
+
 ON_A_GPU = ("tests/kernels/", "tests/ops/test_backends.py", "tests/ops/test_cuda_ops.py")
 """What runs on a GPU where there is one, and in Triton's interpreter elsewhere; the offline compiler needs neither."""
 

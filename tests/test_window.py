@@ -46,7 +46,7 @@ def test_a_rule_resolves_against_the_layer(text, d):
 
 
 @pytest.mark.parametrize("d", [1, 2, 9])
-@pytest.mark.parametrize("rule", ["principal", "middle", "minor", 0.5, "erank", "energy=0.5", 0])
+@pytest.mark.parametrize("rule", ["principal", "middle", "minor", "0.5", "erank", "energy=0.5", 0])
 def test_a_window_of_full_rank_starts_at_zero(rule, d):
     assert Window(rule, d).resolve(d, torch.ones(d)) == Window(0, d)
 
@@ -58,7 +58,7 @@ def test_middle_rounds_down_where_d_minus_rank_is_odd(d, rank, start):
 
 @pytest.mark.parametrize("steps", range(101))
 def test_a_decimal_fraction_lands_on_the_index_it_names(steps):
-    assert Window(steps / 100, 1).resolve(101).index == steps
+    assert Window.at(steps / 100, 1).resolve(101).index == steps
     assert Window(f"{steps / 100}", 1).resolve(101).index == steps
 
 
@@ -78,7 +78,7 @@ def test_an_index_stays_where_it_is(start):
         Window.middle(3),
         Window.minor(3),
         Window.at(1 / 3, 3),
-        Window(0.1 + 0.2, 3),
+        Window.at(0.1 + 0.2, 3),
         Window(0, 3),
         Window(256, 3),
         Window.energy(0.9, 3),
@@ -95,7 +95,7 @@ def test_every_window_survives_its_text_and_a_copy(window):
 
 
 def test_windows_differ_by_rule_and_by_rank():
-    windows = [Window(rule, 3) for rule in (0, 5, "principal", "middle", "minor", 0.25, "energy=0.25", "erank")]
+    windows = [Window(rule, 3) for rule in (0, 5, "principal", "middle", "minor", "0.25", "energy=0.25", "erank")]
     assert len({*windows, Window(0, 4)}) == len(windows) + 1
 
 
@@ -161,7 +161,7 @@ def test_a_spectral_rule_starts_at_zero_on_a_zero_weight(rule):
 def test_only_spectral_rules_need_the_spectrum():
     assert Window.energy(0.9, 3).needs_spectrum
     assert Window.effective_rank(3).needs_spectrum
-    assert not any(Window(rule, 3).needs_spectrum for rule in ("principal", "middle", "minor", 0.5, 7))
+    assert not any(Window(rule, 3).needs_spectrum for rule in ("principal", "middle", "minor", "0.5", 7))
     assert not Window.energy(0.9, 3).resolve(9, torch.ones(9)).needs_spectrum
 
 
@@ -201,16 +201,36 @@ def test_text_of_no_known_form_shows_the_forms(text):
     assert all(form in str(error.value) for form in ("middle", '"0.33"', '"start=256"', '"energy=0.9"', '"erank"'))
 
 
-@pytest.mark.parametrize("start", ["256", "1.5", "-0.5", "nan", "inf", 1.5, -0.5, float("nan")])
+@pytest.mark.parametrize("start", ["256.0", "1.5", "-0.5", "nan", "inf", 1.5, -0.5, float("nan")])
 def test_a_fraction_out_of_range(start):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]") as error:
-        Window(start, 4)
-    assert repr(start) in str(error.value)
+        as_window(start, 4)
+    assert repr(str(start)) in str(error.value)
 
 
-def test_an_index_written_as_text_says_how_to_write_it():
-    with pytest.raises(ValueError, match=r"For an index write 'start=256'\."):
-        Window("256", 4)
+@pytest.mark.parametrize("number", ["256", "1", "0", "-3", 256, 1, 0, np.int64(7)])
+def test_a_whole_number_is_ambiguous_and_the_message_says_how_to_write_it(number):
+    with pytest.raises(ValueError, match=rf"ambiguous.* write 'start={number}' for the index") as error:
+        as_window(number, 4)
+    assert (f"'{number}.0' for the fraction" in str(error.value)) == (int(number) in (0, 1))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0, 256.0])
+def test_a_float_is_no_start_of_a_window(fraction):
+    with pytest.raises(TypeError, match=rf"for a fraction write Window\.at\({fraction}, rank\)"):
+        Window(fraction, 4)
+
+
+@pytest.mark.parametrize("fraction", [None, "0.5", True, [0.5]])
+def test_a_fraction_must_be_a_number(fraction):
+    with pytest.raises(TypeError, match=r"a window's fraction must be a number in \[0, 1\]"):
+        Window.at(fraction, 4)
+
+
+@pytest.mark.parametrize("window", [None, True, [0.5], b"middle"])
+def test_what_is_no_window_is_refused(window):
+    with pytest.raises(TypeError, match=r"a window is .* or an ipca\.Window; got "):
+        as_window(window, 4)
 
 
 @pytest.mark.parametrize("quantile", [1.5, -0.1, float("nan")])
@@ -242,7 +262,7 @@ def test_an_unresolved_window_has_no_index():
         _ = Window.middle(3).index
 
 
-@pytest.mark.parametrize("start", ["middle", 0.25, "energy=0.9", 12])
+@pytest.mark.parametrize("start", ["middle", "0.25", "energy=0.9", "start=12"])
 def test_as_window_reads_what_users_write(start):
     assert as_window(start, 7) == Window(start, 7)
     assert as_window(start, None) == Window(start, 16)
@@ -266,17 +286,17 @@ def test_a_negative_index_in_text_says_so():
         Window("start=-1", 1)
 
 
-@pytest.mark.parametrize("start", [256.0, "256"])
+@pytest.mark.parametrize("start", [256.0, "256.0", "256"])
 def test_the_cure_for_a_large_fraction_works(start):
     with pytest.raises(ValueError, match="write 'start=256'"):
-        Window(start, 4)
+        as_window(start, 4)
     assert Window("start=256", 4).start == 256
 
 
 @pytest.mark.parametrize("start", [math.nan, math.inf, -0.5, 1.5])
 def test_no_cure_is_offered_where_none_fits(start):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]\.$"):
-        Window(start, 4)
+        as_window(start, 4)
 
 
 def test_a_spectral_window_without_a_spectrum_says_what_to_pass():
@@ -285,5 +305,6 @@ def test_a_spectral_window_without_a_spectrum_says_what_to_pass():
 
 
 def test_equal_numbers_are_equal_windows():
-    assert Window("0.50", 3) == Window(0.5, 3)
+    assert as_window(0.5, 3) == as_window("0.5", 3) == as_window(np.float32(0.5), 3)
+    assert Window("0.50", 3) == Window.at(0.5, 3)
     assert Window("energy=0.90", 3) == Window.energy(0.9, 3)

@@ -147,7 +147,7 @@ def _measured_best(problem: LinearShape) -> BackendChoice:
         device = torch.cuda.get_device_name(problem.device)
         # The library's own product is the safer guess; for dropout its backward needs a mask in PyTorch, which is slow.
         name = "triton" if problem.dropout else "addmm"
-        return BackendChoice(name, True, f"no backend was measured on {device} or its kind; bench/gpu.py measures")
+        return BackendChoice(name, True, f"no backend was measured on {device} or its kind; `make gpu` measures")
     rounds = problem.frozen and problem.dtype.itemsize == 2  # W + Δ rounds back to W where Δ is small
     times: dict[str, float] = {
         name: ms

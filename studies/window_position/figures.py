@@ -1,6 +1,6 @@
 """The pictures of docs/study.md, drawn from the tables in studies/window_position/results.
 
-    python studies/window_position/figures.py
+    python -m studies.window_position.figures
 
 Every point is a mean over seeds, every line through it a 95 % bootstrap interval. What has not been run is not drawn.
 """

@@ -1,6 +1,6 @@
 """The study's tables from its rows: the confirmatory tests, means and differences with intervals, rank correlations.
 
-    python studies/window_position/findings.py
+    python -m studies.window_position.findings
 
 Writes `tests.csv`, `summary.csv` and `ranks.csv` into `results`. What has not been run is in none of them but
 the first, which says so.

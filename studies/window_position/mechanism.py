@@ -1,6 +1,6 @@
 """Σ S_i · energy_i over each window of the protocol, in every adapted layer, from the tasks' calibration batches.
 
-    python studies/window_position/mechanism.py
+    python -m studies.window_position.mechanism
 
 Writes results/mechanism.csv: a row for each experiment, layer and window. What it predicts is in PROTOCOL.md,
 whether that came true in docs/study.md. `IPCA_DEMO_TEXT` names the text's archive.

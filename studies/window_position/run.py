@@ -1,7 +1,7 @@
 """Run the study's experiments, as PROTOCOL.md fixes them, and put their rows into studies/window_position/results.
 
-    python studies/window_position/run.py --out study-out V1 M1 M5      (none named: all, in this order)
-    python studies/window_position/run.py --out study-out --gpu         (G1 and G2, which are not among all)
+    python -m studies.window_position.run --out study-out V1 M1 M5      (none named: all, in this order)
+    python -m studies.window_position.run --out study-out --gpu         (G1 and G2, which are not among all)
 
 An experiment that was stopped goes on where it was. `make study` runs everything, then makes tables and figures;
 `make study-gpu OUT=folder` runs G1 and G2 on a GPU for 9 minutes, again and again until it says that they are complete.

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from common import Plain
-from quantized_layers import train
 
 import ipca
 from ipca import analysis
+from tests.helpers.models import Plain
+from tests.helpers.quantized_layers import train
 
 matplotlib = pytest.importorskip("matplotlib")
 

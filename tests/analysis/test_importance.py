@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Plain, snapshot
-from layer_kinds import CASES, output
-from quantized_layers import quantized_model
 
 from ipca import PCConfig, analysis
 from ipca.analysis import BlockImportance, LayerSensitivity, component_importance
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.registry import get_layer
+from tests.helpers.layer_kinds import CASES, output
+from tests.helpers.models import Plain, snapshot
+from tests.helpers.quantized_layers import quantized_model
 
 CONFIG = PCConfig(rank=3, targets=("a", "b"))
 

@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-from common import Plain, snapshot
-from layer_kinds import CASES
-from quantized_layers import adapt, quantized_model, train
 from torch import nn
 
 import ipca
@@ -15,6 +12,9 @@ from ipca.analysis.linalg import wide
 from ipca.nn import StackPC, dequantize
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.registry import get_layer
+from tests.helpers.layer_kinds import CASES
+from tests.helpers.models import Plain, snapshot
+from tests.helpers.quantized_layers import adapt, quantized_model, train
 
 
 def plain_and_adapted(**options):

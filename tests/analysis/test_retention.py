@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Plain, snapshot
 from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
 import ipca
 from ipca.analysis import accuracy_drop, cross_entropy_rise, kl_to_base
+from tests.helpers.models import Plain, snapshot
 
 MEASURES = (cross_entropy_rise, accuracy_drop, kl_to_base)
 OPTIONS = {cross_entropy_rise: "loss_of", accuracy_drop: "correct_of", kl_to_base: "logits_of"}

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from common import Plain
-from quantized_layers import adapt, quantized_model, train
 
 import ipca
 from ipca import PCConfig, analysis
 from ipca.nn import dequantize
+from tests.helpers.models import Plain
+from tests.helpers.quantized_layers import adapt, quantized_model, train
 
 
 def test_a_plain_model_shows_what_a_config_would_choose():

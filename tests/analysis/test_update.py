@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from common import Plain
 from torch import nn
 
 import ipca
 from ipca import analysis
+from tests.helpers.models import Plain
 
 MEASURES = {
     "intruder_dimensions": analysis.intruder_dimensions,

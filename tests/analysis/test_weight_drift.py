@@ -5,11 +5,11 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from common import Plain
 from torch import nn
 
 import ipca
 from ipca import analysis
+from tests.helpers.models import Plain
 
 
 def drift_of(before, after, dtype=torch.float32):

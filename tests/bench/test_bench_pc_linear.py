@@ -4,17 +4,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
-import bench_pc_linear as bench
-import checks
-import facts
 import pytest
-import timing
 import torch
-from grid import cpu_grid, gpu_grid
-from providers import FORMS, Cell, Provider, Sample, active, layer_call, providers
 from torch.nn.functional import linear
 
 import ipca
+from bench import bench_pc_linear as bench
+from bench import checks, facts, timing
+from bench.grid import cpu_grid, gpu_grid
+from bench.providers import FORMS, Cell, Provider, Sample, active, layer_call, providers
 
 CPU = torch.device("cpu")
 CELL = Cell(24, 40, 32, rank=4, dtype="float32")

@@ -1,11 +1,11 @@
 import sys
 from dataclasses import replace
 
-import bench_training as bench
-import facts
 import pytest
 import torch
 
+from bench import bench_training as bench
+from bench import facts
 from ipca.model import adapted_layers
 
 CPU = torch.device("cpu")

@@ -1,21 +1,13 @@
 import sys
 from dataclasses import replace
 
-import bench_window_svd as bench
-import facts
-import plots
 import pytest
-import report
-import svd_grid
-import svd_initialize
-import svd_matrices
-import svd_providers
-import svd_race
-import svd_tables
 import torch
-from svd_grid import OURS, YARDSTICK, Cell
 
 import ipca
+from bench import bench_window_svd as bench
+from bench import facts, plots, report, svd_grid, svd_initialize, svd_matrices, svd_providers, svd_race, svd_tables
+from bench.svd_grid import OURS, YARDSTICK, Cell
 from ipca.svd import solve as solving
 
 CPU = torch.device("cpu")

@@ -1,9 +1,9 @@
 """How often our statistics err: the simulation, and that what we say of it is what it found."""
 
-import error_rates as bench
 import pytest
-from facts import ROOT, read_rows
 
+from bench import error_rates as bench
+from bench.facts import ROOT, read_rows
 from ipca.lab.statistics import bootstrap_interval
 
 

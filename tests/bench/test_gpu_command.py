@@ -5,14 +5,12 @@ import sys
 import time
 from dataclasses import replace
 
-import backend_table
-import bench_pc_linear
-import gpu
 import pytest
 import torch
-from providers import Cell, Provider, Sample
 
 import ipca
+from bench import backend_table, bench_pc_linear, gpu
+from bench.providers import Cell, Provider, Sample
 from ipca.kernels import tables
 
 

@@ -1,8 +1,9 @@
 """What quantizing loses: the measure, the two orders, and the table."""
 
 import pytest
-import quantized_start as bench
 import torch
+
+from bench import quantized_start as bench
 
 
 def row(provider, window, rank, ratio, status="ok", quantizer="nf4"):

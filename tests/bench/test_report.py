@@ -1,13 +1,12 @@
 import shutil
 import sys
 
-import facts
 import pytest
-import report
-import result_tables as tables
-from bench_pc_linear import COLUMNS
-from bench_training import COLUMNS as TRAINING_COLUMNS
 
+from bench import facts, report
+from bench import result_tables as tables
+from bench.bench_pc_linear import COLUMNS
+from bench.bench_training import COLUMNS as TRAINING_COLUMNS
 from ipca.lab.demo.report import read_rows
 
 OURS = [("ipca-auto", form) for form in ("residual", "intact")]

@@ -1,5 +1,6 @@
 import pytest
-from folders import save_gpt2, save_llama
+
+from tests.helpers.model_folders import save_gpt2, save_llama
 
 
 @pytest.fixture(autouse=True)

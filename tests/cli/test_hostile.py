@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from folders import contents
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import ipca
 from ipca.cli import main
+from tests.helpers.model_folders import contents
 
 WEIGHTS, SIDECAR = "adapter_model.safetensors", "ipca.json"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import contents, gpt2_config, llama_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -16,6 +15,7 @@ import ipca
 from ipca.cli import main
 from ipca.io.model_folder import load_model
 from ipca.svd.cache import SpectralCache
+from tests.helpers.model_folders import contents, gpt2_config, llama_config
 
 IDS = torch.arange(6)[None]
 

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-from folders import contents, spoil
 from transformers import AutoModelForCausalLM as AutoModel
 
 import ipca._hashing
 import ipca.svd.cache
 from ipca.cli import main
 from ipca.offline.work_folder import WORK
+from tests.helpers.model_folders import contents, spoil
 
 
 def init(model: Path, out: Path, *options: str) -> int:

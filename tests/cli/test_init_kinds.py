@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import contents
-from layer_kinds import STACKS, gpt_oss, mixtral, relative
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 import ipca
 from ipca.cli import main
 from ipca.io.model_folder import load_model
+from tests.helpers.layer_kinds import STACKS, gpt_oss, mixtral, relative
+from tests.helpers.model_folders import contents
 
 
 def vit() -> ViTModel:

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-import sweep_task
 
 from ipca.cli import main
 from ipca.lab.baselines import CONTROLS
+from tests.helpers import sweep_task
 
 TASK = Path(sweep_task.__file__)
 OPTIONS = ("--windows", "0", "0.5", "1", "--lrs", "1e-3", "1e-2", "--seeds", "2", "--early", "2", "--methods", "lora")

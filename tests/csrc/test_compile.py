@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from csrc_report import SHARED_LIMITS, Row, compile_all
 
+from bench.csrc_report import SHARED_LIMITS, Row, compile_all
 from ipca._extension import SOURCES, CannotBuild, check_tools
 
 try:

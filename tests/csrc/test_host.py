@@ -2,9 +2,10 @@
 
 import shutil
 
-import csrc_data
 import pytest
-from csrc_truth import complaints
+
+from tests.helpers import csrc_inputs as csrc_data
+from tests.helpers.csrc_truth import complaints
 
 NEEDS = pytest.mark.skipif(
     not shutil.which("g++"), reason="g++, which compiles the kernels for the CPU, is not on PATH"

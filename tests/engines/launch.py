@@ -123,7 +123,7 @@ def two_processes(script, folder, *arguments):
     """What each of two processes of ``tests/engines/script`` tells in ``folder/rank.json``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(Path(__file__).parent / script), str(folder), *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import launch
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -13,6 +12,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import ipca
+from tests.engines import launch
 
 
 def ddp(form):

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import launch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -15,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ipca
+from tests.engines import launch
 
 
 def sharded(model):

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import launch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -14,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ipca.peft import export
+from tests.engines import launch
 
 
 def sharded(model):

@@ -1,10 +1,10 @@
 """A PeftModel with a PCConfig on two processes: losses, checkpoints and adapter files are those of one, to the bit."""
 
 import pytest
-from engines import launch
 from peft import PeftModel
 
 from ipca.peft import PCConfig, export
+from tests.engines import launch
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from engines import launch
 
 import ipca
+from tests.engines import launch
 
 
 @pytest.fixture(scope="module")

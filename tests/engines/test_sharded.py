@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from engines import launch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import ipca
+from tests.engines import launch
 
 FORMS = ("intact", "residual")
 both_forms = pytest.mark.parametrize("form", FORMS)

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from common import snapshot
 from torch import nn
 
 import ipca
 import ipca.nn.initialization
 from ipca import Window
 from ipca.nn import LinearPC
+from tests.helpers.models import snapshot
 
 FORMS = ("residual", "intact")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import Net, adapted, snapshot
-from folders import contents
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ipca
 from ipca.io.adapter_folder import file_sha256
+from tests.helpers.model_folders import contents
+from tests.helpers.models import Net, adapted, snapshot
 
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
 

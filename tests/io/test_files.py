@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import Net, adapted, snapshot
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -18,6 +17,7 @@ import ipca
 import ipca.io.adapter
 from ipca.io import staged_files, staged_folder
 from ipca.io.adapter_folder import read_adapter
+from tests.helpers.models import Net, adapted, snapshot
 
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from common import Net, adapted, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import ipca
 from ipca import Window
+from tests.helpers.models import Net, adapted, snapshot
 
 TARGETS = ["a", "b"]
 X = torch.randn(5, 20, generator=torch.Generator().manual_seed(1))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from common import Plain
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -11,6 +10,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import ipca
 from ipca._dtensor import full, is_sharded, part_like
 from ipca.io.gather import gathered, is_writer, needs_all, plain_type, write_once
+from tests.helpers.models import Plain
 
 
 @pytest.fixture

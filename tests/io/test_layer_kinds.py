@@ -6,8 +6,6 @@ import warnings
 
 import pytest
 import torch
-from common import snapshot
-from layer_kinds import CASES, STACKS, Convs2d, mixtral, output, relative
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -15,6 +13,8 @@ from torch import nn
 import ipca
 import ipca.nn.initialization
 import ipca.svd.cache
+from tests.helpers.layer_kinds import CASES, STACKS, Convs2d, mixtral, output, relative
+from tests.helpers.models import snapshot
 
 FORMS = ("residual", "intact")
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from common import Net, adapted
 from huggingface_hub import ModelCard
 from torch import nn
 
 import ipca
+from tests.helpers.models import Net, adapted
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import Net, snapshot
 from safetensors.torch import load_file, save_file
 
 import ipca
 from ipca.io.peft_lora import read_stock
+from tests.helpers.models import Net, snapshot
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -4,9 +4,9 @@ import copy
 import json
 
 import pytest
-from common import Plain, snapshot
 
 import ipca
+from tests.helpers.models import Plain, snapshot
 
 
 @pytest.mark.parametrize(

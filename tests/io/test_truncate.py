@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from common import Net, adapted
 from peft import PeftModel
 from torch import nn
 
 import ipca
 from ipca.io.truncate import truncated
+from tests.helpers.models import Net, adapted
 
 
 class Run(Net):

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import triton
 import triton.language as tl
-from kernel_report import read_records, record, recorded
-from offline import SHIPPED, Compiled, Row, compile_all
+
+from bench.kernel_report import read_records, record, recorded
+from bench.offline import SHIPPED, Compiled, Row, compile_all
 
 
 def test_shipped_kernels():

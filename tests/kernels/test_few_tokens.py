@@ -1,12 +1,12 @@
 import pytest
 import torch
-from kernel_data import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
 
 from ipca.kernels.configs import CONFIGS
 from ipca.kernels.few_tokens import few_tokens, takes
 from ipca.kernels.tuning import force
 from ipca.ops import reference
 from ipca.ops.dropout import new_seed
+from tests.helpers.kernel_inputs import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
 

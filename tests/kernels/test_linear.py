@@ -1,13 +1,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_data import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, on_gpu, poisoned, strided, wide
 
 from ipca.kernels.configs import CONFIGS, Config
 from ipca.kernels.launch import descriptor_fits
 from ipca.kernels.linear import input_grad, linear
 from ipca.kernels.tuning import force
 from ipca.ops.dropout import dropout, new_seed
+from tests.helpers.kernel_inputs import (
+    LAYOUTS,
+    PLACES,
+    SHAPES,
+    assert_within_twice,
+    draw,
+    on_gpu,
+    poisoned,
+    strided,
+    wide,
+)
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from kernel_data import DEVICE, LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided
 
 from ipca.kernels.configs import CONFIGS
 from ipca.kernels.outer import outer
 from ipca.kernels.reduce import add_up, split_rows
 from ipca.kernels.tuning import force
 from ipca.ops.dropout import dropout, new_seed
+from tests.helpers.kernel_inputs import DEVICE, LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
 

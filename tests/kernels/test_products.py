@@ -1,10 +1,10 @@
 import pytest
 import torch
-from kernel_data import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
 
 from ipca.kernels.configs import CONFIGS
 from ipca.kernels.products import MOST_COMPONENTS, fuses, products
 from ipca.kernels.tuning import force
+from tests.helpers.kernel_inputs import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
 
 SCALING = 0.7
 FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["residual", "intact"])

@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_data import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
 
 from ipca.kernels.project import project
 from ipca.ops.dropout import dropout, new_seed
+from tests.helpers.kernel_inputs import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
 

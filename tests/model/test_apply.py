@@ -8,7 +8,6 @@ import threading
 
 import pytest
 import torch
-from common import snapshot
 from torch import nn
 
 import ipca
@@ -16,6 +15,7 @@ import ipca.model.apply
 import ipca.nn.initialization
 from ipca import PCConfig, Window
 from ipca.nn import LinearPC
+from tests.helpers.models import snapshot
 
 FORMS = ("residual", "intact")
 

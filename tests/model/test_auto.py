@@ -5,9 +5,6 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from common import Plain, snapshot
-from layer_kinds import Table
-from quantized_layers import quantized_model
 from torch import nn
 
 import ipca
@@ -16,6 +13,9 @@ from ipca.lab import baselines
 from ipca.model import adapted_layers, sensitivity, suggest_windows
 from ipca.model.calibration import sensitivities
 from ipca.nn import LinearPC
+from tests.helpers.layer_kinds import Table
+from tests.helpers.models import Plain, snapshot
+from tests.helpers.quantized_layers import quantized_model
 
 
 @pytest.fixture

@@ -5,9 +5,6 @@ import importlib
 import pytest
 import torch
 import transformers
-from common import Plain, snapshot
-from layer_kinds import Table, mixtral
-from quantized_layers import quantized_model
 from torch import nn
 from transformers import BatchEncoding
 
@@ -15,6 +12,9 @@ import ipca
 from ipca import PCConfig
 from ipca.model import LayerSensitivity, input_energy, sensitivity
 from ipca.nn.layer_kinds import read_layer
+from tests.helpers.layer_kinds import Table, mixtral
+from tests.helpers.models import Plain, snapshot
+from tests.helpers.quantized_layers import quantized_model
 
 TARGETS = PCConfig(rank=3, targets=("a", "b"))
 

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from common import snapshot
-from layer_kinds import CASES, STACKS, Convs2d, Table, mixtral, output, relative
 from torch import nn
 
 import ipca
@@ -13,6 +11,8 @@ from ipca import Window
 from ipca.model import adapted_layers
 from ipca.model.targets import find_targets
 from ipca.nn.experts import ExpertsPC, StackPC
+from tests.helpers.layer_kinds import CASES, STACKS, Convs2d, Table, mixtral, output, relative
+from tests.helpers.models import snapshot
 
 FORMS = ("residual", "intact")
 

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from common import snapshot
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ipca
+from tests.helpers.models import snapshot
 
 
 def network():

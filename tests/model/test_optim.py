@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import Plain
-from layer_kinds import mixtral
 from peft import LoraConfig, get_peft_model
-from peft_cases import wrap
-from peft_models import Convs2d, Small, Table
 from torch import nn
 
 import ipca
 from ipca.lab import baselines
 from ipca.peft import PCConfig
+from tests.helpers.layer_kinds import mixtral
+from tests.helpers.models import Plain
+from tests.helpers.peft_cases import wrap
+from tests.helpers.peft_models import Convs2d, Small, Table
 
 OUT, IN, RANK = 33, 48, 3
 S = torch.logspace(4, -4, OUT, base=2.0, dtype=torch.float64)  # 16 … 1 / 16

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from common import Plain, snapshot
-from quantized_layers import KINDS, adapt, quantize, quantized_model, train
-from streamed import Run
 from torch import nn
 
 import ipca
 from ipca.nn import QuantizedLinearPC
 from ipca.nn.quantization import dequantize, quantization_kind
 from ipca.offline.source import ModelSource
+from tests.helpers.models import Plain, snapshot
+from tests.helpers.offline_runs import Run
+from tests.helpers.quantized_layers import KINDS, adapt, quantize, quantized_model, train
 
 KIND = "nf4"
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from quantized_layers import train
 from torch import nn
 
 import ipca
 from ipca.nn import QuantizedLinearPC
 from ipca.nn.quantization import dequantize, quantization_kind, quantize_like
+from tests.helpers.quantized_layers import train
 
 
 @pytest.fixture(scope="module")

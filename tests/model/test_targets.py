@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import transformers
-from common import Plain, snapshot
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -13,6 +12,7 @@ import ipca
 from ipca import PCConfig, Window
 from ipca.model.targets import find_modules_to_save, find_targets
 from ipca.nn import LinearPC
+from tests.helpers.models import Plain, snapshot
 
 
 class Subclass(nn.Linear): ...

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from common import Plain, snapshot
-from quantized_layers import adapt, quantized_model
 from safetensors.torch import save_file
 
 import ipca
+from tests.helpers.models import Plain, snapshot
+from tests.helpers.quantized_layers import adapt, quantized_model
 
 
 def as_mapping(plain, _):
@@ -47,7 +47,7 @@ def wrong_layer(plain):
 
 
 @pytest.mark.parametrize(
-    ("originals", "error", "words"),
+    ("unquantized_weights", "error", "words"),
     [
         (lambda plain: "folder", TypeError, "say unquantized_weights=ipca.load_unquantized_weights(folder)"),
         (lambda plain: {"a": plain.a.weight}, ValueError, "lacks the weight of b (1 of 2 layers are missing)"),

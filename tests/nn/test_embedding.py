@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from layer_kinds import relative
 from torch import nn
 
 from ipca import Window
 from ipca.nn.embedding import EmbeddingPC
+from tests.helpers.layer_kinds import relative
 
 FORMS = ("residual", "intact")
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from layer_kinds import relative
 from torch import Tensor, nn
 
 from ipca import Window
@@ -12,6 +11,7 @@ from ipca.nn import initial_factors
 from ipca.nn.experts import ExpertsPC, StackPC
 from ipca.nn.layer_kinds import ExpertStack
 from ipca.nn.registry import get_layer, named_layers, set_layer
+from tests.helpers.layer_kinds import relative
 
 FORMS = ("residual", "intact")
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from quantized_layers import KINDS, TORCHAO, quantized_by, quantized_layer
 from torch import nn
 
 from ipca.nn.quantization import (
@@ -15,6 +14,7 @@ from ipca.nn.quantization import (
     quantized_sha256,
     unsupported_quantization,
 )
+from tests.helpers.quantized_layers import KINDS, TORCHAO, quantized_by, quantized_layer
 
 LARGEST_ERROR = {"nf4": 0.16, "fp4": 0.17, "int8": 0.5 / 127, "torchao-int8": 0.5 / 127, "torchao-int4": 0.5 / 7}
 """Half the widest gap between two levels, over the largest weight."""

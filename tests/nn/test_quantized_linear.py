@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from quantized_layers import KINDS, quantized_layer
 from torch import nn
 
 import ipca
 from ipca.nn import QuantizedLinearPC
 from ipca.nn.quantization import dequantize, quantized_sha256
+from tests.helpers.quantized_layers import KINDS, quantized_layer
 
 OUT, IN, RANK = 33, 65, 5
 

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import Net, Plain
-from folders import contents
 from safetensors.torch import load_file, save_file
-from streamed import Run
 
 import ipca
 from ipca import PCConfig
@@ -19,6 +16,9 @@ from ipca.io.checkpoint import WHOLE
 from ipca.offline.source import ModelSource
 from ipca.offline.work_folder import WorkFolder
 from ipca.svd.cache import SpectralCache
+from tests.helpers.model_folders import contents
+from tests.helpers.models import Net, Plain
+from tests.helpers.offline_runs import Run
 
 FORMS = ("intact", "residual")
 

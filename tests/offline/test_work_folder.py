@@ -4,15 +4,15 @@ import errno
 import os
 
 import pytest
-from common import Plain
-from folders import contents
-from streamed import Run
 
 import ipca
 import ipca.offline.decompose
 from ipca import PCConfig
 from ipca.io.checkpoint import WHOLE
 from ipca.offline.work_folder import DONE, WORK, WorkFolder
+from tests.helpers.model_folders import contents
+from tests.helpers.models import Plain
+from tests.helpers.offline_runs import Run
 
 FORMS = ("intact", "residual")
 

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_data import DEVICE, DTYPES, assert_within_twice, draw, poisoned, strided, wide
 from torch.utils.checkpoint import checkpoint
 
 import ipca
 from ipca.ops import BACKENDS, Layer, pc_linear, pc_linear_shared, reference
 from ipca.ops import backend as backends
 from ipca.ops.dropout import new_seed
+from tests.helpers.kernel_inputs import DEVICE, DTYPES, assert_within_twice, draw, poisoned, strided, wide
 
 SCALING = 0.7
 TRAINED = ("x", "weight", "A", "B", "bias")
@@ -368,5 +368,5 @@ def test_auto_on_a_device_that_nobody_measured(measured):
     measured(False, False, MILLISECONDS)
     found = best(8192, frozen=True)
     assert (found.backend, found.low_rank_in_triton) == ("addmm", True)
-    assert "no backend was measured on Test GPU or its kind; bench/gpu.py measures" in found.reason
+    assert "no backend was measured on Test GPU or its kind; `make gpu` measures" in found.reason
     assert best(8192, frozen=True, dropout=True).backend == "triton"

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from kernel_data import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ipca.ops import cuda, linear, pc_linear, pc_linear_shared, shared
 from ipca.ops.low_rank_linear import Layer
+from tests.helpers.kernel_inputs import DEVICE
 
 N, K, R = 17, 24, 5
 FORMS = pytest.mark.parametrize("intact", [False, True], ids=["residual", "intact"])

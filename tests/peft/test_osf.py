@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from common import Plain, snapshot
 from torch import nn
 
 from ipca.lab.continual.osf_layers import fold_osf, inject_osf
+from tests.helpers.models import Plain, snapshot
 
 
 def fit(model, optimizer):

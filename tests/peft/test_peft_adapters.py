@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft_cases import off, output, randomize, train, wrap
-from peft_models import CASES, Small, ids, llama
 from torch import nn
 
 from ipca.peft import PCConfig
+from tests.helpers.peft_cases import off, output, randomize, train, wrap
+from tests.helpers.peft_models import CASES, Small, ids, llama
 
 ALL = ["words", "a", "b"]
 

@@ -5,11 +5,8 @@ import copy
 import peft
 import pytest
 import torch
-from common import Plain, snapshot
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft_cases import randomize, train, wrap
-from peft_models import CASES, Small, ids
 from torch import nn
 
 import ipca
@@ -19,6 +16,9 @@ from ipca.nn import dequantize
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.registry import get_layer
 from ipca.peft import PCConfig
+from tests.helpers.models import Plain, snapshot
+from tests.helpers.peft_cases import randomize, train, wrap
+from tests.helpers.peft_models import CASES, Small, ids
 
 KINDS = [name for name in CASES if name != "matrix"]
 
@@ -222,7 +222,7 @@ def test_a_half_precision_weight_is_not_rounded():
 
 def test_a_quantized_base_is_dequantized():
     pytest.importorskip("bitsandbytes")
-    from quantized_layers import quantized_model
+    from tests.helpers.quantized_layers import quantized_model
 
     model, plain, _ = quantized_model("nf4")
     held = dequantize(model.a).double()

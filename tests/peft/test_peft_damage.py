@@ -2,11 +2,11 @@
 
 import pytest
 from peft import LoraConfig
-from peft_cases import saved, wrap
-from peft_models import Small
 
 from ipca.io.adapter_folder import SIDECAR
 from ipca.peft import PCConfig
+from tests.helpers.peft_cases import saved, wrap
+from tests.helpers.peft_models import Small
 
 WEIGHTS = "adapter_model.safetensors"
 

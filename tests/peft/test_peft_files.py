@@ -11,13 +11,13 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft_cases import off, output, saved, train, wrap
-from peft_models import CASES, Small, ids, llama
 from safetensors.torch import load_file
 
 import ipca
 from ipca.io.adapter_folder import SIDECAR
 from ipca.peft import PCConfig, export
+from tests.helpers.peft_cases import off, output, saved, train, wrap
+from tests.helpers.peft_models import CASES, Small, ids, llama
 
 WEIGHTS = "adapter_model.safetensors"
 TESTS = Path(__file__).parents[1]
@@ -239,7 +239,7 @@ def test_undoubled_weights_are_refused(tmp_path):
         case = CASES[name]
         model = wrap(case.build(), PCConfig(r=2, **case.options))
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        with pytest.raises(RuntimeError, match=r"without the factor it started from.*ipca\.interop\.peft\.export"):
+        with pytest.raises(RuntimeError, match=r"without the factor it started from.*ipca\.peft\.export"):
             model.save_pretrained(tmp_path, state_dict=state)
 
 

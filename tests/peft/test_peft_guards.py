@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_cases import off, randomize, train, wrap
-from peft_models import CASES, Small, ids, llama
 
 from ipca.peft import PCConfig
+from tests.helpers.peft_cases import off, randomize, train, wrap
+from tests.helpers.peft_models import CASES, Small, ids, llama
 
 
 def test_a_saved_window_is_swapped_into_a_window(tmp_path):

@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
-from common import snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_cases import off, output, train, wrap
-from peft_models import Heavy, Small, gpt2, ids, llama
-from quantized_layers import quantize
 from torch import nn
 
 from ipca import window_svd
 from ipca.peft import init_
 from ipca.window import Window
+from tests.helpers.models import snapshot
+from tests.helpers.peft_cases import off, output, train, wrap
+from tests.helpers.peft_models import Heavy, Small, gpt2, ids, llama
+from tests.helpers.quantized_layers import quantize
 
 
 def stock(base, **options):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft_cases import off, output, train, wrap
-from peft_models import CASES, Heavy, ids, llama
-from quantized_layers import KINDS, TORCHAO, quantize
 
 from ipca.peft import PCConfig
+from tests.helpers.peft_cases import off, output, train, wrap
+from tests.helpers.peft_models import CASES, Heavy, ids, llama
+from tests.helpers.quantized_layers import KINDS, TORCHAO, quantize
 
 
 @pytest.mark.parametrize("safe", [False, True])

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import snapshot
-from layer_kinds import mixtral
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_cases import off, output, train, wrap
-from peft_models import CASES, Heavy, Small, ids, llama
-from quantized_layers import KINDS, quantize
 from torch import nn
 
 import ipca
 from ipca.peft import PCConfig, prepare
+from tests.helpers.layer_kinds import mixtral
+from tests.helpers.models import snapshot
+from tests.helpers.peft_cases import off, output, train, wrap
+from tests.helpers.peft_models import CASES, Heavy, Small, ids, llama
+from tests.helpers.quantized_layers import KINDS, quantize
 
 
 @pytest.fixture

@@ -6,17 +6,17 @@ from dataclasses import fields
 import peft
 import pytest
 import torch
-from common import snapshot
-from layer_kinds import mixtral
 from peft import LoraConfig, get_peft_model
-from peft_cases import train, wrap
-from peft_models import Small, ids, llama
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ipca import Window
 from ipca.peft import PCConfig
 from ipca.peft.config import _REFUSED
+from tests.helpers.layer_kinds import mixtral
+from tests.helpers.models import snapshot
+from tests.helpers.peft_cases import train, wrap
+from tests.helpers.peft_models import Small, ids, llama
 
 GIVEN = {
     "velora_config": peft.tuners.lora.config.VeloraConfig,

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from peft_cases import off, output, train, wrap
-from peft_models import CASES, Heavy, Small, ids, llama
-from quantized_layers import KINDS, quantize
 
 from ipca.peft import PCConfig
+from tests.helpers.peft_cases import off, output, train, wrap
+from tests.helpers.peft_models import CASES, Heavy, Small, ids, llama
+from tests.helpers.quantized_layers import KINDS, quantize
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import peft_suite
 import pytest
 from peft import LoraConfig
 
 from ipca.peft import PCConfig
+from tests.helpers import peft_suite
 
 if peft_suite.source() is None:
     pytest.skip(peft_suite.MISSING, allow_module_level=True)

@@ -1,9 +1,9 @@
 import pytest
 from peft import LoraConfig, get_peft_model
-from peft_models import Small
 
 import ipca
 from ipca.peft import PCConfig, summary
+from tests.helpers.peft_models import Small
 
 
 def test_it_says_of_a_window_what_the_native_summary_says():
@@ -20,7 +20,7 @@ def test_another_adapter_is_refused_and_the_native_summary_names_this_one():
     model = get_peft_model(Small(), LoraConfig(target_modules=["a"]))
     with pytest.raises(ValueError, match="'default' is no adapter of a PCConfig"):
         summary(model)
-    with pytest.raises(ValueError, match=r"say ipca\.interop\.peft\.summary"):
+    with pytest.raises(ValueError, match=r"say ipca\.peft\.summary"):
         ipca.summary(model)
     with pytest.raises(TypeError, match="expected a PeftModel, got a Small"):
         summary(Small())

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from common import Plain, snapshot
-from quantized_layers import quantized_layer
 from torch import nn
 
 import ipca
@@ -13,6 +11,8 @@ from ipca.lab import baselines
 from ipca.lab.baselines.apply import needed_windows
 from ipca.model.targets import find_targets
 from ipca.svd import SpectralCache
+from tests.helpers.models import Plain, snapshot
+from tests.helpers.quantized_layers import quantized_layer
 
 CONFIG = ipca.PCConfig(rank=3, targets=("a", "b"), modules_to_save=("head",))
 METHODS = ("principal", "0.25", "start=2", "erank", "lora", "full", *baselines.CONTROLS)

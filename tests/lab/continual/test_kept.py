@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from continual_cases import CONFIG, learn, plain
-from layer_kinds import CASES, output, relative
 
 import ipca
 from ipca.lab.continual import METHODS, ContinualLearner
+from tests.helpers.continual import CONFIG, learn, plain
+from tests.helpers.layer_kinds import CASES, output, relative
 
 FOLDING = [name for name, kind in METHODS.items() if kind.folds]
 

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from common import snapshot
-from continual_cases import CONFIG, SHAPES, learn, plain, train
-from quantized_layers import quantize
 from torch import nn
 
 import ipca
 from ipca.lab.continual import METHODS, ContinualLearner, TaskRecord, sd_lora
+from tests.helpers.continual import CONFIG, SHAPES, learn, plain, train
+from tests.helpers.models import snapshot
+from tests.helpers.quantized_layers import quantize
 
 TASKS = 3
 FACTORS, BOTH = 3 * (12 + 20), 2  # parameters of one layer's A and B; layers

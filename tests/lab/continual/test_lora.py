@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from continual_cases import CONFIG, learn, plain, train
 
 import ipca
 from ipca.lab import baselines
 from ipca.lab.continual import METHODS, ContinualLearner
 from ipca.lab.continual.lora import overlap
+from tests.helpers.continual import CONFIG, learn, plain, train
 
 
 def test_one_lora_goes_on_where_it_was():

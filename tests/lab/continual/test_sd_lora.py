@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from continual_cases import CONFIG, plain, train
 from torch import nn
 
 import ipca
 from ipca.lab.continual import ContinualLearner
 from ipca.lab.continual.sd_lora import product_norm
+from tests.helpers.continual import CONFIG, plain, train
 
 
 def test_the_output_is_the_formula_of_the_paper():

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from continual_cases import CONFIG, plain, train
 
 from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, draw_stream, run_stream
+from tests.helpers.continual import CONFIG, plain, train
 
 NAMES = ("one", "two", "three")
 # before any task, then after each: R[i, j] is the score on task j after training task i

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from continual_cases import CONFIG, learn, plain, train
 from torch import nn
 
 import ipca
 from ipca.lab.continual import ContinualLearner
+from tests.helpers.continual import CONFIG, learn, plain, train
 
 
 def starts(method, window, count, **options):

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import sweep_task
 import torch
 from torch import nn
 
@@ -20,6 +19,7 @@ from ipca.lab.sweep.device import device_name, device_of, same_bits, see_only, u
 from ipca.lab.sweep.trial import judge
 from ipca.model import adapted_layers
 from ipca.svd import SpectralCache
+from tests.helpers import sweep_task
 
 GRID = {"windows": (0, 0.5), "lrs": (1e-3, 1e-2), "seeds": 2, "early": 2, "progress": False, "report": False}
 CALIBRATED = replace(sweep_task.task(), calibration=sweep_task.calibration)

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from sweep_rows import Made, by_hand, write_rows
 
 from ipca.lab.sweep.report import verdict, write_report
+from tests.helpers.sweep_rows import Made, by_hand, write_rows
 
 SMALL = {"windows": ("0.0", "0.5", "1.0"), "methods": ("lora", "haar"), "lrs": (1e-3, 2e-3), "seeds": 3}
 

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from sweep_rows import Made
 
 from ipca.lab.baselines import CONTROLS
 from ipca.lab.sweep.report.data import read_sweep
@@ -14,6 +13,7 @@ from ipca.lab.sweep.report.matched import match_targets, matched_panels
 from ipca.lab.sweep.report.statistics import Difference, Estimate, corrected, difference, estimate
 from ipca.lab.sweep.report.style import canvas, inline, styles, variables
 from ipca.lab.sweep.report.words import estimated, listed, number, p_value, signed
+from tests.helpers.sweep_rows import Made
 
 SMALL = {"windows": ("0.0", "0.5", "1.0"), "lrs": (1e-3, 2e-3), "seeds": 2, "comparisons": ("same",)}
 

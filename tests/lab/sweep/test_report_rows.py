@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from sweep_rows import Made, by_hand, write_rows
 
 from ipca.lab.sweep.report.comparisons import middle_rate, views
 from ipca.lab.sweep.report.data import read_sweep
+from tests.helpers.sweep_rows import Made, by_hand, write_rows
 
 SMALL = {"windows": ("0.0", "0.5", "1.0"), "methods": ("lora", "haar"), "seeds": 3}
 

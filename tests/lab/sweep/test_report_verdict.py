@@ -1,7 +1,6 @@
 """The verdict: each rule on rows whose truth is known, with p-values counted by hand."""
 
 import pytest
-from sweep_rows import Made, by_hand, write_rows
 
 from ipca.lab.sweep.report.arms import Arms
 from ipca.lab.sweep.report.choice import suggestion
@@ -9,6 +8,7 @@ from ipca.lab.sweep.report.comparisons import views
 from ipca.lab.sweep.report.data import read_sweep
 from ipca.lab.sweep.report.rivals import against_lora, controls
 from ipca.lab.sweep.report.verdict import judge
+from tests.helpers.sweep_rows import Made, by_hand, write_rows
 
 QUICK = {"windows": ("0.0", "0.25", "0.5", "1.0"), "methods": (), "lrs": (1e-3,), "comparisons": ("same",)}
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sweep_task
 import torch
 
 import ipca
 from ipca.lab import baselines, sweep
 from ipca.lab.sweep.trial import COLUMNS
+from tests.helpers import sweep_task
 
 TASK = Path(sweep_task.__file__)
 GRID = {"windows": (0, 0.5, 1), "lrs": (1e-3, 1e-2), "seeds": 2, "early": 2, "progress": False, "report": False}

@@ -5,11 +5,11 @@ import sys
 from dataclasses import replace
 
 import pytest
-import sweep_task
 
 from ipca import PCConfig
 from ipca.lab import sweep
 from ipca.lab.sweep.store import AUTO, SETTINGS, Store
+from tests.helpers import sweep_task
 
 GRID = {"windows": (0.5,), "lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same",), "early": 2}
 QUIET = {"progress": False, "report": False}

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import sweep_task
 
 from ipca.config import PCConfig
 from ipca.lab.sweep import load_task
+from tests.helpers import sweep_task
 
 
 def test_a_task_file_is_loaded(tmp_path):

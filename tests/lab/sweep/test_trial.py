@@ -4,7 +4,6 @@ import copy
 from dataclasses import replace
 
 import pytest
-import sweep_task
 import torch
 from torch import nn
 
@@ -12,6 +11,7 @@ from ipca.lab import baselines, sweep
 from ipca.lab.sweep import Task
 from ipca.lab.sweep.trial import Trial, base_row, build_base, judge, rate_groups, run_trial
 from ipca.svd import SpectralCache
+from tests.helpers import sweep_task
 
 TRIAL = Trial("0.5", "same", 1e-3, 1e-3, 1)
 

@@ -4,11 +4,11 @@ import os
 from dataclasses import replace
 
 import pytest
-import sweep_task
 import torch
 
 from ipca.lab import sweep
 from ipca.lab.sweep.workers import check_sendable, model_sha256
+from tests.helpers import sweep_task
 
 GRID = {"windows": (0.5,), "lrs": (1e-3,), "seeds": 2, "methods": (), "comparisons": ("same",), "early": 2}
 OPTIONS = {**GRID, "workers": 2, "progress": False, "report": False}

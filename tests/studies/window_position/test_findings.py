@@ -3,8 +3,6 @@ import shutil
 from statistics import mean, stdev
 
 import pytest
-import study_made
-import sweep_task
 import torch
 from torch import nn
 
@@ -15,6 +13,8 @@ from studies.window_position import claims, findings, mechanism, rules, run
 from studies.window_position import rows as study_rows
 from studies.window_position import tables as study_tables
 from studies.window_position.rows import Study
+from tests.helpers import made_up_study as study_made
+from tests.helpers import sweep_task
 
 HOLDS = dict.fromkeys(("C1", "C2", "C3", "C4", "C9", "C13"), "holds") | {"C10": "below"}
 U = ("C1", "C2", "C3", "C4")

@@ -1,9 +1,9 @@
 import pytest
-import study_made
 
 from studies.window_position import figures, findings, rules
 from studies.window_position import tables as study_tables
 from studies.window_position.rows import Study, read_table, write_table
+from tests.helpers import made_up_study as study_made
 
 
 @pytest.fixture(scope="module")

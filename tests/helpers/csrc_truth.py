@@ -5,9 +5,9 @@ An error may be twice PyTorch's and a few roundings, where a result is ill-condi
 
 import numpy as np
 import torch
-from csrc_data import views
 
 from ipca.svd import inner_loops_torch as primitives
+from tests.helpers.csrc_inputs import views
 
 
 def complaints(call, found):

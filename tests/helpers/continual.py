@@ -1,9 +1,9 @@
 """A small model, a configuration that fits it, and a way to train, for the tests of continual learning."""
 
 import torch
-from common import Plain
 
 import ipca
+from tests.helpers.models import Plain
 
 CONFIG = ipca.PCConfig(rank=3, targets=("a", "b"), modules_to_save=("head",))
 SHAPES = ((12, 20), (20, 12))  # of the layers a and b

@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
-from svd_grid import OURS, SQUARE, WIDE, Cell
-from svd_matrices import Accuracy, Found, accuracy, matrix, truth
-from svd_providers import Call, Provider
 from torch import Tensor, nn
 
 import ipca
+from bench.svd_grid import OURS, SQUARE, WIDE, Cell
+from bench.svd_matrices import Accuracy, Found, accuracy, matrix, truth
+from bench.svd_providers import Call, Provider
 from ipca.model import adapted_layers
 
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from common import Plain
 from torch import nn
 
 import ipca
+from tests.helpers.models import Plain
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 TORCHAO = ("torchao-int8", "torchao-int4")

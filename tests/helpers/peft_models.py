@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from layer_kinds import Convs1d, Convs2d, Convs3d, Table, mixtral
 from torch import Tensor, nn
+
+from tests.helpers.layer_kinds import Convs1d, Convs2d, Convs3d, Table, mixtral
 
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 37}
 

@@ -6,11 +6,10 @@ import random
 import shutil
 from dataclasses import dataclass
 
-from sweep_rows import Made
-
 from ipca.lab.baselines import CONTROLS
 from studies.window_position.mechanism import COLUMNS as MECHANISM_COLUMNS
 from studies.window_position.rows import write_table
+from tests.helpers.sweep_rows import Made
 
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "1.0")
 BESIDE = ("lora", "full", "auto")

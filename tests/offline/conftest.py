@@ -1,8 +1,8 @@
 import pytest
-from common import Net
-from streamed import Run
 
 from ipca import PCConfig
+from tests.helpers.models import Net
+from tests.helpers.offline_runs import Run
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_models import Small, ids
 from torch import Tensor, nn
 
 from ipca.peft import PCConfig
+from tests.helpers.peft_models import Small, ids
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Models, folders and processes that several test files share."""
