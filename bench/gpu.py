@@ -173,8 +173,8 @@ def tune(out: Path, seconds: float) -> None:
     import torch
 
     from bench.grid import grid
+    from bench.tune_kernels import tune_grid
     from ipca.kernels.tables import cache_file
-    from ipca.kernels.tune import tune_grid
 
     names = ("M", "N", "K", "rank", "dtype")
     cells = list(dict.fromkeys(tuple(getattr(cell, name) for name in names) for cell in grid("cuda")))

@@ -29,7 +29,7 @@ from typing import Any
 TENSOR_MEMORY_LIMIT = 512
 """Columns of tensor memory of an sm_100 multiprocessor. A kernel that wants more compiles to a trap, without a word."""
 
-SHIPPED = "ipca.kernels.shipped:shipped"
+SHIPPED = "bench.kernel_cases:shipped"
 INTEGERS = {"i32": 16, "i64": 1 << 40}  # what a launch passes: the value decides the type, and 16 divides it
 
 
@@ -85,7 +85,7 @@ class Row:
         if self.compiled is None:
             yield f"does not compile: {self.error}"
             return
-        from ipca.kernels.shipped import LIMITS
+        from bench.kernel_cases import LIMITS
 
         made, limit = self.compiled, LIMITS[self.arch].shared
         if made.tensor_memory > TENSOR_MEMORY_LIMIT:
@@ -152,7 +152,7 @@ def compile_all(source: str = SHIPPED, workers: int = 2, known: Mapping[str, Com
     """Compile every case of ``source`` for every architecture that it is meant for, ``workers`` at a time.
 
     ``source`` is ``"module:function"`` or ``"path.py:function"``. The function yields cases with the fields of
-    :class:`ipca.kernels.shipped.Case`, and ``args`` as :func:`compile_kernel` takes them. What is ``known`` by its
+    :class:`bench.kernel_cases.Case`, and ``args`` as :func:`compile_kernel` takes them. What is ``known`` by its
     digest is not compiled again.
     """
     known = known or {}

@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import ipca
-from ipca.nn import InitialFactors, LinearPC, certify_init, default_adapter_dtype
+from ipca.nn import InitialFactors, LinearPC
+from ipca.nn.initialization import certify_init, default_adapter_dtype
 
 BACKENDS = ("triton", "addmm", "merged", "reference", "auto")
 FORMS = ("residual", "intact")

@@ -19,7 +19,7 @@ import ipca
 from bench.svd_grid import OURS, SQUARE, WIDE, Cell
 from bench.svd_matrices import Accuracy, Found, accuracy, matrix, truth
 from bench.svd_providers import Call, Provider
-from ipca.model import adapted_layers
+from ipca.model.apply import adapted_layers
 
 
 def model_of(cell: Cell, device: torch.device) -> nn.Module:

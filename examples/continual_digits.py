@@ -16,8 +16,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-import ipca
 from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, draw_stream, run_stream
+from ipca.model import AdapterSettings
 
 PAIRS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 RANK = 8
@@ -92,7 +92,7 @@ def main(steps, lr, out):
     fit(base, base.mirrored, base.parameters(), mirror(train[0]), train[1], 10 * steps, 1e-3)
     tasks = [pair_task(i, train, test, steps, lr) for i in range(len(PAIRS))]
     retained = partial(accuracy, mirror(test[0]), test[1], lambda model: model.mirrored)
-    config = ipca.PCConfig(
+    config = AdapterSettings(
         rank=RANK, window="middle", targets=["body.0", "body.2", "body.4"], modules_to_save=["heads"]
     )
 

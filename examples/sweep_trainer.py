@@ -9,9 +9,9 @@ import torch
 from tiny import options, tiny_data, tiny_model
 from transformers import Trainer, TrainingArguments
 
-from ipca import PCConfig
 from ipca.analysis import kl_to_base
 from ipca.lab import sweep
+from ipca.model import AdapterSettings
 
 
 def train(steps, model, groups, seed):
@@ -46,7 +46,7 @@ def evaluate(model):
 def task(steps=20):
     """What `ipca sweep` looks for in this file."""
     labels = {"target": "log-likelihood of the text (nats a token)", "retained": "−KL to the base (nats a token)"}
-    return sweep.Task(tiny_model, partial(train, steps), evaluate, PCConfig(rank=8), labels=labels)
+    return sweep.Task(tiny_model, partial(train, steps), evaluate, AdapterSettings(rank=8), labels=labels)
 
 
 def main(steps, out):

@@ -1,4 +1,4 @@
-"""Fine-tune a chosen window of the singular components of pretrained weights.
+"""Fine-tune a chosen window of the principal components (PC) of pretrained weights.
 
 >>> model = ipca.apply_pc(model, rank=16, window="middle")
 >>> print(ipca.summary(model))
@@ -6,20 +6,43 @@
 >>> ...
 >>> ipca.save_adapter(model, "adapter")   # stock PEFT loads it on the original base
 
-The method is that of "Least but not Last: Fine-tuning Intermediate Principal Components for Better
-Performance-Forgetting Trade-Offs", arXiv 2602.03493.
+The principal components of a weight are its singular triplets, largest first. The method is that of "Least but not
+Last: Fine-tuning Intermediate Principal Components for Better Performance-Forgetting Trade-Offs", arXiv 2602.03493.
+
+Subpackages are imported when they are first used: ``ipca.analysis``, ``ipca.peft`` (the layers of
+``peft.get_peft_model``), ``ipca.lab`` (sweeps, baselines, continual learning).
 """
 
-from ipca._namesake import check_distribution
+import importlib
+import importlib.metadata
+from typing import Any
 
-check_distribution()
 
-from ipca import nn  # noqa: E402
-from ipca._version import __version__  # noqa: E402
-from ipca.config import PCConfig  # noqa: E402
-from ipca.io import export, import_peft, load_adapter, load_unquantized_weights, save_adapter, write_model_card  # noqa: E402
-from ipca.model import (  # noqa: E402
-    Summary,
+def _check_distribution() -> None:
+    """Raise ImportError where another project that is called ``ipca`` on PyPI is installed into the same folder."""
+    try:
+        other = importlib.metadata.distribution("ipca")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise ImportError(
+        f"The distribution 'ipca' {other.version}, another project, is installed beside 'ipca-lora', and both own the "
+        "import name ipca. Uninstall both and install ipca-lora again: pip uninstall ipca ipca-lora"
+    )
+
+
+_check_distribution()
+
+from ipca import nn
+from ipca._version import __version__ as __version__
+from ipca.io import (
+    export,
+    import_peft,
+    load_adapter,
+    load_unquantized_weights,
+    save_adapter,
+    write_model_card,
+)
+from ipca.model import (
     adapter_parameters,
     apply_pc,
     disabled,
@@ -29,24 +52,16 @@ from ipca.model import (  # noqa: E402
     unload,
     unmerge_adapter,
 )
-from ipca.nn import backends, explain  # noqa: E402
-from ipca.ops import set_backend  # noqa: E402
-from ipca.svd import SpectralCache, SVDReport, WindowSVD, singular_values, window_svd  # noqa: E402
-from ipca.window import Window  # noqa: E402
+from ipca.ops import set_backend
+from ipca.svd import SpectralCache, window_svd
+from ipca.window import Window
 
 __all__ = [
-    "PCConfig",
-    "SVDReport",
     "SpectralCache",
-    "Summary",
     "Window",
-    "WindowSVD",
-    "__version__",
     "adapter_parameters",
     "apply_pc",
-    "backends",
     "disabled",
-    "explain",
     "export",
     "import_peft",
     "load_adapter",
@@ -56,10 +71,20 @@ __all__ = [
     "param_groups",
     "save_adapter",
     "set_backend",
-    "singular_values",
     "summary",
     "unload",
     "unmerge_adapter",
     "window_svd",
     "write_model_card",
 ]
+_LAZY = ("analysis", "cli", "lab", "offline", "peft")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"ipca.{name}")
+    raise AttributeError(f"module 'ipca' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

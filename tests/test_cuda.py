@@ -164,8 +164,9 @@ def test_autocast_gives_the_dtype_of_a_linear_layer():
 
 
 def test_tuning_measures_and_keeps(tmp_path, monkeypatch):
-    from ipca.kernels import tables, tuning
     from ipca.kernels.tune import tune_grid
+
+    from ipca.kernels import tables, tuning
 
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setenv("IPCA_CACHE", str(tmp_path))

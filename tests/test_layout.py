@@ -12,14 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 import ipca
-from ipca._namesake import check_distribution
 
 LEVELS = {
-    **dict.fromkeys(("window", "_hashing", "_version", "_namesake", "_extension", "_C", "kernels"), 0),
+    **dict.fromkeys(("window", "_hashing", "_version", "_extension", "_C", "kernels"), 0),
     **dict.fromkeys(("_atomic", "_dtensor"), 0.5),
     **dict.fromkeys(("svd", "ops"), 1),
     "nn": 2,
-    "config": 3,
     "model": 4,
     "io": 5,
     "": 5.5,  # ipca/__init__.py offers all of the above
@@ -101,7 +99,7 @@ def test_every_module_belongs_to_a_level_and_imports_only_what_it_may():
 
 def test_every_part_that_exists_is_where_the_levels_say():
     parts = {part_of(module) for module, *_ in sources()}
-    assert {"window", "svd", "ops", "nn", "config", "model", "io", ""} <= parts <= set(LEVELS)
+    assert {"window", "svd", "ops", "nn", "model", "io", ""} <= parts <= set(LEVELS)
 
 
 PLANTED = [
@@ -110,14 +108,14 @@ PLANTED = [
     ("ipca.svd.krylov", "from ipca.ops.linear import pc_linear", "svd (level 1) may not import ops (level 1)"),
     ("ipca.svd.krylov", "from ..nn import LinearPC", "svd (level 1) may not import nn (level 2)"),
     ("ipca.svd.krylov", "from .. import nn", "svd (level 1) may not import nn (level 2)"),
-    ("ipca.nn.linear", "from ipca import config", "nn (level 2) may not import config (level 3)"),
-    ("ipca.nn.linear", "from ipca import PCConfig", "nn (level 2) may not import ipca (level 5.5)"),
+    ("ipca.nn.linear", "from ipca import model", "nn (level 2) may not import model (level 4)"),
+    ("ipca.nn.linear", "from ipca import apply_pc", "nn (level 2) may not import ipca (level 5.5)"),
     ("ipca.nn.linear", "from ipca import *", "nn (level 2) may not import ipca (level 5.5)"),
     ("ipca.nn.linear", "import ipca", "nn (level 2) may not import ipca (level 5.5)"),
     ("ipca.nn.linear", "import torch, ipca.model", "nn (level 2) may not import model (level 4)"),
     ("ipca.nn.linear", "def f():\n    from ipca.io import export", "nn (level 2) may not import io (level 5)"),
     ("ipca.nn.linear", "importlib.import_module('ipca.model')", "nn (level 2) may not import model (level 4)"),
-    ("ipca.model.apply", "from ipca.io.files import staged_files", "model (level 4) may not import io (level 5)"),
+    ("ipca.model.apply", "from ipca.io.adapter import save_adapter", "model (level 4) may not import io (level 5)"),
     ("ipca.peft.hub", "from ipca.analysis import angles", "peft (level 6) may not import analysis (level 6)"),
     ("ipca.analysis.angles", "import ipca.lab.demo.data", "analysis (level 6) may not import lab (level 7)"),
     ("ipca.lab.demo.task", "from ipca.cli import main", "lab (level 7) may not import cli (level 8)"),
@@ -211,14 +209,14 @@ def test_no_namesake_is_no_error(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    assert check_distribution() is None
+    assert ipca._check_distribution() is None
     assert asked == ["ipca"]
 
 
 def test_a_namesake_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(version="0.6.7"))
     with pytest.raises(ImportError, match=r"distribution 'ipca' 0\.6\.7 .* installed beside 'ipca-lora'") as error:
-        check_distribution()
+        ipca._check_distribution()
     assert "Uninstall both and install ipca-lora again" in str(error.value)
 
 

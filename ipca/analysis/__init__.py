@@ -14,7 +14,7 @@ from ipca.analysis.retention import accuracy_drop, cross_entropy_rise, kl_to_bas
 from ipca.analysis.spectra import LayerSpectrum, Spectra, spectrum
 from ipca.analysis.update import intruder_dimensions, overlap, spectral_imbalance, update_norm
 from ipca.analysis.weight_drift import Drift, WindowAngles, drift, principal_angles
-from ipca.model import LayerSensitivity, sensitivity, suggest_windows
+from ipca.model.calibration import LayerSensitivity, sensitivity, suggest_windows
 
 __all__ = [
     "BlockImportance",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ipca.analysis.figures import check_not_empty, dark_to_light, panels, shade
 from ipca.analysis.importance import BlockImportance
 from ipca.analysis.picture import picture
-from ipca.model import LayerSensitivity
+from ipca.model.calibration import LayerSensitivity
 from ipca.window import Window
 
 

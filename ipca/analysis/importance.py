@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca.analysis.linalg import decompose, wide
-from ipca.config import PCConfig
 from ipca.model.batches import as_batches, evaluating
 from ipca.model.calibration import measurable
 from ipca.model.targets import find_targets
@@ -62,11 +61,12 @@ def component_importance(
     batches: Iterable[Any],
     loss: Loss,
     *,
-    config: PCConfig | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] = (),
     blocks: int = 8,
     progress: bool = True,
 ) -> dict[str, BlockImportance]:
-    """For each layer that ``config`` names, how the loss on held-out data changes without a block of its components.
+    """For each layer that is chosen, how the loss on held-out data changes without a block of its components.
 
     One block of one layer at a time is taken out, ``W − U_b S_b Vh_b``; then the weight's bits are put back, after an
     error too. Experimental as a way to choose a window: ``found[layer].quietest(rank)``.
@@ -76,8 +76,8 @@ def component_importance(
         batches: whatever ``loss`` takes; consumed once.
         loss: ``loss(model, batch)``, a number; the mean over the batches counts. Every evaluation starts from the same
             state of torch's random generators.
-        config: which layers, of any kind that is not quantized; its other settings do not matter. Of a stack of experts
-            the block is taken out of all at once. Default: every linear layer but the head.
+        targets, exclude: as for :func:`ipca.apply_pc`, of any kind that is not quantized. Of a stack of experts the
+            block is taken out of all at once.
         blocks: into how many parts of nearly one size a layer's components are cut.
         progress: show a progress bar.
 
@@ -87,7 +87,7 @@ def component_importance(
         TypeError, ValueError: as :func:`ipca.apply_pc`; bad batches, a loss that is no finite number for the model as
             it is, fewer components than blocks, or a quantized layer; the message names it.
     """
-    names = [target.name for target in find_targets(model, measurable(config))]
+    names = [target.name for target in find_targets(model, measurable(targets, exclude))]
     edges = {name: _edges(name, get_layer(model, name), blocks) for name in names}
     held = as_batches(batches)
     found = {}

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ipca.analysis.linalg import wide
 from ipca.analysis.peft_layers import active_window, other_tuner, peft_factors, peft_layers, trained_matrix
-from ipca.model import adapted_layers, check_not_sharded
-from ipca.nn import WindowLayer, quantization_kind
+from ipca.model.apply import adapted_layers
+from ipca.model.merge import check_not_sharded
 from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
+from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import named_layers
+from ipca.nn.window_layer import WindowLayer
 from ipca.window import Window
 
 Base = nn.Module | Mapping[str, Tensor]

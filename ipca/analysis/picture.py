@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipca.io import staged_files
+from ipca._atomic import staged_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.analysis.predictions import Predictions, at_least_float32, counted, is_shifted, predict
-from ipca.model import adapted_layers, disabled
+from ipca.model.apply import adapted_layers
 from ipca.model.batches import check_batches, evaluating
+from ipca.model.merge import disabled
 
 Measure = Callable[[nn.Module, Any], Any]
 """``measure(model, batch)``: a tensor with what was measured of each item or token that counts."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipca.config import PCConfig
-from ipca.model import adapted_layers, check_not_sharded
+from ipca.model.apply import adapted_layers
+from ipca.model.merge import check_not_sharded
+from ipca.model.settings import AdapterSettings
 from ipca.model.targets import find_targets
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.registry import get_layer
@@ -121,25 +122,43 @@ class Spectra:
         return "\n".join(lines)
 
 
-def spectrum(model: nn.Module, config: PCConfig | None = None, *, progress: bool = True) -> Spectra:
+def spectrum(
+    model: nn.Module,
+    *,
+    rank: int | None = None,
+    window: Window | str | float | None = None,
+    targets: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    progress: bool = True,
+) -> Spectra:
     """The spectra of the pretrained weights of ``model``, which stays as it is.
 
     Args:
         model: an adapted model, whose own layers and windows are shown (in the residual form the weights up to one
             rounding), or a plain one.
-        config: which layers of a plain model, and their windows; by default those of ``PCConfig()``.
+        rank, window, targets, exclude: the layers of a plain model and their windows, as for :func:`ipca.apply_pc`.
         progress: show a progress bar.
 
     Raises:
-        ValueError: ``config`` beside an adapted model; or as :func:`ipca.apply_pc` for a plain one.
+        ValueError: one of these beside an adapted model; or as :func:`ipca.apply_pc` for a plain one.
     """
     check_not_sharded(model, "gather it first: save_adapter and load_adapter onto the plain base.")
     parameters = sum(p.numel() for p in model.parameters())
     adapted = adapted_layers(model)
     if not adapted:
-        return Spectra(tuple(_chosen(model, config or PCConfig(), progress)), parameters)
-    if config is not None:
-        raise ValueError(f"this {type(model).__name__} is adapted, its windows are chosen; leave config out.")
+        settings = AdapterSettings(
+            rank=rank,
+            window="middle" if window is None else window,
+            targets="all-linear" if targets is None else targets,
+            exclude=exclude or (),
+        )
+        return Spectra(tuple(_chosen(model, settings, progress)), parameters)
+    given = {"rank": rank, "window": window, "targets": targets, "exclude": exclude}
+    chosen = [name for name, value in given.items() if value is not None]
+    if chosen:
+        raise ValueError(
+            f"this {type(model).__name__} is adapted, its windows are chosen; leave out {', '.join(chosen)}."
+        )
     parameters -= sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapted.values())
     rows: list[LayerSpectrum] = []
     for name, layer in _shown(list(adapted.items()), progress):
@@ -149,9 +168,9 @@ def spectrum(model: nn.Module, config: PCConfig | None = None, *, progress: bool
     return Spectra(tuple(rows), parameters)
 
 
-def _chosen(model: nn.Module, config: PCConfig, progress: bool) -> Iterator[LayerSpectrum]:
-    """The layers that ``config`` would adapt."""
-    for target in _shown(find_targets(model, config), progress):
+def _chosen(model: nn.Module, settings: AdapterSettings, progress: bool) -> Iterator[LayerSpectrum]:
+    """The layers that ``settings`` choose."""
+    for target in _shown(find_targets(model, settings), progress):
         weight, _ = read_layer(get_layer(model, target.name))
         yield from _spectra(target.name, weight, target.window, target.form)
 

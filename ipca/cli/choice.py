@@ -1,19 +1,19 @@
-"""What the options of ``inspect`` and ``init`` choose, as a PCConfig."""
+"""What the options of ``inspect`` and ``init`` choose, as a AdapterSettings."""
 
 from __future__ import annotations
 
 import argparse
 from contextlib import suppress
 
-from ipca.config import PCConfig
+from ipca.model.settings import AdapterSettings
 
 
-def chosen_config(args: argparse.Namespace) -> PCConfig:
+def chosen_config(args: argparse.Namespace) -> AdapterSettings:
     """The options as a config; raises as :class:`ipca.PCConfig` does."""
     tol: float | str = getattr(args, "tol", "default")
-    with suppress(ValueError):  # a name is left to PCConfig
+    with suppress(ValueError):  # a name is left to AdapterSettings
         tol = float(tol)
-    return PCConfig(
+    return AdapterSettings(
         rank=args.rank,
         window=args.window,
         alpha=args.alpha,

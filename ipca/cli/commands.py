@@ -6,13 +6,13 @@ import argparse
 from inspect import signature
 
 import ipca
+from ipca._atomic import check_writable, staged_folder
 from ipca.analysis import draw_spectra, spectrum
 from ipca.cli import adapters, spectra
 from ipca.cli.cache import cache
-from ipca.cli.choice import check_no_window_options, check_output_folder, chosen_config
+from ipca.cli.choice import check_no_window_options, check_output_folder
 from ipca.cli.completion import completion
 from ipca.cli.init import init
-from ipca.io import check_writable, staged_folder
 from ipca.io.model_folder import copy_companions, load_model
 
 __all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge", "sweep"]
@@ -29,7 +29,14 @@ def inspect(args: argparse.Namespace) -> tuple[Record, str]:
     if args.plot:
         check_writable(args.plot.absolute().parent)
     model = load_model(args.model)
-    found = spectrum(model, chosen_config(args), progress=not args.quiet)
+    found = spectrum(
+        model,
+        rank=args.rank,
+        window=args.window,
+        targets=args.targets,
+        exclude=args.exclude,
+        progress=not args.quiet,
+    )
     text = spectra.render(found)
     if args.plot:
         draw_spectra(found, args.plot)

@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 import ipca
+from ipca._atomic import check_writable
 from ipca.cli.choice import check_output_folder, chosen_config
-from ipca.config import PCConfig
-from ipca.io import check_writable
 from ipca.io.adapter_folder import read_adapter
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
 from ipca.io.peft_format import WEIGHTS
-from ipca.model import Target
-from ipca.model.targets import find_targets
+from ipca.model.settings import AdapterSettings
+from ipca.model.targets import Target, find_targets
 from ipca.offline.adapter_files import write_adapter
 from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
 from ipca.offline.ranks import PeerFailed, Ranks
@@ -91,7 +90,7 @@ def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Reco
     return _account(args, plan, layers, before, hits, time.perf_counter() - began)
 
 
-def _plan(folder: Path, config: PCConfig) -> Plan:
+def _plan(folder: Path, config: AdapterSettings) -> Plan:
     """Read the model's skeleton, or the whole model where a skeleton is not enough."""
     try:
         checkpoint = Checkpoint.open(folder)

@@ -11,25 +11,19 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from ipca._atomic import staged_files, uninterrupted
 from ipca._version import __version__
 from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, other_base, read_adapter, svd_record
 from ipca.io.export_formats import adapter_state, collect_adapter, write_peft
-from ipca.io.files import staged_files
 from ipca.io.gather import write_once
 from ipca.io.peft_format import WEIGHTS
-from ipca.model import (
-    Target,
-    adapted_layers,
-    check_inference_mode,
-    check_not_sharded,
-    install,
-    train_only_adapter,
-    uninterrupted,
-    validate_targets,
-)
-from ipca.nn import InitialFactors, WindowLayer, certify_init
+from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
+from ipca.model.merge import check_not_sharded
+from ipca.model.targets import Target, validate_targets
+from ipca.nn.initialization import InitialFactors, certify_init
 from ipca.nn.layer_kinds import base_sha256, read_layer
 from ipca.nn.registry import get_layer, named_layers
+from ipca.nn.window_layer import WindowLayer
 
 _UNCHECKED = ", or pass check_base=False if you know that they fit."
 
@@ -187,7 +181,7 @@ def _fresh_layers(
     for name, layer in saved.layers.items():
         if name not in here:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
-        targets.append(Target(name, layer.window, layer.alpha, form or layer.form, layer.dropout))
+        targets.append(Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout))
     known = check_base and all(layer.base_sha256 for layer in saved.layers.values())
     validate_targets(
         model, targets, modules_to_save=saved.modules_to_save, values=not known

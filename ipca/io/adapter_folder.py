@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ipca.io.peft_format import WEIGHTS, split_factors
 from ipca.io.peft_kinds import PREFIX, factor_keys, from_peft, wrappers_around
-from ipca.nn import check_options
+from ipca.nn.initialization import check_options
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.svd import SVDReport
 from ipca.window import Window

@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ipca.io.files import staged_files, staged_folder
+from ipca._atomic import staged_files, staged_folder
 from ipca.io.gather import gathered, is_writer, needs_all, plain_type, write_once
 from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, adapter_tensors
 from ipca.io.truncate import TRUNCATION, truncated
-from ipca.model import adapted_layers, check_ambiguous_suffix, fully_trained_modules, require_adapted
-from ipca.nn import QuantizedLinearPC, WindowLayer
+from ipca.model.apply import adapted_layers
+from ipca.model.merge import fully_trained_modules, require_adapted
+from ipca.model.targets import check_ambiguous_suffix
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
+from ipca.nn.quantized_linear import QuantizedLinearPC
+from ipca.nn.window_layer import WindowLayer
 
 FORMS = ("peft", "residual", "truncated")
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}

@@ -16,21 +16,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ipca._atomic import uninterrupted
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter import modules_to_save_state
 from ipca.io.peft_format import split_factors
 from ipca.io.peft_lora import StockLayer, StockLora, read_stock
-from ipca.model import (
-    Target,
-    adapted_layers,
-    check_inference_mode,
-    install,
-    train_only_adapter,
-    uninterrupted,
-    validate_targets,
-)
-from ipca.nn import InitialFactors, certify_init, default_adapter_dtype
-from ipca.nn.initialization import measure_init
+from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
+from ipca.model.targets import Target, validate_targets
+from ipca.nn.initialization import InitialFactors, certify_init, default_adapter_dtype, measure_init
 from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
 from ipca.svd import WindowSVD, window_svd
 from ipca.svd.identify import identify_window
@@ -134,7 +127,8 @@ def _targets(model: nn.Module, lora: StockLora, *, doubled: bool, residual: bool
             raise ValueError(_plain(name, f"its rank {layer.rank} is odd"))
         rank = layer.rank // 2 if doubled else layer.rank
         form = "residual" if residual else "intact"
-        targets.append(Target(name, Window.principal(rank), layer.scaling * rank, form, lora.dropout))
+        window, alpha = Window.principal(rank), layer.scaling * rank
+        targets.append(Target.of(name, modules[name], window, alpha, form, lora.dropout))
     validate_targets(model, targets)
     for name, layer in lora.layers.items():
         _weight(modules[name], name, layer)

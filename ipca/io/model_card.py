@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ipca._atomic import staged_files
 from ipca.io.adapter_folder import SIDECAR, AdapterFolder, read_adapter
-from ipca.io.files import staged_files
 from ipca.io.peft_format import CONFIG
 
 CARD = "README.md"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ipca._dtensor import full
 from ipca.io.peft_kinds import PREFIX, factor_keys, to_peft, wrappers_around
-from ipca.nn import WindowLayer
 from ipca.nn.layer_kinds import EXPERTS
+from ipca.nn.window_layer import WindowLayer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ipca.io import staged_files
+from ipca._atomic import staged_files
 
 _BEFORE = "(before)"
 

@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ipca.config import PCConfig
-from ipca.model.auto import auto_windows, check_calibration, without_auto
-from ipca.model.decompose import decompose_targets
+from ipca._atomic import uninterrupted
+from ipca.model.calibration import auto_windows, check_calibration, without_auto
+from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights, decompose_targets
+from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
-from ipca.model.unquantized_weights import UnquantizedWeights, check_unquantized_weights
-from ipca.nn import InitialFactors, WindowLayer
+from ipca.nn.initialization import InitialFactors, one_of
 from ipca.nn.registry import get_layer, layer_class, set_layer
-from ipca.svd import SpectralCache
+from ipca.nn.window_layer import WindowLayer
+from ipca.svd.cache import SpectralCache
+from ipca.window import Window
 
 Model = TypeVar("Model", bound=nn.Module)
 FULLY_TRAINED = "_ipca_fully_trained"
+"""The attribute that marks a module of ``modules_to_save``."""
 
 
 def apply_pc(
     model: Model,
-    config: PCConfig | None = None,
     *,
+    rank: int | None = None,
+    window: Window | str | float = "middle",
+    alpha: float | None = None,
+    form: str = "intact",
+    dropout: float | None = None,
+    targets: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    modules_to_save: str | Iterable[str] | None = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    window_pattern: Mapping[str, Window | str | float] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    adapter_dtype: torch.dtype | str | None = None,
+    tol: float | str = "default",
     cache: SpectralCache | str | os.PathLike[str] | None = None,
     unquantized_weights: UnquantizedWeights | None = None,
     calibration: Iterable[Any] | None = None,
     progress: bool = True,
-    **options: Any,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float | None = None,
+    target_modules: str | Iterable[str] | None = None,
 ) -> Model:
     """Adapt a window of singular components of the model's layers, and freeze everything else.
 
+    >>> ipca.apply_pc(model, rank=16, window="middle", targets=["query", "value"])
+
     Args:
         model: any ``nn.Module``, its weights loaded; changed in place.
-        config: what to adapt; or give its fields as options, ``apply_pc(model, rank=16, window="middle",
-            targets=["query", "value"])``; ``window`` may also be a :class:`ipca.Window`.
+        rank, window, alpha, form, dropout, targets, exclude, modules_to_save, rank_pattern, window_pattern,
+            alpha_pattern, adapter_dtype, tol: see :class:`ipca.model.AdapterSettings`. The defaults adapt the 16 middle
+            components of every linear layer but the output head, in the intact form.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
         unquantized_weights: for quantized layers, the weights ``(out, in)`` from before they were quantized, by the
             layer's path: a mapping, a function, or :func:`ipca.load_unquantized_weights` of a checkpoint folder.
@@ -50,6 +68,7 @@ def apply_pc(
             every layer with such a window costs a full SVD more, see :func:`ipca.analysis.suggest_windows`. The
             adapter keeps the starts that were found, so that nothing needs the batches again.
         progress: show progress bars.
+        r, lora_alpha, lora_dropout, target_modules: PEFT's names of ``rank``, ``alpha``, ``dropout`` and ``targets``.
 
     Returns:
         The same model. ``print(ipca.summary(model))`` shows layers, windows, trainable share, time and certificates.
@@ -64,42 +83,73 @@ def apply_pc(
     60 % of the free memory.
 
     Raises:
-        TypeError, ValueError: a bad option, nothing matches, or a layer cannot be adapted; the message names every such
-            layer. The model is unchanged.
+        TypeError, ValueError: a bad argument, one that is given by both of its names with different values, nothing
+            matches, or a layer cannot be adapted; the message names every such layer. The model is unchanged.
         RuntimeError: a layer misses its certificate, or memory ran out during its decomposition; the model is
             unchanged. (Only where memory runs out later, while layers are exchanged, are some of them adapted.)
     """
-    if not isinstance(config, PCConfig | None):
-        given = f"{type(config).__module__}.{type(config).__qualname__}"
-        raise TypeError(f"config must be an ipca.PCConfig, got a {given}; give fields by name, such as rank=16.")
-    if config is not None and options:
-        raise TypeError(f"give a PCConfig or options, not both; got {', '.join(options)} beside a config.")
+    chosen = one_of("targets", targets, "target_modules", target_modules)
+    settings = AdapterSettings(
+        rank=one_of("rank", rank, "r", r),
+        window=window,
+        alpha=one_of("alpha", alpha, "lora_alpha", lora_alpha),
+        form=form,
+        dropout=one_of("dropout", dropout, "lora_dropout", lora_dropout) or 0.0,
+        targets="all-linear" if chosen is None else chosen,
+        exclude=exclude,
+        modules_to_save=() if modules_to_save is None else modules_to_save,
+        rank_pattern=rank_pattern or {},
+        window_pattern=window_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+        adapter_dtype=adapter_dtype,
+        tol=tol,
+    )
+    return adapt(
+        model,
+        settings,
+        cache=cache,
+        unquantized_weights=unquantized_weights,
+        calibration=calibration,
+        progress=progress,
+    )
+
+
+def adapt(
+    model: Model,
+    settings: AdapterSettings,
+    *,
+    cache: SpectralCache | str | os.PathLike[str] | None = None,
+    unquantized_weights: UnquantizedWeights | None = None,
+    calibration: Iterable[Any] | None = None,
+    progress: bool = True,
+) -> Model:
+    """:func:`apply_pc` with its choices as one record."""
     check_inference_mode()
-    config = config or PCConfig.create(**options)
-    check_calibration(config, calibration)
-    saved = find_modules_to_save(model, config)
-    targets = find_targets(model, without_auto(config), modules_to_save=saved)
-    check_unquantized_weights(model, targets, unquantized_weights)
+    check_calibration(settings, calibration)
+    saved = find_modules_to_save(model, settings)
+    targets = find_targets(model, without_auto(settings), modules_to_save=saved)
+    check_unquantized_weights(targets, unquantized_weights)
     if calibration is not None:
         targets = auto_windows(
-            model, targets, config, calibration, unquantized_weights=unquantized_weights, progress=progress
+            model, targets, settings, calibration, unquantized_weights=unquantized_weights, progress=progress
         )
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
-    starts = decompose_targets(
-        model, targets, config, cache=store, progress=progress, unquantized_weights=unquantized_weights
+    found = decompose_targets(
+        model, targets, settings, cache=store, progress=progress, unquantized_weights=unquantized_weights
     )
     with uninterrupted():
-        install(model, zip(targets, starts, strict=True))
+        install(model, zip(targets, found, strict=True))
         train_only_adapter(model, saved)
     return model
 
 
 def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -> None:
     """Put an adapted layer in each target's place."""
-    for target, start in layers:
-        plain = get_layer(model, target.name)
-        options = {"alpha": target.alpha, "form": target.form, "dropout": target.dropout}
-        set_layer(model, target.name, layer_class(plain).from_factors(plain, start, **options))
+    for target, factors in layers:
+        assert target.kind is not None
+        plain, cls = get_layer(model, target.name), layer_class(target.kind)
+        layer = cls.from_factors(plain, factors, alpha=target.alpha, form=target.form, dropout=target.dropout)
+        set_layer(model, target.name, layer)
 
 
 def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, trainable: bool = True) -> None:
@@ -121,22 +171,6 @@ def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, t
 def adapted_layers(model: nn.Module) -> dict[str, WindowLayer]:
     """The adapted layers of ``model`` by path, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, WindowLayer)}
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done; elsewhere than in the main thread there is nothing to hold."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)  # None: set outside Python
-        if pending:
-            signal.raise_signal(signal.SIGINT)
 
 
 def check_inference_mode() -> None:

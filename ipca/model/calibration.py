@@ -1,4 +1,4 @@
-"""How much a layer's inputs use each singular component of its weight, and how far a step there moves its output."""
+"""Calibration inputs: how much they use each singular component of a weight, and the window ``"auto"``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipca.config import PCConfig
 from ipca.model.batches import as_batches, evaluating, run_batch
-from ipca.model.targets import find_targets
-from ipca.model.unquantized_weights import UnquantizedWeights, source_matrix
+from ipca.model.decompose import UnquantizedWeights, source_matrix
+from ipca.model.settings import AdapterSettings
+from ipca.model.targets import Target, find_targets, lookup
 from ipca.nn.layer_kinds import LINEAR, layer_kind
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import get_layer
 from ipca.window import Window
 
+AUTO = "auto"
 _BUDGET = 2**32
 """Bytes of second moments held at a time; the layers beyond it take another pass over the batches."""
 
@@ -60,16 +62,20 @@ class LayerSensitivity:
 
 
 def sensitivity(
-    model: nn.Module, batches: Iterable[Any], config: PCConfig | None = None, *, progress: bool = True
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] = (),
+    progress: bool = True,
 ) -> dict[str, LayerSensitivity]:
-    """The :class:`LayerSensitivity` of each layer that ``config`` names, by path. Experimental.
+    """The :class:`LayerSensitivity` of each linear layer that is chosen, by path. Experimental.
 
     Args:
         model: plain, its weights loaded. It runs in evaluation mode, and ends as it was, random generators too.
         batches: inputs, each a tensor, a tuple of the model's arguments or a mapping of them by name; consumed once.
             Positions where ``attention_mask`` is 0 do not count.
-        config: which layers, linear ones alone; its other settings do not matter. Default: every linear layer but the
-            head.
+        targets, exclude: as for :func:`ipca.apply_pc`; linear layers only.
         progress: show progress bars.
 
     Costs a full SVD in float64 of every layer, and a pass over the batches for every 4 GiB of ``in²`` float64 numbers.
@@ -78,13 +84,39 @@ def sensitivity(
         TypeError, ValueError: as :func:`ipca.apply_pc`; a layer is not linear or was never called; bad batches or
             inputs with NaN or Inf. The message names the layer.
     """
-    names = [target.name for target in find_targets(model, measurable(config))]
+    names = [target.name for target in find_targets(model, measurable(targets, exclude))]
     return sensitivities(model, names, batches, progress=progress)
 
 
-def measurable(config: PCConfig | None) -> PCConfig:
-    """``config`` for a measurement of whole layers, which no rank, window or form may make impossible."""
-    return replace(config or PCConfig(), rank=1, rank_pattern={}, window="principal", window_pattern={}, form="intact")
+def measurable(targets: str | Iterable[str], exclude: str | Iterable[str]) -> AdapterSettings:
+    """Settings for a measurement of whole layers, which no rank, window or form may make impossible."""
+    return AdapterSettings(rank=1, window="principal", form="intact", targets=targets, exclude=exclude)
+
+
+def suggest_windows(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rank: int = 16,
+    rank_pattern: Mapping[str, int] | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] = (),
+    progress: bool = True,
+) -> dict[str, Window]:
+    """For each layer that is chosen the window of its rank that ``window="auto"`` takes. Experimental.
+
+    It is the window with the smallest ``Σ S_i · energy_i``, see :class:`LayerSensitivity`: where a step of a given
+    length in ``B`` changes the layer's output least on these inputs. The model stays as it is. The windows fit any
+    other run: ``window_pattern={layer: window.text for layer, window in found.items()}``.
+
+    Args, Raises: as :func:`sensitivity`; ``rank`` and ``rank_pattern`` as for :func:`ipca.apply_pc`.
+    """
+    settings = AdapterSettings(
+        rank=rank, rank_pattern=rank_pattern or {}, window="principal", targets=targets, exclude=exclude
+    )
+    ranks = {target.name: target.window.rank for target in find_targets(model, settings)}
+    found = sensitivities(model, list(ranks), batches, progress=progress)
+    return {name: layer.quietest(ranks[name]) for name, layer in found.items()}
 
 
 def sensitivities(
@@ -205,3 +237,47 @@ def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
         groups[-1].append(name)
         taken += 8 * size**2
     return groups
+
+
+def check_calibration(settings: AdapterSettings, calibration: object) -> None:
+    """Raise ValueError where ``settings`` asks for "auto" and there are no inputs to find it from, or the reverse."""
+    asked = AUTO in (settings.window, *settings.window_pattern.values())
+    if asked and calibration is None:
+        raise ValueError(
+            "window 'auto' is found from inputs of the model; pass some unlabeled batches, calibration=[…], or "
+            "another window."
+        )
+    if calibration is not None and not asked:
+        raise ValueError("calibration is for window='auto', and no layer's window is that; leave one of them out.")
+
+
+def without_auto(settings: AdapterSettings) -> AdapterSettings:
+    """``settings`` with a window that fits wherever any of its rank does in place of "auto"."""
+    pattern = {key: "principal" if text == AUTO else text for key, text in settings.window_pattern.items()}
+    return replace(settings, window="principal" if settings.window == AUTO else settings.window, window_pattern=pattern)
+
+
+def auto_windows(
+    model: nn.Module,
+    targets: Sequence[Target],
+    settings: AdapterSettings,
+    calibration: Iterable[Any],
+    *,
+    unquantized_weights: UnquantizedWeights | None = None,
+    progress: bool = True,
+) -> list[Target]:
+    """``targets`` with the windows found for those that ``settings`` says "auto" of, each at an explicit index.
+
+    Raises:
+        TypeError, ValueError: as :func:`ipca.model.sensitivity`; or several processes are at work, of which each would
+            see other inputs.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"window 'auto' would differ between the {dist.get_world_size()} processes, as their inputs do; find it in "
+            "one with ipca.analysis.suggest_windows, and give all of them its starts in window_pattern."
+        )
+    batches = as_batches(calibration)
+    names = [t.name for t in targets if lookup(settings.window_pattern, t.name, settings.window) == AUTO]
+    found = sensitivities(model, names, batches, unquantized_weights=unquantized_weights, progress=progress)
+    return [replace(t, window=found[t.name].quietest(t.window.rank)) if t.name in found else t for t in targets]

@@ -1,73 +1,187 @@
-"""Where all layers of a model begin: one shape is a batch on a GPU, a CPU has them side by side, ranks share them."""
+"""Initial factors of all target layers: batched by shape on a GPU, threaded on a CPU, shared among ranks."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipca.config import PCConfig
-from ipca.model.start import precision, start_of
+from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
-from ipca.model.unquantized_weights import UnquantizedWeights, source_matrix
-from ipca.nn import InitialFactors
-from ipca.nn.layer_kinds import read_layer
-from ipca.nn.quantization import quantization_kind
+from ipca.nn.initialization import InitialFactors, factors_from_svd
+from ipca.nn.layer_kinds import is_quantized, layer_kind, read_layer
+from ipca.nn.quantization import quantized_sha256
+from ipca.nn.quantized_linear import quantized_source
 from ipca.nn.registry import get_layer
-from ipca.svd import SpectralCache, cached_window_svd, thread_map, workspace
+from ipca.svd.batch import workspace
+from ipca.svd.cache import SpectralCache, cached_window_svd
+from ipca.svd.parallel import thread_map
+from ipca.svd.result import WindowSVD
 from ipca.window import Window
 
+UnquantizedWeights = Mapping[str, Tensor] | Callable[[str], Tensor]
+"""The weight ``(out, in)`` that a quantized layer had before, by the layer's path."""
 _STACK = 32
 """Weights that one batch holds at most: enough to fill a GPU, few enough for the progress bar to move."""
+
+
+class SourceMatrix(NamedTuple):
+    """The matrix that a layer's window is taken from.
+
+    ``source`` says what it is (:class:`ipca.svd.SVDReport`), ``digest`` is the base's hash where it is known.
+    """
+
+    weight: Tensor
+    source: str
+    digest: str | None
+
+
+def source_matrix(module: nn.Module, name: str, unquantized_weights: UnquantizedWeights | None = None) -> SourceMatrix:
+    """A layer's own weight; for a quantized layer the unquantized weight where it is given, else the dequantized one.
+
+    Raises:
+        TypeError, ValueError: as :func:`ipca.nn.quantized_linear.quantized_source`, or a callable's own.
+    """
+    if not is_quantized(layer_kind(module)):
+        return SourceMatrix(read_layer(module)[0], "weight", None)
+    found = None
+    if unquantized_weights is not None:
+        mapped = isinstance(unquantized_weights, Mapping)
+        found = unquantized_weights[name] if mapped else unquantized_weights(name)  # type: ignore[index,operator]
+        if not isinstance(found, Tensor):
+            raise TypeError(f"unquantized_weights gave {type(found).__name__}, not a tensor.")
+    weight, source = quantized_source(module, found)
+    return SourceMatrix(weight, source, quantized_sha256(module))
+
+
+def check_unquantized_weights(targets: Sequence[Target], unquantized_weights: object) -> None:
+    """Raise where ``unquantized_weights`` is no mapping or function, lacks a layer, or no layer is quantized.
+
+    Raises:
+        TypeError, ValueError: the message says what is missing.
+    """
+    if unquantized_weights is None:
+        return
+    if not isinstance(unquantized_weights, Mapping) and not callable(unquantized_weights):
+        raise TypeError(
+            "unquantized_weights must be a mapping or a function from a layer's path to its weight, "
+            f"got {unquantized_weights!r}; for a checkpoint folder pass ipca.load_unquantized_weights(folder)."
+        )
+    quantized = [target.name for target in targets if target.quantized]
+    if not quantized:
+        raise ValueError(
+            "unquantized_weights are for quantized layers, and none of the layers to adapt is; leave it out."
+        )
+    given = unquantized_weights
+    missing = [name for name in quantized if isinstance(given, Mapping) and name not in given]
+    if missing:
+        raise ValueError(
+            f"unquantized_weights lacks the weight of {missing[0]} ({len(missing)} of {len(quantized)} layers are "
+            "missing); add it, or exclude the layer."
+        )
+
+
+class Precision(TypedDict):
+    """Arguments of :func:`ipca.window_svd`."""
+
+    tol: float | str
+    dtype: torch.dtype
+
+
+def precision(settings: AdapterSettings, weight: Tensor) -> Precision:
+    """The tolerance and the dtype of a decomposition of ``weight``: float64 where its device has that."""
+    return Precision(tol=settings.tol, dtype=weight.dtype if weight.device.type == "mps" else torch.float64)
+
+
+def window_of(
+    target: Target,
+    settings: AdapterSettings,
+    weight: Tensor,
+    *,
+    window: Window | None = None,
+    cache: SpectralCache | None = None,
+    digests: Sequence[str] | None = None,
+) -> WindowSVD:
+    """The target's window of ``weight``, or another ``window``.
+
+    Args:
+        digests: ``tensor_sha256`` of each matrix, where it is known already.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`.
+    """
+    window = target.window if window is None else window
+    return cached_window_svd(weight, window, **precision(settings, weight), cache=cache, digests=digests)
+
+
+def split_window(target: Target, settings: AdapterSettings, matrix: SourceMatrix, found: WindowSVD) -> InitialFactors:
+    """The target's initial factors from ``found``, the window of ``matrix``; raises as :func:`factors_from_svd`."""
+    factors = factors_from_svd(
+        matrix.weight,
+        found,
+        scaling=target.scaling,
+        form=target.form,
+        adapter_dtype=settings.factor_dtype(matrix.weight.dtype),
+        digest=matrix.digest,
+    )
+    assert factors.svd is not None
+    return replace(factors, svd=replace(factors.svd, source=matrix.source))
 
 
 def decompose_targets(
     model: nn.Module,
     targets: Sequence[Target],
-    config: PCConfig,
+    settings: AdapterSettings,
     *,
     cache: SpectralCache | None,
     progress: bool,
     unquantized_weights: UnquantizedWeights | None = None,
 ) -> list[InitialFactors]:
-    """The start of every target, in order; under an initialized process group each rank makes its share.
+    """The initial factors of every target, in order; under an initialized process group each rank makes its share.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ipca.nn.initial_factors`, with the layer's name; on every rank.
+        TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd` or :func:`factors_from_svd`, with the layer's
+            name; on every rank.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _together() else (0, 1)
-    costs = [_cost(_shape(get_layer(model, target.name))) for target in targets]
-    mine = share(costs, world)[rank]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
+    mine = partition([cost(target) for target in targets], world)[rank]
     bar = tqdm(total=len(mine), desc="Window SVD", unit="layer", disable=not progress or rank > 0)
     made: dict[int, InitialFactors] = {}
     paths: Counter[str] = Counter()
     error: Exception | None = None
+    modules = [get_layer(model, target.name) for target in targets]
     try:
         with bar:
-            for place, start in _starts(model, [targets[i] for i in mine], config, cache, unquantized_weights):
-                made[mine[place]] = start
-                assert start.svd is not None
-                paths[start.svd.path] += 1
+            own = ([targets[i] for i in mine], [modules[i] for i in mine])
+            for place, factors in _decompose(*own, settings, cache, unquantized_weights):
+                made[mine[place]] = factors
+                assert factors.svd is not None
+                paths[factors.svd.path] += 1
                 bar.set_postfix(paths, refresh=False)
                 bar.update()
-    except Exception as problem:  # whatever it is, the other ranks must hear of it
+    except Exception as problem:  # any error must reach the other ranks, which wait
         error = problem
     if world > 1:
         made, error = _exchange(made, error, rank, world)
     if error is not None:
         raise error
-    devices = [get_layer(model, target.name).get_parameter("weight").device for target in targets]
-    return [_on(made[i], device) for i, device in enumerate(devices)]
+    return [_to_device(made[i], module.get_parameter("weight").device) for i, module in enumerate(modules)]
 
 
-def share(costs: Sequence[float], size: int) -> list[list[int]]:
+def cost(target: Target) -> float:
+    """The cost of a target's decomposition, in some unit."""
+    return float(math.prod(target.shape)) * min(target.shape[-2:])
+
+
+def partition(costs: Sequence[float], size: int) -> list[list[int]]:
     """Indices into ``costs`` for each of ``size`` processes, so that no process has much more to do than another.
 
     The costliest first, each to the process with the least so far; the same costs give the same shares, each in order.
@@ -81,54 +195,57 @@ def share(costs: Sequence[float], size: int) -> list[list[int]]:
     return [sorted(indices) for indices in shares]
 
 
-def _starts(
-    model: nn.Module,
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the layer's path in front of an error's message."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _reworded(error, f"{name}: {error}") from None
+
+
+def _decompose(
     targets: Sequence[Target],
-    config: PCConfig,
+    modules: Sequence[nn.Module],
+    settings: AdapterSettings,
     cache: SpectralCache | None,
     unquantized_weights: UnquantizedWeights | None,
 ) -> Iterator[tuple[int, InitialFactors]]:
-    """Each target's place and start: those beside others on a GPU last; a weight is dequantized when its turn comes."""
-    modules = [get_layer(model, target.name) for target in targets]
-    weights = {i: read_layer(module)[0] for i, module in enumerate(modules) if quantization_kind(module) is None}
-    single = {i: weight for i, weight in weights.items() if weight.ndim == 2}  # experts are a batch already
-    beside = {i for i, weight in single.items() if weight.is_cuda and not targets[i].window.needs_spectrum}
-    alone = [i for i in range(len(targets)) if i not in beside]
+    """Each target's place and factors, batches of a GPU last; a weight is dequantized when its turn comes."""
+    batched = {i for i, target in enumerate(targets) if _can_batch(target, modules[i])}
+    single = [i for i in range(len(targets)) if i not in batched]
 
     def one(i: int) -> InitialFactors:
-        with _named(targets[i].name):
-            base = source_matrix(modules[i], targets[i].name, unquantized_weights)
-            found = cached_window_svd(base.weight, targets[i].window, **precision(config, base.weight), cache=cache)
-            return start_of(targets[i], config, base.weight, found, base.digest, base.source)
+        with naming(targets[i].name):
+            matrix = source_matrix(modules[i], targets[i].name, unquantized_weights)
+            return split_window(
+                targets[i], settings, matrix, window_of(targets[i], settings, matrix.weight, cache=cache)
+            )
 
-    yield from zip(alone, thread_map(one, alone, [workspace(_shape(modules[i])[-2:]) for i in alone]), strict=True)
-    for group in _groups(weights, targets, beside):
-        first = group[0]
-        with _named(targets[first].name):
-            stack = torch.stack([weights[i] for i in group])
-            found = cached_window_svd(stack, targets[first].window, **precision(config, stack), cache=cache)
+    yield from zip(single, thread_map(one, single, [workspace(targets[i].shape[-2:]) for i in single]), strict=True)
+    weights = {i: read_layer(modules[i])[0] for i in sorted(batched)}
+    for group in _groups(weights, targets):
+        first = targets[group[0]]
+        with naming(first.name):
+            found = window_of(first, settings, torch.stack([weights[i] for i in group]), cache=cache)
         for place, i in enumerate(group):
-            with _named(targets[i].name):
-                yield i, start_of(targets[i], config, weights[i], found[place])
+            with naming(targets[i].name):
+                matrix = SourceMatrix(weights[i], "weight", None)
+                yield i, split_window(targets[i], settings, matrix, found[place])
 
 
-def _cost(shape: torch.Size) -> float:
-    """Of the decomposition of a matrix or a stack, in some unit."""
-    return float(math.prod(shape)) * min(shape[-2:])
+def _can_batch(target: Target, module: nn.Module) -> bool:
+    """Whether the weight is decomposed beside others of its shape; a stack of experts is a batch already."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.is_cuda and len(target.shape) == 2 and not target.quantized and not target.window.needs_spectrum
 
 
-def _shape(module: nn.Module) -> torch.Size:
-    """``(…, out, in)``, without dequantizing."""
-    if quantization_kind(module) is None:
-        return read_layer(module)[0].shape
-    return torch.Size((module.out_features, module.in_features))  # type: ignore[arg-type]
-
-
-def _groups(weights: Mapping[int, Tensor], targets: Sequence[Target], places: set[int]) -> Iterator[list[int]]:
-    """``places`` of weights of one shape, dtype, device and window, at most ``_STACK`` together."""
+def _groups(weights: Mapping[int, Tensor], targets: Sequence[Target]) -> Iterator[list[int]]:
+    """The places of weights of one shape, dtype, device and window, at most ``_STACK`` together."""
     groups: dict[tuple[torch.Size, torch.dtype, torch.device, Window], list[int]] = {}
-    for i in sorted(places):
-        groups.setdefault((weights[i].shape, weights[i].dtype, weights[i].device, targets[i].window), []).append(i)
+    for i, weight in weights.items():
+        groups.setdefault((weight.shape, weight.dtype, weight.device, targets[i].window), []).append(i)
     for group in groups.values():
         for first in range(0, len(group), _STACK):
             yield group[first : first + _STACK]
@@ -137,39 +254,31 @@ def _groups(weights: Mapping[int, Tensor], targets: Sequence[Target], places: se
 def _exchange(
     made: dict[int, InitialFactors], error: Exception | None, rank: int, world: int
 ) -> tuple[dict[int, InitialFactors], Exception | None]:
-    """Every rank's starts, and the first rank's error where one has failed; the tensors on the CPU."""
+    """Every rank's factors, and the first rank's error where one has failed; the tensors on the CPU."""
     everything: dict[int, InitialFactors] = {}
     for source in range(world):
-        share = {i: _on(start, torch.device("cpu")) for i, start in made.items()} if source == rank else None
-        held = [(share, error if source == rank else None)]
+        mine = {i: _to_device(f, torch.device("cpu")) for i, f in made.items()} if source == rank else None
+        held = [(mine, error if source == rank else None)]
         dist.broadcast_object_list(held, src=source)
-        share, problem = held[0]
+        theirs, problem = held[0]
         if problem is not None:
-            return {}, problem if source == rank else _retold(problem, f"rank {source}: {problem}")
-        assert share is not None
-        everything |= share
+            return {}, problem if source == rank else _reworded(problem, f"rank {source}: {problem}")
+        assert theirs is not None
+        everything |= theirs
     return everything, None
 
 
-def _on(start: InitialFactors, device: torch.device) -> InitialFactors:
-    return replace(start, A0=start.A0.to(device), B0=start.B0.to(device))
+def _to_device(factors: InitialFactors, device: torch.device) -> InitialFactors:
+    return replace(factors, A0=factors.A0.to(device), B0=factors.B0.to(device))
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
+def _reworded(error: Exception, message: str) -> Exception:
+    """An error of the same type with another message, or a RuntimeError where the type takes something else."""
     try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise _retold(error, f"{name}: {error}") from None
-
-
-def _retold(error: Exception, words: str) -> Exception:
-    """An error of the same type that says ``words``, or a RuntimeError where the type takes something else."""
-    try:
-        return type(error)(words)
+        return type(error)(message)
     except TypeError:
-        return RuntimeError(words)
+        return RuntimeError(message)
 
 
-def _together() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -11,9 +11,10 @@ from torch import nn
 from ipca._dtensor import is_sharded
 from ipca.model.apply import FULLY_TRAINED, adapted_layers
 from ipca.model.targets import has_peft_layers
-from ipca.nn import QuantizedLinearPC, WindowLayer
 from ipca.nn.quantization import quantization_kind
+from ipca.nn.quantized_linear import QuantizedLinearPC
 from ipca.nn.registry import set_layer
+from ipca.nn.window_layer import WindowLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 

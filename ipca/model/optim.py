@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipca._dtensor import full
-from ipca.nn import WindowLayer
+from ipca.nn.window_layer import WindowLayer
 
 _FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
 """What a part of a parameter's path says it is, in our layers and in PEFT's."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from ipca.model.apply import adapted_layers
 from ipca.model.targets import has_peft_layers
-from ipca.nn import InitCertificate
+from ipca.nn.initialization import InitCertificate
 from ipca.nn.quantization import quantization_kind
 from ipca.svd import SVDReport
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.nn.layer_kinds import from_matrix, layer_kind, to_matrix, unsupported_reason
-from ipca.nn.product import ProductLayer
+from ipca.nn.window_layer import LayerOptions, ProductLayer
 from ipca.window import Window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -37,22 +40,22 @@ class ConvPC(ProductLayer):
         ValueError: it has groups, dilation or a padding mode, or an option is out of range.
     """
 
-    def __init__(self, conv: nn.Module, window: Window, **options: Any) -> None:
+    def __init__(self, conv: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> None:
         if layer_kind(conv) != "conv":
             raise TypeError(f"expected an nn.Conv1d, nn.Conv2d or nn.Conv3d, got {type(conv).__name__}.")
         assert isinstance(conv, nn.modules.conv._ConvNd)
         why = unsupported_reason(conv)
         if why:
             raise ValueError(f"cannot adapt this {type(conv).__name__}: {why}.")
-        kept, bias = conv.weight.detach().to("meta"), None if conv.bias is None else conv.bias.detach().to("meta")
-        shape = (kept.shape[0], kept[0].numel())
-        super().__init__(kept, bias, shape, window, kind="conv", **options)
+        base, bias = conv.weight.detach().to("meta"), None if conv.bias is None else conv.bias.detach().to("meta")
+        shape = (base.shape[0], base[0].numel())
+        super().__init__(base, bias, shape, window, kind="conv", **options)
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.padding, self.padding_mode = conv.stride, conv.padding, conv.padding_mode
         self.dilation, self.groups = conv.dilation, conv.groups
 
     @classmethod
-    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> ConvPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> ConvPC:
         return cls(plain, window, **options)
 
     def as_matrix(self, weight: Tensor) -> Tensor:

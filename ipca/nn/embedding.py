@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.nn.layer_kinds import from_matrix, layer_kind, to_matrix, unsupported_reason
-from ipca.nn.product import ProductLayer
+from ipca.nn.window_layer import LayerOptions, ProductLayer
 from ipca.window import Window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class EmbeddingPC(ProductLayer):
@@ -19,7 +22,7 @@ class EmbeddingPC(ProductLayer):
 
         y = K[ids] + scaling · (Aᵀ[ids] Bᵀ − A0ᵀ[ids] B0ᵀ)
 
-    ``K`` being what is kept of ``T``; the last term is the intact form's. As in ``nn.Embedding`` no gradient comes from
+    ``K`` being what is base of ``T``; the last term is the intact form's. As in ``nn.Embedding`` no gradient comes from
     ``padding_idx``, so the row of a padding token that is 0 stays 0.
 
     Shapes: ``ids (…)``, ``y (…, dim)``, ``base_weight, weight (num, dim)``, ``lora_A, lora_A0 (rank, num)``,
@@ -35,20 +38,20 @@ class EmbeddingPC(ProductLayer):
         ValueError: it has ``max_norm``, ``sparse`` or ``scale_grad_by_freq``, or an option is out of range.
     """
 
-    def __init__(self, embedding: nn.Module, window: Window, *, dropout: float = 0.0, **options: Any) -> None:
+    def __init__(self, embedding: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> None:
         if layer_kind(embedding) != "embedding":
             raise TypeError(f"expected an nn.Embedding, got {type(embedding).__name__}.")
         assert isinstance(embedding, nn.Embedding)
-        why = unsupported_reason(embedding, dropout=dropout)
+        why = unsupported_reason(embedding, dropout=options.pop("dropout", 0.0))
         if why:
             raise ValueError(f"cannot adapt this Embedding: {why}.")
-        kept = embedding.weight.detach().to("meta")
-        super().__init__(kept, None, (kept.shape[1], kept.shape[0]), window, kind="embedding", **options)
+        base = embedding.weight.detach().to("meta")
+        super().__init__(base, None, (base.shape[1], base.shape[0]), window, kind="embedding", **options)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
 
     @classmethod
-    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> EmbeddingPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> EmbeddingPC:
         return cls(plain, window, **options)
 
     def as_matrix(self, weight: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ipca.nn.layer_kinds import EXPERTS, ExpertStack, from_matrix, layer_kind, to_matrix, unsupported_reason
-from ipca.nn.window_layer import WindowLayer
+from ipca.nn.window_layer import LayerOptions, WindowLayer
 from ipca.window import Window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StackPC(WindowLayer):
@@ -30,18 +33,18 @@ class StackPC(WindowLayer):
         ValueError: an option is out of range.
     """
 
-    def __init__(self, stack: nn.Module, window: Window, *, dropout: float = 0.0, **options: Any) -> None:
+    def __init__(self, stack: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> None:
         kind = layer_kind(stack)
         if kind not in EXPERTS or not isinstance(stack, ExpertStack):
             raise TypeError(f"expected a stack of experts' weights, got {type(stack).__name__}.")
-        why = unsupported_reason(stack, dropout=dropout)
+        why = unsupported_reason(stack, dropout=options.pop("dropout", 0.0))
         if why:
             raise ValueError(f"cannot adapt a stack of experts' weights: {why}.")
-        kept = stack.weight.detach().to("meta")
-        super().__init__(kept, None, tuple(to_matrix(kind, kept).shape), window, kind=kind, **options)
+        base = stack.weight.detach().to("meta")
+        super().__init__(base, None, tuple(to_matrix(kind, base).shape), window, kind=kind, **options)
 
     @classmethod
-    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> StackPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> StackPC:
         return cls(plain, window, **options)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -52,7 +55,7 @@ class StackPC(WindowLayer):
 
     def forward(self) -> Tensor:
         self.check_ready()
-        return self.weight
+        return self.computed_weight()
 
     def to_plain(self, *, base: bool = False) -> ExpertStack:
         weight = self.as_weight(self.pretrained_weight() if base else self.effective_weight()).contiguous()

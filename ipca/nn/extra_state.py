@@ -1,68 +1,51 @@
-"""What a WindowLayer is besides its tensors, as a JSON record that a state dict carries as a tensor of bytes."""
+"""Serialization of a WindowLayer's non-tensor state (``_extra_state``) as JSON in a uint8 tensor."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ipca.nn.window_layer import WindowLayer
 
-_MUST_AGREE = ("rank", "alpha", "form")
-_FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
+class LayerRecord(NamedTuple):
+    """A layer's settings and its window's first index, which is None before the window is set."""
 
-
-def encode_extra_state(layer: WindowLayer) -> Tensor:
-    """The record of ``layer`` as a 1-D uint8 tensor, which every checkpoint format can hold."""
-    record = {name: getattr(layer, name) for name in _MUST_AGREE}
-    record["start"] = None if layer.window is None else layer.window.index
-    record["base_sha256"] = layer.base_sha256
-    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    rank: int
+    alpha: float
+    form: str
+    start: int | None
+    base_sha256: str | None
 
 
-def describe(layer: WindowLayer) -> str:
-    """What ``repr`` says of ``layer``."""
-    where = repr(layer.requested_window.text)
-    if layer.window is not None:
-        where = f"[{layer.window.index}, {layer.window.index + layer.rank})"
-    return (
-        f"in_features={layer.in_features}, out_features={layer.out_features}, bias={layer.has_bias}, "
-        f"window={where}, rank={layer.rank}, alpha={layer.alpha:g}, form={layer.form}"
-        + (f", dropout={layer.dropout:g}" if layer.dropout else "")
-        + (", merged" if layer.merged else "")
-        + (", disabled" if layer.is_disabled else "")
-    )
+def encode_extra_state(record: LayerRecord) -> Tensor:
+    """The record as a 1-D uint8 tensor, which every checkpoint format can hold."""
+    return torch.frombuffer(bytearray(json.dumps(record._asdict()).encode()), dtype=torch.uint8)
 
 
-def decode_extra_state(state: Tensor) -> dict[str, Any]:
-    """The inverse of :func:`encode_extra_state`, or a ValueError."""
+def decode_extra_state(state: Tensor) -> LayerRecord:
+    """The inverse of :func:`encode_extra_state`.
+
+    Raises:
+        ValueError: the bytes are no such record.
+    """
     try:
-        record: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
-        missing = {*_MUST_AGREE, "start", "base_sha256"} - record.keys()
+        values = json.loads(bytes(state.cpu().tolist()))
+        missing = set(LayerRecord._fields) - values.keys()
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the layer's record is damaged: {error}.") from None
     if missing:
         raise ValueError(f"the layer's record lacks {', '.join(sorted(missing))}.")
-    return record
+    return LayerRecord(**{name: values[name] for name in LayerRecord._fields})
 
 
-def check_extra_state(layer: WindowLayer, state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Raise ValueError where a state dict of a WindowLayer contradicts ``layer``, or has base_weight without factors.
-
-    Strict loading reports other missing keys.
-    """
-    if prefix + "base_weight" in state_dict:
-        missing = [name for name in _FACTORS if prefix + name not in state_dict]
-        if missing:
-            raise ValueError(f"the state dict holds base_weight, which means nothing without {', '.join(missing)}.")
-    state = state_dict.get(prefix + "_extra_state")
-    record = {} if state is None else decode_extra_state(state)
-    for name, value in record.items():
-        if name in _MUST_AGREE and value != getattr(layer, name):
+def check_extra_state(record: LayerRecord, state: Tensor) -> None:
+    """Raise ValueError where the saved ``state`` has another rank, alpha or form than ``record``."""
+    saved = decode_extra_state(state)
+    for name in ("rank", "alpha", "form"):
+        if getattr(saved, name) != getattr(record, name):
             raise ValueError(
-                f"the state dict was saved with {name}={value!r}, this layer has {getattr(layer, name)!r}."
+                f"the state dict was saved with {name}={getattr(saved, name)!r}, "
+                f"this layer has {getattr(record, name)!r}."
             )

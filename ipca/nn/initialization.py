@@ -1,19 +1,40 @@
-"""Where a layer begins: the window's factors, and the proof that they leave the function unchanged."""
+"""Initial factors of a layer, and the certificate that they leave its function unchanged."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ipca._dtensor import full
 from ipca._hashing import tensor_sha256
-from ipca.nn.lowrank import add_low_rank, wide_blocks
-from ipca.svd import SVDReport, WindowSVD, window_svd
+from ipca.svd.decompose import window_svd
+from ipca.svd.result import SVDReport, WindowSVD
 from ipca.window import Window
 
-FORMS = ("residual", "intact")
+T = TypeVar("T")
+FORMS = ("intact", "residual")
+_ROWS = 256
+
+Term = tuple[float, Tensor, Tensor]
+"""``(c, B (…, out, r), A (…, r, in))``."""
+Rows = slice | tuple[int, slice]
+"""An index of a block: rows of a matrix, or of one matrix of a stack."""
+
+
+def one_of(name: str, value: T | None, alias: str, other: T | None) -> T | None:
+    """The value of an argument that has two names, ours and PEFT's; None where neither is given.
+
+    Raises:
+        TypeError: both are given and differ.
+    """
+    if value is not None and other is not None and value != other:
+        raise TypeError(f"{name}={value!r} and {alias}={other!r} are two names of one argument; pass one of them.")
+    return other if value is None else value
 
 
 def check_options(*, form: str, dropout: float, alpha: float) -> None:
@@ -54,7 +75,7 @@ class InitCertificate:
 
 @dataclass(frozen=True)
 class InitialFactors:
-    """The factors a layer starts from, ``A0 (…, rank, in)`` and ``B0 (…, out, rank)``, and where they come from.
+    """``A0 (…, rank, in)`` and ``B0 (…, out, rank)`` of a layer, with the window and the weight they are taken from.
 
     ``svd`` is None where the factors were read from a file that does not say.
     """
@@ -67,7 +88,7 @@ class InitialFactors:
     certificate: InitCertificate
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors of a layer that starts here, by name; ``A0`` and ``B0`` themselves."""
+        """A new layer's four factors by name: copies to train, and ``A0`` and ``B0`` themselves."""
         return {"lora_A": self.A0.clone(), "lora_B": self.B0.clone(), "lora_A0": self.A0, "lora_B0": self.B0}
 
 
@@ -81,7 +102,7 @@ def initial_factors(
     tol: float | str,
     digest: str | None = None,
 ) -> InitialFactors:
-    """Decompose ``weight (…, out, in)`` and split the window between the factors; ``digest`` is the base's, if known.
+    """The initial factors of a layer on ``weight (…, out, in)``, decomposed here; ``digest`` is the base's, if known.
 
     Raises:
         TypeError, ValueError: as :func:`ipca.window_svd`, or as :func:`factors_from_svd`.
@@ -138,7 +159,7 @@ def _one_report(found: WindowSVD) -> SVDReport:
 
 
 def frozen_weight(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form: str) -> Tensor:
-    """The weight a layer keeps: ``W`` itself (intact), or ``W_res = W − scaling · B0 A0``, rounded once (residual)."""
+    """The frozen weight: ``W`` itself (intact), or ``W_res = W − scaling · B0 A0``, rounded once (residual)."""
     return weight if form == "intact" else add_low_rank(weight, [(-scaling, B0, A0)])
 
 
@@ -158,7 +179,11 @@ def certify_init(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form
 
 
 def measure_init(weight: Tensor, kept: Tensor, A0: Tensor, B0: Tensor, *, scaling: float) -> InitCertificate:
-    """``‖kept + scaling · B0 A0 − weight‖``, beside what one rounding of ``kept`` explains."""
+    """``‖kept + scaling · B0 A0 − weight‖``, beside what one rounding of ``kept`` explains.
+
+    The sums are float64, whose own rounding only matters beside a float64 weight: ``kept`` and the sum here are off by
+    at most ``(rank + 2) eps scaling |B0| |A0|`` each, in every entry.
+    """
     largest = error = norm = 0.0
     for rows, effective in wide_blocks(kept, [(scaling, B0, A0)]):
         base = weight[rows].to(effective.dtype)
@@ -168,6 +193,42 @@ def measure_init(weight: Tensor, kept: Tensor, A0: Tensor, B0: Tensor, *, scalin
         norm = math.hypot(norm, base.norm().item())
     info = torch.finfo(weight.dtype)
     subnormal = math.sqrt(weight.numel()) * info.smallest_normal * info.eps
-    bound = info.eps + subnormal / norm if norm > 0 else 0.0
+    sums = 2 * (A0.shape[-2] + 2) * torch.finfo(torch.float64).eps * scaling * _norm(B0) * _norm(A0)
+    bound = info.eps + (subnormal + sums) / norm if norm > 0 else 0.0
     dtype = str(weight.dtype).removeprefix("torch.")
     return InitCertificate(dtype, largest, error / norm if norm > 0 else error, bound)
+
+
+def _norm(factor: Tensor) -> float:
+    return factor.to(torch.promote_types(factor.dtype, torch.float32)).norm().item()
+
+
+def add_low_rank(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype | None = None) -> Tensor:
+    """``weight (…, out, in) + Σ c · B A`` as a new tensor of ``dtype``, by default that of ``weight``.
+
+    Sharded tensors are gathered: a collective, whose whole result every process gets.
+    """
+    weight, terms = full(weight), [(c, full(B), full(A)) for c, B, A in terms]
+    out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    for rows, block in wide_blocks(weight, terms):
+        out[rows] = block
+    return out
+
+
+@torch.no_grad()
+def wide_blocks(weight: Tensor, terms: Sequence[Term]) -> Iterator[tuple[Rows, Tensor]]:
+    """``weight + Σ c · B A`` as float64 blocks of rows (float32 where the device has no float64), and their place."""
+    if weight.ndim == 3:
+        for i, matrix in enumerate(weight):
+            for rows, block in wide_blocks(matrix, [(c, B[i], A[i]) for c, B, A in terms]):
+                assert isinstance(rows, slice)
+                yield (i, rows), block
+        return
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    A_wide = [A.to(wide) for _, _, A in terms]
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        block = weight[rows].to(wide, copy=True)
+        for (c, B, _), A in zip(terms, A_wide, strict=True):
+            block.addmm_(B[rows].to(wide), A, alpha=c)
+        yield rows, block

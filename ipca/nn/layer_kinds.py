@@ -1,4 +1,4 @@
-"""The weights that can be adapted: how to read each as a matrix ``(out, in)``, and how to build its layer again.
+"""Kinds of layers that can be adapted: detection, the weight of each as a matrix ``(out, in)``, the layer built again.
 
 | kind | of | weight | as ``(out, in)`` |
 |---|---|---|---|
@@ -10,9 +10,9 @@
 | ``"experts transposed"`` | the same where the module has ``is_transposed`` | ``(E, in, out)`` | a stack, transposed |
 | ``"nf4"``, ``"int8"``, … | a quantized linear layer, see :mod:`ipca.nn.quantization` | | dequantized |
 
-To support another type of layer: name it in :func:`layer_kind` and :func:`to_matrix`, say in :func:`unsupported_reason`
-which of its settings do not work, write a :class:`~ipca.nn.window_layer.WindowLayer` that computes it and name that in
-:func:`ipca.nn.registry.layer_class`. Everything else works on matrices.
+To support another type of layer: name it in :func:`layer_kind` and :func:`to_matrix`, list in
+:func:`unsupported_reason` which of its settings do not work, write a :class:`~ipca.nn.window_layer.WindowLayer` that
+computes it and name that in :func:`ipca.nn.registry.layer_class`. Everything else works on matrices.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256
 
 LINEAR = ("linear", "conv1d")
 EXPERTS = ("experts", "experts transposed")
+PLAIN = (*LINEAR, *EXPERTS, "embedding", "conv")
+"""Every kind whose weight is not quantized."""
 _TRANSPOSED = ("conv1d", "embedding", "experts transposed")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -36,6 +38,8 @@ def layer_kind(module: nn.Module) -> str | None:
 
     Subclasses do not count: their ``forward`` may do more.
     """
+    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+        return "linear"
     quantized = quantization_kind(module)
     if quantized is not None:
         return quantized
@@ -51,9 +55,14 @@ def layer_kind(module: nn.Module) -> str | None:
     return "conv1d" if conv1d is not None and type(module) is conv1d else None
 
 
+def is_quantized(kind: str | None) -> bool:
+    """Whether a layer of ``kind`` has a quantized weight."""
+    return kind is not None and kind not in PLAIN
+
+
 def unsupported_reason(module: nn.Module, *, dropout: float = 0.0) -> str | None:
-    """Why a layer with a :func:`layer_kind` cannot be adapted because of how it is set up, or None."""
-    if quantization_kind(module) is not None:
+    """Why a layer with a :func:`layer_kind` cannot be adapted because of its settings, or None."""
+    if is_quantized(layer_kind(module)):
         return unsupported_quantization(module)
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
@@ -75,7 +84,7 @@ def unsupported_reason(module: nn.Module, *, dropout: float = 0.0) -> str | None
 class ExpertStack(nn.Module):
     """A parameter ``(E, out, in)`` of a module of experts, ``(E, in, out)`` where ``transposed``, as a layer.
 
-    It shares the parameter, and computes nothing: each expert's product is the business of the module of experts.
+    It shares the parameter and computes nothing: the module of experts does that.
     """
 
     def __init__(self, weight: nn.Parameter, transposed: bool) -> None:
@@ -110,13 +119,24 @@ def read_layer(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     kind, weight, bias = layer_kind(module), module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    matrix = to_matrix(kind or "linear", weight.detach()) if quantization_kind(module) is None else dequantize(module)
+    matrix = dequantize(module) if is_quantized(kind) else to_matrix(kind or "linear", weight.detach())
     return matrix, None if bias is None else bias.detach()
 
 
+def matrix_shape(module: nn.Module, kind: str) -> tuple[int, ...]:
+    """The shape of the weight of a layer of ``kind`` as ``(…, out, in)``, without dequantizing it."""
+    if is_quantized(kind):
+        return module.out_features, module.in_features  # type: ignore[return-value]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if kind == "conv":
+        return weight.shape[0], weight[0].numel()
+    return tuple(to_matrix(kind, weight).shape)
+
+
 def base_sha256(module: nn.Module) -> str:
-    """How an adapter knows a layer again: a hash of its weight ``(out, in)``, or of what a quantized one stores."""
-    return tensor_sha256(read_layer(module)[0]) if quantization_kind(module) is None else quantized_sha256(module)
+    """A hash of the layer's weight ``(out, in)``, or of what a quantized one stores; it tells an adapter its base."""
+    return quantized_sha256(module) if is_quantized(layer_kind(module)) else tensor_sha256(read_layer(module)[0])
 
 
 def build_layer(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ipca.nn.initialization import one_of
 from ipca.nn.layer_kinds import LINEAR, build_layer, layer_kind, read_layer
-from ipca.nn.product import ProductLayer
-from ipca.ops import Layer, pc_linear
+from ipca.nn.window_layer import LayerOptions, ProductLayer
+from ipca.ops import pc_linear
 from ipca.window import Window, as_window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LinearPC(ProductLayer):
-    """A linear layer of which a window of the pretrained weight's singular components trains.
+    """A linear layer that trains a window of principal components (PC) of its pretrained weight.
 
-    For a pretrained ``W = U S Vh``, shape ``(out, in)``, and a window ``w = [start, start + rank)``::
+    The principal components of ``W = U S Vh``, shape ``(out, in)``, are its singular triplets, largest first. For a
+    window ``w = [start, start + rank)`` of them::
 
         A0 = √(S_w / scaling) Vh_w,   B0 = U_w √(S_w / scaling),   scaling = alpha / rank
 
-        form="residual"   K = W − scaling · B0 A0    y = x Kᵀ + bias + scaling · z Aᵀ Bᵀ
-        form="intact"     K = W                      y = x Kᵀ + bias + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)
+        form="intact"     W_base = W                      y = x W_baseᵀ + bias + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)
+        form="residual"   W_base = W − scaling · B0 A0    y = x W_baseᵀ + bias + scaling · z Aᵀ Bᵀ
 
-    with ``K = base_weight`` and ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained; all
-    else is frozen. Before training the layer computes ``x Wᵀ + bias``: in the residual form up to the rounding of
-    ``W_res`` and of the two products, unless dropout thins out the window's part in training mode; in the intact form
-    to the bit with the backend ``reference``, by default that of a CPU, dropout or not, and with ``merged`` on
-    contiguous ``x``. Other backends may round ``x Wᵀ`` differently there.
+    with ``W_base = base_weight`` and ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained;
+    all else is frozen. Before training the layer computes ``x Wᵀ + bias``: in the intact form to the bit with the
+    backend ``reference``, the default of a CPU, dropout or not, and with ``merged`` on contiguous ``x`` (other backends
+    may round ``x Wᵀ`` differently); in the residual form up to the rounding of ``W_base`` and of the two products,
+    unless dropout thins out the window's part in training mode.
 
     Used like ``nn.Linear`` in a model's own code: a new layer draws a random weight as ``nn.Linear`` does and takes its
     window; the state dict of a plain ``nn.Linear`` loads into it and sets the window anew, from that weight; its own
     state dict restores it without an SVD. Built on the meta device it waits for either.
 
-    ``weight`` is not a parameter here but the effective weight, computed on every access, so that code which reads a
-    layer's weight without calling it stays right.
+    ``weight`` is not a parameter here but the effective weight, computed where a computation needs it and read-only,
+    so that code which reads a layer's weight without calling it stays right.
 
     Shapes: ``x (…, in)``, ``y (…, out)``, ``base_weight, weight (out, in)``, ``bias (out,)``,
     ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``.
@@ -46,12 +51,14 @@ class LinearPC(ProductLayer):
         rank: number of components; 16 by default.
         window: a :class:`~ipca.Window` or its start, such as ``"middle"``, ``0.33`` or ``"start=256"``.
         alpha: ``scaling · rank``; default ``rank``, so that scaling is 1, as in the paper.
-        form: ``"residual"`` (one low-rank product) or ``"intact"`` (two; the base weight stays untouched).
+        form: ``"intact"`` (the base weight stays untouched) or ``"residual"`` (the paper's).
         dropout: probability of dropping an entry of the low-rank branch's input while training.
         adapter_dtype: of the factors; default the weight's, but float32 for 16-bit weights.
         tol: of the decomposition, see :func:`ipca.window_svd`.
+        r, lora_alpha, lora_dropout: PEFT's names of ``rank``, ``alpha`` and ``dropout``.
 
     Raises:
+        TypeError: an argument is given by both of its names, and the values differ.
         ValueError: an argument out of range, a window that does not fit ``min(in_features, out_features)``, or NaN or
             Inf in the weight.
 
@@ -67,22 +74,25 @@ class LinearPC(ProductLayer):
         bias: bool = True,
         *,
         alpha: float | None = None,
-        form: str = "residual",
-        dropout: float = 0.0,
+        form: str = "intact",
+        dropout: float | None = None,
         adapter_dtype: torch.dtype | None = None,
         tol: float | str = "default",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        r: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float | None = None,
     ) -> None:
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         super().__init__(
             weight,
             weight.new_empty(out_features) if bias else None,
             (out_features, in_features),
-            as_window(window, rank),
-            alpha=alpha,
+            as_window(window, one_of("rank", rank, "r", r)),
+            alpha=one_of("alpha", alpha, "lora_alpha", lora_alpha),
             form=form,
-            dropout=dropout,
+            dropout=one_of("dropout", dropout, "lora_dropout", lora_dropout) or 0.0,
             adapter_dtype=adapter_dtype,
             tol=tol,
         )
@@ -93,42 +103,63 @@ class LinearPC(ProductLayer):
         return F.linear(x, weight, self.bias)
 
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
-        """All of it by one registered op, which chooses the kernels."""
+        """The whole output by one registered op, which chooses the kernels."""
         frozen = {"A0": self.lora_A0, "B0": self.lora_B0} if self.form == "intact" else {}
         return pc_linear(x, self.base_weight, A, B, self.bias, scaling=self.scaling, dropout=dropout, **frozen)
 
-    def tensors(self) -> Layer:
-        """What :func:`ipca.ops.pc_linear_shared` takes of a layer."""
-        A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
-        return Layer(self.base_weight, self.lora_A, self.lora_B, self.bias, A0, B0, self.scaling)
-
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, window: Window | str | float = "middle", *, rank: int | None = None, **options: Any
+        cls,
+        linear: nn.Module,
+        window: Window | str | float = "middle",
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        form: str = "intact",
+        dropout: float | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        tol: float | str = "default",
+        r: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float | None = None,
     ) -> LinearPC:
         """A LinearPC that computes what ``linear`` computes, which stays as it is.
 
         Args:
             linear: an ``nn.Linear`` or a transformers ``Conv1D``. The intact form shares the memory of an
                 ``nn.Linear``'s weight, both forms share the bias's.
-            window, rank: as for the class.
-            options: ``alpha``, ``form``, ``dropout``, ``adapter_dtype``, ``tol``, as for the class.
+            others: as for the class.
 
         Raises:
-            TypeError: ``linear`` is another type, or its weight has no supported dtype.
+            TypeError: ``linear`` is another type, or its weight has no supported dtype; or as for the class.
             ValueError: as for the class.
         """
-        return cls.from_layer(linear, as_window(window, rank), **options)
+        return cls.from_layer(
+            linear,
+            as_window(window, one_of("rank", rank, "r", r)),
+            alpha=one_of("alpha", alpha, "lora_alpha", lora_alpha),
+            form=form,
+            dropout=one_of("dropout", dropout, "lora_dropout", lora_dropout) or 0.0,
+            adapter_dtype=adapter_dtype,
+            tol=tol,
+        )
 
     @classmethod
-    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> LinearPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> LinearPC:
         kind = layer_kind(plain)
         if kind not in LINEAR:
             raise TypeError(f"expected an nn.Linear or a transformers Conv1D, got {type(plain).__name__}.")
         weight, bias = read_layer(plain)
         out_features, in_features = weight.shape
-        options["device"] = "meta"
-        layer = cls(in_features, out_features, window=window, bias=bias is not None, dtype=weight.dtype, **options)
+        layer = cls(
+            in_features,
+            out_features,
+            window=window,
+            bias=bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+            **options,
+        )
         layer.kind = kind
         return layer
 

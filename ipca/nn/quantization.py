@@ -108,6 +108,15 @@ def dequantize(module: nn.Module) -> Tensor:
     return functional.dequantize_4bit(weight.detach(), weight.quant_state)
 
 
+def dequantized_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of :func:`dequantize`, without computing it."""
+    weight: Any = module.weight
+    kind = quantization_kind(module) or ""
+    if kind.startswith("torchao-"):
+        return weight.dtype
+    return torch.float32 if kind == "int8" else weight.quant_state.dtype
+
+
 @torch.no_grad()
 def quantize_like(module: nn.Module, weight: Tensor) -> nn.Module:
     """A copy of the layer ``module`` with ``weight (out, in)``, any float dtype, quantized by the same settings.

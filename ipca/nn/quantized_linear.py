@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 from ipca.nn.initialization import InitialFactors, initial_factors
 from ipca.nn.layer_kinds import build_layer
-from ipca.nn.product import ProductLayer
-from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256, unsupported_quantization
+from ipca.nn.quantization import (
+    dequantize,
+    dequantized_dtype,
+    quantization_kind,
+    quantized_sha256,
+    unsupported_quantization,
+)
+from ipca.nn.window_layer import LayerOptions, ProductLayer
 from ipca.window import Window, as_window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RESIDUAL = (
     "its weight is quantized, and the residual form would have to quantize W_res anew, which changes what the model "
@@ -31,8 +40,8 @@ class QuantizedLinearPC(ProductLayer):
 
     ``base`` is the quantized layer itself, called for its product, so that before training the output is that of
     ``base`` to the bit, in every dtype and with dropout. ``A`` and ``B`` start at ``A0`` and ``B0``, the window of the
-    original weight where that is given, else of the dequantized one, and train; ``base`` is frozen. There is the intact
-    form alone.
+    unquantized weight where that is given, else of the dequantized one, and train; ``base`` is frozen. The only form is
+    intact.
 
     Merged, the layer multiplies by ``dequantize(base) + scaling · (B A − B0 A0)`` in floats: quantizing the sum again
     would round away an update that is smaller than the steps of ``Q``.
@@ -51,21 +60,20 @@ class QuantizedLinearPC(ProductLayer):
         ValueError: it cannot be adapted, or an argument is out of range; the message says which.
     """
 
-    def __init__(self, base: nn.Module, window: Window, *, form: str = "intact", **options: Any) -> None:
+    def __init__(self, base: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> None:
         kind = quantization_kind(base)
         if kind is None:
             raise TypeError(f"expected a layer with a quantized weight, got {type(base).__name__}; use LinearPC.")
-        why = unsupported_quantization(base) or (RESIDUAL if form == "residual" else None)
+        why = unsupported_quantization(base) or (RESIDUAL if options.get("form") == "residual" else None)
         if why:
             raise ValueError(f"cannot adapt a {type(base).__name__}: {why}.")
         shape = (int(base.out_features), int(base.in_features))  # type: ignore[arg-type]
-        options |= {"kind": kind, "form": form, "device": "meta", "dtype": torch.float32}
-        super().__init__(None, None, shape, window, **options)
+        super().__init__(None, None, shape, window, kind=kind, device="meta", dtype=torch.float32, **options)
         self.base = base
         self._packs = bool(getattr(base, "support_avx512bf16_for_cpu", False))
 
     @classmethod
-    def _meta_like(cls, plain: nn.Module, window: Window, **options: Any) -> QuantizedLinearPC:
+    def _meta_like(cls, plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> QuantizedLinearPC:
         return cls(plain, window, **options)
 
     @classmethod
@@ -75,22 +83,22 @@ class QuantizedLinearPC(ProductLayer):
         window: Window | str | float = "middle",
         *,
         rank: int | None = None,
-        original: Tensor | None = None,
-        **options: Any,
+        unquantized: Tensor | None = None,
+        **options: Unpack[LayerOptions],
     ) -> QuantizedLinearPC:
         """A layer that computes what the quantized ``linear`` computes, and holds it.
 
         Args:
             linear: as ``base`` for the class.
             window, rank: as for :class:`ipca.nn.LinearPC`.
-            original: ``W (out, in)`` before it was quantized; its window is taken then.
+            unquantized: ``W (out, in)`` before it was quantized; its window is taken then.
             options: as for the class.
 
         Raises:
-            TypeError, ValueError: as for the class; or ``original`` is not what ``linear`` was quantized from.
+            TypeError, ValueError: as for the class; or ``unquantized`` is not what ``linear`` was quantized from.
         """
         layer = cls(linear, as_window(window, rank), **options)
-        weight, source = quantized_source(linear, original)
+        weight, source = quantized_source(linear, unquantized)
         layer._init_from(linear, layer._initial_factors(weight, source=source))
         return layer
 
@@ -116,6 +124,10 @@ class QuantizedLinearPC(ProductLayer):
 
     def base_matrix(self) -> Tensor:
         return dequantize(self.base)
+
+    def _weight_spec(self) -> tuple[torch.Size, torch.dtype, torch.device]:
+        device = self.base.get_parameter("weight").device
+        return torch.Size(self.matrix_shape), dequantized_dtype(self.base), device
 
     def base_product(self, x: Tensor) -> Tensor:
         return self.base(x)
@@ -163,26 +175,26 @@ class QuantizedLinearPC(ProductLayer):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def quantized_source(module: nn.Module, original: Tensor | None) -> tuple[Tensor, str]:
+def quantized_source(module: nn.Module, unquantized: Tensor | None) -> tuple[Tensor, str]:
     """The matrix ``(out, in)`` whose window a quantized layer starts from, on the layer's device, and what it is.
 
     Raises:
-        TypeError, ValueError: as :func:`ipca.nn.quantization.dequantize`; or ``original`` has another shape, is no
+        TypeError, ValueError: as :func:`ipca.nn.quantization.dequantize`; or ``unquantized`` has another shape, is no
             float tensor, or is farther from the quantized weight than 0 is, and so cannot be what was quantized.
     """
     held = dequantize(module)
-    if original is None:
+    if unquantized is None:
         return held, "dequantized"
-    if original.shape != held.shape:
-        raise ValueError(f"the original weight has shape {tuple(original.shape)}, the layer {tuple(held.shape)}.")
-    if not original.is_floating_point():
-        raise TypeError(f"the original weight must hold floats, got {original.dtype}.")
-    original = original.detach().to(held.device)
-    wide = original.to(torch.promote_types(original.dtype, torch.float32))
+    if unquantized.shape != held.shape:
+        raise ValueError(f"the unquantized weight has shape {tuple(unquantized.shape)}, the layer {tuple(held.shape)}.")
+    if not unquantized.is_floating_point():
+        raise TypeError(f"the unquantized weight must hold floats, got {unquantized.dtype}.")
+    unquantized = unquantized.detach().to(held.device)
+    wide = unquantized.to(torch.promote_types(unquantized.dtype, torch.float32))
     distance, norm = torch.dist(wide, held.to(wide.dtype)), wide.norm()
     if not distance < norm:
         raise ValueError(
-            f"the original weight is no nearer to the quantized one than 0 is (‖W − Q‖ / ‖W‖ = {distance / norm:.2f}); "
-            "it is another layer's, another model's, or transposed."
+            f"the unquantized weight is no nearer to the quantized one than 0 is (‖W − Q‖ / ‖W‖ = "
+            f"{distance / norm:.2f}); it is another layer's, another model's, or transposed."
         )
-    return original, "original"
+    return unquantized, "unquantized"

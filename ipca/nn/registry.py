@@ -1,4 +1,4 @@
-"""Where layers stand in a model, which class adapts one, and how it is put there, adapted or plain again."""
+"""Layers by their path in a model: finding them, the class that adapts each kind, and exchanging them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from torch import nn
 from ipca.nn.conv import ConvPC
 from ipca.nn.embedding import EmbeddingPC
 from ipca.nn.experts import ExpertsPC, StackPC
-from ipca.nn.layer_kinds import EXPERTS, LINEAR, ExpertStack, layer_kind, stack_names
+from ipca.nn.layer_kinds import EXPERTS, LINEAR, ExpertStack, stack_names
 from ipca.nn.linear import LinearPC
-from ipca.nn.quantization import quantization_kind
 from ipca.nn.quantized_linear import QuantizedLinearPC
 from ipca.nn.window_layer import WindowLayer
 
@@ -21,18 +20,9 @@ _CLASSES: dict[str, type[WindowLayer]] = {
 }
 
 
-def layer_class(plain: nn.Module) -> type[WindowLayer]:
-    """What adapts ``plain``, a module or a stack of :func:`get_layer`.
-
-    Raises:
-        TypeError: nothing does.
-    """
-    if quantization_kind(plain) is not None:
-        return QuantizedLinearPC
-    kind = layer_kind(plain)
-    if kind is None:
-        raise TypeError(f"a {type(plain).__name__} is no layer that can be adapted.")
-    return _CLASSES[kind]
+def layer_class(kind: str) -> type[WindowLayer]:
+    """The class that adapts a plain layer of ``kind``, see :mod:`ipca.nn.layer_kinds`."""
+    return _CLASSES.get(kind, QuantizedLinearPC)
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module:
@@ -40,7 +30,7 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     experts = owner.base if isinstance(owner, ExpertsPC) else owner
-    if leaf not in stack_names(experts):
+    if leaf not in experts._parameters or leaf not in stack_names(experts):
         return model.get_submodule(name)
     transposed = bool(getattr(experts, "is_transposed", False))
     return ExpertStack(experts.get_parameter(leaf), transposed).train(experts.training)
@@ -52,9 +42,12 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     inside = {id(module.base) for module in model.modules() if isinstance(module, ExpertsPC)}
     for name, module in model.named_modules():
         found[name] = module
+        if id(module) in inside or isinstance(module, WindowLayer):
+            continue
         experts = module.base if isinstance(module, ExpertsPC) else module
-        plain = id(module) not in inside and not isinstance(module, WindowLayer)
-        for leaf in stack_names(experts) if plain else ():
+        if all(parameter is None or parameter.ndim != 3 for parameter in experts._parameters.values()):
+            continue
+        for leaf in stack_names(experts):
             path = f"{name}.{leaf}" if name else leaf
             found[path] = get_layer(model, path)
     return found

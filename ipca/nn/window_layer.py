@@ -1,62 +1,76 @@
-"""WindowLayer: the state of a layer that trains one window of its pretrained weight's singular components."""
+"""WindowLayer and ProductLayer: layers that train one window of their pretrained weight's singular components."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca._dtensor import part_like
-from ipca.nn.extra_state import decode_extra_state, describe, encode_extra_state
+from ipca.nn.extra_state import LayerRecord, check_extra_state, decode_extra_state, encode_extra_state
 from ipca.nn.initialization import (
     InitCertificate,
     InitialFactors,
+    add_low_rank,
     check_options,
     default_adapter_dtype,
     frozen_weight,
     initial_factors,
 )
-from ipca.nn.layer_kinds import read_layer
-from ipca.nn.lowrank import add_low_rank
-from ipca.nn.state import incoming_state, reround
-from ipca.svd import SVDReport
+from ipca.nn.layer_kinds import read_layer, to_matrix
+from ipca.nn.lazy_weight import lazy_weight
+from ipca.svd.result import SVDReport
 from ipca.window import Window
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Layer = TypeVar("Layer", bound="WindowLayer")
+_FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keywords that every adapted layer takes, see :class:`ipca.nn.LinearPC`."""
+
+    alpha: float | None
+    form: str
+    dropout: float
+    adapter_dtype: torch.dtype | None
+    tol: float | str
 
 
 class WindowLayer(nn.Module):
     """A layer whose weight, read as a matrix ``W (out, in)``, trains a window ``w`` of its singular components.
 
-    Here is what all such layers share: what is kept, the factors, the weights they make, merging, saving, casting.
-    What a layer computes is its subclass's; :class:`ipca.nn.product.ProductLayer` does for a layer of one input.
-
     For ``W = U S Vh``::
 
         A0 = √(S_w / scaling) Vh_w,   B0 = U_w √(S_w / scaling),   scaling = alpha / rank
 
-        form="residual"   K = W − scaling · B0 A0    W_eff = K + scaling · B A
-        form="intact"     K = W                      W_eff = K + scaling · (B A − B0 A0)
+        form="intact"     W_base = W                      W_eff = W_base + scaling · (B A − B0 A0)
+        form="residual"   W_base = W − scaling · B0 A0    W_eff = W_base + scaling · B A
 
-    ``A`` and ``B`` start at ``A0`` and ``B0`` and train; all else is frozen.
+    ``A`` and ``B`` start at ``A0`` and ``B0`` and train; all else is frozen. This class holds the base weight and the
+    factors, and merges, saves and casts them. Subclasses compute; :class:`ProductLayer` is for a layer of one input.
 
-    A subclass defines ``forward``, :meth:`_meta_like` and :meth:`to_plain`. One that keeps its weight in another way,
-    such as quantized, gives ``kept=None`` and defines :meth:`base_matrix` and :meth:`_init_from` too.
+    A subclass defines ``forward``, :meth:`_meta_like` and :meth:`to_plain`. One that holds its weight in another way,
+    such as quantized, passes ``base=None`` and defines :meth:`base_matrix`, :meth:`_weight_spec` and
+    :meth:`_init_from` too.
 
     Shapes: ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``, ``bias (out,)``, ``base_weight`` as the
     layer multiplies by it. A stack of weights ``(E, out, in)`` has factors ``(E, rank, in)`` and ``(E, out, rank)``.
 
     Args:
-        kept: an empty tensor for the kept weight, in its shape, dtype and device.
+        base: an empty tensor for the base weight, in its shape, dtype and device.
         bias: an empty tensor for the bias, or None.
         shape: of the matrix or the stack, ``(…, out, in)``.
         window: the window, or the rule that finds it.
         kind: of the plain layer, see :mod:`ipca.nn.layer_kinds`.
         alpha, form, dropout, adapter_dtype, tol: as for :class:`ipca.nn.LinearPC`.
-        device, dtype: of the factors, where ``kept`` is None: the device, and the dtype that products are computed in.
+        device, dtype: of the factors, where ``base`` is None: the device, and the dtype that products are computed in.
 
     Raises:
         ValueError: an argument out of range, or a rank above ``min(out, in)``.
@@ -64,14 +78,14 @@ class WindowLayer(nn.Module):
 
     def __init__(
         self,
-        kept: Tensor | None,
+        base: Tensor | None,
         bias: Tensor | None,
         shape: tuple[int, ...],
         window: Window,
         *,
         kind: str = "linear",
         alpha: float | None = None,
-        form: str = "residual",
+        form: str = "intact",
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
         tol: float | str = "default",
@@ -96,9 +110,9 @@ class WindowLayer(nn.Module):
         self._disabled = False
         self._merged: Tensor | None = None
 
-        if kept is not None:
-            device, dtype = kept.device, kept.dtype
-            self.base_weight = nn.Parameter(kept, requires_grad=False)
+        if base is not None:
+            device, dtype = base.device, base.dtype
+            self.base_weight = nn.Parameter(base, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         adapter_dtype = adapter_dtype or default_adapter_dtype(dtype or torch.get_default_dtype())
         factor = torch.empty(0, dtype=adapter_dtype, device=device)
@@ -114,8 +128,10 @@ class WindowLayer(nn.Module):
         name = type(self).__name__
         if self.window is None:
             raise RuntimeError(f"This {name} has no window yet: load a state dict with load_state_dict().")
-        if self.merged and not self._disabled and self.training and torch.is_grad_enabled():
+        if self._merged is not None and not self._disabled and self.training and torch.is_grad_enabled():
             raise RuntimeError(f"A merged {name} cannot train: call unmerge() first, or eval().")
+
+    # -- weights
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """``weight``, in the shape of ``base_weight``, as ``(…, out, in)``."""
@@ -126,7 +142,7 @@ class WindowLayer(nn.Module):
         return matrix
 
     def base_matrix(self) -> Tensor:
-        """What is kept, ``W`` or ``W_res (…, out, in)``, in the dtype that products are computed in."""
+        """The base weight, ``W`` or ``W_res (…, out, in)``, in the dtype that products are computed in."""
         return self.as_matrix(self.base_weight)
 
     @property
@@ -155,70 +171,91 @@ class WindowLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``W_eff`` in the plain layer's shape, computed anew, for code that reads a weight without calling the layer.
+        """``W_eff`` in the plain layer's shape, for code that reads a weight without calling the layer.
 
-        It is what ``forward`` multiplies by at the moment (disabled, merged or neither); gradients reach the factors.
+        It is what ``forward`` multiplies by at the moment (disabled, merged or neither). Its dtype, device and shape
+        cost nothing; the product is computed where the weight takes part in a computation, and gradients reach the
+        factors. Writing into it raises, see :mod:`ipca.nn.lazy_weight`.
         """
+        if torch.compiler.is_compiling():
+            return self.computed_weight()
+        return lazy_weight(self, self._weight_spec())
+
+    def computed_weight(self) -> Tensor:
+        """:attr:`weight` as a plain tensor, with gradients to the factors."""
         if self._merged is not None and not self._disabled:
             return self._merged
-        kept = self.base_matrix()
+        base = self.base_matrix()
         if self._disabled and self.form == "intact":
-            return self.as_weight(kept)
+            return self.as_weight(base)
         B, A = (self.lora_B0, self.lora_A0) if self._disabled else (self.lora_B, self.lora_A)
-        low = part_like(B.to(kept.dtype) @ A.to(kept.dtype), kept)
+        low = part_like(B.to(base.dtype) @ A.to(base.dtype), base)
         if self.form == "intact":
-            low = low - part_like(self.lora_B0.to(kept.dtype) @ self.lora_A0.to(kept.dtype), kept)
-        return self.as_weight(kept + self.scaling * low)
+            low = low - part_like(self.lora_B0.to(base.dtype) @ self.lora_A0.to(base.dtype), base)
+        return self.as_weight(base + self.scaling * low)
+
+    def _weight_spec(self) -> tuple[torch.Size, torch.dtype, torch.device]:
+        """The shape, dtype and device of :attr:`weight`."""
+        return self.base_weight.shape, self.base_weight.dtype, self.base_weight.device
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """``W_eff (…, out, in)`` of the trained layer, added up in float64, in the weight's dtype, as a new tensor."""
         trained, frozen = (1, self.lora_B, self.lora_A), (-1, self.lora_B0, self.lora_A0)
-        return self._plus(trained) if self.form == "residual" else self._plus(trained, frozen)
+        return self._base_plus(trained) if self.form == "residual" else self._base_plus(trained, frozen)
 
     @torch.no_grad()
     def pretrained_weight(self) -> Tensor:
         """The pretrained ``W (…, out, in)``, in the weight's dtype, as a new tensor (residual form: up to rounding)."""
-        return self._plus((1, self.lora_B0, self.lora_A0)) if self.form == "residual" else self._plus()
+        return self._base_plus((1, self.lora_B0, self.lora_A0)) if self.form == "residual" else self._base_plus()
 
     @torch.no_grad()
     def residual_weight(self) -> Tensor:
         """``W_res = W − scaling · B0 A0 (…, out, in)``, in the weight's dtype, as a new tensor."""
-        return self._plus() if self.form == "residual" else self._plus((-1, self.lora_B0, self.lora_A0))
+        return self._base_plus() if self.form == "residual" else self._base_plus((-1, self.lora_B0, self.lora_A0))
 
-    def _plus(self, *terms: tuple[int, Tensor, Tensor]) -> Tensor:
+    def _base_plus(self, *terms: tuple[int, Tensor, Tensor]) -> Tensor:
         """``base_matrix + Σ sign · scaling · B A`` in float64, rounded once."""
         return add_low_rank(self.base_matrix(), [(sign * self.scaling, B, A) for sign, B, A in terms])
 
+    # -- construction
+
     @classmethod
-    def _meta_like(cls: type[Layer], plain: nn.Module, window: Window, **options: Any) -> Layer:
+    def _meta_like(cls: type[Layer], plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> Layer:
         """A layer without a window yet, on the meta device, for what ``plain`` is; raises TypeError for another."""
         raise NotImplementedError
 
     @classmethod
-    def from_layer(cls: type[Layer], plain: nn.Module, window: Window, **options: Any) -> Layer:
+    def from_layer(cls: type[Layer], plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> Layer:
         """A layer that computes what ``plain`` does, which stays as it is; arguments and errors as for the class."""
         layer = cls._meta_like(plain, window, **options)
         layer._init_from(plain, layer._initial_factors(read_layer(plain)[0]))
         return layer
 
     @classmethod
-    def from_factors(cls: type[Layer], plain: nn.Module, start: InitialFactors, **options: Any) -> Layer:
-        """As :meth:`from_layer`, with the factors already at hand: no SVD."""
-        layer = cls._meta_like(plain, start.window, adapter_dtype=start.A0.dtype, **options)
+    def from_factors(
+        cls: type[Layer],
+        plain: nn.Module,
+        start: InitialFactors,
+        *,
+        alpha: float | None = None,
+        form: str = "intact",
+        dropout: float = 0.0,
+    ) -> Layer:
+        """As :meth:`from_layer`, with the initial factors already at hand: no SVD."""
+        layer = cls._meta_like(
+            plain, start.window, alpha=alpha, form=form, dropout=dropout, adapter_dtype=start.A0.dtype
+        )
         layer._init_from(plain, start)
         return layer
 
     def _init_from(self, plain: nn.Module, start: InitialFactors) -> None:
         """Take the weight, bias and mode of ``plain``, and the factors of ``start``."""
-        self._set_base(*read_layer(plain), start)
-        self.train(plain.training)
-
-    def _set_base(self, weight: Tensor, bias: Tensor | None, start: InitialFactors) -> None:
-        """Keep ``weight (…, out, in)`` or its residual, ``bias``, and the factors of ``start``."""
+        weight, bias = read_layer(plain)
         self.base_weight = nn.Parameter(self._base_for(weight, start), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._set_factors(start)
+        self.train(plain.training)
 
     def _set_factors(self, start: InitialFactors) -> None:
         """Put the factors of ``start`` in place, without copying ``A0`` and ``B0``."""
@@ -227,10 +264,19 @@ class WindowLayer(nn.Module):
         self.lora_A0, self.lora_B0 = factors["lora_A0"], factors["lora_B0"]
         self._record_init(start)
 
+    def _record_init(self, start: InitialFactors) -> None:
+        self.window, self.base_sha256 = start.window, start.base_sha256
+        self.svd_report, self.certificate = start.svd, start.certificate
+
     def _initial_factors(self, weight: Tensor) -> InitialFactors:
         """The factors this layer would start from on the pretrained ``weight (…, out, in)``; changes nothing."""
         window, s, form, dtype = self.requested_window, self.scaling, self.form, self.lora_A.dtype
         return initial_factors(weight, window, scaling=s, form=form, adapter_dtype=dtype, tol=self.tol)
+
+    def _base_for(self, weight: Tensor, start: InitialFactors) -> Tensor:
+        """The base weight for ``weight (…, out, in)``; in the intact form its own memory, where the layout allows."""
+        base = frozen_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
+        return self.as_weight(base).contiguous()
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
         """A plain layer of the original type with the effective weight; shares no memory with this one.
@@ -240,18 +286,11 @@ class WindowLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def _base_for(self, weight: Tensor, start: InitialFactors) -> Tensor:
-        """What to keep of ``weight (…, out, in)``; in the intact form its own memory, where the layout allows."""
-        kept = frozen_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
-        return self.as_weight(kept).contiguous()
-
-    def _record_init(self, start: InitialFactors) -> None:
-        self.window, self.base_sha256 = start.window, start.base_sha256
-        self.svd_report, self.certificate = start.svd, start.certificate
+    # -- merging, disabling
 
     def merge(self) -> None:
-        """Compute ``W_eff`` once and multiply by it alone. What is kept stays beside it, for :meth:`unmerge`."""
-        if not self.merged:
+        """Compute ``W_eff`` once and multiply by it only. The base weight stays beside it, for :meth:`unmerge`."""
+        if self._merged is None:
             self._merged = self.as_weight(self.effective_weight()).contiguous()
 
     def unmerge(self) -> None:
@@ -267,24 +306,43 @@ class WindowLayer(nn.Module):
         finally:
             self._disabled = before
 
+    # -- printing, saving, loading, casting
+
     def extra_repr(self) -> str:
-        return describe(self)
+        where = repr(self.requested_window.text)
+        if self.window is not None:
+            where = f"[{self.window.index}, {self.window.index + self.rank})"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, "
+            f"window={where}, rank={self.rank}, alpha={self.alpha:g}, form={self.form}"
+            + (f", dropout={self.dropout:g}" if self.dropout else "")
+            + (", merged" if self.merged else "")
+            + (", disabled" if self.is_disabled else "")
+        )
+
+    def _record(self) -> LayerRecord:
+        start = None if self.window is None else self.window.index
+        return LayerRecord(self.rank, self.alpha, self.form, start, self.base_sha256)
 
     def get_extra_state(self) -> Tensor:
-        return encode_extra_state(self)
+        return encode_extra_state(self._record())
 
     def set_extra_state(self, state: Tensor) -> None:
         record = decode_extra_state(state)
-        self.window = None if record["start"] is None else Window(record["start"], self.rank)
-        self.base_sha256 = record["base_sha256"]
+        self.window = None if record.start is None else Window(record.start, self.rank)
+        self.base_sha256 = record.base_sha256
         self.svd_report = self.certificate = None
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *lists: Any
     ) -> None:
+        start = None
         try:
-            assign = local_metadata.get("assign_to_params_buffers", False)
-            state_dict, start = incoming_state(self, state_dict, prefix, assign)
+            if prefix + "weight" in state_dict and prefix + "base_weight" not in state_dict:
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                state_dict, start = self._state_of_plain(state_dict, prefix, assign)
+            else:
+                self._check_state(state_dict, prefix)
         except (TypeError, ValueError) as error:
             lists[-1].append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return
@@ -293,15 +351,97 @@ class WindowLayer(nn.Module):
         if start is not None and not self.lora_A.is_meta:
             self._record_init(start)
 
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raise ValueError where a state dict contradicts this layer, or has a base weight without factors.
+
+        Strict loading reports other missing keys.
+        """
+        if prefix + "base_weight" in state_dict:
+            missing = [name for name in _FACTORS if prefix + name not in state_dict]
+            if missing:
+                raise ValueError(f"the state dict holds base_weight, which means nothing without {', '.join(missing)}.")
+        if prefix + "_extra_state" in state_dict:
+            check_extra_state(self._record(), state_dict[prefix + "_extra_state"])
+
+    def _state_of_plain(
+        self, state_dict: dict[str, Any], prefix: str, assign: bool
+    ) -> tuple[dict[str, Any], InitialFactors]:
+        """The state dict that this layer would have on the plain layer's ``weight``, and its initial factors.
+
+        Args:
+            assign: as for ``load_state_dict``; without it the weight is cast to the dtype of ``base_weight``.
+        """
+        plain, base = state_dict[prefix + "weight"], self.base_weight
+        weight = to_matrix(self.kind, plain)
+        if weight.shape != self.base_matrix().shape:
+            raise ValueError(f"the weight has shape {tuple(plain.shape)}, this layer {tuple(base.shape)}.")
+        if not assign:
+            weight = weight.to(dtype=base.dtype, device=weight.device if base.is_meta else base.device)
+        start = self._initial_factors(weight)
+        own = {**start.factors(), "base_weight": self._base_for(weight, start), "_extra_state": self.get_extra_state()}
+        rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
+        return {**rest, **{prefix + name: value for name, value in own.items()}}, start
+
     def _apply(self, fn: Any, recurse: bool = True) -> WindowLayer:
         """Move or cast. Casting the residual form rounds its parts anew, so that they still add up to ``W``."""
         merged = self.merged
         self.unmerge()
-        kept = self.base_matrix().detach() if self.form == "residual" else None
+        base = self.base_matrix().detach() if self.form == "residual" else None
         A0, B0 = self.lora_A0, self.lora_B0
         super()._apply(fn, recurse)
-        if kept is not None:
-            reround(self, kept, A0, B0)
+        if base is not None:
+            self._reround(base, A0, B0)
         if merged:
             self.merge()
         return self
+
+    @torch.no_grad()
+    def _reround(self, base: Tensor, A0: Tensor, B0: Tensor) -> None:
+        """After a cast of the residual form, keep ``W − scaling · B0 A0`` for the factors' new rounding.
+
+        ``base (…, out, in)``, ``A0`` and ``B0`` are those before the cast; their sum is rounded once.
+        """
+        new = self.base_weight
+        if base.is_meta or new.is_meta or (self.lora_A0.dtype == A0.dtype and new.dtype == base.dtype):
+            return
+        change = [(self.scaling, B0, A0), (-self.scaling, self.lora_B0.to(B0.device), self.lora_A0.to(A0.device))]
+        new.copy_(part_like(self.as_weight(add_low_rank(base, change, dtype=new.dtype)), new))
+
+
+class ProductLayer(WindowLayer):
+    """``y = base_product(x) + scaling · (low_rank(z, A, B) − low_rank(z, A0, B0))``, ``z = dropout(x)``.
+
+    The last term is the intact form's. It is computed by the arithmetic of the one before it, so that before training
+    their difference is exactly 0. Subclasses define :meth:`product` and :meth:`low_rank`; one that fuses them defines
+    :meth:`window_product`, one that holds its weight in another way :meth:`base_product`.
+    """
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The plain layer with ``weight``, in the shape of ``base_weight``, applied to ``x``, bias included."""
+        raise NotImplementedError
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The plain layer with the weight ``B A`` and no bias applied to ``x``, without forming ``B A``."""
+        raise NotImplementedError
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """The plain layer with the base weight applied to ``x``, bias included."""
+        return self.product(x, self.base_weight)
+
+    def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
+        """The whole output for the factors ``A, B``."""
+        y, z = self.base_product(x), F.dropout(x, dropout) if dropout else x
+        low = self.low_rank(z, A, B)
+        if self.form == "intact":
+            low = low - self.low_rank(z, self.lora_A0, self.lora_B0)
+        return y + (self.scaling * low).to(y.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_ready()
+        if self._merged is not None and not self._disabled:
+            return self.product(x, self._merged)
+        if self._disabled:
+            if self.form == "intact":
+                return self.base_product(x)
+            return self.window_product(x, self.lora_A0, self.lora_B0, 0.0)
+        return self.window_product(x, self.lora_A, self.lora_B, self.dropout if self.training else 0.0)

@@ -16,7 +16,7 @@ from ipca.io.adapter_folder import SIDECAR
 from ipca.io.export_formats import write_config
 from ipca.io.peft_format import WEIGHTS, join_factors
 from ipca.io.peft_kinds import factor_keys, to_peft, wrappers_around
-from ipca.model import adapted_layers
+from ipca.model.apply import adapted_layers
 from ipca.offline.decompose import FinishedLayer
 from ipca.offline.stream_file import write_tensors
 from ipca.offline.work_folder import WorkFolder

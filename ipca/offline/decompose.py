@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca._hashing import tensor_sha256
-from ipca.config import PCConfig
 from ipca.io.adapter_folder import SavedLayer
-from ipca.model import Target, install, precision, share, start_of, train_only_adapter
-from ipca.nn import InitCertificate, InitialFactors
-from ipca.nn.layer_kinds import base_sha256, layer_kind, read_layer
-from ipca.nn.quantization import quantization_kind
+from ipca.model.apply import install, train_only_adapter
+from ipca.model.decompose import SourceMatrix, cost, naming, partition, split_window, window_of
+from ipca.model.settings import AdapterSettings
+from ipca.model.targets import Target
+from ipca.nn.initialization import InitCertificate, InitialFactors
+from ipca.nn.layer_kinds import base_sha256, read_layer
 from ipca.nn.registry import get_layer
 from ipca.offline.ranks import Ranks
 from ipca.offline.work_folder import WorkFolder
-from ipca.svd import SpectralCache, cached_window_svd
+from ipca.svd import SpectralCache
 
 
 class Source(Protocol):
@@ -47,7 +48,7 @@ class FinishedLayer:
 def decompose_layers(
     source: Source,
     targets: Sequence[Target],
-    config: PCConfig,
+    config: AdapterSettings,
     work: WorkFolder,
     ranks: Ranks,
     *,
@@ -71,7 +72,7 @@ def decompose_layers(
     """
     done = set(ranks.broadcast(work.finished(len(targets)) if ranks.is_main else []))
     pending = [index for index in range(len(targets)) if index not in done]
-    costs = [_cost(source.model, targets[index]) for index in pending]
+    costs = [cost(targets[index]) for index in pending]
     paths: Counter[str] = Counter()
     bar = tqdm(
         total=len(targets), initial=len(done), desc="Window SVD", unit="layer", disable=not (progress and ranks.is_main)
@@ -82,7 +83,7 @@ def decompose_layers(
         bar.refresh()
 
     with bar:
-        for k in share(costs, ranks.size)[ranks.rank]:
+        for k in partition(costs, ranks.size)[ranks.rank]:
             paths[_decompose(source, targets[pending[k]], config, work, pending[k], device, cache)] += 1
             bar.set_postfix(paths, refresh=False)
             show()
@@ -107,23 +108,22 @@ def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], work: Work
 def _decompose(
     source: Source,
     target: Target,
-    config: PCConfig,
+    config: AdapterSettings,
     work: WorkFolder,
     index: int,
     device: str,
     cache: SpectralCache | None,
 ) -> str:
-    """Decompose one layer and put it down; returns the path that was taken."""
+    """Decompose one layer and write it down; returns the path that was taken."""
     weight, module = source.weight(target.name).to(device), get_layer(source.model, target.name)
-    kind, digest = layer_kind(module), tensor_sha256(weight)
+    digest = tensor_sha256(weight)
+    base, origin = (base_sha256(module), "dequantized") if target.quantized else (digest, "weight")
+    known = [digest] if weight.ndim == 2 else None  # a stack is decomposed, and cached, matrix by matrix
+    with naming(target.name):
+        found = window_of(target, config, weight, cache=cache, digests=known)
+        start = split_window(target, config, SourceMatrix(weight, origin, base), found)
+    kind = target.kind
     assert kind is not None
-    base, origin = (digest, "weight") if quantization_kind(module) is None else (base_sha256(module), "dequantized")
-    known = [digest] if weight.ndim == 2 else None  # a stack is decomposed, and kept, matrix by matrix
-    try:
-        found = cached_window_svd(weight, target.window, **precision(config, weight), cache=cache, digests=known)
-        start = start_of(target, config, weight, found, base, origin)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"{target.name}: {error}") from None
     assert start.svd is not None
     report = asdict(start.svd)
     del report["window"]
@@ -148,8 +148,3 @@ def _finished(work: WorkFolder, index: int, target: Target) -> FinishedLayer:
     values = record["layer"]
     saved = SavedLayer(**{**values, "shape": tuple(values["shape"])})
     return FinishedLayer(index, target, saved, InitCertificate(**record["certificate"]), tensors["A0"].dtype)
-
-
-def _cost(model: nn.Module, target: Target) -> float:
-    weight, _ = read_layer(get_layer(model, target.name))
-    return float(weight.numel()) * min(weight.shape[-2:])

@@ -17,7 +17,7 @@ from torch import nn
 
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import read_config
-from ipca.model import Target
+from ipca.model.targets import Target
 from ipca.nn.layer_kinds import ExpertStack, layer_kind
 from ipca.nn.registry import get_layer
 

@@ -22,8 +22,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ipca._atomic import CorruptFileError, fsync_folder, read_checksummed, write_atomic, write_checksummed
-from ipca.model import uninterrupted
+from ipca._atomic import (
+    CorruptFileError,
+    fsync_folder,
+    read_checksummed,
+    uninterrupted,
+    write_atomic,
+    write_checksummed,
+)
 
 WORK, DONE = ".ipca-init", ".ipca-done"
 Record = dict[str, Any]

@@ -1,8 +1,6 @@
-"""Registered PyTorch ops, the functions that call them, and which backend computes them."""
+"""Registered ops: ``pc_linear``, and the backend that computes it."""
 
 from ipca.ops.backend import BACKENDS, set_backend
 from ipca.ops.linear import pc_linear
-from ipca.ops.low_rank_linear import Layer
-from ipca.ops.shared import pc_linear_shared
 
-__all__ = ["BACKENDS", "Layer", "pc_linear", "pc_linear_shared", "set_backend"]
+__all__ = ["BACKENDS", "pc_linear", "set_backend"]

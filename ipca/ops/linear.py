@@ -1,142 +1,19 @@
-"""The op ``ipca::pc_linear`` and the function that calls it: checks, autocast, a seed for dropout; then one op.
-
-The op exists twice with one body and one autograd rule: here as a ``custom_op`` for every device, and in
-:mod:`ipca.ops.cuda` as a ``triton_op``, which torch.compile sees through. That module is imported when the first CUDA
-tensor arrives, because ``triton_op`` loads triton and ``import ipca`` must not.
-"""
+"""pc_linear: checks, autocast and a seed for dropout, then the op ``ipca::pc_linear``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ipca._dtensor import is_sharded
-from ipca.ops import backend as backends
-from ipca.ops import low_rank_linear as split
-from ipca.ops import reference
+from ipca.ops import op, reference
+from ipca.ops.backend import get_backend
 from ipca.ops.dropout import new_seed
-from ipca.ops.low_rank_linear import Layer, Needs
 
-Grad = Callable[..., list[Tensor]]
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout: float,
-    backend: str,
-    build: str,
-    training: bool,
-) -> tuple[Tensor, Tensor]:
-    """``y (…, N)`` and ``h = z Aᵀ (…, R)``, see :mod:`ipca.ops.reference`; ``build`` is for torch.compile's cache."""
-    rows = x.reshape(-1, x.shape[-1])
-    choice = backends.choose(backend, backends.linear_shape(rows, weight, A, A0, dropout, training))
-    with on_device_of(x):
-        (y,), (h,) = split.forward(x, [Layer(weight, A, B, bias, A0, B0, scaling)], seed, dropout, choice)
-    return shaped_like(x, y), shaped_like(x, h)
-
-
-def shaped_like(x: Tensor, rows: Tensor) -> Tensor:
-    """``rows (M, N)`` as ``(…, N)`` for ``x (…, K)``, and no view: autograd lets nobody change one that an op returns.
-
-    ``nn.ReLU(inplace=True)`` behind a layer does, and FSDP2 warns of it.
-    """
-    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout: float,
-    backend: str,
-    build: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Of ``dx, dW, dA, dB, dbias`` those that ``needs`` asks for."""
-    rows, layer = x.reshape(-1, x.shape[-1]), Layer(weight, A, B, bias, A0, B0, scaling)
-    choice = backends.choose(backend, backends.linear_shape(rows, weight, A, A0, dropout, True))
-    with on_device_of(x):
-        dx, (grads,) = split.backward(
-            [dy.reshape(-1, dy.shape[-1])],
-            rows,
-            [h.reshape(-1, h.shape[-1])],
-            [layer],
-            seed,
-            dropout,
-            choice,
-            needs[0],
-            [Needs(*needs[1:])],
-        )
-    found = (dx if dx is None else dx.view(x.shape), *grads)
-    return [grad for grad, need in zip(found, needs, strict=True) if need and grad is not None]
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Kernels start on the current device: make it that of ``x``. The dtypes are settled: no autocast."""
-    stack = ExitStack()
-    if x.is_cuda:
-        stack.enter_context(torch.cuda.device(x.device))
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        stack.enter_context(torch.autocast(x.device.type, enabled=False))
-    return stack
-
-
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs and ``h``; nothing else is stored."""
-    x, weight, A, B, bias, A0, B0, seed, *settings, _ = inputs
-    ctx.scaling, ctx.dropout, ctx.backend, ctx.build = settings
-    ctx.save_for_backward(x, output[1], weight, A, B, bias, A0, B0, seed)
-    ctx.set_materialize_grads(False)
-
-
-def autograd_rule(run: Grad) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The op's gradient, through ``run`` or, where it is itself differentiated, through the reference."""
-
-    def rule(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, weight, A, B, bias, A0, B0, seed = ctx.saved_tensors
-        if dy is None and dh is None:
-            return (None,) * 13
-        needs = list(ctx.needs_input_grad[:5])
-        if dh is not None or differentiated_again(dy):
-            dy = x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
-            given = (dy, dh, x, h, weight, A, B, A0, B0, ctx.scaling, seed, ctx.dropout, needs)
-            grads: list[Tensor | None] = list(reference.pc_linear_backward(*given))
-        else:
-            settings = (ctx.scaling, ctx.dropout, ctx.backend, ctx.build, needs)
-            found = iter(run(dy, x, h, weight, A, B, bias, A0, B0, seed, *settings))
-            grads = [next(found) if need else None for need in needs]
-        return (*grads, *(None,) * 8)
-
-    return rule
-
-
-def differentiated_again(dy: Tensor | None) -> bool:
-    """Whether a backward pass is itself recorded (``create_graph=True``); tracing records without meaning that."""
-    return torch.is_grad_enabled() and not isinstance(dy, FunctionalTensor)
-
-
-pc_linear_op = torch.library.custom_op("ipca::pc_linear", forward, mutates_args=())
+pc_linear_op = torch.library.custom_op("ipca::pc_linear", op.forward, mutates_args=())
 
 
 @pc_linear_op.register_fake
@@ -144,7 +21,7 @@ def _(x: Tensor, weight: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], A.shape[0])
 
 
-pc_linear_op.register_autograd(autograd_rule(backward), setup_context=setup_context)
+pc_linear_op.register_autograd(op.autograd_rule(op.backward), setup_context=op.setup_context)
 
 
 def pc_linear(
@@ -183,18 +60,18 @@ def pc_linear(
         ValueError: the shapes do not fit, only one of ``A0, B0`` is given, or ``dropout`` is not in [0, 1].
         RuntimeError: the backend asked for by name cannot run, or dropout under a ``torch.func`` transform.
     """
-    check(x, weight, A, B, bias, A0, B0, dropout)
+    _check(x, weight, A, B, bias, A0, B0, dropout)
     x, weight, bias = to_autocast(x, weight, bias)
     A0, B0 = (None, None) if A0 is None or B0 is None else (A0.detach(), B0.detach())
     if transformed():
         return _under_transform(x, weight, A, B, bias, A0, B0, scaling, dropout)
     seed = new_seed(x.device) if dropout > 0 else None
-    op, build = op_for(x)
-    settings = (scaling, dropout, backends.get_backend(), build, torch.is_grad_enabled())
-    return op(x, weight, A, B, bias, A0, B0, seed, *settings)[0]
+    run, build = _op_for(x)
+    settings = (scaling, dropout, get_backend(), build, torch.is_grad_enabled())
+    return run(x, weight, A, B, bias, A0, B0, seed, *settings)[0]
 
 
-def op_for(x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
+def _op_for(x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
     """The op for the device of ``x`` and its build; a CUDA tensor loads triton."""
     if not x.is_cuda:
         return pc_linear_op, ""
@@ -229,9 +106,9 @@ def _under_transform(
     dropout: float,
 ) -> Tensor:
     """The reference, which ``torch.func`` sees through."""
-    if backends.get_backend() not in ("auto", "reference"):
+    if get_backend() not in ("auto", "reference"):
         raise RuntimeError(
-            f"backend {backends.get_backend()!r} has no rule for torch.func transforms; "
+            f"backend {get_backend()!r} has no rule for torch.func transforms; "
             "say ipca.set_backend('auto') or 'reference' around them."
         )
     if dropout > 0:
@@ -240,7 +117,7 @@ def _under_transform(
         return reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling)[0]
 
 
-def check(
+def _check(
     x: Tensor,
     weight: Tensor,
     A: Tensor,

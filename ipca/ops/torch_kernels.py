@@ -16,11 +16,6 @@ from torch import Tensor
 from ipca.ops.dropout import dropout
 
 
-def fuses(dy: Tensor, B: Tensor, B0: Tensor | None) -> bool:
-    """Whether :func:`products` is the way to its four results; in plain PyTorch it is as good as any."""
-    return True
-
-
 def project(
     x: Tensor, A: Tensor, A0: Tensor | None = None, seed: Tensor | None = None, p: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
@@ -136,11 +131,9 @@ def input_grad_base_first(
     A0: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
-    *,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """``dx = dy W``, then ``dx += mask ∘ (g A − g0 A0)``; added to ``out`` where that is given."""
-    dx = dy @ weight if out is None else out.addmm_(dy, weight)
+    """``dx = dy W``, then ``dx += mask ∘ (g A − g0 A0)``."""
+    dx = dy @ weight
     if seed is not None:
         return dx.add_(_low_grad(g, A, g0, A0, seed, p))
     dx.addmm_(g, _like(A, dy))
@@ -156,12 +149,9 @@ def input_grad_low_first(
     A0: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
-    *,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """``dx = mask ∘ (g A − g0 A0)``, then ``dx += dy W``; added to ``out`` where that is given."""
-    low = _low_grad(g, A, g0, A0, seed, p)
-    return (low if out is None else out.add_(low)).addmm_(dy, weight)
+    """``dx = mask ∘ (g A − g0 A0)``, then ``dx += dy W``."""
+    return _low_grad(g, A, g0, A0, seed, p).addmm_(dy, weight)
 
 
 def _low_grad(g: Tensor, A: Tensor, g0: Tensor | None, A0: Tensor | None, seed: Tensor | None, p: float) -> Tensor:

@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ipca.io.adapter_folder import SavedLayer, other_base, svd_record
-from ipca.nn import InitialFactors, check_options, initial_factors
+from ipca.nn.initialization import InitialFactors, check_options, initial_factors
 from ipca.peft.save_load import load_config, save_config
 from ipca.svd import tolerance
 from ipca.window import Window, as_window

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ipca.nn import WindowLayer
 from ipca.nn.quantization import quantization_kind, unsupported_quantization
+from ipca.nn.window_layer import WindowLayer
 from ipca.peft.layers import WindowConv1d, WindowConv2d, WindowConv3d, WindowEmbedding, WindowLinear, WindowLora
 from ipca.peft.parameter import ParamWrapper
 

@@ -11,8 +11,8 @@ from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ipca._atomic import staged_files
 from ipca._dtensor import full
-from ipca.io.files import staged_files
 from ipca.io.peft_format import WEIGHTS
 from ipca.peft.config import PCConfig, config_of
 

@@ -9,9 +9,9 @@ from peft import PeftModel
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from ipca.model import uninterrupted
-from ipca.nn import InitialFactors, initial_factors, quantization_kind
-from ipca.nn.initialization import frozen_weight
+from ipca._atomic import uninterrupted
+from ipca.nn.initialization import InitialFactors, frozen_weight, initial_factors
+from ipca.nn.quantization import quantization_kind
 from ipca.peft.dispatch import unsupported_reason
 from ipca.window import Window, as_window
 

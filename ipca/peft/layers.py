@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ipca._hashing import tensor_sha256
 from ipca.io.peft_kinds import to_peft
-from ipca.nn import InitialFactors
+from ipca.nn.initialization import InitialFactors
 from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256
 from ipca.ops import pc_linear
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial

@@ -11,11 +11,12 @@ from itertools import chain
 from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 
-from ipca.config import PCConfig as NativeConfig
-from ipca.model import Target, check_inference_mode
-from ipca.model.decompose import decompose_targets
-from ipca.model.unquantized_weights import UnquantizedWeights
-from ipca.nn.layer_kinds import stack_names
+from ipca.model.apply import check_inference_mode
+from ipca.model.decompose import UnquantizedWeights, decompose_targets
+from ipca.model.settings import AdapterSettings
+from ipca.model.targets import Target
+from ipca.nn.layer_kinds import matrix_shape, stack_names
+from ipca.nn.registry import get_layer
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
 from ipca.peft.layers import WindowLora
@@ -66,7 +67,7 @@ def prepare(
         starts = decompose_targets(
             trial,
             list(targets.values()),
-            NativeConfig(tol=config.tol),
+            AdapterSettings(tol=config.tol),
             cache=store,
             unquantized_weights=_by_path(unquantized_weights),
             progress=progress,
@@ -123,7 +124,8 @@ def _targets(trial: nn.Module, config: PCConfig) -> dict[str, Target]:
                 continue
             name += f".{layer.parameter_name}"
         window, alpha = config.window_of(layer.path, rank), layer.scaling[_ADAPTER] * rank
-        targets[layer.path] = Target(name, window, alpha, "intact", config.lora_dropout)
+        shape = matrix_shape(get_layer(trial, name), layer.kind)
+        targets[layer.path] = Target(name, layer.kind, shape, window, alpha, "intact", config.lora_dropout)
     return targets
 
 

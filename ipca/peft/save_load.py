@@ -18,12 +18,12 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 
+from ipca._atomic import staged_files
 from ipca._version import __version__
 from ipca.io.adapter_folder import SIDECAR, Factors, SavedLayer, file_sha256, read_adapter
-from ipca.io.files import staged_files
 from ipca.io.peft_format import WEIGHTS
 from ipca.io.peft_kinds import PREFIX, factor_keys, wrappers_around
-from ipca.nn import InitCertificate, InitialFactors
+from ipca.nn.initialization import InitCertificate, InitialFactors
 
 if TYPE_CHECKING:
     from ipca.peft.config import PCConfig

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca import PCConfig
 from ipca.lab.demo.task import accuracy
 from ipca.lab.sweep import Task
 from ipca.lab.sweep.device import device_of
+from ipca.model import AdapterSettings
 from studies.window_position.cached_tensors import kept
 from studies.window_position.pretraining import Pretraining, hardware
 from studies.window_position.pretraining import pretrain as trained
@@ -68,7 +68,7 @@ def task(size: str = "small", device: str = "cpu", steps: int = 80, pretraining:
         build=partial(build, *made),
         train=partial(train, steps),
         evaluate=partial(evaluate, *made),
-        config=PCConfig(rank=16, window="middle", targets=LINEAR_LAYERS, modules_to_save=("head",)),
+        config=AdapterSettings(rank=16, window="middle", targets=LINEAR_LAYERS, modules_to_save=("head",)),
         calibration=calibration,
         labels=LABELS,
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipca.io import staged_files
+from ipca._atomic import staged_files
 from studies.window_position.plots import Point, band, line, logarithmic, marks, sheet, style_of, ticks
 from studies.window_position.rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, RESULTS, Study, curve_of, number
 from studies.window_position.rules import Tables, read_tables

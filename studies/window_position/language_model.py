@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca import PCConfig
 from ipca._hashing import tensor_sha256
 from ipca.lab.sweep import Task
 from ipca.lab.sweep.device import device_of
+from ipca.model import AdapterSettings
 from studies.window_position.cached_tensors import kept
 from studies.window_position.corpus import corpus
 from studies.window_position.pretraining import Pretraining, hardware
@@ -87,7 +87,7 @@ def task(size: str = "tiny", device: str = "cpu", steps: int = 80) -> Task:
         build=partial(build, size, device),
         train=partial(train, size, steps),
         evaluate=partial(evaluate, size, device),
-        config=PCConfig(rank=16, window="middle"),
+        config=AdapterSettings(rank=16, window="middle"),
         calibration=partial(calibration, size),
         labels={
             "target": f"minus cross-entropy on C++ headers, nats a byte, {count:,} sequences of {length} bytes",

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ipca import PCConfig
 from ipca.lab.sweep import Task
+from ipca.model import AdapterSettings
 from ipca.model.calibration import LayerSensitivity, sensitivity
 from ipca.model.targets import find_targets
 from ipca.window import Window
@@ -27,7 +27,7 @@ V_WINDOWS = (0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0)
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Any], configs: Mapping[str, PCConfig], windows: Sequence[float]
+    model: nn.Module, batches: Iterable[Any], configs: Mapping[str, AdapterSettings], windows: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
     """The rows of several experiments on one pretrained model.
 
@@ -36,7 +36,8 @@ def measure(
         configs: ``{experiment: its layers and rank}``; the first must name the layers of all.
         windows: fractions of ``d − rank``.
     """
-    found = sensitivity(model, batches, next(iter(configs.values())))
+    first = next(iter(configs.values()))
+    found = sensitivity(model, batches, targets=first.targets, exclude=first.exclude)
     for experiment, config in configs.items():
         for target in find_targets(model, config):
             for window in windows:

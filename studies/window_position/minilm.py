@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca import PCConfig
 from ipca.lab.demo.data import ARCHIVE, Labeled, load_text
 from ipca.lab.demo.task import Encoder, Settings, accuracy, load_encoder
 from ipca.lab.sweep import Task
+from ipca.model import AdapterSettings
 from studies.window_position.cached_tensors import kept
 from studies.window_position.train_loop import fit, shuffled_batches
 
@@ -90,7 +90,7 @@ def task(layers: str = "intermediate", steps: int = 80, source: str = "movie") -
         build=build,
         train=partial(train, source, steps),
         evaluate=partial(evaluate, source),
-        config=PCConfig(rank=16, window="middle", targets=LAYERS[layers], modules_to_save=("head",)),
+        config=AdapterSettings(rank=16, window="middle", targets=LAYERS[layers], modules_to_save=("head",)),
         calibration=partial(calibration, source),
         labels={
             "target": f"accuracy on the sentiment of {HELD_OUT:,} sentences, source: {source}",

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from ipca import PCConfig
-from ipca.io import staged_files
+from ipca._atomic import staged_files
 from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, run_stream
 from ipca.lab.demo.task import accuracy
+from ipca.model import AdapterSettings
 from studies.window_position import digits
 from studies.window_position.pretraining import Pretraining
 from studies.window_position.train_loop import fit, shuffled_batches
@@ -50,7 +50,7 @@ def run(folder: Path, results: Path, workers: int) -> None:
 
 def stream(method: str, seed: int) -> dict[str, Any]:
     """One stream: its row of V2.csv, and those of V2-scores.csv."""
-    config = PCConfig(rank=16, window="middle", targets=digits.task().config.targets, modules_to_save=("head",))
+    config = AdapterSettings(rank=16, window="middle", targets=digits.task().config.targets, modules_to_save=("head",))
     learner = ContinualLearner(digits.build(Pretraining()), method, config, tasks=len(PAIRS), seed=seed)
     found = run_stream(learner, [_task(pair) for pair in PAIRS], retained=_retained)
     last = found.records[-1]

@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ipca import PCConfig, analysis
+from ipca import analysis
 from ipca.analysis import BlockImportance, LayerSensitivity, component_importance
+from ipca.model import AdapterSettings
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.registry import get_layer
 from tests.helpers.layer_kinds import CASES, output
 from tests.helpers.models import Plain, snapshot
 from tests.helpers.quantized_layers import quantized_model
 
-CONFIG = PCConfig(rank=3, targets=("a", "b"))
+CONFIG = AdapterSettings(rank=3, targets=("a", "b"))
 
 
 def batches():
@@ -65,7 +66,7 @@ def test_every_kind_of_layer_can_lose_a_block(name):
     def size(model, batch):
         return output(model, batch).square().mean()
 
-    found = importance(model, [x], size, PCConfig(rank=2, targets=tuple(case.targets)), blocks=2)
+    found = importance(model, [x], size, AdapterSettings(rank=2, targets=tuple(case.targets)), blocks=2)
     assert snapshot(model) == before
     path = next(path for path in found if path.endswith(case.targets[0]))
     matrix = read_layer(get_layer(model, path))[0]
@@ -98,7 +99,7 @@ def test_every_evaluation_draws_the_same_numbers():
     model = Noisy()
     with torch.no_grad():
         model.a.weight[:] = 0  # has nothing to lose, so that only the noise could change the loss
-    found = importance(model, batches(), config=PCConfig(rank=3, targets="a"))
+    found = importance(model, batches(), config=AdapterSettings(rank=3, targets="a"))
     assert found["a"].change.tolist() == [0.0] * 4
 
 

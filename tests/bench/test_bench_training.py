@@ -6,7 +6,7 @@ import torch
 
 from bench import bench_training as bench
 from bench import facts
-from ipca.model import adapted_layers
+from ipca.model.apply import adapted_layers
 
 CPU = torch.device("cpu")
 TINY = bench.Settings(32, 48, 1, 2, 1, 64, batch=2, length=16, steps=6, dtype="float32", rank=4, lr=1e-2)
@@ -23,7 +23,7 @@ def test_every_provider_has_a_row_of_the_schema_for_each_step(tmp_path):
         ("peft-default", ""),
         ("ipca-auto", "residual"),
         ("ipca-auto", "intact"),
-        ("PEFT with PCConfig", "intact"),
+        ("PEFT with AdapterSettings", "intact"),
     }
     for row in rows:
         assert tuple(row) == bench.COLUMNS
@@ -34,7 +34,7 @@ def test_every_provider_has_a_row_of_the_schema_for_each_step(tmp_path):
 def test_losses_agree_step_by_step_and_fall(tmp_path):
     rows = bench.run_training(TINY, tmp_path / "training.csv", CPU, seconds=60)
     theirs = losses(rows, "peft-default")
-    for ours in (("ipca-auto", "residual"), ("ipca-auto", "intact"), ("PEFT with PCConfig", "intact")):
+    for ours in (("ipca-auto", "residual"), ("ipca-auto", "intact"), ("PEFT with AdapterSettings", "intact")):
         assert losses(rows, *ours) == pytest.approx(theirs, rel=1e-4)
     assert theirs[4] < 0.98 * theirs[0]  # the first batch comes again
     assert {row["status"] for row in rows} == {"ok"}

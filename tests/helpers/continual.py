@@ -2,10 +2,10 @@
 
 import torch
 
-import ipca
+from ipca.model import AdapterSettings
 from tests.helpers.models import Plain
 
-CONFIG = ipca.PCConfig(rank=3, targets=("a", "b"), modules_to_save=("head",))
+CONFIG = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",))
 SHAPES = ((12, 20), (20, 12))  # of the layers a and b
 
 

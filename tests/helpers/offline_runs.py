@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ipca import PCConfig
 from ipca.io.checkpoint import WHOLE, Checkpoint
+from ipca.model import AdapterSettings
 from ipca.model.targets import find_targets
 from ipca.offline.adapter_files import write_adapter
 from ipca.offline.decompose import decompose_layers, install_layers
@@ -23,7 +23,7 @@ def on_meta(model: torch.nn.Module) -> torch.nn.Module:
 class Run:
     """One work on a plain model whose checkpoint is a single file."""
 
-    def __init__(self, tmp_path: Path, model: torch.nn.Module, config: PCConfig):
+    def __init__(self, tmp_path: Path, model: torch.nn.Module, config: AdapterSettings):
         self.base, self.config = model, config
         self.folder, self.out = tmp_path / "model", tmp_path / "out"
         self.folder.mkdir(exist_ok=True)

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from ipca.config import PCConfig
 from ipca.lab.sweep import Task
+from ipca.model.settings import AdapterSettings
 
 
 class Student(nn.Module):
@@ -58,7 +58,7 @@ def evaluate(model):
     return {"target": target, "retained": retained, "noise": torch.rand(()).item() * 0}
 
 
-CONFIG = PCConfig(rank=2, targets=("body", "out"), modules_to_save=("head",))
+CONFIG = AdapterSettings(rank=2, targets=("body", "out"), modules_to_save=("head",))
 
 
 def calibration():

@@ -13,7 +13,8 @@ from torch import nn
 import ipca
 import ipca.model.apply
 import ipca.nn.initialization
-from ipca import PCConfig, Window
+from ipca import Window
+from ipca.model import AdapterSettings
 from ipca.nn import LinearPC
 from tests.helpers.models import snapshot
 
@@ -223,7 +224,7 @@ def test_summary_accounts_for_the_model():
     with torch.no_grad():
         model[3].weight.copy_(torch.eye(12))  # every window cuts a tie
     plain = sum(p.numel() for p in model.parameters())
-    config = PCConfig(rank=2, alpha=5, rank_pattern={"3": 4})
+    config = AdapterSettings(rank=2, alpha=5, rank_pattern={"3": 4})
     found = ipca.summary(ipca.apply_pc(model, config, progress=False))
     factors = 3 * 2 * 32 + 4 * 24
     assert (found.layers, found.trainable, found.total) == (4, factors, plain + factors)

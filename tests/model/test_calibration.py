@@ -9,14 +9,14 @@ from torch import nn
 from transformers import BatchEncoding
 
 import ipca
-from ipca import PCConfig
-from ipca.model import LayerSensitivity, input_energy, sensitivity
+from ipca.model import AdapterSettings, LayerSensitivity, sensitivity
+from ipca.model.calibration import input_energy
 from ipca.nn.layer_kinds import read_layer
 from tests.helpers.layer_kinds import Table, mixtral
 from tests.helpers.models import Plain, snapshot
 from tests.helpers.quantized_layers import quantized_model
 
-TARGETS = PCConfig(rank=3, targets=("a", "b"))
+TARGETS = AdapterSettings(rank=3, targets=("a", "b"))
 
 
 def moments(model, layers, batches):
@@ -131,7 +131,7 @@ def test_a_mask_of_flattened_inputs_counts_too():
 def test_a_transposed_layer_is_read_as_out_in():
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 40, "n_positions": 16}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    found = sensitivity(model, [torch.randint(0, 40, (3, 9))], PCConfig(rank=3), progress=False)
+    found = sensitivity(model, [torch.randint(0, 40, (3, 9))], AdapterSettings(rank=3), progress=False)
     assert found["transformer.h.0.mlp.c_fc"].shape == (128, 32)
     assert found["transformer.h.0.mlp.c_proj"].shape == (32, 128)
     S = torch.linalg.svdvals(model.transformer.h[0].mlp.c_fc.weight.detach().double())
@@ -151,7 +151,7 @@ def test_a_quantized_layer_is_measured_by_its_dequantized_weight(kind, batches):
 def test_rank_and_form_refuse_nothing(batches):
     model = Plain()
     default = sensitivity(model, batches, progress=False)  # rank 16, above every d
-    again = sensitivity(model, batches, PCConfig(rank=2, rank_pattern={"a": 99}), progress=False)
+    again = sensitivity(model, batches, AdapterSettings(rank=2, rank_pattern={"a": 99}), progress=False)
     assert all(torch.equal(default[name].sensitivity, again[name].sensitivity) for name in ("a", "b", "head"))
 
 
@@ -238,9 +238,11 @@ def test_bad_batches_are_named(batches, error, words):
 
 def test_a_layer_that_is_not_linear_is_named():
     with pytest.raises(ValueError, match=r"table: .* linear layers alone .* kind 'embedding'; exclude it, or name"):
-        sensitivity(Table(), [torch.ones(3, 7).long()], PCConfig(rank=3, targets=("table", "head")), progress=False)
+        sensitivity(
+            Table(), [torch.ones(3, 7).long()], AdapterSettings(rank=3, targets=("table", "head")), progress=False
+        )
     with pytest.raises(ValueError, match=r"experts\.down_proj: .* kind 'experts'"):
-        sensitivity(mixtral(), [torch.ones(3, 7).long()], PCConfig(rank=3, targets="down_proj"), progress=False)
+        sensitivity(mixtral(), [torch.ones(3, 7).long()], AdapterSettings(rank=3, targets="down_proj"), progress=False)
 
 
 def test_a_layer_that_no_input_reaches_is_named(batches):
@@ -250,7 +252,7 @@ def test_a_layer_that_no_input_reaches_is_named(batches):
             self.spare = nn.Linear(20, 20)
 
     with pytest.raises(ValueError, match="spare: no input reached it in these batches; exclude it"):
-        sensitivity(Spare(), batches, PCConfig(rank=3), progress=False)
+        sensitivity(Spare(), batches, AdapterSettings(rank=3), progress=False)
 
 
 def test_inputs_that_are_not_finite_are_named(batches):

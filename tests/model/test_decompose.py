@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ipca
-from ipca.model import share
+from ipca.model.decompose import partition as share
 
 RANKS = """
 import sys, hashlib

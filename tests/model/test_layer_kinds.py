@@ -8,7 +8,8 @@ from torch import nn
 
 import ipca
 from ipca import Window
-from ipca.model import adapted_layers
+from ipca.model import AdapterSettings
+from ipca.model.apply import adapted_layers
 from ipca.model.targets import find_targets
 from ipca.nn.experts import ExpertsPC, StackPC
 from tests.helpers.layer_kinds import CASES, STACKS, Convs2d, Table, mixtral, output, relative
@@ -122,8 +123,8 @@ def test_summary_shows_stacks_and_flattened_convolutions():
 
 def test_all_linear_means_linear_layers_alone():
     model = nn.ModuleDict({"convs": Convs2d(), "table": Table()})
-    assert [t.name for t in find_targets(model, ipca.PCConfig(rank=2))] == ["table.head"]
-    found = [t.name for t in find_targets(mixtral(), ipca.PCConfig(rank=2))]
+    assert [t.name for t in find_targets(model, AdapterSettings(rank=2))] == ["table.head"]
+    found = [t.name for t in find_targets(mixtral(), AdapterSettings(rank=2))]
     assert found
     assert not any("experts" in name or "embed" in name for name in found)
 

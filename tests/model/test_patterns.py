@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 import ipca
-from ipca.model import adapted_layers
-from ipca.model.patterns import matches, matches_any
+from ipca.model.apply import adapted_layers
+from ipca.model.targets import matches, matches_any
 
 
 @pytest.mark.parametrize(

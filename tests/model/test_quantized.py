@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ipca
+from ipca.model import AdapterSettings
 from ipca.nn import QuantizedLinearPC
 from ipca.nn.quantization import dequantize, quantization_kind
 from ipca.offline.source import ModelSource
@@ -83,7 +84,7 @@ def test_an_adapter_is_saved_and_loaded_onto_the_same_base(kind, tmp_path):
     ipca.save_adapter(model, tmp_path)
     fresh = ipca.load_adapter(quantize(copy.deepcopy(plain), kind), tmp_path)
     assert torch.equal(fresh(x), after)
-    assert ipca.summary(fresh).sources == ((2, "original"),)
+    assert ipca.summary(fresh).sources == ((2, "unquantized"),)
     train(model)
     ipca.load_adapter(model, tmp_path)
     assert torch.equal(model(x), after)
@@ -165,7 +166,7 @@ def test_windows_are_kept_in_a_cache(tmp_path, decomposed):
 
 def test_layers_decomposed_one_by_one_make_the_same_adapter(tmp_path):
     model, plain, x = quantized_model()
-    config = ipca.PCConfig(rank=3, form="intact", targets=("a", "b"))
+    config = AdapterSettings(rank=3, form="intact", targets=("a", "b"))
     job = Run(tmp_path, plain, config)(source=ModelSource(copy.deepcopy(model)))
     before = model(x)
     ipca.load_adapter(model, job.out)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import ipca
-from ipca import PCConfig, Window
+from ipca import Window
+from ipca.model import AdapterSettings
 from ipca.model.targets import find_modules_to_save, find_targets
 from ipca.nn import LinearPC
 from tests.helpers.models import Plain, snapshot
@@ -28,7 +29,7 @@ def blocks() -> nn.Module:
 
 
 def names(model: nn.Module, **options) -> list[str]:
-    return [target.name for target in find_targets(model, PCConfig.create(**{"rank": 2, **options}))]
+    return [target.name for target in find_targets(model, AdapterSettings.create(**{"rank": 2, **options}))]
 
 
 EVERY = [f"layers.{i}.{name}" for i in range(3) for name in ("q_proj", "up_proj", "down_proj")]
@@ -55,7 +56,7 @@ def test_patterns_choose_layers_in_the_order_of_the_model(options, wanted):
 
 
 def test_exceptions_by_pattern_and_the_first_match_counts():
-    config = PCConfig(
+    config = AdapterSettings(
         rank=4,
         targets=("q_proj", "up_proj"),
         rank_pattern={"layers.0.q_proj": 2, "q_proj": 3},
@@ -96,8 +97,8 @@ def test_all_linear_leaves_the_output_head_and_attention_alone(tied):
 def test_saved_modules_are_the_outermost_that_match():
     model = blocks()
     with pytest.raises(ValueError, match="'proj' would make PEFT save"):
-        find_modules_to_save(model, PCConfig(modules_to_save=("norm", "proj")))
-    found = find_modules_to_save(model, PCConfig(modules_to_save=(r"layers\.1.*", "q_proj")))
+        find_modules_to_save(model, AdapterSettings(modules_to_save=("norm", "proj")))
+    found = find_modules_to_save(model, AdapterSettings(modules_to_save=(r"layers\.1.*", "q_proj")))
     assert found == ["layers.0.q_proj", "layers.1", "layers.2.q_proj"]
 
 
@@ -137,8 +138,12 @@ def test_saved_modules_are_the_outermost_that_match():
         ({"adapter_dtype": "int8"}, ValueError, "adapter_dtype must name a float dtype such as 'float32'; got 'int8'"),
         ({"tol": "best"}, ValueError, "tol must be a number or one of fast, default, exact; got 'best'"),
         ({"tol": 1e-20}, ValueError, "tol must be a number in"),
-        ({"r": 4}, TypeError, "unknown option r; PCConfig has adapter_dtype, alpha"),
-        ({"config": PCConfig()}, TypeError, "give a PCConfig or options, not both; got rank beside a config"),
+        ({"r": 4}, TypeError, "unknown option r; AdapterSettings has adapter_dtype, alpha"),
+        (
+            {"config": AdapterSettings()},
+            TypeError,
+            "give a AdapterSettings or options, not both; got rank beside a config",
+        ),
         ({"targets": [3]}, TypeError, r"targets must be strings, got \[3\]"),
     ],
     ids=str,

@@ -35,7 +35,7 @@ def test_windows_of_the_original_weights(given, tmp_path):
     before = model(x)
     adapt(model, unquantized_weights=given(plain, tmp_path))
     assert torch.equal(model(x), before)
-    assert ipca.summary(model).sources == ((2, "original"),)
+    assert ipca.summary(model).sources == ((2, "unquantized"),)
     for name in ("a", "b"):
         layer, W = getattr(model, name), getattr(plain, name).weight.detach()
         want = ipca.window_svd(W, layer.window)
@@ -52,8 +52,12 @@ def wrong_layer(plain):
         (lambda plain: "folder", TypeError, "say unquantized_weights=ipca.load_unquantized_weights(folder)"),
         (lambda plain: {"a": plain.a.weight}, ValueError, "lacks the weight of b (1 of 2 layers are missing)"),
         (lambda plain: lambda name: None, TypeError, "unquantized_weights gave NoneType, not a tensor"),
-        (lambda plain: lambda name: plain.a.weight, ValueError, "b: the original weight has shape (12, 20), the layer"),
-        (wrong_layer, ValueError, "a: the original weight is no nearer to the quantized one than 0 is"),
+        (
+            lambda plain: lambda name: plain.a.weight,
+            ValueError,
+            "b: the unquantized weight has shape (12, 20), the layer",
+        ),
+        (wrong_layer, ValueError, "a: the unquantized weight is no nearer to the quantized one than 0 is"),
     ],
 )
 def test_originals_that_do_not_fit_leave_the_model_alone(unquantized_weights, error, words):

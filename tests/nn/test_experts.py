@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ipca import Window
-from ipca.nn import initial_factors
 from ipca.nn.experts import ExpertsPC, StackPC
+from ipca.nn.initialization import initial_factors
 from ipca.nn.layer_kinds import ExpertStack
 from ipca.nn.registry import get_layer, named_layers, set_layer
 from tests.helpers.layer_kinds import relative

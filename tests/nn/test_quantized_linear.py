@@ -15,10 +15,10 @@ from tests.helpers.quantized_layers import KINDS, quantized_layer
 OUT, IN, RANK = 33, 65, 5
 
 
-def made(kind, *, dtype=torch.float32, trained=False, bias=True, original=False, **options):
+def made(kind, *, dtype=torch.float32, trained=False, bias=True, unquantized=False, **options):
     W = torch.randn(OUT, IN, dtype=dtype)
     base = quantized_layer(kind, W, torch.randn(OUT, dtype=dtype) if bias else None)
-    layer = QuantizedLinearPC.from_linear(base, rank=RANK, original=W if original else None, **options)
+    layer = QuantizedLinearPC.from_linear(base, rank=RANK, unquantized=W if unquantized else None, **options)
     if trained:
         with torch.no_grad():
             layer.lora_A.add_(0.1 * torch.randn_like(layer.lora_A))
@@ -45,16 +45,16 @@ def test_in_evaluation_too_and_with_strided_input(kind):
     assert torch.equal(layer(x), layer.base(x))
 
 
-@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("unquantized", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_window_is_that_of_the_original_or_of_the_dequantized_weight(kind, original):
-    layer, W = made(kind, original=original)
-    source = W if original else dequantize(layer.base)
+def test_the_window_is_that_of_the_original_or_of_the_dequantized_weight(kind, unquantized):
+    layer, W = made(kind, unquantized=unquantized)
+    source = W if unquantized else dequantize(layer.base)
     found = ipca.window_svd(source, layer.window, dtype=torch.float64)
     want = (found.U * found.S) @ found.Vh
     got = layer.lora_B0.double() @ layer.lora_A0.double()
     assert (got - want).abs().max() < 1e-5
-    assert layer.svd_report.source == ("original" if original else "dequantized")
+    assert layer.svd_report.source == ("unquantized" if unquantized else "dequantized")
     assert layer.base_sha256 == quantized_sha256(layer.base)
 
 
@@ -219,14 +219,14 @@ def test_what_cannot_be_the_original_is_refused(change, error, words):
     W = torch.randn(OUT, IN)
     base = quantized_layer("nf4", W)
     with pytest.raises(error, match=words):
-        QuantizedLinearPC.from_linear(base, rank=RANK, original=change(W))
+        QuantizedLinearPC.from_linear(base, rank=RANK, unquantized=change(W))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_on_a_gpu_the_output_before_training_is_the_bases(kind):
     W = torch.randn(96, 128, dtype=torch.bfloat16)
-    layer = QuantizedLinearPC.from_linear(quantized_layer(kind, W).cuda(), rank=RANK, original=W)
+    layer = QuantizedLinearPC.from_linear(quantized_layer(kind, W).cuda(), rank=RANK, unquantized=W)
     x = torch.randn(7, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     y = layer(x)
     assert torch.equal(y, layer.base(x))

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ipca
-from ipca import PCConfig
 from ipca.io.checkpoint import WHOLE
+from ipca.model import AdapterSettings
 from ipca.offline.source import ModelSource
 from ipca.offline.work_folder import WorkFolder
 from ipca.svd.cache import SpectralCache
@@ -35,7 +35,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_adapter_is_the_one_of_the_whole_model(tmp_path, dtype, options):
     base = Plain().to(dtype)
-    run = Run(tmp_path, base, PCConfig(rank=3, form="intact", **options))
+    run = Run(tmp_path, base, AdapterSettings(rank=3, form="intact", **options))
     run()
     model = ipca.apply_pc(base, run.config, progress=False)
     ipca.save_adapter(model, tmp_path / "whole")
@@ -46,7 +46,7 @@ def test_the_adapter_is_the_one_of_the_whole_model(tmp_path, dtype, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_residual_form_is_the_one_of_the_whole_model(tmp_path, dtype):
     base = Plain().to(dtype)
-    run = Run(tmp_path, base, PCConfig(rank=3, alpha=2.0, form="residual"))
+    run = Run(tmp_path, base, AdapterSettings(rank=3, alpha=2.0, form="residual"))
     run()
     ipca.export(ipca.apply_pc(base, run.config, progress=False), tmp_path / "whole", form="residual")
     assert sorted(os.listdir(run.out)) == ["adapter", "base"]
@@ -60,7 +60,7 @@ def test_the_residual_form_is_the_one_of_the_whole_model(tmp_path, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_in_memory_gives_the_same_files(tmp_path, form):
-    run = Run(tmp_path, Plain(), PCConfig(rank=3, form=form))
+    run = Run(tmp_path, Plain(), AdapterSettings(rank=3, form=form))
     run()
     streamed = contents(run.out)
     other = Run(tmp_path, run.base, run.config)
@@ -83,7 +83,7 @@ def test_the_adapter_loads_onto_its_base_alone(run):
 
 
 def test_stored_floats_are_cast_as_the_model_is(tmp_path):
-    run = Run(tmp_path, Plain(), PCConfig(rank=3, form="intact"))
+    run = Run(tmp_path, Plain(), AdapterSettings(rank=3, form="intact"))
     run.base.bfloat16()
     run()
     ipca.save_adapter(ipca.apply_pc(run.base, run.config, progress=False), tmp_path / "whole")
@@ -105,7 +105,7 @@ def test_an_error_names_the_layer(tmp_path):
     base = Plain()
     with torch.no_grad():
         base.b.weight[1, 2] = float("nan")
-    run = Run(tmp_path, base, PCConfig(rank=3, form="intact"))
+    run = Run(tmp_path, base, AdapterSettings(rank=3, form="intact"))
     with pytest.raises(ValueError, match=r"^b: the tensor holds NaN or Inf"):
         run()
     assert WorkFolder(run.out).count() == 1

@@ -7,8 +7,8 @@ import pytest
 
 import ipca
 import ipca.offline.decompose
-from ipca import PCConfig
 from ipca.io.checkpoint import WHOLE
+from ipca.model import AdapterSettings
 from ipca.offline.work_folder import DONE, WORK, WorkFolder
 from tests.helpers.model_folders import contents
 from tests.helpers.models import Plain
@@ -37,7 +37,7 @@ def interrupted(run, monkeypatch, after: int, error: BaseException) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("NaN")], ids=repr)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_stopped_job_goes_on_where_it_was(tmp_path, monkeypatch, decomposed, form, after, error):
-    run = Run(tmp_path, Plain(), PCConfig(rank=3, form=form))
+    run = Run(tmp_path, Plain(), AdapterSettings(rank=3, form=form))
     interrupted(run, monkeypatch, after, error)
     assert os.listdir(run.out) == [WORK]
     assert WorkFolder(run.out).count() == after
@@ -81,7 +81,7 @@ def test_another_job_is_refused_with_the_way_out(run, monkeypatch):
 
 def test_a_job_with_nothing_finished_gives_way(run, monkeypatch):
     interrupted(run, monkeypatch, 0, KeyboardInterrupt())
-    run.config = PCConfig(rank=2, form="intact")
+    run.config = AdapterSettings(rank=2, form="intact")
     run()
     assert ipca.load_adapter(run.base, run.out).a.rank == 2
 
@@ -185,7 +185,7 @@ def test_what_a_finished_job_left_is_cleared_away(run):
 
 @pytest.mark.parametrize("where", ["layer", "factors", "shard"])
 def test_a_full_disk_keeps_what_is_done_and_what_was_there(tmp_path, monkeypatch, where, decomposed):
-    run = Run(tmp_path, Plain(), PCConfig(rank=3, form="residual" if where == "shard" else "intact"))
+    run = Run(tmp_path, Plain(), AdapterSettings(rank=3, form="residual" if where == "shard" else "intact"))
     run.out.mkdir()
     if where != "shard":
         (run.out / "ipca.json").write_text("old")
@@ -210,7 +210,7 @@ def test_a_full_disk_keeps_what_is_done_and_what_was_there(tmp_path, monkeypatch
 
 
 def test_shards_that_are_done_are_not_written_again(tmp_path, monkeypatch):
-    run = Run(tmp_path, Plain(), PCConfig(rank=3, form="residual"))
+    run = Run(tmp_path, Plain(), AdapterSettings(rank=3, form="residual"))
     work = run(finish=False)
     shard = work.final / "base" / WHOLE
     before = shard.stat().st_mtime_ns

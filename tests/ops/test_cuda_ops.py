@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from ipca.ops.low_rank_linear import Layer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ipca.ops import cuda, linear, pc_linear, pc_linear_shared, shared
-from ipca.ops.low_rank_linear import Layer
 from tests.helpers.kernel_inputs import DEVICE
 
 N, K, R = 17, 24, 5

@@ -6,19 +6,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
-from ipca.config import PCConfig
+from ipca._atomic import uninterrupted
 from ipca.lab.baselines.initialization import haar, layer_generator, matched, plain_lora_start, random_window
 from ipca.lab.baselines.methods import kind_of
-from ipca.model import adapted_layers, apply_pc, install, precision, start_of, train_only_adapter, uninterrupted
-from ipca.model.decompose import decompose_targets
+from ipca.model.apply import adapt, adapted_layers, install, train_only_adapter
+from ipca.model.decompose import decompose_targets, source_matrix, split_window, window_of
+from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
-from ipca.model.unquantized_weights import source_matrix
-from ipca.nn import InitialFactors, quantization_kind
+from ipca.nn.initialization import InitialFactors
 from ipca.nn.registry import get_layer
-from ipca.svd import SpectralCache, WindowSVD, cached_window_svd
+from ipca.svd import SpectralCache, WindowSVD
 from ipca.window import Window
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,7 +27,7 @@ _ENDS = {"matched-principal": "principal", "matched-minor": "minor"}
 def apply(
     model: Model,
     method: str,
-    config: PCConfig,
+    config: AdapterSettings,
     *,
     seed: int = 0,
     cache: SpectralCache | None = None,
@@ -63,11 +62,11 @@ def apply(
     """
     kind = kind_of(method)
     if kind == "window":
-        return apply_pc(model, replace(config, window=method), cache=cache, progress=False)
+        return adapt(model, replace(config, window=method), cache=cache, progress=False)
     if kind == "auto":
-        return apply_pc(model, replace(config, window="auto"), calibration=calibration, cache=cache, progress=False)
+        return adapt(model, replace(config, window="auto"), calibration=calibration, cache=cache, progress=False)
     if method in ("frozen-A", "frozen-B"):
-        apply_pc(model, config, cache=cache, progress=False)
+        adapt(model, config, cache=cache, progress=False)
         for layer in adapted_layers(model).values():
             (layer.lora_A if method == "frozen-A" else layer.lora_B).requires_grad_(False)
         return model
@@ -99,35 +98,38 @@ def needed_windows(method: str, target: Target, seed: int, d: int) -> list[Windo
 
 
 def _starts(
-    model: nn.Module, method: str, targets: list[Target], config: PCConfig, seed: int, cache: SpectralCache | None
+    model: nn.Module,
+    method: str,
+    targets: list[Target],
+    config: AdapterSettings,
+    seed: int,
+    cache: SpectralCache | None,
 ) -> list[InitialFactors]:
     if method == "random-window":
-        shapes = [source_matrix(get_layer(model, t.name), t.name, None).weight.shape for t in targets]
-        pairs = zip(targets, shapes, strict=True)
-        targets = [replace(t, window=_random_window(t, seed, min(shape[-2:]))) for t, shape in pairs]
+        targets = [replace(t, window=_random_window(t, seed, min(t.shape[-2:]))) for t in targets]
         return decompose_targets(model, targets, config, cache=cache, progress=False)
     return [_start(model, method, target, config, seed, cache) for target in targets]
 
 
 def _start(
-    model: nn.Module, method: str, target: Target, config: PCConfig, seed: int, cache: SpectralCache | None
+    model: nn.Module, method: str, target: Target, config: AdapterSettings, seed: int, cache: SpectralCache | None
 ) -> InitialFactors:
-    weight, source, digest = source_matrix(get_layer(model, target.name), target.name, None)
+    matrix = source_matrix(get_layer(model, target.name), target.name)
     generator = layer_generator(seed, target.name)
     if method == "lora":
-        dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else None
-        start = plain_lora_start(weight, target.window.rank, generator, adapter_dtype=dtype)
-        return start if digest is None else replace(start, base_sha256=digest)
+        dtype = config.factor_dtype(matrix.weight.dtype)
+        start = plain_lora_start(matrix.weight, target.window.rank, generator, adapter_dtype=dtype)
+        return start if matrix.digest is None else replace(start, base_sha256=matrix.digest)
 
     def components(window: Window) -> WindowSVD:
-        return cached_window_svd(weight, window, **precision(config, weight), cache=cache)
+        return window_of(target, config, matrix.weight, window=window, cache=cache)
 
     reference = components(target.window)
     if method == "haar":
         found = haar(reference, generator)
     else:
         found = matched(components(Window(_ENDS[method], target.window.rank)), reference)
-    return start_of(target, config, weight, found, digest, source)
+    return split_window(target, config, matrix, found)
 
 
 def _random_window(target: Target, seed: int, d: int) -> Window:
@@ -135,10 +137,9 @@ def _random_window(target: Target, seed: int, d: int) -> Window:
 
 
 def _train_whole_weights(model: nn.Module, targets: list[Target], modules_to_save: list[str]) -> None:
-    layers = {target.name: get_layer(model, target.name) for target in targets}
-    quantized = [name for name, layer in layers.items() if quantization_kind(layer) is not None]
+    quantized = [target.name for target in targets if target.quantized]
     if quantized:
         raise ValueError(f"{quantized[0]} is quantized and cannot be fully trained; leave the method 'full' out.")
     train_only_adapter(model, modules_to_save)
-    for layer in layers.values():
-        layer.get_parameter("weight").requires_grad_(True)
+    for target in targets:
+        get_layer(model, target.name).get_parameter("weight").requires_grad_(True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ipca._hashing import tensor_sha256
-from ipca.nn import InitCertificate, InitialFactors, default_adapter_dtype
+from ipca.nn.initialization import InitCertificate, InitialFactors
 from ipca.svd import SVDReport, WindowSVD
 from ipca.window import Window
 
@@ -21,7 +21,7 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
 
 
 def plain_lora_start(
-    weight: Tensor, rank: int, generator: torch.Generator, *, adapter_dtype: torch.dtype | None = None
+    weight: Tensor, rank: int, generator: torch.Generator, *, adapter_dtype: torch.dtype
 ) -> InitialFactors:
     """Plain LoRA (arXiv 2106.09685) for ``weight (…, out, in)``: random ``A0``; ``B0 = 0``, so ``W_res = W``.
 
@@ -32,9 +32,8 @@ def plain_lora_start(
         generator: on the CPU; the same one gives the same start on every device.
     """
     *experts, out_features, in_features = weight.shape
-    dtype = adapter_dtype or default_adapter_dtype(weight.dtype)
     A0 = torch.empty(*experts, rank, in_features, dtype=torch.float64).uniform_(-1, 1, generator=generator)
-    A0 = (A0 / in_features**0.5).to(weight.dtype).to(device=weight.device, dtype=dtype)
+    A0 = (A0 / in_features**0.5).to(weight.dtype).to(device=weight.device, dtype=adapter_dtype)
     B0 = A0.new_zeros(*experts, out_features, rank)
     exact = InitCertificate(str(weight.dtype).removeprefix("torch."), 0.0, 0.0, 0.0)
     return InitialFactors(A0, B0, Window(0, rank), tensor_sha256(weight), None, exact)

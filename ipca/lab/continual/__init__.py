@@ -1,7 +1,7 @@
 """Tasks one after another, without old data: windows of the weights, the usual baselines, and what each forgets.
 
->>> learner = ContinualLearner(model, "disjoint", ipca.PCConfig(rank=8), tasks=len(tasks))
->>> result = run_stream(model, tasks, "disjoint", ipca.PCConfig(rank=8))
+>>> learner = ContinualLearner(model, "disjoint", AdapterSettings(rank=8), tasks=len(tasks))
+>>> result = run_stream(model, tasks, "disjoint", AdapterSettings(rank=8))
 >>> print(result)
 """
 

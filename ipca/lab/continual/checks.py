@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ipca.config import PCConfig
 from ipca.lab.continual.methods import Kind
-from ipca.model import adapted_layers
+from ipca.model.apply import adapted_layers
+from ipca.model.decompose import source_matrix
+from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
-from ipca.model.unquantized_weights import source_matrix
 from ipca.nn.layer_kinds import layer_kind
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import get_layer
@@ -50,13 +50,13 @@ def check_options(
         raise ValueError(f"protected is a share of the components above 0 and below 1, got {protected}.")
 
 
-def find_layers(model: nn.Module, method: str, kind: Kind, config: PCConfig) -> tuple[list[Target], list[str]]:
+def find_layers(model: nn.Module, method: str, kind: Kind, config: AdapterSettings) -> tuple[list[Target], list[str]]:
     """The layers to adapt and the modules to train fully, with every reason against found before a task begins.
 
     Raises:
         TypeError, ValueError: as :func:`ipca.apply_pc`, or the method cannot have a layer; the message names it.
     """
-    if not isinstance(config, PCConfig):
+    if not isinstance(config, AdapterSettings):
         raise TypeError(f"config must be an ipca.PCConfig, got {config!r}.")
     present = adapted_layers(model)
     if present:

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ipca.io import staged_files
+from ipca._atomic import staged_files
 from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, adapter_tensors
 from ipca.lab.continual.method import Adapter
+from ipca.nn.initialization import add_low_rank
 from ipca.nn.layer_kinds import read_layer
-from ipca.nn.lowrank import add_low_rank
 from ipca.nn.registry import get_layer
 
 

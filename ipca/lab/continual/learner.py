@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ipca.config import PCConfig
 from ipca.lab.continual.checks import check_options, check_room, find_layers
 from ipca.lab.continual.kept import factors, save_stock, take_out, without_weights
 from ipca.lab.continual.method import Adapter, Setup
 from ipca.lab.continual.methods import find_kind
-from ipca.model import adapted_layers
+from ipca.model.apply import adapted_layers
+from ipca.model.settings import AdapterSettings
 from ipca.svd import SpectralCache
 
 ORTHOGONALITY, PROTECTED = 0.5, 0.5
@@ -36,7 +36,7 @@ class TaskRecord:
 class ContinualLearner:
     """Adapts ``model`` for one task after another; training is the caller's, with any optimizer and any loop.
 
-    >>> learner = ContinualLearner(model, "disjoint", PCConfig(rank=8), tasks=5)
+    >>> learner = ContinualLearner(model, "disjoint", AdapterSettings(rank=8), tasks=5)
     >>> for task in tasks:
     ...     optimizer = torch.optim.AdamW(learner.begin_task(), lr=1e-3, weight_decay=0)
     ...     for x, y in task:
@@ -89,7 +89,7 @@ class ContinualLearner:
         self,
         model: nn.Module,
         method: str,
-        config: PCConfig,
+        config: AdapterSettings,
         *,
         tasks: int | None = None,
         keep: bool = False,

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ipca.lab import baselines
 from ipca.lab.continual.method import Adapter, Method, Setup, fold, leave
-from ipca.model import adapted_layers, require_adapted, unload
+from ipca.model.apply import adapted_layers
+from ipca.model.merge import require_adapted, unload
 
 
 def one_lora(setup: Setup) -> Method:

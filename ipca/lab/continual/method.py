@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ipca.config import PCConfig
-from ipca.model import Target, adapted_layers, unload
-from ipca.nn import WindowLayer
+from ipca.model.apply import adapted_layers
+from ipca.model.merge import unload
+from ipca.model.settings import AdapterSettings
+from ipca.model.targets import Target
+from ipca.nn.window_layer import WindowLayer
 from ipca.svd import SpectralCache
 
 Adapter = Mapping[str, WindowLayer]
@@ -31,7 +33,7 @@ class Setup:
         protected: share of each layer's singular components that OSF protects.
     """
 
-    config: PCConfig
+    config: AdapterSettings
     targets: tuple[Target, ...]
     modules_to_save: tuple[str, ...]
     tasks: int | None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from ipca._atomic import uninterrupted
 from ipca.analysis.linalg import check_finite
 from ipca.lab.continual.method import Adapter, Method, Setup
-from ipca.model import uninterrupted
 
 
 def osf(setup: Setup) -> Method:

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ipca._atomic import uninterrupted
 from ipca.lab.baselines import plain_lora_start
 from ipca.lab.baselines.initialization import layer_generator
 from ipca.lab.continual.method import Method, Setup, leave
-from ipca.model import train_only_adapter, uninterrupted
+from ipca.model.apply import train_only_adapter
+from ipca.nn.initialization import add_low_rank
 from ipca.nn.layer_kinds import build_layer, layer_kind, read_layer
-from ipca.nn.lowrank import add_low_rank
 from ipca.nn.registry import set_layer
 
 
@@ -90,8 +91,8 @@ def _begin(model: nn.Module, setup: Setup, index: int) -> None:
     for target in setup.targets:
         old = model.get_submodule(target.name)
         generator = layer_generator(setup.seed_of(index), target.name)
-        dtype = getattr(torch, setup.config.adapter_dtype) if setup.config.adapter_dtype else None
         weight, bias = (old.weight.detach(), None) if isinstance(old, DirectionsLinear) else read_layer(old)
+        dtype = setup.config.factor_dtype(weight.dtype)
         start = plain_lora_start(weight, target.window.rank, generator, adapter_dtype=dtype)
         if isinstance(old, DirectionsLinear):
             layers[target.name] = old.next(start.A0, start.B0)

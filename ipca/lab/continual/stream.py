@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipca.io import staged_files
+from ipca._atomic import staged_files
 from ipca.lab.continual.learner import ContinualLearner, TaskRecord
 from ipca.lab.continual.method import task_seed
 from ipca.lab.task_matrix import TaskMatrix

@@ -8,14 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ipca._atomic import uninterrupted
 from ipca.analysis.linalg import check_finite
 from ipca.lab.continual.method import Method, Setup
-from ipca.model import apply_pc, install, precision, start_of, train_only_adapter, uninterrupted
+from ipca.model.apply import adapt, install, train_only_adapter
+from ipca.model.decompose import SourceMatrix, source_matrix, split_window, window_of
 from ipca.model.targets import Target
-from ipca.model.unquantized_weights import source_matrix
-from ipca.nn import InitialFactors
+from ipca.nn.initialization import InitialFactors
 from ipca.nn.registry import get_layer
-from ipca.svd import WindowSVD, cached_window_svd
+from ipca.svd import WindowSVD
 from ipca.window import Window
 
 
@@ -59,7 +60,7 @@ def _of_basis(setup: Setup, windows: int) -> Method:
 
 
 def _apply(model: nn.Module, setup: Setup) -> None:
-    apply_pc(model, setup.config, cache=setup.cache, progress=False)
+    adapt(model, setup.config, cache=setup.cache, progress=False)
 
 
 class _Basis:
@@ -85,15 +86,16 @@ class _Basis:
             train_only_adapter(model, self.setup.modules_to_save)
 
     def _block(self, model: nn.Module, target: Target) -> WindowSVD:
-        weight = source_matrix(get_layer(model, target.name), target.name, None).weight
+        weight = source_matrix(get_layer(model, target.name), target.name).weight
         check_finite(target.name, weight)
         window = Window(target.window.start, self.windows * target.window.rank)
-        return cached_window_svd(weight, window, **precision(self.setup.config, weight), cache=self.setup.cache)
+        return window_of(target, self.setup.config, weight, window=window, cache=self.setup.cache)
 
     def _start(self, model: nn.Module, target: Target, block: WindowSVD, index: int) -> InitialFactors:
-        weight = source_matrix(get_layer(model, target.name), target.name, None).weight
+        weight = source_matrix(get_layer(model, target.name), target.name).weight
         piece = part_of(block, index % self.windows, target.window.rank, weight.device)
-        return start_of(replace(target, window=piece.report.window), self.setup.config, weight, piece)
+        target = replace(target, window=piece.report.window)
+        return split_window(target, self.setup.config, SourceMatrix(weight, "weight", None), piece)
 
 
 def part_of(block: WindowSVD, place: int, rank: int, device: torch.device) -> WindowSVD:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ipca
-from ipca.io import check_writable, staged_files
+from ipca._atomic import check_writable, staged_files
 from ipca.lab.demo import report
 from ipca.lab.demo.data import Text, load_text
 from ipca.lab.demo.task import METHODS, Encoder, Outcome, Probe, Settings, load_encoder, run

@@ -13,13 +13,11 @@ from torch import nn
 from tqdm import tqdm
 
 from ipca._atomic import write_atomic
-from ipca.config import PCConfig
 from ipca.lab.baselines.apply import needed_windows
-from ipca.model import precision
-from ipca.model.auto import AUTO, auto_windows, without_auto
-from ipca.model.decompose import decompose_targets
+from ipca.model.calibration import AUTO, auto_windows, without_auto
+from ipca.model.decompose import decompose_targets, precision, source_matrix
+from ipca.model.settings import AdapterSettings
 from ipca.model.targets import find_modules_to_save, find_targets
-from ipca.model.unquantized_weights import source_matrix
 from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache, window_svd
 from ipca.svd.entry import cache_key
@@ -29,7 +27,7 @@ Run = tuple[str, int]
 """A method and a seed."""
 
 
-def find_windows(model: nn.Module, config: PCConfig, runs: Iterable[Run]) -> dict[str, list[Window]]:
+def find_windows(model: nn.Module, config: AdapterSettings, runs: Iterable[Run]) -> dict[str, list[Window]]:
     """For each layer the windows, in ascending order, that the methods of ``runs`` ask for; by the layer's path.
 
     Without those that look at the spectrum; for ``"auto"`` see :func:`auto_config`.
@@ -51,7 +49,7 @@ def find_windows(model: nn.Module, config: PCConfig, runs: Iterable[Run]) -> dic
 
 def decompose(
     model: nn.Module,
-    config: PCConfig,
+    config: AdapterSettings,
     needed: Mapping[str, Sequence[Window]],
     cache: SpectralCache,
     *,
@@ -78,13 +76,13 @@ def decompose(
 
 def auto_config(
     model: nn.Module,
-    config: PCConfig,
+    config: AdapterSettings,
     calibration: Callable[[], Iterable[Any]],
     path: Path,
     cache: SpectralCache,
     *,
     progress: bool = True,
-) -> PCConfig:
+) -> AdapterSettings:
     """``config`` with the window of each layer that the method ``"auto"`` takes, by its path.
 
     They depend on the model and the batches of ``calibration()`` alone, and cost a full SVD of every layer; so they are

@@ -15,7 +15,6 @@ from torch import nn
 from tqdm import tqdm
 
 from ipca._version import __version__
-from ipca.config import PCConfig
 from ipca.lab.sweep.decompose import auto_config, decompose, find_windows
 from ipca.lab.sweep.device import check_devices, device_name, device_of, num_threads, use_device
 from ipca.lab.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid, steps_of
@@ -27,6 +26,7 @@ from ipca.lab.sweep.task import Task, load_task
 from ipca.lab.sweep.trial import Row, base_row, build_base, seed_everything
 from ipca.lab.sweep.tune import require_optuna, tuned_trials
 from ipca.lab.sweep.workers import Work, WorkerPool, check_sendable, model_sha256
+from ipca.model.settings import AdapterSettings
 from ipca.svd import SpectralCache
 
 
@@ -147,7 +147,7 @@ def _check_here(task: Task, source: Path | None, workers: int, devices: Sequence
         require_optuna()
 
 
-def _find_auto(base: nn.Module, task: Task, store: Store, progress: bool) -> PCConfig:
+def _find_auto(base: nn.Module, task: Task, store: Store, progress: bool) -> AdapterSettings:
     """The configuration that ``"auto"`` stands for."""
     assert task.calibration is not None  # which `_check` has seen to
     cache = SpectralCache(store.spectra)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ipca.config import PCConfig
 from ipca.lab.sweep.notes import noted
+from ipca.model.settings import AdapterSettings
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Task:
     build: Callable[[], nn.Module]
     train: Callable[[nn.Module, list[dict[str, Any]], int], object]
     evaluate: Callable[[nn.Module], Mapping[str, float]]
-    config: PCConfig
+    config: AdapterSettings
     calibration: Callable[[], Iterable[Any]] | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -47,7 +47,7 @@ class Task:
         for name in ("build", "train", "evaluate"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}.")
-        if not isinstance(self.config, PCConfig):
+        if not isinstance(self.config, AdapterSettings):
             raise TypeError(f"config must be an ipca.PCConfig, got {self.config!r}.")
         if not isinstance(self.labels, Mapping):
             raise TypeError(f"labels must be a mapping, {{'target': 'accuracy on …'}}; got {self.labels!r}.")

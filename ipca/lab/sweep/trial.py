@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ipca.analysis import update_norm
-from ipca.config import PCConfig
 from ipca.lab import baselines
 from ipca.lab.sweep.device import device_of, same_bits
 from ipca.lab.sweep.notes import noted
 from ipca.lab.sweep.task import Task
 from ipca.lab.sweep.watch import watched
-from ipca.model import adapted_layers, apply_pc, param_groups
+from ipca.model.apply import adapt, adapted_layers
 from ipca.model.batches import evaluating
+from ipca.model.decompose import source_matrix
+from ipca.model.optim import param_groups
+from ipca.model.settings import AdapterSettings
 from ipca.model.targets import find_modules_to_save, find_targets
-from ipca.model.unquantized_weights import source_matrix
 from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache
 
@@ -78,7 +79,7 @@ def run_trial(
     cache: SpectralCache,
     early: int,
     checkpoints: tuple[int, ...],
-    auto: PCConfig | None = None,
+    auto: AdapterSettings | None = None,
 ) -> list[Row]:
     """The rows of ``trial``: one for each checkpoint, then one for the end of training.
 
@@ -99,7 +100,7 @@ def run_trial(
     model = copy.deepcopy(base)
     if trial.method == "auto":
         assert auto is not None
-        apply_pc(model, auto, cache=cache, progress=False)
+        adapt(model, auto, cache=cache, progress=False)
     else:
         baselines.apply(model, trial.method, task.config, seed=trial.seed, cache=cache)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca._hashing import tensor_sha256
-from ipca.config import PCConfig
 from ipca.lab.sweep.device import see_only, use_device
 from ipca.lab.sweep.notes import noted
 from ipca.lab.sweep.task import Task, load_task
 from ipca.lab.sweep.trial import Row, Trial, build_base, run_trial
+from ipca.model.settings import AdapterSettings
 from ipca.svd import SpectralCache
 
 Result = tuple[Trial, list[Row], float]
@@ -51,7 +51,7 @@ class Work:
     checkpoints: tuple[int, ...]
     model_sha256: str
     threads: int
-    auto: PCConfig | None = None
+    auto: AdapterSettings | None = None
 
 
 class Worker:

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-import ipca
 from ipca.lab import baselines
 from ipca.lab.baselines.apply import needed_windows
+from ipca.model import AdapterSettings
 from ipca.model.targets import find_targets
 from ipca.svd import SpectralCache
 from tests.helpers.models import Plain, snapshot
 from tests.helpers.quantized_layers import quantized_layer
 
-CONFIG = ipca.PCConfig(rank=3, targets=("a", "b"), modules_to_save=("head",))
+CONFIG = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",))
 METHODS = ("principal", "0.25", "start=2", "erank", "lora", "full", *baselines.CONTROLS)
 
 
@@ -27,7 +27,7 @@ def adapted(method, seed=0, config=CONFIG, **options):
 @pytest.mark.parametrize("form", ["residual", "intact"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_function_is_unchanged_before_training(method, form):
-    config = ipca.PCConfig(rank=3, targets=("a", "b"), modules_to_save=("head",), form=form)
+    config = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",), form=form)
     base, model = adapted(method, config=config)
     x = torch.randn(7, 20)
     bound = 8 * torch.finfo(torch.float32).eps * base(x).abs().max()
@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
 
 def test_layers_of_one_shape_draw_different_factors():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    baselines.apply(model, "lora", ipca.PCConfig(rank=2))
+    baselines.apply(model, "lora", AdapterSettings(rank=2))
     assert not torch.equal(model[0].lora_A, model[1].lora_A)
 
 
@@ -81,7 +81,7 @@ def test_plain_lora_trains_like_peft():
 
     torch.manual_seed(3)
     base = nn.Sequential(nn.Linear(9, 7))
-    ours = baselines.apply(copy.deepcopy(base), "lora", ipca.PCConfig(rank=2, alpha=4))
+    ours = baselines.apply(copy.deepcopy(base), "lora", AdapterSettings(rank=2, alpha=4))
     theirs = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
     lora = theirs.base_model.model[0]
     with torch.no_grad():
@@ -185,4 +185,4 @@ def test_kinds_and_positions():
 def test_quantized_weights_are_not_trained_whole(kind):
     model = nn.Sequential(quantized_layer(kind, torch.randn(64, 64)))
     with pytest.raises(ValueError, match="0 is quantized and cannot be fully trained; leave the method 'full' out"):
-        baselines.apply(model, "full", ipca.PCConfig(rank=3, form="intact"))
+        baselines.apply(model, "full", AdapterSettings(rank=3, form="intact"))

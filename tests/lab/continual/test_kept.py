@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import ipca
 from ipca.lab.continual import METHODS, ContinualLearner
+from ipca.model import AdapterSettings
 from tests.helpers.continual import CONFIG, learn, plain
 from tests.helpers.layer_kinds import CASES, output, relative
 
@@ -78,7 +78,7 @@ def test_other_kinds_of_layers_are_folded_kept_and_removed(name, method):
     case = CASES[name]
     torch.manual_seed(1)
     model, x = case.build().eval(), case.x()
-    config = ipca.PCConfig(**{"rank": 2, "targets": tuple(case.targets), **case.options})
+    config = AdapterSettings(**{"rank": 2, "targets": tuple(case.targets), **case.options})
     before = output(model, x).detach()
     learner = ContinualLearner(model, method, config, tasks=2, keep=True)
     for _ in range(2):

@@ -9,6 +9,7 @@ from torch import nn
 
 import ipca
 from ipca.lab.continual import METHODS, ContinualLearner, TaskRecord, sd_lora
+from ipca.model import AdapterSettings
 from tests.helpers.continual import CONFIG, SHAPES, learn, plain, train
 from tests.helpers.models import snapshot
 from tests.helpers.quantized_layers import quantize
@@ -214,18 +215,18 @@ def test_an_adapted_model_is_refused():
 def test_a_quantized_layer_is_refused():
     model = quantize(nn.Sequential(nn.Linear(64, 64)), "int8")
     with pytest.raises(ValueError, match="0 is quantized, and what a task learned cannot be folded into it"):
-        ContinualLearner(model, "fresh", ipca.PCConfig(rank=2, targets="0", form="intact"))
+        ContinualLearner(model, "fresh", AdapterSettings(rank=2, targets="0", form="intact"))
 
 
 def test_methods_for_linear_layers_refuse_others():
     model = nn.Sequential(nn.Embedding(9, 7))
     with pytest.raises(ValueError, match="method 'sd-lora' adapts linear layers alone; 0 is a Embedding"):
-        ContinualLearner(model, "sd-lora", ipca.PCConfig(rank=2, targets="0"))
+        ContinualLearner(model, "sd-lora", AdapterSettings(rank=2, targets="0"))
 
 
 def test_methods_without_dropout_refuse_it():
     with pytest.raises(ValueError, match=r"method 'osf' has no dropout of its own, got 0\.1"):
-        ContinualLearner(plain(), "osf", ipca.PCConfig(rank=2, targets=("a",), dropout=0.1))
+        ContinualLearner(plain(), "osf", AdapterSettings(rank=2, targets=("a",), dropout=0.1))
 
 
 def test_steps_out_of_order_are_refused():

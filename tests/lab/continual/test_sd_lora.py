@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-import ipca
 from ipca.lab.continual import ContinualLearner
 from ipca.lab.continual.sd_lora import product_norm
+from ipca.model import AdapterSettings
 from tests.helpers.continual import CONFIG, plain, train
 
 
 def test_the_output_is_the_formula_of_the_paper():
-    config = ipca.PCConfig(rank=3, alpha=6.0, targets=("a", "b"))  # scaling 2
+    config = AdapterSettings(rank=3, alpha=6.0, targets=("a", "b"))  # scaling 2
     model, x = plain(), torch.randn(7, 20)
     W, bias = model.a.weight.detach().double(), model.a.bias.detach()
     learner, directions = ContinualLearner(model, "sd-lora", config), []
@@ -71,7 +71,7 @@ def test_a_transposed_layer_keeps_its_type():
     model = nn.Sequential(Conv1D(7, 9))
     x = torch.randn(4, 9)
     before = model(x)
-    learner = ContinualLearner(model, "sd-lora", ipca.PCConfig(rank=2, targets="0"))
+    learner = ContinualLearner(model, "sd-lora", AdapterSettings(rank=2, targets="0"))
     learner.begin_task()
     learner.end_task()
     learner.finish()

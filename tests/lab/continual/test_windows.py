@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import ipca
 from ipca.lab.continual import ContinualLearner
+from ipca.model import AdapterSettings
 from tests.helpers.continual import CONFIG, learn, plain, train
 
 
@@ -72,7 +72,7 @@ class Regression:
         torch.manual_seed(3)
         self.model = nn.Sequential(nn.Linear(9, 7, bias=False)).double()
         self.U, _, self.Vh = torch.linalg.svd(self.weight, full_matrices=False)
-        config = ipca.PCConfig(rank=2, window="start=1", targets="0")
+        config = AdapterSettings(rank=2, window="start=1", targets="0")
         self.learner = ContinualLearner(self.model, "disjoint", config, tasks=2, frozen=frozen)
 
     @property

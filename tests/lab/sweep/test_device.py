@@ -17,7 +17,7 @@ from ipca.lab import baselines, sweep
 from ipca.lab.sweep.decompose import auto_config
 from ipca.lab.sweep.device import device_name, device_of, same_bits, see_only, use_device
 from ipca.lab.sweep.trial import judge
-from ipca.model import adapted_layers
+from ipca.model.apply import adapted_layers
 from ipca.svd import SpectralCache
 from tests.helpers import sweep_task
 

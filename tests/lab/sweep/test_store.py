@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from ipca import PCConfig
 from ipca.lab import sweep
 from ipca.lab.sweep.store import AUTO, SETTINGS, Store
+from ipca.model import AdapterSettings
 from tests.helpers import sweep_task
 
 GRID = {"windows": (0.5,), "lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same",), "early": 2}
@@ -65,7 +65,7 @@ def test_of_another_config_the_field_is_named(tmp_path):
 
 
 def test_a_layer_that_is_not_there_leaves_no_folder(tmp_path):
-    task = replace(sweep_task.task(), config=PCConfig(rank=2, targets=("nope",)))
+    task = replace(sweep_task.task(), config=AdapterSettings(rank=2, targets=("nope",)))
     with pytest.raises(ValueError, match="no module matches the target 'nope'"):
         sweep.run(task, tmp_path / "out", **GRID, **QUIET)
     assert not (tmp_path / "out").exists()

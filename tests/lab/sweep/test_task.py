@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from ipca.config import PCConfig
 from ipca.lab.sweep import load_task
+from ipca.model.settings import AdapterSettings
 from tests.helpers import sweep_task
 
 
@@ -46,7 +46,7 @@ def test_a_missing_file_says_so(tmp_path):
         ({"train": 3}, TypeError, "train must be a function, got 3"),
         ({"labels": "accuracy"}, TypeError, "labels must be a mapping, .*; got 'accuracy'"),
         ({"config": {"rank": 2}}, TypeError, "config must be an ipca.PCConfig"),
-        ({"config": PCConfig(window_pattern={"a": "minor"})}, ValueError, "leave window_pattern out"),
+        ({"config": AdapterSettings(window_pattern={"a": "minor"})}, ValueError, "leave window_pattern out"),
     ],
 )
 def test_wrong_fields_say_so(change, error, says):

@@ -123,13 +123,13 @@ def train_normed(model, groups, seed):
 
 
 def test_a_model_with_counters_and_other_state_is_swept(tmp_path):
-    from ipca import PCConfig
     from ipca.lab import sweep
+    from ipca.model import AdapterSettings
 
     def evaluate(model):
         return {"target": model(torch.randn(4, 6)).sum().item(), "retained": 0.0}
 
-    task = Task(Normed, train_normed, evaluate, PCConfig(rank=2, targets=("body",)))
+    task = Task(Normed, train_normed, evaluate, AdapterSettings(rank=2, targets=("body",)))
     options = {"windows": (0,), "lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same",), "early": 1}
     rows = sweep.run(task, tmp_path, **options, progress=False, report=False)
     assert [row["status"] for row in rows] == ["ok", "ok"]

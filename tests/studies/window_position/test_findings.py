@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import ipca
 from ipca.lab import sweep
 from ipca.lab.statistics import holm
+from ipca.model import AdapterSettings
 from studies.window_position import claims, findings, mechanism, rules, run
 from studies.window_position import rows as study_rows
 from studies.window_position import tables as study_tables
@@ -224,7 +224,7 @@ def test_sensitivities_are_summed_over_each_window():
         for layer in (model[0], model[2]):
             layer.weight.copy_(torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])))
     x = torch.diag(torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0]))  # energies: x_i² / 5
-    both, first = (ipca.PCConfig(rank=2, targets=targets) for targets in (["0", "2"], ["0"]))
+    both, first = (AdapterSettings(rank=2, targets=targets) for targets in (["0", "2"], ["0"]))
     found = list(mechanism.measure(model, [x], {"both": both, "first": first}, (0.0, 0.5, 1.0)))
     sums = {(row["experiment"], row["layer"], row["window"]): row["sensitivity"] for row in found}
     assert len(found) == len(sums) == 9

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from ipca import PCConfig, Window
+from ipca import Window
+from ipca.model import AdapterSettings
 
 FULL = {
     "rank": 8,
@@ -26,40 +27,40 @@ FULL = {
 
 
 def test_the_defaults():
-    config = PCConfig()
+    config = AdapterSettings()
     assert (config.rank, config.window, config.alpha, config.form) == (16, "middle", None, "residual")
     assert (config.dropout, config.targets, config.adapter_dtype, config.tol) == (0.0, "all-linear", None, "default")
     assert config.exclude == config.modules_to_save == ()
     assert config.rank_pattern == config.window_pattern == config.alpha_pattern == {}
-    assert PCConfig.create() == config == PCConfig.from_json("{}")
+    assert AdapterSettings.create() == config == AdapterSettings.from_json("{}")
 
 
 def test_every_field_survives_json():
-    config = PCConfig(**FULL)
-    assert set(FULL) == {field.name for field in dataclasses.fields(PCConfig)}
+    config = AdapterSettings(**FULL)
+    assert set(FULL) == {field.name for field in dataclasses.fields(AdapterSettings)}
     assert {name: getattr(config, name) for name in FULL} == FULL
-    assert PCConfig.from_json(config.to_json()) == config
+    assert AdapterSettings.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["targets"] == list(FULL["targets"])
 
 
 @pytest.mark.parametrize(("name", "value"), FULL.items(), ids=FULL)
 def test_each_field_alone_survives_json(name, value):
-    config = PCConfig(**{name: value})
-    assert config != PCConfig()
-    assert PCConfig.from_json(config.to_json()) == config
+    config = AdapterSettings(**{name: value})
+    assert config != AdapterSettings()
+    assert AdapterSettings.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "query", ["query"], ("query", "value"), []])
 def test_targets_of_one_text_or_several(targets):
-    config = PCConfig(targets=targets)
+    config = AdapterSettings(targets=targets)
     assert config.targets == (targets if isinstance(targets, str) else tuple(targets))
-    assert PCConfig.from_json(config.to_json()) == config
+    assert AdapterSettings.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize("name", ["exclude", "modules_to_save"])
 def test_a_single_text_is_one_pattern(name):
-    assert getattr(PCConfig(**{name: "head"}), name) == ("head",)
-    assert getattr(PCConfig(**{name: ["head", "pooler"]}), name) == ("head", "pooler")
+    assert getattr(AdapterSettings(**{name: "head"}), name) == ("head",)
+    assert getattr(AdapterSettings(**{name: ["head", "pooler"]}), name) == ("head", "pooler")
 
 
 @pytest.mark.parametrize(
@@ -76,57 +77,59 @@ def test_a_single_text_is_one_pattern(name):
     ],
 )
 def test_the_window_is_kept_in_its_text_form(window, text):
-    assert PCConfig(window=window).window == text
-    assert PCConfig.from_json(PCConfig(window=window).to_json()).window == text
+    assert AdapterSettings(window=window).window == text
+    assert AdapterSettings.from_json(AdapterSettings(window=window).to_json()).window == text
 
 
 @pytest.mark.parametrize("window", [Window.middle(4), Window(7, 4), Window.at(0.3, 4), Window.energy(0.9, 4)], ids=str)
 def test_create_takes_the_rank_of_a_window(window):
-    config = PCConfig.create(window=window, alpha=2.0, targets=["query"])
-    assert config == PCConfig(rank=4, window=window.text, alpha=2.0, targets=("query",))
+    config = AdapterSettings.create(window=window, alpha=2.0, targets=["query"])
+    assert config == AdapterSettings(rank=4, window=window.text, alpha=2.0, targets=("query",))
     assert Window(config.window, config.rank) == window
-    assert PCConfig.create(window=window, rank=4, alpha=2.0, targets=["query"]) == config
+    assert AdapterSettings.create(window=window, rank=4, alpha=2.0, targets=["query"]) == config
 
 
 @pytest.mark.parametrize("window", ["minor", 0.25, 7, "start=7", "erank"])
 def test_create_takes_a_rule_beside_a_rank(window):
-    assert PCConfig.create(window=window, rank=3) == PCConfig(rank=3, window=Window(window, 3).text)
-    assert PCConfig.create(window=window) == PCConfig(window=Window(window, 16).text)
+    assert AdapterSettings.create(window=window, rank=3) == AdapterSettings(rank=3, window=Window(window, 3).text)
+    assert AdapterSettings.create(window=window) == AdapterSettings(window=Window(window, 16).text)
 
 
 def test_create_refuses_two_ranks():
     with pytest.raises(ValueError, match=r"rank=4\) has rank 4, but rank=5 was given too; give one of them"):
-        PCConfig.create(window=Window.middle(4), rank=5)
+        AdapterSettings.create(window=Window.middle(4), rank=5)
 
 
 def test_create_names_unknown_options_and_the_known_ones():
-    with pytest.raises(TypeError, match="unknown option lora_alpha, r; PCConfig has adapter_dtype, alpha,") as error:
-        PCConfig.create(r=8, lora_alpha=16)
+    with pytest.raises(
+        TypeError, match="unknown option lora_alpha, r; AdapterSettings has adapter_dtype, alpha,"
+    ) as error:
+        AdapterSettings.create(r=8, lora_alpha=16)
     assert all(name in str(error.value) for name in FULL)
 
 
 def test_create_validates_what_it_builds():
     with pytest.raises(ValueError, match="form must be one of residual, intact; got 'lora'"):
-        PCConfig.create(window=Window.middle(4), form="lora")
+        AdapterSettings.create(window=Window.middle(4), form="lora")
 
 
 def test_a_config_is_frozen_and_shares_nothing_with_its_caller():
     ranks, targets = {"query": 4}, ["query"]
-    config = PCConfig(rank_pattern=ranks, targets=targets)
+    config = AdapterSettings(rank_pattern=ranks, targets=targets)
     ranks["query"] = 0
     targets.append("value")
-    assert config == PCConfig(rank_pattern={"query": 4}, targets=("query",))
+    assert config == AdapterSettings(rank_pattern={"query": 4}, targets=("query",))
     with pytest.raises(dataclasses.FrozenInstanceError, match="rank"):
         config.rank = 3
     assert config.rank == 16
 
 
 def test_replace_validates_again():
-    config = PCConfig(**FULL)
+    config = AdapterSettings(**FULL)
     assert dataclasses.replace(config, rank=2).rank == 2
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         dataclasses.replace(config, rank=0)
-    assert config == PCConfig(**FULL)
+    assert config == AdapterSettings(**FULL)
 
 
 INVALID = [
@@ -171,30 +174,30 @@ INVALID = [
 @pytest.mark.parametrize(("options", "error", "message"), INVALID, ids=[str(options) for options, *_ in INVALID])
 def test_an_invalid_field(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        PCConfig(**options)
+        AdapterSettings(**options)
     with pytest.raises(error, match=re.escape(message)):
-        PCConfig.create(**options)
+        AdapterSettings.create(**options)
 
 
 @pytest.mark.parametrize("options", [{"form": "lora"}, {"rank": "8"}, {"alpha": math.nan}, {"tol": "best"}], ids=str)
 def test_json_is_validated_as_the_constructor_is(options):
     with pytest.raises((TypeError, ValueError), match=f"^{next(iter(options))} must be"):
-        PCConfig.from_json(json.dumps(options))
+        AdapterSettings.from_json(json.dumps(options))
 
 
 @pytest.mark.parametrize("text", ["", "{", "{'rank': 3}", "rank"])
 def test_text_that_is_no_json(text):
-    with pytest.raises(ValueError, match="not a PCConfig in JSON: "):
-        PCConfig.from_json(text)
+    with pytest.raises(ValueError, match="not a AdapterSettings in JSON: "):
+        AdapterSettings.from_json(text)
 
 
 @pytest.mark.parametrize(("text", "kind"), [("[]", "list"), ("3", "int"), ("null", "NoneType"), ('"middle"', "str")])
 def test_json_that_is_no_object(text, kind):
-    with pytest.raises(ValueError, match=f"a PCConfig in JSON is an object, got {kind}"):
-        PCConfig.from_json(text)
+    with pytest.raises(ValueError, match=f"a AdapterSettings in JSON is an object, got {kind}"):
+        AdapterSettings.from_json(text)
 
 
 def test_unknown_keys_in_json_are_named():
-    text = json.dumps({**json.loads(PCConfig().to_json()), "r": 8, "lora_alpha": 16})
-    with pytest.raises(ValueError, match="unknown keys in PCConfig: lora_alpha, r"):
-        PCConfig.from_json(text)
+    text = json.dumps({**json.loads(AdapterSettings().to_json()), "r": 8, "lora_alpha": 16})
+    with pytest.raises(ValueError, match="unknown keys in AdapterSettings: lora_alpha, r"):
+        AdapterSettings.from_json(text)

@@ -15,7 +15,7 @@ from torch import nn
 
 import ipca
 import ipca.io.adapter
-from ipca.io import staged_files, staged_folder
+from ipca._atomic import staged_files, staged_folder
 from ipca.io.adapter_folder import read_adapter
 from tests.helpers.models import Net, adapted, snapshot
 

@@ -16,7 +16,9 @@ from tqdm import tqdm
 from ipca.kernels import tables
 from ipca.kernels.few_tokens import few_tokens, takes
 from ipca.kernels.linear import input_grad, linear
-from ipca.kernels.low_rank import fuses, outer, products, project
+from ipca.kernels.outer import outer
+from ipca.kernels.products import fuses, products
+from ipca.kernels.project import project
 
 
 def tune_grid(cells: Iterable[Mapping[str, Any]], path: Path, seconds: float) -> None:
