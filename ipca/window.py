@@ -127,7 +127,7 @@ class Window:
             raise ValueError(f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`.")
         if self.needs_calibration:
             raise ValueError(
-                "window 'auto' is found from inputs of the model: say ipca.apply_pc(model, window='auto', "
+                "window 'auto' is found from inputs of the model: call ipca.apply_pc(model, window='auto', "
                 "calibration=batches), or find it with ipca.analysis.suggest_windows and give starts in window_pattern."
             )
         if self.needs_spectrum:
@@ -203,9 +203,10 @@ def _normalize(start: int | str) -> int | str:
 
 
 def _raise_ambiguous(number: str) -> NoReturn:
-    fraction = f", '{int(number)}.0' for the fraction" if int(number) in (0, 1) else ""
+    index = _normalize(int(number))  # raises for a negative one
+    fraction = f", '{index}.0' for the fraction" if index in (0, 1) else ""
     raise ValueError(
-        f"window {number} is ambiguous, an index or a fraction: write 'start={int(number)}' for the index{fraction}."
+        f"window {number} is ambiguous, an index or a fraction: write 'start={index}' for the index{fraction}."
     )
 
 

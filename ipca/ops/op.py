@@ -13,7 +13,7 @@ The op is registered twice with this body: in :mod:`ipca.ops.linear` as a ``cust
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -241,6 +241,12 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     stack = ExitStack()
     if x.is_cuda:
         stack.enter_context(torch.cuda.device(x.device))
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    stack.enter_context(without_autocast(x))
     return stack
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Products of tensors on the device of ``x`` in their own dtypes."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,6 +1,7 @@
 """A streaming work on a plain model, for the tests of its parts."""
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ class Run:
     def __call__(self, *, finish: bool = True, source=None, **options) -> WorkFolder:
         source, work = source or self.source(), WorkFolder(self.out)
         targets = find_targets(source.model, self.config, values=isinstance(source, ModelSource))
-        work.open({"config": self.config.to_json()})
+        work.open({"config": asdict(self.config)})
         try:
             layers, _ = decompose_layers(source, targets, self.config, work, Ranks(), progress=False, **options)
             install_layers(source.model, layers, work)
