@@ -200,8 +200,9 @@ def _check_reads_only(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _memory(tensor: Tensor) -> int:
-    """The address of the memory of ``tensor``; 0 where it has none of its own, as on the meta device."""
-    return tensor.untyped_storage().data_ptr() if type(tensor) is Tensor and not tensor.is_meta else 0
+    """The address of the memory of ``tensor``; 0 where it has none, as on the meta device or within ``vmap``."""
+    owns = type(tensor) is Tensor and not tensor.is_meta and torch._C._has_storage(tensor)
+    return tensor.untyped_storage().data_ptr() if owns else 0
 
 
 def _raise_read_only() -> NoReturn:
