@@ -104,8 +104,9 @@ class LinearPC(ProductLayer):
 
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         """The whole output by one registered op, which chooses the kernels."""
-        frozen = {"A0": self.lora_A0, "B0": self.lora_B0} if self.form == "intact" else {}
-        return pc_linear(x, self.base_weight, A, B, self.bias, scaling=self.scaling, dropout=dropout, **frozen)
+        A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
+        scaling = self.alpha / self.rank
+        return pc_linear(x, self.base_weight, A, B, self.bias, scaling=scaling, A0=A0, B0=B0, dropout=dropout)
 
     @classmethod
     def from_linear(
