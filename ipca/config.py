@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ipca.nn import check_options
-from ipca.svd import tolerance
+from ipca.svd.decompose import tolerance
 from ipca.window import Window, as_window
 
 

@@ -21,7 +21,8 @@ from ipca.nn import InitialFactors
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import get_layer
-from ipca.svd import SpectralCache, cached_window_svd, thread_map, workspace
+from ipca.svd import SpectralCache, cached_window_svd
+from ipca.svd.parallel import thread_map, workspace
 from ipca.window import Window
 
 _STACK = 32

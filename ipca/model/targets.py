@@ -17,7 +17,7 @@ from ipca.nn.layer_kinds import LINEAR, ExpertStack, layer_kind, read_layer, sta
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.quantized_linear import RESIDUAL
 from ipca.nn.registry import named_layers
-from ipca.svd import check_matrix
+from ipca.svd.decompose import check_matrix
 from ipca.window import Window
 
 TIED = (
