@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,8 @@ def host_build(tmp_path_factory):
         pytest.skip("g++, which compiles the kernels for the CPU, is not on PATH")
     out = tmp_path_factory.mktemp("door") / f"_C{_extension.SUFFIX}"
     flags = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DIPCA_HOST", "-Wno-unknown-pragmas"]
-    folders = [f"-I{folder}" for folder in _extension.include_folders()]
+    ours = [_extension.SOURCES, Path(__file__).parent]  # the kernels, and host_shim.h
+    folders = [f"-I{folder}" for folder in (*ours, *_extension.include_folders())]
     sources = ["-xc++", str(_extension.SOURCES / "launch.cu"), str(_extension.SOURCES / "module.cpp")]
     command = ["g++", *flags, *folders, f'-DIPCA_SOURCES="{_extension.source_hash()}"', *sources, "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

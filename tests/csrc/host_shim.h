@@ -122,7 +122,7 @@ void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, 
   for (auto& thread : running) thread.join();
 }
 
-// The only device. Defined once: launch.cu alone includes this.
+// The only device. Defined here, as only launch.cu includes this file.
 DeviceGuard::DeviceGuard(int) : before_(nullptr) {}
 DeviceGuard::~DeviceGuard() { before_ = nullptr; }
 void try_device(int) {}
