@@ -77,7 +77,7 @@ def compile_all(sources: Path = SOURCES, archs: tuple[int, ...] = ARCHITECTURES)
 
 
 def _compile(sources: Path, arch: int) -> tuple[str, str]:
-    """What ptxas said, and the assembly that it was given."""
+    """The output of ptxas, and the assembly that it was given."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin", "--keep", f"--keep-dir={folder}"]
         said = _run([f"{toolkit()}/bin/nvcc", *flags, f"{sources}/launch.cu", "-o", f"{folder}/kernels.cubin"])
@@ -85,7 +85,7 @@ def _compile(sources: Path, arch: int) -> tuple[str, str]:
 
 
 def _blocks(sources: Path) -> dict[tuple[str, str], tuple[int, int]]:
-    """Threads and bytes of shared memory of a block, by kernel and dtype: said by a program of the same headers."""
+    """Threads and bytes of shared memory of a block, by kernel and dtype: printed by a program of the same headers."""
     lines = [
         f'using T = {T}; std::printf("{kernel} {dtype} %d %zu\\n", {threads}, {shared});'
         for T, dtype in (("float", "float32"), ("double", "float64"))

@@ -1,6 +1,6 @@
-"""The spectral cache: windows that were decomposed once, found again by the hash of their weight.
+"""The spectral cache: decomposed windows on disk, keyed by the hash of their weight.
 
-One checksummed file an entry: ``U (m, r), S (r,), Vh (r, n)`` in the dtype that was asked for, and the report.
+One checksummed file per entry: ``U (m, r), S (r,), Vh (r, n)`` in the requested dtype, and the report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ipca.svd.result import SVDReport, WindowSVD
 from ipca.window import Window
 
 VERSION = 1
-"""Of the entries and of what ``window_svd`` promises; a change of either makes every older entry unknown."""
+"""Of the entries' format and of the contract of ``window_svd``; entries of another version are not found."""
 
 _ENDING = ".safetensors"
 _ABANDONED = 24 * 3600.0
@@ -34,14 +34,14 @@ _ABANDONED = 24 * 3600.0
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What an entry belongs to.
+    """The key of an entry: a weight, a window, and the options of its decomposition.
 
     Attributes:
         weight: :func:`ipca._hashing.tensor_sha256` of the matrix, which covers its shape and dtype.
         window: the text of the window's start: an index, or a rule that looks at the spectrum.
         rank: of the window.
         tol: the bound on the residual, as a number.
-        dtype: that was asked for, such as ``"float64"``, or ``"default"``.
+        dtype: as requested, such as ``"float64"``, or ``"default"``.
         version: :data:`VERSION` of the program that made it.
     """
 
@@ -54,14 +54,14 @@ class CacheKey:
 
     @property
     def file_name(self) -> str:
-        """The entry's file: a hash of all of the key."""
+        """The name of the entry's file: a hash of the whole key."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:40] + _ENDING
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One entry as it lies in the folder: ``bytes`` of the file, ``used`` in seconds since 1970."""
+    """One entry in the folder: ``bytes`` is the file's size, ``used`` in seconds since 1970."""
 
     path: Path
     key: CacheKey
@@ -97,9 +97,9 @@ def cache_key(
 
 
 class SpectralCache:
-    """Decomposed windows in ``folder``, which is made at the first entry; any number of processes may share it.
+    """Decomposed windows in ``folder``, which is created with the first entry; any number of processes may share it.
 
-    ``hits`` counts what :meth:`get` has found.
+    ``hits`` counts the entries that :meth:`get` has found.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -126,13 +126,13 @@ class SpectralCache:
         except OSError as error:
             _warn(f"cannot read the spectral cache {self.folder}: {error.strerror}; its entries are made again")
             return None
-        with suppress(OSError):  # a folder for reading only keeps no times
+        with suppress(OSError):  # a read-only folder keeps no times
             os.utime(path)
         self.hits += 1
         return WindowSVD(found.U.to(device), found.S.to(device), found.Vh.to(device), found.reports)
 
     def put(self, key: CacheKey, found: WindowSVD) -> None:
-        """Keep ``found``, the window of one matrix, in one go.
+        """Write ``found``, the window of one matrix, atomically.
 
         Raises:
             OSError: the folder cannot be written or the disk is full; entries are as before.
@@ -168,7 +168,7 @@ class SpectralCache:
         return damaged
 
     def prune(self, *, max_bytes: int | None = None, older_than: float | None = None) -> list[Path]:
-        """Delete entries, those unused for longest first, and what killed processes left behind.
+        """Delete entries, the least recently used first, and temporary files that killed processes left behind.
 
         Args:
             max_bytes: delete until the entries take no more than this.
@@ -207,14 +207,14 @@ def cached_window_svd(
     cache: SpectralCache | None = None,
     digests: Sequence[str] | None = None,
 ) -> WindowSVD:
-    """:func:`ipca.window_svd` through ``cache``: what is there is read, the rest is decomposed together and kept.
+    """:func:`ipca.window_svd` through ``cache``: known entries are read, the others decomposed together and written.
 
-    An entry is returned as it was made: factors to the bit, and the report with the time of then. A folder that cannot
-    be read or written costs a warning, never the result.
+    An entry is returned as it was written: the same bits, and the report with the seconds of that time. A folder that
+    cannot be read or written gives a warning, and the result all the same.
 
     Args:
         W, window, tol, dtype: as for :func:`ipca.window_svd`, a matrix or a stack.
-        cache: None decomposes without looking.
+        cache: None for no cache.
         digests: ``tensor_sha256`` of each matrix, where they are known already.
 
     Raises:
@@ -254,7 +254,7 @@ def default_cache_folder() -> Path:
 
 
 def _write_entry(folder: Path, key: CacheKey, found: WindowSVD) -> None:
-    """Keep the window of one matrix, in one go; raises OSError as :func:`ipca._atomic.write_checksummed` does."""
+    """Write the window of one matrix atomically; raises OSError as :func:`ipca._atomic.write_checksummed` does."""
     (report,) = found.reports
     record = {"key": asdict(key), "report": asdict(report)}
     write_checksummed(folder / key.file_name, record, {"U": found.U, "S": found.S, "Vh": found.Vh})
@@ -279,7 +279,7 @@ def _read_entry(path: Path) -> tuple[CacheKey, WindowSVD]:
 
 
 def _report(values: Record) -> SVDReport:
-    """The report from its record; what a later version reports besides is left out."""
+    """The report from its record; fields of a later version are left out."""
     known = {field.name for field in fields(SVDReport)} - {"window"}
     window = Window(values["window"]["start"], values["window"]["rank"])
     return SVDReport(window=window, **{name: value for name, value in values.items() if name in known})
@@ -293,7 +293,7 @@ def _put(cache: SpectralCache, key: CacheKey, found: WindowSVD) -> None:
 
 
 def _by_age(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
-    """Each file with its status, the one unused for longest first."""
+    """Each file with its status, the least recently used first."""
     found = []
     for path in paths:
         with suppress(FileNotFoundError):  # another process deletes too

@@ -30,7 +30,7 @@ _EPS = torch.finfo(torch.float64).eps
 
 
 class Proof(NamedTuple):
-    """Whether a window's indices are proven, and the proof or the reason in words."""
+    """The verdict on a window's indices, and the proof, or the reason why there is none, in words."""
 
     certified: bool
     words: str

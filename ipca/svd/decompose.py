@@ -13,7 +13,7 @@ from torch import Tensor
 from ipca.svd.matrix_batch import MatrixBatch, largest_entry
 from ipca.svd.parallel import thread_map, workspace
 from ipca.svd.result import SVDReport, WindowSVD
-from ipca.svd.solve import Solution, solve_window
+from ipca.svd.solve import solve_window
 from ipca.window import Window
 
 TOLERANCES = {"fast": 1e-4, "default": 1e-6, "exact": 1e-9}
@@ -42,9 +42,9 @@ def window_svd(
 
     Args:
         W: ``(m, n)``, or a stack ``(L, m, n)``; float16, bfloat16, float32 or float64, on any device. A stack on a GPU
-            is decomposed as a batch, in parts that fit into free memory; on a CPU its matrices go side by side.
-        window: an index or a rule, resolved against ``min(m, n)`` for each matrix. Several windows cost the Gram matrix
-            and the density of states once: that is most of what a sweep over ``start`` has to pay.
+            is decomposed as a batch, in parts that fit into free memory; on a CPU its matrices run in parallel.
+        window: resolved against ``min(m, n)`` for each matrix. Several windows share the Gram matrix and the density of
+            states, which are most of the cost.
         tol: the bound on ``report.residual``; ``"default"`` is 1e-6, ``"exact"`` 1e-9, ``"fast"`` 1e-4.
         dtype: of the result. Default: that of ``W``, but at least float32, and float64 where ``tol < 1e-6``.
         seed: of the random vectors that iterations start from.
@@ -104,7 +104,7 @@ def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> None:
 
 
 def tolerance(tol: float | str) -> float:
-    """The number that ``tol`` means, or a ValueError."""
+    """``tol`` as a number; a ValueError where it is neither one of :data:`TOLERANCES` nor a number that fits."""
     if isinstance(tol, str):
         if tol not in TOLERANCES:
             raise ValueError(f"tol must be a number or one of {', '.join(TOLERANCES)}; got {tol!r}.")
@@ -117,14 +117,14 @@ def tolerance(tol: float | str) -> float:
 def _map_parts(
     work: Callable[[Tensor], list[list[WindowSVD]]], W: Tensor, windows: Sequence[Window]
 ) -> Iterable[list[list[WindowSVD]]]:
-    """``work`` of the parts of ``W (L, m, n)``: on a GPU batches that fit into its memory, on a CPU single matrices.
+    """Call ``work`` for parts of ``W (L, m, n)``: on a GPU batches that fit into its memory, on a CPU single matrices.
 
-    A CPU gains nothing from a batch: one matrix fills a core.
+    A CPU gains nothing from a batch, as one matrix fills a core.
     """
     on = W if W.device.type in ("cpu", "cuda") else W.cpu()  # other devices have no float64
     if on.device.type == "cpu":
         return thread_map(work, on.split(1), [workspace(W.shape[1:])] * len(on)) if len(on) > 1 else [work(on)]
-    together = 1  # where a rule looks at the spectrum each matrix has the window at an index of its own
+    together = 1  # where the spectrum decides, each matrix has its window at another index
     if not any(window.needs_spectrum for window in windows):
         together = max(1, int(_SHARE * torch.cuda.mem_get_info(on.device)[0] / workspace(W.shape[1:])))
     return map(work, on.split(together))
@@ -133,7 +133,7 @@ def _map_parts(
 def _decompose_batch(
     W: Tensor, windows: Sequence[Window], tol: float, dtype: torch.dtype, seed: int
 ) -> list[list[WindowSVD]]:
-    """For each matrix of the batch ``W`` each of its windows."""
+    """Each window of each matrix of the batch ``W``: one row for each matrix."""
     transposed = W.shape[1] < W.shape[2]
     rows: list[list[WindowSVD]] = [[] for _ in W]
     with torch.autocast(W.device.type, enabled=False):  # it would multiply in 16 bits
@@ -150,18 +150,18 @@ def _decompose_batch(
                     raise RuntimeError(
                         f"the full float64 SVD left a residual of {solution.error:.1e}, above tol={tol:g}; raise tol."
                     )
+                U, S, V = solution.U, solution.S * scale, solution.V
                 report = SVDReport(
                     solution.path, resolved, solution.error, *solution.proof, seconds=seconds, flops=solution.flops
                 )
-                row.append(_result(solution, scale, report, dtype, transposed=transposed))
+                row.append(_result(*((V, S, U) if transposed else (U, S, V)), report, dtype))
     return rows
 
 
-def _result(solution: Solution, scale: float, report: SVDReport, dtype: torch.dtype, *, transposed: bool) -> WindowSVD:
-    """The solution in units of ``W``, its signs chosen, sides exchanged where ``Wᵀ`` was decomposed."""
-    U, V = (solution.V, solution.U) if transposed else (solution.U, solution.V)
+def _result(U: Tensor, S: Tensor, V: Tensor, report: SVDReport, dtype: torch.dtype) -> WindowSVD:
+    """The factors in ``dtype``, signed so that the largest entry of each row of ``Vh`` is positive."""
     sign = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
-    S = (solution.S * scale).to(dtype)
+    S = S.to(dtype)
     if not torch.isfinite(S).all():
         cure = "scale the matrix down" if dtype == torch.float64 else "pass dtype=torch.float64"
         raise ValueError(f"the singular values overflow {dtype}; {cure}.")

@@ -98,7 +98,7 @@ def factorize_shifted(G: Tensor, shift: Tensor) -> LDLT:
 
 
 def count_above(G: Tensor, threshold: Tensor, room: Tensor, seed: int = 0) -> Tensor:
-    """How many eigenvalues of each symmetric ``G (batch, n, n)`` exceed ``threshold (batch,)``, by inertia.
+    """The number of eigenvalues of each symmetric ``G (batch, n, n)`` that exceed ``threshold (batch,)``, by inertia.
 
     ``room (batch,)``: how far an error may move eigenvalues without harm. Where the bound on the unpivoted
     factorization's error is above that, the error is measured, and where that is too large as well Bunch and Kaufman's
@@ -116,7 +116,7 @@ def count_above(G: Tensor, threshold: Tensor, room: Tensor, seed: int = 0) -> Te
 
 
 def count_above_pivoted(G: Tensor, threshold: Tensor | float) -> int:
-    """How many eigenvalues of one symmetric ``G (n, n)`` exceed ``threshold``, by Bunch and Kaufman's LDLᵀ."""
+    """The number of eigenvalues of one symmetric ``G (n, n)`` above ``threshold``, by Bunch and Kaufman's LDLᵀ."""
     A = G.clone()
     A.diagonal().sub_(threshold)
     LD, pivots, _ = torch.linalg.ldl_factor_ex(A)  # a pivot of exactly 0 is no error: it is not above

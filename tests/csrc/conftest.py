@@ -14,7 +14,7 @@ def host_build(tmp_path_factory):
     """A module like ``ipca._C`` whose pointers are the CPU's."""
     if not shutil.which("g++"):
         pytest.skip("g++, which compiles the kernels for the CPU, is not on PATH")
-    out = tmp_path_factory.mktemp("door") / f"_C{_extension.SUFFIX}"
+    out = tmp_path_factory.mktemp("module") / f"_C{_extension.SUFFIX}"
     flags = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DIPCA_HOST", "-Wno-unknown-pragmas"]
     ours = [_extension.SOURCES, Path(__file__).parent]  # the kernels, and host_shim.h
     folders = [f"-I{folder}" for folder in (*ours, *_extension.include_folders())]
@@ -26,5 +26,5 @@ def host_build(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def door(host_build):
+def module(host_build):
     return _extension._import(host_build)

@@ -1,7 +1,7 @@
-// A CPU in CUDA's place, for tests: a thread for every thread of a block, blocks one after the other.
+// A CPU implementation of what the kernels use of CUDA, for tests: a thread for every thread of a block, blocks in turn.
 //
-// __syncthreads is a barrier, so a thread sanitizer sees a missing one as the data race it is: IPCA_WITHOUT_BARRIER, such
-// as block.cuh:57, leaves out the one of that line. Every block finds its shared memory filled with NaN.
+// __syncthreads is a barrier, so a thread sanitizer reports a missing one as a data race. IPCA_WITHOUT_BARRIER, such as
+// block.cuh:57, leaves out the barrier of that line. Every block finds its shared memory filled with NaN.
 #pragma once
 
 #include <pthread.h>

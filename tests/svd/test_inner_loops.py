@@ -1,4 +1,4 @@
-"""Which implementation runs; on a GPU the CUDA kernels against PyTorch on the CPU."""
+"""Choice of the implementation; on a GPU the CUDA kernels against PyTorch on the CPU."""
 
 import subprocess
 import sys

@@ -34,7 +34,7 @@ def matrix(m, n, S):
 
 @pytest.fixture
 def only(monkeypatch):
-    """Let one path alone be tried before the full SVD."""
+    """Let only one path be tried before the full SVD."""
     return lambda name: monkeypatch.setattr(solve, "plan", lambda *_: [name])
 
 
