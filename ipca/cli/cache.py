@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from ipca.svd.cache import SpectralCache, default_cache_folder
-from ipca.svd.entry import CacheEntry
+from ipca.svd.cache import CacheEntry, SpectralCache, default_cache_folder
 
 Record = dict[str, object]
 

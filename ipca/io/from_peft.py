@@ -26,12 +26,15 @@ from ipca.model.targets import Target, validate_targets
 from ipca.nn.initialization import InitialFactors, certify_init, default_adapter_dtype, measure_init
 from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
 from ipca.svd import WindowSVD, window_svd
-from ipca.svd.identify import identify_window
+from ipca.svd.ldlt import count_above_pivoted
+from ipca.svd.matrix_batch import MatrixBatch
 from ipca.window import Window
 
 ANGLE = 1e-2
 """The largest sine of an angle, and relative error, that still is the window: rounding to bfloat16 or an SVD in float32
 gives up to some 1e-3, an index that is off by one gives 1."""
+_SURE = 0.5
+"""Below this error the index is right: one that is off by one gives about 1."""
 SLACK = 4
 """PEFT computes ``W − scaling · B0 A0`` in float32: beside the last rounding there are those of its products."""
 
@@ -67,7 +70,7 @@ def import_peft(
         original base the form is ``"intact"``; on a residual base ``"residual"``, with its weight as it is. So it
         computes what PEFT computes with the file, up to the order of sums (a PiSSA adapter on the original base: up to
         PEFT's decomposition in float32). Each layer's ``svd_report`` has the window and its proof, and as ``residual``
-        how far the factors are from the window, see :func:`ipca.svd.identify.identify_window`.
+        how far the factors are from the window, see :func:`identify_window`.
 
     Raises:
         FileNotFoundError: ``folder`` lacks a file, or has its factors in a pickle.
@@ -212,3 +215,73 @@ def _plain(name: str, why: str) -> str:
         "pissa_niter from an approximation, neither is a window: use it with PEFT, or merge it there and begin anew "
         "with apply_pc. For a PiSSA adapter on a residual base give the original."
     )
+
+
+def identify_window(W: Tensor, B: Tensor, A: Tensor, start: int | None = None) -> tuple[WindowSVD, float]:
+    """The window of ``W (m, n)`` whose components ``B (m, r) A (r, n)`` comes nearest to, and how near.
+
+    Args:
+        start: the window's index, where it is known. Else one inertia count between two of the product's Ritz values
+            ``svd(QᵀWP)``, ``Q`` and ``P`` bases of its columns and rows, finds it to within one index.
+
+    Returns:
+        The window's components, in float64, and the largest of: the sine of the angle between the columns of ``B`` and
+        of ``U``; that between the rows of ``A`` and of ``Vh``; ``‖B A − U S Vh‖_F / ‖S‖``. It is about the rounding of
+        ``B`` and ``A`` where the product is the window, and about 1 where it is another or none.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`.
+    """
+    W = W.detach() if W.device.type in ("cpu", "cuda") else W.detach().cpu()
+    B, A = B.detach().to(W.device, torch.float64), A.detach().to(W.device, torch.float64)
+    Q, left = torch.linalg.qr(B)
+    P, right = torch.linalg.qr(A.mT)
+    rank, last = A.shape[0], min(W.shape) - A.shape[0]
+    middle = _find_start(W, Q, P) if start is None else start
+    nearest = None
+    for index in [middle] if start is not None else [middle, middle - 1, middle + 1]:
+        if 0 <= index <= last:
+            found = window_svd(W, Window(index, rank), dtype=torch.float64)
+            off = max(_sine(Q, found.U), _sine(P, found.Vh.mT), _difference(Q @ left, right.mT @ P.mT, found))
+            if nearest is None or off < nearest[1]:
+                nearest = found, off
+            if off < _SURE:
+                break
+    assert nearest is not None
+    return nearest
+
+
+def singular_values_above(W: Tensor, value: float) -> int:
+    """``#(σ > value)`` of ``W (m, n)``: the positive pivots of an LDLᵀ factorization of ``WᵀW − value² I`` (Sylvester).
+
+    Right where no singular value is within about ``n eps σ₁² / value`` of ``value``, eps that of float64.
+    """
+    tall = MatrixBatch((W if W.shape[0] >= W.shape[1] else W.mT).detach()[None])
+    return count_above_pivoted(tall.gram[0], (value / tall.scale[0]).square())
+
+
+def _difference(B: Tensor, A: Tensor, found: WindowSVD) -> float:
+    """``‖B A − U S Vh‖_F / ‖S‖``, from the factors, without a product as large as the weight."""
+    columns = torch.linalg.qr(torch.cat([B, -found.U * found.S], dim=1), mode="r").R
+    rows = torch.linalg.qr(torch.cat([A, found.Vh]).mT, mode="r").R
+    size = found.S.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((columns @ rows.mT).norm() / size).item()
+
+
+def _find_start(W: Tensor, Q: Tensor, P: Tensor) -> int:
+    """The index of the first of ``r`` components that span ``Q (m, r)`` and ``P (n, r)``.
+
+    Ritz values err by the square of an angle, so the count is taken in the middle of the widest gap between two.
+    """
+    ritz, r = torch.linalg.svdvals(Q.mT @ W.double() @ P), Q.shape[1]
+    if r == 1:
+        start = singular_values_above(W, ritz.item())
+    else:
+        upper = int((ritz[:-1] - ritz[1:]).argmax())
+        start = singular_values_above(W, ((ritz[upper] + ritz[upper + 1]) / 2).item()) - upper - 1
+    return min(max(start, 0), min(W.shape) - r)
+
+
+def _sine(X: Tensor, Y: Tensor) -> float:
+    """The sine of the largest angle between the column spans of two orthonormal bases of equal size."""
+    return torch.linalg.matrix_norm(X - Y @ (Y.mT @ X), 2).item()

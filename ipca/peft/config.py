@@ -20,7 +20,7 @@ from torch import nn
 from ipca.io.adapter_folder import SavedLayer, other_base, svd_record
 from ipca.nn.initialization import InitialFactors, check_options, initial_factors
 from ipca.peft.save_load import load_config, save_config
-from ipca.svd import tolerance
+from ipca.svd.decompose import tolerance
 from ipca.window import Window, as_window
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-// A CPU in CUDA's place, for tests: a thread for every thread of a block, blocks one after the other.
+// A CPU implementation of what the kernels use of CUDA, for tests: a thread for every thread of a block, blocks in turn.
 //
-// __syncthreads is a barrier, so a thread sanitizer sees a missing one as the data race it is: IPCA_WITHOUT_BARRIER, such
-// as block.cuh:57, leaves out the one of that line. Every block finds its shared memory filled with NaN.
+// __syncthreads is a barrier, so a thread sanitizer reports a missing one as a data race. IPCA_WITHOUT_BARRIER, such as
+// block.cuh:57, leaves out the barrier of that line. Every block finds its shared memory filled with NaN.
 #pragma once
 
 #include <pthread.h>
@@ -122,7 +122,7 @@ void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, 
   for (auto& thread : running) thread.join();
 }
 
-// The only device. Defined once: launch.cu alone includes this.
+// The only device. Defined here, as only launch.cu includes this file.
 DeviceGuard::DeviceGuard(int) : before_(nullptr) {}
 DeviceGuard::~DeviceGuard() { before_ = nullptr; }
 void try_device(int) {}

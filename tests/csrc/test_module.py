@@ -1,10 +1,9 @@
-"""From tensors through the door into the kernels and back: addresses, strides and sizes arrive where they belong."""
+"""From tensors through the Python module into the kernels and back: addresses, strides, sizes and checks."""
 
 import pytest
 import torch
 
-from ipca.svd import inner_loops as native
-from ipca.svd import inner_loops_torch as primitives
+from ipca.svd import inner_loops
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -15,7 +14,7 @@ def symmetric(batch, n, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_factorization_of_panels_inside_a_larger_matrix(door, dtype):
+def test_a_factorization_of_panels_inside_a_larger_matrix(module, dtype):
     """Panels are views into the matrix, growth into one of its own; A = L D Lᵀ holds if nothing is misplaced."""
     batch, n, k = 2, 150, 64
     A = symmetric(batch, n, dtype)
@@ -23,7 +22,7 @@ def test_a_factorization_of_panels_inside_a_larger_matrix(door, dtype):
     positive, tiny = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), 1e-12, dtype=torch.float64)
     for first in range(0, n, k):
         end = min(first + k, n)
-        native.launch_ldlt_panel(door, LD[:, first:, first:end], growth[:, first:], positive, tiny)
+        inner_loops.launch_ldlt_panel(module, LD[:, first:, first:end], growth[:, first:], positive, tiny)
         done, D = LD[:, end:, first:end], LD[:, first:end, first:end].diagonal(dim1=-2, dim2=-1)
         LD[:, end:, end:] -= (done * D[:, None] @ done.mT).tril()
     D = LD.diagonal(dim1=-2, dim2=-1)
@@ -36,15 +35,15 @@ def test_a_factorization_of_panels_inside_a_larger_matrix(door, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "columns", "view"])
-def test_scaled_cholesky(door, dtype, layout):
+def test_scaled_cholesky(module, dtype, layout):
     X = torch.randn(2, 90, 33, dtype=torch.float64) * torch.logspace(-2, 2, 33, dtype=torch.float64)
     G = (X.mT @ X).to(dtype)
     if layout == "columns":
         G = G.mT.contiguous().mT
     if layout == "view":
         G = torch.nn.functional.pad(G, (1, 2, 3, 4), value=float("nan"))[:, 3:-4, 1:-2]
-    T, shift = native.launch_scaled_cholesky(door, G)
-    want, _ = primitives.scaled_cholesky(G)
+    T, shift = inner_loops.launch_scaled_cholesky(module, G)
+    want, _ = inner_loops.scaled_cholesky(G)
     assert T.is_contiguous()
     assert shift.tolist() == [0, 0]
     torch.testing.assert_close(
@@ -53,14 +52,14 @@ def test_scaled_cholesky(door, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lanczos_recurrences(door, dtype):
+def test_lanczos_recurrences(module, dtype):
     """All steps of a tridiagonalisation, by the kernel and by PyTorch; a chain's G has five eigenvalues, so it ends."""
     chains, n, steps = 3, 40, 7
     Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
     G = ((Q * torch.arange(n).remainder(5)) @ Q.T).to(dtype)
     start = torch.nn.functional.normalize(torch.randn(chains, n, dtype=dtype), dim=-1)
     found = []
-    for run in (lambda *args: native.launch_lanczos_step(door, *args), primitives.lanczos_step_):
+    for run in (lambda *args: inner_loops.launch_lanczos_step(module, *args), inner_loops.lanczos_step_):
         wide = torch.full((chains, steps + 1, n + 3), float("nan"), dtype=dtype)
         basis = wide[..., :n].transpose(0, 1)  # a chain's vectors together, with room between them
         alpha, beta = torch.zeros(steps, chains, dtype=dtype).mT, torch.zeros(chains, steps, dtype=dtype)
@@ -77,13 +76,15 @@ def test_lanczos_recurrences(door, dtype):
     torch.testing.assert_close(seen @ seen.mT, torch.eye(5, dtype=dtype).expand(chains, 5, 5), atol=bound, rtol=0)
 
 
-def test_empty_batches_are_left_alone(door):
-    native.launch_ldlt_panel(
-        door, torch.ones(0, 9, 4), torch.ones(0, 9), torch.ones(0, dtype=torch.int64), torch.ones(0)
+def test_empty_batches_are_left_alone(module):
+    inner_loops.launch_ldlt_panel(
+        module, torch.ones(0, 9, 4), torch.ones(0, 9), torch.ones(0, dtype=torch.int64), torch.ones(0)
     )
-    T, shift = native.launch_scaled_cholesky(door, torch.ones(0, 5, 5))
+    T, shift = inner_loops.launch_scaled_cholesky(module, torch.ones(0, 5, 5))
     assert (T.shape, shift.shape) == ((0, 5, 5), (0,))
-    native.launch_lanczos_step(door, torch.ones(3, 0, 5), torch.ones(0, 5), torch.ones(0, 2), torch.ones(0, 2), 1)
+    inner_loops.launch_lanczos_step(
+        module, torch.ones(3, 0, 5), torch.ones(0, 5), torch.ones(0, 2), torch.ones(0, 2), 1
+    )
 
 
 def ldlt_arguments(**changed):
@@ -111,29 +112,31 @@ def ldlt_arguments(**changed):
         ),
     ],
 )
-def test_what_does_not_fit_a_panel_is_said(door, changed, words):
+def test_what_does_not_fit_a_panel_is_said(module, changed, words):
     with pytest.raises((TypeError, ValueError), match=words):
-        native.launch_ldlt_panel(door, **ldlt_arguments(**changed))
+        inner_loops.launch_ldlt_panel(module, **ldlt_arguments(**changed))
 
 
-def test_more_columns_than_a_panel_holds_are_refused(door):
-    n = primitives.PANEL + 1
+def test_more_columns_than_a_panel_holds_are_refused(module):
+    n = inner_loops.PANEL + 1
     arguments = ldlt_arguments(panel=symmetric(2, n, torch.float64), growth=torch.zeros(2, n, dtype=torch.float64))
-    assert door.panel == primitives.PANEL
+    assert module.panel == inner_loops.PANEL
     with pytest.raises(ValueError, match="A panel of 65 columns and 65 rows; 1 to 64 columns fit"):
-        native.launch_ldlt_panel(door, **arguments)
+        inner_loops.launch_ldlt_panel(module, **arguments)
 
 
 @pytest.mark.parametrize("step", [-1, 2])
-def test_a_step_outside_of_the_basis_is_refused(door, step):
+def test_a_step_outside_of_the_basis_is_refused(module, step):
     with pytest.raises(ValueError, match=f"step {step} of a basis with room for 3 vectors; 0 to 1 fit"):
-        native.launch_lanczos_step(
-            door, torch.ones(3, 1, 5), torch.ones(1, 5), torch.ones(1, 2), torch.ones(1, 2), step
+        inner_loops.launch_lanczos_step(
+            module, torch.ones(3, 1, 5), torch.ones(1, 5), torch.ones(1, 2), torch.ones(1, 2), step
         )
 
 
-def test_shapes_of_the_others_are_checked(door):
+def test_shapes_of_the_others_are_checked(module):
     with pytest.raises(ValueError, match=r"G is \(1, 5, 4\) .*; \(1, 5, 5\) "):
-        native.launch_scaled_cholesky(door, torch.ones(1, 5, 4))
+        inner_loops.launch_scaled_cholesky(module, torch.ones(1, 5, 4))
     with pytest.raises(ValueError, match=r"beta is \(1, 3\) .*; \(1, 2\) "):
-        native.launch_lanczos_step(door, torch.ones(3, 1, 5), torch.ones(1, 5), torch.ones(1, 2), torch.ones(1, 3), 0)
+        inner_loops.launch_lanczos_step(
+            module, torch.ones(3, 1, 5), torch.ones(1, 5), torch.ones(1, 2), torch.ones(1, 3), 0
+        )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca.svd.identify import identify_window, singular_values_above
+from ipca.io.from_peft import identify_window, singular_values_above
 
 SHAPES = [(130, 101), (101, 130), (67, 67)]
 
