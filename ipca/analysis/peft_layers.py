@@ -75,8 +75,9 @@ def active_window(model: nn.Module, name: str, layer: Any) -> Window | None:
         return None
     active = _active(layer)
     config = getattr(model, "peft_config", {}).get(active[0]) if len(active) == 1 else None
-    saved = getattr(config, "layers", {}).get(name)
-    return None if saved is None else Window(saved.start, saved.rank)
+    records = getattr(config, "records", None)  # of a PCConfig
+    saved = None if records is None else records.saved.get(name)
+    return None if saved is None else saved.window
 
 
 def _check_product(name: str, layer: Any, adapter: str) -> None:
