@@ -5,9 +5,10 @@ from dataclasses import fields
 
 import peft
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from ipca import Window
+from ipca.model import AdapterSettings
 from ipca.peft import PCConfig
 from ipca.peft.config import _REFUSED
 from tests.helpers.models import snapshot
@@ -84,3 +85,11 @@ def test_a_refusal_names_the_config_alone():
         get_peft_model(base, PCConfig(r=3, init_lora_weights="pissa", target_modules=["a"]))
     assert snapshot(base) == before
     assert copy.deepcopy(PCConfig(r=3)).r == 3
+
+
+@pytest.mark.parametrize("way", [get_peft_model, lambda model, config: inject_adapter_in_model(config, model)])
+def test_settings_of_apply_pc_are_no_configuration_of_peft(way):
+    with pytest.raises(AttributeError, match=r"; for PEFT use an ipca\.peft\.PCConfig\.$"):
+        way(Small(), AdapterSettings(targets=["a"]))
+    with pytest.raises(AttributeError, match=r"AdapterSettings has no attribute 'rnk'\.$"):
+        AdapterSettings().rnk  # noqa: B018
