@@ -19,7 +19,7 @@ from torch import nn
 from ipca.peft.dispatch import build_layer
 from ipca.peft.records import LayerRecords
 from ipca.peft.save_load import OWN_FIELDS, load_config, save_config
-from ipca.svd import tolerance
+from ipca.svd.decompose import tolerance
 from ipca.window import Window, as_window
 
 _REFUSED = (
