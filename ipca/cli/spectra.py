@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipca.analysis import Spectra
+from ipca.analysis.spectra import Spectra
 from ipca.cli.table import mib
 
 

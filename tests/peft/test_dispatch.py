@@ -1,87 +1,15 @@
-"""What a PCConfig does not do is refused by name, before the model has changed."""
+"""Layers around base layers: which get one, and errors that begin with the layer's path."""
 
-import copy
-from dataclasses import fields
-
-import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ipca import Window
 from ipca.peft import PCConfig
-from ipca.peft.config import _REFUSED
 from tests.helpers.layer_kinds import mixtral
-from tests.helpers.models import snapshot
-from tests.helpers.peft_cases import train, wrap
-from tests.helpers.peft_models import Small, ids, llama
-
-GIVEN = {
-    "velora_config": peft.tuners.lora.config.VeloraConfig,
-    "monteclora_config": peft.tuners.lora.config.MontecloraConfig,
-    "arrow_config": lambda: peft.tuners.lora.config.ArrowConfig(),
-    "kasa_config": peft.tuners.lora.config.KasaConfig,
-    "layer_replication": lambda: [(0, 2)],
-    "alora_invocation_tokens": lambda: [1, 2],
-    "megatron_config": lambda: {"x": 1},
-    "loftq_config": lambda: {"loftq_bits": 4},
-}
-
-
-@pytest.mark.parametrize("name", _REFUSED)
-def test_variants_of_lora(name):
-    value = GIVEN.get(name, lambda: True)()
-    with pytest.raises(ValueError, match=rf"PCConfig does not support {name}; leave it out, or use peft\.LoraConfig\."):
-        PCConfig(**{name: value})
-
-
-def test_every_variant_of_pefts_is_refused_or_ours():
-    variants = {f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")}
-    assert variants <= set(_REFUSED)
-
-
-@pytest.mark.parametrize("value", ["pissa", "gaussian", "olora", "pissa_niter_4", "eva", "mica", "orthogonal"])
-def test_other_initializations(value):
-    with pytest.raises(ValueError, match=rf"init_lora_weights='{value}' is no window; leave it out and say window=…"):
-        PCConfig(init_lora_weights=value)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"window": "center"}, "Unknown window 'center'"),
-        ({"window": 1.5}, r"must lie in \[0, 1\]"),
-        ({"window": Window(3, 4), "r": 5}, "has rank 4, but rank=5 was given too"),
-        ({"window_pattern": {"a": "center"}}, "Unknown window 'center'"),
-        ({"r": 0}, "rank must be at least 1, got 0"),
-        ({"rank_pattern": {"a": 0}}, "rank must be at least 1, got 0"),
-        ({"lora_alpha": -1}, "alpha must be positive, got -1"),
-        ({"alpha_pattern": {"a": 0}}, "alpha must be positive, got 0"),
-        ({"lora_dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1\.0"),
-        ({"tol": "fastest"}, "tol"),
-    ],
-    ids=str,
-)
-def test_values_out_of_range(options, words):
-    with pytest.raises(ValueError, match=words):
-        PCConfig(**options)
-
-
-def test_a_window_brings_its_rank():
-    config = PCConfig(window=Window(3, 4))
-    assert (config.r, config.window, config.lora_alpha) == (4, "start=3", 4)
-    assert PCConfig(r=9, use_rslora=True).lora_alpha == 3
-
-
-def test_add_weighted_adapter():
-    model = wrap(Small())
-    model.add_adapter("minor", PCConfig(r=3, window="minor", target_modules=["a", "b"]))
-    train(model, ids())
-    with pytest.raises(ValueError, match="'default' trains a window, and add_weighted_adapter would combine"):
-        model.add_weighted_adapter(["default", "minor"], [1.0, 1.0], "both")
-    assert set(model.peft_config) == {"default", "minor"}
+from tests.helpers.peft_cases import wrap
+from tests.helpers.peft_models import Small, llama
 
 
 class Odd(nn.Module):
@@ -166,12 +94,3 @@ def test_dropout_on_experts_is_refused_by_peft():
 def test_no_layer_matches():
     with pytest.raises(ValueError, match=r"Target modules .* not found in the base model"):
         wrap(llama(), target_modules=["query"])
-
-
-def test_a_refusal_names_the_config_alone():
-    base = Small()
-    before = snapshot(base)
-    with pytest.raises(ValueError, match="init_lora_weights"):
-        get_peft_model(base, PCConfig(r=3, init_lora_weights="pissa", target_modules=["a"]))
-    assert snapshot(base) == before
-    assert copy.deepcopy(PCConfig(r=3)).r == 3

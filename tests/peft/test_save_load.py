@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +14,12 @@ from safetensors.torch import load_file
 
 import ipca
 from ipca.io.adapter_folder import SIDECAR
-from ipca.peft import PCConfig, export
+from ipca.peft import PCConfig
 from tests.helpers.peft_cases import off, output, saved, train, wrap
 from tests.helpers.peft_models import CASES, Small, ids, llama
 
 WEIGHTS = "adapter_model.safetensors"
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def resume(base, folder, **options):
@@ -48,9 +47,8 @@ def stock(tmp_path_factory):
         y = output(model, x).detach()
         flags = {"transformers": hasattr(base, "load_adapter"), "auto": name == "llama"}
         torch.save({"base": base, "x": x, "y": y, **flags}, folder / "case.pt")
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, str(TESTS / "stock_process.py"), str(root)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.helpers.stock_process", str(root)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -198,34 +196,6 @@ def test_transformers_own_save_and_load(tmp_path):
     assert torch.equal(going_on(x).logits, model(x).logits)
 
 
-def test_export_writes_the_bytes_of_save_pretrained(tmp_path):
-    _, model, _ = saved(tmp_path / "saved", llama(), target_modules=["q_proj", "down_proj"])
-    export(model, tmp_path / "exported")
-    names = sorted(path.name for path in (tmp_path / "exported").iterdir())
-    assert names == ["adapter_config.json", WEIGHTS, SIDECAR]
-    for name in names:
-        assert (tmp_path / "exported" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
-    assert model.peft_config["default"].inference_mode is False
-
-
-def test_an_export_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
-    _, model, x = saved(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    train(model, x)
-    monkeypatch.setattr(json, "dumps", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export(model, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_export_of_another_adapter_is_refused(tmp_path):
-    model = wrap(Small())
-    with pytest.raises(ValueError, match=r"'other' is no adapter of a PCConfig; those are default\."):
-        export(model, tmp_path, "other")
-    with pytest.raises(TypeError, match="expected a PeftModel, got a Small; give the model inside"):
-        export(Small(), tmp_path)
-
-
 def test_the_file_is_as_large_as_a_stock_adapter_of_twice_the_rank(tmp_path):
     base, *_ = saved(tmp_path / "ours", llama(), r=8, target_modules="all-linear")
     wrap(base, LoraConfig(r=16, target_modules="all-linear")).save_pretrained(tmp_path / "stock")
@@ -239,7 +209,7 @@ def test_undoubled_weights_are_refused(tmp_path):
         case = CASES[name]
         model = wrap(case.build(), PCConfig(r=2, **case.options))
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        with pytest.raises(RuntimeError, match=r"without the factor it started from.*ipca\.peft\.export"):
+        with pytest.raises(RuntimeError, match=r"without its initial factor.*ipca\.peft\.save_gathered"):
             model.save_pretrained(tmp_path, state_dict=state)
 
 
@@ -256,3 +226,44 @@ def test_a_folder_of_configuration_alone(tmp_path):
     for name in ("r", "lora_alpha", "window", "window_pattern", "target_modules", "tol"):
         assert getattr(read, name) == getattr(config, name)
     assert peft.PeftConfig.from_pretrained(tmp_path).r == 10
+
+
+def truncate(folder):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def other_weights(folder):
+    wrap(Small(), LoraConfig(r=6, target_modules=["a", "b"])).save_pretrained(folder / "other")
+    (folder / WEIGHTS).write_bytes((folder / "other" / WEIGHTS).read_bytes())
+
+
+def odd_rank(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace('"r": 6', '"r": 5'))
+
+
+DAMAGE = {
+    "truncated weights": (truncate, "is damaged or truncated"),
+    "weights of another adapter": (other_weights, f"is not the file that {SIDECAR} was written with"),
+    "no sidecar": (lambda folder: (folder / SIDECAR).unlink(), f"has no {SIDECAR}: it is no adapter of a PCConfig"),
+    "damaged sidecar": (lambda folder: (folder / SIDECAR).write_text("{"), f"{SIDECAR} is damaged"),
+    "sidecar of something else": (lambda folder: (folder / SIDECAR).write_text("[]"), f"{SIDECAR} is damaged"),
+    "no configuration": (lambda folder: (folder / "adapter_config.json").unlink(), r"has no adapter_config\.json"),
+    "odd rank": (odd_rank, r"a LoRA of even rank; got r=5\."),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused(name, tmp_path):
+    saved(tmp_path)
+    damage, words = DAMAGE[name]
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        PCConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is a file, but an adapter is a folder"):
+        PCConfig.from_pretrained(tmp_path / WEIGHTS)

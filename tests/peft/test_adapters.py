@@ -127,7 +127,7 @@ def test_patterns_of_rank_alpha_and_window(rslora, tmp_path):
     model = wrap(base, r=3, **options).eval()
     config = model.peft_config["default"]
     for part, indices in INDICES.items():
-        found = [layer.start for path, layer in config.layers.items() if path.endswith(part)]
+        found = [layer.start for path, layer in config.records.saved.items() if path.endswith(part)]
         assert found == indices
     scalings = {m.path.rpartition(".")[2]: m.scaling["default"] for m in model.modules() if hasattr(m, "path")}
     assert scalings == {"q_proj": 1, "v_proj": 1, "down_proj": pytest.approx(6.5 / (3**0.5 if rslora else 3))}
@@ -220,7 +220,7 @@ def test_a_larger_model_of_the_same_config_is_not_recorded(tmp_path):
     chains = [nn.Sequential(*(nn.Linear(9, 9) for _ in range(length))) for length in (3, 2)]
     _, model = (wrap(chain, config) for chain in chains)
     model.save_pretrained(tmp_path)
-    assert list(PCConfig.from_pretrained(tmp_path).layers) == ["0", "1"]
+    assert list(PCConfig.from_pretrained(tmp_path).records.saved) == ["0", "1"]
 
 
 def test_inject_adapter_in_model():

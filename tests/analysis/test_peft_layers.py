@@ -253,16 +253,16 @@ def test_a_measure_changes_nothing(measure):
 def test_what_cannot_be_measured_is_said():
     base = Small()
     for config in (LoraConfig(target_modules=["a"]), PCConfig(r=3, target_modules=["a"])):
-        with pytest.raises(ValueError, match=r"these are PEFT's layers, .* the residual W − B A\); give base"):
+        with pytest.raises(ValueError, match=r"these are PEFT's layers, .* the residual W − B A\); pass base"):
             analysis.update_norm(wrap(base, config))
     with pytest.raises(ValueError, match="a: its adapter 'default' is a DoraLinearVariant, whose change is more than"):
         analysis.update_norm(wrap(base, LoraConfig(target_modules=["a"], use_dora=True)), base)
-    with pytest.raises(ValueError, match=r"a: a Linear does not keep the factors it started from"):
+    with pytest.raises(ValueError, match=r"a: a Linear does not keep its initial factors"):
         analysis.principal_angles(wrap(base, LoraConfig(target_modules=["a"])), base)
     with pytest.raises(ValueError, match=r"base: a is a peft\.tuners\.lora\.layer\.Linear, not a plain layer"):
         analysis.update_norm(wrap(base, LoraConfig(target_modules=["a"])), stock(base).get_base_model())
     matrix = CASES["matrix"].build()
     model = wrap(matrix, LoraConfig(r=2, **CASES["matrix"].options))
     given = {"first": matrix.first.weight, "inner.weight": matrix.inner.weight, "inner.other": matrix.inner.other}
-    with pytest.raises(ValueError, match=r"inner\.other: .* base, a bare parameter 'other', is no layer"):
+    with pytest.raises(ValueError, match=r"inner\.other: .* base, a bare parameter 'other', cannot be read"):
         analysis.update_norm(model, given)

@@ -1,6 +1,7 @@
-"""PEFT's functions that go past its layers either get all four factors of a window or are refused."""
+"""PEFT's functions that go past its layers: refused unless they get all four factors of a window; and warnings."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -119,3 +120,25 @@ def test_plain_adapters_beside_a_window_combine_as_ever():
     y = model(x)
     model.base_model.set_adapter(["one", "two"])
     assert off(y, model(x)) < 1e-5
+
+
+def test_add_weighted_adapter():
+    model = wrap(Small())
+    model.add_adapter("minor", PCConfig(r=3, window="minor", target_modules=["a", "b"]))
+    train(model, ids())
+    with pytest.raises(ValueError, match="'default' trains a window, and add_weighted_adapter would combine"):
+        model.add_weighted_adapter(["default", "minor"], [1.0, 1.0], "both")
+    assert set(model.peft_config) == {"default", "minor"}
+
+
+def test_a_key_of_window_pattern_that_matches_nothing_gives_a_warning():
+    windows = {"q_prj": "minor", "v_proj": 0.25, r"layers\.0\.self_attn\.v_proj": "minor"}
+    with pytest.warns(RuntimeWarning, match=r"window_pattern keys did not match .* were ignored: \['q_prj'\]\.$"):
+        wrap(llama(), target_modules=["q_proj", "v_proj"], window_pattern=windows)
+
+
+def test_a_key_that_matches_a_parameter_gives_no_warning():
+    case = CASES["matrix"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        wrap(case.build(), PCConfig(r=2, window_pattern={"inner.weight": "minor", "first": 0.25}, **case.options))

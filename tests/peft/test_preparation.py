@@ -9,7 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import ipca
+from ipca.model import AdapterSettings
 from ipca.peft import PCConfig, prepare
+from ipca.peft.records import LayerRecords
 from tests.helpers.layer_kinds import mixtral
 from tests.helpers.models import snapshot
 from tests.helpers.peft_cases import off, output, train, wrap
@@ -38,7 +40,7 @@ def test_peft_finds_the_starts_ready(name, never_again):
     alone = wrap(base, PCConfig(r=2, **case.options))
     never_again()
     model = get_peft_model(copy.deepcopy(base), config)
-    assert config.starts == {}
+    assert config.records.initial == {}
     assert torch.equal(output(model, x), output(base, x))
     for (name, one), (other, two) in zip(model.state_dict().items(), alone.state_dict().items(), strict=True):
         assert name == other
@@ -50,7 +52,8 @@ def test_a_cache_saves_the_second_run(tmp_path, never_again):
     config = prepare(base, PCConfig(r=3, target_modules=["a", "b"]), cache=tmp_path, progress=False)
     never_again()
     again = prepare(base, PCConfig(r=3, target_modules=["a", "b"]), cache=tmp_path, progress=False)
-    assert all(torch.equal(again.starts[path].A0, start.A0) for path, start in config.starts.items())
+    known = again.records.initial
+    assert all(torch.equal(known[path].A0, initial.A0) for path, initial in config.records.initial.items())
 
 
 def test_a_second_adapter(never_again):
@@ -60,7 +63,7 @@ def test_a_second_adapter(never_again):
     y, before = model(x), snapshot(model)
     config = prepare(model, PCConfig(r=2, window="minor", target_modules=["words", "b"]), progress=False)
     assert snapshot(model) == before
-    assert list(config.starts) == ["words", "b"]
+    assert list(config.records.initial) == ["words", "b"]
     never_again()
     model.add_adapter("minor", config)
     assert torch.equal(model(x), y)
@@ -96,7 +99,7 @@ def test_a_quantized_base(kind, never_again):
     assert torch.equal(model(x), y)
 
 
-def test_the_originals_of_a_quantized_base():
+def test_the_unquantized_weights_of_a_quantized_base():
     plain = Heavy()
     base, x = quantize(copy.deepcopy(plain), "nf4").train(), torch.randn(5, 64)
     unquantized_weights = {f"{name}.weight": getattr(plain, name).weight.detach() for name in "ab"}
@@ -109,7 +112,7 @@ def test_the_originals_of_a_quantized_base():
     config = prepare(base, PCConfig(r=3, target_modules=["a", "b"]), unquantized_weights=find, progress=False)
     assert {name.removesuffix(".weight") for name in asked} == {"a", "b"}
     exact = ipca.window_svd(plain.a.weight.detach(), ipca.Window.middle(3))
-    start = config.starts["a"]
+    start = config.records.initial["a"]
     assert off(start.B0 @ start.A0, (exact.U * exact.S) @ exact.Vh) < 1e-4
     model = get_peft_model(base, config)
     with model.disable_adapter():
@@ -162,14 +165,16 @@ def test_inference_mode_is_refused():
 def test_a_copy_by_replace_has_no_starts_of_its_own():
     config = prepare(Small(), PCConfig(r=3, target_modules=["a"]), progress=False)
     copied = replace(config, r=2, lora_alpha=None)
-    assert config.starts
-    assert (copied.starts, copied.layers, copied.r, copied.lora_alpha) == ({}, {}, 2, 2)
+    assert config.records.initial
+    assert (copied.records, copied.r, copied.lora_alpha) == (LayerRecords(), 2, 2)
 
 
 def test_a_router_too_small_for_the_rank_is_refused_before_anything_is_wrapped():
     model = mixtral()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"mlp\.gate\.weight: rank 16 is above its 4 singular values; give it another"):
+    with pytest.raises(
+        ValueError, match=r"mlp\.gate\.weight: r=16 needs 16 singular values, but .* only 4; lower r, give"
+    ):
         prepare(model, PCConfig(target_modules="all-linear"), progress=False)
     assert snapshot(model) == before
 
@@ -179,3 +184,9 @@ def test_a_tied_head_is_refused_by_name():
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(ValueError, match="lm_head: its weight is tied to another module's"):
         prepare(model, PCConfig(r=3, target_modules=["lm_head"]), progress=False)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=["a"]), AdapterSettings(targets=["a"])], ids=type)
+def test_another_configuration_is_refused(config):
+    with pytest.raises(TypeError, match=rf"config must be an ipca\.peft\.PCConfig, got {type(config).__name__}\."):
+        prepare(Small(), config)
