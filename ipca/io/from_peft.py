@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ipca._atomic import uninterrupted
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter import modules_to_save_state
-from ipca.io.peft_format import split_factors
+from ipca.io.peft_format import split_factor
 from ipca.io.peft_lora import StockLayer, StockLora, read_stock
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
 from ipca.model.targets import Target, validate_targets
@@ -137,7 +137,7 @@ def _targets(model: nn.Module, lora: StockLora, *, doubled: bool, residual: bool
 
 def _from_halves(target: Target, layer: StockLayer, weight: Tensor) -> _Imported:
     """``lora_A = [A; A0]``, ``lora_B = [B, −B0]``, and ``weight`` is the original."""
-    A, B, A0, B0 = split_factors(layer.A, layer.B)
+    (A, A0), (B, B0) = split_factor("A", layer.A), split_factor("B", layer.B)
     found, off = identify_window(weight, layer.scaling * B0.double(), A0)
     if off > ANGLE:
         raise ValueError(_plain(target.name, f"its second half is {off:.1e} away from the nearest window"))

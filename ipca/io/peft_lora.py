@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ipca.io.adapter_folder import read_tensors
-from ipca.io.peft_format import CONFIG, WEIGHTS
-from ipca.io.peft_kinds import PREFIX
+from ipca.io.peft_format import CONFIG, PREFIX, WEIGHTS
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 # What does not change the function of a saved adapter, or is read below; any other field must be off.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ipca._hashing import tensor_sha256
-from ipca.io.peft_kinds import to_peft
+from ipca.io.peft_format import to_peft
 from ipca.nn.initialization import InitialFactors
 from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256
 from ipca.ops import pc_linear

@@ -10,7 +10,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from ipca.io.peft_kinds import MATRIX
+from ipca.io.peft_format import MATRIX
 from ipca.peft.layers import WindowLora
 
 if TYPE_CHECKING:

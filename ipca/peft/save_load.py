@@ -21,8 +21,7 @@ from safetensors import safe_open
 from ipca._atomic import staged_files
 from ipca._version import __version__
 from ipca.io.adapter_folder import SIDECAR, Factors, SavedLayer, file_sha256, read_adapter
-from ipca.io.peft_format import WEIGHTS
-from ipca.io.peft_kinds import PREFIX, factor_keys, wrappers_around
+from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, wrappers_around
 from ipca.nn.initialization import InitCertificate, InitialFactors
 
 if TYPE_CHECKING:

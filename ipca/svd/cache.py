@@ -176,11 +176,6 @@ def _singles(found: WindowSVD) -> list[WindowSVD]:
     return [WindowSVD(U, S, Vh, (report,)) for U, S, Vh, report in parts]
 
 
-def default_cache_folder() -> Path:
-    """``$IPCA_CACHE``, else ``~/.cache/ipca``."""
-    return Path(os.environ.get("IPCA_CACHE") or "~/.cache/ipca").expanduser()
-
-
 def _put(cache: SpectralCache, key: CacheKey, found: WindowSVD) -> None:
     try:
         cache.put(key, found)

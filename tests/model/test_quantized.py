@@ -141,7 +141,7 @@ def test_export_writes_a_stock_adapter_and_no_residual_base(tmp_path):
     ipca.export(model, tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
     with pytest.raises(ValueError, match=r"a is quantized \(nf4\), and W_res would have to be quantized anew"):
-        ipca.export(model, tmp_path / "residual", form="residual")
+        ipca.export(model, tmp_path / "residual", format="residual")
     assert not (tmp_path / "residual").exists()
 
 
