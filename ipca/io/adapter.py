@@ -232,28 +232,28 @@ def _fresh_layers(
     for name, layer in saved.layers.items():
         if name not in here:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
-        targets.append(Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout))
+        target = Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout)
+        if target.kind is not None and target.shape != layer.shape:
+            raise ValueError(f"{name} has shape {target.shape}, but the adapter was made for {layer.shape}.")
+        targets.append(target)
+    # A weight with the recorded hash has the values that were checked when the adapter was made.
     known = check_base and all(layer.base_sha256 for layer in saved.layers.values())
-    validate_targets(
-        model, targets, modules_to_save=saved.modules_to_save, values=not known
-    )  # with its hash a weight has the values it had
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves Python's lock
+    validate_targets(model, targets, modules_to_save=saved.modules_to_save, values=not known)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
         digests = list(pool.map(lambda target: base_sha256(get_layer(model, target.name)), targets))
     return [
-        (target, _start(model, target, saved, digest, check_base))
+        (target, _initial_factors(model, target, saved, digest, check_base))
         for target, digest in zip(targets, digests, strict=True)
     ]
 
 
-def _start(model: nn.Module, target: Target, saved: AdapterFolder, digest: str, check_base: bool) -> InitialFactors:
+def _initial_factors(
+    model: nn.Module, target: Target, saved: AdapterFolder, digest: str, check_base: bool
+) -> InitialFactors:
     layer, factors = saved.layers[target.name], saved.factors[target.name]
-    plain = get_layer(model, target.name)
-    weight, _ = read_layer(plain)
-    if tuple(weight.shape) != layer.shape:
-        raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
+    weight, _ = read_layer(get_layer(model, target.name))
     if check_base and layer.base_sha256 and digest != layer.base_sha256:
         raise OtherBaseError(other_base(target.name, layer.base_sha256, digest))
     A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)
-    scaling = target.alpha / target.window.rank
-    certificate = certify_init(weight, A0, B0, scaling=scaling, form=target.form)
+    certificate = certify_init(weight, A0, B0, scaling=target.scaling, form=target.form)
     return InitialFactors(A0, B0, target.window, digest, layer.report(), certificate)

@@ -74,7 +74,7 @@ def read_stock(folder: str | os.PathLike[str]) -> StockLora:
         if pickled:
             raise FileNotFoundError(
                 f"{path} holds {pickled}, a pickle, which can run code when it is read; save the adapter again with "
-                "PEFT's save_pretrained(…, safe_serialization=True)."
+                "PEFT as safetensors."
             )
         raise FileNotFoundError(f"{path} has no {WEIGHTS}: it is no PEFT adapter.")
     tensors = read_tensors(path / WEIGHTS)
