@@ -1,4 +1,4 @@
-"""Reading an adapter folder: every file, key and shape is checked before anybody sees a tensor."""
+"""An adapter folder: the record ``ipca.json``, and reading with every file, key and shape checked first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipca.io.peft_format import WEIGHTS, split_factors
-from ipca.io.peft_kinds import PREFIX, factor_keys, from_peft, wrappers_around
+from ipca._version import __version__
+from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, from_peft, split_factor, wrappers_around
 from ipca.nn.initialization import check_options
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.svd import SVDReport
@@ -27,7 +28,7 @@ SIDECAR = "ipca.json"
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """What ``ipca.json`` says of one layer; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``."""
+    """The record of one layer in ``ipca.json``; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``."""
 
     kind: str
     shape: tuple[int, ...]
@@ -38,6 +39,23 @@ class SavedLayer:
     dropout: float
     base_sha256: str | None
     svd: dict[str, Any] | None
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        shape: Sequence[int],
+        window: Window,
+        *,
+        alpha: float,
+        form: str,
+        dropout: float,
+        base_sha256: str | None,
+        report: SVDReport | None,
+    ) -> SavedLayer:
+        """The record of a layer whose ``window`` is resolved, with the ``report`` of its decomposition if known."""
+        svd = None if report is None else svd_record(report)
+        return cls(kind, tuple(shape), window.index, window.rank, alpha, form, dropout, base_sha256, svd)
 
     @property
     def window(self) -> Window:
@@ -73,8 +91,40 @@ def svd_record(report: SVDReport) -> dict[str, Any]:
     return record
 
 
+def sidecar(
+    layers: Mapping[str, SavedLayer], adapter_sha256: str | None, modules_to_save: Sequence[str], **more: Any
+) -> dict[str, Any]:
+    """The contents of ``ipca.json``.
+
+    Args:
+        layers: by path.
+        adapter_sha256: of the file of factors; None where it is not known yet.
+        modules_to_save: paths of fully trained modules.
+        more: entries of other packages' adapters.
+    """
+    return {
+        "format": 1,
+        "versions": {"ipca": __version__, "torch": torch.__version__},
+        **more,
+        "adapter_sha256": adapter_sha256,
+        "modules_to_save": list(modules_to_save),
+        "layers": {name: asdict(layer) for name, layer in layers.items()},
+    }
+
+
+class OtherBaseError(ValueError):
+    """A base weight is not the one the adapter was made on; ``fact`` is the message without the way around it."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(fact)
+        self.fact = fact
+
+    def __str__(self) -> str:
+        return f"{self.fact}, or pass check_base=False if you know that they fit."
+
+
 def other_base(name: str, was: str | None, here: str | None) -> str:
-    """What to say of a layer whose base weight has another hash than the adapter knows."""
+    """The message for a layer whose base weight has another hash than the adapter records."""
     dtypes = [str(digest).partition("-")[0] for digest in (here, was)]
     cause = f"it is {dtypes[0]} here and was {dtypes[1]}" if dtypes[0] != dtypes[1] else "its values differ"
     return f"{name}: this is not the base weight the adapter was made on ({cause}). Load the original base"
@@ -93,7 +143,7 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder; give the folder that save_adapter wrote.")
+        raise FileNotFoundError(f"{path} is not a folder; give the folder of an adapter.")
     for name, hint in (
         (WEIGHTS, "it is no adapter folder"),
         (SIDECAR, "it was not written by ipca.save_adapter; for a stock LoRA see ipca.import_peft"),
@@ -156,8 +206,9 @@ def _layer(values: dict[str, Any]) -> SavedLayer:
 
 def _factors(name: str, layer: SavedLayer, wrappers: int, tensors: dict[str, Tensor]) -> Factors:
     """Take the layer's two tensors out of ``tensors`` and split them."""
-    *experts, out, inner = layer.shape
-    r = 2 * layer.rank * math.prod(experts)
+    out, inner = layer.shape[-2:]
+    experts = math.prod(layer.shape[:-2])
+    r = 2 * layer.rank * experts
     pair = []
     for key, shape in zip(factor_keys(name, layer.kind, wrappers), ((r, inner), (out, r)), strict=True):
         if key not in tensors:
@@ -168,7 +219,8 @@ def _factors(name: str, layer: SavedLayer, wrappers: int, tensors: dict[str, Ten
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{WEIGHTS}: {key} holds NaN or Inf; take a checkpoint from before.")
         pair.append(tensor)
-    return Factors(*split_factors(*from_peft(layer.kind, layer.shape, pair[0], pair[1])))
+    (A, A0), (B, B0) = split_factor("A", pair[0], experts), split_factor("B", pair[1], experts)
+    return Factors(*from_peft(layer.kind, layer.shape, A, B), *from_peft(layer.kind, layer.shape, A0, B0))
 
 
 def _whole(tensors: dict[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:

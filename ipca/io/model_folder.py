@@ -24,7 +24,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
         ValueError: transformers cannot read the configuration.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote.")
+        raise FileNotFoundError(f"{folder} holds no config.json; give a Hugging Face model folder.")
     try:
         import transformers
     except ImportError:
@@ -64,7 +64,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = str(error)
         if "trust_remote_code" in why:
-            why = "it comes with code of its own, which is not run here; load it in Python and use ipca.apply_pc"
+            why = "it comes with code of its own, which is not run here; load it in Python"
         raise ValueError(f"transformers cannot load {folder}: {why.splitlines()[0]}") from None
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ipca.io.adapter_folder import read_tensors
-from ipca.io.peft_format import CONFIG, WEIGHTS
-from ipca.io.peft_kinds import PREFIX
+from ipca.io.peft_format import CONFIG, PREFIX, WEIGHTS
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 # What does not change the function of a saved adapter, or is read below; any other field must be off.
@@ -75,7 +74,7 @@ def read_stock(folder: str | os.PathLike[str]) -> StockLora:
         if pickled:
             raise FileNotFoundError(
                 f"{path} holds {pickled}, a pickle, which can run code when it is read; save the adapter again with "
-                "PEFT's save_pretrained(…, safe_serialization=True)."
+                "PEFT as safetensors."
             )
         raise FileNotFoundError(f"{path} has no {WEIGHTS}: it is no PEFT adapter.")
     tensors = read_tensors(path / WEIGHTS)

@@ -1,4 +1,4 @@
-"""An adapter made layer by layer: a weight is read, decomposed, put down and forgotten, and what is done stays done."""
+"""Layer-by-layer decomposition: each weight is read, decomposed, written and released; finished layers are kept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer whose factors lie in a work's folder under ``index``, and what the adapter's files say of it."""
+    """A layer whose factors lie in the work folder under ``index``, and its record in the adapter's files."""
 
     index: int
     target: Target
@@ -48,7 +48,7 @@ class FinishedLayer:
 def decompose_layers(
     source: Source,
     targets: Sequence[Target],
-    config: AdapterSettings,
+    settings: AdapterSettings,
     work: WorkFolder,
     ranks: Ranks,
     *,
@@ -56,15 +56,15 @@ def decompose_layers(
     cache: SpectralCache | None = None,
     progress: bool = True,
 ) -> tuple[list[FinishedLayer], int]:
-    """Decompose the layers that ``work`` has not finished yet, shared among the processes of ``ranks``.
+    """Decompose the layers that ``work`` has not finished yet; the processes of ``ranks`` share them.
 
     Args:
         targets: what to adapt, the same in every process.
         device: where to decompose; one layer at a time is moved there.
-        progress: show a progress bar, in the first process alone.
+        progress: show a progress bar, only in the first process.
 
     Returns:
-        Every layer, those of other processes too, and how many were finished before.
+        Every layer, including those of other processes, and how many were finished before.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.nn.initial_factors`, with the layer's name.
@@ -84,7 +84,7 @@ def decompose_layers(
 
     with bar:
         for k in partition(costs, ranks.size)[ranks.rank]:
-            paths[_decompose(source, targets[pending[k]], config, work, pending[k], device, cache)] += 1
+            paths[_decompose(source, targets[pending[k]], settings, work, pending[k], device, cache)] += 1
             bar.set_postfix(paths, refresh=False)
             show()
         ranks.barrier(show)
@@ -92,7 +92,7 @@ def decompose_layers(
 
 
 def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], work: WorkFolder) -> None:
-    """Put an adapted layer in the place of every layer; on a model of the meta device without values."""
+    """Replace every layer by an adapted one; on a model on the meta device the factors have no values."""
 
     def start(layer: FinishedLayer) -> InitialFactors:
         factors = work.read_layer(layer.index)[1]
@@ -108,35 +108,31 @@ def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], work: Work
 def _decompose(
     source: Source,
     target: Target,
-    config: AdapterSettings,
+    settings: AdapterSettings,
     work: WorkFolder,
     index: int,
     device: str,
     cache: SpectralCache | None,
 ) -> str:
-    """Decompose one layer and write it down; returns the path that was taken."""
+    """Decompose one layer and write it down; returns the path of the decomposition."""
     weight, module = source.weight(target.name).to(device), get_layer(source.model, target.name)
     digest = tensor_sha256(weight)
     base, origin = (base_sha256(module), "dequantized") if target.quantized else (digest, "weight")
     known = [digest] if weight.ndim == 2 else None  # a stack is decomposed, and cached, matrix by matrix
     with naming(target.name):
-        found = window_of(target, config, weight, cache=cache, digests=known)
-        start = split_window(target, config, SourceMatrix(weight, origin, base), found)
-    kind = target.kind
-    assert kind is not None
+        found = window_of(target, settings, weight, cache=cache, digests=known)
+        start = split_window(target, settings, SourceMatrix(weight, origin, base), found)
+    assert target.kind is not None
     assert start.svd is not None
-    report = asdict(start.svd)
-    del report["window"]
-    saved = SavedLayer(
-        kind=kind,
-        shape=tuple(weight.shape),
-        start=start.window.index,
-        rank=start.window.rank,
+    saved = SavedLayer.of(
+        target.kind,
+        weight.shape,
+        start.window,
         alpha=target.alpha,
         form=target.form,
         dropout=target.dropout,
         base_sha256=start.base_sha256,
-        svd=report,
+        report=start.svd,
     )
     record = {"layer": asdict(saved), "certificate": asdict(start.certificate)}
     work.write_layer(index, record, {"A0": start.A0, "B0": start.B0})

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter_folder import SavedLayer, other_base, svd_record
-from ipca.io.peft_kinds import to_peft
+from ipca.io.peft_format import to_peft
 from ipca.nn.initialization import InitialFactors, initial_factors
 from ipca.ops import pc_linear
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial

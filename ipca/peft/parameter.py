@@ -11,7 +11,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from ipca.io.peft_kinds import MATRIX, to_peft
+from ipca.io.peft_format import MATRIX, to_peft
 from ipca.nn.initialization import InitialFactors
 from ipca.peft.layers import WindowLora
 

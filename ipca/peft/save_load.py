@@ -21,8 +21,7 @@ from safetensors import safe_open
 from ipca._atomic import staged_files
 from ipca._version import __version__
 from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter
-from ipca.io.peft_format import WEIGHTS
-from ipca.io.peft_kinds import PREFIX, factor_keys, wrappers_around
+from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, wrappers_around
 
 OWN_FIELDS = ("window", "window_pattern", "tol")
 """Fields of PCConfig that PEFT's configuration cannot hold."""

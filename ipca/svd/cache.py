@@ -248,11 +248,6 @@ def _singles(found: WindowSVD) -> list[WindowSVD]:
     return [WindowSVD(U, S, Vh, (report,)) for U, S, Vh, report in parts]
 
 
-def default_cache_folder() -> Path:
-    """``$IPCA_CACHE``, else ``~/.cache/ipca``."""
-    return Path(os.environ.get("IPCA_CACHE") or "~/.cache/ipca").expanduser()
-
-
 def _write_entry(folder: Path, key: CacheKey, found: WindowSVD) -> None:
     """Write the window of one matrix atomically; raises OSError as :func:`ipca._atomic.write_checksummed` does."""
     (report,) = found.reports

@@ -24,7 +24,7 @@ class SVDReport:
         seconds: wall time; for matrices decomposed together, an equal share of it.
         flops: floating point operations by the textbook counts of the steps taken. What several windows of one matrix
             share is counted with the first.
-        source: of the matrix: ``"weight"``, a layer's own; for a quantized layer ``"unquantized"`` or ``"dequantized"``.
+        source: the matrix: ``"weight"``, a layer's own; for a quantized layer ``"unquantized"`` or ``"dequantized"``.
     """
 
     path: str

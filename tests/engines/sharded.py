@@ -34,7 +34,7 @@ def train_and_resume(form, folder):
     then = launch.losses(model, optimizer, range(2, 4), part)
     ipca.save_adapter(model, folder / "adapter")
     for kind in ("peft", "residual"):
-        ipca.export(model, folder / kind, form=kind)
+        ipca.export(model, folder / kind, format=kind)
 
     again = launch.adapted(form)
     with torch.no_grad():

@@ -145,7 +145,7 @@ def test_a_pickle_is_refused_by_its_name_and_not_opened(saved):
     base, folder = saved
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    refuses(base, folder, r"holds adapter_model\.bin, a pickle, .* safe_serialization=True", FileNotFoundError)
+    refuses(base, folder, r"holds adapter_model\.bin, a pickle, .* with PEFT as safetensors", FileNotFoundError)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 9, 200, -4000, -1])

@@ -15,7 +15,7 @@ import torch
 from ipca import Window, window_svd
 from ipca._atomic import CorruptFileError, read_checksummed, write_checksummed
 from ipca._hashing import tensor_sha256
-from ipca.svd.cache import CacheKey, SpectralCache, cache_key, cached_window_svd, default_cache_folder
+from ipca.svd.cache import CacheKey, SpectralCache, cache_key, cached_window_svd
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WINDOW = Window.middle(4)
@@ -317,14 +317,6 @@ def test_an_empty_cache(tmp_path):
     cache = SpectralCache(tmp_path / "none")
     assert cache.entries() == cache.verify() == cache.prune(max_bytes=0) == []
     assert not cache.folder.exists()
-
-
-def test_the_default_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("IPCA_CACHE", raising=False)
-    assert default_cache_folder() == tmp_path / ".cache" / "ipca"
-    monkeypatch.setenv("IPCA_CACHE", "~/elsewhere")
-    assert default_cache_folder() == tmp_path / "elsewhere"
 
 
 def test_a_sealed_file_holds_record_and_tensors(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import ipca
-from ipca.cli import main
+from ipca.cli.main import main
 from ipca.io.model_folder import load_model
 from ipca.svd.cache import SpectralCache
 from tests.helpers.model_folders import contents, gpt2_config, llama_config
@@ -49,7 +49,9 @@ OPTIONS = {
 def test_the_adapter_is_the_one_of_the_whole_model(kind, options, same, request, tmp_path, monkeypatch, capsys):
     folder = request.getfixturevalue(kind)
     with monkeypatch.context() as patch:
-        patch.setattr("ipca.cli.init.load_with_missing", lambda folder: pytest.fail("the whole model was loaded"))
+        patch.setattr(
+            "ipca.cli.init_command.load_with_missing", lambda folder: pytest.fail("the whole model was loaded")
+        )
         assert init(folder, tmp_path / "out", *options) == 0
     assert "the whole model" not in capsys.readouterr().out
     assert contents(tmp_path / "out") == whole(folder, tmp_path / "whole", **same)
@@ -70,7 +72,7 @@ def test_the_residual_form_is_the_one_of_the_whole_model(kind, request, tmp_path
     folder = request.getfixturevalue(kind)
     assert init(folder, tmp_path / "out", "--form", "residual") == 0
     model = ipca.apply_pc(load_model(folder), rank=4, form="residual", progress=False)
-    ipca.export(model, tmp_path / "whole", form="residual")
+    ipca.export(model, tmp_path / "whole", format="residual")
     weights = "adapter_model.safetensors"
     ours, theirs = tmp_path / "out", tmp_path / "whole"
     assert (ours / "adapter" / weights).read_bytes() == (theirs / "adapter" / weights).read_bytes()
@@ -157,7 +159,11 @@ def test_what_cannot_be_streamed_is_loaded_whole_and_says_so(llama, tmp_path, ca
         assert init(llama, tmp_path / "again") == 0
         assert f"the whole model was loaded: {reason}" in capsys.readouterr().out
     else:
-        ipca.export(ipca.apply_pc(load_model(llama), rank=4, progress=False), tmp_path / "whole", form="residual")
+        ipca.export(
+            ipca.apply_pc(load_model(llama), rank=4, form="residual", progress=False),
+            tmp_path / "whole",
+            format="residual",
+        )
         ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "whole")
         weights = [name for name in theirs if name.endswith(".safetensors")]
         assert {name: ours[name] for name in weights} == {name: theirs[name] for name in weights}
@@ -183,7 +189,8 @@ def test_a_weight_that_would_be_drawn_is_refused(llama, tmp_path, capsys):
     save_file(held, path, metadata={"format": "pt"})
     assert init(llama, tmp_path / "out") == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "holds no weight for model.layers.1.self_attn.q_proj, and transformers would draw it; exclude it" in error
+    assert f"{llama} holds no weight for {key.removesuffix('.weight')}, and transformers would" in error
+    assert "initialize it at random; exclude it" in error
     assert init(llama, tmp_path / "out", "--exclude", key.removesuffix(".weight")) == 0
 
 

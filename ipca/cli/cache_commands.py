@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 
-from ipca.svd.cache import CacheEntry, SpectralCache, default_cache_folder
+from ipca._cache_folder import default_cache_folder
+from ipca.svd.cache import CacheEntry, SpectralCache
 
 Record = dict[str, object]
 
 
 def cache(args: argparse.Namespace) -> tuple[Record, str]:
-    """Do what ``args.action`` says with the cache in a folder."""
+    """List, verify or prune the cache in a folder."""
     held = SpectralCache(args.cache or default_cache_folder())
     if held.folder.exists() and not held.folder.is_dir():
         raise NotADirectoryError(f"{held.folder} is not a folder; give the folder of a cache.")
@@ -32,15 +33,13 @@ def _verify(held: SpectralCache, args: argparse.Namespace) -> tuple[Record, str]
     damaged = held.verify(remove=args.remove)
     if damaged and not args.remove:
         words = "; ".join(words for _, words in damaged)
-        raise ValueError(f"{len(damaged)} entries are damaged ({words}); verify --remove deletes them.")
+        raise ValueError(f"{len(damaged)} entries are damaged ({words}); ipca cache verify --remove deletes them.")
     names = [path.name for path, _ in damaged]
     text = f"removed {len(names)} damaged entries from" if names else "no damaged entry in"
     return {"folder": str(held.folder), "removed": names}, f"{text} {held.folder}"
 
 
 def _prune(held: SpectralCache, args: argparse.Namespace) -> tuple[Record, str]:
-    if args.max_bytes is None and args.older_than is None:
-        raise ValueError("say what to delete: --max-bytes, --older-than, or both.")
     names = [path.name for path in held.prune(max_bytes=args.max_bytes, older_than=args.older_than)]
     return {"folder": str(held.folder), "removed": names}, f"removed {len(names)} entries from {held.folder}"
 

@@ -1,4 +1,4 @@
-"""``ipca init``: the adapter of a model folder before training, layer by layer, by one process or several."""
+"""``ipca init``: the adapter of a model folder before training, layer by layer, in one process or several."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 
 import ipca
 from ipca._atomic import check_writable
-from ipca.cli.choice import check_output_folder, chosen_config
+from ipca.cli.arguments import check_output_folder
 from ipca.io.adapter_folder import read_adapter
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
 from ipca.io.peft_format import WEIGHTS
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_targets
-from ipca.offline.adapter_files import write_adapter
+from ipca.offline.adapter_files import write_adapter, write_residual
 from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
 from ipca.offline.ranks import PeerFailed, Ranks
 from ipca.offline.skeleton import NotStreamable, build_skeleton, checkpoint_keys
@@ -34,17 +34,17 @@ Record = dict[str, object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to decompose and where the weights are; ``whole`` says why the model is in memory, None if it is not."""
+    """What to decompose, and from where; ``loaded_whole`` says why the whole model is in memory, None if it is not."""
 
     source: CheckpointSource | ModelSource
     targets: list[Target]
-    whole: str | None
+    loaded_whole: str | None
 
 
 def init(args: argparse.Namespace) -> tuple[Record | None, str]:
     """Write the adapter of a model folder before training.
 
-    Under torchrun the processes share the layers, and the first alone returns a record.
+    Under torchrun the processes share the layers, and only the first returns a record.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but this torch sees no GPU; leave it out.")
@@ -56,7 +56,10 @@ def init(args: argparse.Namespace) -> tuple[Record | None, str]:
             raise SystemExit(1) from None
         kept = work.abandon() if ranks.is_main else work.count()
         if kept:
-            print(f"ipca: {kept} finished layers are kept in {work.folder}; the same command goes on", file=sys.stderr)
+            print(
+                f"ipca: {kept} finished layers are kept in {work.folder}; run the same command again to resume",
+                file=sys.stderr,
+            )
         if not ranks.is_main and isinstance(error, (ValueError, TypeError, RuntimeError, OSError)):
             raise RuntimeError(f"process {ranks.rank}: {error}") from error
         raise
@@ -67,17 +70,17 @@ def init(args: argparse.Namespace) -> tuple[Record | None, str]:
 def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Record, str]:
     began = time.perf_counter()
     if not ranks.is_main:
-        ranks.barrier()  # what the first process refuses, the others need not refuse again
-    config = chosen_config(args)
+        ranks.barrier()  # an error of the first process's checks ends the others too
+    settings = _settings(args)
     if ranks.is_main:
         _check_folders(args, work)
-    plan = _plan(args.model, config)
+    plan = _plan(args.model, settings)
     if ranks.is_main:
-        work.open({"format": 1, "ipca": ipca.__version__, "model": model_digest(args.model), **asdict(config)})
+        work.open({"format": 1, "ipca": ipca.__version__, "model": model_digest(args.model), **asdict(settings)})
         ranks.barrier()
     ready, cache = ranks.broadcast(work.ready), _cache(args)
     layers, before = decompose_layers(
-        plan.source, plan.targets, config, work, ranks, device=args.device, cache=cache, progress=not args.quiet
+        plan.source, plan.targets, settings, work, ranks, device=args.device, cache=cache, progress=not args.quiet
     )
     install_layers(plan.source.model, layers, work)
     if not ready:
@@ -90,33 +93,48 @@ def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Reco
     return _account(args, plan, layers, before, hits, time.perf_counter() - began)
 
 
-def _plan(folder: Path, config: AdapterSettings) -> Plan:
+def _settings(args: argparse.Namespace) -> AdapterSettings:
+    """The options of layers and windows as one record."""
+    return AdapterSettings(
+        rank=args.rank,
+        window=args.window,
+        alpha=args.alpha,
+        form=args.form,
+        targets=args.targets or "all-linear",
+        exclude=args.exclude,
+        tol=args.tol,
+    )
+
+
+def _plan(folder: Path, settings: AdapterSettings) -> Plan:
     """Read the model's skeleton, or the whole model where a skeleton is not enough."""
     try:
         checkpoint = Checkpoint.open(folder)
         if checkpoint is None:
             raise NotStreamable("the folder holds no safetensors")
         model = build_skeleton(folder, checkpoint)
-        targets = find_targets(model, config, values=False)
-        keys = checkpoint_keys(model, targets, checkpoint, residual=config.form == "residual")
+        targets = find_targets(model, settings, values=False)
+        keys = checkpoint_keys(model, targets, checkpoint, residual=settings.form == "residual")
         return Plan(CheckpointSource(model, checkpoint, keys), targets, None)
     except NotStreamable as error:
         why = str(error)
     model, missing = load_with_missing(folder)
-    targets = find_targets(model, config)
+    targets = find_targets(model, settings)
     absent = [target.name for target in targets if f"{target.name}.weight" in missing]
     if absent:
         names = ", ".join(absent[:3])
-        raise ValueError(f"{folder} holds no weight for {names}, and transformers would draw it; exclude it.")
+        raise ValueError(
+            f"{folder} holds no weight for {names}, and transformers would initialize it at random; exclude it."
+        )
     return Plan(ModelSource(model), targets, why)
 
 
 def _assemble(
     args: argparse.Namespace, plan: Plan, layers: list[FinishedLayer], work: WorkFolder, ranks: Ranks
 ) -> None:
-    """Complete the files in the work's folder."""
+    """Write the output files into the work folder."""
     if args.form == "residual":
-        plan.source.write_residual(layers, work, ranks, str(args.out.absolute() / "base"))
+        write_residual(plan.source, layers, work, ranks, str(args.out.absolute() / "base"))
         if ranks.is_main:
             with work.writing():
                 copy_companions(args.model, work.final / "base")
@@ -132,7 +150,7 @@ def _account(
     hits: int,
     seconds: float,
 ) -> tuple[Record, str]:
-    """The record and the text of what was done."""
+    """The record and the text of the finished command."""
     summary = ipca.summary(plan.source.model)
     paths = Counter(layer.saved.svd["path"] for layer in layers if layer.saved.svd)
     record: Record = {
@@ -146,15 +164,15 @@ def _account(
         "uncertified": dict(summary.uncertified),
         "finished_before": before,
         "from_cache": hits,
-        "loaded_whole": plan.whole,
+        "loaded_whole": plan.loaded_whole,
     }
     parts = [f"{count} by {path}" for path, count in paths.most_common()]
     parts += [f"{before} finished before"] * (before > 0) + [f"{hits} from the cache"] * (hits > 0)
     lines = [str(summary), f"{len(layers)} layers in {seconds:.1f} s: {', '.join(parts)}"]
     if len(summary.uncertified) > 5:
-        lines.append("not certified either: " + ", ".join(name for name, _ in summary.uncertified[5:]))
-    if plan.whole:
-        lines.append(f"the whole model was loaded: {plan.whole}")
+        lines.append("also not certified: " + ", ".join(name for name, _ in summary.uncertified[5:]))
+    if plan.loaded_whole:
+        lines.append(f"the whole model was loaded: {plan.loaded_whole}")
     if args.form == "residual":
         lines.append(f"residual base: {args.out / 'base'}   adapter: {args.out / 'adapter'}")
     else:
@@ -173,15 +191,15 @@ def _check_folders(args: argparse.Namespace, work: WorkFolder) -> None:
 
 
 def _check_trained(out: Path) -> None:
-    """Raise where ``out`` holds an adapter other than an untrained start, which a new start may replace."""
+    """Raise where ``out`` holds a trained adapter; an untrained one may be replaced."""
     if not (out / WEIGHTS).is_file():
         return
     try:
         factors = list(read_adapter(out, modules_to_save=False).factors.values())
-    except (ValueError, FileNotFoundError):  # damaged, or somebody else's
+    except (ValueError, FileNotFoundError):  # damaged, or not ours
         factors = []
     if not factors or any(not (torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0)) for f in factors):
-        raise FileExistsError(f"{out} holds an adapter that is no untrained start; choose another folder.")
+        raise FileExistsError(f"{out} holds an adapter that is trained or not readable; choose another folder.")
 
 
 def _cache(args: argparse.Namespace) -> SpectralCache | None:

@@ -13,8 +13,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import ipca
 import ipca.svd.cache
-from ipca.cli import main
 from ipca.cli.arguments import parser
+from ipca.cli.main import main
 
 COMMANDS = ("inspect", "init", "merge", "export", "convert", "cache", "completion")
 
@@ -55,16 +55,16 @@ def test_inspect_reports_the_singular_values_of_the_model(bert, capsys):
     assert record["totals"]["trainable"] == 4 * 64
 
 
-@pytest.mark.parametrize("form", ["peft", "residual"])
-def test_init_export_and_merge_keep_the_function(bert, tmp_path, form):
+@pytest.mark.parametrize("format", ["peft", "residual"])
+def test_init_export_and_merge_keep_the_function(bert, tmp_path, format):
     adapter, merged, exported = tmp_path / "adapter", tmp_path / "merged", tmp_path / "exported"
     assert main(["init", str(bert), "--rank", "4", "-o", str(adapter)]) == 0
     assert main(["merge", str(bert), str(adapter), "-o", str(merged)]) == 0
-    assert main(["export", str(bert), str(adapter), "--form", form, "-o", str(exported)]) == 0
+    assert main(["export", str(bert), str(adapter), "--format", format, "-o", str(exported)]) == 0
     torch.testing.assert_close(output(merged), output(bert), atol=1e-5, rtol=0)
     assert (merged / "vocab.txt").read_text() == "a\nb\n"
-    folder = exported / "adapter" if form == "residual" else exported
-    assert json.loads((folder / "adapter_config.json").read_text())["r"] == (4 if form == "residual" else 8)
+    folder = exported / "adapter" if format == "residual" else exported
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == (4 if format == "residual" else 8)
 
 
 def test_merge_folds_in_what_was_trained(bert, tmp_path):
@@ -135,7 +135,7 @@ def test_export_states_the_error_of_a_truncated_lora(bert, tmp_path, capsys):
         for p in ipca.adapter_parameters(model):
             p.add_(0.05 * torch.randn_like(p))
     ipca.save_adapter(model, tmp_path / "adapter")
-    command = ["export", str(bert), str(tmp_path / "adapter"), "--form", "truncated", "--rank", "2"]
+    command = ["export", str(bert), str(tmp_path / "adapter"), "--format", "truncated", "--rank", "2"]
     assert main([*command, "-o", str(tmp_path / "small")]) == 0
     text = capsys.readouterr().out
     assert main([*command, "-o", str(tmp_path / "again"), "--json"]) == 0
@@ -153,7 +153,7 @@ def test_inspect_an_adapter(bert, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert (record["kind"], record["base"], record["modules_to_save"]) == ("ipca", "some/base", ["pooler"])
     layer = next(row for row in record["layers"] if row["layer"].endswith("intermediate.dense"))
-    wanted = {"shape": [48, 32], "rank": 4, "scaling": 0.5, "window": [14, 18], "form": "residual", "trainable": 320}
+    wanted = {"shape": [48, 32], "rank": 4, "scaling": 0.5, "window": [14, 18], "form": "intact", "trainable": 320}
     assert {name: layer[name] for name in wanted} == wanted
     assert layer["certified"] is True
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -251,13 +251,9 @@ def test_progress_goes_to_stderr_and_the_record_alone_to_stdout(bert, tmp_path, 
         (["convert", "{bert}", "{adapter}", "-o", "{adapter}"], "is the adapter itself; choose another folder"),
         (["convert", "{bert}", "{adapter}", "-o", "{bert}/../adapter"], "is the adapter itself; choose another folder"),
         (["export", "{bert}", "{adapter}", "-o", "{adapter}"], "is the adapter itself; choose another folder"),
-        (["export", "{bert}", "{adapter}", "--form", "truncated", "-o", "{out}"], "form 'truncated' needs a rank"),
-        (["export", "{bert}", "{adapter}", "--rank", "2", "-o", "{out}"], "a rank is for form 'truncated' alone"),
         (["export", "{bert}", "{adapter}", "-o", "{bert}/config.json/x"], "is not a folder"),
-        (["init", "{bert}", "--rank", "0", "-o", "{out}"], "rank must be at least 1"),
         (["init", "{bert}", "--rank", "33", "-o", "{out}"], "there are only 32"),
         (["init", "{bert}", "--window", "start=30", "-o", "{out}"], "ends at 46"),
-        (["init", "{bert}", "--window", "nonsense", "-o", "{out}"], "Unknown window"),
         (["init", "{bert}", "--targets", "nowhere", "-o", "{out}"], "no module matches the target 'nowhere'"),
         (["init", "{out}/none", "-o", "{out}"], "no config.json"),
         (["init", "{bert}", "-o", "{bert}/config.json"], "is not a folder"),
@@ -289,8 +285,8 @@ def test_a_broken_model_folder_is_an_error(bert, tmp_path, capsys):
 
 
 def test_debug_shows_the_traceback(bert, tmp_path):
-    with pytest.raises(ValueError, match="rank must be at least 1"):
-        main(["init", str(bert), "--rank", "0", "--debug", "-o", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="there are only 32"):
+        main(["init", str(bert), "--rank", "33", "--debug", "-o", str(tmp_path / "out")])
 
 
 def test_an_interrupt_is_one_line(bert, tmp_path, monkeypatch, capsys):
@@ -331,6 +327,32 @@ def test_wrong_usage_is_status_2(words, capsys):
         main(words)
     assert stop.value.code == 2
     assert "usage: ipca" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["init", "--rank", "0"], "argument --rank: must be a whole number of at least 1, got '0'"),
+        (["init", "--window", "midle"], "argument --window: Unknown window 'midle': use"),
+        (["inspect", "--window", "1"], "argument --window: window 1 is ambiguous, an index or a fraction"),
+        (["init", "--window", "auto"], "argument --window: 'auto' needs inputs of the model"),
+        (["init", "--window", "1.5"], "argument --window: The fraction in window '1.5' must lie in [0, 1]"),
+        (["init", "--alpha", "nan"], "argument --alpha: must be a positive number, got 'nan'"),
+        (["init", "--tol", "quick"], "argument --tol: must be fast, default, exact or a number from 1e-12"),
+        (["init", "--tol", "2"], "argument --tol: must be fast, default, exact or a number from 1e-12"),
+        (["export", "adapter", "--format", "onnx"], "argument --format: invalid choice: 'onnx'"),
+        (["export", "adapter", "--form", "truncated"], "--format truncated needs --rank"),
+        (["export", "adapter", "--rank", "2"], "--rank is only for --format truncated"),
+    ],
+)
+def test_a_wrong_value_is_status_2_before_anything_is_read(words, says, tmp_path, capsys):
+    out = ["-o", str(tmp_path / "out")] * (words[0] != "inspect")
+    with pytest.raises(SystemExit) as stop:
+        main([words[0], str(tmp_path / "none"), *words[1:], *out])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"ipca {words[0]}: error: ")
+    assert says in error
 
 
 def test_an_error_nobody_expected_is_one_line_with_its_type(bert, monkeypatch, capsys):

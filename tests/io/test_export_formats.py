@@ -1,15 +1,16 @@
-"""The truncated export: the nearest stock LoRA of a lower rank, and its error as it is."""
+"""The truncated export: the nearest stock LoRA of a lower rank, and its error. AutoPeftModel on the residual base."""
 
 import copy
 import json
 
 import pytest
 import torch
-from peft import PeftModel
+import transformers
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
 from torch import nn
 
 import ipca
-from ipca.io.truncate import truncated
+from ipca.io.export_formats import truncated
 from tests.helpers.models import Net, adapted
 
 
@@ -31,7 +32,7 @@ def loaded(base: nn.Module, folder) -> nn.Module:
 def test_it_is_the_best_of_its_rank_and_says_its_error(rank, tmp_path):
     base = Run()
     model = adapted(copy.deepcopy(base))
-    errors = ipca.export(model, tmp_path, form="truncated", rank=rank)
+    errors = ipca.export(model, tmp_path, format="truncated", rank=rank)
     merged = loaded(base, tmp_path).merge_and_unload()
     assert errors.keys() == {"a", "b"}
     for name in errors:
@@ -58,7 +59,7 @@ def test_a_layer_of_a_lower_rank_stays_exact(tmp_path):
     with torch.no_grad():
         for parameter in ipca.adapter_parameters(model):
             parameter.add_(0.1 * torch.randn_like(parameter))
-    errors = ipca.export(model, tmp_path, form="truncated", rank=8)
+    errors = ipca.export(model, tmp_path, format="truncated", rank=8)
     assert max(errors.values()) < 1e-6
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {"^a": 2}
@@ -72,7 +73,7 @@ def test_a_rank_above_that_of_a_weight_stays_exact(tmp_path):
     with torch.no_grad():
         for parameter in ipca.adapter_parameters(model):
             parameter.add_(0.1 * torch.randn_like(parameter))
-    assert max(ipca.export(model, tmp_path, form="truncated", rank=15).values()) < 1e-6
+    assert max(ipca.export(model, tmp_path, format="truncated", rank=15).values()) < 1e-6
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {"^a": 12, "^b": 12}
     x = torch.randn(7, 20)
@@ -82,7 +83,7 @@ def test_a_rank_above_that_of_a_weight_stays_exact(tmp_path):
 def test_modules_trained_whole_are_kept(tmp_path):
     base = Run()
     model = adapted(copy.deepcopy(base))
-    ipca.export(model, tmp_path, form="truncated", rank=2)
+    ipca.export(model, tmp_path, format="truncated", rank=2)
     norm = loaded(base, tmp_path).base_model.model.norm.modules_to_save.default
     assert torch.equal(norm.weight, model.norm.weight)
 
@@ -90,7 +91,7 @@ def test_modules_trained_whole_are_kept(tmp_path):
 def test_before_training_there_is_nothing_to_be_off(tmp_path):
     base = Run()
     model = ipca.apply_pc(copy.deepcopy(base), rank=3, progress=False)
-    assert ipca.export(model, tmp_path, form="truncated", rank=2) == {"a": 0.0, "b": 0.0}
+    assert ipca.export(model, tmp_path, format="truncated", rank=2) == {"a": 0.0, "b": 0.0}
     x = torch.randn(5, 20)
     assert torch.equal(loaded(base, tmp_path)(x), base(x))
 
@@ -111,9 +112,9 @@ def test_embeddings_and_convolutions(tmp_path):
         for parameter in ipca.adapter_parameters(model):
             parameter.add_(0.1 * torch.randn_like(parameter))
     ids = torch.arange(20).view(2, 10)
-    assert max(ipca.export(model, tmp_path / "all", form="truncated", rank=6).values()) < 1e-6
+    assert max(ipca.export(model, tmp_path / "all", format="truncated", rank=6).values()) < 1e-6
     torch.testing.assert_close(loaded(base, tmp_path / "all")(ids), model(ids))
-    errors = ipca.export(model, tmp_path / "some", form="truncated", rank=4)
+    errors = ipca.export(model, tmp_path / "some", format="truncated", rank=4)
     merged = loaded(base, tmp_path / "some").merge_and_unload()
     for name, error in errors.items():
         before, after = base.get_submodule(name).weight, merged.get_submodule(name).weight
@@ -146,16 +147,35 @@ def test_a_layer_without_one_pair_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("form", "rank", "words"),
+    ("format", "rank", "words"),
     [
-        ("truncated", None, "form 'truncated' needs a rank"),
-        ("peft", 3, "a rank is for form 'truncated' alone; got 'peft' and rank 3"),
+        ("truncated", None, "the format 'truncated' needs a rank"),
+        ("peft", 3, "a rank is only for the format 'truncated'; got 'peft' and rank 3"),
         ("truncated", 0, "rank must be an int of at least 1, got 0"),
         ("truncated", 2.0, "rank must be an int of at least 1, got 2.0"),
         ("truncated", True, "rank must be an int of at least 1, got True"),
     ],
 )
-def test_a_rank_that_does_not_go_with_the_form(form, rank, words, tmp_path):
+def test_a_rank_that_does_not_go_with_the_format(format, rank, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        ipca.export(adapted(Net()), tmp_path / "out", form=form, rank=rank)
+        ipca.export(adapted(Net()), tmp_path / "out", format=format, rank=rank)
     assert not (tmp_path / "out").exists()
+
+
+def llama():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, vocab_size=40, num_key_value_heads=2, tie_word_embeddings=False)
+    ).eval()
+
+
+def test_auto_peft_model_finds_the_base(tmp_path):
+    model = ipca.apply_pc(llama(), rank=4, progress=False)
+    with torch.no_grad():
+        for p in ipca.adapter_parameters(model):
+            p.add_(0.1 * torch.randn_like(p))
+    ipca.export(model, tmp_path / "x", format="residual")
+    ids = torch.randint(0, 40, (2, 5))
+    for auto in (AutoPeftModel, AutoPeftModelForCausalLM):
+        loaded = auto.from_pretrained(tmp_path / "x" / "adapter").eval()
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import ipca
-from ipca.io.peft_format import join_factors, split_factors
+from ipca.io.peft_format import double_factor, from_peft, split_factor, to_peft
 
 # For each case: the plain base, the adapter, an input and the adapted model's output; prints the relative errors.
 STOCK = """
@@ -104,7 +104,7 @@ CASES = {
 WRITE = {
     "save": ipca.save_adapter,
     "peft": ipca.export,
-    "residual": lambda model, folder: ipca.export(model, folder, form="residual"),
+    "residual": lambda model, folder: ipca.export(model, folder, format="residual"),
 }
 
 
@@ -176,13 +176,32 @@ def test_config_names_the_base_model(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 1), (5, 7, 3), (4, 4, 4)])
-def test_joined_factors_are_the_change_of_the_weight_and_split_to_the_bit(shape):
+def test_doubled_factors_are_the_change_of_the_weight_and_split_to_the_bit(shape):
     out, inner, rank = shape
     A, B, A0, B0 = (torch.randn(s) for s in ((rank, inner), (out, rank), (rank, inner), (out, rank)))
-    lora_A, lora_B = join_factors(A, B, A0, B0)
+    lora_A, lora_B = double_factor("A", A, A0), double_factor("B", B, B0)
     change = B.double() @ A.double() - B0.double() @ A0.double()
     assert (lora_B.double() @ lora_A.double() - change).abs().max() <= 1e-14 * change.abs().max()
-    for found, wanted in zip(split_factors(lora_A, lora_B), (A, B, A0, B0), strict=True):
+    split = (*split_factor("A", lora_A), *split_factor("B", lora_B))
+    for found, wanted in zip(split, (A, A0, B, B0), strict=True):
         assert torch.equal(found, wanted)
         assert found.is_contiguous()
         assert found.untyped_storage().nbytes() == found.nbytes
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7, 3), (4, 6, 5, 2), (3, 4, 4, 1)])
+def test_experts_are_doubled_one_by_one(shape):
+    experts, out, inner, rank = shape
+    A, A0 = torch.randn(2, experts, rank, inner)
+    B, B0 = torch.randn(2, experts, out, rank)
+    stack = torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
+    (pA, pB), (pA0, pB0) = to_peft("experts", A, B), to_peft("experts", A0, B0)
+    doubled = double_factor("A", pA, pA0, experts), double_factor("B", pB, pB0, experts)
+    for found, wanted in zip(doubled, to_peft("experts", *stack), strict=True):
+        assert torch.equal(found, wanted)
+    for found, wanted in zip(from_peft("experts", (experts, out, inner), *doubled), stack, strict=True):
+        assert torch.equal(found, wanted)
+    split = (*split_factor("A", doubled[0], experts), *split_factor("B", doubled[1], experts))
+    for found, wanted in zip(split, (pA, pA0, pB, pB0), strict=True):
+        assert torch.equal(found, wanted)
+        assert found.is_contiguous()

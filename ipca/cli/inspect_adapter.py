@@ -1,4 +1,4 @@
-"""``ipca inspect`` of an adapter folder: layers, windows, certificates, sizes and the base it is for."""
+"""``ipca inspect`` for an adapter folder: layers, windows, certificates, sizes and the base it is for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ipca.cli.table import mib, short
 from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.peft_format import CONFIG, WEIGHTS
 from ipca.io.peft_lora import read_stock
@@ -21,19 +20,19 @@ def is_adapter(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names) and not (folder / "config.json").is_file()
 
 
-def inspect_adapter(folder: Path) -> Record:
-    """What the files of an adapter say; every tensor is checked.
+def adapter_record(folder: Path) -> Record:
+    """The contents of an adapter folder as one record; every tensor is checked.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`ipca.load_adapter`, or as :func:`ipca.import_peft` for a folder without
             ``ipca.json``.
     """
-    rows, whole, base = _ours(folder) if (folder / SIDECAR).is_file() else _stock(folder)
+    rows, modules_to_save, base = _ours(folder) if (folder / SIDECAR).is_file() else _stock(folder)
     return {
         "kind": "ipca" if (folder / SIDECAR).is_file() else "stock LoRA",
         "base": base,
         "layers": rows,
-        "modules_to_save": whole,
+        "modules_to_save": modules_to_save,
         "totals": {
             "layers": len(rows),
             "trainable": sum(row["trainable"] for row in rows),
@@ -43,8 +42,8 @@ def inspect_adapter(folder: Path) -> Record:
     }
 
 
-def render(record: Any) -> str:
-    """The table that people read."""
+def adapter_table(record: Any) -> str:
+    """The record as a table of text."""
     ours, totals = record["kind"] == "ipca", record["totals"]
     lines = [
         f"{'layer':40} {'shape':>14} {'rank':>5} {'scaling':>8} {'window':>14} {'of':>6} {'form':>9} {'residual':>9}"
@@ -54,7 +53,7 @@ def render(record: Any) -> str:
         residual = f"{row['residual']:9.1e}" if row.get("residual") is not None else f"{'–':>9}"
         shape = row["shape"]
         lines.append(
-            f"{short(row['layer'], 40):40} {' × '.join(map(str, shape)):>14} {row['rank']:5} "
+            f"{_short(row['layer'], 40):40} {' × '.join(map(str, shape)):>14} {row['rank']:5} "
             f"{row['scaling']:8.3g} {window:>14} {min(shape[-2:]):6} {row.get('form', '–'):>9} {residual}"
         )
     lines += [f"not certified: {row['layer']}: {row['certificate']}" for row in _uncertified(record["layers"])[:5]]
@@ -110,7 +109,7 @@ def _stock(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
 
 
 def _base(folder: Path) -> str | None:
-    """What PEFT's configuration names as the base, None where it does not say."""
+    """The base that PEFT's configuration names, None if it names none."""
     try:
         config = json.loads((folder / CONFIG).read_text())
         base: str | None = config["base_model_name_or_path"]
@@ -121,3 +120,14 @@ def _base(folder: Path) -> str | None:
 
 def _uncertified(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("certified") is False]
+
+
+def _short(name: str, width: int) -> str:
+    """``name``, its beginning replaced by … where it is longer than ``width``."""
+    return name if len(name) <= width else "…" + name[-(width - 1) :]
+
+
+def mib(size: object) -> str:
+    """A number of bytes as MiB, a small one as KiB."""
+    assert isinstance(size, int)
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ipca import Window
-from ipca.cli import main
-from ipca.cli.arguments import byte_count, seconds
+from ipca.cli.argument_types import byte_count, seconds
+from ipca.cli.main import main
 from ipca.svd.cache import SpectralCache, cached_window_svd
 
 
@@ -68,8 +68,10 @@ def test_prune_by_age_and_by_size(cache, capsys):
 
 
 def test_prune_wants_to_be_told_what(cache, capsys):
-    run(cache, "prune", status=1)
-    assert "say what to delete: --max-bytes, --older-than, or both" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run(cache, "prune")
+    assert stop.value.code == 2
+    assert "choose what to delete: --max-bytes, --older-than, or both" in capsys.readouterr().err
     assert len(cache.entries()) == 3
 
 

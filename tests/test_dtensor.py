@@ -8,8 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ipca
-from ipca._dtensor import full, is_sharded, part_like
-from ipca.io.gather import gathered, is_writer, needs_all, plain_type, write_once
+from ipca._dtensor import full, gathered, is_sharded, is_sharded_model, is_writer, part_like, plain_type, write_once
 from tests.helpers.models import Plain
 
 
@@ -45,9 +44,9 @@ def test_gathered_keeps_whole_tensors_or_nothing(mesh):
 
 def test_a_sharded_model_is_known_by_its_parameters(mesh):
     model = Plain()
-    assert not needs_all(model)
+    assert not is_sharded_model(model)
     fully_shard(model, mesh=mesh)
-    assert needs_all(model)
+    assert is_sharded_model(model)
     assert is_writer(model)
     assert type(model) is not Plain
     assert plain_type(model) is Plain
