@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with a window: what all kinds share, and linear, embedding and convolution layers."""
+"""PEFT's LoRA layers with a window: their base class and LoRA variant, linear, embedding and convolution layers."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class WindowTorchaoLinear(QuantizedWindowLora, TorchaoLoraLinear):
     """A base of type ``nn.Linear`` whose weight torchao has quantized."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        kwargs.setdefault("get_apply_tensor_subclass", None)  # merging needs it, and says so
+        kwargs.setdefault("get_apply_tensor_subclass", None)  # PEFT raises where merging needs it
         super().__init__(base_layer, adapter_name, **kwargs)
 
 

@@ -181,7 +181,7 @@ def _local(folder: str | os.PathLike[str], subfolder: str | None, **kwargs: Any)
     """The adapter's folder on this disk, downloaded from the Hub where ``folder`` does not exist."""
     path = Path(folder)
     if path.is_file():
-        raise ValueError(f"{path} is a file, but an adapter is a folder; give the folder it is in.")
+        raise ValueError(f"{path} is a file, but an adapter is a folder; pass the folder it is in.")
     if not path.is_dir():
         inside = f"{subfolder}/" if subfolder else ""
         wanted = [f"{inside}{name}" for name in (CONFIG_NAME, SIDECAR, WEIGHTS)]
@@ -196,5 +196,5 @@ def _local(folder: str | os.PathLike[str], subfolder: str | None, **kwargs: Any)
 
 
 def _number(value: float) -> float | int:
-    """An int where rounding hides one: PEFT's files say 16, not 16.000000000000004."""
+    """An int where ``value`` is one up to rounding: 16 in PEFT's files, not 16.000000000000004."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
