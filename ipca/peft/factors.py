@@ -13,40 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-Part = Literal["A", "B"]
-
-
-def doubled(part: Part, factor: Tensor, initial: Tensor, experts: int = 1) -> Tensor:
-    """``[A; A0]`` or ``[B, −B0]`` in the shape PEFT stores."""
-    pair = (factor, initial if part == "A" else -initial)
-    if isinstance(factor, DTensor):  # every rank has all of the initial factor
-        pair = (factor, DTensor.from_local(pair[1], factor.device_mesh, [Replicate()] * factor.device_mesh.ndim))
-    both = torch.cat([_by_rank(part, tensor, experts) for tensor in pair], dim=1)
-    return both.reshape(_shape(part, factor.shape, 2))
-
-
-def halves(part: Part, both: Tensor, shape: torch.Size, experts: int = 1) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`doubled`; ``shape`` is that of one factor."""
-    factor, initial = _by_rank(part, both, experts).chunk(2, dim=1)
-    if isinstance(initial, DTensor):
-        initial = initial.full_tensor()
-    initial = initial if part == "A" else -initial
-    return factor.reshape(shape).contiguous(), initial.reshape(shape).contiguous()
-
-
-def _by_rank(part: Part, tensor: Tensor, experts: int) -> Tensor:
-    """A view whose dimension 1 counts the ranks of each expert."""
-    return tensor.reshape(experts, -1, tensor[0].numel()) if part == "A" else tensor.reshape(len(tensor), -1, experts)
-
-
-def _shape(part: Part, shape: torch.Size, times: int) -> tuple[int, ...]:
-    return (times * shape[0], *shape[1:]) if part == "A" else (shape[0], times * shape[1], *shape[2:])
+from ipca.io.peft_format import Part, double_factor, split_factor
 
 
 def register_initial(
@@ -146,7 +119,10 @@ def _double(
     initial, key = initial_factor(owner, name), prefix + name
     if initial is None or key not in state_dict:
         return
-    state_dict[key] = doubled(part, state_dict[key], initial.detach(), experts)
+    factor, whole = state_dict[key], initial.detach()
+    if isinstance(factor, DTensor):  # every rank has all of the initial factor
+        whole = DTensor.from_local(whole, factor.device_mesh, [Replicate()] * factor.device_mesh.ndim)
+    state_dict[key] = double_factor(part, factor, whole, experts)
     if on_save is not None:
         on_save()
 
@@ -167,15 +143,18 @@ def _halve(
     initial, key = initial_factor(owner, name), prefix + name
     if initial is None or key not in state_dict:
         return
-    both, shape = state_dict[key], initial.shape
-    if tuple(both.shape) != _shape(part, shape, 2):
+    both, wanted, axis = state_dict[key], list(initial.shape), 0 if part == "A" else 1
+    wanted[axis] *= 2
+    if list(both.shape) != wanted:
         error_msgs.append(
-            f"{key} has shape {tuple(both.shape)}, but the adapter's trained and initial factor take "
-            f"{_shape(part, shape, 2)}; it was saved with another rank, or not by a PCConfig."
+            f"{key} has shape {tuple(both.shape)}, but the adapter's trained and initial factor take {tuple(wanted)}; "
+            "it was saved with another rank, or not by a PCConfig."
         )
         del state_dict[key]
         return
-    state_dict[key], loaded = halves(part, both, shape, experts)
+    state_dict[key], loaded = split_factor(part, both, experts)
+    if isinstance(loaded, DTensor):
+        loaded = loaded.full_tensor()
     if initial.is_meta or local_metadata.get("assign_to_params_buffers", False):
         owner.register_buffer(initial_name(name), loaded, persistent=False)
     else:

@@ -8,19 +8,17 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 
 from ipca._atomic import staged_files
-from ipca._version import __version__
-from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter
+from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter, sidecar
 from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, wrappers_around
 
 OWN_FIELDS = ("window", "window_pattern", "tol")
@@ -48,24 +46,17 @@ def save_config(
     Raises:
         RuntimeError: the weights lack the initial factors.
     """
-    sidecar: dict[str, Any] = {
-        "format": 1,
-        "versions": {"ipca": __version__, "torch": torch.__version__},
-        "peft": dict(own),
-    }
     weights = Path(folder) / WEIGHTS
     written = "auto_mapping_dict" in kwargs and weights.is_file()  # PEFT writes the weights first, transformers last
-    layers = doubled_layers(weights, layers) if written else layers
-    if layers:
-        sidecar |= {
-            "adapter_sha256": file_sha256(weights) if written else None,
-            "modules_to_save": _modules_to_save(weights, layers) if written else [],
-            "layers": {path: asdict(layer) for path, layer in layers.items()},
-        }
+    if written:
+        layers = doubled_layers(weights, layers)
+        record = sidecar(layers, file_sha256(weights), _modules_to_save(weights, layers), peft=dict(own))
+    else:
+        record = sidecar(layers, None, [], peft=dict(own))
     stock = stock_config(values)
     with staged_files(folder) as stage:
         stock.save_pretrained(str(stage), **kwargs)
-        (stage / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+        (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def stock_config(values: Mapping[str, Any]) -> LoraConfig:
