@@ -14,9 +14,9 @@ try:
 except ImportError as error:
     raise ImportError(f"ipca.peft needs PEFT and transformers ({error}); run: pip install 'ipca-lora[peft]'") from error
 
-if Version(peft.__version__) < Version("0.21") or Version(transformers.__version__) < Version("5.0"):
+if Version(peft.__version__) < Version("0.21") or Version(transformers.__version__) < Version("5.1"):
     raise ImportError(
-        f"ipca.peft needs PEFT 0.21 and transformers 5.0 or newer, found PEFT {peft.__version__} and transformers "
+        f"ipca.peft needs PEFT 0.21 and transformers 5.1 or newer, found PEFT {peft.__version__} and transformers "
         f"{transformers.__version__}; run: pip install -U 'ipca-lora[peft]'"
     )
 
