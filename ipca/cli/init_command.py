@@ -25,7 +25,7 @@ from ipca.offline.adapter_files import write_adapter, write_residual
 from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
 from ipca.offline.ranks import PeerFailed, Ranks
 from ipca.offline.skeleton import NotStreamable, build_skeleton, checkpoint_keys
-from ipca.offline.source import CheckpointSource, ModelSource
+from ipca.offline.source import CheckpointSource, ModelSource, Source
 from ipca.offline.work_folder import DONE, WORK, WorkFolder
 from ipca.svd.cache import SpectralCache
 
@@ -36,7 +36,7 @@ Record = dict[str, object]
 class Plan:
     """What to decompose, and from where; ``loaded_whole`` says why the whole model is in memory, None if it is not."""
 
-    source: CheckpointSource | ModelSource
+    source: Source
     targets: list[Target]
     loaded_whole: str | None
 

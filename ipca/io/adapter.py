@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
         folder: made if missing.
         base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
 
-    A model that ``fully_shard`` has spread over processes is to be saved by all of them: they gather it tensor by
+    A model that ``fully_shard`` has spread over processes must be saved by all of them: they gather it tensor by
     tensor, rank 0 writes, and none returns before the files are complete.
 
     Raises:
@@ -80,7 +80,7 @@ def load_adapter(
     check_base: bool = True,
     trainable: bool = True,
 ) -> nn.Module:
-    """Put the adapter in ``folder`` on ``model``, without an SVD.
+    """Load the adapter in ``folder`` onto ``model``, without an SVD.
 
     Args:
         model: the original base, or that base already adapted by the same windows (a checkpoint is then resumed in
@@ -88,7 +88,7 @@ def load_adapter(
         folder: written by :func:`save_adapter`.
         form: ``"residual"`` or ``"intact"``; default as saved.
         check_base: compare the hash of every base weight with the one the adapter was made on.
-        trainable: let factors and saved modules train; everything else is frozen.
+        trainable: whether the factors and the saved modules train; everything else is frozen.
 
     Returns:
         The same model.
@@ -170,7 +170,7 @@ def _check_layer(model: nn.Module, name: str, layer: WindowLayer, places: int) -
     if any(p.requires_grad for key, p in layer.named_parameters() if key not in ("lora_A", "lora_B")):
         raise ValueError(f"{name}: its weight or bias trains, which an adapter file does not hold; freeze them.")
     if places > 1:
-        raise ValueError(f"{name} stands in several places of the model, which PEFT's format cannot say.")
+        raise ValueError(f"{name} stands in several places of the model, which PEFT's format cannot express.")
 
 
 def _saved(layer: WindowLayer) -> SavedLayer:
@@ -190,7 +190,7 @@ def _saved(layer: WindowLayer) -> SavedLayer:
 def modules_to_save_state(
     model: nn.Module, modules_to_save: Mapping[str, dict[str, torch.Tensor]]
 ) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:
-    """The modules that an adapter holds ``whole``, each with its state, names and shapes checked."""
+    """The fully trained modules of an adapter in ``model``, each with its saved state; names and shapes are checked."""
     found = []
     for name, state in modules_to_save.items():
         try:
@@ -206,6 +206,7 @@ def modules_to_save_state(
 
 
 def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form: str | None, check_base: bool) -> None:
+    """Raise where a layer that is adapted already differs from the saved one in more than ``A, B``."""
     for name, layer in saved.layers.items():
         if name not in present:
             raise ValueError(f"the adapter holds {name}, which is not adapted in this model; load onto the plain base.")
@@ -227,6 +228,7 @@ def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form
 def _fresh_layers(
     model: nn.Module, saved: AdapterFolder, form: str | None, check_base: bool
 ) -> list[tuple[Target, InitialFactors]]:
+    """What to install on a plain ``model``; raises where it does not fit."""
     here = named_layers(model)
     targets = []
     for name, layer in saved.layers.items():

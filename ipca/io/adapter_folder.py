@@ -85,7 +85,7 @@ class AdapterFolder:
 
 
 def svd_record(report: SVDReport) -> dict[str, Any]:
-    """What :attr:`SavedLayer.svd` holds; the window is the layer's own."""
+    """``report`` as :attr:`SavedLayer.svd`, without the window, which the record holds already."""
     record = asdict(report)
     del record["window"]
     return record
@@ -131,11 +131,11 @@ def other_base(name: str, was: str | None, here: str | None) -> str:
 
 
 def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True) -> AdapterFolder:
-    """Read what :func:`ipca.save_adapter` wrote.
+    """Read the adapter that :func:`ipca.save_adapter` wrote.
 
     Args:
         folder: holds the adapter's three files.
-        modules_to_save: read modules that were fully trained too; False leaves out whatever is no layer's factor.
+        modules_to_save: read fully trained modules too; False ignores every tensor that is no layer's factor.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -156,9 +156,9 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
         raise ValueError(f"{path / WEIGHTS} is not the file that {SIDECAR} was written with; save the adapter again.")
     wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
     factors = {name: _factors(name, layer, wrappers[name], tensors) for name, layer in layers.items()}
-    for name in layers:  # PEFT saves it with an adapted embedding; the layer's hash already pins it
+    for name in layers:  # PEFT saves it with an adapted embedding; the layer's hash already identifies it
         tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-    return AdapterFolder(layers, factors, _whole(tensors, names) if modules_to_save else {})
+    return AdapterFolder(layers, factors, _module_states(tensors, names) if modules_to_save else {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -194,10 +194,10 @@ def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | N
 
 
 def _layer(values: dict[str, Any]) -> SavedLayer:
-    """One layer's record; whatever is wrong with it must fail here and not when the model is being changed."""
+    """One layer's record, validated here so that nothing fails while the model is being changed."""
     layer = SavedLayer(**{**values, "shape": tuple(values["shape"])})
     if len(layer.shape) != (3 if layer.kind in EXPERTS else 2):
-        raise ValueError(f"shape {layer.shape} is none of a layer of the kind {layer.kind!r}")
+        raise ValueError(f"shape {layer.shape} does not fit a layer of the kind {layer.kind!r}")
     layer.window.resolve(min(layer.shape[-2:]))
     check_options(form=layer.form, dropout=layer.dropout, alpha=layer.alpha)
     layer.report()
@@ -223,8 +223,8 @@ def _factors(name: str, layer: SavedLayer, wrappers: int, tensors: dict[str, Ten
     return Factors(*from_peft(layer.kind, layer.shape, A, B), *from_peft(layer.kind, layer.shape, A0, B0))
 
 
-def _whole(tensors: dict[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """What is left in the file: the state of whole modules, by the module's path."""
+def _module_states(tensors: dict[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The states of fully trained modules by path, from the tensors that are no factors."""
     modules_to_save: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for key, value in tensors.items():
         owner = next((name for name in names if key.startswith(f"{PREFIX}{name}.")), None)

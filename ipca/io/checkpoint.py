@@ -33,7 +33,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``size`` bytes from ``start`` of ``file``; ``dtype`` as safetensors writes it."""
+    """The location of a tensor: ``size`` bytes from ``start`` of ``file``; ``dtype`` as safetensors writes it."""
 
     file: Path
     dtype: str
@@ -49,7 +49,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model folder by name; ``files`` are its shards, ``index`` their index where there is one."""
+    """The tensors of a model folder by name; ``files`` are its shards, ``index`` their index if there is one."""
 
     files: tuple[Path, ...]
     index: Path | None
@@ -154,8 +154,8 @@ def _read_index(path: Path) -> dict[str, str]:
 class CheckpointWeights(Mapping[str, Tensor]):
     """The tensors ``<layer>.weight`` of a ``checkpoint`` by the layer's path, ``(out, in)`` as linear layers have them.
 
-    A layer ``encoder.query`` has the tensor ``encoder.query.weight``; or else the only one whose name ends so, or that
-    is itself the end of this name: a model and its checkpoint often differ by the prefix of the base model.
+    A layer ``encoder.query`` has the tensor ``encoder.query.weight``, or else the only one whose name ends with that
+    or is an end of it: a model and its checkpoint often differ by the prefix of the base model.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -164,7 +164,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __getitem__(self, layer: str) -> Tensor:
         key = self._key(layer)
         if key is None:
-            raise KeyError(f"the checkpoint has no tensor that is {layer}{_END} alone")
+            raise KeyError(f"the checkpoint has no tensor, or more than one, for {layer}{_END}")
         return self.checkpoint.read(key)
 
     def __contains__(self, layer: object) -> bool:
@@ -188,7 +188,7 @@ def load_unquantized_weights(folder: str | os.PathLike[str]) -> CheckpointWeight
     """The weights in ``folder`` for ``ipca.apply_pc(…, unquantized_weights=…)``; one is in memory at a time.
 
     Args:
-        folder: holds the model before it was quantized, as ``save_pretrained`` writes it, in safetensors.
+        folder: holds the model before it was quantized, in safetensors, as ``save_pretrained`` writes it.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a shard is missing.

@@ -43,7 +43,7 @@ class _Imported(NamedTuple):
     """One layer: its initial factors, and its trained ``A (rank, in)``, ``B (out, rank)``."""
 
     target: Target
-    start: InitialFactors
+    initial: InitialFactors
     A: Tensor
     B: Tensor
 
@@ -86,7 +86,7 @@ def import_peft(
     found = _find_layers(model, lora, original, progress)
     with uninterrupted(), torch.no_grad():
         kept = [read_layer(model.get_submodule(each.target.name))[0] for each in found]
-        install(model, ((each.target, each.start) for each in found))
+        install(model, ((each.target, each.initial) for each in found))
         layers = adapted_layers(model)
         for each, weight in zip(found, kept, strict=True):
             layer = layers[each.target.name]
@@ -101,10 +101,10 @@ def import_peft(
 
 def _find_layers(model: nn.Module, lora: StockLora, original: nn.Module | None, progress: bool) -> list[_Imported]:
     """Every layer of the adapter, with its window found and measured; changes nothing."""
-    find = _from_principal if lora.start == "pissa" else _from_halves
-    if original is None and isinstance(lora.start, str) and lora.start.startswith("pissa_niter"):
+    find = _from_principal if lora.init == "pissa" else _from_halves
+    if original is None and isinstance(lora.init, str) and lora.init.startswith("pissa_niter"):
         raise ValueError(
-            f"init_lora_weights is {lora.start!r}: PEFT then starts from a random approximation of the window, which "
+            f"init_lora_weights is {lora.init!r}: PEFT then starts from a random approximation of the window, which "
             "the file does not hold. Give the residual base as the model, and its original too."
         )
     targets = _targets(model, lora, doubled=original is None and find is _from_halves, residual=original is not None)
@@ -127,7 +127,7 @@ def _targets(model: nn.Module, lora: StockLora, *, doubled: bool, residual: bool
         if name not in modules:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
         if doubled and layer.rank % 2:
-            raise ValueError(_plain(name, f"its rank {layer.rank} is odd"))
+            raise ValueError(_no_window(name, f"its rank {layer.rank} is odd"))
         rank = layer.rank // 2 if doubled else layer.rank
         form = "residual" if residual else "intact"
         window, alpha = Window.principal(rank), layer.scaling * rank
@@ -143,7 +143,7 @@ def _from_halves(target: Target, layer: StockLayer, weight: Tensor) -> _Imported
     (A, A0), (B, B0) = split_factor("A", layer.A), split_factor("B", layer.B)
     found, off = identify_window(weight, layer.scaling * B0.double(), A0)
     if off > ANGLE:
-        raise ValueError(_plain(target.name, f"its second half is {off:.1e} away from the nearest window"))
+        raise ValueError(_no_window(target.name, f"its second half is {off:.1e} away from the nearest window"))
     return _imported(target, weight, found, (A, B, A0, B0), off)
 
 
@@ -159,15 +159,15 @@ def _from_residual_base(target: Target, layer: StockLayer, kept: Tensor, weight:
     A0, B0 = _balanced(window_svd(difference, target.window, dtype=torch.float64), layer.scaling)
     found, off = identify_window(weight, layer.scaling * B0, A0, start=0)
     imported = _imported(target, weight, found, (layer.A, layer.B, A0, B0), off)
-    start = imported.start
-    certificate = measure_init(weight, kept, start.A0, start.B0, scaling=layer.scaling)
+    initial = imported.initial
+    certificate = measure_init(weight, kept, initial.A0, initial.B0, scaling=layer.scaling)
     if off > ANGLE or certificate.relative > SLACK * certificate.bound:
         raise ValueError(
             f"{target.name}: the original less this base is not the principal window of rank {layer.rank}: it is "
             f"{off:.1e} away from it, and {certificate.relative:.1e} of the weight is neither. Give the residual base "
             "as the model and the one it was made from as the original; use other initializations with PEFT."
         )
-    return imported._replace(start=replace(start, certificate=certificate))
+    return imported._replace(initial=replace(initial, certificate=certificate))
 
 
 def _imported(
@@ -178,9 +178,9 @@ def _imported(
     A, B, A0, B0 = (factor.to(weight.device, dtype) for factor in factors)
     words = f"{found.report.certificate}; the factors are within {off:.1e} of it"
     report = replace(found.report, residual=max(found.report.residual, off), certificate=words)
-    exact = certify_init(weight, A0, B0, scaling=target.alpha / target.window.rank, form="intact")
-    start = InitialFactors(A0, B0, report.window, tensor_sha256(weight), report, exact)
-    return _Imported(replace(target, window=report.window), start, A, B)
+    exact = certify_init(weight, A0, B0, scaling=target.scaling, form="intact")
+    initial = InitialFactors(A0, B0, report.window, tensor_sha256(weight), report, exact)
+    return _Imported(replace(target, window=report.window), initial, A, B)
 
 
 def _balanced(found: WindowSVD, scaling: float) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,8 @@ def _weight(module: nn.Module, name: str, layer: StockLayer) -> Tensor:
     return weight
 
 
-def _plain(name: str, why: str) -> str:
+def _no_window(name: str, why: str) -> str:
+    """The message for a LoRA that does not hold the initial factors of a window."""
     return (
         f"{name}: this is no LoRA of twice a window's rank for this base ({why}). A plain LoRA starts from 0 and "
         "pissa_niter from an approximation, neither of which is a window: use it with PEFT, or merge it there and "

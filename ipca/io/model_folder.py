@@ -1,4 +1,4 @@
-"""Hugging Face model folders: load one whole, write one, copy what belongs beside the weights."""
+"""Hugging Face model folders: load the model, hash it, copy the files beside its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".on
 
 
 def read_config(folder: Path) -> tuple[Any, Any]:
-    """The class of the model in ``folder`` that transformers loads it with, and its configuration.
+    """The class that transformers loads the model in ``folder`` with, and its configuration.
 
     Raises:
         FileNotFoundError: ``folder`` holds no model.
@@ -49,7 +49,7 @@ def load_model(folder: Path) -> Any:
 
 
 def load_with_missing(folder: Path) -> tuple[Any, set[str]]:
-    """As :func:`load_model`, and the names of the weights that the folder lacks: transformers draws them at random."""
+    """As :func:`load_model`, and the names of weights that the folder lacks, initialized at random by transformers."""
     model_class, _ = read_config(folder)
     with _explained(folder):
         options = {"dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
@@ -69,7 +69,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def model_digest(folder: Path) -> str:
-    """A hash of ``config.json`` and of name, size and time of every file of weights: another model, another digest."""
+    """A hash of ``config.json`` and of name, size and time of every file of weights, to recognize the model again."""
     files = [path for path in sorted(folder.iterdir()) if path.name.endswith(WEIGHT_ENDINGS) and path.is_file()]
     status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     texts = [path.read_text() for path in files if path.name.endswith(".index.json")]

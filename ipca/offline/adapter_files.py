@@ -28,7 +28,7 @@ from ipca.nn.initialization import frozen_weight
 from ipca.nn.layer_kinds import from_matrix
 from ipca.offline.decompose import FinishedLayer
 from ipca.offline.ranks import Ranks
-from ipca.offline.source import CheckpointSource, ModelSource
+from ipca.offline.source import CheckpointSource, ModelSource, Source
 from ipca.offline.work_folder import WorkFolder
 
 _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
@@ -99,7 +99,7 @@ def _write_factors(
 
 
 def write_residual(
-    source: CheckpointSource | ModelSource,
+    source: Source,
     layers: Sequence[FinishedLayer],
     work: WorkFolder,
     ranks: Ranks,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ipca._hashing import tensor_sha256
@@ -18,20 +17,12 @@ from ipca.model.decompose import SourceMatrix, cost, naming, partition, split_wi
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
 from ipca.nn.initialization import InitCertificate, InitialFactors
-from ipca.nn.layer_kinds import base_sha256, read_layer
+from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import get_layer
 from ipca.offline.ranks import Ranks
+from ipca.offline.source import Source
 from ipca.offline.work_folder import WorkFolder
 from ipca.svd import SpectralCache
-
-
-class Source(Protocol):
-    """A model, on the meta device or in memory, and the weights of its layers."""
-
-    model: nn.Module
-
-    def weight(self, name: str) -> Tensor:
-        """The pretrained weight ``(out, in)`` of the layer at the path ``name``, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +85,14 @@ def decompose_layers(
 def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], work: WorkFolder) -> None:
     """Replace every layer by an adapted one; on a model on the meta device the factors have no values."""
 
-    def start(layer: FinishedLayer) -> InitialFactors:
+    def initial(layer: FinishedLayer) -> InitialFactors:
         factors = work.read_layer(layer.index)[1]
-        device = read_layer(get_layer(model, layer.target.name))[0].device
+        device = get_layer(model, layer.target.name).get_parameter("weight").device
         A0, B0, saved = factors["A0"].to(device), factors["B0"].to(device), layer.saved
         assert saved.base_sha256 is not None
         return InitialFactors(A0, B0, saved.window, saved.base_sha256, saved.report(), layer.certificate)
 
-    install(model, ((layer.target, start(layer)) for layer in layers))
+    install(model, ((layer.target, initial(layer)) for layer in layers))
     train_only_adapter(model)
 
 
@@ -121,22 +112,22 @@ def _decompose(
     known = [digest] if weight.ndim == 2 else None  # a stack is decomposed, and cached, matrix by matrix
     with naming(target.name):
         found = window_of(target, settings, weight, cache=cache, digests=known)
-        start = split_window(target, settings, SourceMatrix(weight, origin, base), found)
+        initial = split_window(target, settings, SourceMatrix(weight, origin, base), found)
     assert target.kind is not None
-    assert start.svd is not None
+    assert initial.svd is not None
     saved = SavedLayer.of(
         target.kind,
         weight.shape,
-        start.window,
+        initial.window,
         alpha=target.alpha,
         form=target.form,
         dropout=target.dropout,
-        base_sha256=start.base_sha256,
-        report=start.svd,
+        base_sha256=initial.base_sha256,
+        report=initial.svd,
     )
-    record = {"layer": asdict(saved), "certificate": asdict(start.certificate)}
-    work.write_layer(index, record, {"A0": start.A0, "B0": start.B0})
-    return start.svd.path
+    record = {"layer": asdict(saved), "certificate": asdict(initial.certificate)}
+    work.write_layer(index, record, {"A0": initial.A0, "B0": initial.B0})
+    return initial.svd.path
 
 
 def _finished(work: WorkFolder, index: int, target: Target) -> FinishedLayer:

@@ -69,7 +69,7 @@ def checkpoint_keys(
         parameter = model.get_parameter(own)
         key = next((sources[name] for name in (own, *tied[id(parameter)]) if name in sources), None)
         if key is None:
-            raise NotStreamable(f"the checkpoint holds no tensor that is just {own}")
+            raise NotStreamable(f"the checkpoint holds no tensor that is {own} and nothing else")
         stored = checkpoint.tensors[key].torch_dtype
         if residual and stored != parameter.dtype:
             raise NotStreamable(f"{key} is stored as {checkpoint.tensors[key].dtype} and loaded as {parameter.dtype}")

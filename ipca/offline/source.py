@@ -53,6 +53,9 @@ class ModelSource:
         return read_layer(get_layer(self.model, name))[0]
 
 
+Source = CheckpointSource | ModelSource
+
+
 class _Layer(NamedTuple):
     """A layer as the model and the checkpoint hold it; ``shape`` is that of the stored tensor."""
 

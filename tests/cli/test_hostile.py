@@ -1,4 +1,4 @@
-"""Damaged folders on the command line: status 1, one line, nothing written, nothing changed."""
+"""Damaged folders on the command line: status 1, one line, nothing written or changed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""``ipca init`` stopped in every way and begun again, and shared by several processes."""
+"""``ipca init`` interrupted and resumed, and shared by several processes."""
 
 import json
 import os

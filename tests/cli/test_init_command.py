@@ -1,4 +1,4 @@
-"""``ipca init`` over checkpoints in shards: the adapter of the whole model, tensor by tensor."""
+"""``ipca init`` on sharded checkpoints: tensor by tensor, the same adapter as from the model in memory."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""``ipca init`` over embeddings, convolutions and experts: the adapter of the whole model, streamed or not."""
+"""``ipca init`` on embeddings, convolutions and experts: the same adapter as from the model in memory."""
 
 from pathlib import Path
 

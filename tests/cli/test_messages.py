@@ -173,7 +173,7 @@ INPUTS = {
     "plain LoRA": (("convert", "{}/model", "{}/lora", "-o", "{out}"), "this is no LoRA of twice a window's rank"),
     "odd rank": (("convert", "{}/model", "{}/odd", "-o", "{out}"), "its rank 3 is odd"),
     "DoRA": (("convert", "{}/model", "{}/dora", "-o", "{out}"), "use_dora is True, so this is no plain LoRA"),
-    "OLoRA": (("convert", "{}/model", "{}/olora", "-o", "{out}"), "whose start is no window"),
+    "OLoRA": (("convert", "{}/model", "{}/olora", "-o", "{out}"), "which is no window of singular components"),
     "PiSSA's approximation": (
         ("convert", "{}/model", "{}/niter", "-o", "{out}"),
         "Give the residual base as the model",

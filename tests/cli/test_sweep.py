@@ -1,4 +1,4 @@
-"""`ipca sweep`: a verdict, a table and a report, or one line that says what is wrong."""
+"""``ipca sweep``: a verdict, a table and a report, or one line that names the error."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: the same model again, training that goes on, and refusals that change nothing."""
+"""save_adapter and load_adapter: round trips, resumed training, and errors that change nothing."""
 
 import copy
 import signal

@@ -1,4 +1,4 @@
-"""Reading damaged, missing and mixed files: an error that says what is wrong, and the model as it was."""
+"""Damaged, missing and mixed files: the error names the fault, and the model is unchanged."""
 
 import copy
 import json

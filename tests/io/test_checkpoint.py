@@ -135,5 +135,5 @@ def test_a_checkpoint_is_a_mapping_by_layer(tmp_path):
     assert set(weights) == {"m.a", "n.a", "b"}
     assert len(weights) == 3
     assert torch.equal(weights["b"], torch.ones(3))
-    with pytest.raises(KeyError, match=r"no tensor that is a\.weight alone"):
+    with pytest.raises(KeyError, match=r"no tensor, or more than one, for a\.weight"):
         weights["a"]

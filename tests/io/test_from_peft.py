@@ -1,4 +1,4 @@
-"""import_peft: adapters that stock PEFT has trained and saved, on the model as our layers."""
+"""import_peft: adapters that stock PEFT has trained and saved, loaded as our layers."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The model card: what it says comes from the adapter's files, and a card of somebody else stays."""
+"""The model card: its contents come from the adapter's files, and a card written by hand is kept."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: the bytes of the library's own."""
+"""Safetensors files written tensor by tensor have the bytes that the safetensors library writes."""
 
 import hashlib
 

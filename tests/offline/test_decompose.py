@@ -1,4 +1,4 @@
-"""An adapter made layer by layer: the files of save_adapter, and one layer in memory."""
+"""Layer-by-layer decomposition: the files of save_adapter, with one layer in memory."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""The work folder: whatever stops a work, it goes on where it was, and nothing is done twice."""
+"""The work folder: an interrupted run is resumed, and nothing is done twice."""
 
 import errno
 import os
