@@ -19,11 +19,11 @@ def test_a_missing_library_names_the_extra(hidden):
     assert hidden in last
 
 
-@pytest.mark.parametrize(("library", "version"), [(peft, "0.20.1"), (transformers, "4.57.0")], ids=["peft", "hf"])
+@pytest.mark.parametrize(("library", "version"), [(peft, "0.20.1"), (transformers, "5.0.2")], ids=["peft", "hf"])
 def test_an_older_library_names_the_extra(library, version, monkeypatch):
     monkeypatch.setattr(library, "__version__", version)
     monkeypatch.delitem(sys.modules, "ipca.peft", raising=False)
-    words = r"needs PEFT 0\.21 and transformers 5\.0 or newer, found PEFT .*; run: pip install -U 'ipca-lora\[peft\]'$"
+    words = r"needs PEFT 0\.21 and transformers 5\.1 or newer, found PEFT .*; run: pip install -U 'ipca-lora\[peft\]'$"
     with pytest.raises(ImportError, match=words) as raised:
         importlib.import_module("ipca.peft")
     assert version in str(raised.value)

@@ -4,8 +4,8 @@ import re
 import pytest
 import torch
 
-from ipca import Window, singular_values, window_svd
-from ipca.svd import solve
+from ipca import Window, window_svd
+from ipca.svd import singular_values, solve
 from ipca.svd.decompose import TOLERANCES, check_matrix
 from ipca.svd.matrix_batch import MatrixBatch
 
