@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("inspect", help="show spectra and windows of a model folder, or an adapter's contents")
     )
     _init(commands.add_parser("init", help="decompose a model and write the adapter before training"))
-    _merge(commands.add_parser("merge", help="merge an adapter into its model"))
+    _merge(commands.add_parser("merge", help="write the model with an adapter merged into it"))
     _export(commands.add_parser("export", help="write an adapter for programs without ipca"))
     _convert(commands.add_parser("convert", help="convert a stock PEFT LoRA that trains a window into an ipca adapter"))
     _cache(commands.add_parser("cache", help="list, verify or prune a cache of decompositions"))

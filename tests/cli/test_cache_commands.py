@@ -1,6 +1,5 @@
-"""``ipca cache list | verify | prune``, and the sizes and ages on the command line."""
+"""``ipca cache list | verify | prune``."""
 
-import argparse
 import json
 import os
 import time
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from ipca import Window
-from ipca.cli.argument_types import byte_count, seconds
 from ipca.cli.main import main
 from ipca.svd.cache import SpectralCache, cached_window_svd
 
@@ -85,20 +83,3 @@ def test_a_file_is_no_cache(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert main(["cache", "list", "--cache", str(tmp_path / "file")]) == 1
     assert "is not a folder; give the folder of a cache" in capsys.readouterr().err
-
-
-def test_sizes_and_ages():
-    assert [byte_count(text) for text in ("0", "12", "1k", "1.5M", "10G", "2T")] == [
-        0,
-        12,
-        1024,
-        3 * 2**19,
-        10 * 2**30,
-        2**41,
-    ]
-    assert [seconds(text) for text in ("30s", "2m", "1.5h", "30d")] == [30, 120, 5400, 30 * 86400]
-    for text in ("", "x", "10 gigabytes", "-1", "nan", "inf"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not a number with one of the units K, M, G, T"):
-            byte_count(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="'30' is not a number with one of the units s, m, h, d"):
-        seconds("30")

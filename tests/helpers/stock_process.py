@@ -1,4 +1,4 @@
-"""Adapter folders loaded by stock PEFT and transformers, in a process where ipca cannot be imported.
+"""What stock PEFT and transformers make of adapter folders, where ipca cannot be imported.
 
 Usage, in the root of the repository: python -m tests.helpers.stock_process FOLDER. Each folder in FOLDER holds
 ``case.pt``, a dictionary with the plain ``base``, an input ``x`` and the output ``y`` of the model that was saved to
