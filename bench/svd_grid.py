@@ -1,4 +1,4 @@
-"""The cells of the window SVD's bench, in order of importance: what a deadline leaves out matters least.
+"""The cells of the window SVD's bench, the most important first, as a deadline may cut the rest.
 
 On a CPU the full cross of square and tall matrices, spectra, ranks and windows at d = 384 and at 1024, there
 ``"heavy"`` only square and at rank 64. At 2048 all ranks and windows of a square matrix with outliers, rank 64 of a
@@ -36,7 +36,7 @@ class Cell:
         op: ``"window_svd"``; ``"llama-2-7b"``, a group of that model's projections; or ``"initialize"``, a model of
             four layers ``n × n`` and two ``m × n`` that gets its adapter.
         rounds: in which ours and the yardstick are timed at the least.
-        only: these providers alone.
+        only: the providers to time; all by default.
     """
 
     m: int
@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def components(self) -> int:
-        """How many components a provider returns whose indices are looked at."""
+        """The number of a provider's components whose indices are checked."""
         return self.rank * (len(SQUARE) + len(WIDE) if self.op == "initialize" else 1)
 
     @property
@@ -87,7 +87,7 @@ def grid(device: str) -> list[Cell]:
 
 
 def must_show() -> list[Cell]:
-    """The claims: ours against the yardstick alone, where the README says a number, and whole models."""
+    """The README's claims: only ours and the yardstick, and whole models."""
     both = (OURS, YARDSTICK)
     return [
         replace(MIDDLE, windows=("middle",), only=both),
@@ -98,7 +98,7 @@ def must_show() -> list[Cell]:
 
 
 def cpu_grid() -> list[Cell]:
-    """See the top of this file."""
+    """The grid that the module's docstring describes."""
     spectra = ("outliers", "gaussian", "heavy")
     cells = [MIDDLE, PRINCIPAL, LARGE, INITIALIZE, replace(MIDDLE, rank=128, rounds=3)]
     cells += [Cell(2048, 2048, spectrum, 64, NAMED) for spectrum in spectra[1:]]
@@ -112,16 +112,16 @@ def cpu_grid() -> list[Cell]:
 
 
 def gpu_grid() -> list[Cell]:
-    """Three shapes of LLaMA models, alone and in stacks of 32, and all the projections of LLaMA-2-7B."""
+    """Three shapes of LLaMA models, single and in stacks of 32, and all the projections of LLaMA-2-7B."""
     shapes = ((4096, 4096), (11008, 4096), (14336, 4096))
-    alone = [Cell(m, n, "outliers", 64, NAMED, rounds=2) for m, n in shapes]
-    stacks = [replace(cell, batch=32, rounds=1) for cell in alone]
+    single = [Cell(m, n, "outliers", 64, NAMED, rounds=2) for m, n in shapes]
+    stacks = [replace(cell, batch=32, rounds=1) for cell in single]
     llama = [Cell(m, n, "outliers", 64, ("middle",), "llama-2-7b", count, rounds=1) for m, n, count in LLAMA]
-    return [alone[0], stacks[0], *llama, *alone[1:], *stacks[1:]]
+    return [single[0], stacks[0], *llama, *single[1:], *stacks[1:]]
 
 
 def quick_grid() -> list[Cell]:
-    """Half a minute: whether everything runs."""
+    """A smoke test of half a minute."""
     small = Cell(384, 384, "outliers", 16)
     return [small, replace(small, m=tall(384)), replace(INITIALIZE, m=tall(384), n=384, rounds=1)]
 

@@ -1,4 +1,4 @@
-"""Whole models that get their adapter: ``ipca.apply_pc`` beside PEFT's initializations by an SVD.
+"""Adapter initialization of whole models: ``ipca.apply_pc`` beside PEFT's initializations by an SVD.
 
 The model has four layers ``n × n`` and two ``m × n``; the layers of a shape are one matrix with its rows in another
 order, so that they share their right singular vectors. PEFT's ``"pissa"`` and ``"pissa_niter_4"`` take the principal

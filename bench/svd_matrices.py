@@ -1,4 +1,4 @@
-"""The matrices whose windows are taken, and how far what a provider returns is from the true components.
+"""The bench's matrices, and the accuracy of a provider's components.
 
 ``"gaussian"``: noise. ``"outliers"``: the same with 32 components far above it, as trained weights have them.
 ``"heavy"``: singular values ``(k + 1)^-0.8`` between random orthonormal vectors. ``"minilm query"`` and the like:
@@ -116,7 +116,7 @@ def truth(m: int, n: int, spectrum: str, device: torch.device, batch: int) -> Tr
 
 
 def accuracy(W: Tensor, found: Found, exact: Truth, start: int) -> Accuracy:
-    """How right ``found`` is, as the window of ``W (m, n)`` that begins at ``start``."""
+    """The accuracy of ``found`` as the window of ``W (m, n)`` that begins at ``start``."""
     mine = (found.V if W.shape[0] >= W.shape[1] else found.U).double()
     rank = mine.shape[1]
     overlaps = (exact.vectors.mT @ mine).abs()

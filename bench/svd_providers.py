@@ -1,4 +1,4 @@
-"""Who decomposes: our chosen path, each of our paths by force, and what PyTorch and SciPy offer.
+"""Providers of the bench: our chosen path, each of our paths by force, and what PyTorch and SciPy offer.
 
 A provider is asked for a window of ``W (m, n)``, float32. ``torch.linalg.svd``, and ``torch.linalg.eigh`` of the
 float64 Gram matrix, compute all components whatever the window, so that they are timed once for all windows of a cell;
@@ -84,7 +84,7 @@ def forced(path: str, W: Tensor, window: ipca.Window) -> list[ipca.WindowSVD]:
 
 @contextmanager
 def only_path(path: str) -> Iterator[None]:
-    """Within the block ``window_svd`` tries this path alone, and behind it the full SVD."""
+    """Within the block ``window_svd`` tries only this path before the full SVD."""
     with patch.object(solving, "plan", lambda *_: [] if path == "full" else [path]):
         yield
 

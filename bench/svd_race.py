@@ -39,7 +39,7 @@ class Lane:
 
 
 def first_call(call: Call, device: torch.device) -> tuple[Any, float, float | None]:
-    """What the call returns, its seconds, the most memory in MiB that it took, None on a CPU, where nobody counts."""
+    """The call's result, its seconds, and its peak memory in MiB: None on a CPU, where it is not counted."""
     if device.type != "cuda":
         began = time.perf_counter()
         return call(), time.perf_counter() - began, None

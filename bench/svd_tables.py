@@ -1,4 +1,4 @@
-"""Markdown tables and sentences from the rows of bench_window_svd.py, with those that speak against us."""
+"""Markdown tables and sentences from the rows of bench_window_svd.py, also of windows where ours loses."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def _sentence(what: str, ratios: Sequence[tuple[float, str]], bound: float, most
 
 def _shown(row: Row) -> bool:
     """Middle windows of rank 64, and of square matrices those at the ends, the first of rank 16, too."""
-    alone = row["m"] == row["n"] and row["batch"] == "1"
-    ends = alone and (row["rank"], row["window"]) in {("64", "principal"), ("64", "minor"), ("16", "principal")}
+    square = row["m"] == row["n"] and row["batch"] == "1"
+    ends = square and (row["rank"], row["window"]) in {("64", "principal"), ("64", "minor"), ("16", "principal")}
     return row["spectrum"] == "outliers" and (ends or (row["rank"], row["window"]) == ("64", "middle"))
 
 

@@ -1,4 +1,4 @@
-// What both factorizations share: L D L^T of a small symmetric block, and one row solved against it.
+// Building blocks of both factorizations: L D L^T of a small symmetric block, and one row solved against it.
 //
 // Blocks lie in shared memory column by column: lower[j][i] is row i of column j, so that threads which hold rows i
 // read neighboring words. Two words of padding spread a transposing copy over the banks.

@@ -1,7 +1,7 @@
 // T, upper triangular, such that X T is orthonormal where G = X^T X: T = D K^-T with D = diag(G)^-1/2 and
 // D G D + shift I = K K^T. The shift is 0, or the least of 16 p eps 100^i with which no pivot falls below 16 p eps.
 //
-// One thread block a matrix. [D G D + shift I; D] K^-T = [K; T], so one factorization over stacked rows gives both, a
+// One thread block per matrix. [D G D + shift I; D] K^-T = [K; T], so one factorization over stacked rows gives both, a
 // block of columns after the other:
 //
 //     [K; T]_J = ([D G D + shift I; D]_J - sum over earlier blocks m of [K; T]_m (K_Jm)^T) (K_JJ)^-T
@@ -138,7 +138,7 @@ __device__ bool factorize(CholeskyMemory<T>& shared, Stack<T> stack, T shift, T 
   return true;
 }
 
-// Grid: a block a matrix.
+// Grid: one block per matrix.
 template <typename T>
 __global__ __launch_bounds__(SQUARE_THREADS) void scaled_cholesky_kernel(Grams<T> grams, T least) {
   auto& shared = shared_memory<CholeskyMemory<T>>();

@@ -1,4 +1,4 @@
-// Which device, and what CUDA says where something fails.
+// Device selection and CUDA errors.
 //
 // This module has a CUDA runtime of its own (static) beside torch's. Both work on the driver's primary context of a
 // device, so pointers and streams are the same; what they keep apart is which device they believe to be current. The
@@ -18,7 +18,7 @@ namespace ipca {
 
 void check(cudaError_t status, const char* doing) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // said here, so that the next launch does not say it again
+  cudaGetLastError();  // clears it, so that the next launch does not report it again
   throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) +
                            ")");
 }

@@ -1,7 +1,7 @@
 // One step of independent Lanczos recurrences with full reorthogonalization, in one launch: alpha = <v, w>, w made
 // orthogonal to all earlier vectors by classical Gram-Schmidt, twice, beta = ||w||, the next vector w / beta.
 //
-// One thread block a chain. All sums are in double and their order depends on the sizes alone.
+// One thread block per chain. All sums are in double; their order depends on the sizes only.
 #pragma once
 
 #include "launch.h"
@@ -23,7 +23,7 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
-// overlap[j] = <v_j, w> for j <= step, and at the end <w, w>; a warp a vector.
+// overlap[j] = <v_j, w> for j <= step, and at the end <w, w>; one warp per vector.
 template <typename T>
 __device__ void find_overlaps(double* overlap, const T* basis, int64_t stride, const T* w, int64_t n, int step) {
   for (int j = threadIdx.x / WARP; j <= step + 1; j += CHAIN_WARPS) {
@@ -52,7 +52,7 @@ __device__ double subtract_overlaps(const double* overlap, const T* basis, int64
   return squares;
 }
 
-// Grid: a block a chain. A norm up to `vanished` times the one before is rounding: the space is exhausted.
+// Grid: one block per chain. A norm up to `vanished` times the one before is rounding: the space is exhausted.
 template <typename T>
 __global__ __launch_bounds__(CHAIN_THREADS) void lanczos_step_kernel(Chains<T> chains, double vanished) {
   auto& shared = shared_memory<ChainMemory>();

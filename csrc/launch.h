@@ -1,5 +1,5 @@
-// The three operations as the door and the tests call them. Pointers are device memory, strides count elements, and
-// everything is queued on `stream` (a cudaStream_t). ipca/svd/primitives.py says what they compute.
+// The three operations as module.cpp and the tests call them. Pointers are device memory, strides count elements, and
+// everything is queued on `stream` (a cudaStream_t). ipca/svd/inner_loops.py defines what they compute.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // A = L D L^T without pivoting: the first k columns of what is left of each matrix, in place.
 //
-// Two kernels. One thread block a matrix factorizes the k x k block on top; then many solve the rows below it.
+// Two kernels. One thread block per matrix factorizes the k x k block on top; then many solve the rows below it.
 #pragma once
 
 #include "block.cuh"
@@ -14,7 +14,7 @@ struct alignas(16) TopMemory {
   T column[2][PANEL];
 };
 
-// Grid: a block a matrix.
+// Grid: one block per matrix.
 template <typename T>
 __global__ __launch_bounds__(SQUARE_THREADS) void ldlt_top_kernel(Panels<T> panels) {
   auto& shared = shared_memory<TopMemory<T>>();

@@ -1,5 +1,5 @@
-// The one door from Python: raw pointers, strides and a stream as integers. Nothing of PyTorch is compiled in or
-// linked, so one build serves every version of it. ipca/svd/native.py is the only caller and has checked what it passes.
+// The Python module ipca._C: raw pointers, strides and a stream as integers. Nothing of PyTorch is compiled in or linked,
+// so one build serves every version of it. ipca/svd/inner_loops.py is the only caller and has checked what it passes.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

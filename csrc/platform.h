@@ -1,4 +1,4 @@
-// What the kernels need from their platform: CUDA, or a CPU that stands in for it in tests.
+// The platform of the kernels: CUDA, or in tests a CPU (tests/csrc/host_shim.h).
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace ipca {
 // Throws std::runtime_error with CUDA's words and what was being done.
 void check(cudaError_t status, const char* doing);
 
-// The thread block's shared memory. Always the dynamic kind, so that the stand-in can fill it with NaN before a block.
+// The thread block's shared memory. Always dynamic, so that the CPU can fill it with NaN before a block.
 template <typename Memory>
 __device__ Memory& shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];

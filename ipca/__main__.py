@@ -2,6 +2,6 @@
 
 import sys
 
-from ipca.cli import main
+from ipca.cli.main import main
 
 sys.exit(main())

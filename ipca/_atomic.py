@@ -112,9 +112,9 @@ def staged_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=".ipca-", dir=target))
         try:
             yield stage
-            _fsync_files(stage)
+            fsync_files(stage)
             with uninterrupted():
-                _exchange(stage, target)
+                exchange(stage, target, stage / ".old")
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             if not existed:
@@ -138,7 +138,7 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             yield stage
-            _fsync_files(stage)
+            fsync_files(stage)
             stage.chmod(0o755)
             os.replace(stage, target)
             fsync_folder(target.parent)
@@ -147,19 +147,24 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
-def _exchange(stage: Path, target: Path) -> None:
-    """Move the files of ``stage`` into ``target``; where one move fails, undo those before it."""
-    new, old = sorted(stage.iterdir()), stage / ".old"
-    old.mkdir()
-    done = []
+def exchange(stage: Path, target: Path, old: Path) -> None:
+    """Move everything in ``stage`` into ``target``, and what it replaces there into the folder ``old``.
+
+    Where one move fails, those before it are undone. Where the process is killed, the same call moves the rest.
+    """
+    names = sorted(path.name for path in stage.iterdir())
+    old.mkdir(exist_ok=True)
+    begun = []
     try:
-        for path in new:
-            done.append(path.name)
-            if (target / path.name).exists():
-                os.replace(target / path.name, old / path.name)
-            os.replace(path, target / path.name)
+        for name in names:
+            begun.append(name)
+            if (target / name).exists():
+                os.replace(target / name, old / name)
+            os.replace(stage / name, target / name)
     except OSError:
-        for name in done:
+        for name in begun:
+            if (target / name).exists() and not (stage / name).exists():
+                os.replace(target / name, stage / name)
             if (old / name).exists():
                 os.replace(old / name, target / name)
         raise
@@ -183,8 +188,8 @@ def check_writable(folder: str | os.PathLike[str], *, empty: bool = False) -> No
         raise PermissionError(f"cannot write {target}: no permission to write in {existing}.")
 
 
-def _fsync_files(folder: Path) -> None:
-    """Put the files on disk, readable as the process's other files are: safetensors keeps its own to the owner."""
+def fsync_files(folder: Path) -> None:
+    """Put all files below ``folder`` on disk, readable as the process's other files: safetensors writes mode 0600."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):

@@ -1,7 +1,7 @@
 """The CUDA extension ``ipca._C``: built with the package, or at its first use on a machine with a GPU, or absent.
 
-``IPCA_BUILD_CUDA`` decides by hand: 1 insists and raises where the extension cannot be had, 0 does without it. Unset,
-it is built where a CUDA toolkit, a C++ compiler and pybind11's headers are found.
+``IPCA_BUILD_CUDA=1`` requires it and raises where it cannot be built, ``IPCA_BUILD_CUDA=0`` does without it. Unset, it
+is built where a CUDA toolkit, a C++ compiler and pybind11's headers are found.
 
 Nothing of PyTorch is compiled in or linked, so one build serves every version of it. setup.py loads this file by its
 path and the package loads it as a module: both compile through :func:`compile_extension`.
@@ -28,19 +28,20 @@ SOURCES = HERE / "csrc"
 USUAL = Path("/usr/local/cuda")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 ARCHITECTURES = (80, 90, 100)
-"""What a package is built for; newer GPUs compile the newest one's portable code when it is loaded."""
+"""Compute capabilities that a package is built for; newer GPUs compile portable code when it is loaded."""
 
 INSTEAD = (
-    "The PyTorch versions of the window SVD's inner loops run instead, slower. IPCA_BUILD_CUDA=0 keeps this quiet."
+    "The PyTorch versions of the window SVD's inner loops run instead, slower. "
+    "IPCA_BUILD_CUDA=0 turns this warning off."
 )
 
 
 class CannotBuild(RuntimeError):
-    """There is no extension; the message says what is missing."""
+    """The extension is not available; the message names what is missing."""
 
 
 def wanted() -> bool | None:
-    """True: insist. False: do without. None: build where possible."""
+    """``IPCA_BUILD_CUDA``: True requires the extension, False does without it, None builds it where possible."""
     value = os.environ.get("IPCA_BUILD_CUDA", "")
     if value not in ("", "0", "1"):
         raise ValueError(f"IPCA_BUILD_CUDA={value!r}; 1 insists on the CUDA extension, 0 does without it.")
@@ -48,7 +49,7 @@ def wanted() -> bool | None:
 
 
 def source_hash() -> str:
-    """A hash of the sources and of this file, compiled in: an extension from other sources is not used."""
+    """A hash of the sources and of this file. It is compiled in: an extension of other sources is not used."""
     files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
     read = [path.name.encode() + path.read_bytes() for path in (*files, Path(__file__))]
     return hashlib.sha256(b"".join(read)).hexdigest()[:16]
@@ -67,8 +68,8 @@ def toolkit() -> Path:
     """The root of the CUDA toolkit: the one that ``CUDA_HOME`` or ``CUDA_PATH`` names, else the first that is found.
 
     Raises:
-        CannotBuild: none, or the named one is not whole. An ``nvcc`` on PATH may be a wrapper that lies elsewhere, so a
-            root counts only with its header in place.
+        CannotBuild: none is found, or the named one is incomplete. An ``nvcc`` on PATH may be a wrapper that lies
+            elsewhere, so a root counts only with its header in place.
     """
     named = [(name, Path(os.environ[name])) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     on_path = shutil.which("nvcc")
@@ -112,7 +113,7 @@ def check_tools() -> None:
 
 
 def compile_extension(out: Path, archs: tuple[int, ...]) -> None:
-    """Compile the sources for ``archs`` into the module ``out``; the newest one's portable code goes in, too."""
+    """Compile the sources for ``archs`` into the module ``out``, with portable code of the newest one."""
     check_tools()
     root = toolkit()
     if unknown := set(archs) - _known(root):
@@ -131,10 +132,10 @@ def compile_extension(out: Path, archs: tuple[int, ...]) -> None:
 
 
 def load(device: int, capability: tuple[int, int]) -> ModuleType | None:
-    """The extension for a GPU: the installed one if it is of these sources, else one compiled for this GPU and kept.
+    """The extension for a GPU: the installed one if it is of these sources, else one compiled for this GPU and cached.
 
     Returns:
-        None where it cannot be had, after one warning that says why.
+        None where it is not available, after one warning that says why.
 
     Raises:
         CannotBuild: the same, with ``IPCA_BUILD_CUDA=1``.
@@ -146,7 +147,7 @@ def load(device: int, capability: tuple[int, int]) -> ModuleType | None:
             raise CannotBuild(
                 f"a GPU of compute capability 8.0 or newer; this one has {capability[0]}.{capability[1]}."
             )
-        module = _installed() or _kept(capability[0] * 10 + capability[1])
+        module = _installed() or _cached(capability[0] * 10 + capability[1])
         try:
             module.try_device(device)
         except RuntimeError as error:
@@ -167,10 +168,10 @@ def _installed() -> ModuleType | None:
     return module if module and module.sources == source_hash() else None
 
 
-def _kept(arch: int) -> ModuleType:
+def _cached(arch: int) -> ModuleType:
     """The extension for one architecture from ``IPCA_BUILD_DIR``, by default ~/.cache/ipca/extension; compiled once.
 
-    Compiled aside and moved into place, so that processes which start together do not see half of one.
+    Compiled in a temporary folder and moved into place: processes that start together never see half a file.
     """
     root = Path(os.environ.get("IPCA_BUILD_DIR") or Path.home() / ".cache" / "ipca" / "extension")
     path = root / f"{source_hash()}-sm_{arch}" / f"_C{SUFFIX}"
@@ -190,7 +191,7 @@ def _kept(arch: int) -> ModuleType:
 
 
 def _import(path: Path) -> ModuleType:
-    # pybind11 keeps modules by their name: under the same one, a second build would turn out to be the first.
+    # pybind11 caches modules by name: under the same name a second build would be the first one again.
     name = f"ipca.{hashlib.sha256(str(path).encode()).hexdigest()[:16]}._C"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -211,7 +212,7 @@ def _known(root: Path) -> set[int]:
 
 
 def main() -> None:
-    """``python -m ipca._extension``: build it for this machine's GPU unless that is done, and say where it is."""
+    """``python -m ipca._extension``: build it for this machine's GPU where that is not done yet, and print its path."""
     import torch
 
     module = load(torch.cuda.current_device(), torch.cuda.get_device_capability())

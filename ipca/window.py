@@ -124,7 +124,10 @@ class Window:
             ValueError: the window does not fit into ``[0, d)``, or is ``"auto"``.
         """
         if self.rank > d:
-            raise ValueError(f"{self} needs {self.rank} singular values, but there are only {d}; lower `rank`.")
+            raise ValueError(
+                f"window {self.text!r} of rank {self.rank} needs {self.rank} singular values, but there are only {d}; "
+                "lower the rank."
+            )
         if self.needs_calibration:
             raise ValueError(
                 "window 'auto' is found from inputs of the model: call ipca.apply_pc(model, window='auto', "
@@ -141,8 +144,8 @@ class Window:
             start = int(fraction * (d - self.rank) + 1e-9)
         if start + self.rank > d:
             raise ValueError(
-                f"{self} ends at {start + self.rank}, but there are only {d} singular values; "
-                "lower `start` or `rank`, or use a relative window such as 'middle'."
+                f"window {self.text!r} of rank {self.rank} ends at {start + self.rank}, but there are only {d} "
+                "singular values; lower its start or rank, or use a relative window such as 'middle'."
             )
         return Window(start, self.rank)
 

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ipca._cache_folder import default_cache_folder
+
 SHIPPED = Path(__file__).parent / "measured"
 
 
@@ -36,12 +38,10 @@ class Row(NamedTuple):
 
 def cache_file(device: torch.device) -> Path:
     """Where what is measured on ``device`` is kept."""
-    return cache_folder() / f"{torch.cuda.get_device_name(device).lower().replace(' ', '-').replace('/', '-')}.json"
-
-
-def cache_folder() -> Path:
-    """``IPCA_CACHE``, by default ``~/.cache/ipca``."""
-    return Path(os.environ.get("IPCA_CACHE") or Path.home() / ".cache" / "ipca")
+    return (
+        default_cache_folder()
+        / f"{torch.cuda.get_device_name(device).lower().replace(' ', '-').replace('/', '-')}.json"
+    )
 
 
 Tables = tuple[dict[str, Any], ...]

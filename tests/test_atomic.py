@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from torch import nn
 
 import ipca
 import ipca.io.adapter
+import ipca.io.peft_format
 from ipca._atomic import staged_files, staged_folder
 from ipca.io.adapter_folder import read_adapter
 from tests.helpers.models import Net, adapted, snapshot
@@ -30,8 +30,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 WRITERS = {
     "save": ipca.save_adapter,
     "peft": ipca.export,
-    "residual": lambda model, folder: ipca.export(model, folder, form="residual"),
-    "truncated": lambda model, folder: ipca.export(model, folder, form="truncated", rank=6),
+    "residual": lambda model, folder: ipca.export(model, folder, format="residual"),
+    "truncated": lambda model, folder: ipca.export(model, folder, format="truncated", rank=6),
 }
 
 
@@ -90,8 +90,7 @@ def test_failure_while_writing_leaves_the_old_files(saved, error, monkeypatch, t
     base, folder = saved
     (folder / "notes.txt").write_text("mine")
     before, model = contents(tmp_path), adapted(copy.deepcopy(base))
-    # `ipca.io.export_formats` is the function
-    monkeypatch.setattr(sys.modules["ipca.io.export_formats"], "save_file", broken(error))
+    monkeypatch.setattr(ipca.io.peft_format, "save_file", broken(error))
     expected = OSError if isinstance(error, SafetensorError) else type(error)
     for name, target in [("save", folder), ("peft", folder), *((name, tmp_path / "new") for name in WRITERS)]:
         with pytest.raises(expected):
@@ -197,13 +196,13 @@ def test_staged_folder_must_be_new_or_empty(tmp_path):
     with pytest.raises(FileExistsError, match="y is not empty; choose a new folder"), staged_folder(tmp_path / "y"):
         pass
     with pytest.raises(FileExistsError, match="y is not empty; choose a new folder"):
-        ipca.export(adapted(Net()), tmp_path / "y", form="residual")
+        ipca.export(adapted(Net()), tmp_path / "y", format="residual")
     assert contents(tmp_path) == {"y/mine": b"1"}
 
 
-def test_export_names_its_forms(tmp_path):
-    with pytest.raises(ValueError, match="form must be one of peft, residual, truncated; got 'onnx'"):
-        ipca.export(adapted(Net()), tmp_path / "new", form="onnx")
+def test_export_names_its_formats(tmp_path):
+    with pytest.raises(ValueError, match="format must be one of peft, residual, truncated; got 'onnx'"):
+        ipca.export(adapted(Net()), tmp_path / "new", format="onnx")
     assert not (tmp_path / "new").exists()
 
 

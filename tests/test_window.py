@@ -243,7 +243,7 @@ def test_an_energy_out_of_range(quantile):
 @pytest.mark.parametrize("rule", ["middle", "erank", 0, 5])
 def test_a_rank_above_d_says_how_many_there_are(rule):
     window = Window(rule, 9)
-    with pytest.raises(ValueError, match=r"rank=9\) needs 9 singular values, but there are only 8; lower `rank`"):
+    with pytest.raises(ValueError, match=r"of rank 9 needs 9 singular values, but there are only 8; lower the rank"):
         window.resolve(8, torch.ones(8))
     assert window == Window(rule, 9)
 
@@ -252,7 +252,7 @@ def test_a_window_past_the_end_says_where_it_ends():
     window = Window(40, 16)
     with pytest.raises(ValueError, match="ends at 56, but there are only 48 singular values") as error:
         window.resolve(48)
-    assert "Window(start=40, rank=16)" in str(error.value)
+    assert "window 'start=40' of rank 16 ends" in str(error.value)
     with pytest.raises(ValueError, match="ends at 56, but there are only 55"):
         window.resolve(55)
     assert window.resolve(56) == window

@@ -1,29 +1,21 @@
 """Measures of models before and after training: pure functions, which leave the model as it is.
 
 >>> from ipca import analysis
->>> print(analysis.spectrum(model))                # spectra, and where the windows sit
+>>> print(analysis.spectrum(model))                # spectra, and the windows in them
 >>> analysis.update_norm(model)                    # ‖ΔW‖ / ‖W‖
 >>> analysis.draw_drift(analysis.drift(model), "drift.png")
 """
 
-from ipca.analysis.draw_windows import draw_importance, draw_sensitivity
-from ipca.analysis.figures import draw_drift, draw_spectra
-from ipca.analysis.importance import BlockImportance, component_importance
-from ipca.analysis.layer_pairs import LayerPair, weight_pairs
+from ipca.analysis.figures import draw_drift, draw_importance, draw_sensitivity, draw_spectra
+from ipca.analysis.importance import component_importance
+from ipca.analysis.layer_pairs import weight_pairs
 from ipca.analysis.retention import accuracy_drop, cross_entropy_rise, kl_to_base
-from ipca.analysis.spectra import LayerSpectrum, Spectra, spectrum
+from ipca.analysis.spectra import spectrum
 from ipca.analysis.update import intruder_dimensions, overlap, spectral_imbalance, update_norm
-from ipca.analysis.weight_drift import Drift, WindowAngles, drift, principal_angles
-from ipca.model.calibration import LayerSensitivity, sensitivity, suggest_windows
+from ipca.analysis.weight_drift import drift, principal_angles
+from ipca.model.calibration import sensitivity, suggest_windows
 
 __all__ = [
-    "BlockImportance",
-    "Drift",
-    "LayerPair",
-    "LayerSensitivity",
-    "LayerSpectrum",
-    "Spectra",
-    "WindowAngles",
     "accuracy_drop",
     "component_importance",
     "cross_entropy_rise",

@@ -1,4 +1,4 @@
-"""Pictures: the spectra of layers, and what training did to their components; a panel for each kind of layer."""
+"""Figures: spectra, drift, sensitivities, the importance of blocks; a panel for each kind of layer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ipca.analysis.picture import picture
+from ipca._atomic import staged_files
+from ipca.analysis.importance import BlockImportance
 from ipca.analysis.spectra import LayerSpectrum
 from ipca.analysis.weight_drift import Drift
+from ipca.model.calibration import LayerSensitivity
 from ipca.window import Window
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = TypeVar("Row")
 
 
 def draw_spectra(rows: Iterable[LayerSpectrum], path: str | os.PathLike[str]) -> None:
-    """Singular values over σ₁ by index, the window shaded; ``path`` names the format: ``.png``, ``.pdf``, ``.svg``.
+    """Draw singular values over σ₁ by index, with the window shaded.
 
     Args:
         rows: of :func:`ipca.analysis.spectrum`.
+        path: its file extension is the format: ``.png``, ``.pdf``, ``.svg``.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -39,16 +46,17 @@ def draw_spectra(rows: Iterable[LayerSpectrum], path: str | os.PathLike[str]) ->
 
 
 def draw_drift(found: Mapping[str, Drift], path: str | os.PathLike[str]) -> None:
-    """Rescaling and rotation over ``‖ΔW‖_F`` by component, the window shaded; ``path`` as for :func:`draw_spectra`.
+    """Draw rescaling and rotation over ``‖ΔW‖_F`` by component, with the window shaded.
 
     Args:
         found: of :func:`ipca.analysis.drift`.
+        path: as for :func:`draw_spectra`.
 
     Raises:
         ImportError, ValueError, OSError: as :func:`draw_spectra`.
     """
     named = [(name, row.shape, row) for name, row in found.items()]
-    with panels(named, "What training did to each component; the window is shaded", path) as axes:
+    with panels(named, "Rescaling and rotation by component; the window is shaded", path) as axes:
         for axis, group in axes:
             for k, row in enumerate(group):
                 for part, color in (("rotation", "tab:orange"), ("rescaling", "tab:blue")):
@@ -62,11 +70,100 @@ def draw_drift(found: Mapping[str, Drift], path: str | os.PathLike[str]) -> None
             axis.legend(fontsize=7)
 
 
+def draw_sensitivity(
+    found: Mapping[str, LayerSensitivity],
+    path: str | os.PathLike[str],
+    *,
+    rank: int = 16,
+    window: str = "middle",
+) -> None:
+    """Draw ``S_i · energy_i`` over its mean by index, log scale.
+
+    The quietest window of ``rank``, which ``window="auto"`` takes, is shaded red, ``window`` gray.
+
+    Args:
+        found: of :func:`ipca.analysis.sensitivity`.
+        path: as for :func:`draw_spectra`.
+        rank: of both windows.
+        window: where the gray window starts.
+
+    Raises:
+        ImportError, ValueError, OSError: as :func:`ipca.analysis.draw_spectra`; ``rank`` or ``window`` does not fit.
+    """
+    rows = [(name, row.shape, row) for name, row in found.items()]
+    windows = {id(row): (row.quietest(rank), Window(window, rank).resolve(len(row.S), row.S)) for _, _, row in rows}
+    title = "Sensitivity by component, first layer (dark) to last (light); red: quietest window, gray: " + window
+    with panels(rows, title, path) as axes:
+        for axis, group in axes:
+            for color, row in zip(dark_to_light(len(group)), group, strict=True):
+                relative = row.sensitivity / row.sensitivity.mean().clamp_min(1e-300)
+                axis.semilogy(relative.clamp_min(1e-9), color=color, linewidth=1)
+                quietest, default = windows[id(row)]
+                shade(axis, quietest, len(group))
+                shade(axis, default, len(group), "gray")
+            axis.set_xlabel("index of the singular value", fontsize=8)
+            axis.set_ylabel("S · energy / its mean", fontsize=8)
+
+
+def draw_importance(found: Mapping[str, BlockImportance], path: str | os.PathLike[str]) -> None:
+    """Draw the change of the loss without each block, layers × blocks.
+
+    The colors are linear near 0 and logarithmic beyond a thousandth of the largest change; NaN and Inf are left blank.
+
+    Args:
+        found: of :func:`ipca.analysis.component_importance`.
+        path: as for :func:`draw_spectra`.
+
+    Raises:
+        ImportError, ValueError, OSError: as :func:`ipca.analysis.draw_spectra`.
+    """
+    check_not_empty(found)
+    with picture(path, (6, 1.5 + 0.16 * len(found))) as figure:
+        from matplotlib.colors import SymLogNorm
+
+        axis = figure.subplots()
+        changes = [row.change.masked_fill(~row.change.isfinite(), float("nan")).tolist() for row in found.values()]
+        largest = max((abs(x) for row in changes for x in row if x == x), default=0.0) or 1.0
+        norm = SymLogNorm(largest / 1e3, vmin=-largest, vmax=largest)
+        image = axis.imshow(changes, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+        axis.set_yticks(range(len(found)), list(found), fontsize=6)
+        axis.set_xticks(range(len(changes[0])))
+        axis.set_xlabel("block of singular components, largest first", fontsize=8)
+        axis.set_title("Change of the loss without a block", fontsize=10)
+        figure.colorbar(image, ax=axis)
+
+
+@contextmanager
+def picture(path: str | os.PathLike[str], size: tuple[float, float] = (6.4, 4.8)) -> Iterator[Figure]:
+    """A matplotlib figure, written to ``path`` when the block succeeds; pyplot and its state are not touched.
+
+    Args:
+        path: its file extension is the format: ``.png``, ``.pdf``, ``.svg``.
+        size: width and height in inches.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: ``path`` has no file extension, or an unknown one.
+        OSError: ``path`` cannot be written; what was there stays.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("a picture needs matplotlib; run: pip install 'ipca-lora[plot]'") from None
+    target = Path(path).absolute()
+    if not target.suffix:  # matplotlib would choose a format, and write to another path
+        raise ValueError(f"{os.fspath(path)!r} has no file extension; use .png, .pdf or .svg.")
+    figure = Figure(figsize=size, layout="constrained")
+    yield figure
+    with staged_files(target.parent) as stage:
+        figure.savefig(stage / target.name, dpi=150)
+
+
 @contextmanager
 def panels(
     named: list[tuple[str, tuple[int, int], Row]], title: str, path: str | os.PathLike[str]
 ) -> Iterator[list[tuple[Any, list[Row]]]]:
-    """An axis for each kind of layer and the layers of that kind; the picture is written when the block succeeds."""
+    """An axis for each kind of layer and the layers of that kind; the figure is written when the block succeeds."""
     kinds: dict[tuple[str, tuple[int, int]], list[Row]] = defaultdict(list)
     for name, shape, row in named:
         kinds[_kind(name), shape].append(row)

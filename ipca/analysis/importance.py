@@ -1,4 +1,4 @@
-"""How much worse a model gets when consecutive singular components of one layer are taken out."""
+"""Importance of blocks of singular components: the change of a loss when one is removed from its layer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Loss = Callable[[nn.Module, Any], float | Tensor]
 
 @dataclass(frozen=True, eq=False)
 class BlockImportance:
-    """What the components of one layer's weight ``W = U diag(S) Vh (…, out, in)`` are worth to a loss, block by block.
+    """The importance of one layer's components to a loss, block by block; its weight is ``W = U diag(S) Vh``.
 
     Attributes:
-        shape: ``(…, out, in)``; ``d = min(out, in)``.
+        shape: ``(…, out, in)`` of ``W``; ``d = min(out, in)``.
         edges: ``blocks + 1`` indices from 0 to d; block ``b`` is ``[edges[b], edges[b + 1])``.
         loss: of the model as it is.
         change: ``(blocks,)``, the loss without the block minus ``loss``; float64.
@@ -52,8 +52,8 @@ class BlockImportance:
         Window(0, rank).resolve(d)
         change = self.change.abs().nan_to_num(nan=torch.inf)
         block = int((change == change.min()).nonzero()[0])
-        centerd = (self.edges[block] + self.edges[block + 1] - rank) // 2
-        return Window(min(max(centerd, 0), d - rank), rank)
+        centered = (self.edges[block] + self.edges[block + 1] - rank) // 2
+        return Window(min(max(centered, 0), d - rank), rank)
 
 
 def component_importance(
@@ -66,19 +66,19 @@ def component_importance(
     blocks: int = 8,
     progress: bool = True,
 ) -> dict[str, BlockImportance]:
-    """For each layer that is chosen, how the loss on held-out data changes without a block of its components.
+    """Measure how the loss on held-out data changes without each block of components of each target layer.
 
-    One block of one layer at a time is taken out, ``W − U_b S_b Vh_b``; then the weight's bits are put back, after an
+    One block of one layer at a time is removed, ``W − U_b S_b Vh_b``; then the weight's bits are restored, after an
     error too. Experimental as a way to choose a window: ``found[layer].quietest(rank)``.
 
     Args:
         model: plain, its weights loaded. It runs in evaluation mode, and ends as it was, random generators too.
-        batches: whatever ``loss`` takes; consumed once.
+        batches: as ``loss`` takes them; consumed once.
         loss: ``loss(model, batch)``, a number; the mean over the batches counts. Every evaluation starts from the same
             state of torch's random generators.
         targets, exclude: as for :func:`ipca.apply_pc`, of any kind that is not quantized. Of a stack of experts the
-            block is taken out of all at once.
-        blocks: into how many parts of nearly one size a layer's components are cut.
+            block is removed from all at once.
+        blocks: number of parts, of nearly equal size, into which a layer's components are divided.
         progress: show a progress bar.
 
     Costs a full SVD of every layer, and ``layers · blocks + 1`` evaluations of the loss on all batches.
@@ -94,7 +94,7 @@ def component_importance(
     with tqdm(total=len(names) * blocks, desc="Importance", unit="block", disable=not progress) as bar:
         before = _mean_loss(model, held, loss)
         if not torch.isfinite(torch.tensor(before)):
-            raise ValueError(f"the loss of the model as it is is {before}, which no change can be compared with.")
+            raise ValueError(f"the loss of the unchanged model is {before}, with which no change can be compared.")
         for name in names:
             weight, changes = read_layer(get_layer(model, name))[0], []
             for part in _parts(name, weight, edges[name]):
@@ -107,12 +107,12 @@ def component_importance(
 
 
 def _edges(name: str, layer: nn.Module, blocks: int) -> tuple[int, ...]:
-    """Where the blocks of a layer begin, and where the last one ends."""
+    """The indices where the blocks of a layer begin, and where the last one ends."""
     if quantization_kind(layer) is not None:
-        raise ValueError(f"{name}: components of a quantized weight cannot be taken out; exclude it, or dequantize it.")
+        raise ValueError(f"{name}: components of a quantized weight cannot be removed; exclude it, or dequantize it.")
     d = min(read_layer(layer)[0].shape[-2:])
     if not 1 <= blocks <= d:
-        raise ValueError(f"{name}: its {d} components cannot be cut into {blocks} blocks; choose another number.")
+        raise ValueError(f"{name}: its {d} components cannot be divided into {blocks} blocks; choose another number.")
     return tuple(i * d // blocks for i in range(blocks + 1))
 
 
@@ -125,7 +125,7 @@ def _parts(name: str, weight: Tensor, edges: tuple[int, ...]) -> Iterator[Tensor
 
 @contextmanager
 def _without(weight: Tensor, part: Tensor) -> Iterator[None]:
-    """Within the block ``weight``, the memory that a layer multiplies by, lacks ``part``."""
+    """Subtract ``part`` from ``weight``, which shares the layer's memory, and restore its bits afterwards."""
     kept = weight.clone()
     try:
         weight.copy_(wide(kept) - part)
@@ -140,5 +140,5 @@ def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> float:
     for value in values:
         if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
-            raise TypeError(f"loss(model, batch) must give one number, it gave {what}.")
+            raise TypeError(f"loss(model, batch) must return one number, it returned {what}.")
     return sum(float(value) for value in values) / len(values)

@@ -21,11 +21,11 @@ from ipca.window import Window
 
 Base = nn.Module | Mapping[str, Tensor]
 """A plain model, or its weights ``(out, in)``, for a stack of experts ``(E, out, in)``, by the layer's path."""
-_GIVE = "give base, the plain model before training, or its weights as {path: (out, in)}"
+_GIVE = "pass base, the plain model before training, or its weights as {path: (out, in)}"
 
 
 class Factors(NamedTuple):
-    """The factors of an adapted layer, trained and at the start: ``A, A0 (rank, in)``, ``B, B0 (out, rank)``."""
+    """The factors of an adapted layer, trained and initial: ``A, A0 (rank, in)``, ``B, B0 (out, rank)``."""
 
     A: Tensor
     B: Tensor
@@ -43,7 +43,7 @@ class LayerPair:
             smaller than that rounding counts.
         window: of an adapted layer, else None.
         layer: the module of the trained model; for the weights of one stack the same.
-        factors: of a layer that keeps those it started from, else None.
+        factors: of a layer that keeps its initial ones, else None.
     """
 
     name: str
@@ -60,25 +60,25 @@ class LayerPair:
 
 
 def weight_pairs(model: nn.Module, base: Base | None = None) -> Iterator[LayerPair]:
-    """Each weight of ``model`` beside its pretrained one, in the model's order, one at a time; nothing changes.
+    """Iterate over the weights of ``model`` and their pretrained values, in the model's order; nothing changes.
 
     ===========================  ==============================================  =====================
-    ``model`` has                compared are                                    ``base``
+    ``model`` has                compared weights                                ``base``
     ===========================  ==============================================  =====================
-    adapted layers               those, what they compute when not disabled      may be left out
-    PEFT's layers                those, with their active adapters               needed
-    neither, ``base`` a model    linear layers (quantized ones too) of equal     needed
+    adapted layers               theirs, as computed when not disabled           optional
+    PEFT's layers                theirs, with the active adapters                required
+    neither, ``base`` a model    linear layers (quantized ones too) of equal     required
                                  names, such as after full fine-tuning
-    neither, ``base`` a mapping  the layers of any kind that it names            needed
+    neither, ``base`` a mapping  the layers of any kind that it names            required
     ===========================  ==============================================  =====================
 
     Without ``base`` an adapted layer is compared with ``W`` as it stores it: the pretrained weight, in the residual
-    form up to one rounding, of a quantized layer the dequantized one. A quantized layer is read as what it multiplies
-    by. With PEFT the weight that a layer keeps need not be the pretrained one: PiSSA, for one, keeps ``W − B A``.
+    form up to one rounding, of a quantized layer the dequantized one. A quantized layer counts as its dequantized
+    weight. With PEFT the weight that a layer keeps need not be the pretrained one: PiSSA, for one, keeps ``W − B A``.
 
     Raises:
         TypeError: ``base`` is no model and no mapping of float tensors.
-        ValueError: there is nothing to compare; ``base`` is needed, lacks a layer or holds an adapted one; shapes
+        ValueError: there is nothing to compare; ``base`` is required, lacks a layer or holds an adapted one; shapes
             differ; a layer cannot be read. The message names it.
     """
     if base is not None and not isinstance(base, nn.Module | Mapping):
@@ -111,7 +111,7 @@ def _pairs(model: nn.Module, layers: dict[str, nn.Module], before: Mapping[str, 
         if start is not None and start.shape != shape:
             raise ValueError(
                 f"{name}: a weight of shape {tuple(shape)} cannot be compared with a base of shape "
-                f"{tuple(start.shape)}; give the model it was trained from."
+                f"{tuple(start.shape)}; pass the model it was trained from."
             )
         for i, (own, trained, factors) in enumerate(read):
             if start is not None:
@@ -121,7 +121,7 @@ def _pairs(model: nn.Module, layers: dict[str, nn.Module], before: Mapping[str, 
 
 
 def _read(name: str, layer: nn.Module) -> tuple[torch.Size, Iterable[tuple[Tensor | None, Tensor, Factors | None]]]:
-    """The shape of a layer's matrix or stack, and of each matrix what the layer knows: ``W``, ``W'``, factors."""
+    """The shape of a layer's matrix or stack, and ``W``, ``W'`` and the factors of each matrix, None where unknown."""
     if isinstance(layer, WindowLayer):
         return torch.Size(layer.matrix_shape), _adapted(layer)
     if layer_kind(layer) is not None:
@@ -151,7 +151,7 @@ def _each(stack: Tensor) -> Iterable[Tensor]:
 
 
 def _plain_layers(model: nn.Module, base: Base | None, before: Mapping[str, Any] | None) -> dict[str, nn.Module]:
-    """What a model without adapted layers has in common with its base."""
+    """The layers that a model without adapted layers has in common with its base."""
     if before is None:
         raise ValueError(f"this {type(model).__name__} has no adapted layer that knows its pretrained weight; {_GIVE}.")
     tuner = other_tuner(model)
@@ -167,7 +167,7 @@ def _plain_layers(model: nn.Module, base: Base | None, before: Mapping[str, Any]
         found = {name: here[name] for name in before if name in here and layer_kind(here[name]) is not None}
         strange = sorted(set(before) - set(found))
         if strange:
-            raise ValueError(f"base names {strange[0]!r}, which is no layer of this {type(model).__name__}.")
+            raise ValueError(f"base names {strange[0]!r}, which is not a layer of this {type(model).__name__}.")
     if not found:
         raise ValueError(
             f"there is nothing to compare: this {type(model).__name__} and base have no linear layer of equal name."
@@ -202,5 +202,5 @@ def _check_empty(name: str, layer: nn.Module) -> None:
 
 
 def _inside_peft(model: Any) -> nn.Module:
-    """The model whose paths are those of the plain one, inside a PeftModel."""
+    """The model inside a PeftModel, whose paths are those of the plain model."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""One weight in float64 and its singular value decomposition: what the measures of this package share."""
+"""Weights in float64 and their singular value decomposition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SVD(NamedTuple):
 
     @property
     def left(self) -> Tensor:
-        """The columns of ``U`` to singular values that are more than rounding: a basis of the span of ``W``."""
+        """The columns of ``U`` whose singular values are above rounding: a basis of the column space of ``W``."""
         size = max(self.U.shape[0], self.Vh.shape[1])
         return self.U[:, torch.finfo(self.S.dtype).eps * size * self.S[0] < self.S]
 

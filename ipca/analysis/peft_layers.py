@@ -1,4 +1,4 @@
-"""PEFT's layers without PEFT: which modules are some, and the weight that one computes with."""
+"""Detection of PEFT's layers without importing PEFT, and the weights they compute with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OFT and HRA, or to what needs ``W`` to become a change, as HiRA."""
 
 
 def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer of ``model`` that adds a PEFT adapter to a weight, by the path of that weight in the plain model."""
+    """The layers of ``model`` that add a PEFT adapter to a weight, by the path of that weight in the plain model."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if all(hasattr(module, attribute) for attribute in ("base_layer", "get_delta_weight", "active_adapters")):
@@ -33,18 +33,18 @@ def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def other_tuner(model: nn.Module) -> str | None:
-    """The class of a layer by which PEFT changes a function without adding to a weight, as IA³; None without any."""
+    """The class of a PEFT layer that does not add to a weight, such as IA³'s; None without one."""
     modules = (module for module in model.modules() if hasattr(module, "base_layer"))
     return next((type(module).__name__ for module in modules if hasattr(module, "active_adapters")), None)
 
 
 def trained_matrix(name: str, layer: Any) -> Tensor:
-    """``W' (out, in)`` or ``(E, out, in)`` in float64: the kept weight and the change of every active adapter.
+    """``W' (out, in)`` or ``(E, out, in)`` in float64: the base layer's weight plus the change of every active adapter.
 
-    Once something is merged, PEFT multiplies by the kept weight alone, and so does this.
+    Once an adapter is merged, PEFT computes with the base layer's weight only, and so does this.
 
     Raises:
-        ValueError: an adapter's change is no sum, as OFT's or DoRA's, or the weight is of a kind that has no matrix.
+        ValueError: an adapter does not add to the weight, as OFT's or DoRA's, or the weight cannot be read as a matrix.
     """
     base = _base_layer(name, layer)
     weight = wide(read_layer(base)[0])
@@ -70,13 +70,14 @@ def peft_factors(layer: Any) -> Sequence[tuple[Tensor, Tensor, Tensor, Tensor]] 
 
 
 def active_window(model: nn.Module, name: str, layer: Any) -> Window | None:
-    """The window of the one active adapter of a PEFT layer, where its configuration tells; else None."""
+    """The window of a PEFT layer whose only active adapter is of a PCConfig; else None."""
     if not hasattr(layer, "active_adapters"):
         return None
     active = _active(layer)
     config = getattr(model, "peft_config", {}).get(active[0]) if len(active) == 1 else None
-    saved = getattr(config, "layers", {}).get(name)
-    return None if saved is None else Window(saved.start, saved.rank)
+    records = getattr(config, "records", None)  # of a PCConfig
+    saved = None if records is None else records.saved.get(name)
+    return None if saved is None else saved.window
 
 
 def _check_product(name: str, layer: Any, adapter: str) -> None:
@@ -108,5 +109,5 @@ def _base_layer(name: str, layer: Any) -> nn.Module:
         return ExpertStack(layer.get_param(), bool(getattr(base, "is_transposed", False)))
     if parameter is not None or layer_kind(base) is None:
         what = type(base).__name__ if parameter is None else f"bare parameter {parameter!r}"
-        raise ValueError(f"{name}: the adapter's base, a {what}, is no layer that can be read as a matrix.")
+        raise ValueError(f"{name}: the adapter's base, a {what}, cannot be read as a matrix.")
     return base

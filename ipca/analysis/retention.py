@@ -1,22 +1,27 @@
-"""What a model lost against its base on held-out batches: cross-entropy in nats, accuracy, KL divergence."""
+"""Loss of a trained model against its base on held-out batches: cross-entropy in nats, accuracy, KL divergence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.analysis.predictions import Predictions, at_least_float32, counted, is_shifted, predict
 from ipca.model.apply import adapted_layers
 from ipca.model.batches import check_batches, evaluating
 from ipca.model.merge import disabled
 
 Measure = Callable[[nn.Module, Any], Any]
-"""``measure(model, batch)``: a tensor with what was measured of each item or token that counts."""
+"""``measure(model, batch)``: a tensor with the measurement of each item or token that counts."""
+IGNORED = -100
+"""The label of a position that does not count, as in ``torch.nn.functional.cross_entropy``."""
+_CLOSE = 0.01
+"""Relative; a model's own loss may be computed in 16 bits."""
 
 
 def cross_entropy_rise(
@@ -30,8 +35,8 @@ def cross_entropy_rise(
 
     Args:
         model: in any mode; it and ``base`` stay as they are, and so do their modes and torch's random generators.
-        base: what it is compared with. None: ``model`` itself without its adapter, as under :func:`ipca.disabled`,
-            which takes no second copy. In the residual form that is the pretrained model up to rounding, and modules
+        base: the model to compare with. None: ``model`` itself without its adapter, as under :func:`ipca.disabled`,
+            without a second copy. In the residual form that is the pretrained model up to rounding, and modules
             that are fully trained stay as trained.
         batches: each a mapping that the model takes by keyword, ``labels`` among it, or a pair ``(inputs, labels)``
             with a tensor or a mapping as inputs; on the model's device. Read once.
@@ -93,11 +98,11 @@ def _mean(
     read: Callable[[Predictions], Tensor],
     compare: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
-    """The mean of ``compare(now, then)`` over all items; ``read`` is for what :func:`predict` gives."""
+    """The mean of ``compare(now, then)`` over all items; ``read`` takes them from :class:`Predictions`."""
     if base is None and not adapted_layers(model):
         raise ValueError(
             f"base=None takes the model without its adapter, but this {type(model).__name__} has no adapted layer of "
-            "ipca; give the pretrained model as base."
+            "ipca; pass the pretrained model as base."
         )
     check_batches(batches)
     total, items = 0.0, 0
@@ -106,8 +111,8 @@ def _mean(
             now, then = _both(model, base, batch, measure, read)
             if now.shape != then.shape:
                 raise ValueError(
-                    f"model and base gave tensors of {tuple(now.shape)} and {tuple(then.shape)} for the same batch; "
-                    "they must have the same classes and items to be compared."
+                    f"model and base returned tensors of {tuple(now.shape)} and {tuple(then.shape)} for the same "
+                    "batch; they must have the same classes and items to be compared."
                 )
             values = compare(now, then)
             total += float(values.sum(dtype=torch.float64))
@@ -124,7 +129,7 @@ def _both(
     measure: Measure | None,
     read: Callable[[Predictions], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """What the model gives for ``batch``, and what its base does."""
+    """The measurements of the model and of its base on ``batch``."""
 
     def of_base(function: Measure) -> Any:
         with disabled(model) if base is None else nullcontext():
@@ -141,7 +146,7 @@ def _both(
 def _labeled(found: Predictions) -> tuple[Tensor, Tensor]:
     logits, labels = counted(found)
     if labels is None:
-        raise ValueError("these batches have no labels: give pairs (inputs, labels), or mappings with 'labels'.")
+        raise ValueError("these batches have no labels: pass pairs (inputs, labels), or mappings with 'labels'.")
     return logits, labels
 
 
@@ -161,3 +166,135 @@ def _kl(now: Tensor, then: Tensor) -> Tensor:
     p = log_p.exp()
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))  # what the base rules out adds nothing: 0 log 0 = 0
     return terms.sum(-1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predictions of a model on one batch.
+
+    Attributes:
+        logits: ``(…, C)``.
+        labels: ``(…)``, :data:`IGNORED` where nothing is to be predicted; None for a batch without labels.
+        mask: ``(…)``, True where a position counts.
+        loss: the loss that the model itself returns; None without one.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    mask: Tensor
+    loss: Tensor | None
+
+    def shifted(self) -> Predictions:
+        """With each label, and its mask, at the position before it: a causal language model's."""
+        assert self.labels is not None
+        labels = F.pad(self.labels, (0, 1), value=IGNORED)[..., 1:]
+        mask = self.mask & F.pad(self.mask, (0, 1), value=False)[..., 1:]
+        return Predictions(self.logits, labels, mask, self.loss)
+
+
+def predict(model: nn.Module, batch: Any) -> Predictions:
+    """Call ``model`` on ``batch``.
+
+    Args:
+        batch: a mapping of keyword arguments for the model (its ``labels`` are the labels); a pair
+            ``(inputs, labels)``, whose inputs are a tensor or a mapping; or a tensor, without labels.
+
+    Raises:
+        TypeError: another batch, or an output without logits.
+        ValueError: labels that do not fit the logits.
+    """
+    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    inputs, labels = batch if is_pair else (batch, None)
+    if isinstance(inputs, Mapping):
+        labels = inputs.get("labels") if labels is None else labels
+        output = model(**inputs)
+    elif isinstance(inputs, Tensor):
+        output = model(inputs)
+    else:
+        raise TypeError(f"a batch is a mapping, a pair (inputs, labels) or a tensor; got {_described(batch)}.")
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or not logits.ndim:
+        raise TypeError(
+            f"{type(model).__name__} returned {_described(output)}, not a tensor or an output with `.logits`; pass "
+            "loss_of, logits_of or correct_of to read it."
+        )
+    if labels is not None:
+        labels = _checked(labels, logits)
+    return Predictions(logits, labels, _mask(model, inputs, logits), getattr(output, "loss", None))
+
+
+def is_shifted(found: Predictions) -> bool:
+    """Whether the model's own loss shows that position ``t`` predicts label ``t + 1``, as in causal language models.
+
+    No attribute of a model says so reliably. So the mean cross-entropy of the batch is computed both ways and compared
+    with ``found.loss``. Without a loss, or with one label an item, positions predict their own labels.
+
+    Raises:
+        ValueError: the loss is neither of both.
+    """
+    if found.loss is None or found.labels is None or found.labels.ndim < 2:
+        return False
+    own, ways = float(found.loss), []
+    for labels in (found.labels, found.shifted().labels):
+        assert labels is not None
+        logits = at_least_float32(found.logits)
+        ways.append(float(F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)))
+    distances = [_distance(own, way) for way in ways]
+    if min(distances) > (_CLOSE * abs(own) if math.isfinite(own) else 0.0):
+        raise ValueError(
+            f"the model's own loss is {own:.4g}, but the cross-entropy of its logits is {ways[0]:.4g}, or "
+            f"{ways[1]:.4g} with each position predicting the next label; pass loss_of, logits_of or correct_of to "
+            "read it."
+        )
+    return distances[1] < distances[0]
+
+
+def counted(found: Predictions) -> tuple[Tensor, Tensor | None]:
+    """The logits ``(n, C)`` that count, and their labels ``(n,)``."""
+    keep = found.mask if found.labels is None else found.mask & (found.labels != IGNORED)
+    return found.logits[keep], None if found.labels is None else found.labels[keep]
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """``logits`` in float32, or in float64 if they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _distance(own: float, way: float) -> float:
+    """0 of two NaN, which are the loss where every label is :data:`IGNORED`; infinite of a NaN and a number."""
+    if own == way or (math.isnan(own) and math.isnan(way)):
+        return 0.0
+    return abs(own - way) if math.isfinite(own - way) else math.inf
+
+
+def _checked(labels: Any, logits: Tensor) -> Tensor:
+    """``labels`` on the logits' device, or a ValueError where they are not a class index for each row of logits."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must be class indices, integers {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}; got "
+            f"{_described(labels)}. Pass loss_of, logits_of or correct_of to read the model."
+        )
+    labels, classes = labels.to(logits.device, torch.int64), logits.shape[-1]
+    outside = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(outside):
+        raise ValueError(
+            f"labels must be class indices from 0 to {classes - 1}, or {IGNORED} where nothing is to be predicted; got "
+            f"{int(outside[0])}."
+        )
+    return labels
+
+
+def _mask(model: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+    """The attention mask where it has an entry for each row of logits, else all True."""
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    name = "decoder_attention_mask" if is_encoder_decoder else "attention_mask"
+    mask = inputs.get(name) if isinstance(inputs, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+        return mask.to(logits.device) != 0
+    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")

@@ -1,4 +1,4 @@
-"""What the spectrum of each layer looks like, and where its window sits or would sit."""
+"""Spectra of a model's layers, and the windows in them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LayerSpectrum:
         shape: ``(out, in)``.
         dtype: of the weight, such as ``"bfloat16"``.
         spectrum: the singular values ``S (d,)``, float64, descending.
-        window: where the window sits, resolved to indices.
+        window: resolved to indices.
         form: of the adapted layer.
     """
 
@@ -51,7 +51,7 @@ class LayerSpectrum:
 
     @property
     def effective_rank(self) -> int:
-        """As the window ``"erank"`` finds it, see :class:`ipca.Window`."""
+        """``exp(−Σ p log p)``, ``p = S / ΣS``, rounded down, as for the window ``"erank"``."""
         return Window.effective_rank(1).resolve(len(self.spectrum), self.spectrum).index
 
     def record(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class LayerSpectrum:
 
 @dataclass(frozen=True, eq=False)
 class Spectra:
-    """What :func:`spectrum` found; ``str()`` gives the table.
+    """The result of :func:`spectrum`; ``str()`` gives the table.
 
     Attributes:
         layers: one each, in the model's order.
@@ -95,7 +95,7 @@ class Spectra:
         return [layer.record() for layer in self.layers]
 
     def totals(self) -> dict[str, Any]:
-        """What the adapter takes: parameters, and bytes of the file and in memory (float32 factors)."""
+        """The size of the adapter: parameters, and bytes of the file and in memory (float32 factors)."""
         trainable = sum(layer.trainable for layer in self.layers)
         return {
             "layers": len(self.layers),

@@ -1,4 +1,4 @@
-"""How large a change of the weights is, how concentrated, and whether it lies along what the weights held before."""
+"""Measures of an update of the weights: its size, its concentration, its overlap with the pretrained components."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def update_norm(model: nn.Module, base: Base | None = None) -> float:
     """``√Σ‖W' − W‖_F² / √Σ‖W‖_F²`` over the layers of :func:`weight_pairs`.
 
     0 before training, NaN where a weight holds NaN. Two models are comparable where the same layers count: for a model
-    without adapted layers name them by giving ``base`` as a mapping.
+    without adapted layers name them with a mapping as ``base``.
 
     Raises:
         TypeError, ValueError: as :func:`weight_pairs`.
@@ -37,7 +37,7 @@ def intruder_dimensions(
     Of the ``top_k`` leading left singular vectors ``u'_j`` of ``W'`` those count whose ``max_i |⟨u'_j, u_i⟩|`` over all
     left singular vectors ``u_i`` of the pretrained ``W`` is below ``threshold`` (Shuttleworth et al., "LoRA vs Full
     Fine-tuning: An Illusion of Equivalence", arXiv 2410.21228). Vectors to singular values that are 0, to float64's
-    rounding, are left out on both sides, as any direction would do. ``W`` must be the pretrained weight: the residual
+    rounding, are left out on both sides, as they are arbitrary. ``W`` must be the pretrained weight: the residual
     that PiSSA leaves lacks the window, whose vectors would then look new before any training.
 
     Raises:

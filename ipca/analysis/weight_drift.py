@@ -1,4 +1,4 @@
-"""What training did to each singular component of a weight: rescaled or rotated it; and how far the window turned."""
+"""Drift of singular components in training: rescaling, rotation, principal angles of the window."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Drift:
     Attributes:
         shape: ``(out, in)``.
         S: the singular values of ``W``.
-        rescaling: ``|uᵢᵀ ΔW vᵢ|``, by how much the component's singular value would change if nothing turned.
-        rotation: ``√(½ Σⱼ (uᵢᵀ ΔW vⱼ)² + ½ Σⱼ (uⱼᵀ ΔW vᵢ)²)``, ``j ≠ i``: how much it mixes with others. Each entry
-            counts half for each of its two components.
-        outside: of a rectangular ``W`` what leaves the span of its singular vectors on the longer side,
+        rescaling: ``|uᵢᵀ ΔW vᵢ|``, the change of the component's singular value without any rotation.
+        rotation: ``√(½ Σⱼ (uᵢᵀ ΔW vⱼ)² + ½ Σⱼ (uⱼᵀ ΔW vᵢ)²)``, ``j ≠ i``: the mixing with other components. Each
+            entry counts half for each of its two components.
+        outside: of a rectangular ``W`` the part outside of the span of its singular vectors on the longer side,
             ``‖(I − U Uᵀ) ΔW vᵢ‖`` of a tall one, ``‖uᵢᵀ ΔW (I − V Vᵀ)‖`` of a wide one; 0 of a square one.
         norm: ``‖ΔW‖_F``.
         window: of an adapted layer, else None.
@@ -47,7 +47,7 @@ class Drift:
 
 @dataclass(frozen=True, eq=False)
 class WindowAngles:
-    """How far the factors' spans have turned from where they started, in radians, largest first; float64, on the CPU.
+    """Angles between the spans of the trained and the initial factors, in radians, largest first; float64, on the CPU.
 
     Attributes:
         output: principal angles between the columns of ``B`` and of ``B0``.
@@ -62,7 +62,7 @@ class WindowAngles:
 
 
 def drift(model: nn.Module, base: Base | None = None) -> dict[str, Drift]:
-    """What training did to the singular components of each weight, by the layer's path.
+    """Split the change of each weight by its singular components, by the layer's path.
 
     With ``M = Uᵀ W' V (d, d)`` in the full SVD of the pretrained ``W``, the diagonal of ``M − diag(S)`` rescales
     components and the rest rotates them into each other. Where singular values of ``W`` are equal their vectors, and so
@@ -91,20 +91,19 @@ def drift(model: nn.Module, base: Base | None = None) -> dict[str, Drift]:
 
 
 def principal_angles(model: nn.Module, base: Base | None = None) -> dict[str, WindowAngles]:
-    """How far the window of each adapted layer has turned, by the layer's path.
+    """Principal angles between ``B`` and ``B0`` and between ``A`` and ``A0`` of each adapted layer, by its path.
 
-    It is the factors that are compared, ``B`` with ``B0`` and ``A`` with ``A0``; ``base`` is needed where
-    :func:`weight_pairs` needs it.
+    ``base`` is required where :func:`weight_pairs` requires it.
 
     Raises:
-        TypeError, ValueError: as :func:`weight_pairs`; a layer does not keep the factors it started from; NaN or Inf.
+        TypeError, ValueError: as :func:`weight_pairs`; a layer does not keep its initial factors; NaN or Inf.
     """
     found = {}
     for pair in weight_pairs(model, base):
         if pair.factors is None:
             raise ValueError(
-                f"{pair.name}: a {type(pair.layer).__name__} does not keep the factors it started from; an adapted "
-                "layer of ipca.apply_pc or of ipca.peft.PCConfig, with one active adapter, does."
+                f"{pair.name}: a {type(pair.layer).__name__} does not keep its initial factors; an adapted layer of "
+                "ipca.apply_pc or of ipca.peft.PCConfig, with one active adapter, does."
             )
         A, B, A0, B0 = pair.factors
         output, rows = ([decompose(pair.name, X).left for X in both] for both in ((B, B0), (A.mT, A0.mT)))
@@ -113,7 +112,7 @@ def principal_angles(model: nn.Module, base: Base | None = None) -> dict[str, Wi
 
 
 def _outside(U: Tensor, D: Tensor, Vh: Tensor, change: Tensor) -> Tensor:
-    """For each component the part of ``change (out, in)`` that ``U D Vh`` leaves out."""
+    """The part of ``change (out, in)`` outside of ``U D Vh``, for each component."""
     if len(U) > Vh.shape[1]:
         return (change @ Vh.mT - U @ D).norm(dim=0)
     if len(U) < Vh.shape[1]:

@@ -1,12 +1,23 @@
-"""The arguments of the command ``ipca``."""
+"""The arguments of the command ``ipca``: the parser, and checks that concern several arguments."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ipca._version import __version__
+from ipca.cli.argument_types import (
+    byte_count,
+    picture_path,
+    positive_int,
+    positive_number,
+    seconds,
+    svd_tolerance,
+    window_start,
+)
 from ipca.lab.baselines.methods import CONTROLS
+from ipca.lab.sweep import COMPARISONS
 
 _EXAMPLES = (
     "ipca inspect path/to/model --window middle --rank 16 --plot spectra.png",
@@ -14,19 +25,43 @@ _EXAMPLES = (
     "ipca init path/to/model --window 0.33 --rank 16 -o adapter",
     "torchrun --nproc-per-node 4 -m ipca init path/to/model --rank 16 -o adapter",
     "ipca merge path/to/model adapter -o merged",
-    "ipca export path/to/model adapter --form truncated --rank 16 -o small",
+    "ipca export path/to/model adapter --format truncated --rank 16 -o small",
     "ipca convert path/to/residual-model pissa-adapter --original path/to/model -o adapter",
     "ipca cache list --cache path/to/cache",
     "ipca cache verify --remove",
     "ipca cache prune --max-bytes 10G --older-than 30d",
     "ipca completion bash > ~/.local/share/bash-completion/completions/ipca",
-    "ipca sweep task.py --windows 0 0.25 0.5 0.75 1 --lrs 5e-4 1e-3 2e-3 --seeds 5 --workers 2 -o sweep-out",
+    "ipca sweep task.py --windows 0.0 0.25 0.5 0.75 1.0 --lrs 5e-4 1e-3 2e-3 --seeds 5 --workers 2 -o sweep-out",
     "ipca demo --text vaderSentiment-3.3.2.tar.gz -o demo-out",
 )
 _NOTES = """
 A model is a local folder that transformers' save_pretrained wrote.
-Exit status: 0 done, 1 the input is wrong or the work failed (the last line on stderr says why), 2 usage, 130 Ctrl-C."""
+Exit status: 0 done, 1 the input is wrong or the command failed (the last line on stderr says why), 2 wrong usage,
+130 Ctrl-C."""
 SHELLS = ("bash", "zsh", "tcsh")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line; wrong usage ends the process with status 2."""
+    args = parser().parse_args(argv)
+    if args.command == "export" and (args.format == "truncated") != (args.rank is not None):
+        args.fail("--format truncated needs --rank" if args.rank is None else "--rank is only for --format truncated")
+    if args.command == "cache" and args.action == "prune" and args.max_bytes is None and args.older_than is None:
+        args.fail("choose what to delete: --max-bytes, --older-than, or both")
+    if args.command == "sweep" and args.comparisons and "same" not in args.comparisons:
+        args.fail("--comparisons must include same")
+    return args
+
+
+def check_output_folder(args: argparse.Namespace) -> None:
+    """Raise where --out is the adapter that is read, or a model that is read."""
+    given = {name: folder.resolve() for name, folder in vars(args).items() if name in ("model", "original") and folder}
+    if args.out.resolve() in given.values():
+        raise ValueError(
+            f"{args.out} is the model itself, which would then load with the adapter; choose another folder."
+        )
+    if "adapter" in args and args.out.resolve() == args.adapter.resolve():
+        raise ValueError(f"{args.out} is the adapter itself; choose another folder.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,12 +73,14 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"ipca {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _inspect(commands.add_parser("inspect", help="spectra and windows of a model folder, or an adapter's"))
-    _init(commands.add_parser("init", help="decompose and write the adapter before training"))
-    _merge(commands.add_parser("merge", help="fold an adapter into its model"))
+    _inspect(
+        commands.add_parser("inspect", help="show spectra and windows of a model folder, or an adapter's contents")
+    )
+    _init(commands.add_parser("init", help="decompose a model and write the adapter before training"))
+    _merge(commands.add_parser("merge", help="write the model with an adapter merged into it"))
     _export(commands.add_parser("export", help="write an adapter for programs without ipca"))
-    _convert(commands.add_parser("convert", help="make a stock PEFT LoRA that trains a window an adapter of ipca"))
-    _cache(commands.add_parser("cache", help="list, check or shrink a cache of decompositions"))
+    _convert(commands.add_parser("convert", help="convert a stock PEFT LoRA that trains a window into an ipca adapter"))
+    _cache(commands.add_parser("cache", help="list, verify or prune a cache of decompositions"))
     _completion(commands.add_parser("completion", help="print a completion script for a shell"))
     _sweep(
         commands.add_parser("sweep", help="windows × learning rates × seeds beside LoRA and controls, with a report")
@@ -54,9 +91,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _inspect(add: argparse.ArgumentParser) -> None:
     _common(add)
-    _model(add, help="a Hugging Face model folder, or an adapter folder, which takes no options of windows")
+    _model(add, help="a Hugging Face model folder, or an adapter folder, for which the window options do not apply")
     _choice_of_window(add)
-    add.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw the spectra")
+    add.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the spectra (.png, .pdf or .svg)")
 
 
 def _init(add: argparse.ArgumentParser) -> None:
@@ -69,11 +106,18 @@ def _init(add: argparse.ArgumentParser) -> None:
         default="intact",
         help="intact: an adapter for the original model (default); residual: a residual model and its adapter",
     )
-    add.add_argument("--tol", default="default", help="of the decomposition: fast, default, exact or a number")
-    add.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to decompose (default cpu)")
+    add.add_argument(
+        "--tol",
+        type=svd_tolerance,
+        default="default",
+        help="tolerance of the decomposition: fast, default, exact or a number",
+    )
+    add.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the decomposition (default cpu)"
+    )
     which = add.add_mutually_exclusive_group()
-    which.add_argument("--cache", type=Path, metavar="DIR", help="keep decompositions here (default: $IPCA_CACHE)")
-    which.add_argument("--no-cache", action="store_true", help="keep none, whatever $IPCA_CACHE says")
+    which.add_argument("--cache", type=Path, metavar="DIR", help="cache decompositions here (default: $IPCA_CACHE)")
+    which.add_argument("--no-cache", action="store_true", help="ignore $IPCA_CACHE and do not cache")
     _out(add)
 
 
@@ -87,13 +131,13 @@ def _export(add: argparse.ArgumentParser) -> None:
     _common(add)
     _model(add, adapter=True)
     add.add_argument(
-        "--form",
+        "--format",
         choices=("peft", "residual", "truncated"),
         default="peft",
-        help="peft: stock LoRA of twice the rank for the original model (default); "
-        "residual: a residual model and a LoRA for it alone; truncated: the nearest stock LoRA of --rank",
+        help="peft: a stock LoRA of twice the rank for the original model (default); residual: a residual model and a "
+        "LoRA only for it; truncated: the nearest stock LoRA of --rank for the original model",
     )
-    add.add_argument("--rank", type=_positive, help="of the truncated form")
+    add.add_argument("--rank", type=positive_int, help="rank of --format truncated")
     _out(add)
 
 
@@ -105,25 +149,25 @@ def _convert(add: argparse.ArgumentParser) -> None:
         "--original",
         type=Path,
         metavar="MODEL_DIR",
-        help="where MODEL_DIR is the residual base of a PiSSA adapter: the model that it was made from",
+        help="the original model, if MODEL_DIR is the residual base of a PiSSA adapter",
     )
     _out(add)
 
 
 def _completion(add: argparse.ArgumentParser) -> None:
     _common(add, quiet=False)
-    add.add_argument("shell", choices=SHELLS, help="for which shell")
+    add.add_argument("shell", choices=SHELLS, help="the shell that will read the script")
 
 
 def _cache(add: argparse.ArgumentParser) -> None:
     _with_examples(add)
     actions = add.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="every entry, the one used last first")
+    listing = actions.add_parser("list", help="list every entry, the most recently used first")
     verify = actions.add_parser("verify", help="compare every entry with its checksum; status 1 if one is damaged")
-    verify.add_argument("--remove", action="store_true", help="delete the damaged ones")
-    prune = actions.add_parser("prune", help="delete entries, those unused for longest first")
-    prune.add_argument("--max-bytes", type=byte_count, metavar="SIZE", help="until they take no more, such as 10G")
-    prune.add_argument("--older-than", type=seconds, metavar="AGE", help="that were not used for so long, such as 30d")
+    verify.add_argument("--remove", action="store_true", help="delete damaged entries")
+    prune = actions.add_parser("prune", help="delete entries, the least recently used first")
+    prune.add_argument("--max-bytes", type=byte_count, metavar="SIZE", help="until they take at most SIZE, such as 10G")
+    prune.add_argument("--older-than", type=seconds, metavar="AGE", help="those not used for AGE, such as 30d")
     for action in (listing, verify, prune):
         _common(action)
         action.add_argument("--cache", type=Path, metavar="DIR", help="default: $IPCA_CACHE, else ~/.cache/ipca")
@@ -132,22 +176,45 @@ def _cache(add: argparse.ArgumentParser) -> None:
 def _sweep(add: argparse.ArgumentParser) -> None:
     _common(add)
     add.add_argument("task", type=Path, metavar="TASK.py", help="a file whose task() returns an ipca.lab.sweep.Task")
-    add.add_argument("--windows", nargs="+", metavar="F", help="fractions or other windows (default 0 .125 … 1)")
-    add.add_argument("--lrs", nargs="+", type=float, metavar="LR", help="learning rates (default 5e-4 1e-3 2e-3)")
-    add.add_argument("--seeds", type=_positive, metavar="N", help="runs of each (default 8)")
+    add.add_argument(
+        "--windows",
+        nargs="+",
+        type=window_start,
+        metavar="W",
+        help="fractions or other windows (default 0.0 0.125 0.25 0.5 0.75 0.875 1.0)",
+    )
+    add.add_argument(
+        "--lrs", nargs="+", type=positive_number, metavar="LR", help="learning rates (default 5e-4 1e-3 2e-3)"
+    )
+    add.add_argument("--seeds", type=positive_int, metavar="N", help="number of runs of each (default 8)")
     add.add_argument(
         "--methods",
         nargs="*",
+        choices=("lora", "full", "auto", *CONTROLS),
         metavar="METHOD",
         help=f"lora, full, auto, and the controls {', '.join(CONTROLS)} (default: lora and the controls)",
     )
-    add.add_argument("--comparisons", nargs="+", metavar="HOW", help="same, sqrt-sigma, update (default: all)")
-    add.add_argument("--early", type=_positive, metavar="STEPS", help="after which updates are compared (default 10)")
-    add.add_argument("--checkpoints", nargs="+", type=_positive, metavar="STEP", help="judge the models there too")
-    add.add_argument("--tune", type=_positive, metavar="ROUNDS", help="let Optuna look for each method's best rate")
-    add.add_argument("--workers", type=_positive, metavar="N", help="processes side by side (default 1)")
-    add.add_argument("--threads", type=_positive, metavar="N", help="of each process (default 1)")
-    add.add_argument("--devices", nargs="+", metavar="DEVICE", help="handed to the workers in turn: cuda:0 cuda:1")
+    add.add_argument(
+        "--comparisons",
+        nargs="+",
+        choices=COMPARISONS,
+        metavar="NAME",
+        help=f"{', '.join(COMPARISONS)} (default: all; same is required)",
+    )
+    add.add_argument(
+        "--early", type=positive_int, metavar="STEPS", help="steps after which updates are compared (default 10)"
+    )
+    add.add_argument(
+        "--checkpoints", nargs="+", type=positive_int, metavar="STEP", help="steps at which models are evaluated too"
+    )
+    add.add_argument(
+        "--tune", type=positive_int, metavar="ROUNDS", help="rounds in which Optuna searches each method's best rate"
+    )
+    add.add_argument("--workers", type=positive_int, metavar="N", help="parallel processes (default 1)")
+    add.add_argument("--threads", type=positive_int, metavar="N", help="threads of each process (default 1)")
+    add.add_argument(
+        "--devices", nargs="+", metavar="DEVICE", help="devices of the workers, assigned in turn: cuda:0 cuda:1"
+    )
     _out(add)
 
 
@@ -159,23 +226,25 @@ def _demo(add: argparse.ArgumentParser) -> None:
         default=Path("vaderSentiment-3.3.2.tar.gz"),
         help="the source distribution of vaderSentiment 3.3.2 (default: in this folder)",
     )
-    add.add_argument("--seeds", type=_positive, default=1, help="runs of each method (default 1)")
-    add.add_argument("--steps", type=_positive, default=60, help="training steps of a run (default 60)")
-    add.add_argument("--sentences", type=_positive, default=400, help="held-out sentences of each test (default 400)")
+    add.add_argument("--seeds", type=positive_int, default=1, help="runs of each method (default 1)")
+    add.add_argument("--steps", type=positive_int, default=60, help="training steps of a run (default 60)")
+    add.add_argument(
+        "--sentences", type=positive_int, default=400, help="held-out sentences of each test (default 400)"
+    )
     _out(add, default=Path("demo-out"))
 
 
 def _common(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
     _with_examples(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.set_defaults(quiet=False)
+    parser.set_defaults(quiet=False, fail=parser.error)
     if quiet:
-        parser.add_argument("--quiet", action="store_true", help="print errors alone (and what --json prints)")
+        parser.add_argument("--quiet", action="store_true", help="suppress everything but errors and --json output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _with_examples(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Show the examples of this command alone below its help; those of all commands below that of ``ipca``."""
+    """Show the examples of this command below its help; those of all commands below that of ``ipca``."""
     own = [f"  {example}" for example in _EXAMPLES if f"{parser.prog} " in example]
     parser.epilog = "\n".join(["examples:", *own, _NOTES])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -188,62 +257,31 @@ def _model(
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help=help)
     if adapter:
         parser.add_argument(
-            "adapter", type=Path, metavar="ADAPTER_DIR", help="a folder that save_adapter or init wrote"
+            "adapter", type=Path, metavar="ADAPTER_DIR", help="a folder that save_adapter or ipca init wrote"
         )
         parser.add_argument(
-            "--any-base", action="store_true", help="do not check that the adapter belongs to the model"
+            "--any-base", action="store_true", help="do not check that the adapter was made on this model"
         )
 
 
 def _choice_of_window(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rank", type=int, default=16, help="components a layer trains (default 16)")
+    parser.add_argument("--rank", type=positive_int, default=16, help="trained components of each layer (default 16)")
     parser.add_argument(
         "--window",
+        type=window_start,
         default="middle",
         help="principal, middle (default), minor, a fraction such as 0.33, start=256, energy=0.9, or erank",
     )
-    parser.add_argument("--alpha", type=float, help="scaling × rank (default: rank)")
+    parser.add_argument("--alpha", type=positive_number, help="scaling × rank (default: rank)")
     parser.add_argument(
-        "--targets", nargs="+", help="names, ends of names or regular expressions (default: all-linear)"
+        "--targets",
+        nargs="+",
+        metavar="PATTERN",
+        help="names, ends of names or regular expressions (default: all-linear)",
     )
-    parser.add_argument("--exclude", nargs="+", default=[], help="likewise, to leave alone")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="patterns to exclude")
 
 
 def _out(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
-    text = "folder to write" + (f" (default {default})" if default else "")
+    text = "output folder" + (f" (default {default})" if default else "")
     parser.add_argument("-o", "--out", type=Path, required=default is None, default=default, help=text)
-
-
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg")
-    return path
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def byte_count(text: str) -> int:
-    """``"500M"`` as bytes; K, M, G and T are powers of 1024."""
-    return int(_with_unit(text, {"": 1, **{unit: 1024**k for k, unit in enumerate("KMGT", start=1)}}))
-
-
-def seconds(text: str) -> float:
-    """``"30d"`` as seconds; the units are s, m, h and d."""
-    return _with_unit(text, {"s": 1, "m": 60, "h": 3600, "d": 86400})
-
-
-def _with_unit(text: str, units: dict[str, int]) -> float:
-    unit = next((u for u in units if u and text.upper().endswith(u.upper())), "")
-    try:
-        value = float(text[: len(text) - len(unit)]) * units[unit]
-        if not 0 <= value < float("inf"):
-            raise ValueError
-    except (ValueError, KeyError):
-        known = ", ".join(unit for unit in units if unit)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number with one of the units {known}") from None
-    return value

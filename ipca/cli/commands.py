@@ -1,19 +1,22 @@
-"""What each command does; every one returns a record for ``--json`` and prints for people otherwise."""
+"""The commands: each returns a record for ``--json`` and the text that is printed otherwise."""
 
 from __future__ import annotations
 
 import argparse
 from inspect import signature
+from pathlib import Path
+from typing import Any
 
 import ipca
 from ipca._atomic import check_writable, staged_folder
 from ipca.analysis import draw_spectra, spectrum
-from ipca.cli import adapters, spectra
-from ipca.cli.cache import cache
-from ipca.cli.choice import check_no_window_options, check_output_folder
-from ipca.cli.completion import completion
-from ipca.cli.init import init
+from ipca.cli.arguments import check_output_folder, parser
+from ipca.cli.cache_commands import cache
+from ipca.cli.init_command import init
+from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
+from ipca.io.adapter_folder import SIDECAR, OtherBaseError
 from ipca.io.model_folder import copy_companions, load_model
+from ipca.io.peft_format import WEIGHTS
 
 __all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge", "sweep"]
 
@@ -21,52 +24,64 @@ Record = dict[str, object]
 
 
 def inspect(args: argparse.Namespace) -> tuple[Record, str]:
-    """Spectra and windows of a model folder, or what an adapter folder holds."""
-    if adapters.is_adapter(args.model):
-        check_no_window_options(args, f"{args.model} is an adapter, whose windows are chosen")
-        record = adapters.inspect_adapter(args.model)
-        return record, adapters.render(record)
+    """Show spectra and windows of a model folder, or the contents of an adapter folder."""
+    if is_adapter(args.model):
+        _check_no_window_options(args)
+        record = adapter_record(args.model)
+        return record, adapter_table(record)
     if args.plot:
         check_writable(args.plot.absolute().parent)
-    model = load_model(args.model)
     found = spectrum(
-        model,
+        load_model(args.model),
         rank=args.rank,
         window=args.window,
         targets=args.targets,
         exclude=args.exclude,
         progress=not args.quiet,
     )
-    text = spectra.render(found)
+    sums = found.totals()
+    text = (
+        f"{found}\n{sums['layers']} layers, {sums['trainable']:,} parameters train ({100 * sums['share']:.2f} %); "
+        f"adapter file {mib(sums['file_bytes'])}, factors in memory {mib(sums['memory_bytes'])}, "
+        f"AdamW {mib(sums['adamw_bytes'])} more (float32)"
+    )
     if args.plot:
         draw_spectra(found, args.plot)
         text += f"\npicture: {args.plot}"
-    return {"layers": found.records(), "totals": found.totals()}, text
+    return {"layers": found.records(), "totals": sums}, text
+
+
+def _check_no_window_options(args: argparse.Namespace) -> None:
+    """Raise where an option was given that means nothing for an adapter."""
+    defaults = {"rank": 16, "window": "middle", "alpha": None, "targets": None, "exclude": [], "plot": None}
+    given = [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]
+    if given:
+        raise ValueError(f"{args.model} is an adapter, whose windows are chosen; leave out {', '.join(given)}.")
 
 
 def merge(args: argparse.Namespace) -> tuple[Record, str]:
-    """Fold an adapter into its model and write a plain model folder."""
+    """Merge an adapter into its model and write a plain model folder."""
     check_writable(args.out, empty=True)
-    model = ipca.load_adapter(load_model(args.model), args.adapter, check_base=not args.any_base)
+    model = _adapted_model(args)
     layers = ipca.summary(model).layers
     ipca.unload(model)
     with staged_folder(args.out) as stage:
-        model.save_pretrained(stage)  # type: ignore[operator]
+        model.save_pretrained(stage)
         copy_companions(args.model, stage)
     return {"layers": layers, "out": str(args.out)}, f"merged {layers} layers into {args.out}"
 
 
 def export(args: argparse.Namespace) -> tuple[Record, str]:
     """Write an adapter for programs without ipca."""
-    check_writable(args.out, empty=args.form == "residual")
+    check_writable(args.out, empty=args.format == "residual")
     check_output_folder(args)
-    model = ipca.load_adapter(load_model(args.model), args.adapter, check_base=not args.any_base)
-    base_model = None if args.form == "residual" else str(args.model)
-    errors = ipca.export(model, args.out, form=args.form, base_model=base_model, rank=args.rank)
-    if args.form == "residual":
+    model = _adapted_model(args)
+    base_model = None if args.format == "residual" else str(args.model)
+    errors = ipca.export(model, args.out, format=args.format, base_model=base_model, rank=args.rank)
+    if args.format == "residual":
         copy_companions(args.model, args.out / "base")
-    record: Record = {"form": args.form, "out": str(args.out)}
-    text = f"wrote the {args.form} form to {args.out}"
+    record: Record = {"format": args.format, "out": str(args.out)}
+    text = f"wrote the {args.format} format to {args.out}"
     if errors:
         worst = max(errors, key=lambda name: errors[name])
         record |= {"rank": args.rank, "relative_error": errors}
@@ -74,8 +89,22 @@ def export(args: argparse.Namespace) -> tuple[Record, str]:
     return record, text
 
 
+def _adapted_model(args: argparse.Namespace) -> Any:
+    """The model with its adapter; an error names the command or the option that helps."""
+    if (args.adapter / WEIGHTS).is_file() and not (args.adapter / SIDECAR).is_file():
+        raise ValueError(
+            f"{args.adapter} has no {SIDECAR}: it is not an adapter of ipca; "
+            "for a stock LoRA that trains a window use ipca convert."
+        )
+    model = load_model(args.model)
+    try:
+        return ipca.load_adapter(model, args.adapter, check_base=not args.any_base)
+    except OtherBaseError as error:
+        raise ValueError(f"{error.fact}, or pass --any-base if you know that they fit.") from None
+
+
 def convert(args: argparse.Namespace) -> tuple[Record, str]:
-    """Read a stock PEFT LoRA and write it as an adapter of ipca."""
+    """Convert a stock PEFT LoRA into an adapter of ipca."""
     check_writable(args.out)
     check_output_folder(args)
     original = load_model(args.original) if args.original else None
@@ -108,7 +137,29 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
 
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:
-    """Train four ways on real text; prints as it goes."""
+    """Fine-tune one model in four ways on real text; prints as it runs."""
     from ipca.lab.demo import demo as run_demo
 
     return run_demo(args.text, args.out, seeds=args.seeds, steps=args.steps, sentences=args.sentences), ""
+
+
+def completion(args: argparse.Namespace) -> tuple[Record, str]:
+    """The completion script for ``args.shell``, made from the parser."""
+    try:
+        import shtab
+    except ImportError:
+        raise ImportError("completion scripts are made by shtab; run: pip install 'ipca-lora[hf]'") from None
+    top = parser()
+    _complete_paths(top, shtab.FILE)
+    script = shtab.complete(top, shell=args.shell)
+    return {"shell": args.shell, "script": script}, script
+
+
+def _complete_paths(add: argparse.ArgumentParser, files: Any) -> None:
+    """Mark every argument that is a path, in the way shtab expects."""
+    for action in add._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_paths(command, files)
+        elif action.type is Path:
+            action.complete = files  # type: ignore[attr-defined]

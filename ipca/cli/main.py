@@ -9,16 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ipca.cli.arguments import parser
+from ipca.cli.arguments import parse_arguments
 
-# What commands raise on purpose, with a message for users; anything else is named by its type too.
+# Exceptions that commands raise on purpose, with a message for users; any other is shown with its type.
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
-    args = parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # σ and ‖ in a terminal that has no such letters are no error
+    args = parse_arguments(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without σ and ‖ is no error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from ipca.cli import commands
@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ipca: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output has ended, as in `ipca inspect … | head`
+    except BrokenPipeError:  # the reader of our output has ended, as in `ipca inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # the last place where anything can still become one line
+    except Exception as error:  # the last place where any error can become one line
         if args.debug:
             raise
         print(f"ipca: error: {_one_line(error)}", file=sys.stderr)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _elsewhere(as_json: bool, quiet: bool) -> io.TextIOBase:
-    """Where a command's own prints go: stdout holds the record alone with ``--json``, nothing with ``--quiet``."""
+    """The stream of a command's own prints: stdout holds only the record with ``--json``, nothing with ``--quiet``."""
     if quiet:
         return io.StringIO()
     return sys.stderr if as_json else sys.stdout  # type: ignore[return-value]

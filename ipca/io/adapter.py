@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from ipca._atomic import staged_files, uninterrupted
-from ipca._version import __version__
-from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, other_base, read_adapter, svd_record
-from ipca.io.export_formats import adapter_state, collect_adapter, write_peft
-from ipca.io.gather import write_once
-from ipca.io.peft_format import WEIGHTS
+from ipca._dtensor import write_once
+from ipca.io.adapter_folder import (
+    SIDECAR,
+    AdapterFolder,
+    OtherBaseError,
+    SavedLayer,
+    file_sha256,
+    other_base,
+    read_adapter,
+    sidecar,
+)
+from ipca.io.peft_format import WEIGHTS, AdapterContents, adapter_state, write_peft
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
-from ipca.model.merge import check_not_sharded
-from ipca.model.targets import Target, validate_targets
+from ipca.model.merge import check_not_sharded, fully_trained_modules, require_adapted
+from ipca.model.targets import Target, check_ambiguous_suffix, validate_targets
+from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import InitialFactors, certify_init
 from ipca.nn.layer_kinds import base_sha256, read_layer
 from ipca.nn.registry import get_layer, named_layers
 from ipca.nn.window_layer import WindowLayer
 
-_UNCHECKED = ", or pass check_base=False if you know that they fit."
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+_FSDP1 = "_fsdp_wrapped_module"
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
@@ -38,35 +48,28 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
 
     Args:
         model: has adapted layers, from :func:`apply_pc` or in its own code. Every other module with trainable
-            parameters is written modules_to_save, as PEFT's ``modules_to_save``.
+            parameters is written as a whole, as PEFT's ``modules_to_save``.
         folder: made if missing.
         base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
 
-    A model that ``fully_shard`` has spread over processes is to be saved by all of them: they gather it tensor by
+    A model that ``fully_shard`` has spread over processes must be saved by all of them: they gather it tensor by
     tensor, rank 0 writes, and none returns before the files are complete.
 
     Raises:
         ValueError: nothing is adapted, or something trains that an adapter file cannot hold.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
-    tensors = adapter_state(model)
-    write_once(model, lambda: _write(model, tensors, folder, base_model))
+    contents = collect_adapter(model)
+    tensors = adapter_state(model, contents)
 
+    def write() -> None:
+        with staged_files(folder) as stage:
+            write_peft(stage, model, contents, tensors, base_model)
+            layers = {name: _saved(layer) for name, layer in contents.layers.items()}
+            record = sidecar(layers, file_sha256(stage / WEIGHTS), list(contents.modules_to_save))
+            (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
 
-def _write(
-    model: nn.Module, tensors: dict[str, torch.Tensor], folder: str | os.PathLike[str], base_model: str | None
-) -> None:
-    layers, modules_to_save = collect_adapter(model)
-    with staged_files(folder) as stage:
-        write_peft(model, tensors, stage, base_model)
-        sidecar = {
-            "format": 1,
-            "versions": {"ipca": __version__, "torch": torch.__version__},
-            "adapter_sha256": file_sha256(stage / WEIGHTS),
-            "modules_to_save": list(modules_to_save),
-            "layers": {name: asdict(_saved(layer)) for name, layer in layers.items()},
-        }
-        (stage / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+    write_once(model, write)
 
 
 def load_adapter(
@@ -77,7 +80,7 @@ def load_adapter(
     check_base: bool = True,
     trainable: bool = True,
 ) -> nn.Module:
-    """Put the adapter in ``folder`` on ``model``, without an SVD.
+    """Load the adapter in ``folder`` onto ``model``, without an SVD.
 
     Args:
         model: the original base, or that base already adapted by the same windows (a checkpoint is then resumed in
@@ -85,7 +88,7 @@ def load_adapter(
         folder: written by :func:`save_adapter`.
         form: ``"residual"`` or ``"intact"``; default as saved.
         check_base: compare the hash of every base weight with the one the adapter was made on.
-        trainable: let factors and saved modules train; everything else is frozen.
+        trainable: whether the factors and the saved modules train; everything else is frozen.
 
     Returns:
         The same model.
@@ -121,25 +124,73 @@ def load_adapter(
     return model
 
 
+def collect_adapter(model: nn.Module) -> AdapterContents:
+    """The adapted layers and the fully trained modules of ``model``.
+
+    Raises:
+        ValueError: nothing is adapted, or something trains that an adapter file cannot hold.
+    """
+    layers, modules_to_save = require_adapted(model), fully_trained_modules(model)
+    paths = list(model.named_modules(remove_duplicate=False))
+    places = Counter(id(module) for _, module in paths)
+    moved = tuple(f"{name}.base." for name, module in paths if isinstance(module, ExpertsPC))
+    for name, layer in layers.items():
+        _check_layer(model, name, layer, places[id(layer)])
+    for name in (*layers, *modules_to_save):
+        if f"{name}.".startswith(moved):
+            raise ValueError(
+                f"{name} trains beside an adapted stack of weights, in the module that was moved to that path; freeze "
+                "it, or put the stack into a module of its own."
+            )
+    for name in modules_to_save:
+        inside = [path for path in layers if not name or path.startswith(f"{name}.")]
+        if inside:
+            raise ValueError(
+                f"{name or type(model).__name__} has trainable parameters of its own beside the adapted {inside[0]}; "
+                "an adapter file holds only complete modules, so freeze them."
+            )
+        check_ambiguous_suffix(name, [path for path, _ in paths])
+    return AdapterContents(layers, modules_to_save)
+
+
+def _check_layer(model: nn.Module, name: str, layer: WindowLayer, places: int) -> None:
+    """Raise where an adapter file cannot hold ``layer``, which occurs at ``places`` paths of ``model``."""
+    if _FSDP1 in name.split(".") or layer.lora_A.shape != layer.lora_A0.shape:
+        raise ValueError(
+            f"{name}: its factors are flat pieces of FullyShardedDataParallel or ZeRO-3; shard with "
+            "torch.distributed.fsdp.fully_shard, or save within deepspeed.zero.GatheredParameters."
+        )
+    if _WRAPPERS.intersection(name.split(".")) or isinstance(model, _PARALLEL):
+        raise ValueError(f"{name} belongs to a wrapper, not to the model; save the model inside it.")
+    if not name:
+        kind = type(layer).__name__
+        raise ValueError(f"the model is itself a {kind}; save its state_dict, or put it into a module.")
+    if layer.window is None:
+        raise ValueError(f"{name} has no window yet; load its weights first.")
+    if any(p.requires_grad for key, p in layer.named_parameters() if key not in ("lora_A", "lora_B")):
+        raise ValueError(f"{name}: its weight or bias trains, which an adapter file does not hold; freeze them.")
+    if places > 1:
+        raise ValueError(f"{name} stands in several places of the model, which PEFT's format cannot express.")
+
+
 def _saved(layer: WindowLayer) -> SavedLayer:
     assert layer.window is not None
-    return SavedLayer(
-        kind=layer.kind,
-        shape=layer.matrix_shape,
-        start=layer.window.index,
-        rank=layer.rank,
+    return SavedLayer.of(
+        layer.kind,
+        layer.matrix_shape,
+        layer.window,
         alpha=layer.alpha,
         form=layer.form,
         dropout=layer.dropout,
         base_sha256=layer.base_sha256,
-        svd=None if layer.svd_report is None else svd_record(layer.svd_report),
+        report=layer.svd_report,
     )
 
 
 def modules_to_save_state(
     model: nn.Module, modules_to_save: Mapping[str, dict[str, torch.Tensor]]
 ) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:
-    """The modules that an adapter holds ``whole``, each with its state, names and shapes checked."""
+    """The fully trained modules of an adapter in ``model``, each with its saved state; names and shapes are checked."""
     found = []
     for name, state in modules_to_save.items():
         try:
@@ -155,6 +206,7 @@ def modules_to_save_state(
 
 
 def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form: str | None, check_base: bool) -> None:
+    """Raise where a layer that is adapted already differs from the saved one in more than ``A, B``."""
     for name, layer in saved.layers.items():
         if name not in present:
             raise ValueError(f"the adapter holds {name}, which is not adapted in this model; load onto the plain base.")
@@ -166,7 +218,7 @@ def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form
                     f"{name} has {field} {getattr(mine, field)}, the adapter {value}; load onto the plain base."
                 )
         if check_base and layer.base_sha256 and mine.base_sha256 != layer.base_sha256:
-            raise ValueError(other_base(name, layer.base_sha256, mine.base_sha256) + _UNCHECKED)
+            raise OtherBaseError(other_base(name, layer.base_sha256, mine.base_sha256))
         factors = saved.factors[name]
         for ours, theirs in ((present[name].lora_A0, factors.A0), (present[name].lora_B0, factors.B0)):
             if not torch.equal(ours.cpu(), theirs.to(ours.dtype)):
@@ -176,33 +228,34 @@ def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form
 def _fresh_layers(
     model: nn.Module, saved: AdapterFolder, form: str | None, check_base: bool
 ) -> list[tuple[Target, InitialFactors]]:
+    """What to install on a plain ``model``; raises where it does not fit."""
     here = named_layers(model)
     targets = []
     for name, layer in saved.layers.items():
         if name not in here:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
-        targets.append(Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout))
+        target = Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout)
+        if target.kind is not None and target.shape != layer.shape:
+            raise ValueError(f"{name} has shape {target.shape}, but the adapter was made for {layer.shape}.")
+        targets.append(target)
+    # A weight with the recorded hash has the values that were checked when the adapter was made.
     known = check_base and all(layer.base_sha256 for layer in saved.layers.values())
-    validate_targets(
-        model, targets, modules_to_save=saved.modules_to_save, values=not known
-    )  # with its hash a weight has the values it had
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves Python's lock
+    validate_targets(model, targets, modules_to_save=saved.modules_to_save, values=not known)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
         digests = list(pool.map(lambda target: base_sha256(get_layer(model, target.name)), targets))
     return [
-        (target, _start(model, target, saved, digest, check_base))
+        (target, _initial_factors(model, target, saved, digest, check_base))
         for target, digest in zip(targets, digests, strict=True)
     ]
 
 
-def _start(model: nn.Module, target: Target, saved: AdapterFolder, digest: str, check_base: bool) -> InitialFactors:
+def _initial_factors(
+    model: nn.Module, target: Target, saved: AdapterFolder, digest: str, check_base: bool
+) -> InitialFactors:
     layer, factors = saved.layers[target.name], saved.factors[target.name]
-    plain = get_layer(model, target.name)
-    weight, _ = read_layer(plain)
-    if tuple(weight.shape) != layer.shape:
-        raise ValueError(f"{target.name} has shape {tuple(weight.shape)}, but the adapter was made for {layer.shape}.")
+    weight, _ = read_layer(get_layer(model, target.name))
     if check_base and layer.base_sha256 and digest != layer.base_sha256:
-        raise ValueError(other_base(target.name, layer.base_sha256, digest) + _UNCHECKED)
+        raise OtherBaseError(other_base(target.name, layer.base_sha256, digest))
     A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)
-    scaling = target.alpha / target.window.rank
-    certificate = certify_init(weight, A0, B0, scaling=scaling, form=target.form)
+    certificate = certify_init(weight, A0, B0, scaling=target.scaling, form=target.form)
     return InitialFactors(A0, B0, target.window, digest, layer.report(), certificate)

@@ -1,4 +1,4 @@
-"""Reading an adapter folder: every file, key and shape is checked before anybody sees a tensor."""
+"""An adapter folder: the record ``ipca.json``, and reading with every file, key and shape checked first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipca.io.peft_format import WEIGHTS, split_factors
-from ipca.io.peft_kinds import PREFIX, factor_keys, from_peft, wrappers_around
+from ipca._version import __version__
+from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, from_peft, split_factor, wrappers_around
 from ipca.nn.initialization import check_options
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.svd import SVDReport
@@ -27,7 +28,7 @@ SIDECAR = "ipca.json"
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """What ``ipca.json`` says of one layer; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``."""
+    """The record of one layer in ``ipca.json``; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``."""
 
     kind: str
     shape: tuple[int, ...]
@@ -38,6 +39,23 @@ class SavedLayer:
     dropout: float
     base_sha256: str | None
     svd: dict[str, Any] | None
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        shape: Sequence[int],
+        window: Window,
+        *,
+        alpha: float,
+        form: str,
+        dropout: float,
+        base_sha256: str | None,
+        report: SVDReport | None,
+    ) -> SavedLayer:
+        """The record of a layer whose ``window`` is resolved, with the ``report`` of its decomposition if known."""
+        svd = None if report is None else svd_record(report)
+        return cls(kind, tuple(shape), window.index, window.rank, alpha, form, dropout, base_sha256, svd)
 
     @property
     def window(self) -> Window:
@@ -67,25 +85,57 @@ class AdapterFolder:
 
 
 def svd_record(report: SVDReport) -> dict[str, Any]:
-    """What :attr:`SavedLayer.svd` holds; the window is the layer's own."""
+    """``report`` as :attr:`SavedLayer.svd`, without the window, which the record holds already."""
     record = asdict(report)
     del record["window"]
     return record
 
 
+def sidecar(
+    layers: Mapping[str, SavedLayer], adapter_sha256: str | None, modules_to_save: Sequence[str], **more: Any
+) -> dict[str, Any]:
+    """The contents of ``ipca.json``.
+
+    Args:
+        layers: by path.
+        adapter_sha256: of the file of factors; None where it is not known yet.
+        modules_to_save: paths of fully trained modules.
+        more: entries of other packages' adapters.
+    """
+    return {
+        "format": 1,
+        "versions": {"ipca": __version__, "torch": torch.__version__},
+        **more,
+        "adapter_sha256": adapter_sha256,
+        "modules_to_save": list(modules_to_save),
+        "layers": {name: asdict(layer) for name, layer in layers.items()},
+    }
+
+
+class OtherBaseError(ValueError):
+    """A base weight is not the one the adapter was made on; ``fact`` is the message without the way around it."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(fact)
+        self.fact = fact
+
+    def __str__(self) -> str:
+        return f"{self.fact}, or pass check_base=False if you know that they fit."
+
+
 def other_base(name: str, was: str | None, here: str | None) -> str:
-    """What to say of a layer whose base weight has another hash than the adapter knows."""
+    """The message for a layer whose base weight has another hash than the adapter records."""
     dtypes = [str(digest).partition("-")[0] for digest in (here, was)]
     cause = f"it is {dtypes[0]} here and was {dtypes[1]}" if dtypes[0] != dtypes[1] else "its values differ"
     return f"{name}: this is not the base weight the adapter was made on ({cause}). Load the original base"
 
 
 def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True) -> AdapterFolder:
-    """Read what :func:`ipca.save_adapter` wrote.
+    """Read the adapter that :func:`ipca.save_adapter` wrote.
 
     Args:
         folder: holds the adapter's three files.
-        modules_to_save: read modules that were fully trained too; False leaves out whatever is no layer's factor.
+        modules_to_save: read fully trained modules too; False ignores every tensor that is no layer's factor.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -93,7 +143,7 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder; give the folder that save_adapter wrote.")
+        raise FileNotFoundError(f"{path} is not a folder; give the folder of an adapter.")
     for name, hint in (
         (WEIGHTS, "it is no adapter folder"),
         (SIDECAR, "it was not written by ipca.save_adapter; for a stock LoRA see ipca.import_peft"),
@@ -106,9 +156,9 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
         raise ValueError(f"{path / WEIGHTS} is not the file that {SIDECAR} was written with; save the adapter again.")
     wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
     factors = {name: _factors(name, layer, wrappers[name], tensors) for name, layer in layers.items()}
-    for name in layers:  # PEFT saves it with an adapted embedding; the layer's hash already pins it
+    for name in layers:  # PEFT saves it with an adapted embedding; the layer's hash already identifies it
         tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-    return AdapterFolder(layers, factors, _whole(tensors, names) if modules_to_save else {})
+    return AdapterFolder(layers, factors, _module_states(tensors, names) if modules_to_save else {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -144,10 +194,10 @@ def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | N
 
 
 def _layer(values: dict[str, Any]) -> SavedLayer:
-    """One layer's record; whatever is wrong with it must fail here and not when the model is being changed."""
+    """One layer's record, validated here so that nothing fails while the model is being changed."""
     layer = SavedLayer(**{**values, "shape": tuple(values["shape"])})
     if len(layer.shape) != (3 if layer.kind in EXPERTS else 2):
-        raise ValueError(f"shape {layer.shape} is none of a layer of the kind {layer.kind!r}")
+        raise ValueError(f"shape {layer.shape} does not fit a layer of the kind {layer.kind!r}")
     layer.window.resolve(min(layer.shape[-2:]))
     check_options(form=layer.form, dropout=layer.dropout, alpha=layer.alpha)
     layer.report()
@@ -156,8 +206,9 @@ def _layer(values: dict[str, Any]) -> SavedLayer:
 
 def _factors(name: str, layer: SavedLayer, wrappers: int, tensors: dict[str, Tensor]) -> Factors:
     """Take the layer's two tensors out of ``tensors`` and split them."""
-    *experts, out, inner = layer.shape
-    r = 2 * layer.rank * math.prod(experts)
+    out, inner = layer.shape[-2:]
+    experts = math.prod(layer.shape[:-2])
+    r = 2 * layer.rank * experts
     pair = []
     for key, shape in zip(factor_keys(name, layer.kind, wrappers), ((r, inner), (out, r)), strict=True):
         if key not in tensors:
@@ -168,11 +219,12 @@ def _factors(name: str, layer: SavedLayer, wrappers: int, tensors: dict[str, Ten
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{WEIGHTS}: {key} holds NaN or Inf; take a checkpoint from before.")
         pair.append(tensor)
-    return Factors(*split_factors(*from_peft(layer.kind, layer.shape, pair[0], pair[1])))
+    (A, A0), (B, B0) = split_factor("A", pair[0], experts), split_factor("B", pair[1], experts)
+    return Factors(*from_peft(layer.kind, layer.shape, A, B), *from_peft(layer.kind, layer.shape, A0, B0))
 
 
-def _whole(tensors: dict[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """What is left in the file: the state of whole modules, by the module's path."""
+def _module_states(tensors: dict[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The states of fully trained modules by path, from the tensors that are no factors."""
     modules_to_save: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for key, value in tensors.items():
         owner = next((name for name in names if key.startswith(f"{PREFIX}{name}.")), None)

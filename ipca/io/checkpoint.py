@@ -1,8 +1,10 @@
-"""A checkpoint in safetensors, whole or in shards: each tensor read by itself, and no file mapped into memory."""
+"""Safetensors checkpoints, in one file or in shards: each tensor is read by itself, and no file is memory-mapped."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+_END = ".weight"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F16": torch.float16,
@@ -30,7 +33,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``size`` bytes from ``start`` of ``file``; ``dtype`` as safetensors writes it."""
+    """The location of a tensor: ``size`` bytes from ``start`` of ``file``; ``dtype`` as safetensors writes it."""
 
     file: Path
     dtype: str
@@ -46,7 +49,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model folder by name; ``files`` are its shards, ``index`` their index where there is one."""
+    """The tensors of a model folder by name; ``files`` are its shards, ``index`` their index if there is one."""
 
     files: tuple[Path, ...]
     index: Path | None
@@ -146,3 +149,52 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     return dict(places)
+
+
+class CheckpointWeights(Mapping[str, Tensor]):
+    """The tensors ``<layer>.weight`` of a ``checkpoint`` by the layer's path, ``(out, in)`` as linear layers have them.
+
+    A layer ``encoder.query`` has the tensor ``encoder.query.weight``, or else the only one whose name ends with that
+    or is an end of it: a model and its checkpoint often differ by the prefix of the base model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __getitem__(self, layer: str) -> Tensor:
+        key = self._key(layer)
+        if key is None:
+            raise KeyError(f"the checkpoint has no tensor, or more than one, for {layer}{_END}")
+        return self.checkpoint.read(key)
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, str) and self._key(layer) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removesuffix(_END) for key in self.checkpoint.tensors if key.endswith(_END))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _key(self, layer: str) -> str | None:
+        own, keys = layer + _END, self.checkpoint.tensors
+        if own in keys:
+            return own
+        alike = [key for key in keys if key.endswith("." + own) or own.endswith("." + key)]
+        return alike[0] if len(alike) == 1 else None
+
+
+def load_unquantized_weights(folder: str | os.PathLike[str]) -> CheckpointWeights:
+    """The weights in ``folder`` for ``ipca.apply_pc(…, unquantized_weights=…)``; one is in memory at a time.
+
+    Args:
+        folder: holds the model before it was quantized, in safetensors, as ``save_pretrained`` writes it.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or a shard is missing.
+        ValueError: a file is damaged.
+    """
+    checkpoint = Checkpoint.open(Path(folder))
+    if checkpoint is None:
+        raise FileNotFoundError(f"{folder} holds neither {WHOLE} nor {INDEX}; give the folder of the original model.")
+    return CheckpointWeights(checkpoint)

@@ -1,4 +1,4 @@
-"""The model card of an adapter folder: README.md with the Hub's front matter, from the folder's own files."""
+"""The model card of an adapter folder: README.md with the Hub's front matter, made from the folder's files."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def write_model_card(
     """Write ``folder/README.md``: base, windows, ranks, how exact they are, versions, and how to load the adapter.
 
     Args:
-        folder: written by :func:`ipca.save_adapter`. Its files say everything but ``data`` and ``metrics``; nothing is
-            looked up elsewhere.
+        folder: written by :func:`ipca.save_adapter`. Everything but ``data`` and ``metrics`` is read from its files;
+            nothing is looked up elsewhere.
         data: what the adapter was trained on, as Markdown.
-        metrics: a table of what was measured, such as ``{"accuracy": 0.77}``.
+        metrics: measured values, shown as a table, such as ``{"accuracy": 0.77}``.
         overwrite: replace a README.md that this function did not write.
 
     Returns:
@@ -62,7 +62,7 @@ def write_model_card(
     config, versions = _config(path / CONFIG), _config(path / SIDECAR).get("versions", {})
     card = path / CARD
     if card.exists() and not overwrite and _MARK not in card.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError(f"{card} was written by something else; say overwrite=True to replace it.")
+        raise FileExistsError(f"{card} was not written by this function; pass overwrite=True to replace it.")
     base = " ".join(str(config.get("base_model_name_or_path") or "an unnamed base model").split())
     parts = [_front_matter(base), _MARK, _head(base, adapter), _layers(adapter), _exactness(adapter), _LOADING]
     if data:
@@ -88,7 +88,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _front_matter(base: str) -> str:
-    """YAML for the Hub, which takes names on the Hub only as ``base_model``; JSON strings are YAML."""
+    """YAML for the Hub, which accepts only its own names as ``base_model``; JSON strings are YAML."""
     on_hub = re.fullmatch(_HUB_NAME, base) is not None and not Path(base).exists()
     named = [f"base_model: {json.dumps(base)}"] if on_hub else []
     tags = ["ipca", "lora", "peft", *([f"base_model:adapter:{base}"] if on_hub else [])]
@@ -98,11 +98,11 @@ def _front_matter(base: str) -> str:
 
 def _head(base: str, adapter: AdapterFolder) -> str:
     trained = sum(f.A.numel() + f.B.numel() for f in adapter.factors.values())
-    whole = ", and whole modules beside them" if adapter.modules_to_save else ""
+    more = ", and fully trained modules beside them" if adapter.modules_to_save else ""
     return (
         f"# Adapter of {base}\n\n"
         "A window of the singular components of each adapted weight was trained ([arXiv 2602.03493]"
-        f"(https://arxiv.org/abs/2602.03493)): {trained:,} parameters in {len(adapter.layers)} layers{whole}. "
+        f"(https://arxiv.org/abs/2602.03493)): {trained:,} parameters in {len(adapter.layers)} layers{more}. "
         "The file is a LoRA of twice the rank for the original base."
     )
 
@@ -124,7 +124,7 @@ def _layers(adapter: AdapterFolder) -> str:
 
 
 def _exactness(adapter: AdapterFolder) -> str:
-    """How well the windows are known, from the reports that the layers were saved with."""
+    """The residuals and certificates of the windows, from the reports that the layers were saved with."""
     reports = [report for layer in adapter.layers.values() if (report := layer.report()) is not None]
     if not reports:
         return "The folder does not say how the windows were found."

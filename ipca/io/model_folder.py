@@ -1,4 +1,4 @@
-"""Hugging Face model folders: load one whole, write one, copy what belongs beside the weights."""
+"""Hugging Face model folders: load the model, hash it, copy the files beside its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".on
 
 
 def read_config(folder: Path) -> tuple[Any, Any]:
-    """The class of the model in ``folder`` that transformers loads it with, and its configuration.
+    """The class that transformers loads the model in ``folder`` with, and its configuration.
 
     Raises:
         FileNotFoundError: ``folder`` holds no model.
@@ -24,7 +24,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
         ValueError: transformers cannot read the configuration.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote.")
+        raise FileNotFoundError(f"{folder} holds no config.json; give a Hugging Face model folder.")
     try:
         import transformers
     except ImportError:
@@ -49,7 +49,7 @@ def load_model(folder: Path) -> Any:
 
 
 def load_with_missing(folder: Path) -> tuple[Any, set[str]]:
-    """As :func:`load_model`, and the names of the weights that the folder lacks: transformers draws them at random."""
+    """As :func:`load_model`, and the names of weights that the folder lacks, initialized at random by transformers."""
     model_class, _ = read_config(folder)
     with _explained(folder):
         options = {"dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
@@ -64,12 +64,12 @@ def _explained(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = str(error)
         if "trust_remote_code" in why:
-            why = "it comes with code of its own, which is not run here; load it in Python and use ipca.apply_pc"
+            why = "it comes with code of its own, which is not run here; load it in Python"
         raise ValueError(f"transformers cannot load {folder}: {why.splitlines()[0]}") from None
 
 
 def model_digest(folder: Path) -> str:
-    """A hash of ``config.json`` and of name, size and time of every file of weights: another model, another digest."""
+    """A hash of ``config.json`` and of name, size and time of every file of weights, to recognize the model again."""
     files = [path for path in sorted(folder.iterdir()) if path.name.endswith(WEIGHT_ENDINGS) and path.is_file()]
     status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     texts = [path.read_text() for path in files if path.name.endswith(".index.json")]

@@ -1,4 +1,4 @@
-"""Reading a stock PEFT LoRA folder: factors and scaling by layer; what is no plain LoRA is refused by its field."""
+"""Stock PEFT LoRA folders: factors and scaling by layer; an error names the field that makes it no plain LoRA."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from ipca.io.adapter_folder import read_tensors
-from ipca.io.peft_format import CONFIG, WEIGHTS
-from ipca.io.peft_kinds import PREFIX
+from ipca.io.peft_format import CONFIG, PREFIX, WEIGHTS
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-# What does not change the function of a saved adapter, or is read below; any other field must be off.
+# Fields that do not change the function of a saved adapter, or are read below; any other must be off.
 _HARMLESS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "init_lora_weights"),
 }
-_STARTS = ("gaussian", "pissa")
+_INITIALIZATIONS = ("gaussian", "pissa")
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class StockLayer:
 class StockLora:
     """An adapter as read.
 
-    ``start`` is its ``init_lora_weights``; ``modules_to_save`` the state of fully trained modules, by path.
+    ``init`` is PEFT's ``init_lora_weights``; ``modules_to_save`` holds the states of fully trained modules by path.
     """
 
     layers: dict[str, StockLayer]
     modules_to_save: dict[str, dict[str, Tensor]]
-    start: bool | str
+    init: bool | str
     dropout: float
     config: dict[str, Any]
 
@@ -75,12 +74,12 @@ def read_stock(folder: str | os.PathLike[str]) -> StockLora:
         if pickled:
             raise FileNotFoundError(
                 f"{path} holds {pickled}, a pickle, which can run code when it is read; save the adapter again with "
-                "PEFT's save_pretrained(…, safe_serialization=True)."
+                "PEFT as safetensors."
             )
         raise FileNotFoundError(f"{path} has no {WEIGHTS}: it is no PEFT adapter.")
     tensors = read_tensors(path / WEIGHTS)
     layers = _layers(tensors, config)
-    modules_to_save = _whole(tensors, config.get("modules_to_save") or [])
+    modules_to_save = _module_states(tensors, config.get("modules_to_save") or [])
     dropout = float(config.get("lora_dropout") or 0.0)
     return StockLora(layers, modules_to_save, config.get("init_lora_weights", True), dropout, config)
 
@@ -97,23 +96,25 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' can hold a window.")
     for name, value in config.items():
         if name == "bias" and value != "none":
-            raise ValueError(f"{path}: bias is {value!r}, so biases were trained, which a window has no place for.")
+            raise ValueError(
+                f"{path}: bias is {value!r}, so biases were trained, which an adapter of ipca does not hold."
+            )
         if name not in _HARMLESS and name != "bias" and value:
             raise ValueError(
                 f"{path}: {name} is {value!r}, so this is no plain LoRA and nothing that a window of singular "
                 "components can express; use it with PEFT."
             )
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in _STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in _INITIALIZATIONS and not re.fullmatch(r"pissa_niter_\d+", init):
         raise ValueError(
-            f"{path}: init_lora_weights is {start!r}, whose start is no window of singular components; "
+            f"{path}: init_lora_weights is {init!r}, which is no window of singular components; "
             "use the adapter with PEFT."
         )
     return config
 
 
 def _check_values(config: dict[str, Any]) -> None:
-    """Raise where a value that is read has another type, or a pattern is no regular expression."""
+    """Raise where a value has the wrong type or is out of range, or a pattern is no regular expression."""
     for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
         re.compile(pattern)
     names = config.get("modules_to_save") or []
@@ -154,7 +155,7 @@ def _layers(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, 
 
 
 def _rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """What PEFT would take for the layer ``name``: the first pattern that is the path's end, else the default."""
+    """PEFT's rank and scaling of the layer ``name``: the first pattern that is an end of its path, or the default."""
 
     def lookup(patterns: Mapping[str, Any], default: Any) -> Any:
         return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
@@ -164,14 +165,14 @@ def _rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _whole(tensors: Mapping[str, Tensor], endings: list[str]) -> dict[str, dict[str, Tensor]]:
-    """What is left in the file: the state of whole modules, whose paths end as ``modules_to_save`` says."""
+def _module_states(tensors: Mapping[str, Tensor], endings: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The states of fully trained modules by path, from the tensors that are no factors; ``endings`` of their paths."""
     modules_to_save: dict[str, dict[str, Tensor]] = {}
     pattern = re.compile(rf"{re.escape(PREFIX)}(.*?(?:{'|'.join(map(re.escape, endings)) or '(?!)'}))\.(.+)")
     for key, value in tensors.items():
         found = pattern.fullmatch(key)
         if found is None:
-            raise ValueError(f"{WEIGHTS} holds {key}, which is no factor of a linear layer and in no modules_to_save.")
+            raise ValueError(f"{WEIGHTS} holds {key}, neither a factor of a linear layer nor in modules_to_save.")
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{WEIGHTS}: {key} holds NaN or Inf; take a checkpoint from before.")
         modules_to_save.setdefault(found[1], {})[found[2]] = value

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ipca.analysis.picture import picture
+from ipca.analysis.figures import picture
 
 Point = tuple[float, float]
 """``(target, retained)`` of one run or checkpoint: the score on the new task, and on what the model knew."""

@@ -21,9 +21,8 @@ from ipca.nn.layer_kinds import is_quantized, layer_kind, read_layer
 from ipca.nn.quantization import quantized_sha256
 from ipca.nn.quantized_linear import quantized_source
 from ipca.nn.registry import get_layer
-from ipca.svd.batch import workspace
 from ipca.svd.cache import SpectralCache, cached_window_svd
-from ipca.svd.parallel import thread_map
+from ipca.svd.parallel import thread_map, workspace
 from ipca.svd.result import WindowSVD
 from ipca.window import Window
 

@@ -31,7 +31,7 @@ class Summary:
         uncertified: ``(layer, why)`` where the window's indices are not proven.
         worst_residual: the largest relative residual of a decomposition.
         worst_start: ``(layer, relative, max_abs, dtype)`` of the largest initialization error, None if none is known.
-        sources: ``(how many, of what)`` windows of quantized layers are: ``"original"`` or ``"dequantized"`` weights.
+        sources: ``(how many, of what)`` windows of quantized layers: ``"unquantized"`` or ``"dequantized"`` weights.
     """
 
     layers: int

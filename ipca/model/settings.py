@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,8 @@ from ipca.svd.decompose import tolerance
 from ipca.window import Window, as_window
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+_PEFT_FIELDS = ("base_model_name_or_path", "is_prompt_learning", "peft_type")
+"""Attributes that PEFT's functions read first of a configuration."""
 
 
 @dataclass(frozen=True, init=False)
@@ -109,6 +111,12 @@ class AdapterSettings:
             return default_adapter_dtype(weight_dtype)
         dtype: torch.dtype = getattr(torch, self.adapter_dtype)
         return dtype
+
+    if not TYPE_CHECKING:  # a type checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            hint = "; for PEFT use an ipca.peft.PCConfig" if name in _PEFT_FIELDS else ""
+            raise AttributeError(f"AdapterSettings has no attribute {name!r}{hint}.")
 
 
 def _texts(name: str, values: Any) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from ipca.window import Window
 T = TypeVar("T")
 TIED = (
     "its weight is tied to another module's: adapted they would differ, and saving the merged model ties them again; "
-    "untie them (a copy for one, in transformers tie_word_embeddings=False too), or exclude it"
+    "untie them (a copy for one, and tie_word_embeddings off in a transformers config), or exclude it"
 )
 """Why a tied weight is not adapted in either form."""
 BESIDE_STACK = (
@@ -271,11 +271,11 @@ def _unsupported_reason(
 ) -> str | None:
     module = modules[target.name]
     if isinstance(module, WindowLayer):
-        return "it is adapted already; unload the adapter first (ipca.unload folds it into the weight), or exclude it"
+        return "it is adapted already; unload the adapter first, or exclude it"
     if not target.name:
         return "it is the model itself; use LinearPC.from_linear"
     if _in_peft(modules, target.name):
-        return "it belongs to a PEFT adapter; merge_and_unload() that first"
+        return "it belongs to a PEFT adapter; merge and unload that first"
     if isinstance(modules.get(target.name.rpartition(".")[0]), nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it"
     if hasattr(module, "parametrizations"):
@@ -344,7 +344,7 @@ def _unsupported_weight(target: Target, module: nn.Module, owners: Counter[int],
         elif target.window.rank > d:
             raise ValueError(f"rank {target.window.rank} is above its {d} singular values.")
     except (TypeError, ValueError) as error:
-        return str(error).rstrip(".") + " (or exclude the layer, or name it in modules_to_save)"
+        return str(error).rstrip(".") + " (or exclude the layer, or train it fully)"
     return None
 
 

@@ -141,7 +141,9 @@ def factors_from_svd(
     if found.S.any() and not (A0.any() and B0.any()):
         raise ValueError(f"the factors are all 0 in {weight.dtype} and could never train; lower alpha.")
     if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
-        raise RuntimeError(f"the factors overflow {weight.dtype} or {adapter_dtype}; choose another adapter_dtype.")
+        raise RuntimeError(
+            f"the factors overflow {weight.dtype} or {adapter_dtype}; raise alpha, or keep them in a wider dtype."
+        )
     certificate = certify_init(weight, A0, B0, scaling=scaling, form=form)
     return InitialFactors(A0, B0, report.window, digest or tensor_sha256(weight), report, certificate)
 

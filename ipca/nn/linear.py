@@ -109,8 +109,9 @@ class LinearPC(ProductLayer):
         """The whole output by one registered op, which chooses the kernels."""
         if x.is_nested:  # of no shape that the op could take; nn.TransformerEncoder makes such from a padding mask
             return super().window_product(x, A, B, dropout)
-        frozen = {"A0": self.lora_A0, "B0": self.lora_B0} if self.form == "intact" else {}
-        return pc_linear(x, self.base_weight, A, B, self.bias, scaling=self.scaling, dropout=dropout, **frozen)
+        A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
+        scaling = self.alpha / self.rank
+        return pc_linear(x, self.base_weight, A, B, self.bias, scaling=scaling, A0=A0, B0=B0, dropout=dropout)
 
     @classmethod
     def from_linear(

@@ -70,7 +70,7 @@ def _unsupported_4bit(module: Any) -> str | None:
 
 def _unsupported_8bit(module: Any) -> str | None:
     if module.state.has_fp16_weights:
-        return "it keeps a 16-bit weight (has_fp16_weights=True); load it with has_fp16_weights=False"
+        return "it keeps a 16-bit weight; load it with has_fp16_weights off"
     if module.weight.dtype != torch.int8:
         return "its weight is not quantized yet; bitsandbytes does that when the model moves to its device"
     return None
@@ -81,7 +81,7 @@ def _unsupported_torchao(weight: Any) -> str | None:
     if name not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
         return (
             f"torchao's {name} is not supported; quantize with Int8WeightOnlyConfig or "
-            "IntxWeightOnlyConfig(weight_dtype=torch.int4), or with bitsandbytes"
+            "IntxWeightOnlyConfig to 4 bits, or with bitsandbytes"
         )
     if getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None):
         return "it quantizes its input too; use a weight-only configuration of torchao"

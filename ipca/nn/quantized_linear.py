@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RESIDUAL = (
     "its weight is quantized, and the residual form would have to quantize W_res anew, which changes what the model "
-    "computes; use form='intact'"
+    "computes; use the intact form"
 )
 """Why there is no residual form."""
 

@@ -1,1 +1,1 @@
-"""Adapters of models that are larger than memory, made layer by layer: what ``ipca init`` runs."""
+"""Adapters of models larger than memory, made layer by layer by ``ipca init``."""

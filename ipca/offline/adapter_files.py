@@ -1,25 +1,41 @@
-"""The adapter's files from a work's finished layers: those of :func:`ipca.save_adapter`, byte for byte."""
+"""The output of an offline decomposition, one tensor in memory at a time: the adapter's files and a residual base.
+
+The files are byte for byte those of :func:`ipca.save_adapter`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ipca._version import __version__
-from ipca.io.adapter_folder import SIDECAR
-from ipca.io.export_formats import write_config
-from ipca.io.peft_format import WEIGHTS, join_factors
-from ipca.io.peft_kinds import factor_keys, to_peft, wrappers_around
+from ipca._atomic import fsync_folder
+from ipca.io.adapter import collect_adapter
+from ipca.io.adapter_folder import SIDECAR, sidecar
+from ipca.io.checkpoint import StoredTensor, raw_bytes, write_in_place
+from ipca.io.export_formats import export
+from ipca.io.peft_format import WEIGHTS, double_factor, factor_keys, to_peft, wrappers_around, write_config
 from ipca.model.apply import adapted_layers
+from ipca.nn.initialization import frozen_weight
+from ipca.nn.layer_kinds import from_matrix
 from ipca.offline.decompose import FinishedLayer
-from ipca.offline.stream_file import write_tensors
+from ipca.offline.ranks import Ranks
+from ipca.offline.source import CheckpointSource, ModelSource, Source
 from ipca.offline.work_folder import WorkFolder
+
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""The names of safetensors, in the order of its dtypes."""
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The floating-point dtype and the shape of each tensor by name."""
 
 
 def write_adapter(
@@ -31,7 +47,7 @@ def write_adapter(
     base_model: str | None,
     doubled: bool = True,
 ) -> None:
-    """Write the adapter's files into ``folder``, one tensor in memory at a time.
+    """Write the adapter's files into ``folder``.
 
     Args:
         model: with the layers installed, see :func:`install_layers`.
@@ -41,20 +57,10 @@ def write_adapter(
     with work.writing():
         folder.mkdir(parents=True, exist_ok=True)
         digest = _write_factors(model, layers, work, folder / WEIGHTS, doubled)
-        write_config(model, folder, base_model, doubled=doubled)
+        write_config(folder, model, collect_adapter(model), base_model, doubled=doubled)
         if doubled:
-            (folder / SIDECAR).write_text(json.dumps(_sidecar(layers, digest), indent=2) + "\n")
-
-
-def _sidecar(layers: Sequence[FinishedLayer], digest: str) -> dict[str, object]:
-    """``ipca.json`` beside a file of factors with the hash ``digest``."""
-    return {
-        "format": 1,
-        "versions": {"ipca": __version__, "torch": torch.__version__},
-        "adapter_sha256": digest,
-        "modules_to_save": [],
-        "layers": {layer.target.name: asdict(layer.saved) for layer in layers},
-    }
+            record = sidecar({layer.target.name: layer.saved for layer in layers}, digest, [])
+            (folder / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _write_factors(
@@ -66,10 +72,11 @@ def _write_factors(
     kernels = {name: getattr(adapted[name], "kernel_size", ()) for name in kinds}
 
     def as_stored(name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        joined = join_factors(A, B, A, B) if doubled else (A, B)
-        return to_peft(kinds[name], *joined, kernels[name])
+        experts = math.prod(A.shape[:-2])
+        A, B = to_peft(kinds[name], A, B, kernels[name])
+        return (double_factor("A", A, A, experts), double_factor("B", B, B, experts)) if doubled else (A, B)
 
-    @lru_cache(maxsize=1)  # the two sides of a layer follow each other
+    @lru_cache(maxsize=1)  # the two factors of a layer follow each other
     def pair(name: str, index: int) -> tuple[Tensor, Tensor]:
         factors = work.read_layer(index)[1]
         return as_stored(name, factors["A0"], factors["B0"])
@@ -86,3 +93,114 @@ def _write_factors(
         return pair(name, index)[side].contiguous()
 
     return write_tensors(path, layout, tensor, metadata={"format": "pt"})
+
+
+# -- the residual base
+
+
+def write_residual(
+    source: Source,
+    layers: Sequence[FinishedLayer],
+    work: WorkFolder,
+    ranks: Ranks,
+    base_model: str,
+) -> None:
+    """Write ``final/base``, the model with ``W_res`` in place of every ``W``, and ``final/adapter`` for it.
+
+    Each shard of a checkpoint is copied and its adapted tensors are overwritten in place. The processes of ``ranks``
+    share the shards; finished ones are not written again. A model in memory is written by :func:`ipca.export`; its
+    ``layers`` are installed.
+    """
+    if isinstance(source, ModelSource):
+        if ranks.is_main:
+            shutil.rmtree(work.final, ignore_errors=True)  # left by an earlier run that did not complete it
+            export(source.model, work.final, format="residual", base_model=base_model)
+        return
+    checkpoint, base = source.checkpoint, work.final / "base"
+    with work.writing():
+        base.mkdir(parents=True, exist_ok=True)
+        for file in checkpoint.files[ranks.rank :: ranks.size]:
+            if not (base / file.name).exists():
+                _write_shard(file, source, layers, work, base)
+    ranks.barrier()
+    if ranks.is_main:
+        with work.writing():
+            if checkpoint.index is not None:
+                shutil.copyfile(checkpoint.index, base / checkpoint.index.name)
+            write_adapter(source.model, layers, work, work.final / "adapter", base_model=base_model, doubled=False)
+
+
+def _write_shard(
+    file: Path, source: CheckpointSource, layers: Sequence[FinishedLayer], work: WorkFolder, base: Path
+) -> None:
+    copy = work.folder / f".tmp-{file.name}"
+    shutil.copyfile(file, copy)
+    for layer in layers:
+        stored = source.stored(layer.target.name)
+        if stored.file == file:
+            write_in_place(copy, stored, _residual(layer, source, work, stored))
+    with copy.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(copy, base / file.name)
+    fsync_folder(base)
+
+
+def _residual(layer: FinishedLayer, source: CheckpointSource, work: WorkFolder, stored: StoredTensor) -> Tensor:
+    """``W_res`` as the checkpoint stores it."""
+    factors, weight = work.read_layer(layer.index)[1], source.weight(layer.target.name)
+    kept = frozen_weight(weight, factors["A0"], factors["B0"], scaling=layer.target.scaling, form="residual")
+    assert kept.dtype == stored.torch_dtype
+    return from_matrix(layer.saved.kind, kept, torch.Size(stored.shape))
+
+
+# -- a safetensors file, one tensor at a time
+
+
+def write_tensors(
+    path: Path, layout: Layout, tensor_of: Callable[[str], Tensor], *, metadata: Mapping[str, str]
+) -> str:
+    """Write the tensors of ``layout`` to ``path``, byte for byte as ``safetensors.torch.save_file`` does.
+
+    Args:
+        tensor_of: gives the tensor of a name, of that dtype and shape; it is called once for each, in the file's order.
+
+    Returns:
+        The SHA-256 of the file, in hex.
+
+    Raises:
+        OSError: the file cannot be written, or the disk is full.
+    """
+    names = in_file_order(layout)
+    header = _header(layout, names, metadata)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for data in (len(header).to_bytes(8, "little"), header):
+            file.write(data)
+            digest.update(data)
+        for name in names:
+            tensor = tensor_of(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == layout[name], name
+            values = raw_bytes(tensor).numpy().data
+            file.write(values)
+            digest.update(values)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def in_file_order(layout: Layout) -> list[str]:
+    """The names in the order of the file: wide dtypes first, so that all are aligned, then by their UTF-8 bytes."""
+    width = list(_NAMES)
+    return sorted(layout, key=lambda name: (-width.index(layout[name][0]), name.encode()))
+
+
+def _header(layout: Layout, names: list[str], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name in names:
+        dtype, shape = layout[name]
+        end = begin + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)

@@ -1,14 +1,13 @@
-"""An adapter made layer by layer: a weight is read, decomposed, put down and forgotten, and what is done stays done."""
+"""Layer-by-layer decomposition: each weight is read, decomposed, written and released; finished layers are kept."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ipca._hashing import tensor_sha256
@@ -18,25 +17,17 @@ from ipca.model.decompose import SourceMatrix, cost, naming, partition, split_wi
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
 from ipca.nn.initialization import InitCertificate, InitialFactors
-from ipca.nn.layer_kinds import base_sha256, read_layer
+from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import get_layer
 from ipca.offline.ranks import Ranks
+from ipca.offline.source import Source
 from ipca.offline.work_folder import WorkFolder
 from ipca.svd import SpectralCache
 
 
-class Source(Protocol):
-    """A model, on the meta device or in memory, and the weights of its layers."""
-
-    model: nn.Module
-
-    def weight(self, name: str) -> Tensor:
-        """The pretrained weight ``(out, in)`` of the layer at the path ``name``, on the CPU."""
-
-
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer whose factors lie in a work's folder under ``index``, and what the adapter's files say of it."""
+    """A layer whose factors lie in the work folder under ``index``, and its record in the adapter's files."""
 
     index: int
     target: Target
@@ -48,7 +39,7 @@ class FinishedLayer:
 def decompose_layers(
     source: Source,
     targets: Sequence[Target],
-    config: AdapterSettings,
+    settings: AdapterSettings,
     work: WorkFolder,
     ranks: Ranks,
     *,
@@ -56,15 +47,15 @@ def decompose_layers(
     cache: SpectralCache | None = None,
     progress: bool = True,
 ) -> tuple[list[FinishedLayer], int]:
-    """Decompose the layers that ``work`` has not finished yet, shared among the processes of ``ranks``.
+    """Decompose the layers that ``work`` has not finished yet; the processes of ``ranks`` share them.
 
     Args:
         targets: what to adapt, the same in every process.
         device: where to decompose; one layer at a time is moved there.
-        progress: show a progress bar, in the first process alone.
+        progress: show a progress bar, only in the first process.
 
     Returns:
-        Every layer, those of other processes too, and how many were finished before.
+        Every layer, including those of other processes, and how many were finished before.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.nn.initial_factors`, with the layer's name.
@@ -84,7 +75,7 @@ def decompose_layers(
 
     with bar:
         for k in partition(costs, ranks.size)[ranks.rank]:
-            paths[_decompose(source, targets[pending[k]], config, work, pending[k], device, cache)] += 1
+            paths[_decompose(source, targets[pending[k]], settings, work, pending[k], device, cache)] += 1
             bar.set_postfix(paths, refresh=False)
             show()
         ranks.barrier(show)
@@ -92,55 +83,51 @@ def decompose_layers(
 
 
 def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], work: WorkFolder) -> None:
-    """Put an adapted layer in the place of every layer; on a model of the meta device without values."""
+    """Replace every layer by an adapted one; on a model on the meta device the factors have no values."""
 
-    def start(layer: FinishedLayer) -> InitialFactors:
+    def initial(layer: FinishedLayer) -> InitialFactors:
         factors = work.read_layer(layer.index)[1]
-        device = read_layer(get_layer(model, layer.target.name))[0].device
+        device = get_layer(model, layer.target.name).get_parameter("weight").device
         A0, B0, saved = factors["A0"].to(device), factors["B0"].to(device), layer.saved
         assert saved.base_sha256 is not None
         return InitialFactors(A0, B0, saved.window, saved.base_sha256, saved.report(), layer.certificate)
 
-    install(model, ((layer.target, start(layer)) for layer in layers))
+    install(model, ((layer.target, initial(layer)) for layer in layers))
     train_only_adapter(model)
 
 
 def _decompose(
     source: Source,
     target: Target,
-    config: AdapterSettings,
+    settings: AdapterSettings,
     work: WorkFolder,
     index: int,
     device: str,
     cache: SpectralCache | None,
 ) -> str:
-    """Decompose one layer and write it down; returns the path that was taken."""
+    """Decompose one layer and write it down; returns the path of the decomposition."""
     weight, module = source.weight(target.name).to(device), get_layer(source.model, target.name)
     digest = tensor_sha256(weight)
     base, origin = (base_sha256(module), "dequantized") if target.quantized else (digest, "weight")
     known = [digest] if weight.ndim == 2 else None  # a stack is decomposed, and cached, matrix by matrix
     with naming(target.name):
-        found = window_of(target, config, weight, cache=cache, digests=known)
-        start = split_window(target, config, SourceMatrix(weight, origin, base), found)
-    kind = target.kind
-    assert kind is not None
-    assert start.svd is not None
-    report = asdict(start.svd)
-    del report["window"]
-    saved = SavedLayer(
-        kind=kind,
-        shape=tuple(weight.shape),
-        start=start.window.index,
-        rank=start.window.rank,
+        found = window_of(target, settings, weight, cache=cache, digests=known)
+        initial = split_window(target, settings, SourceMatrix(weight, origin, base), found)
+    assert target.kind is not None
+    assert initial.svd is not None
+    saved = SavedLayer.of(
+        target.kind,
+        weight.shape,
+        initial.window,
         alpha=target.alpha,
         form=target.form,
         dropout=target.dropout,
-        base_sha256=start.base_sha256,
-        svd=report,
+        base_sha256=initial.base_sha256,
+        report=initial.svd,
     )
-    record = {"layer": asdict(saved), "certificate": asdict(start.certificate)}
-    work.write_layer(index, record, {"A0": start.A0, "B0": start.B0})
-    return start.svd.path
+    record = {"layer": asdict(saved), "certificate": asdict(initial.certificate)}
+    work.write_layer(index, record, {"A0": initial.A0, "B0": initial.B0})
+    return initial.svd.path
 
 
 def _finished(work: WorkFolder, index: int, target: Target) -> FinishedLayer:

@@ -1,4 +1,4 @@
-"""The processes that share a work: one alone, or the ranks that torchrun has started."""
+"""The processes that share an offline decomposition: a single one, or the ranks that torchrun has started."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=30)  # the default of half an hour would end a work whose shares differ by more
+_PATIENCE = timedelta(days=30)  # the default of half an hour would end a run whose shares differ by more
 _POLL = 0.05
 
 
 class PeerFailed(RuntimeError):
-    """Another process of the work has ended before its work was done."""
+    """Another process has ended before its share was done."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, device: str, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """The ranks of torchrun's ``RANK`` and ``WORLD_SIZE``; alone where they are absent.
+        """The rank and size of torchrun's ``RANK`` and ``WORLD_SIZE``; a single process where they are not set.
 
-        The processes tell each other that they are done and nothing more: gloo on a CPU, with ``device="cuda"`` nccl
-        beside it, and each takes the GPU of its ``LOCAL_RANK``.
+        The processes exchange counts and small objects: through gloo, and with ``device="cuda"`` nccl beside it, where
+        each takes the GPU of its ``LOCAL_RANK``.
 
         Raises:
             ValueError: the variables are incomplete, or there are fewer GPUs than processes.
@@ -57,11 +57,11 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait until every process is here, calling ``meanwhile`` again and again; raises as :meth:`sum`."""
+        """Wait until every process has arrived, calling ``meanwhile`` repeatedly; raises as :meth:`sum`."""
         self.sum(0, meanwhile)
 
     def sum(self, count: int, meanwhile: Callable[[], None] = lambda: None) -> int:
-        """The sum of every process's ``count``, once all are here.
+        """The sum of every process's ``count``, once all have arrived.
 
         Raises:
             PeerFailed: one of them has ended.
@@ -76,7 +76,7 @@ class Ranks:
                 time.sleep(_POLL)
             work.wait()
         except RuntimeError:
-            raise PeerFailed("another process of this work has ended; its own message says why.") from None
+            raise PeerFailed("another process of this run has ended; its own message says why.") from None
         meanwhile()
         return int(held)
 
@@ -90,7 +90,7 @@ class Ranks:
         return held[0]
 
     def close(self) -> None:
-        """Leave the ranks when all is done."""
+        """Leave the process group when all is done."""
         if self.size > 1:
             with suppress(RuntimeError):
                 dist.destroy_process_group()

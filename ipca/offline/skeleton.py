@@ -1,6 +1,6 @@
-"""A model without its weights: on the meta device, with the checkpoint's tensor for each of its parameters.
+"""A model without its weights: built on the meta device, with the checkpoint's tensor for each of its parameters.
 
-What transformers would do to a weight while loading it, other than renaming it, cannot be done to one tensor alone;
+Where transformers does more to a weight than rename it while loading, the weight cannot be read by itself;
 :class:`NotStreamable` then says so, and the whole model has to be loaded.
 """
 
@@ -69,7 +69,7 @@ def checkpoint_keys(
         parameter = model.get_parameter(own)
         key = next((sources[name] for name in (own, *tied[id(parameter)]) if name in sources), None)
         if key is None:
-            raise NotStreamable(f"the checkpoint holds no tensor that is {own} alone")
+            raise NotStreamable(f"the checkpoint holds no tensor that is {own} and nothing else")
         stored = checkpoint.tensors[key].torch_dtype
         if residual and stored != parameter.dtype:
             raise NotStreamable(f"{key} is stored as {checkpoint.tensors[key].dtype} and loaded as {parameter.dtype}")
@@ -78,9 +78,9 @@ def checkpoint_keys(
 
 
 def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """The tensor behind every entry of the model's state dict that is one tensor of the checkpoint, unchanged.
+    """The tensor of the checkpoint for every entry of the model's state dict that is one such tensor, unchanged.
 
-    Names are what transformers makes of them: the prefix of the base model comes or goes, old names become new ones.
+    Names are mapped as transformers does: the base model's prefix is added or removed, old names become new ones.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -104,7 +104,7 @@ def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """What ``dtype="auto"`` means: the configuration's dtype, else the one that all floats of the checkpoint have."""
+    """The meaning of ``dtype="auto"``: the configuration's dtype, else the one of all floats in the checkpoint."""
     dtype = config.dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
@@ -118,7 +118,7 @@ def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _check_dtype_plan(model: Any, dtype: torch.dtype) -> None:
-    """transformers keeps some modules of 16-bit models in float32; leave those that hold linear layers to it."""
+    """Raise where transformers keeps layers of a 16-bit model in float32, which only its own loading does."""
     kept = getattr(model, "_keep_in_fp32_modules", None) if dtype == torch.float16 else None
     always = getattr(model, "_keep_in_fp32_modules_strict", None) if dtype.itemsize == 2 else None
     names = [name for name, module in model.named_modules() if layer_kind(module)]

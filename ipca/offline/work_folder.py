@@ -1,12 +1,12 @@
-"""The work folder of a long work: what is being made, one sealed file for each finished layer, and the final exchange.
+"""The work folder of an offline decomposition: one checksummed file for each finished layer, and the final exchange.
 
-    OUT/.ipca-init/job.json             what is being made; another work's folder is refused
-                  /lock                 held by the process at work
+    OUT/.ipca-init/job.json                    the model and the settings; a different run is refused
+                  /lock                        held by the running process
                   /layers/00007.safetensors
-                  /final/               the files of OUT, as they become complete
-                  /ready                final/ is complete: whoever comes next only has to move it
+                  /final/                      the files of OUT, as they become complete
+                  /ready                       final/ is complete and only has to be moved
 
-Whatever stops the process, the same work goes on from here: every file appears in one go.
+Every file is written atomically, so that an interrupted run can be resumed from here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from ipca._atomic import (
     CorruptFileError,
+    exchange,
+    fsync_files,
     fsync_folder,
     read_checksummed,
     uninterrupted,
@@ -47,14 +49,14 @@ class WorkFolder:
 
     @property
     def ready(self) -> bool:
-        """Whether ``final`` is complete and waits to be moved."""
+        """Whether ``final`` is complete and only has to be moved."""
         return (self.folder / "ready").exists()
 
     def open(self, record: Mapping[str, Any]) -> None:
-        """Begin the work that ``record`` describes in JSON values, or go on with it.
+        """Start or resume the run that ``record`` describes in JSON values.
 
         Raises:
-            FileExistsError: the folder holds finished layers of another work, or a process is at work in it.
+            FileExistsError: the folder holds finished layers of a different run, or another process uses it.
             OSError: it cannot be made.
         """
         with self.writing():
@@ -70,7 +72,7 @@ class WorkFolder:
             self._opened = True
 
     def finished(self, count: int) -> list[int]:
-        """Which of ``count`` layers are done; a damaged file is removed with a warning, and its layer made again."""
+        """The indices below ``count`` of finished layers; a damaged file is removed with a warning and made again."""
         done = []
         for index in range(count):
             try:
@@ -84,40 +86,40 @@ class WorkFolder:
         return done
 
     def count(self) -> int:
-        """How many layers are done, by the names of their files."""
+        """The number of finished layers, by the names of their files."""
         with suppress(FileNotFoundError):
             return sum(1 for path in (self.folder / "layers").iterdir() if path.suffix == ".safetensors")
         return 0
 
     def write_layer(self, index: int, record: Record, tensors: Mapping[str, Tensor]) -> None:
-        """Put a finished layer down for good."""
+        """Write a finished layer."""
         with self.writing():
             write_checksummed(self._layer_file(index), record, tensors)
 
     def read_layer(self, index: int) -> tuple[Record, dict[str, Tensor]]:
-        """What :meth:`write_layer` was given."""
+        """The record and the tensors given to :meth:`write_layer`."""
         return read_checksummed(self._layer_file(index))
 
     def finish(self) -> None:
-        """Move everything in ``final`` into ``out``, in place of what has the same names, and remove the work folder.
+        """Move everything in ``final`` into ``out``, replacing files of the same names, and remove the work folder.
 
-        Where a move fails, those before it are undone; where the process is killed, the next one moves the rest.
+        Where a move fails, those before it are undone; where the process is killed, the next run moves the rest.
         """
         with self.writing(), uninterrupted():
             if not self.ready:
-                _fsync_files(self.final)
+                fsync_files(self.final)
                 write_atomic(self.folder / "ready", b"")
-            self._exchange()
-            os.replace(self.folder, self.out / DONE)  # from here on there is nothing to go on with
+            exchange(self.final, self.out, self.folder / "old")
+            os.replace(self.folder, self.out / DONE)  # from here on there is nothing to resume
             fsync_folder(self.out)
             shutil.rmtree(self.out / DONE, ignore_errors=True)
         self.close()
 
     def abandon(self) -> int:
-        """Remove the work folder where no layer in it is finished, else leave it for the same work to go on.
+        """Remove the work folder if no layer in it is finished, else leave it to be resumed.
 
         Returns:
-            How many finished layers are left there.
+            The number of finished layers that are left there.
         """
         kept = self.count() if self._opened else 0
         if self._opened and not self.ready and not kept:
@@ -129,14 +131,14 @@ class WorkFolder:
         return kept
 
     def close(self) -> None:
-        """Let other processes work in the folder."""
+        """Release the folder to other processes."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Name the folder in an error of the system that names no file, such as a full disk."""
+        """Name the folder in a system error that names no file, such as a full disk."""
         try:
             yield
         except OSError as error:
@@ -144,49 +146,31 @@ class WorkFolder:
                 raise type(error)(f"cannot write {self.out}: {error.strerror}") from None
             raise
 
-    def _exchange(self) -> None:
-        old = self.folder / "old"
-        old.mkdir(exist_ok=True)
-        moved = []
-        try:
-            for path in sorted(self.final.iterdir()):
-                moved.append(path.name)
-                if (self.out / path.name).exists():
-                    os.replace(self.out / path.name, old / path.name)
-                os.replace(path, self.out / path.name)
-        except OSError:
-            for name in moved:
-                if (self.out / name).exists() and not (self.final / name).exists():
-                    os.replace(self.out / name, self.final / name)
-                if (old / name).exists():
-                    os.replace(old / name, self.out / name)
-            raise
-
     def _check_same(self, path: Path, record: Record) -> None:
         try:
             before = json.loads(path.read_text())
             names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise FileExistsError(f"{path} cannot be read ({error}); delete {self.folder} to start anew.") from None
+            raise FileExistsError(f"{path} cannot be read ({error}); delete {self.folder} to start over.") from None
         if names:
             pairs = [(name, _brief(before.get(name)), _brief(record.get(name))) for name in names[:3]]
             changes = "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs)
             raise FileExistsError(
-                f"{self.folder} holds the unfinished work of another work ({changes}); repeat that one to finish it, "
-                f"choose another folder, or delete {self.folder} to start anew."
+                f"{self.folder} holds the finished layers of a different run ({changes}); repeat that one to finish "
+                f"it, choose another folder, or delete {self.folder} to start over."
             )
 
     def _take_lock(self) -> None:
         try:
             import fcntl
-        except ImportError:  # not POSIX: two processes at once would only do the same work twice
+        except ImportError:  # not POSIX: two processes at once would only do everything twice
             return
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise FileExistsError(f"another process is at work in {self.folder}; wait until it has ended.") from None
+            raise FileExistsError(f"another process is running in {self.folder}; wait until it has ended.") from None
 
     def _layer_file(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:05}.safetensors"
@@ -195,10 +179,3 @@ class WorkFolder:
 def _brief(value: object, width: int = 60) -> str:
     text = json.dumps(value)
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _fsync_files(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -132,7 +132,7 @@ def _has_triton() -> bool:
 def _measured_best(problem: LinearShape) -> BackendChoice:
     """The fastest backend at the nearest measured shape."""
     if problem.device.type != "cuda":
-        return BackendChoice("reference", False, f"x is on {problem.device}: the kernels are for CUDA")
+        return off_cuda(problem.device)
     if problem.dtype == torch.float64:
         return BackendChoice("reference", False, "the kernels have no float64")
     in_triton = not unsupported_reason("triton", problem)
@@ -157,6 +157,12 @@ def _measured_best(problem: LinearShape) -> BackendChoice:
     best = min(times, key=lambda name: times[name])
     others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
     return BackendChoice(best, best != "reference", f"measured at (M, N, K, R) = {row.shape} in {row.source}: {others}")
+
+
+@cache
+def off_cuda(device: torch.device) -> BackendChoice:
+    """The choice of ``"auto"`` on another device than CUDA, which no shape changes."""
+    return BackendChoice("reference", False, f"x is on {device}: the kernels are for CUDA")
 
 
 def linear_shape(x: Tensor, weight: Tensor, A: Tensor, A0: Any, dropout: float, training: bool) -> LinearShape:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.library import triton_op
 
+from ipca._cache_folder import default_cache_folder
 from ipca.kernels import tables
 from ipca.ops import op
 
@@ -22,7 +23,7 @@ def _build() -> str:
     torch.compile keeps compiled graphs on disk under a key that holds an op's name and arguments, and not its body. As
     an argument this keeps a graph of an earlier version, or from before a measurement, from passing for a present one.
     """
-    folders = (Path(__file__).parent, Path(tables.__file__).parent, tables.SHIPPED, tables.cache_folder())
+    folders = (Path(__file__).parent, Path(tables.__file__).parent, tables.SHIPPED, default_cache_folder())
     files = sorted(path for folder in folders for path in folder.glob("*") if path.suffix in (".py", ".json"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 

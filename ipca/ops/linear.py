@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,27 @@ from ipca._dtensor import is_sharded
 from ipca.ops import op, reference
 from ipca.ops.backend import get_backend
 from ipca.ops.dropout import new_seed
+
+
+class _EagerPCLinear(torch.autograd.Function):
+    """The op in eager mode on a CPU, where the dispatcher's share of a registered op is that of a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, weight, A, B, bias, A0, B0, seed, scaling, dropout, backend, _, training = inputs
+        y, h, ctx.pair = op.forward_and_pair(
+            x, op.Layer(weight, A, B, bias, A0, B0, scaling), seed, dropout, backend, training
+        )
+        op.setup_context(ctx, inputs, (y, h))
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return op.autograd_rule(partial(op.backward_from, ctx.pair))(ctx, *grads)
+
+
+# The C++ method: torch.autograd.Function.apply adds a binding of default arguments, which there are none of.
+_eager_pc_linear = super(torch.autograd.Function, _EagerPCLinear).apply
 
 pc_linear_op = torch.library.custom_op("ipca::pc_linear", op.forward, mutates_args=())
 
@@ -62,7 +84,8 @@ def pc_linear(
     """
     _check(x, weight, A, B, bias, A0, B0, dropout)
     x, weight, bias = to_autocast(x, weight, bias)
-    A0, B0 = (None, None) if A0 is None or B0 is None else (A0.detach(), B0.detach())
+    if A0 is not None and B0 is not None and (A0.requires_grad or B0.requires_grad):
+        A0, B0 = A0.detach(), B0.detach()
     if transformed():
         return _under_transform(x, weight, A, B, bias, A0, B0, scaling, dropout)
     seed = new_seed(x.device) if dropout > 0 else None
@@ -74,7 +97,7 @@ def pc_linear(
 def _op_for(x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
     """The op for the device of ``x`` and its build; a CUDA tensor loads triton."""
     if not x.is_cuda:
-        return pc_linear_op, ""
+        return (pc_linear_op if torch.compiler.is_compiling() else _eager_pc_linear), ""
     from ipca.ops import cuda
 
     return cuda.pc_linear_cuda_op, cuda.BUILD

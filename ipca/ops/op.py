@@ -6,6 +6,9 @@
 
 x (M, K) | z = dropout(x) | h, h0, g, g0 (M, R) | y, dy (M, N). Saved for backward: x, h and the seed of dropout.
 
+In PyTorch the frozen pair costs no product of its own: ``B A − B0 A0 = B (A − A0) + (B − B0) A0`` is one product of
+rank 2 R, see :func:`ipca.ops.torch_kernels.one_pair`.
+
 The op is registered twice with this body: in :mod:`ipca.ops.linear` as a ``custom_op`` for every device, and in
 :mod:`ipca.ops.cuda` as a ``triton_op``, which torch.compile sees through.
 """
@@ -22,9 +25,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ipca.ops import reference, torch_kernels
-from ipca.ops.backend import BackendChoice, choose, linear_shape
+from ipca.ops.backend import BackendChoice, choose, linear_shape, off_cuda
 
 Grad = Callable[..., list[Tensor]]
+Pair = tuple[Tensor, Tensor]
+"""``D, E`` of :func:`ipca.ops.torch_kernels.one_pair`."""
 
 
 class Layer(NamedTuple):
@@ -65,11 +70,19 @@ def forward(
     training: bool,
 ) -> tuple[Tensor, Tensor]:
     """``y (…, N)`` and ``h = z Aᵀ (…, R)``, see :mod:`ipca.ops.reference`; ``build`` is for torch.compile's cache."""
-    rows, layer = x.reshape(-1, x.shape[-1]), Layer(weight, A, B, bias, A0, B0, scaling)
-    choice = choose(backend, linear_shape(rows, weight, A, A0, dropout, training))
+    layer = Layer(weight, A, B, bias, A0, B0, scaling)
+    return forward_and_pair(x, layer, seed, dropout, backend, training)[:2]
+
+
+def forward_and_pair(
+    x: Tensor, layer: Layer, seed: Tensor | None, dropout: float, backend: str, training: bool
+) -> tuple[Tensor, Tensor, Pair | None]:
+    """``y`` and ``h`` as :func:`forward`, and the pair ``D, E`` where one was made, for :func:`backward_from`."""
+    rows = x.reshape(-1, x.shape[-1])
+    choice = _choose(backend, rows, layer, dropout, training)
     with _on_device_of(x):
-        y, h = _forward(x, rows, layer, seed, dropout, choice)
-    return _shaped_like(x, y), _shaped_like(x, h)
+        y, h, pair = _forward(x, rows, layer, seed, dropout, choice)
+    return _shaped_like(x, y), _shaped_like(x, h), pair
 
 
 def backward(
@@ -90,11 +103,17 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Those of ``dx, dW, dA, dB, dbias`` that ``needs`` asks for."""
-    rows, layer = x.reshape(-1, x.shape[-1]), Layer(weight, A, B, bias, A0, B0, scaling)
-    choice = choose(backend, linear_shape(rows, weight, A, A0, dropout, True))
+    return backward_from(None, dy, x, h, weight, A, B, bias, A0, B0, seed, scaling, dropout, backend, build, needs)
+
+
+def backward_from(pair: Pair | None, dy: Tensor, x: Tensor, h: Tensor, *rest: Any) -> list[Tensor]:
+    """:func:`backward` with the ``pair`` that :func:`forward_and_pair` has made, or None."""
+    weight, A, B, bias, A0, B0, seed, scaling, dropout, backend, _, needs = rest
+    rows, of = x.reshape(-1, x.shape[-1]), Layer(weight, A, B, bias, A0, B0, scaling)
+    choice = _choose(backend, rows, of, dropout, True)
     with _on_device_of(x):
         flat_dy, flat_h = dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1])
-        dx, *grads = _backward(flat_dy, rows, flat_h, layer, seed, dropout, choice, Needs(*needs))
+        dx, *grads = _backward(flat_dy, rows, flat_h, of, seed, dropout, choice, Needs(*needs), pair)
     found = (None if dx is None else dx.view(x.shape), *grads)
     return [grad for grad, need in zip(found, needs, strict=True) if need and grad is not None]
 
@@ -132,24 +151,28 @@ def autograd_rule(run: Grad) -> Callable[..., tuple[Tensor | None, ...]]:
 
 def _forward(
     given: Tensor, x: Tensor, layer: Layer, seed: Tensor | None, p: float, choice: BackendChoice
-) -> tuple[Tensor, Tensor]:
-    """``y`` and ``h`` as rows; ``x (M, K)`` are the rows of ``given (…, K)``."""
+) -> tuple[Tensor, Tensor, Pair | None]:
+    """``y`` and ``h`` as rows, and ``D, E`` where they were made; ``x (M, K)`` are the rows of ``given (…, K)``."""
     weight, A, B, bias, A0, B0, scaling = layer
     if guard_or_false(x.shape[0] == 0):
-        return x.new_empty(0, weight.shape[0]), x.new_empty(0, A.shape[0])
+        return x.new_empty(0, weight.shape[0]), x.new_empty(0, A.shape[0]), None
     if choice.backend == "triton":
         from ipca.kernels.few_tokens import few_tokens, takes
 
         if takes(x, A.shape[0]):
-            return few_tokens(x, weight, A, B, bias, A0, B0, seed, p, scaling=scaling)
-    project = _low_rank_kernels(choice)[0]
+            return *few_tokens(x, weight, A, B, bias, A0, B0, seed, p, scaling=scaling), None
+    project, linear = _low_rank_kernels(choice)[0], _large_kernels(choice)[0]
     if choice.backend == "merged":
-        return torch_kernels.linear_merged(x, *layer), project(x, A, None, seed, p)[0]
-    h, h0 = project(x, A, A0, seed, p)
+        return torch_kernels.linear_merged(x, *layer), project(x, A, None, seed, p)[0], None
     # For the sake of the bits of nn.Linear the reference gets x in the shape that the caller has.
     large = given if choice.backend == "reference" else x
-    y = _large_kernels(choice)[0](large, weight, h, B, h0, B0, bias, scaling=scaling)
-    return y, h
+    if not choice.low_rank_in_triton:
+        D, E = torch_kernels.one_pair(x.dtype, A, B, A0, B0)
+        h, _ = project(x, D, None, seed, p)
+        y = linear(large, weight, h, E, None, None, bias, scaling=scaling)
+        return y, h if A0 is None else h[:, : len(A)] + h[:, len(A) :], (D, E)
+    h, h0 = project(x, A, A0, seed, p)
+    return linear(large, weight, h, B, h0, B0, bias, scaling=scaling), h, None
 
 
 def _backward(
@@ -161,9 +184,10 @@ def _backward(
     p: float,
     choice: BackendChoice,
     needs: Needs,
+    pair: Pair | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``dx, dW, dA, dB, dbias``, None where not asked for."""
-    weight, A, B, bias, A0, _, _ = layer
+    weight, A, B, bias, A0, B0, scaling = layer
     if guard_or_false(x.shape[0] == 0):
         given = (x, weight, A, B, bias)
         dx, dW, dA, dB, dbias = (
@@ -171,13 +195,20 @@ def _backward(
             for need, tensor in zip(needs, given, strict=True)
         )
         return dx, dW, dA, dB, dbias
-    g, g0, dB, dbias = _low_rank_grads(dy, h, layer, choice, needs)
     dW = dy.mT @ x if needs.weight else None
+    if not choice.low_rank_in_triton and choice.backend != "merged":
+        D, E = torch_kernels.one_pair(dy.dtype, A, B, A0, B0) if pair is None else pair
+        g = torch_kernels.scaled(dy @ E, scaling) if needs.x or needs.A else None
+        dB = torch_kernels.outer(h, dy, B.dtype, scaling=scaling, transposed=True) if needs.B else None
+        dA = torch_kernels.outer(g[:, : len(A)], x, A.dtype, seed, p) if needs.A and g is not None else None
+        dx = _large_kernels(choice)[1](dy, weight, g, D, None, None, seed, p) if needs.x else None
+        return dx, dW, dA, dB, dy.sum(0) if needs.bias else None
+    g, g0, dB, dbias = _low_rank_grads(dy, h, layer, choice, needs)
     dA = _low_rank_kernels(choice)[2](g, x, A.dtype, seed, p) if needs.A else None
     if not needs.x:
         return None, dW, dA, dB, dbias
     if choice.backend == "merged":
-        return dy @ torch_kernels.effective_weight(weight, A, B, A0, layer.B0, layer.scaling), dW, dA, dB, dbias
+        return dy @ torch_kernels.effective_weight(weight, A, B, A0, B0, scaling), dW, dA, dB, dbias
     return _large_kernels(choice)[1](dy, weight, g, A, g0, A0, seed, p), dW, dA, dB, dbias
 
 
@@ -194,6 +225,12 @@ def _low_rank_grads(
     g, g0 = (value if value is None or scaling == 1.0 else value * scaling for value in (g, g0))
     dB = outer(h, dy, layer.B.dtype, scaling=scaling, transposed=True) if needs.B else None
     return g, g0, dB, dy.sum(0) if needs.bias else None
+
+
+def _choose(backend: str, rows: Tensor, layer: Layer, dropout: float, training: bool) -> BackendChoice:
+    if backend == "auto" and not rows.is_cuda:  # once in forward and once in backward of every layer
+        return off_cuda(rows.device)
+    return choose(backend, linear_shape(rows, layer.weight, layer.A, layer.A0, dropout, training))
 
 
 def _low_rank_kernels(choice: BackendChoice) -> tuple[Any, Any, Any]:
@@ -238,10 +275,12 @@ def _shaped_like(x: Tensor, rows: Tensor) -> Tensor:
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Kernels start on the current device: make it that of ``x``. The dtypes are settled: no autocast."""
+    casts = without_autocast(x)
+    if not x.is_cuda:
+        return casts
     stack = ExitStack()
-    if x.is_cuda:
-        stack.enter_context(torch.cuda.device(x.device))
-    stack.enter_context(without_autocast(x))
+    stack.enter_context(torch.cuda.device(x.device))
+    stack.enter_context(casts)
     return stack
 
 

@@ -16,6 +16,17 @@ from torch import Tensor
 from ipca.ops.dropout import dropout
 
 
+def one_pair(dtype: torch.dtype, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``D, E`` in ``dtype`` with ``E D = B A − B0 A0``, or ``A, B`` where there is no frozen pair.
+
+    ``D = [A − A0; A0] (2 R, K)``, ``E = [B, B − B0] (N, 2 R)``. Subtracted in the factors' own dtype and rounded once,
+    so that a small change of the factors keeps its digits; and ``E D`` is exactly 0 where they have not changed.
+    """
+    if A0 is None or B0 is None:
+        return A.to(dtype), B.to(dtype)
+    return torch.cat([A - A0, A0]).to(dtype), torch.cat([B, B - B0], dim=1).to(dtype)
+
+
 def project(
     x: Tensor, A: Tensor, A0: Tensor | None = None, seed: Tensor | None = None, p: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
@@ -36,7 +47,7 @@ def products(
     """``g = scaling · dy B``, ``g0 = scaling · dy B0``, ``dB = scaling · dyᵀ h``, ``dbias = Σ dy``."""
     g, g0 = project(dy, B.mT, None if B0 is None else B0.mT)
     dB = outer(h, dy, B.dtype, scaling=scaling, transposed=True)
-    return _scaled(g, scaling), None if g0 is None else _scaled(g0, scaling), dB, dy.sum(0) if needs_bias else None
+    return scaled(g, scaling), None if g0 is None else scaled(g0, scaling), dB, dy.sum(0) if needs_bias else None
 
 
 def outer(
@@ -51,7 +62,7 @@ def outer(
 ) -> Tensor:
     """``scaling · gᵀ z (R, K)``, or its transpose, as ``dtype``."""
     z = x if seed is None else dropout(x, seed, p)
-    return _scaled(z.mT @ g if transposed else g.mT @ z, scaling).to(dtype)
+    return scaled(z.mT @ g if transposed else g.mT @ z, scaling).to(dtype)
 
 
 def linear_base_first(
@@ -71,7 +82,7 @@ def linear_base_first(
     """
     y = F.linear(x, weight, bias)
     if h0 is not None and B0 is not None:
-        return y.add_(_scaled(_difference(h, B, h0, B0), scaling).view(y.shape))
+        return y.add_(scaled(_difference(h, B, h0, B0), scaling).view(y.shape))
     rows = y.reshape(-1, y.shape[-1])
     return rows.addmm_(h, _like(B, x).mT, alpha=scaling)
 
@@ -92,7 +103,7 @@ def linear_low_first(
         start, beta = (x.new_empty(()), 0.0) if bias is None else (bias, 1.0)
         y = torch.addmm(start, h, _like(B, x).mT, beta=beta, alpha=scaling)
     else:
-        y = _scaled(_difference(h, B, h0, B0), scaling)
+        y = scaled(_difference(h, B, h0, B0), scaling)
         y = y if bias is None else y.add_(bias)
     return y.addmm_(x, weight.mT)
 
@@ -119,7 +130,7 @@ def effective_weight(
         return torch.addmm(weight, _like(B, weight), _like(A, weight), alpha=scaling)
     wide = torch.promote_types(weight.dtype, torch.float32)  # a difference of products rounded to 16 bits loses them
     low = (B.to(wide) @ A.to(wide)).sub_(B0.to(wide) @ A0.to(wide))
-    return weight.to(wide).add(_scaled(low, scaling)).to(weight.dtype)
+    return weight.to(wide).add(scaled(low, scaling)).to(weight.dtype)
 
 
 def input_grad_base_first(
@@ -170,6 +181,6 @@ def _like(factor: Tensor, x: Tensor) -> Tensor:
     return factor.to(x.dtype).contiguous()
 
 
-def _scaled(value: Tensor, scaling: float) -> Tensor:
+def scaled(value: Tensor, scaling: float) -> Tensor:
     """``scaling · value`` in place; as ``add(…, alpha=scaling)``, inductor 2.13 loses the factor beside a product."""
     return value if scaling == 1.0 else value.mul_(scaling)

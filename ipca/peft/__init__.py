@@ -7,19 +7,24 @@
 >>> model = PeftModel.from_pretrained(base, "adapter", config=PCConfig.from_pretrained("adapter"), is_trainable=True)
 """
 
-import peft
-from packaging.version import Version
+try:
+    import peft
+    import transformers
+    from packaging.version import Version
+except ImportError as error:
+    raise ImportError(f"ipca.peft needs PEFT and transformers ({error}); run: pip install 'ipca-lora[peft]'") from error
 
-if Version(peft.__version__) < Version("0.21"):
-    raise ImportError(f"ipca.peft needs PEFT 0.21 or newer, found {peft.__version__}; pip install -U peft.")
+if Version(peft.__version__) < Version("0.21") or Version(transformers.__version__) < Version("5.1"):
+    raise ImportError(
+        f"ipca.peft needs PEFT 0.21 and transformers 5.1 or newer, found PEFT {peft.__version__} and transformers "
+        f"{transformers.__version__}; run: pip install -U 'ipca-lora[peft]'"
+    )
 
 from ipca.peft.config import PCConfig
-from ipca.peft.gather import export
 from ipca.peft.guards import install_guards
-from ipca.peft.init_in_place import init_
+from ipca.peft.model import save_gathered, summary
 from ipca.peft.preparation import prepare
-from ipca.peft.summary import summary
 
 install_guards()
 
-__all__ = ["PCConfig", "export", "init_", "prepare", "summary"]
+__all__ = ["PCConfig", "prepare", "save_gathered", "summary"]

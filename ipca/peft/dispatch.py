@@ -1,10 +1,11 @@
-"""Which layer of :mod:`ipca.peft.layers` PEFT puts around a base layer, or why none."""
+"""Selection of the layer class that PEFT puts around a base layer, or the reason why there is none."""
 
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -15,9 +16,6 @@ from ipca.nn.quantization import quantization_kind, unsupported_quantization
 from ipca.nn.window_layer import WindowLayer
 from ipca.peft.layers import WindowConv1d, WindowConv2d, WindowConv3d, WindowEmbedding, WindowLinear, WindowLora
 from ipca.peft.parameter import ParamWrapper
-
-if TYPE_CHECKING:
-    from ipca.peft.config import PCConfig
 
 _CONVOLUTIONS: dict[type[nn.Module], type[WindowLora]] = {
     nn.Conv1d: WindowConv1d,
@@ -34,11 +32,20 @@ _STOCK: dict[type[nn.Module], type[WindowLora]] = {
 }
 
 
-def build(target: nn.Module, adapter_name: str, *, config: PCConfig, target_name: str = "", **kwargs: Any) -> nn.Module:
-    """PEFT's dispatch for the layers of a PCConfig.
+def build_layer(
+    target: nn.Module, adapter_name: str, *, config: LoraConfig, target_name: str = "", **kwargs: Any
+) -> nn.Module:
+    """The layer around ``target`` with its first adapter, in the place of PEFT's own dispatch.
+
+    Args:
+        target: a plain layer, or for a parameter the module that holds it.
+        adapter_name: of the adapter.
+        config: its PCConfig.
+        target_name: path of the layer in the model that PEFT wraps.
+        kwargs: PEFT's, with ``r`` and ``lora_alpha`` of this layer.
 
     Raises:
-        ValueError: the layer cannot have a window; the message has its path.
+        ValueError: the layer cannot have a window; the message begins with its path.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if kwargs.get("parameter_name") is not None:
@@ -53,10 +60,12 @@ def build(target: nn.Module, adapter_name: str, *, config: PCConfig, target_name
 
 
 def class_for(base: nn.Module) -> type[WindowLora]:
-    """The layer around a base layer that :func:`unsupported_reason` does not refuse."""
+    """The class of the layer around ``base``, for which there is no :func:`unsupported_reason`."""
     kind = quantization_kind(base)
     if kind is not None:
-        return _quantized_class(kind)
+        from ipca.peft.quantized import quantized_class  # imports bitsandbytes
+
+        return quantized_class(kind)
     if isinstance(base, nn.Embedding):
         return WindowEmbedding
     for convolution, layer in _CONVOLUTIONS.items():
@@ -65,23 +74,12 @@ def class_for(base: nn.Module) -> type[WindowLora]:
     return WindowLinear
 
 
-def _quantized_class(kind: str) -> type[WindowLora]:
-    """These modules import the library that quantized the base, which is therefore there."""
-    if kind.startswith("torchao-"):
-        from ipca.peft.torchao import WindowTorchaoLinear
-
-        return WindowTorchaoLinear
-    from ipca.peft.bnb import WindowLinear4bit, WindowLinear8bitLt
-
-    return WindowLinear8bitLt if kind == "int8" else WindowLinear4bit
-
-
 def admit_windows(model: nn.Module, paths: Container[str] | None = None) -> None:
-    """Make stock LoRA layers such that can take a window too; the adapters they hold stay what they are.
+    """Turn PEFT's own LoRA layers into layers that can hold a window too; their adapters stay as they are.
 
     Args:
         model: holds layers of PEFT.
-        paths: of the layers; default all that are of a kind with a window.
+        paths: of the layers to turn; default all of a kind that can have a window.
     """
     for path, layer in model.named_modules():
         if (
@@ -93,11 +91,11 @@ def admit_windows(model: nn.Module, paths: Container[str] | None = None) -> None
 
 
 def unsupported_reason(base: nn.Module) -> str:
-    """Why a base layer cannot have a window, or an empty text."""
+    """The reason why a base layer cannot have a window, or an empty text."""
     if quantization_kind(base) is not None:
         return unsupported_quantization(base) or ""
     if isinstance(base, WindowLayer):
-        return "it is adapted by ipca.apply_pc already; ipca.unload the model first"
+        return "it is adapted by ipca.apply_pc already; call ipca.unload(model) first"
     if isinstance(base, NonDynamicallyQuantizableLinear | nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights without calling their layers"
     if getattr(base, "_hf_tp_plan", None) is not None:
@@ -117,7 +115,7 @@ def unsupported_reason(base: nn.Module) -> str:
 
 
 def _unsupported_convolution(base: Any) -> str:
-    """PEFT's convolution by ``A`` takes kernel size, stride and padding from the base layer, and nothing else."""
+    """The option of a convolution that PEFT's convolution by ``A`` does not take from the base layer, if any."""
     for name, plain in (("groups", 1), ("dilation", (1,) * len(base.kernel_size)), ("padding_mode", "zeros")):
         if getattr(base, name) != plain:
             return f"PEFT's format knows no convolution with {name}={getattr(base, name)!r}"

@@ -1,8 +1,8 @@
-"""A trained factor and the one it started from, side by side in one module of PEFT; doubled in every state dict.
+"""Initial factors ``A0, B0`` beside the trained ones in PEFT's modules; state dicts hold both in one tensor.
 
-PEFT keeps ``A (r, in)`` as ``lora_A[adapter].weight`` and ``B (out, r)`` as ``lora_B[adapter].weight``. The factor at
-the start, ``A0`` or ``B0``, is a buffer of the same module, and the module's state dict holds both under the one key
-``weight``: ``[A; A0] (2 r, in)``, ``[B, −B0] (out, 2 r)``, a stock LoRA of rank ``2 r``. What PEFT, Trainer or
+PEFT keeps ``A (r, in)`` as ``lora_A[adapter].weight`` and ``B (out, r)`` as ``lora_B[adapter].weight``. ``A0`` or
+``B0`` is a buffer of the same module, and the module's state dict holds both under the one key ``weight``:
+``[A; A0] (2 r, in)``, ``[B, −B0] (out, 2 r)``, a stock LoRA of rank ``2 r``. What PEFT, Trainer or
 torch.distributed.checkpoint save is therefore what stock PEFT loads.
 
 Experts stacked in one factor of PEFT, ``A (E r, in)`` expert by expert and ``B (out, r E)`` rank by rank, are doubled
@@ -13,58 +13,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-Part = Literal["A", "B"]
-
-
-def doubled(part: Part, factor: Tensor, start: Tensor, experts: int = 1) -> Tensor:
-    """``[A; A0]`` or ``[B, −B0]`` in the shape PEFT stores."""
-    pair = (factor, start if part == "A" else -start)
-    if isinstance(factor, DTensor):  # the start is whole on every rank
-        pair = (factor, DTensor.from_local(pair[1], factor.device_mesh, [Replicate()] * factor.device_mesh.ndim))
-    both = torch.cat([_by_rank(part, tensor, experts) for tensor in pair], dim=1)
-    return both.reshape(_shape(part, factor.shape, 2))
-
-
-def halves(part: Part, both: Tensor, shape: torch.Size, experts: int = 1) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`doubled`; ``shape`` is that of one factor."""
-    factor, start = _by_rank(part, both, experts).chunk(2, dim=1)
-    if isinstance(start, DTensor):
-        start = start.full_tensor()
-    start = start if part == "A" else -start
-    return factor.reshape(shape).contiguous(), start.reshape(shape).contiguous()
-
-
-def _by_rank(part: Part, tensor: Tensor, experts: int) -> Tensor:
-    """A view whose dimension 1 counts the ranks of each expert."""
-    return tensor.reshape(experts, -1, tensor[0].numel()) if part == "A" else tensor.reshape(len(tensor), -1, experts)
-
-
-def _shape(part: Part, shape: torch.Size, times: int) -> tuple[int, ...]:
-    return (times * shape[0], *shape[1:]) if part == "A" else (shape[0], times * shape[1], *shape[2:])
+from ipca.io.peft_format import Part, double_factor, split_factor
 
 
 def register_initial(
-    owner: nn.Module, name: str, part: Part, start: Tensor, *, experts: int = 1, saved: Callable[[], None]
+    owner: nn.Module,
+    name: str,
+    part: Part,
+    initial: Tensor,
+    *,
+    experts: int = 1,
+    on_save: Callable[[], None] | None = None,
 ) -> None:
-    """Keep ``start`` beside the parameter ``name`` of ``owner``, and double that parameter in state dicts.
+    """Keep ``initial`` beside the parameter ``name`` of ``owner``, and double that parameter in state dicts.
 
     Args:
         owner: PEFT's module for one factor of one adapter, or its ``ParameterDict`` (embeddings).
         name: of the parameter there: ``"weight"``, or the adapter's name.
         part: which factor it is.
-        start: ``A0`` or ``B0``, in the parameter's shape.
+        initial: ``A0`` or ``B0``, in the parameter's shape.
         experts: stacked in the factor.
-        saved: called whenever the doubled factor is put into a state dict.
+        on_save: called whenever the doubled factor is put into a state dict.
     """
-    owner.register_buffer(initial_name(name), start, persistent=False)
+    owner.register_buffer(initial_name(name), initial, persistent=False)
     hooks = (
-        owner.register_state_dict_post_hook(partial(_double, name, part, experts, saved)),
+        owner.register_state_dict_post_hook(partial(_double, name, part, experts, on_save)),
         owner.register_load_state_dict_pre_hook(partial(_halve, name, part, experts)),
     )
     setattr(owner, f"hooks_of_{name}", hooks)
@@ -79,50 +58,50 @@ def remove_initial(owner: nn.Module, name: str) -> None:
 
 
 def initial_name(name: str) -> str:
-    """The buffer that holds the start of the parameter ``name``."""
+    """The name of the buffer that holds the initial value of the parameter ``name``."""
     return f"initial_{name}"
 
 
 def move_pair(owner: nn.Module, name: str, device: torch.device) -> None:
-    """Move the parameter ``name`` and its start to ``device``, and nothing else that ``owner`` holds."""
-    parameter, start = owner.get_parameter(name), owner.get_buffer(initial_name(name))
+    """Move the parameter ``name`` and its initial value to ``device``, and nothing else that ``owner`` holds."""
+    parameter, initial = owner.get_parameter(name), owner.get_buffer(initial_name(name))
     if parameter.device != device and not parameter.is_meta:
         moved = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
         owner.register_parameter(name, moved)
-    if start.device != device and not start.is_meta:
-        owner.register_buffer(initial_name(name), start.to(device), persistent=False)
+    if initial.device != device and not initial.is_meta:
+        owner.register_buffer(initial_name(name), initial.to(device), persistent=False)
 
 
 def has_initial(owner: nn.Module, name: str) -> bool:
-    """Whether a start was kept beside the parameter ``name``."""
+    """Whether an initial value is kept beside the parameter ``name``."""
     return initial_name(name) in owner._buffers
 
 
 def initial_factor(owner: nn.Module, name: str) -> Tensor | None:
-    """The start kept beside the parameter ``name``, where that still is one factor of it.
+    """The initial value kept beside the parameter ``name``, where both still have one shape.
 
-    PEFT's hot-swap may have put a whole stock LoRA of another rank into the parameter, which then stands for itself.
+    PEFT's hot-swap may have put a stock LoRA of another rank into the parameter, which needs no initial factors.
     """
-    start = owner._buffers.get(initial_name(name))
-    parameter = owner._parameters.get(name)
-    return start if start is not None and parameter is not None and parameter.shape == start.shape else None
+    initial, parameter = owner._buffers.get(initial_name(name)), owner._parameters.get(name)
+    fits = initial is not None and parameter is not None and parameter.shape == initial.shape
+    return initial if fits else None
 
 
 LOST = (
-    "its factors were replaced by others without the start of their window, as "
+    "its factors were replaced by others, without the initial factors of the window, as "
     "prepare_model_for_compiled_hotswap(target_rank=…) does; load the saved adapter with stock PEFT for that, "
     "without a PCConfig"
 )
 
 
 def misfit(A: Tensor, B: Tensor, base: Tensor) -> str:
-    """Why factors with a start on the layer with the weight ``base`` do not belong to it, or an empty text."""
+    """The reason why ``A, B`` do not belong to their initial factors on the weight ``base``, or an empty text."""
     if any(getattr(factor, "_is_hf_initialized", False) for factor in (A, B)):  # transformers marks what it loads
         return (
-            "transformers' load_adapter put other factors there, past the start of the window; load saved adapters "
+            "transformers' load_adapter replaced the factors, but not the initial ones; load saved adapters "
             "without a PCConfig, or with peft.PeftModel.from_pretrained"
         )
-    if A.is_meta and not base.is_meta:  # torch would multiply with it without a word
+    if A.is_meta and not base.is_meta:  # torch would multiply with it and raise nothing
         return "it was made with low_cpu_mem_usage; load its file before using it"
     return ""
 
@@ -131,17 +110,21 @@ def _double(
     name: str,
     part: Part,
     experts: int,
-    saved: Callable[[], None],
+    on_save: Callable[[], None] | None,
     owner: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
     local_metadata: dict[str, Any],
 ) -> None:
-    start, key = initial_factor(owner, name), prefix + name
-    if start is None or key not in state_dict:
+    initial, key = initial_factor(owner, name), prefix + name
+    if initial is None or key not in state_dict:
         return
-    state_dict[key] = doubled(part, state_dict[key], start.detach(), experts)
-    saved()
+    factor, whole = state_dict[key], initial.detach()
+    if isinstance(factor, DTensor):  # every rank has all of the initial factor
+        whole = DTensor.from_local(whole, factor.device_mesh, [Replicate()] * factor.device_mesh.ndim)
+    state_dict[key] = double_factor(part, factor, whole, experts)
+    if on_save is not None:
+        on_save()
 
 
 def _halve(
@@ -157,20 +140,23 @@ def _halve(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    start, key = initial_factor(owner, name), prefix + name
-    if start is None or key not in state_dict:
+    initial, key = initial_factor(owner, name), prefix + name
+    if initial is None or key not in state_dict:
         return
-    both, shape = state_dict[key], start.shape
-    if tuple(both.shape) != _shape(part, shape, 2):
+    both, wanted, axis = state_dict[key], list(initial.shape), 0 if part == "A" else 1
+    wanted[axis] *= 2
+    if list(both.shape) != wanted:
         error_msgs.append(
-            f"{key} has shape {tuple(both.shape)}, but the adapter's factor and its start take "
-            f"{_shape(part, shape, 2)}; it was saved with another rank, or not by a PCConfig."
+            f"{key} has shape {tuple(both.shape)}, but the adapter's trained and initial factor take {tuple(wanted)}; "
+            "it was saved with another rank, or not by a PCConfig."
         )
         del state_dict[key]
         return
-    state_dict[key], start_there = halves(part, both, shape, experts)
-    if start.is_meta or local_metadata.get("assign_to_params_buffers", False):
-        owner.register_buffer(initial_name(name), start_there, persistent=False)
+    state_dict[key], loaded = split_factor(part, both, experts)
+    if isinstance(loaded, DTensor):
+        loaded = loaded.full_tensor()
+    if initial.is_meta or local_metadata.get("assign_to_params_buffers", False):
+        owner.register_buffer(initial_name(name), loaded, persistent=False)
     else:
         with torch.no_grad():
-            start.copy_(start_there)
+            initial.copy_(loaded)

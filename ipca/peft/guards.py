@@ -1,13 +1,15 @@
-"""What PEFT does past its layers and their state dicts, refused where it would forget ``A0, B0``.
+"""Checks of calls that PEFT makes past its layers. PEFT has no hook for them, so we wrap three of its functions.
 
-``peft.utils.hotswap`` writes into the parameters: a file with more ranks than the window, such as ``[A; A0]`` of a
-PCConfig's, takes the place of all four factors, but any other would silently leave ``A0, B0`` beside factors that did
-not start there. ``LoraModel.add_weighted_adapter`` combines the parameters ``A, B`` alone. PEFT has no door for saying
-no to either, so both are asked here first.
+``peft.utils.hotswap`` writes into the parameters: a file with more ranks than the window, such as ``[A; A0]`` of
+another PCConfig, replaces all four factors, but any other would leave ``A0, B0`` beside factors that did not start
+there. ``LoraModel.add_weighted_adapter`` combines only ``A, B``. Both are refused. After ``LoraModel.inject_adapter``
+all adapted layers are known: a key of ``window_pattern`` that matches none of them gives a warning, as one of
+``rank_pattern`` does.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from typing import Any
@@ -21,15 +23,15 @@ from ipca.peft.layers import WindowLora
 
 
 def check_hotswap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str) -> None:
-    """Raise ValueError where ``state_dict`` would fill ``A`` and ``B`` of a window alone, or leave them out."""
+    """Raise ValueError where ``state_dict`` lacks the factors of a window, or has only ``A`` and ``B`` of it."""
     for path, layer in model.named_modules():
         if not (isinstance(layer, WindowLora) and layer.holds(adapter)) or layer.pairs(adapter) is None:
             continue
         incoming = state_dict.get(f"{path.replace('_orig_mod.', '')}.lora_A.{adapter}.weight")
         if incoming is None or len(incoming) <= len(layer.lora_A[adapter].weight):
             raise ValueError(
-                f"{path}: the adapter {adapter!r} trains a window of rank {layer.r[adapter]}, into which a LoRA of a "
-                "larger rank alone can be hot-swapped, such as the saved adapter of a window of this rank; load the "
+                f"{path}: the adapter {adapter!r} trains a window of rank {layer.r[adapter]}, into which only a LoRA "
+                "of a larger rank can be hot-swapped, such as the saved adapter of a window of this rank; load the "
                 "first adapter with stock PEFT, without a PCConfig, to swap others."
             )
 
@@ -39,14 +41,27 @@ def check_weighted(model: LoraModel, adapters: Sequence[str]) -> None:
     windows = [name for name in adapters if isinstance(model.peft_config.get(name), PCConfig)]
     if windows:
         raise ValueError(
-            f"{windows[0]!r} trains a window, and add_weighted_adapter would combine the trained factors without those "
-            "they started from: save the adapters, load them with stock PEFT, without a PCConfig, and combine those."
+            f"{windows[0]!r} trains a window, and add_weighted_adapter would combine the trained factors without their "
+            "initial ones: save the adapters, load them with stock PEFT, without a PCConfig, and combine those."
+        )
+
+
+def warn_unmatched(model: nn.Module, config: PCConfig, adapter: str) -> None:
+    """Warn of keys of ``window_pattern`` that match no layer of the adapter."""
+    layers = (m for m in model.modules() if isinstance(m, WindowLora) and m.holds(adapter))
+    unmatched = config.unmatched_windows(layer.path for layer in layers) if config.window_pattern else []
+    if unmatched:
+        warnings.warn(
+            f"The following window_pattern keys did not match any targeted module and were ignored: {unmatched}.",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 
 def install_guards() -> None:
-    """Put the questions above before PEFT's two functions, for the whole process."""
+    """Put the checks above before or after PEFT's three functions, for the whole process."""
     swap, combine = hotswap.hotswap_adapter_from_state_dict, LoraModel.add_weighted_adapter
+    inject = LoraModel.inject_adapter
 
     @wraps(swap)
     def checked_swap(
@@ -60,5 +75,13 @@ def install_guards() -> None:
         check_weighted(self, adapters)
         combine(self, adapters, *args, **kwargs)
 
+    @wraps(inject)
+    def checked_inject(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        inject(self, model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if isinstance(config, PCConfig):
+            warn_unmatched(model, config, adapter_name)
+
     hotswap.hotswap_adapter_from_state_dict = checked_swap
     LoraModel.add_weighted_adapter = checked_combine  # type: ignore[method-assign]
+    LoraModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]

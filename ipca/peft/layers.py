@@ -1,11 +1,15 @@
-"""PEFT's LoRA layers with a window: what all kinds share, and linear, embedding and convolution layers."""
+"""PEFT's LoRA layers with a window: their base class and LoRA variant, linear, embedding and convolution layers."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils.integrations import gather_params_ctx
@@ -13,25 +17,29 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ipca._hashing import tensor_sha256
-from ipca.io.peft_kinds import to_peft
-from ipca.nn.initialization import InitialFactors
-from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256
+from ipca.io.adapter_folder import SavedLayer, other_base, svd_record
+from ipca.io.peft_format import to_peft
+from ipca.nn.initialization import InitialFactors, initial_factors
 from ipca.ops import pc_linear
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
-from ipca.peft.variant import WindowVariant
+from ipca.peft.records import LayerRecords
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-    from ipca.peft.config import PCConfig
+Pair = tuple[Tensor, Tensor, Tensor, Tensor]
+"""``A, B, A0, B0`` as PEFT stores them."""
 
 # A plain class when it runs, so that Python lets a stock layer take the class of one of ours.
 _Mixed = LoraLayer if TYPE_CHECKING else object
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+_TERMS = (
+    ("lower `start` or `rank`", "lower window or r, for one layer in window_pattern or rank_pattern"),
+    ("lower `rank`", "lower r"),
+    ("lower alpha", "lower lora_alpha"),
+    ("choose another adapter_dtype", "leave autocast_adapter_dtype on"),
+)
 
 
 class WindowLora(_Mixed):
-    """What every kind of layer does with an adapter of a PCConfig; stock adapters beside it stay PEFT's matter.
+    """Base class of PEFT's LoRA layers that can hold adapters of a PCConfig; other adapters are left to PEFT.
 
     The base weight counts as a matrix ``(out, in)``, ``A, A0`` as ``(r, in)``, ``B, B0`` as ``(out, r)``, in whatever
     shape PEFT stores them.
@@ -44,13 +52,13 @@ class WindowLora(_Mixed):
         super().__init__(base_layer, adapter_name, **kwargs)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
-        """PEFT's question which variant an adapter is; its own layers refuse a config with a window."""
+        """The variant of an adapter, which PEFT asks for; PEFT's own layers refuse a config with a window."""
         if getattr(config, "window", None) is None:
             return super().resolve_lora_variant(config=config, **kwargs)
         return WindowVariant()
 
     def base_parameter(self) -> Tensor:
-        """The tensor the base layer holds."""
+        """The weight as the base layer holds it."""
         return self.get_base_layer().weight
 
     def base_matrix(self) -> Tensor:
@@ -58,7 +66,7 @@ class WindowLora(_Mixed):
         return self.base_parameter().detach()
 
     def base_sha256(self) -> str:
-        """How an adapter knows the base weight it belongs to."""
+        """The hash by which an adapter recognizes its base weight."""
         return tensor_sha256(self.base_matrix())
 
     def holds(self, adapter: str) -> bool:
@@ -69,33 +77,81 @@ class WindowLora(_Mixed):
         """The modules of PEFT that hold ``A`` and ``B``, and the parameters' names there."""
         return (self.lora_A[adapter], "weight"), (self.lora_B[adapter], "weight")
 
-    def stored(self, start: InitialFactors, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def stored(self, initial: InitialFactors, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """``A0, B0`` in the shapes, the dtype and on the device of ``A, B``."""
-        kernel = self.base_parameter().shape[2:] if self.kind == "conv" else ()
-        A0, B0 = to_peft(self.kind, start.A0, start.B0, kernel)
-        return A0.to(A), B0.to(B)
+        return initial.A0.to(A), initial.B0.to(B)
 
-    def init_adapter(self, adapter: str, config: PCConfig) -> None:
-        """Set ``A = A0`` and ``B = B0``, the window of the base weight, and keep ``A0, B0`` beside them."""
+    def init_adapter(self, adapter: str, config: Any) -> None:
+        """Set ``A = A0`` and ``B = B0``, the window of the base weight, and keep ``A0, B0`` beside them.
+
+        Args:
+            adapter: its name; PEFT has made its ``A, B``.
+            config: its :class:`ipca.peft.PCConfig`, whose records give initial factors that are known already, and
+                take the record that is saved.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`, or the initial factors in the records
+                belong to another base weight; the message begins with the layer's path.
+        """
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
         A, B = in_A.get_parameter(name_A), in_B.get_parameter(name_B)
         if A.is_meta or self.base_parameter().is_meta:  # low_cpu_mem_usage: a file is about to be loaded
-            if not self.base_parameter().is_meta:
-                config.check_base(self)
+            if self._known_base(config.records) and not self.base_parameter().is_meta:
+                self._check_base(config.records, self.base_sha256())
             A0, B0 = torch.empty_like(A, device="meta"), torch.empty_like(B, device="meta")
         else:
             with gather_params_ctx(self.base_parameter()):
-                A0, B0 = self.stored(config.begin(self, adapter, A.dtype), A.detach(), B.detach())
+                A0, B0 = self.stored(self._initial_factors(adapter, config, A.dtype), A.detach(), B.detach())
             if config.init_lora_weights:
                 with torch.no_grad():
                     A.copy_(A0)
                     B.copy_(B0)
-        experts, saved = getattr(self, "num_experts", 1), config.on_save(self.path)
-        register_initial(in_A, name_A, "A", A0, experts=experts, saved=saved)
-        register_initial(in_B, name_B, "B", B0, experts=experts, saved=saved)
+        # two models may share a config: the one that is saved puts its own record back as its state dict is made
+        saved = config.records.saved
+        on_save = partial(operator.setitem, saved, self.path, saved[self.path]) if self.path in saved else None
+        experts = getattr(self, "num_experts", 1)
+        register_initial(in_A, name_A, "A", A0, experts=experts, on_save=on_save)
+        register_initial(in_B, name_B, "B", B0, experts=experts, on_save=on_save)
+
+    def _initial_factors(self, adapter: str, config: Any, dtype: torch.dtype) -> InitialFactors:
+        """The layer's ``A0, B0`` from the records, or decomposed now; its record to save is made as well."""
+        records: LayerRecords = config.records
+        rank, scaling, matrix, digest = self.r[adapter], self.scaling[adapter], self.base_matrix(), self.base_sha256()
+        self._check_base(records, digest)
+        initial = records.initial.pop(self.path, None)
+        if initial is None:
+            check_rank(self.path, rank, matrix.shape)
+            window = config.window_of(self.path, rank)
+            try:
+                options = {"scaling": scaling, "form": "intact", "adapter_dtype": dtype, "tol": config.tol}
+                initial = initial_factors(matrix, window, digest=digest, **options)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise type(error)(f"{self.path}: {in_peft_terms(error)}") from None
+        records.saved[self.path] = SavedLayer(
+            kind=self.kind,
+            shape=tuple(matrix.shape),
+            start=initial.window.index,
+            rank=rank,
+            alpha=scaling * rank,
+            form="intact",
+            dropout=0.0 if self.kind == "embedding" else config.lora_dropout,  # PEFT drops nothing of indices
+            base_sha256=digest,
+            svd=None if initial.svd is None else svd_record(initial.svd),
+        )
+        return initial
+
+    def _known_base(self, records: LayerRecords) -> str | None:
+        """The hash of the base weight that the layer's records belong to; None or empty where that is not known."""
+        initial = records.initial.get(self.path)
+        return records.base_sha256.get(self.path) or (None if initial is None else initial.base_sha256)
+
+    def _check_base(self, records: LayerRecords, digest: str) -> None:
+        known = self._known_base(records)
+        if known and known != digest:
+            raise ValueError(other_base(self.path, known, digest) + ".")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT's, which after loading with ``low_cpu_mem_usage`` would also round the factors to the base's dtype."""
+        """Move ``A, B, A0, B0`` without PEFT's cast to the base's dtype after loading with ``low_cpu_mem_usage``."""
         owners = self.owners(adapter_name) if self.holds(adapter_name) else ()
         if owners and all(has_initial(owner, name) for owner, name in owners):
             for owner, name in owners:
@@ -104,17 +160,17 @@ class WindowLora(_Mixed):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's, which leaves in an embedding's dictionaries what is not a parameter."""
+        """Delete ``A0, B0`` too, which PEFT would leave in an embedding's dictionaries."""
         owners = self.owners(adapter_name) if self.holds(adapter_name) else ()
         super().delete_adapter(adapter_name)
         for owner, name in owners:
             remove_initial(owner, name)
 
-    def pairs(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """``A, B, A0, B0`` of an adapter with a start, else None.
+    def pairs(self, adapter: str) -> Pair | None:
+        """``A, B, A0, B0`` of an adapter with initial factors, else None.
 
         Raises:
-            RuntimeError: the factors do not belong to the start, or hold nothing yet; see :func:`misfit`.
+            RuntimeError: ``A, B`` do not belong to ``A0, B0``, or hold no values yet; see :func:`misfit`.
         """
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
         A0, B0 = initial_factor(in_A, name_A), initial_factor(in_B, name_B)
@@ -146,7 +202,7 @@ class WindowLora(_Mixed):
         return matrix
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """PEFT's question for the change of the base weight."""
+        """The change of the base weight, which PEFT asks for when it merges."""
         if self.pairs(adapter) is None:
             return super().get_delta_weight(adapter)
         owner, name = self.owners(adapter)[1]
@@ -162,22 +218,63 @@ class WindowLora(_Mixed):
         return (trained - self.apply_factor(lora_B, self.apply_factor(lora_A, z, A0), B0)) * self.scaling[adapter]
 
     def apply_factor(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """What ``module(x)`` computes, with another weight."""
+        """``module(x)`` with another weight."""
         return F.linear(x, weight)
 
 
-class QuantizedWindowLora(WindowLora):
-    """A base whose weight is quantized: the window is that of the dequantized weight."""
+class WindowVariant(LoraVariant):
+    """The LoRA variant that PEFT asks about an adapter of a PCConfig: initialize, compute, merge.
 
-    @property
-    def kind(self) -> str:
-        return str(quantization_kind(self.get_base_layer()))
+    ``y = base(x) + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)``. The second product is computed as the first one is, so that
+    the difference is exactly 0 while ``A = A0`` and ``B = B0``.
+    """
 
-    def base_matrix(self) -> Tensor:
-        return dequantize(self.get_base_layer())
+    @staticmethod
+    def init(module: WindowLora, adapter_name: str, config: LoraConfig, **_: Any) -> None:
+        module.init_adapter(adapter_name, config)
 
-    def base_sha256(self) -> str:
-        return quantized_sha256(self.get_base_layer())
+    @staticmethod
+    def forward(module: WindowLora, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        return result + module.low_rank(active_adapter, x)
+
+    @staticmethod
+    @torch.no_grad()
+    def merge_safe(module: WindowLora, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return _added(orig_weight, module.change(active_adapter))
+
+    @staticmethod
+    @torch.no_grad()
+    def merge_unsafe(module: WindowLora, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.copy_(_added(orig_weight, module.change(active_adapter)))
+
+    @staticmethod
+    @torch.no_grad()
+    def unmerge(module: WindowLora, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return _added(orig_weight, -module.change(active_adapter))
+
+
+def _added(weight: Tensor, change: Tensor) -> Tensor:
+    """``weight + change``, rounded once to the dtype of ``weight``."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + change.to(wide)).to(weight.dtype)
+
+
+def check_rank(path: str, rank: int, shape: Sequence[int]) -> None:
+    """Raise ValueError where the base weight ``(…, out, in)`` of a layer has fewer than ``rank`` singular values."""
+    d = min(shape[-2:])
+    if rank > d:
+        raise ValueError(
+            f"{path}: r={rank} needs {rank} singular values, but there are only {d}; lower r, give the layer another "
+            "rank in rank_pattern, or exclude it."
+        )
+
+
+def in_peft_terms(error: Exception) -> str:
+    """The message of an error from below, with the names that a PCConfig has for what it advises to change."""
+    text = str(error)
+    for ours, theirs in _TERMS:
+        text = text.replace(ours, theirs)
+    return text
 
 
 class WindowLinear(WindowLora, lora.Linear):
@@ -194,19 +291,17 @@ class WindowLinear(WindowLora, lora.Linear):
         return "conv1d" if self.fan_in_fan_out else "linear"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = None if args or kwargs else self.fused_adapter(x)
-        if adapter is None:
+        fused = None if args or kwargs else self._fused(x)
+        if fused is None:
             return super().forward(x, *args, **kwargs)
+        adapter, (A, B, A0, B0) = fused
         base: Any = self.get_base_layer()
-        pair = self.pairs(adapter)
-        assert pair is not None
-        A, B, A0, B0 = pair
         dropout = getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
         weight = self.in_layout(base.weight)
         return pc_linear(x, weight, A, B, base.bias, scaling=self.scaling[adapter], A0=A0, B0=B0, dropout=dropout)
 
-    def fused_adapter(self, x: Tensor) -> str | None:
-        """The one adapter with a window that is active, where a single op computes what PEFT's forward would.
+    def _fused(self, x: Tensor) -> tuple[str, Pair] | None:
+        """The only active adapter and its factors, where a single op computes what PEFT's forward would.
 
         Nothing that others have attached to the base layer or to the factors may be left out.
         """
@@ -222,11 +317,11 @@ class WindowLinear(WindowLora, lora.Linear):
         if not plain or any(is_watched(module) for module in called):
             return None
         fits = x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)
-        return active[0] if fits else None
+        return (active[0], pair) if fits else None
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether something happens beside ``forward`` when ``module`` is called."""
+    """Whether hooks, or a ``forward`` of the instance, run when ``module`` is called."""
     return "forward" in vars(module) or any(getattr(module, f"_{hooks}_hooks") for hooks in _HOOKS)
 
 
@@ -256,7 +351,7 @@ class WindowEmbedding(WindowLora, lora.Embedding):
         return y * self.scaling[adapter] if scale is None else y * self.scaling[adapter] * scale.to(y.dtype)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """PEFT's, which asks no variant for embeddings."""
+        """A batch of rows for several adapters; PEFT's own asks no variant for embeddings."""
         result = self.base_layer(x, *args, **kwargs)
         for adapter in sorted(set(adapter_names) & set(self.lora_embedding_A)):
             rows = [row for row, name in enumerate(adapter_names) if name == adapter]
@@ -271,6 +366,10 @@ class _WindowConv(WindowLora):
 
     def base_matrix(self) -> Tensor:
         return self.base_parameter().detach().flatten(1)
+
+    def stored(self, initial: InitialFactors, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        A0, B0 = to_peft(self.kind, initial.A0, initial.B0, self.base_parameter().shape[2:])
+        return A0.to(A), B0.to(B)
 
     def in_layout(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.base_parameter().shape)

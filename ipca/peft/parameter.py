@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from ipca.io.peft_kinds import MATRIX
+from ipca.io.peft_format import MATRIX, to_peft
+from ipca.nn.initialization import InitialFactors
 from ipca.peft.layers import WindowLora
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 
 class ParamWrapper(WindowLora, lora.ParamWrapper):
@@ -31,7 +30,7 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
         return "experts" if self._did_swap_in_out_features else "experts transposed"
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
-        """PEFT allows no variant here; :meth:`update_layer` does what the variant does elsewhere."""
+        """No variant, which PEFT does not support here; :meth:`update_layer` does the variant's work."""
         if getattr(config, "window", None) is None:
             return super().resolve_lora_variant(config=config, **kwargs)
         return None
@@ -48,6 +47,10 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
     def base_matrix(self) -> Tensor:
         return self.in_layout(self.base_parameter().detach())
 
+    def stored(self, initial: InitialFactors, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        A0, B0 = to_peft(self.kind, initial.A0, initial.B0)
+        return A0.to(A), B0.to(B)
+
     def in_layout(self, matrix: Tensor) -> Tensor:
         return matrix if matrix.ndim == 2 or self._did_swap_in_out_features else matrix.mT
 
@@ -59,7 +62,7 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        """PEFT's, but the change is added as one tensor: exactly 0 at the start, which PEFT's one product is not."""
+        """Add the change as one tensor, which is exactly 0 before training; PEFT's single product is not."""
         adapters = [name for name in active_adapters if name in self.lora_A]
         if not any(self.pairs(name) for name in adapters):
             with super()._activate_lora(active_adapters):

@@ -1,4 +1,4 @@
-"""Decompose the base weights of a whole model before PEFT wraps it: checked first, side by side, cached, with a bar."""
+"""Decomposition of the base weights of a whole model before PEFT changes it: checked, in parallel, cached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ipca.nn.layer_kinds import matrix_shape, stack_names
 from ipca.nn.registry import get_layer
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
-from ipca.peft.layers import WindowLora
+from ipca.peft.layers import WindowLora, check_rank, in_peft_terms
 from ipca.peft.parameter import ParamWrapper
 from ipca.svd import SpectralCache
 
@@ -34,20 +34,20 @@ def prepare(
     unquantized_weights: UnquantizedWeights | None = None,
     progress: bool = True,
 ) -> PCConfig:
-    """Find every start that ``config`` asks of ``model``, so that PEFT can put the layers in at once.
+    """Find the initial factors of every layer that ``config`` targets, so that PEFT can adapt ``model`` at once.
 
     >>> model = peft.get_peft_model(model, prepare(model, config))
 
-    Needed where stock LoRA adapters are on the layers already: PEFT's own layers refuse a window, and here they learn
-    of it. Otherwise not needed, but kind to large models: PEFT alone has one layer after another decomposed while it
-    changes the model, without a bar, and an error in the tenth layer leaves nine wrapped. Here nothing changes before
-    all is known, and layers are decomposed as :func:`ipca.apply_pc` does it: batched on a GPU, side by side on a CPU,
-    shared among the ranks of a process group.
+    Required where stock LoRA adapters are on the layers already: PEFT's own layers refuse a window, and here they are
+    turned into layers that take one. Optional otherwise; recommended for large models: PEFT has each layer decomposed
+    as it replaces it, without a progress bar, and an error in the tenth layer leaves nine replaced. Here nothing
+    changes before every decomposition is done, and layers are decomposed as by :func:`ipca.apply_pc`: in batches on a
+    GPU, in parallel on a CPU, shared among the ranks of a process group.
 
     Args:
         model: the base, or a PeftModel that is to get another adapter; unchanged but for the class of stock LoRA
             layers that ``config`` targets.
-        config: what to adapt; it keeps the starts until PEFT takes them.
+        config: the layers and their windows; it keeps the initial factors until PEFT creates the layers.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
         unquantized_weights: for quantized layers the weights they had before, see :func:`ipca.apply_pc`.
         progress: show a progress bar.
@@ -56,15 +56,19 @@ def prepare(
         ``config`` itself.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as PEFT, or as :func:`ipca.apply_pc`, with the layer's path.
+        TypeError: ``config`` is not a PCConfig.
+        TypeError, ValueError, RuntimeError: as PEFT, or as :func:`ipca.apply_pc`; the message begins with the layer's
+            path.
     """
+    if not isinstance(config, PCConfig):
+        raise TypeError(f"config must be an ipca.peft.PCConfig, got {type(config).__name__}.")
     check_inference_mode()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    trial = _wrapped(base, config)
+    trial = _trial(base, config)
     targets = _targets(trial, config)
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
     try:
-        starts = decompose_targets(
+        initial = decompose_targets(
             trial,
             list(targets.values()),
             AdapterSettings(tol=config.tol),
@@ -73,22 +77,22 @@ def prepare(
             progress=progress,
         )
     except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(str(error).replace(_INSIDE, "")) from None
+        raise type(error)(in_peft_terms(error).replace(_INSIDE, "")) from None
     admit_windows(base, set(targets))
-    config.starts = dict(zip(targets, starts, strict=True))
+    config.records.initial = dict(zip(targets, initial, strict=True))
     return config
 
 
 def _by_path(unquantized_weights: UnquantizedWeights | None) -> UnquantizedWeights | None:
-    """The same by the name that a base layer has inside PEFT's."""
+    """The same weights by the path that a base layer has inside PEFT's."""
     if unquantized_weights is None:
         return None
     find = unquantized_weights.__getitem__ if isinstance(unquantized_weights, Mapping) else unquantized_weights
     return lambda name: find(name.replace(_INSIDE, ""))
 
 
-def _wrapped(base: nn.Module, config: PCConfig) -> nn.Module:
-    """What PEFT would make of ``base``, tried on a copy that shares every tensor with it; the factors are empty."""
+def _trial(base: nn.Module, config: PCConfig) -> nn.Module:
+    """A copy of ``base`` that shares every tensor with it, adapted by PEFT; its factors are on the meta device."""
     tensors = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
     trial, before = copy.deepcopy(base, tensors), [(p, p.requires_grad) for p in base.parameters()]
     admit_windows(trial)
@@ -100,10 +104,10 @@ def _wrapped(base: nn.Module, config: PCConfig) -> nn.Module:
 
 
 def _targets(trial: nn.Module, config: PCConfig) -> dict[str, Target]:
-    """By the path in the base, what is to be decomposed in ``trial``; single parameters are left to PEFT's own turn.
+    """The layers of ``trial`` to decompose, by their paths in the base; single parameters are left for PEFT.
 
     Raises:
-        ValueError: a weight is tied to another module's, or a single parameter is too small for its rank.
+        ValueError: a weight is tied to another module's, or has too few singular values.
     """
     targets = {}
     owners = Counter(id(p) for _, p in trial.named_parameters(remove_duplicate=False))
@@ -120,19 +124,11 @@ def _targets(trial: nn.Module, config: PCConfig) -> dict[str, Target]:
             name += _INSIDE
         if isinstance(layer, ParamWrapper):
             if layer.parameter_name not in stack_names(base):
-                _check_rank(layer, rank)
+                check_rank(layer.path, rank, layer.base_matrix().shape)
                 continue
             name += f".{layer.parameter_name}"
-        window, alpha = config.window_of(layer.path, rank), layer.scaling[_ADAPTER] * rank
         shape = matrix_shape(get_layer(trial, name), layer.kind)
+        check_rank(layer.path, rank, shape)
+        window, alpha = config.window_of(layer.path, rank), layer.scaling[_ADAPTER] * rank
         targets[layer.path] = Target(name, layer.kind, shape, window, alpha, "intact", config.lora_dropout)
     return targets
-
-
-def _check_rank(layer: ParamWrapper, rank: int) -> None:
-    d = min(layer.base_matrix().shape[-2:])
-    if rank > d:
-        raise ValueError(
-            f"{layer.path}: rank {rank} is above its {d} singular values; give it another in rank_pattern, or "
-            "exclude it."
-        )

@@ -1,4 +1,4 @@
-"""A PCConfig's files: PEFT's configuration of a stock LoRA, and ``ipca.json`` beside it."""
+"""Files of a PCConfig's adapter: PEFT's configuration of a stock LoRA, and ``ipca.json`` beside it."""
 
 from __future__ import annotations
 
@@ -8,63 +8,90 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 
 from ipca._atomic import staged_files
-from ipca._version import __version__
-from ipca.io.adapter_folder import SIDECAR, Factors, SavedLayer, file_sha256, read_adapter
-from ipca.io.peft_format import WEIGHTS
-from ipca.io.peft_kinds import PREFIX, factor_keys, wrappers_around
-from ipca.nn.initialization import InitCertificate, InitialFactors
+from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter, sidecar
+from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, wrappers_around
 
-if TYPE_CHECKING:
-    from ipca.peft.config import PCConfig
-
-_OURS = ("window", "window_pattern", "tol")
+OWN_FIELDS = ("window", "window_pattern", "tol")
 """Fields of PCConfig that PEFT's configuration cannot hold."""
 
 
-def save_config(config: PCConfig, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-    """See :meth:`PCConfig.save_pretrained`; both files are replaced together.
+def save_config(
+    folder: str | os.PathLike[str],
+    values: Mapping[str, Any],
+    own: Mapping[str, Any],
+    layers: Mapping[str, SavedLayer],
+    **kwargs: Any,
+) -> None:
+    """Write ``adapter_config.json`` and ``ipca.json``; both files are replaced together.
 
     transformers' own ``save_pretrained`` writes the weights after this, so that their hash is not known yet.
+
+    Args:
+        folder: holds the weights already where PEFT saves.
+        values: the fields of LoraConfig, of a LoRA of rank ``r``.
+        own: the other fields, :data:`OWN_FIELDS`.
+        layers: the record of each layer by its path; some may be another model's.
+        kwargs: PEFT's, for ``LoraConfig.save_pretrained``.
+
+    Raises:
+        RuntimeError: the weights lack the initial factors.
     """
-    sidecar: dict[str, Any] = {
-        "format": 1,
-        "versions": {"ipca": __version__, "torch": torch.__version__},
-        "peft": {name: getattr(config, name) for name in _OURS},
-    }
     weights = Path(folder) / WEIGHTS
     written = "auto_mapping_dict" in kwargs and weights.is_file()  # PEFT writes the weights first, transformers last
-    layers = doubled_layers(weights, config.layers) if written else config.layers
-    if layers:
-        sidecar |= {
-            "adapter_sha256": file_sha256(weights) if written else None,
-            "modules_to_save": _whole_modules(weights, layers) if written else [],
-            "layers": {path: asdict(layer) for path, layer in layers.items()},
-        }
-    stock = config.stock()
+    if written:
+        layers = doubled_layers(weights, layers)
+        record = sidecar(layers, file_sha256(weights), _modules_to_save(weights, layers), peft=dict(own))
+    else:
+        record = sidecar(layers, None, [], peft=dict(own))
+    stock = stock_config(values)
+    with staged_files(folder) as stage:
+        stock.save_pretrained(str(stage), **kwargs)
+        (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def stock_config(values: Mapping[str, Any]) -> LoraConfig:
+    """The configuration of the saved LoRA of rank ``2 r``, from the fields of one of rank ``r`` of equal scaling."""
+    alpha = math.sqrt(2) if values["use_rslora"] else 2
+    doubled = {
+        "r": 2 * values["r"],
+        "lora_alpha": alpha * values["lora_alpha"],
+        "rank_pattern": {key: 2 * rank for key, rank in values["rank_pattern"].items()},
+        "alpha_pattern": {key: alpha * value for key, value in values["alpha_pattern"].items()},
+        "init_lora_weights": True,
+    }
+    stock = LoraConfig(**{**values, **doubled})
     for name in ("target_modules", "exclude_modules"):
         if isinstance(getattr(stock, name), set):  # which has another order in every process
             setattr(stock, name, sorted(getattr(stock, name)))
-    with staged_files(folder) as stage:
-        stock.save_pretrained(str(stage), **kwargs)
-        (stage / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+    return stock
+
+
+def _halved(stock: LoraConfig) -> dict[str, Any]:
+    """The inverse of :func:`stock_config`."""
+    alpha = math.sqrt(2) if stock.use_rslora else 2
+    return {f.name: getattr(stock, f.name) for f in fields(LoraConfig)} | {
+        "r": stock.r // 2,
+        "lora_alpha": _number(stock.lora_alpha / alpha),
+        "rank_pattern": {key: rank // 2 for key, rank in (stock.rank_pattern or {}).items()},
+        "alpha_pattern": {key: _number(value / alpha) for key, value in (stock.alpha_pattern or {}).items()},
+    }
 
 
 def doubled_layers(weights: Path, layers: Mapping[str, SavedLayer]) -> dict[str, SavedLayer]:
-    """Those of ``layers`` that the file holds: a config may have served another model too.
+    """The layers whose factors the file ``weights`` holds; the others are of another model with the same config.
 
     Raises:
-        RuntimeError: the file does not hold their ``A`` and ``B`` doubled by ``A0`` and ``B0``.
+        RuntimeError: the file does not hold ``[A; A0]`` and ``[B, −B0]``.
     """
     keys = _keys(layers)
     with safe_open(str(weights), "pt") as file:
@@ -77,51 +104,49 @@ def doubled_layers(weights: Path, layers: Mapping[str, SavedLayer]) -> dict[str,
             if rank > wanted:
                 raise RuntimeError(
                     f"{weights} holds {key} of rank {rank} instead of {wanted}: the adapter of a PCConfig fits the "
-                    "original base as it is; leave out path_initial_model_for_weight_conversion."
+                    "original base already; leave out path_initial_model_for_weight_conversion."
                 )
             if rank < wanted:
                 raise RuntimeError(
-                    f"{weights} holds {key} without the factor it started from, so that the adapter would be wrong: "
-                    "it was gathered past the model's state dict, as DeepSpeed ZeRO-3 does. "
-                    "Use ipca.peft.export(model, folder)."
+                    f"{weights} holds {key} without its initial factor, so that the adapter would be wrong: it was "
+                    "gathered past the model's state dict, as DeepSpeed ZeRO-3 does. "
+                    "Use ipca.peft.save_gathered(model, folder)."
                 )
     return held
 
 
 def _keys(layers: Mapping[str, SavedLayer]) -> dict[str, tuple[str, str]]:
-    """By layer, the keys of its two factors."""
+    """The keys of each layer's two factors in the file of weights."""
     wrappers = wrappers_around({path: layer.kind for path, layer in layers.items()})
     return {path: factor_keys(path, layer.kind, wrappers[path]) for path, layer in layers.items()}
 
 
 def load_config(
-    cls: type[PCConfig], folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-) -> PCConfig:
-    """See :meth:`PCConfig.from_pretrained`."""
+    folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+) -> tuple[dict[str, Any], AdapterFolder | None]:
+    """Read the fields of a PCConfig, and the adapter where the folder holds one.
+
+    Args:
+        folder: on this disk, or a repository of the Hub.
+        subfolder: of ``folder``.
+        kwargs: for ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        ValueError: there is no adapter of a PCConfig, or a damaged one.
+    """
     path = _local(folder, subfolder, **kwargs)
     stock = LoraConfig.from_pretrained(str(path))
     if not isinstance(stock, LoraConfig) or stock.r % 2:
         raise ValueError(f"{path} holds no adapter of a PCConfig, which is a LoRA of even rank; got r={stock.r}.")
-    alpha = math.sqrt(2) if stock.use_rslora else 2
-    values = {f.name: getattr(stock, f.name) for f in fields(LoraConfig)}
-    values |= {
-        "r": stock.r // 2,
-        "lora_alpha": _number(stock.lora_alpha / alpha),
-        "rank_pattern": {key: rank // 2 for key, rank in (stock.rank_pattern or {}).items()},
-        "alpha_pattern": {key: _number(value / alpha) for key, value in (stock.alpha_pattern or {}).items()},
-    }
+    values = _halved(stock)
     if not (path / WEIGHTS).is_file():
-        return cls(**values, **_own_fields(path))
-    saved = read_adapter(path, modules_to_save=False)
-    config = cls(**{**values, **_windows(path, saved.layers)})
-    config.layers = dict(saved.layers)
-    config.bases = {name: layer.base_sha256 for name, layer in saved.layers.items() if layer.base_sha256}
-    config.starts = {name: _start(layer, saved.factors[name]) for name, layer in saved.layers.items()}
-    return config
+        return values | _own_fields(path), None
+    adapter = read_adapter(path, modules_to_save=False)
+    return values | _windows(path, adapter.layers), adapter
 
 
 def _windows(path: Path, layers: dict[str, SavedLayer]) -> dict[str, Any]:
-    """The fields that PEFT's file lacks: as saved, or for an adapter of :func:`ipca.save_adapter` as its layers say."""
+    """The fields that PEFT's file lacks: as saved, or of an adapter by :func:`ipca.save_adapter` from its layers."""
     starts = {f"^{re.escape(name)}": f"start={layer.start}" for name, layer in layers.items()}
     dropout = max(layer.dropout for layer in layers.values())
     return _own_fields(path) or {"window_pattern": starts, "lora_dropout": dropout}
@@ -130,12 +155,12 @@ def _windows(path: Path, layers: dict[str, SavedLayer]) -> dict[str, Any]:
 def _own_fields(path: Path) -> dict[str, Any]:
     try:
         record = json.loads((path / SIDECAR).read_text()).get("peft", {})
-        return {name: record[name] for name in _OURS if name in record}
+        return {name: record[name] for name in OWN_FIELDS if name in record}
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path / SIDECAR} is damaged: {type(error).__name__}: {error}") from None
 
 
-def _whole_modules(weights: Path, layers: Mapping[str, SavedLayer]) -> list[str]:
+def _modules_to_save(weights: Path, layers: Mapping[str, SavedLayer]) -> list[str]:
     """The modules whose tensors the file holds beside the layers' factors and base weights."""
     ours = {f"{PREFIX}{path}.base_layer.weight" for path in layers}.union(*_keys(layers).values())
     with safe_open(str(weights), "pt") as file:
@@ -143,17 +168,11 @@ def _whole_modules(weights: Path, layers: Mapping[str, SavedLayer]) -> list[str]
     return sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in others})
 
 
-def _start(layer: SavedLayer, factors: Factors) -> InitialFactors:
-    dtype = str(factors.A0.dtype).removeprefix("torch.")
-    certificate = InitCertificate(dtype, 0.0, 0.0, 0.0)
-    return InitialFactors(factors.A0, factors.B0, layer.window, layer.base_sha256 or "", layer.report(), certificate)
-
-
 def _local(folder: str | os.PathLike[str], subfolder: str | None, **kwargs: Any) -> Path:
-    """The adapter's folder on this disk, fetched from the Hub where ``folder`` is none."""
+    """The adapter's folder on this disk, downloaded from the Hub where ``folder`` does not exist."""
     path = Path(folder)
     if path.is_file():
-        raise ValueError(f"{path} is a file, but an adapter is a folder; give the folder it is in.")
+        raise ValueError(f"{path} is a file, but an adapter is a folder; pass the folder it is in.")
     if not path.is_dir():
         inside = f"{subfolder}/" if subfolder else ""
         wanted = [f"{inside}{name}" for name in (CONFIG_NAME, SIDECAR, WEIGHTS)]
@@ -168,5 +187,5 @@ def _local(folder: str | os.PathLike[str], subfolder: str | None, **kwargs: Any)
 
 
 def _number(value: float) -> float | int:
-    """An int where rounding hides one: PEFT's files say 16, not 16.000000000000004."""
+    """An int where ``value`` is one up to rounding: 16 in PEFT's files, not 16.000000000000004."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value

@@ -1,22 +1,7 @@
-"""Singular components of a chosen window: ``window_svd``, what it returns, and a cache of what it found."""
+"""Singular components of a chosen window: ``window_svd``, its result, and a cache of results."""
 
-from ipca.svd.batch import workspace
 from ipca.svd.cache import SpectralCache, cached_window_svd
-from ipca.svd.decompose import FLOAT_DTYPES, TOLERANCES, check_matrix, singular_values, tolerance, window_svd
-from ipca.svd.parallel import thread_map
+from ipca.svd.decompose import singular_values, window_svd
 from ipca.svd.result import SVDReport, WindowSVD
 
-__all__ = [
-    "FLOAT_DTYPES",
-    "TOLERANCES",
-    "SVDReport",
-    "SpectralCache",
-    "WindowSVD",
-    "cached_window_svd",
-    "check_matrix",
-    "singular_values",
-    "thread_map",
-    "tolerance",
-    "window_svd",
-    "workspace",
-]
+__all__ = ["SVDReport", "SpectralCache", "WindowSVD", "cached_window_svd", "singular_values", "window_svd"]

@@ -1,33 +1,105 @@
-"""The spectral cache: windows that were decomposed once, found again by the hash of their weight.
+"""The spectral cache: decomposed windows on disk, keyed by the hash of their weight.
 
-One sealed file an entry: ``U (m, r), S (r,), Vh (r, n)`` in the dtype that was asked for, and the report.
+One checksummed file per entry: ``U (m, r), S (r,), Vh (r, n)`` in the requested dtype, and the report.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ipca._atomic import TEMPORARY, CorruptFileError
-from ipca.svd.decompose import check_matrix, window_svd
-from ipca.svd.entry import ENDING, CacheEntry, CacheKey, cache_key, read_entry, write_entry
-from ipca.svd.result import WindowSVD
+from ipca._atomic import TEMPORARY, CorruptFileError, Record, read_checksummed, write_checksummed
+from ipca._hashing import tensor_sha256
+from ipca.svd.decompose import check_matrix, tolerance, window_svd
+from ipca.svd.result import SVDReport, WindowSVD
 from ipca.window import Window
 
+VERSION = 1
+"""Of the entries' format and of the contract of ``window_svd``; entries of another version are not found."""
+
+_ENDING = ".safetensors"
 _ABANDONED = 24 * 3600.0
+"""Seconds after which a temporary file counts as left behind."""
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """The key of an entry: a weight, a window, and the options of its decomposition.
+
+    Attributes:
+        weight: :func:`ipca._hashing.tensor_sha256` of the matrix, which covers its shape and dtype.
+        window: the text of the window's start: an index, or a rule that looks at the spectrum.
+        rank: of the window.
+        tol: the bound on the residual, as a number.
+        dtype: as requested, such as ``"float64"``, or ``"default"``.
+        version: :data:`VERSION` of the program that made it.
+    """
+
+    weight: str
+    window: str
+    rank: int
+    tol: float
+    dtype: str
+    version: int = VERSION
+
+    @property
+    def file_name(self) -> str:
+        """The name of the entry's file: a hash of the whole key."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:40] + _ENDING
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One entry in the folder: ``bytes`` is the file's size, ``used`` in seconds since 1970."""
+
+    path: Path
+    key: CacheKey
+    report: SVDReport
+    shape: tuple[int, int]
+    bytes: int
+    used: float
+
+
+def cache_key(
+    W: Tensor,
+    window: Window,
+    *,
+    tol: float | str = "default",
+    dtype: torch.dtype | None = None,
+    digest: str | None = None,
+) -> CacheKey:
+    """The key of ``window_svd(W, window, tol=tol, dtype=dtype)`` for one matrix ``W (m, n)``.
+
+    Rules that need no spectrum are resolved first, so that ``"middle"`` and its index share an entry.
+
+    Args:
+        digest: ``tensor_sha256(W)``, where it is known already.
+
+    Raises:
+        ValueError: ``W`` is no matrix, the window does not fit, or ``tol`` is out of range.
+    """
+    if W.ndim != 2:
+        raise ValueError(f"an entry holds one matrix (m, n), got shape {tuple(W.shape)}; ask for one at a time.")
+    resolved = window if window.needs_spectrum else window.resolve(min(W.shape))
+    name = "default" if dtype is None else str(dtype).removeprefix("torch.")
+    return CacheKey(digest or tensor_sha256(W), resolved.text, resolved.rank, tolerance(tol), name)
 
 
 class SpectralCache:
-    """Decomposed windows in ``folder``, which is made at the first entry; any number of processes may share it.
+    """Decomposed windows in ``folder``, which is created with the first entry; any number of processes may share it.
 
-    ``hits`` counts what :meth:`get` has found.
+    ``hits`` counts the entries that :meth:`get` has found.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -43,7 +115,7 @@ class SpectralCache:
         """The entry of ``key`` with its tensors on ``device``, or None. A damaged one is removed with a warning."""
         path = self.folder / key.file_name
         try:
-            _, found = read_entry(path)
+            _, found = _read_entry(path)
         except FileNotFoundError:
             return None
         except CorruptFileError as error:
@@ -54,25 +126,25 @@ class SpectralCache:
         except OSError as error:
             _warn(f"cannot read the spectral cache {self.folder}: {error.strerror}; its entries are made again")
             return None
-        with suppress(OSError):  # a folder for reading only keeps no times
+        with suppress(OSError):  # a read-only folder keeps no times
             os.utime(path)
         self.hits += 1
         return WindowSVD(found.U.to(device), found.S.to(device), found.Vh.to(device), found.reports)
 
     def put(self, key: CacheKey, found: WindowSVD) -> None:
-        """Keep ``found``, the window of one matrix, in one go.
+        """Write ``found``, the window of one matrix, atomically.
 
         Raises:
             OSError: the folder cannot be written or the disk is full; entries are as before.
         """
-        write_entry(self.folder, key, found)
+        _write_entry(self.folder, key, found)
 
     def entries(self) -> list[CacheEntry]:
         """Every sound entry, of any version, the one used last first."""
         found = []
         for path in self._files():
             with suppress(OSError, CorruptFileError):
-                key, window = read_entry(path)
+                key, window = _read_entry(path)
                 shape, status = (window.U.shape[0], window.Vh.shape[1]), path.stat()
                 found.append(CacheEntry(path, key, window.report, shape, status.st_size, status.st_mtime))
         return sorted(found, key=lambda entry: (-entry.used, entry.path.name))
@@ -86,7 +158,7 @@ class SpectralCache:
         damaged = []
         for path in self._files():
             try:
-                read_entry(path)
+                _read_entry(path)
             except FileNotFoundError:  # another process has deleted it
                 continue
             except (OSError, CorruptFileError) as error:
@@ -96,7 +168,7 @@ class SpectralCache:
         return damaged
 
     def prune(self, *, max_bytes: int | None = None, older_than: float | None = None) -> list[Path]:
-        """Delete entries, those unused for longest first, and what killed processes left behind.
+        """Delete entries, the least recently used first, and temporary files that killed processes left behind.
 
         Args:
             max_bytes: delete until the entries take no more than this.
@@ -120,7 +192,7 @@ class SpectralCache:
         return deleted
 
     def _files(self) -> list[Path]:
-        return [path for path in self._all() if path.suffix == ENDING and not path.name.startswith(".")]
+        return [path for path in self._all() if path.suffix == _ENDING and not path.name.startswith(".")]
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
@@ -135,14 +207,14 @@ def cached_window_svd(
     cache: SpectralCache | None = None,
     digests: Sequence[str] | None = None,
 ) -> WindowSVD:
-    """:func:`ipca.window_svd` through ``cache``: what is there is read, the rest is decomposed together and kept.
+    """:func:`ipca.window_svd` through ``cache``: known entries are read, the others decomposed together and written.
 
-    An entry is returned as it was made: factors to the bit, and the report with the time of then. A folder that cannot
-    be read or written costs a warning, never the result.
+    An entry is returned as it was written: the same bits, and the report with the seconds of that time. A folder that
+    cannot be read or written gives a warning, and the result all the same.
 
     Args:
         W, window, tol, dtype: as for :func:`ipca.window_svd`, a matrix or a stack.
-        cache: None decomposes without looking.
+        cache: None for no cache.
         digests: ``tensor_sha256`` of each matrix, where they are known already.
 
     Raises:
@@ -176,9 +248,36 @@ def _singles(found: WindowSVD) -> list[WindowSVD]:
     return [WindowSVD(U, S, Vh, (report,)) for U, S, Vh, report in parts]
 
 
-def default_cache_folder() -> Path:
-    """``$IPCA_CACHE``, else ``~/.cache/ipca``."""
-    return Path(os.environ.get("IPCA_CACHE") or "~/.cache/ipca").expanduser()
+def _write_entry(folder: Path, key: CacheKey, found: WindowSVD) -> None:
+    """Write the window of one matrix atomically; raises OSError as :func:`ipca._atomic.write_checksummed` does."""
+    (report,) = found.reports
+    record = {"key": asdict(key), "report": asdict(report)}
+    write_checksummed(folder / key.file_name, record, {"U": found.U, "S": found.S, "Vh": found.Vh})
+
+
+def _read_entry(path: Path) -> tuple[CacheKey, WindowSVD]:
+    """The key and the window in the file at ``path``, on the CPU.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
+        CorruptFileError: it is not what was written, or its name is that of another entry.
+    """
+    record, tensors = read_checksummed(path)
+    try:
+        key = CacheKey(**record["key"])
+        found = WindowSVD(tensors["U"], tensors["S"], tensors["Vh"], (_report(record["report"]),))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if key.file_name != path.name:
+        raise CorruptFileError(f"{path} is damaged: it holds another entry than its name says")
+    return key, found
+
+
+def _report(values: Record) -> SVDReport:
+    """The report from its record; fields of a later version are left out."""
+    known = {field.name for field in fields(SVDReport)} - {"window"}
+    window = Window(values["window"]["start"], values["window"]["rank"])
+    return SVDReport(window=window, **{name: value for name, value in values.items() if name in known})
 
 
 def _put(cache: SpectralCache, key: CacheKey, found: WindowSVD) -> None:
@@ -189,7 +288,7 @@ def _put(cache: SpectralCache, key: CacheKey, found: WindowSVD) -> None:
 
 
 def _by_age(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
-    """Each file with its status, the one unused for longest first."""
+    """Each file with its status, the least recently used first."""
     found = []
     for path in paths:
         with suppress(FileNotFoundError):  # another process deletes too

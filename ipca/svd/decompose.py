@@ -1,20 +1,25 @@
-"""window_svd: any window of singular components of a matrix or a stack, on the path that fits, certified."""
+"""The singular components of any window of a matrix or a stack: ``window_svd``, and its checks of the input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from ipca.svd.batch import decompose
-from ipca.svd.blocks import Blocks, largest_entry
-from ipca.svd.result import WindowSVD
+from ipca.svd.matrix_batch import MatrixBatch, largest_entry
+from ipca.svd.parallel import thread_map, workspace
+from ipca.svd.result import SVDReport, WindowSVD
+from ipca.svd.solve import solve_window
 from ipca.window import Window
 
 TOLERANCES = {"fast": 1e-4, "default": 1e-6, "exact": 1e-9}
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHARE = 0.6
+"""Of a GPU's free memory, for the matrices that are decomposed together."""
 
 
 @overload
@@ -37,9 +42,9 @@ def window_svd(
 
     Args:
         W: ``(m, n)``, or a stack ``(L, m, n)``; float16, bfloat16, float32 or float64, on any device. A stack on a GPU
-            is decomposed as a batch, in parts that fit into free memory; on a CPU its matrices go side by side.
-        window: an index or a rule, resolved against ``min(m, n)`` for each matrix. Several windows cost the Gram matrix
-            and the density of states once: that is most of what a sweep over ``start`` has to pay.
+            is decomposed as a batch, in parts that fit into free memory; on a CPU its matrices run in parallel.
+        window: resolved against ``min(m, n)`` for each matrix. Several windows share the Gram matrix and the density of
+            states, which are most of the cost.
         tol: the bound on ``report.residual``; ``"default"`` is 1e-6, ``"exact"`` 1e-9, ``"fast"`` 1e-4.
         dtype: of the result. Default: that of ``W``, but at least float32, and float64 where ``tol < 1e-6``.
         seed: of the random vectors that iterations start from.
@@ -65,7 +70,9 @@ def window_svd(
     elif dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be a 16-, 32- or 64-bit float, got {dtype!r}.")
     stack = W.detach() if W.ndim == 3 else W.detach()[None]
-    found = decompose(stack, windows, tol=bound, dtype=dtype, seed=seed)
+    work = partial(_decompose_batch, windows=windows, tol=bound, dtype=dtype, seed=seed)
+    rows = [row for part in _map_parts(work, stack, windows) for row in part]
+    found = [_stacked([row[k] for row in rows], W.device) for k in range(len(windows))]
     if W.ndim == 2:
         found = [each[0] for each in found]
     return found[0] if isinstance(window, Window) else found
@@ -75,7 +82,7 @@ def singular_values(W: Tensor) -> Tensor:
     """All singular values of ``W (m, n)`` in float64, descending, on the CPU; raises as :func:`window_svd` does."""
     check_matrix(W, dims=(2,))
     W = W.detach() if W.device.type in ("cpu", "cuda") else W.detach().cpu()
-    tall = Blocks((W if W.shape[0] >= W.shape[1] else W.mT)[None])
+    tall = MatrixBatch((W if W.shape[0] >= W.shape[1] else W.mT)[None])
     return (torch.linalg.svdvals(tall.dense()) * tall.scale[:, None])[0].cpu()
 
 
@@ -97,7 +104,7 @@ def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> None:
 
 
 def tolerance(tol: float | str) -> float:
-    """The number that ``tol`` means, or a ValueError."""
+    """``tol`` as a number; a ValueError where it is neither one of :data:`TOLERANCES` nor a number that fits."""
     if isinstance(tol, str):
         if tol not in TOLERANCES:
             raise ValueError(f"tol must be a number or one of {', '.join(TOLERANCES)}; got {tol!r}.")
@@ -105,3 +112,62 @@ def tolerance(tol: float | str) -> float:
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 1e-12 <= tol < 1:
         raise ValueError(f"tol must be a number in [1e-12, 1), which float64 can reach; got {tol!r}.")
     return float(tol)
+
+
+def _map_parts(
+    work: Callable[[Tensor], list[list[WindowSVD]]], W: Tensor, windows: Sequence[Window]
+) -> Iterable[list[list[WindowSVD]]]:
+    """Call ``work`` for parts of ``W (L, m, n)``: on a GPU batches that fit into its memory, on a CPU single matrices.
+
+    A CPU gains nothing from a batch, as one matrix fills a core.
+    """
+    on = W if W.device.type in ("cpu", "cuda") else W.cpu()  # other devices have no float64
+    if on.device.type == "cpu":
+        return thread_map(work, on.split(1), [workspace(W.shape[1:])] * len(on)) if len(on) > 1 else [work(on)]
+    together = 1  # where the spectrum decides, each matrix has its window at another index
+    if not any(window.needs_spectrum for window in windows):
+        together = max(1, int(_SHARE * torch.cuda.mem_get_info(on.device)[0] / workspace(W.shape[1:])))
+    return map(work, on.split(together))
+
+
+def _decompose_batch(
+    W: Tensor, windows: Sequence[Window], tol: float, dtype: torch.dtype, seed: int
+) -> list[list[WindowSVD]]:
+    """Each window of each matrix of the batch ``W``: one row for each matrix."""
+    transposed = W.shape[1] < W.shape[2]
+    rows: list[list[WindowSVD]] = [[] for _ in W]
+    with torch.autocast(W.device.type, enabled=False):  # it would multiply in 16 bits
+        batch = MatrixBatch(W.mT if transposed else W, seed)
+        spectrum = torch.linalg.svdvals(batch.dense())[0] if any(w.needs_spectrum for w in windows) else None
+        for window in windows:
+            began, batch.flops = time.perf_counter(), 0.0
+            resolved = window.resolve(batch.n, spectrum)
+            start = resolved.index
+            solutions = solve_window(batch, range(start, start + resolved.rank), tol)
+            seconds = (time.perf_counter() - began) / len(W)
+            for row, solution, scale in zip(rows, solutions, batch.scale.tolist(), strict=True):
+                if solution.error > tol:
+                    raise RuntimeError(
+                        f"the full float64 SVD left a residual of {solution.error:.1e}, above tol={tol:g}; raise tol."
+                    )
+                U, S, V = solution.U, solution.S * scale, solution.V
+                report = SVDReport(
+                    solution.path, resolved, solution.error, *solution.proof, seconds=seconds, flops=solution.flops
+                )
+                row.append(_result(*((V, S, U) if transposed else (U, S, V)), report, dtype))
+    return rows
+
+
+def _result(U: Tensor, S: Tensor, V: Tensor, report: SVDReport, dtype: torch.dtype) -> WindowSVD:
+    """The factors in ``dtype``, signed so that the largest entry of each row of ``Vh`` is positive."""
+    sign = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
+    S = S.to(dtype)
+    if not torch.isfinite(S).all():
+        cure = "scale the matrix down" if dtype == torch.float64 else "pass dtype=torch.float64"
+        raise ValueError(f"the singular values overflow {dtype}; {cure}.")
+    return WindowSVD((U * sign).to(dtype), S, (V * sign).mT.to(dtype), (report,))
+
+
+def _stacked(found: list[WindowSVD], device: torch.device) -> WindowSVD:
+    U, S, Vh = (torch.stack([getattr(one, name) for one in found]).to(device) for name in ("U", "S", "Vh"))
+    return WindowSVD(U, S, Vh, tuple(report for one in found for report in one.reports))

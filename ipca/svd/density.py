@@ -1,4 +1,4 @@
-"""How many singular values lie above a value, without any of them: the density of states by stochastic Lanczos.
+"""Density of states: the distribution of singular values by stochastic Lanczos, without any of them.
 
 The Gram matrix's spectral measure at a random vector is known to a few dozen Gauss nodes after as many Lanczos steps,
 and the average over random vectors is the spectrum's distribution function, to ``√(d / (2 · chains))`` indices or so.
@@ -29,7 +29,7 @@ class Density:
     n: int
 
     def value_at(self, index: Tensor) -> Tensor:
-        """``(batch,)``: where about ``index (batch,)`` singular values lie above."""
+        """``(batch,)``: the value above which about ``index (batch,)`` singular values lie."""
         below = 1 - index.double().cpu().numpy() / self.n
         found = [np.interp(p, F, x) for p, F, x in zip(below, self.fraction, self.values, strict=True)]
         return torch.from_numpy(np.array(found)).to(index.device)
@@ -39,7 +39,7 @@ def spectral_density(G: Tensor, seed: int) -> Density:
     """The density of the singular values whose squares are the eigenvalues of ``G (batch, n, n)``, in float32."""
     batch, n, _ = G.shape
     alpha, beta = _lanczos(G, min(STEPS, n), seed)
-    nodes, vectors = torch.linalg.eigh(torch.diag_embed(alpha) + _beside(beta) + _beside(beta).mT)
+    nodes, vectors = torch.linalg.eigh(torch.diag_embed(alpha) + _subdiagonal(beta) + _subdiagonal(beta).mT)
     sigma = nodes.clamp_min(0).sqrt().reshape(batch, CHAINS, -1).numpy()
     weights = vectors[:, 0].square().reshape(batch, CHAINS, -1).numpy()
     values, fraction = zip(*(_average(s, w) for s, w in zip(sigma, weights, strict=True)), strict=True)
@@ -59,7 +59,7 @@ def _lanczos(G: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     return alpha.double().cpu(), beta.double().cpu()
 
 
-def _beside(beta: Tensor) -> Tensor:
+def _subdiagonal(beta: Tensor) -> Tensor:
     return torch.diag_embed(beta[:, :-1], offset=-1)
 
 

@@ -1,4 +1,4 @@
-"""Block Krylov: the eigenvectors that a symmetric operator amplifies most, from an orthonormal basis that grows.
+"""Block Krylov: the eigenvectors that a symmetric operator amplifies most; the path of the first components.
 
 With ``M`` the operator and ``Q`` an orthonormal basis of ``span{X, M X, M² X, …}``, the eigenpairs of ``T = Qᵀ M Q``
 that lie outermost converge first. ``Z = M Q`` is kept, so that residuals cost one product and nothing is estimated.
@@ -12,12 +12,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ipca.svd.candidate import Candidate
-from ipca.svd.orthonormal import orthonormalize
+from ipca.svd.inner_loops import scaled_cholesky
+from ipca.svd.matrix_batch import Candidate, MatrixBatch
 
 Operator = Callable[[Tensor], Tensor]
+_WIDTH, _BLOCKS = 16, 40
 _FLOOR = 1e-3
-"""Closer neighbors than this share of ``tol`` are not worth more work: the certificate tells."""
+"""Neighbors closer than this share of ``tol`` are not worth more work: the certificate decides."""
+_PASSES = 6
+_BENIGN = 10.0
+
+
+def top(batch: MatrixBatch, window: range, tol: float) -> Candidate:
+    """The window's right singular vectors by block Krylov with ``WᵀW``; cheap where the window starts early."""
+    n, products = batch.n, 0
+    G = top_gram(batch, tol)
+
+    def multiply(X: Tensor) -> Tensor:
+        nonlocal products
+        products += X.shape[-1]
+        return G @ X
+
+    def measure(pairs: RitzPairs) -> tuple[Tensor, Tensor]:
+        sigma = pairs.values.clamp_min(0).sqrt()
+        return sigma, pairs.residuals / sigma
+
+    wanted = range(window.start - (window.start > 0), min(window.stop + 1, n))
+    places = -1 - torch.arange(wanted.start, wanted.stop, device=G.device).expand(batch.size, -1)
+    width = min(n, _WIDTH)
+    krylov = Krylov(multiply, batch.random_columns(width, G.dtype), min(n, _BLOCKS * width + 4 * window.stop))
+    edges = slice(window.start - wanted.start, window.stop - wanted.start)
+    V, neighbors = krylov.converge(places, measure, edges, tol * batch.sigma1, first=3 * window.stop)
+    batch.flops += (2 * n**2 + 6 * n * krylov.size) * products
+    return Candidate(orthonormalize(V.double()), neighbors, lambda V: orthonormalize(batch.rmatmul(batch.matmul(V))))
+
+
+def top_gram(batch: MatrixBatch, tol: float) -> Tensor:
+    """``WᵀW`` for the first components: in float32 where ``tol`` is above its rounding, on a CPU.
+
+    Squaring costs little here: an error of ``eps σ₁²`` in ``WᵀW`` is one of ``eps σ₁`` in singular values near σ₁. A
+    GPU multiplies float64 as fast as float32, and its faster TF32 would not do.
+    """
+    return batch.gram32 if tol >= 1e-6 and batch.W.device.type == "cpu" else batch.gram
 
 
 @dataclass(frozen=True)
@@ -63,7 +99,7 @@ class Krylov:
         self.projected[:, : self.size, new] = self.basis[:, :, : self.size].mT @ image
 
     def ritz(self, wanted: Tensor) -> RitzPairs:
-        """The pairs at the places ``wanted (batch, k)``, counted from the smallest value; negative from the largest."""
+        """The pairs at the indices ``wanted (batch, k)``, ascending: 0 is the smallest value, −1 the largest."""
         size = self.size
         values, vectors = torch.linalg.eigh(self.projected[:, :size, :size].double(), UPLO="U")
         places = wanted % size
@@ -73,16 +109,22 @@ class Krylov:
         residual = self.images[:, :, :size] @ vectors - V * values[:, None].to(V.dtype)
         return RitzPairs(values, V, residual.norm(dim=1).double())
 
-    def converge(self, wanted: Tensor, measure: Measure, edges: slice, tol: Tensor, first: int) -> Candidate:
+    def converge(
+        self, wanted: Tensor, measure: Measure, edges: slice, tol: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
         """Grow until the pairs ``wanted`` are good, or the basis is full.
 
         Args:
-            wanted: as in :meth:`ritz`; besides the window's places those of its neighbors.
+            wanted: as in :meth:`ritz`; besides the window's indices those of its neighbors.
             measure: how good a pair is.
             edges: which of ``wanted`` are the window.
             tol: ``(batch,)``; the residual to reach. Where the window's neighbors lie closer than that, a tenth of
                 their distance is.
             first: the size at which to look for the first time.
+
+        Returns:
+            The window's vectors ``(batch, n, r)``, and the values ``(batch, 2)`` of its neighbors: the one above, or
+            infinity, and the one below, or 0.
         """
         look = first
         while True:
@@ -94,13 +136,29 @@ class Krylov:
                 inside = [gaps[:, i] for i in (edges.start - 1, edges.stop - 1) if 0 <= i < gaps.shape[1]]
                 target = torch.stack([tol, *(g.abs() / 10 for g in inside)]).amin(0).clamp_min(_FLOOR * tol)
                 if full or bool((error[:, edges].amax(1) <= target).all()):
-                    return Candidate(pairs.vectors[:, :, edges], _outside(sigma, edges))
+                    return pairs.vectors[:, :, edges], _neighbors(sigma, edges)
                 look = self.size + max(self.width, self.size // 8)
             self.grow()
 
 
-def _outside(sigma: Tensor, edges: slice) -> Tensor:
-    """The neighbors' values ``(batch, 2)``: the one above, or infinity, and the one below, or 0."""
+def _neighbors(sigma: Tensor, edges: slice) -> Tensor:
     above = sigma[:, 0] if edges.start else torch.full_like(sigma[:, 0], torch.inf)
     below = sigma[:, -1] if edges.stop < sigma.shape[1] else torch.zeros_like(sigma[:, 0])
     return torch.stack([above, below], dim=1)
+
+
+def orthonormalize(X: Tensor, against: Tensor | None = None) -> Tensor:
+    """An orthonormal basis of the columns of ``X (batch, n, p)``, orthogonal to those of ``against (batch, n, q)``.
+
+    Cholesky QR: products and one small factorization a pass. At least two passes of projection and scaled Cholesky QR,
+    and more until one enlarges no column much: a pass enlarges rounding errors as well. Columns that vanish under the
+    projection come back as what rounding left of them, made orthonormal: directions as good as random.
+    """
+    for done in range(_PASSES):
+        if against is not None:
+            X = X - against @ (against.mT @ X)
+        T, _ = scaled_cholesky(X.mT @ X)
+        X = X @ T
+        if done and bool(T.abs().amax() <= _BENIGN):
+            break
+    return X

@@ -1,7 +1,8 @@
-"""Symmetric indefinite systems: ``A = L D Lᵀ`` without pivoting, blocked, with inertia and a bound on its error.
+"""Symmetric indefinite systems: ``A = L D Lᵀ`` without pivoting, its inertia, and a bound on its error.
 
-Nearly all the work is in products of blocks, with half the operations of an LU factorization. Without pivoting a small
-pivot lets the entries grow; ``growth`` says how far, so that nobody trusts a factor that lost its digits.
+Pivoting would move single rows and columns between steps. Without it nearly all the work is in products of blocks, with
+half the operations of an LU factorization, and a batch takes the same steps for every matrix. The price: a small pivot
+lets the entries grow. ``growth`` records how far, so that no count relies on a factor that lost its digits.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ipca.svd.inner_loops import ldlt_panel_
-from ipca.svd.inner_loops_torch import PANEL
+from ipca.svd.inner_loops import PANEL, ldlt_panel_
+from ipca.svd.random_vectors import norm_bound, probes
 
 _BLOCK = 256
 _EPS = torch.finfo(torch.float64).eps
@@ -43,7 +44,7 @@ class LDLT:
         return self.growth.shape[1] * _EPS * self.growth.sum(1)
 
     def multiply(self, X: Tensor) -> Tensor:
-        """``L D Lᵀ X`` for ``X (batch, n, k)``: what the factors stand for."""
+        """``L D Lᵀ X`` for ``X (batch, n, k)``."""
         n = X.shape[1]
         blocks = [slice(j, min(j + _BLOCK, n)) for j in range(0, n, _BLOCK)]
         Y = X.clone()
@@ -88,9 +89,37 @@ def _subtract_(A: Tensor, done: slice, columns: slice) -> None:
 
 
 def factorize_shifted(G: Tensor, shift: Tensor) -> LDLT:
-    """``G − shift I = L D Lᵀ`` for ``G (batch, n, n)`` and ``shift (batch,)``; ``G`` stays."""
+    """``G − shift I = L D Lᵀ`` for ``G (batch, n, n)``, which stays as it is, and ``shift (batch,)``."""
     A = torch.empty_like(G)
     for k in range(0, G.shape[-1], _BLOCK):
         A[:, k:, k : k + _BLOCK] = G[:, k:, k : k + _BLOCK]
     A.diagonal(dim1=-2, dim2=-1).sub_(shift[:, None])
     return factorize_(A)
+
+
+def count_above(G: Tensor, threshold: Tensor, room: Tensor, seed: int = 0) -> Tensor:
+    """The number of eigenvalues of each symmetric ``G (batch, n, n)`` that exceed ``threshold (batch,)``, by inertia.
+
+    ``room (batch,)``: how far an error may move eigenvalues without harm. Where the bound on the unpivoted
+    factorization's error is above that, the error is measured, and where that is too large as well Bunch and Kaufman's
+    pivoted factorization counts instead.
+    """
+    factor = factorize_shifted(G, threshold)
+    counts, unsure = factor.positive, ~(factor.error <= room)
+    if bool(unsure.any()):
+        x = probes(G, seed)
+        unsure &= ~(norm_bound(G @ x - threshold[:, None, None] * x - factor.multiply(x)) <= room)
+    del factor  # its memory is wanted again
+    for i in torch.nonzero(unsure)[:, 0].tolist():
+        counts[i] = count_above_pivoted(G[i], threshold[i])
+    return counts
+
+
+def count_above_pivoted(G: Tensor, threshold: Tensor | float) -> int:
+    """The number of eigenvalues of one symmetric ``G (n, n)`` above ``threshold``, by Bunch and Kaufman's LDLᵀ."""
+    A = G.clone()
+    A.diagonal().sub_(threshold)
+    LD, pivots, _ = torch.linalg.ldl_factor_ex(A)  # a pivot of exactly 0 is no error: it is not above
+    # A negative pivot marks a row of a 2 × 2 block, which Bunch–Kaufman picks only where one eigenvalue is positive.
+    positive = ((LD.diagonal() > 0) & (pivots > 0)).sum() + (pivots < 0).sum() // 2
+    return int(positive)

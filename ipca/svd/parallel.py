@@ -1,4 +1,7 @@
-"""Independent work on small matrices, several at a time: one core each, as their products are too small to share."""
+"""Threads for independent decompositions of small matrices, and the memory that each needs.
+
+One core for each matrix: the products of a small one are too small to share.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,13 @@ Result = TypeVar("Result")
 _BUSY = threading.Lock()
 TOGETHER = 256 * 2**20
 """Bytes of workspace that items running side by side may have between them."""
+_MATRICES = 3.5
+"""Float64 matrices ``(d, d)`` that a decomposition needs: Gram matrix, factor, and what the steps keep."""
+
+
+def workspace(shape: Sequence[int]) -> float:
+    """Bytes that the decomposition of one matrix needs beside it, the full SVD excepted."""
+    return _MATRICES * 8 * min(shape) ** 2
 
 
 def thread_map(work: Callable[[Item], Result], items: Sequence[Item], workspaces: Sequence[float]) -> Iterator[Result]:
@@ -32,13 +42,13 @@ def thread_map(work: Callable[[Item], Result], items: Sequence[Item], workspaces
         yield from map(work, items)
         return
     try:
-        yield from _shared_out(work, items, workers, threads)
+        yield from _in_threads(work, items, workers, threads)
     finally:
         torch.set_num_threads(threads)
         _BUSY.release()
 
 
-def _shared_out(work: Callable[[Item], Result], items: Sequence[Item], workers: int, threads: int) -> Iterator[Result]:
+def _in_threads(work: Callable[[Item], Result], items: Sequence[Item], workers: int, threads: int) -> Iterator[Result]:
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ipca")
     waiting = iter(items)
     running: deque[Future[Result]] = deque()

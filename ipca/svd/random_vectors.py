@@ -1,7 +1,8 @@
-"""The random vectors that iterations start from: a counter generator, keyed on the seed and on what the draw is for.
+"""Random vectors that iterations start from, and norm estimates with random vectors.
 
-NumPy's Philox and not PyTorch's generator, whose stream for a small seed is what many a matrix was drawn from: starting
-vectors that are rows of the matrix itself would say nothing about the rest of it.
+A counter-based generator keyed on the seed and on the purpose. NumPy's Philox and not PyTorch's generator, whose stream
+for a small seed is what many a matrix was drawn from: starting vectors that are rows of the matrix itself would say
+nothing about the rest of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 POWER, DENSITY, KRYLOV, PROBES = range(4)
-"""What draws are for."""
+"""Purposes of random vectors."""
+_PROBES = 16
 
 
 def normal(seed: int, purpose: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -19,3 +21,18 @@ def normal(seed: int, purpose: int, shape: tuple[int, ...], dtype: torch.dtype) 
     bits = np.random.Philox(key=np.array([seed % 2**64, purpose], dtype=np.uint64))
     kind = np.float32 if dtype == torch.float32 else np.float64
     return torch.from_numpy(np.random.Generator(bits).standard_normal(shape, dtype=kind))
+
+
+def probes(G: Tensor, seed: int) -> Tensor:
+    """Standard normal columns ``(batch, n, 16)`` in float64, their entries representable in the dtype of ``G``."""
+    x = normal(seed, PROBES, (G.shape[-1], _PROBES), torch.float64).to(G.device, G.dtype).double()
+    return x.expand(len(G), -1, -1)
+
+
+def norm_bound(EX: Tensor) -> Tensor:
+    """``(batch,)``: a bound on ``‖E‖₂`` from ``E X (batch, m, 16)`` for standard normal columns ``X``.
+
+    The mean of ``‖E x‖²`` is ``‖E‖_F²``; three times its root is returned. Sixteen columns find a third of ``‖E‖_F`` or
+    less once in a million times where ``E`` has rank 1, and more rarely yet elsewhere.
+    """
+    return 3 * EX.square().sum(1).mean(1).sqrt()

@@ -1,4 +1,4 @@
-"""What window_svd returns: the factors, and for each matrix how they were found and how far they can be trusted."""
+"""The result of ``window_svd``: the factors, and a report for each matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ipca.window import Window
 
 @dataclass(frozen=True)
 class SVDReport:
-    """How one matrix was decomposed.
+    """Report on the decomposition of one matrix.
 
     Attributes:
         path: ``"interior"``, ``"top"`` or ``"bottom"`` (block Krylov), ``"range"`` (LAPACK's range solver) or
@@ -24,7 +24,7 @@ class SVDReport:
         seconds: wall time; for matrices decomposed together, an equal share of it.
         flops: floating point operations by the textbook counts of the steps taken. What several windows of one matrix
             share is counted with the first.
-        source: of the matrix: ``"weight"``, a layer's own; for a quantized layer ``"original"`` or ``"dequantized"``.
+        source: the matrix: ``"weight"``, a layer's own; for a quantized layer ``"unquantized"`` or ``"dequantized"``.
     """
 
     path: str

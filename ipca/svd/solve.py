@@ -1,4 +1,8 @@
-"""One window of a batch of tall matrices: the planned paths in turn, each judged, behind them the full SVD."""
+"""Path selection: which algorithms are tried for a window, and how their results are accepted.
+
+A path proposes right singular vectors. They count where, after Rayleigh–Ritz on ``W`` itself, the residual is within
+the tolerance and the certificate proves the indices. What no path gets accepted is left to the full SVD.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,11 @@ import torch
 from torch import Tensor
 
 from ipca.svd import certificate
-from ipca.svd.blocks import Blocks, largest_entry
-from ipca.svd.bottom import bottom
-from ipca.svd.candidate import Candidate
 from ipca.svd.certificate import Proof
-from ipca.svd.dense import full_svd
-from ipca.svd.interior import interior
-from ipca.svd.orthonormal import orthonormalize
-from ipca.svd.plan import plan
-from ipca.svd.problem import MatrixBatch
-from ipca.svd.range import lapack_range
-from ipca.svd.top import top, uses_float32
+from ipca.svd.dense import full_svd, lapack_range
+from ipca.svd.krylov import orthonormalize, top, top_gram
+from ipca.svd.matrix_batch import Candidate, MatrixBatch
+from ipca.svd.shift_invert import bottom, interior
 
 PATHS: dict[str, Callable[[MatrixBatch, range, float], Candidate | None]] = {
     "top": top,
@@ -31,8 +29,61 @@ PATHS: dict[str, Callable[[MatrixBatch, range, float], Candidate | None]] = {
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """Sizes at which the paths of a class of devices meet.
+
+    Attributes:
+        full_below: smallest ``d`` that is not left to the full SVD.
+        full_share: ranks above this share of ``d`` are.
+        top_from: smallest ``d`` for block Krylov at the start of the spectrum.
+        top_share: the share of ``d`` before which such a window ends.
+        interior_from: smallest ``d`` for inverse block Krylov inside the spectrum.
+        bottom_from: the same at the end of the spectrum.
+        bottom_aspect: the largest m / d there; the spectrum of a taller matrix ends far from the shift 0.
+        interior_share: the largest rank for these, as a share of ``d``.
+        lapack: whether the range solver is there.
+    """
+
+    full_below: int
+    full_share: float
+    top_from: int
+    top_share: float
+    interior_from: int
+    bottom_from: int
+    bottom_aspect: float
+    interior_share: float
+    lapack: bool
+
+
+THRESHOLDS = {
+    # From timings of every path at d from 256 to 2048 on 2 cores; bench/bench_window_svd.py forces each path again.
+    "cpu": Thresholds(256, 1 / 4, 768, 1 / 32, 1536, 768, 1.2, 1 / 8, lapack=True),
+    # Not measured: an operation count, and the launches that a small matrix cannot pay for.
+    "cuda": Thresholds(256, 1 / 4, 256, 1 / 32, 256, 256, 1.2, 1 / 4, lapack=False),
+}
+
+
+def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
+    """The paths to try in turn for an ``(m, d)`` matrix, ``m >= d``, before the full SVD."""
+    limits, rank = THRESHOLDS[device_type], len(window)
+    if d < limits.full_below or rank > limits.full_share * d:
+        return []
+    paths = []
+    narrow = rank <= limits.interior_share * d
+    if d >= limits.top_from and window.stop <= limits.top_share * d:
+        paths.append("top")
+    elif narrow and window.stop == d and d >= limits.bottom_from and m <= limits.bottom_aspect * d:
+        paths.append("bottom")
+    if narrow and d >= limits.interior_from:
+        paths.append("interior")
+    if limits.lapack:
+        paths.append("range")
+    return paths
+
+
+@dataclass(frozen=True)
 class Solution:
-    """One matrix's window ``U (m, r), S (r,), V (n, r)`` in units of ``W / scale``, and how far it can be trusted."""
+    """One matrix's window ``U (m, r), S (r,), V (n, r)`` in units of ``W / scale``, its error, and its proof."""
 
     U: Tensor
     S: Tensor
@@ -43,85 +94,74 @@ class Solution:
     flops: float
 
 
-def solve(problem: MatrixBatch, window: range, tol: float) -> list[Solution]:
-    """The window of every matrix of ``problem``; a path's result counts only where it is within ``tol`` and proven."""
+def solve_window(batch: MatrixBatch, window: range, tol: float) -> list[Solution]:
+    """The window of every matrix: of the first path that is accepted for it, else of the full SVD."""
     found: dict[int, Solution] = {}
-    empty = (largest_entry(problem.blocks.W) == 0).tolist()
-    for name in plan(problem.blocks.W.device.type, problem.m, problem.n, window):
-        left = [i for i in range(len(problem.blocks)) if i not in found and not empty[i]]
+    zero = (batch.largest == 0).tolist()
+    for path in plan(batch.W.device.type, batch.m, batch.n, window):
+        left = [i for i in range(batch.size) if i not in found and not zero[i]]
         if not left:
             break
-        for i, solution in zip(left, _attempt(name, problem.part(left), window, tol), strict=True):
+        for i, solution in zip(left, _try_path(path, batch.part(left), window, tol), strict=True):
             if solution is not None:
                 found[i] = solution
-    return [found[i] if i in found else _full(problem.part([i]), window) for i in range(len(problem.blocks))]
+    return [found[i] if i in found else _solve_fully(batch.part([i]), window) for i in range(batch.size)]
 
 
-def _attempt(name: str, problem: MatrixBatch, window: range, tol: float) -> list[Solution | None]:
-    """What one path finds; where that is not good enough, once more after polishing."""
+def _try_path(path: str, batch: MatrixBatch, window: range, tol: float) -> list[Solution | None]:
+    """The accepted results of one path; where there are others, they are polished and judged once more."""
     try:
-        candidate = PATHS[name](problem, window, tol)
+        candidate = PATHS[path](batch, window, tol)
     except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]  # no convergence
         candidate = None
     if candidate is None:
-        return [None] * len(problem.blocks)
-    found = _judge(name, problem, window, tol, candidate.V, candidate.neighbors)
+        return [None] * batch.size
+    found = _judge(path, batch, window, tol, candidate)
     if candidate.polish is None or all(found):
         return found
-    again = _judge(name, problem, window, tol, candidate.polish(candidate.V), None)
+    polished = Candidate(candidate.polish(candidate.V), neighbors=None)
+    again = _judge(path, batch, window, tol, polished)
     return [first or second for first, second in zip(found, again, strict=True)]
 
 
-def _judge(
-    name: str, problem: MatrixBatch, window: range, tol: float, V: Tensor, neighbors: Tensor | None
-) -> list[Solution | None]:
-    U, S, V, WV = rayleigh_ritz(problem.blocks, V)
-    rho = certificate.residual(problem.blocks, U, S, V, WV)
-    error = torch.maximum(rho / problem.sigma1, certificate.orthogonality(U, V))
-    problem.flops += 4 * problem.m * problem.n * len(window)
+def _judge(path: str, batch: MatrixBatch, window: range, tol: float, candidate: Candidate) -> list[Solution | None]:
+    """The solutions within ``tol`` and proven, None for the other matrices."""
+    U, S, V, WV = rayleigh_ritz(batch, candidate.V)
+    rho = certificate.residual(batch, U, S, V, WV)
+    error = torch.maximum(rho / batch.sigma1, certificate.orthogonality(U, V))
+    batch.flops += 4 * batch.m * batch.n * len(window)
     if not bool((error <= tol).any()):
-        return [None] * len(problem.blocks)
-    proofs = _prove(name, problem, window, tol, S, V, rho, neighbors)
+        return [None] * batch.size  # no result that a proof would pay for
+    if path == "top" and window.start == 0 and candidate.neighbors is not None:
+        batch.flops += batch.n**3 / 3
+        G = top_gram(batch, tol)
+        proofs = certificate.certify_first(batch, G, S, V, rho, candidate.neighbors[:, 1])
+    else:
+        batch.flops += ((window.start > 0) + (window.stop < batch.n)) * batch.n**3 / 3
+        proofs = certificate.certify(batch.gram, S, rho, batch.sigma1, window.start, candidate.neighbors)
     return [
-        Solution(U[i], S[i], V[i], name, e, proof, problem.flops) if e <= tol and proof.certified else None
+        Solution(U[i], S[i], V[i], path, e, proof, batch.flops) if e <= tol and proof.certified else None
         for i, (e, proof) in enumerate(zip(error.tolist(), proofs, strict=True))
     ]
 
 
-def _prove(
-    name: str,
-    problem: MatrixBatch,
-    window: range,
-    tol: float,
-    S: Tensor,
-    V: Tensor,
-    rho: Tensor,
-    neighbors: Tensor | None,
-) -> list[Proof]:
-    if name == "top" and window.start == 0 and neighbors is not None:
-        G = problem.gram32 if uses_float32(problem, tol) else problem.gram
-        problem.flops += problem.n**3 / 3
-        return certificate.certify_first(problem.blocks, G, S, V, rho, problem.sigma1, neighbors[:, 1], problem.seed)
-    problem.flops += ((window.start > 0) + (window.stop < problem.n)) * problem.n**3 / 3
-    return certificate.certify(problem.gram, S, rho, problem.sigma1, window.start, neighbors)
-
-
-def rayleigh_ritz(W: Blocks, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rayleigh_ritz(batch: MatrixBatch, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best ``U, S, V`` and their ``W V`` within the space that the orthonormal columns of ``V (batch, n, r)`` span.
 
-    The Gram matrix squares the condition number, so that small singular values lose digits; this, on ``W`` itself,
-    wins those of ``S`` and ``U`` back, and the residual shows what is left.
+    On ``W`` itself: the Gram matrix squares the condition number, so that small singular values lose digits. This wins
+    those of ``S`` and ``U`` back, and the residual shows what is left.
     """
-    X = W.matmul(V)
+    X = batch.matmul(V)
     Q = orthonormalize(X)
     U, S, Rh = torch.linalg.svd(Q.mT @ X)
     return Q @ U, S, V @ Rh.mT, X @ Rh.mT
 
 
-def _full(problem: MatrixBatch, window: range) -> Solution:
-    U, S, V, spectrum = full_svd(problem, window)
+def _solve_fully(batch: MatrixBatch, window: range) -> Solution:
+    """The window of one matrix by the full SVD."""
+    U, S, V, spectrum = full_svd(batch, window)
     sigma1 = spectrum[0, 0].item()
-    rho = certificate.residual(problem.blocks, U, S, V).item()
+    rho = certificate.residual(batch, U, S, V).item()
     error = max(rho / sigma1 if sigma1 > 0 else 0.0, certificate.orthogonality(U, V).item())
-    proof = certificate.certify_full(spectrum[0], window.start, len(window), problem.n, problem.m)
-    return Solution(U[0], S[0], V[0], "full", error, proof, problem.flops)
+    proof = certificate.certify_full(spectrum[0], window.start, len(window), batch.n, batch.m)
+    return Solution(U[0], S[0], V[0], "full", error, proof, batch.flops)

@@ -1,4 +1,4 @@
-"""The loss without a block of components against a model built without it; the weight's bits come back; pictures."""
+"""The loss without a block of components against a model built without it; the weight's bits come back."""
 
 import copy
 
@@ -6,16 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ipca import analysis
-from ipca.analysis import BlockImportance, LayerSensitivity, component_importance
-from ipca.model import AdapterSettings
+from ipca.analysis import component_importance
+from ipca.analysis.importance import BlockImportance
 from ipca.nn.layer_kinds import read_layer
 from ipca.nn.registry import get_layer
 from tests.helpers.layer_kinds import CASES, output
 from tests.helpers.models import Plain, snapshot
 from tests.helpers.quantized_layers import quantized_model
-
-CONFIG = AdapterSettings(rank=3, targets=("a", "b"))
 
 
 def batches():
@@ -27,8 +24,8 @@ def loss(model, batch):
     return F.cross_entropy(model(x), labels)
 
 
-def importance(model, held, of=loss, config=CONFIG, **options):
-    return component_importance(model, held, of, config=config, progress=False, **{"blocks": 4, **options})
+def importance(model, held, of=loss, targets=("a", "b"), **options):
+    return component_importance(model, held, of, targets=targets, progress=False, **{"blocks": 4, **options})
 
 
 def without(weight, start, end):
@@ -66,7 +63,7 @@ def test_every_kind_of_layer_can_lose_a_block(name):
     def size(model, batch):
         return output(model, batch).square().mean()
 
-    found = importance(model, [x], size, AdapterSettings(rank=2, targets=tuple(case.targets)), blocks=2)
+    found = importance(model, [x], size, case.targets, blocks=2)
     assert snapshot(model) == before
     path = next(path for path in found if path.endswith(case.targets[0]))
     matrix = read_layer(get_layer(model, path))[0]
@@ -99,7 +96,7 @@ def test_every_evaluation_draws_the_same_numbers():
     model = Noisy()
     with torch.no_grad():
         model.a.weight[:] = 0  # has nothing to lose, so that only the noise could change the loss
-    found = importance(model, batches(), config=AdapterSettings(rank=3, targets="a"))
+    found = importance(model, batches(), targets="a")
     assert found["a"].change.tolist() == [0.0] * 4
 
 
@@ -135,11 +132,11 @@ def test_the_quietest_window_lies_in_the_block_that_matters_least():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"blocks": 13}, ValueError, r"^a: its 12 components cannot be cut into 13 blocks"),
-        ({"blocks": 0}, ValueError, r"cannot be cut into 0 blocks"),
-        ({"of": lambda *_: torch.nan}, ValueError, r"the loss of the model as it is is nan"),
-        ({"of": lambda *_: torch.ones(3)}, TypeError, r"must give one number, it gave a tensor of shape \(3,\)"),
-        ({"of": lambda *_: None}, TypeError, r"must give one number, it gave None"),
+        ({"blocks": 13}, ValueError, r"^a: its 12 components cannot be divided into 13 blocks"),
+        ({"blocks": 0}, ValueError, r"cannot be divided into 0 blocks"),
+        ({"of": lambda *_: torch.nan}, ValueError, r"the loss of the unchanged model is nan"),
+        ({"of": lambda *_: torch.ones(3)}, TypeError, r"must return one number, it returned a tensor of shape \(3,\)"),
+        ({"of": lambda *_: None}, TypeError, r"must return one number, it returned None"),
         ({"held": []}, ValueError, r"there are no batches"),
     ],
 )
@@ -152,44 +149,5 @@ def test_what_is_refused_leaves_the_model_as_it_was(options, error, words):
 
 
 def test_a_quantized_layer_is_named():
-    with pytest.raises(ValueError, match=r": components of a quantized weight cannot be taken out; exclude it"):
+    with pytest.raises(ValueError, match=r": components of a quantized weight cannot be removed; exclude it"):
         importance(quantized_model()[0], batches())
-
-
-pytest.importorskip("matplotlib")
-
-
-def test_sensitivities_are_drawn_with_both_windows_shaded(tmp_path, drawn):
-    found = analysis.sensitivity(Plain(), [torch.randn(40, 20)], CONFIG, progress=False)
-    analysis.draw_sensitivity(found, tmp_path / "sensitivity.png", rank=3)
-    assert (tmp_path / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
-    assert [axis.get_title() for axis in drawn[0].axes] == ["a  12 × 20  (1)", "b  20 × 12  (1)"]
-    for axis, layer in zip(drawn[0].axes, found.values(), strict=True):
-        assert axis.get_yscale() == "log"
-        assert [patch.get_x() + 0.5 for patch in axis.patches] == [layer.quietest(3).index, 4]
-        relative = layer.sensitivity / layer.sensitivity.mean()
-        assert axis.lines[0].get_ydata().tolist() == pytest.approx(relative.tolist())
-
-
-def test_a_window_that_does_not_fit_is_refused_before_a_file_is_written(tmp_path):
-    found = {"a": LayerSensitivity((5, 7), torch.ones(5), torch.ones(5))}
-    with pytest.raises(ValueError, match="needs 16 singular values, but there are only 5"):
-        analysis.draw_sensitivity(found, tmp_path / "picture.png")
-    assert not any(tmp_path.iterdir())
-
-
-def test_importance_is_drawn_as_layers_by_blocks(tmp_path, drawn):
-    edges, nan = (0, 2, 4, 6), torch.nan
-    changes = {"first": [3.0, 0.5, nan], "second": [-1.0, torch.inf, 0.0]}
-    found = {k: BlockImportance((6, 8), edges, 1.0, torch.tensor(v).double()) for k, v in changes.items()}
-    analysis.draw_importance(found, tmp_path / "importance.svg")
-    axis = drawn[0].axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["first", "second"]
-    shown = axis.images[0].get_array()
-    assert shown.filled(-9).tolist() == [[3.0, 0.5, -9], [-1.0, -9, 0.0]]
-
-
-def test_nothing_to_draw_is_refused(tmp_path):
-    for draw in (analysis.draw_importance, analysis.draw_sensitivity):
-        with pytest.raises(ValueError, match="there is nothing to draw"):
-            draw({}, tmp_path / "picture.png")

@@ -157,15 +157,20 @@ def test_a_measure_changes_nothing(measure):
     ("model", "base", "error", "words"),
     [
         (Plain(), 3, TypeError, "base must be a model or a mapping from paths to weights, got int"),
-        (Plain(), None, ValueError, "this Plain has no adapted layer that knows its pretrained weight; give base, the"),
+        (Plain(), None, ValueError, "this Plain has no adapted layer that knows its pretrained weight; pass base, the"),
         (Plain(), nn.Linear(3, 4), ValueError, "nothing to compare: this Plain and base have no linear layer of equal"),
         (Plain(), {}, ValueError, "nothing to compare"),
-        (Plain(), {"a": torch.ones(12, 20), "z": torch.ones(2, 2)}, ValueError, "base names 'z', which is no layer of"),
+        (
+            Plain(),
+            {"a": torch.ones(12, 20), "z": torch.ones(2, 2)},
+            ValueError,
+            "base names 'z', which is not a layer",
+        ),
         (
             Plain(),
             {"a": torch.ones(3, 20)},
             ValueError,
-            r"a: a weight of shape \(12, 20\) .* \(3, 20\); give",
+            r"a: a weight of shape \(12, 20\) .* \(3, 20\); pass",
         ),
         (Plain(), {"a": torch.ones(12, 20).int()}, TypeError, r"base: a must be a float tensor .* got torch.int32"),
         (Plain(), {"a": 3}, TypeError, r"base: a must be a float tensor \(out, in\), got int"),
@@ -179,7 +184,7 @@ def test_what_cannot_be_compared_is_said(model, base, error, words):
 
 def test_a_base_that_lacks_an_adapted_layer_is_named():
     _, model = plain_and_adapted()
-    with pytest.raises(ValueError, match=r"base has no 'a' \(1 of 2 layers are missing\); give base, the plain model"):
+    with pytest.raises(ValueError, match=r"base has no 'a' \(1 of 2 layers are missing\); pass base, the plain model"):
         analysis.weight_pairs(model, {"b": torch.ones(20, 12)})
 
 

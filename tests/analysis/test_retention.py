@@ -323,20 +323,26 @@ LABELS = torch.tensor([[0, 1]])
 @pytest.mark.parametrize(
     ("model", "base", "data", "error", "words"),
     [
-        (Table(NOW), None, [ITEMS], ValueError, "this Table has no adapted layer of ipca; give the pretrained model"),
+        (Table(NOW), None, [ITEMS], ValueError, "this Table has no adapted layer of ipca; pass the pretrained model"),
         (Table(NOW), Table(BASE), [], ValueError, "nothing counts: there are no batches"),
         (Table(NOW), Table(BASE), [(ITEMS, torch.tensor([-100, -100]))], ValueError, "every label is −100 or masked"),
         (Table(NOW), Table(BASE[:, :2]), [ITEMS], ValueError, r"tensors of \(2, 3\) and \(2, 2\) for the same batch"),
         (Table(NOW), Table(BASE), [(ITEMS, ITEMS, ITEMS)], TypeError, r"a pair \(inputs, labels\) .* got a tuple of 3"),
         (Table(NOW), Table(BASE), [3], TypeError, "got a int"),
-        (Table(NOW), Table(BASE), [(ITEMS, torch.zeros(2))], ValueError, r"got a tensor \(2,\) of float32. Say how"),
+        (Table(NOW), Table(BASE), [(ITEMS, torch.zeros(2))], ValueError, r"got a tensor \(2,\) of float32. Pass"),
         (Table(NOW), Table(BASE), [(ITEMS, LABELS)], ValueError, r"integers \(2,\) for logits \(2, 3\); got a tensor"),
         (Table(NOW), Table(BASE), [(ITEMS, [0, 1])], ValueError, "got a list of 2"),
         (Table(NOW), Table(BASE), [(ITEMS, torch.tensor([0, 3]))], ValueError, "from 0 to 2, or -100 .* got 3"),
         (Table(NOW), Table(BASE), [(ITEMS, torch.tensor([-1, 0]))], ValueError, "from 0 to 2, or -100 .* got -1"),
         (Table(NOW), Table(BASE), ITEMS, TypeError, "an iterable of batches, got a Tensor; put one batch into a list"),
         (Table(NOW), Table(BASE), {"ids": ITEMS}, TypeError, "an iterable of batches, got a dict"),
-        (Table(NOW, lambda *all: all), Table(BASE), [ITEMS], TypeError, "Table gave a tuple of 2, not a tensor or an"),
+        (
+            Table(NOW, lambda *all: all),
+            Table(BASE),
+            [ITEMS],
+            TypeError,
+            "Table returned a tuple of 2, not a tensor",
+        ),
         (
             Table(NOW, smoothed),
             Table(BASE, smoothed),
@@ -360,5 +366,5 @@ def test_what_cannot_be_compared_is_refused(model, base, data, error, words):
 
 @pytest.mark.parametrize("measure", [cross_entropy_rise, accuracy_drop])
 def test_labels_are_needed_to_judge_by_them(measure):
-    with pytest.raises(ValueError, match=r"these batches have no labels: give pairs \(inputs, labels\)"):
+    with pytest.raises(ValueError, match=r"these batches have no labels: pass pairs \(inputs, labels\)"):
         measure(Table(NOW), Table(BASE), [ITEMS])

@@ -7,15 +7,14 @@ import torch
 
 import ipca
 from ipca import analysis
-from ipca.model import AdapterSettings
 from ipca.nn import dequantize
 from tests.helpers.models import Plain
 from tests.helpers.quantized_layers import adapt, quantized_model, train
 
 
-def test_a_plain_model_shows_what_a_config_would_choose():
+def test_a_plain_model_shows_what_apply_pc_would_choose():
     model = Plain().to(torch.bfloat16)
-    found = analysis.spectrum(model, AdapterSettings(rank=3, window="0.25", targets=("a", "b")), progress=False)
+    found = analysis.spectrum(model, rank=3, window="0.25", targets=("a", "b"), progress=False)
     assert [(layer.name, layer.shape, layer.dtype) for layer in found] == [
         ("a", (12, 20), "bfloat16"),
         ("b", (20, 12), "bfloat16"),
@@ -35,7 +34,7 @@ def test_a_plain_model_shows_what_a_config_would_choose():
         assert layer.energy.sum().item() == pytest.approx(1)
 
 
-def test_the_default_config_is_that_of_apply_pc():
+def test_the_defaults_are_those_of_apply_pc():
     model = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.Linear(50, 60))
     found = analysis.spectrum(model, progress=False)
     ipca.apply_pc(copy.deepcopy(model), progress=False)
@@ -45,7 +44,7 @@ def test_the_default_config_is_that_of_apply_pc():
 @pytest.mark.parametrize("form", ["residual", "intact"])
 def test_an_adapted_model_shows_its_own_windows_and_the_pretrained_spectra(form):
     base = Plain()
-    plain = analysis.spectrum(base, AdapterSettings(rank=3, targets=("a", "b")), progress=False)
+    plain = analysis.spectrum(base, rank=3, targets=("a", "b"), progress=False)
     model = ipca.apply_pc(copy.deepcopy(base), rank=3, form=form, targets=["a", "b"], progress=False)
     found = analysis.spectrum(train(model), progress=False)
     for layer, other in zip(found, plain, strict=True):
@@ -65,9 +64,9 @@ def test_experts_are_shown_one_by_one():
             return x @ self.up.mT
 
     model = torch.nn.Sequential(Experts())
-    config = AdapterSettings(rank=2, targets="0.up", form="intact")
-    plain = analysis.spectrum(model, config, progress=False)
-    found = analysis.spectrum(ipca.apply_pc(model, config, progress=False), progress=False)
+    options = {"rank": 2, "targets": "0.up", "progress": False}
+    plain = analysis.spectrum(model, **options)
+    found = analysis.spectrum(ipca.apply_pc(model, **options), progress=False)
     assert [layer.name for layer in plain] == ["0.up[0]", "0.up[1]", "0.up[2]"]
     assert found.records() == plain.records()
     assert found.totals()["trainable"] == 3 * 2 * (6 + 8)
@@ -82,7 +81,7 @@ def test_a_quantized_model_shows_the_dequantized_weights():
 
 def test_the_totals_are_those_of_the_adapter():
     model = Plain()
-    found = analysis.spectrum(model, AdapterSettings(rank=2, targets=("a", "head")), progress=False)
+    found = analysis.spectrum(model, rank=2, targets=("a", "head"), progress=False)
     assert len(found) == 2
     trainable = 2 * (12 + 20) + 2 * (5 + 20)
     assert found.totals() == {
@@ -96,7 +95,7 @@ def test_the_totals_are_those_of_the_adapter():
 
 
 def test_the_table_has_a_line_for_each_layer():
-    lines = str(analysis.spectrum(Plain(), AdapterSettings(rank=3, targets=("a", "b")), progress=False)).splitlines()
+    lines = str(analysis.spectrum(Plain(), rank=3, targets=("a", "b"), progress=False)).splitlines()
     assert lines[0].split() == [
         "layer",
         "shape",
@@ -119,19 +118,19 @@ def test_the_table_has_a_line_for_each_layer():
 def test_a_zero_weight_has_no_energy():
     model = torch.nn.Sequential(torch.nn.Linear(5, 4))
     torch.nn.init.zeros_(model[0].weight)
-    (layer,) = analysis.spectrum(model, AdapterSettings(rank=2, targets="0"), progress=False)
+    (layer,) = analysis.spectrum(model, rank=2, targets="0", progress=False)
     assert layer.record()["window_energy"] == 0
     assert layer.effective_rank == 0
 
 
-def test_a_config_beside_an_adapted_model_is_refused():
+def test_a_choice_beside_an_adapted_model_is_refused():
     model = ipca.apply_pc(Plain(), rank=3, targets=["a"], progress=False)
-    with pytest.raises(ValueError, match="this Plain is adapted, its windows are chosen; leave config out"):
-        analysis.spectrum(model, AdapterSettings(rank=2))
+    with pytest.raises(ValueError, match="this Plain is adapted, its windows are chosen; leave out rank"):
+        analysis.spectrum(model, rank=2)
 
 
 def test_the_progress_bar_can_be_left_out(capsys):
-    analysis.spectrum(Plain(), AdapterSettings(rank=2, targets="a"), progress=False)
+    analysis.spectrum(Plain(), rank=2, targets="a", progress=False)
     assert capsys.readouterr().err == ""
-    analysis.spectrum(Plain(), AdapterSettings(rank=2, targets="a"))
+    analysis.spectrum(Plain(), rank=2, targets="a")
     assert "Spectra" in capsys.readouterr().err

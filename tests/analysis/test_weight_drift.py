@@ -137,7 +137,7 @@ def test_a_factor_that_starts_at_zero_has_no_direction_to_turn_from():
 
 
 def test_angles_of_layers_without_a_start_are_refused():
-    with pytest.raises(ValueError, match="a: a Linear does not keep the factors it started from; an adapted layer of"):
+    with pytest.raises(ValueError, match="a: a Linear does not keep its initial factors; an adapted layer of"):
         analysis.principal_angles(Plain(), Plain())
 
 

@@ -175,8 +175,8 @@ def test_one_path_by_force_and_the_plan_as_before():
 
 
 def test_a_path_that_is_not_good_enough_is_refused(monkeypatch):
-    def poor(problem, window, tol):
-        candidate = exact(problem, window, tol)
+    def poor(batch, window, tol):
+        candidate = exact(batch, window, tol)
         return replace(candidate, V=candidate.V.roll(1, dims=1))
 
     exact = solving.PATHS["range"]

@@ -1,4 +1,4 @@
-"""Damaged folders on the command line: status 1, one line, nothing written, nothing changed."""
+"""Damaged folders on the command line: status 1, one line, nothing written or changed."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import ipca
-from ipca.cli import main
+from ipca.cli.main import main
 from tests.helpers.model_folders import contents
 
 WEIGHTS, SIDECAR = "adapter_model.safetensors", "ipca.json"
@@ -141,7 +141,7 @@ def test_code_of_a_model_is_not_run(llama, tmp_path, capfd, command):
 def test_an_adapter_behind_a_link_is_not_overwritten(llama, adapter, tmp_path, capsys):
     (tmp_path / "link").symlink_to(adapter)
     before = contents(adapter)
-    words = ["export", str(llama), str(adapter), "--form", "truncated", "--rank", "2", "-o", str(tmp_path / "link")]
+    words = ["export", str(llama), str(adapter), "--format", "truncated", "--rank", "2", "-o", str(tmp_path / "link")]
     assert main(words) == 1
     assert "link is the adapter itself; choose another folder" in capsys.readouterr().err
     assert contents(adapter) == before

@@ -1,4 +1,4 @@
-"""``ipca init`` stopped in every way and begun again, and shared by several processes."""
+"""``ipca init`` interrupted and resumed, and shared by several processes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM as AutoModel
 
 import ipca._hashing
 import ipca.svd.cache
-from ipca.cli import main
+from ipca.cli.main import main
 from ipca.offline.work_folder import WORK
 from tests.helpers.model_folders import contents, spoil
 
@@ -30,7 +30,9 @@ def test_a_bad_layer_keeps_the_others_and_the_old_files(llama, tmp_path, capsys)
     (out / "ipca.json").write_text("old")
     assert init(llama, out) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ipca:")]
-    assert re.fullmatch(rf"ipca: \d+ finished layers are kept in {out / WORK}; the same command goes on", lines[0])
+    assert re.fullmatch(
+        rf"ipca: \d+ finished layers are kept in {out / WORK}; run the same command again to resume", lines[0]
+    )
     assert re.fullmatch(r"ipca: error: model\.layers\.1\S+: the tensor holds NaN or Inf.", lines[1])
     assert (out / "ipca.json").read_text() == "old"
 
@@ -50,11 +52,11 @@ def test_other_options_do_not_go_on_with_a_job(llama, tmp_path, monkeypatch, cap
     assert f"ipca: 3 finished layers are kept in {out / WORK}" in capsys.readouterr().err
     assert init(llama, out, "--alpha", "2") == 1
     error = capsys.readouterr().err
-    assert "holds the unfinished work of another job (alpha null, now 2.0); repeat that one to finish it" in error
+    assert "holds the finished layers of a different run (alpha null, now 2.0); repeat that one to finish it" in error
     assert init(llama, out, "--form", "residual") == 1
     os.utime(llama / "model.safetensors.index.json")
     assert init(llama, out) == 1
-    assert 'another job (model "' in capsys.readouterr().err
+    assert 'a different run (model "' in capsys.readouterr().err
     shutil.rmtree(out)
     assert init(llama, out) == 0
 
@@ -62,7 +64,9 @@ def test_other_options_do_not_go_on_with_a_job(llama, tmp_path, monkeypatch, cap
 def test_residual_needs_an_empty_folder_but_for_its_own_work(llama, tmp_path, monkeypatch, capsys, decomposed):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("ipca.offline.source.write_in_place", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            "ipca.offline.adapter_files.write_in_place", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         assert init(llama, out, "--form", "residual") == 130
     assert len(decomposed) == 14
     (out / "notes.txt").write_text("mine")
@@ -77,7 +81,7 @@ def test_residual_needs_an_empty_folder_but_for_its_own_work(llama, tmp_path, mo
 KILLED = """
 import os, signal, sys
 import ipca.svd.cache
-from ipca.cli import main
+from ipca.cli.main import main
 from ipca._hashing import tensor_sha256
 
 log, limit, *arguments = sys.argv[1:]
@@ -177,5 +181,5 @@ def test_a_trained_adapter_is_not_replaced_by_a_start_and_an_untrained_one_is(ll
     before = contents(out)
     capsys.readouterr()
     assert init(llama, out) == 1
-    assert f"{out} holds an adapter that is no untrained start; choose another folder." in capsys.readouterr().err
+    assert f"{out} holds an adapter that is trained or not readable; choose another folder." in capsys.readouterr().err
     assert contents(out) == before

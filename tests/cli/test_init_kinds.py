@@ -1,4 +1,4 @@
-"""``ipca init`` over embeddings, convolutions and experts: the adapter of the whole model, streamed or not."""
+"""``ipca init`` on embeddings, convolutions and experts: the same adapter as from the model in memory."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 import ipca
-from ipca.cli import main
+from ipca.cli.main import main
 from ipca.io.model_folder import load_model
+from ipca.model.apply import adapted_layers
 from tests.helpers.layer_kinds import STACKS, gpt_oss, mixtral, relative
 from tests.helpers.model_folders import contents
 
@@ -49,8 +50,8 @@ def test_the_residual_base_holds_the_residual_weights(kind, tmp_path):
     build().save_pretrained(tmp_path / "model")
     assert init(tmp_path / "model", tmp_path / "out", targets, "--form", "residual") == 0
     base, residual = load_model(tmp_path / "model"), load_model(tmp_path / "out" / "base")
-    ipca.apply_pc(base, rank=3, targets=targets, progress=False)
-    layers, left = ipca.model.adapted_layers(base), residual.state_dict()
+    ipca.apply_pc(base, rank=3, form="residual", targets=targets, progress=False)
+    layers, left = adapted_layers(base), residual.state_dict()
     for name, layer in layers.items():
         stored = left[name if name in left else f"{name}.weight"]
         assert relative(stored, layer.base_weight) <= 1e-6

@@ -1,4 +1,4 @@
-"""`ipca sweep`: a verdict, a table and a report, or one line that says what is wrong."""
+"""``ipca sweep``: a verdict, a table and a report, or one line that names the error."""
 
 import csv
 import json
@@ -6,12 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from ipca.cli import main
+from ipca.cli.main import main
 from ipca.lab.baselines import CONTROLS
 from tests.helpers import sweep_task
 
 TASK = Path(sweep_task.__file__)
-OPTIONS = ("--windows", "0", "0.5", "1", "--lrs", "1e-3", "1e-2", "--seeds", "2", "--early", "2", "--methods", "lora")
+OPTIONS = (
+    "--windows",
+    "0.0",
+    "0.5",
+    "1.0",
+    "--lrs",
+    "1e-3",
+    "1e-2",
+    "--seeds",
+    "2",
+    "--early",
+    "2",
+    "--methods",
+    "lora",
+)
 
 
 def test_a_sweep_writes_its_table_and_report_and_says_the_verdict(tmp_path, capsys):
@@ -34,18 +48,28 @@ def test_a_sweep_writes_its_table_and_report_and_says_the_verdict(tmp_path, caps
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--lrs", "-1"), "learning rates must be positive, got -1.0"),
-        (("--methods", "pissa"), "unknown method 'pissa'"),
-        (("--comparisons", "best"), "comparisons are 'same' and any of"),
-        (("--windows", "0.3"), "equal updates are those of the reference window '0.5'"),
+        (("--lrs", "-1"), "argument --lrs: must be a positive number, got '-1'"),
+        (("--methods", "pissa"), "argument --methods: invalid choice: 'pissa'"),
+        (("--comparisons", "same", "best"), "argument --comparisons: invalid choice: 'best'"),
+        (("--comparisons", "update"), "--comparisons must include same"),
+        (("--windows", "1"), "argument --windows: window 1 is ambiguous, an index or a fraction: write 'start=1'"),
     ],
 )
-def test_a_wrong_option_is_one_line_and_nothing_is_written(options, says, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["sweep", str(TASK), "-o", str(out), *options]) == 1
+def test_a_wrong_option_is_wrong_usage_and_nothing_is_read(options, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(tmp_path / "none.py"), "-o", str(tmp_path / "out"), *options])
+    assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("ipca: error: ")
+    assert error.startswith("ipca sweep: error: ")
     assert says in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_without_the_reference_are_one_line_and_nothing_is_written(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["sweep", str(TASK), "-o", str(out), "--windows", "0.3"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ipca: error: equal updates are those of the reference window '0.5'")
     assert not out.exists()
 
 
@@ -62,7 +86,7 @@ def test_a_count_that_is_none_and_the_names_of_the_controls(capsys):
 def test_an_error_of_the_task_is_one_line_that_names_the_trial(tmp_path, capsys):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from dataclasses import replace\nimport sweep_task\n"
+        "from dataclasses import replace\nfrom tests.helpers import sweep_task\n"
         "def train(model, groups, seed):\n    raise KeyError('mine')\n"
         "def task():\n    return replace(sweep_task.task(), train=train)\n"
     )

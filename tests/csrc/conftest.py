@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +14,10 @@ def host_build(tmp_path_factory):
     """A module like ``ipca._C`` whose pointers are the CPU's."""
     if not shutil.which("g++"):
         pytest.skip("g++, which compiles the kernels for the CPU, is not on PATH")
-    out = tmp_path_factory.mktemp("door") / f"_C{_extension.SUFFIX}"
+    out = tmp_path_factory.mktemp("module") / f"_C{_extension.SUFFIX}"
     flags = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DIPCA_HOST", "-Wno-unknown-pragmas"]
-    folders = [f"-I{folder}" for folder in _extension.include_folders()]
+    ours = [_extension.SOURCES, Path(__file__).parent]  # the kernels, and host_shim.h
+    folders = [f"-I{folder}" for folder in (*ours, *_extension.include_folders())]
     sources = ["-xc++", str(_extension.SOURCES / "launch.cu"), str(_extension.SOURCES / "module.cpp")]
     command = ["g++", *flags, *folders, f'-DIPCA_SOURCES="{_extension.source_hash()}"', *sources, "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -24,5 +26,5 @@ def host_build(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def door(host_build):
+def module(host_build):
     return _extension._import(host_build)

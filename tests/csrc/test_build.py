@@ -92,7 +92,7 @@ def test_a_source_distribution_builds_the_same_wheel(checkout, tmp_path):
     done = setuptools_builds("wheel", unpacked, tmp_path, IPCA_BUILD_CUDA="0")
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert {"ipca/csrc/launch.cu", "ipca/csrc/host_shim.h", "ipca/_extension.py"} <= set(
+    assert {"ipca/csrc/launch.cu", "ipca/csrc/platform.h", "ipca/_extension.py"} <= set(
         zipfile.ZipFile(wheel).namelist()
     )
 

@@ -213,6 +213,6 @@ def test_a_driver_that_cannot_run_it_is_said(stand_in, monkeypatch):
     def refuse(device):
         raise RuntimeError("CUDA driver version is insufficient")
 
-    monkeypatch.setattr(_extension, "_kept", lambda arch: SimpleNamespace(try_device=refuse))
+    monkeypatch.setattr(_extension, "_cached", lambda arch: SimpleNamespace(try_device=refuse))
     with pytest.warns(RuntimeWarning, match=r"a driver that runs its kernels \(CUDA driver version is insufficient\)"):
         assert _extension.load(0, (9, 0)) is None

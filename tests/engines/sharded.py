@@ -34,7 +34,7 @@ def train_and_resume(form, folder):
     then = launch.losses(model, optimizer, range(2, 4), part)
     ipca.save_adapter(model, folder / "adapter")
     for kind in ("peft", "residual"):
-        ipca.export(model, folder / kind, form=kind)
+        ipca.export(model, folder / kind, format=kind)
 
     again = launch.adapted(form)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def train_and_resume(form, folder):
 def outside_forward(model, made):
     """What a sharded layer and model do when nobody has put them together."""
     layer, x = model[0].up, launch.batch(9)[0]
-    whole, seen = layer.effective_weight(), layer.weight.full_tensor()
+    whole, seen = layer.effective_weight(), layer.weight.clone().full_tensor()
     with torch.no_grad():
         y = model(x)
         merged = ipca.merge_adapter(model)(x)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ipca.peft import export
+from ipca.peft import save_gathered
 from tests.engines import launch
 
 
@@ -48,12 +48,12 @@ state, optimizer_state = get_state_dict(model, optimizer)
 dcp.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
 facts["then"] = launch.losses(model, optimizer, range(2, 4), part)
 facts["resumed"] = resumed(part)
-export(model, folder / "fsdp2")
+save_gathered(model, folder / "fsdp2")
 
 model = launch.in_peft()
 replicated = DistributedDataParallel(model)
 facts["ddp"] = launch.losses(replicated, launch.peft_optimizer(model), range(4), part)
-export(model, folder / "ddp")
-facts["wrapper"] = launch.raised(lambda: export(replicated, folder / "wrapper"))
+save_gathered(model, folder / "ddp")
+facts["wrapper"] = launch.raised(lambda: save_gathered(replicated, folder / "wrapper"))
 (folder / f"{rank}.json").write_text(json.dumps(facts))
 dist.destroy_process_group()

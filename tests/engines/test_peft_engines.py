@@ -3,7 +3,7 @@
 import pytest
 from peft import PeftModel
 
-from ipca.peft import PCConfig, export
+from ipca.peft import PCConfig, save_gathered
 from tests.engines import launch
 
 
@@ -19,7 +19,7 @@ def alone(tmp_path_factory):
     """The folder of the adapter that one process trains with the arithmetic of two, and its losses."""
     model, folder = launch.in_peft(), tmp_path_factory.mktemp("alone")
     found = launch.losses_of_halves(model, launch.peft_optimizer(model), range(4))
-    export(model, folder)
+    save_gathered(model, folder)
     return folder, found
 
 

@@ -96,7 +96,7 @@ def test_the_adapter_is_byte_for_byte_that_of_one_process(told, alone, form, tmp
 def test_exports_are_byte_for_byte_those_of_one_process(told, alone, form, tmp_path):
     folder = told[0] / f"{form}-form"
     for kind in ("peft", "residual"):
-        ipca.export(alone[form][0], tmp_path / kind, form=kind, base_model=str(folder / "residual" / "base"))
+        ipca.export(alone[form][0], tmp_path / kind, format=kind, base_model=str(folder / "residual" / "base"))
     here, there = (load_file(root / "residual/base/model.safetensors") for root in (tmp_path, folder))
     assert here.keys() == there.keys()
     assert all(torch.equal(here[key], there[key]) for key in here)

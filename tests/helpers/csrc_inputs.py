@@ -1,7 +1,8 @@
 """Calls of the CUDA kernels on a CPU: their inputs, and how they run.
 
-The kernels are compiled for the CPU with csrc/host_shim.h. Most calls run with the small tiles of csrc/sizes.h: panels
-of 8 columns, Cholesky blocks of 4, tiles of 6 and 16 rows, warps of 4 threads. Sizes here are odd ones around those.
+The kernels are compiled for the CPU with tests/csrc/host_shim.h. Most calls run with the small tiles of csrc/sizes.h:
+panels of 8 columns, Cholesky blocks of 4, tiles of 6 and 16 rows, warps of 4 threads. Sizes here are odd ones around
+those.
 """
 
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-CSRC, MAIN = ROOT / "csrc", ROOT / "tests" / "csrc" / "host_main.cpp"
+ROOT = Path(__file__).resolve().parents[2]
+CSRC, HOST = ROOT / "csrc", ROOT / "tests" / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-DIPCA_HOST", "-Wno-unknown-pragmas"]
 SMALL = ["-DIPCA_SMALL", "-fsanitize=thread"]
 FULL = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -39,7 +40,7 @@ class Call:
 
 def build(csrc, out, *flags):
     """Compile ``csrc`` for the CPU into the program ``out``."""
-    command = ["g++", *FLAGS, *flags, f"-I{csrc}", str(MAIN), "-o", str(out)]
+    command = ["g++", *FLAGS, *flags, f"-I{csrc}", f"-I{HOST}", str(HOST / "host_main.cpp"), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return out
@@ -190,7 +191,7 @@ def cases():
 
 
 def views(call, arrays):
-    """The tensors that :mod:`ipca.svd.inner_loops_torch` takes, of the call's arrays."""
+    """The tensors that :mod:`ipca.svd.inner_loops` takes, of the call's arrays."""
     numbers, first, second = call.numbers, arrays[0], arrays[1]
     if call.operation == 0:
         _, _, n, _, _, _, _, rows, k = numbers

@@ -6,7 +6,7 @@ An error may be twice PyTorch's and a few roundings, where a result is ill-condi
 import numpy as np
 import torch
 
-from ipca.svd import inner_loops_torch as primitives
+from ipca.svd import inner_loops
 from tests.helpers.csrc_inputs import views
 
 
@@ -45,7 +45,7 @@ def ldlt_complaints(call, found):
     true_panel, true_growth, true_positive, true_tiny = wide((panel, growth, positive, tiny))
     for A, g, count, least in zip(true_panel, true_growth, range(len(true_panel)), true_tiny, strict=True):
         true_positive[count] += ldlt(A, g, least)
-    primitives.ldlt_panel_(panel.copy_(panel.tril()), growth, positive, tiny)
+    inner_loops.ldlt_panel_(panel.copy_(panel.tril()), growth, positive, tiny)
     eps = torch.finfo(call.dtype).eps
     our_panel, our_growth, our_positive, _ = views(call, found)
     yield from close("L, D", our_panel.tril(), panel.tril(), np.tril(true_panel), 4 * eps)
@@ -73,7 +73,7 @@ def cholesky_complaints(call, found):
     (G,), (_, T, shift) = views(call, call.arrays), found
     G = G.tril() + G.tril(-1).mT
     eps, p = torch.finfo(call.dtype).eps, G.shape[-1]
-    for one, ours, moved, torchs in zip(G, T, shift.tolist(), primitives.scaled_cholesky(G)[1].tolist(), strict=True):
+    for one, ours, moved, torchs in zip(G, T, shift.tolist(), inner_loops.scaled_cholesky(G)[1].tolist(), strict=True):
         if not one.isfinite().all():
             if not ours.isnan().all():
                 yield "a Gram matrix that is not finite has a factor"
@@ -91,7 +91,7 @@ def cholesky_complaints(call, found):
 
 
 def plain_inverse(G, shift):
-    """``T`` with the shift given, as primitives has it."""
+    """``T`` with the shift given, as :mod:`ipca.svd.inner_loops` has it."""
     diagonal = G.diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     C = G * scale * scale[:, None]
@@ -123,7 +123,7 @@ def lanczos_complaints(call, found):
     eps = torch.finfo(call.dtype).eps
     truth, true_alpha, true_beta = lanczos(*wide((basis[: step + 1], product)), 64 * eps)
     before = float(product.norm(dim=-1).max())
-    primitives.lanczos_step_(basis, product, alpha, beta, step)
+    inner_loops.lanczos_step_(basis, product, alpha, beta, step)
     our_basis, _, our_alpha, our_beta, _ = views(call, found)
     amplified = 8 * eps * before / float(true_beta.min() or before)
     yield from close("alpha", our_alpha[:, step], alpha[:, step], true_alpha, 4 * eps)

@@ -1,4 +1,4 @@
-"""Tiny model folders in shards, and what lies in a folder, for the tests of ``ipca init``."""
+"""Tiny sharded model folders, and the contents of a folder, for the tests of ``ipca init``."""
 
 import json
 import re

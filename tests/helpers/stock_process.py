@@ -1,7 +1,8 @@
 """What stock PEFT and transformers make of adapter folders, where ipca cannot be imported.
 
-Usage: python stock_process.py FOLDER. Each folder in FOLDER holds ``case.pt``, a dictionary with the plain ``base``, an
-input ``x`` and the output ``y`` of the model that was saved to ``adapter``. Prints the differences to ``y`` as JSON.
+Usage, in the root of the repository: python -m tests.helpers.stock_process FOLDER. Each folder in FOLDER holds
+``case.pt``, a dictionary with the plain ``base``, an input ``x`` and the output ``y`` of the model that was saved to
+``adapter``. Prints the differences to ``y`` as JSON.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: the same model again, training that goes on, and refusals that change nothing."""
+"""save_adapter and load_adapter: round trips, resumed training, and errors that change nothing."""
 
 import copy
 import signal
@@ -204,7 +204,7 @@ def test_bases_of_another_shape_are_refused(pair, tmp_path):
 def test_models_adapted_in_another_way_are_refused(pair, tmp_path):
     base, model = pair
     ipca.save_adapter(model, tmp_path)
-    refuses(model, tmp_path, "a has form residual, the adapter intact; load onto the plain base", form="intact")
+    refuses(model, tmp_path, "a has form intact, the adapter residual; load onto the plain base", form="residual")
     cases = {
         "a has alpha 3.0, the adapter 5.0; load onto the plain base": {"alpha": 3.0},
         "a has rank 2, the adapter 3": {"rank": 2},

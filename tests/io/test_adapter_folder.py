@@ -1,4 +1,4 @@
-"""Reading damaged, missing and mixed files: an error that says what is wrong, and the model as it was."""
+"""Damaged, missing and mixed files: the error names the fault, and the model is unchanged."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from torch import nn
 import ipca
 from ipca.io.adapter_folder import file_sha256
 from tests.helpers.model_folders import contents
-from tests.helpers.models import Net, adapted, snapshot
+from tests.helpers.models import Net, Plain, adapted, snapshot
 
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
 
@@ -133,7 +133,7 @@ def test_missing_file(saved, name, words):
 def test_not_a_folder(saved):
     base, folder = saved
     for path in (folder / "none", folder / WEIGHTS):
-        refuses(base, path, "is not a folder; give the folder that save_adapter wrote", FileNotFoundError)
+        refuses(base, path, "is not a folder; give the folder of an adapter", FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_damaged_sidecar(saved, text):
         (lambda r: r["layers"]["b"].pop("alpha"), r"ipca\.json is damaged: TypeError: .*alpha"),
         (
             lambda r: r["layers"]["b"].update(form="both"),
-            r"ipca\.json is damaged: ValueError: form must be one of residual, intact; got 'both'",
+            r"ipca\.json is damaged: ValueError: form must be one of intact, residual; got 'both'",
         ),
         (lambda r: r["layers"]["b"].update(rank="3"), r"ipca\.json is damaged: TypeError: rank must be an int"),
         (lambda r: r["layers"]["b"]["svd"].pop("path"), r"ipca\.json is damaged: TypeError: .*path"),
@@ -233,3 +233,41 @@ def test_adapter_config_is_for_peft_alone(saved):
     base, folder = saved
     (folder / CONFIG).unlink()
     ipca.load_adapter(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dropout", 7),
+        ("dropout", None),
+        ("alpha", -1),
+        ("alpha", "x"),
+        ("alpha", None),
+        ("rank", 0),
+        ("start", -1),
+        ("start", 1.5),
+        ("shape", [3]),
+    ],
+)
+@pytest.mark.parametrize("form", ["residual", "intact"])
+def test_sidecar_with_values_out_of_range(tmp_path, field, value, form):
+    base = Plain()
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=2, form=form, progress=False), tmp_path)
+    record = json.loads((tmp_path / "ipca.json").read_text())
+    record["layers"]["b"][field] = value
+    (tmp_path / "ipca.json").write_text(json.dumps(record))
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"ipca\.json"):
+        ipca.load_adapter(base, tmp_path)
+    assert snapshot(base) == before
+
+
+@pytest.mark.parametrize("value", [None, 3, "norm"])
+def test_sidecar_with_a_wrong_list(tmp_path, value):
+    base = Plain()
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=2, progress=False), tmp_path)
+    record = json.loads((tmp_path / "ipca.json").read_text())
+    record["modules_to_save"] = value
+    (tmp_path / "ipca.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"ipca\.json is damaged"):
+        ipca.load_adapter(base, tmp_path)

@@ -1,6 +1,5 @@
-"""Checkpoints read tensor by tensor, and safetensors files written tensor by tensor: the bytes of the library's own."""
+"""Checkpoints read tensor by tensor, and as weights by layer."""
 
-import hashlib
 import json
 import shutil
 
@@ -8,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ipca.io.checkpoint import DTYPES, INDEX, WHOLE, Checkpoint, read_header, write_in_place
-from ipca.offline.stream_file import in_file_order, write_tensors
+import ipca
+from ipca.io.checkpoint import DTYPES, INDEX, WHOLE, Checkpoint, write_in_place
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -121,20 +120,20 @@ def test_a_tensor_is_replaced_in_place_and_no_other_byte(sharded, dtype):
     assert copy.stat().st_size == stored.file.stat().st_size
 
 
-AWKWARD = ("b", "a", "layer.10", "layer.2", "B", 'quoted "x"', "é", "\uffee", "\U0001f600")
+def test_a_folder_without_a_checkpoint_is_no_source(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor .* the original model"):
+        ipca.load_unquantized_weights(tmp_path)
 
 
-def test_a_streamed_file_is_byte_for_byte_the_librarys(tmp_path):
-    held = {name: torch.randn(3, i).to(FLOATS[i % 4]) for i, name in enumerate(AWKWARD)}
-    layout = {name: (value.dtype, tuple(value.shape)) for name, value in held.items()}
-    asked = []
-
-    def tensor_of(name):
-        asked.append(name)
-        return held[name].mT.contiguous().mT  # another memory layout
-
-    digest = write_tensors(tmp_path / "mine", layout, tensor_of, metadata={"format": "pt"})
-    save_file(held, tmp_path / "theirs", metadata={"format": "pt"})
-    assert (tmp_path / "mine").read_bytes() == (tmp_path / "theirs").read_bytes()
-    assert asked == in_file_order(layout) == list(read_header(tmp_path / "theirs"))
-    assert digest == hashlib.sha256((tmp_path / "theirs").read_bytes()).hexdigest()
+def test_a_checkpoint_is_a_mapping_by_layer(tmp_path):
+    save_file({"m.a.weight": torch.ones(2), "n.a.weight": torch.ones(2), "b.weight": torch.ones(3)}, tmp_path / WHOLE)
+    weights = ipca.load_unquantized_weights(tmp_path)
+    assert "b" in weights
+    assert "x.b" in weights  # the checkpoint of an inner model
+    assert "a" not in weights  # which of two?
+    assert "c" not in weights
+    assert set(weights) == {"m.a", "n.a", "b"}
+    assert len(weights) == 3
+    assert torch.equal(weights["b"], torch.ones(3))
+    with pytest.raises(KeyError, match=r"no tensor, or more than one, for a\.weight"):
+        weights["a"]

@@ -1,4 +1,4 @@
-"""import_peft: adapters that stock PEFT has trained and saved, on the model as our layers."""
+"""import_peft: adapters that stock PEFT has trained and saved, loaded as our layers."""
 
 import copy
 from pathlib import Path
@@ -232,6 +232,6 @@ def test_a_model_that_does_not_fit(tmp_path):
     other = Run()
     other.b = nn.Linear(13, 20)
     refuses(other, tmp_path / "converted", r"b has shape \(20, 13\), but the adapter was made for \(20, 12\)")
-    refuses(adapted(Run()), tmp_path / "converted", "a is adapted already; unload the model first")
+    refuses(adapted(Run()), tmp_path / "converted", "a is adapted already; unload the adapter first")
     with pytest.raises(RuntimeError, match="inference_mode"), torch.inference_mode():
         ipca.import_peft(base, tmp_path / "converted")

@@ -59,7 +59,7 @@ def test_stock_peft_computes_the_same_and_merges_to_the_same(name, form, tmp_pat
 def test_residual_export_is_right_on_its_own_base(name, tmp_path):
     base, x = CASES[name].build().eval(), CASES[name].x()
     model = trained(name, base)
-    ipca.export(model, tmp_path / "out", form="residual")
+    ipca.export(model, tmp_path / "out", format="residual")
     if hasattr(base, "from_pretrained"):
         residual = type(base).from_pretrained(tmp_path / "out" / "base")
     else:

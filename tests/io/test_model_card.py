@@ -1,4 +1,4 @@
-"""The model card: what it says comes from the adapter's files, and a card of somebody else stays."""
+"""The model card: its contents come from the adapter's files, and a card written by hand is kept."""
 
 import json
 
@@ -38,9 +38,9 @@ def test_it_states_windows_exactness_and_versions(folder):
     text = ipca.write_model_card(folder).read_text()
     record = json.loads((folder / "ipca.json").read_text())
     worst = max(layer["svd"]["residual"] for layer in record["layers"].values())
-    assert "| 1 | linear | 12 × 20 | [4, 7) of 12 | 3 | residual |" in text
-    assert "| 1 | linear | 20 × 12 | [4, 7) of 12 | 3 | residual |" in text
-    assert "192 parameters in 2 layers, and whole modules beside them" in text
+    assert "| 1 | linear | 12 × 20 | [4, 7) of 12 | 3 | intact |" in text
+    assert "| 1 | linear | 20 × 12 | [4, 7) of 12 | 3 | intact |" in text
+    assert "192 parameters in 2 layers, and fully trained modules beside them" in text
     assert f"residual {worst:.1e}; the indices of 2 of 2 windows are proven" in text
     assert f"| torch | {record['versions']['torch']} |" in text
     assert "PeftModel.from_pretrained" in text
@@ -59,7 +59,7 @@ def test_its_own_card_is_replaced_and_another_kept(folder):
     assert "first" not in text
     (folder / "README.md").write_text("by hand")
     before = contents(folder)
-    with pytest.raises(FileExistsError, match=r"README\.md was written by something else; say overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"README\.md was not written by this function; pass overwrite=True"):
         ipca.write_model_card(folder)
     assert contents(folder) == before
     assert ipca.write_model_card(folder, overwrite=True).read_text() == text

@@ -1,4 +1,4 @@
-"""Reading stock PEFT folders: fields that a window has no place for, and files that are damaged or hostile."""
+"""Stock PEFT folders: fields that make an adapter no plain LoRA, and damaged or hostile files."""
 
 import json
 import struct
@@ -63,7 +63,7 @@ def test_a_field_that_makes_it_no_plain_lora(saved, name, value):
 def test_a_start_that_is_no_window(saved, start):
     base, folder = saved
     change_config(folder, init_lora_weights=start)
-    refuses(base, folder, f"init_lora_weights is '{start}', whose start is no window of singular components")
+    refuses(base, folder, f"init_lora_weights is '{start}', which is no window of singular components")
 
 
 def test_what_does_not_change_the_function_is_let_through(saved):
@@ -106,7 +106,7 @@ def test_rank_and_scaling_are_those_that_peft_would_take(saved, fields, first, s
         ({"rank_pattern": {"(": 6}}, "is damaged: (error|PatternError): missing \\)"),
         ({"modules_to_save": "norm"}, "is damaged: TypeError: modules_to_save is 'norm', not a list of names"),
         ({"modules_to_save": [""]}, r"is damaged: TypeError: modules_to_save is \[''\], not a list of names"),
-        ({"modules_to_save": None}, r"holds base_model\.model\.norm\.\w+, which is no factor of a linear layer"),
+        ({"modules_to_save": None}, r"holds base_model\.model\.norm\.\w+, neither a factor of a linear layer"),
     ],
 )
 def test_numbers_that_are_wrong(saved, fields, words):
@@ -145,7 +145,7 @@ def test_a_pickle_is_refused_by_its_name_and_not_opened(saved):
     base, folder = saved
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    refuses(base, folder, r"holds adapter_model\.bin, a pickle, .* safe_serialization=True", FileNotFoundError)
+    refuses(base, folder, r"holds adapter_model\.bin, a pickle, .* with PEFT as safetensors", FileNotFoundError)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 9, 200, -4000, -1])
@@ -188,10 +188,10 @@ OTHER = PREFIX + "a.lora_B.weight"
         (lambda t: t.update({OTHER: t[OTHER] / 0}), r"a\.lora_B\.weight holds NaN or Inf"),
         (lambda t: t.update({PREFIX + "norm.bias": torch.full((20,), torch.inf)}), r"norm\.bias holds NaN or Inf"),
         (lambda t: t.pop(OTHER), r"holds .*a\.lora_A\.weight without .*a\.lora_B\.weight"),
-        (lambda t: t.pop(KEY), r"holds .*a\.lora_B\.weight, which is no factor of a linear layer"),
+        (lambda t: t.pop(KEY), r"holds .*a\.lora_B\.weight, neither a factor of a linear layer"),
         (lambda t: t.update({KEY: t[KEY].flatten()}), r"a: lora_A \(120,\) .* are no factors of the rank 6"),
         (lambda t: t.update({KEY: t[KEY][:, :-1].clone()}), r"a has shape \(12, 20\), but .* \(12, 19\)"),
-        (lambda t: t.update(extra=torch.ones(2)), "holds extra, which is no factor of a linear layer"),
+        (lambda t: t.update(extra=torch.ones(2)), "holds extra, neither a factor of a linear layer"),
         (lambda t: [t.pop(key) for key in list(t) if "lora" in key], "holds no lora_A.weight: it is no LoRA"),
         (lambda t: t.update({PREFIX + "norm.weight": torch.ones(3)}), r"norm: the adapter holds .*\(3,\)"),
     ],

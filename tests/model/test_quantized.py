@@ -54,7 +54,7 @@ def test_the_summary_counts_what_4_bits_hide_and_says_where_windows_come_from():
 def test_the_residual_form_is_refused_and_the_model_left_alone():
     model, _, _ = quantized_model()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"cannot adapt a, b: its weight is quantized, .* use form='intact'"):
+    with pytest.raises(ValueError, match=r"cannot adapt a, b: its weight is quantized, .* use the intact form"):
         adapt(model, form="residual")
     assert snapshot(model) == before
 
@@ -140,8 +140,8 @@ def test_export_writes_a_stock_adapter_and_no_residual_base(tmp_path):
     train(adapt(model))
     ipca.export(model, tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
-    with pytest.raises(ValueError, match=r"a is quantized \(nf4\), and W_res would have to be quantized anew"):
-        ipca.export(model, tmp_path / "residual", form="residual")
+    with pytest.raises(ValueError, match=r"a is quantized \(nf4\), and W_res would have to be quantized again"):
+        ipca.export(model, tmp_path / "residual", format="residual")
     assert not (tmp_path / "residual").exists()
 
 

@@ -59,7 +59,7 @@ def test_qpissa_by_way_of_export(llama, tmp_path):
             module.weight = nn.Parameter(module.weight.detach() + large)
             weights[name] = module.weight.detach().clone()
     ipca.apply_pc(plain, rank=8, window="principal", progress=False)
-    ipca.export(plain, tmp_path / "qpissa", form="residual")
+    ipca.export(plain, tmp_path / "qpissa", format="residual")
     base = peft.PeftModel.from_pretrained(loaded(tmp_path / "qpissa" / "base", 4), tmp_path / "qpissa" / "adapter")
     for name, W in weights.items():
         layer = base.base_model.model.get_submodule(name)

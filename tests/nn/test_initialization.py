@@ -129,7 +129,7 @@ def test_wrong_kept_weight_fails_loudly(error, monkeypatch):
         (torch.empty(8, 8, device="meta"), ValueError, "meta device"),
         (torch.ones(8), ValueError, r"got shape \(8,\)"),
         (torch.ones(0, 8), ValueError, r"at least one entry, got shape \(0, 8\)"),
-        (torch.ones(4, 8), ValueError, "needs 5 singular values, but there are only 4; lower `rank`"),
+        (torch.ones(4, 8), ValueError, "needs 5 singular values, but there are only 4; lower the rank"),
     ],
     ids=["nan", "int8", "meta", "vector", "empty", "small"],
 )

@@ -173,7 +173,7 @@ def test_8_bits_that_are_not_quantized_yet_are_refused():
 
 def test_8_bits_that_keep_a_16_bit_weight_are_refused():
     bnb = pytest.importorskip("bitsandbytes")
-    with pytest.raises(ValueError, match="load it with has_fp16_weights=False"):
+    with pytest.raises(ValueError, match="load it with has_fp16_weights off"):
         dequantize(bnb.nn.Linear8bitLt(8, 6).to("cpu"))
 
 

@@ -1,4 +1,4 @@
-"""An adapter made layer by layer: the files of save_adapter, and one layer in memory."""
+"""Layer-by-layer decomposition: the files of save_adapter, with one layer in memory."""
 
 import copy
 import os
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import ipca
 from ipca.io.checkpoint import WHOLE
 from ipca.model import AdapterSettings
+from ipca.model.apply import adapt
 from ipca.offline.source import ModelSource
 from ipca.offline.work_folder import WorkFolder
 from ipca.svd.cache import SpectralCache
@@ -37,7 +38,7 @@ def test_the_adapter_is_the_one_of_the_whole_model(tmp_path, dtype, options):
     base = Plain().to(dtype)
     run = Run(tmp_path, base, AdapterSettings(rank=3, form="intact", **options))
     run()
-    model = ipca.apply_pc(base, run.config, progress=False)
+    model = adapt(base, run.settings, progress=False)
     ipca.save_adapter(model, tmp_path / "whole")
     assert contents(run.out) == contents(tmp_path / "whole")
     assert len(os.listdir(run.out)) == 3
@@ -48,7 +49,7 @@ def test_the_residual_form_is_the_one_of_the_whole_model(tmp_path, dtype):
     base = Plain().to(dtype)
     run = Run(tmp_path, base, AdapterSettings(rank=3, alpha=2.0, form="residual"))
     run()
-    ipca.export(ipca.apply_pc(base, run.config, progress=False), tmp_path / "whole", form="residual")
+    ipca.export(adapt(base, run.settings, progress=False), tmp_path / "whole", format="residual")
     assert sorted(os.listdir(run.out)) == ["adapter", "base"]
     mine, whole = contents(run.out / "adapter"), contents(tmp_path / "whole" / "adapter")
     assert mine.pop("adapter_config.json") != whole.pop("adapter_config.json")  # each names its own base
@@ -63,7 +64,7 @@ def test_a_model_in_memory_gives_the_same_files(tmp_path, form):
     run = Run(tmp_path, Plain(), AdapterSettings(rank=3, form=form))
     run()
     streamed = contents(run.out)
-    other = Run(tmp_path, run.base, run.config)
+    other = Run(tmp_path, run.base, run.settings)
     other.out = tmp_path / "second"
     other(source=ModelSource(copy.deepcopy(run.base)))
     whole = contents(other.out)
@@ -86,7 +87,7 @@ def test_stored_floats_are_cast_as_the_model_is(tmp_path):
     run = Run(tmp_path, Plain(), AdapterSettings(rank=3, form="intact"))
     run.base.bfloat16()
     run()
-    ipca.save_adapter(ipca.apply_pc(run.base, run.config, progress=False), tmp_path / "whole")
+    ipca.save_adapter(adapt(run.base, run.settings, progress=False), tmp_path / "whole")
     assert contents(run.out) == contents(tmp_path / "whole")
 
 
@@ -121,8 +122,8 @@ MEMORY = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-import ipca
-import streamed as t
+from ipca.model import AdapterSettings
+from tests.helpers.offline_runs import Run
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -134,7 +135,7 @@ def peak(layers):
     place = folder / str(layers)
     place.mkdir()
     model = nn.Sequential(*[nn.Linear(d, d, bias=False) for _ in range(layers)]).bfloat16()
-    run = t.Run(place, model, t.PCConfig(rank=16, form=form))
+    run = Run(place, model, AdapterSettings(rank=16, form=form))
     run.base = run.base.to("meta")
     del model
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
@@ -151,8 +152,8 @@ print(peak(1), peak(10))
 @pytest.mark.parametrize("form", FORMS)
 def test_peak_memory_does_not_grow_with_the_model(tmp_path, form):
     """In units of a layer in float64; 10 layers in bfloat16 take 2.5 of them."""
-    tests = str(Path(__file__).parents[1])
-    path = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "PYTHONPATH": path}
     command = [sys.executable, "-c", MEMORY, str(tmp_path), form]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""How processes share layers; that they do so is tested in tests/cli/test_init_again.py."""
+"""The environment of Ranks; several processes are tested in tests/cli/test_init_again.py."""
 
 import pytest
 

@@ -1,7 +1,8 @@
-"""The work folder: whatever stops a work, it goes on where it was, and nothing is done twice."""
+"""The work folder: an interrupted run is resumed, and nothing is done twice."""
 
 import errno
 import os
+from dataclasses import asdict
 
 import pytest
 
@@ -19,7 +20,7 @@ FORMS = ("intact", "residual")
 
 def interrupted(run, monkeypatch, after: int, error: BaseException) -> None:
     """Run until ``error`` comes up with the layer after the first ``after``."""
-    plain, calls = ipca.offline.decompose.cached_window_svd, []
+    plain, calls = ipca.offline.decompose.window_of, []
 
     def stop(*args, **options):
         calls.append(1)
@@ -28,7 +29,7 @@ def interrupted(run, monkeypatch, after: int, error: BaseException) -> None:
         return plain(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ipca.offline.decompose, "cached_window_svd", stop)
+        patch.setattr(ipca.offline.decompose, "window_of", stop)
         with pytest.raises(type(error)):
             run()
 
@@ -44,7 +45,7 @@ def test_a_stopped_job_goes_on_where_it_was(tmp_path, monkeypatch, decomposed, f
     assert len(decomposed) == after
     run()
     assert len(decomposed) == 3
-    twin = Run(tmp_path, run.base, run.config)
+    twin = Run(tmp_path, run.base, run.settings)
     twin.out = tmp_path / "twin"
     twin()
     mine, theirs = contents(run.out), contents(twin.out)
@@ -69,8 +70,8 @@ def test_another_job_is_refused_with_the_way_out(run, monkeypatch):
     before = contents(run.out)
     other = WorkFolder(run.out)
     with pytest.raises(FileExistsError) as error:
-        other.open({"config": "another", "rank": 5})
-    assert str(error.value).startswith(f"{run.out / WORK} holds the unfinished work of another work (config ")
+        other.open({"settings": "another", "rank": 5})
+    assert str(error.value).startswith(f"{run.out / WORK} holds the finished layers of a different run (settings ")
     assert 'now "another"; rank null, now 5); repeat that one to finish it, choose another folder, or' in str(
         error.value
     )
@@ -81,7 +82,7 @@ def test_another_job_is_refused_with_the_way_out(run, monkeypatch):
 
 def test_a_job_with_nothing_finished_gives_way(run, monkeypatch):
     interrupted(run, monkeypatch, 0, KeyboardInterrupt())
-    run.config = AdapterSettings(rank=2, form="intact")
+    run.settings = AdapterSettings(rank=2, form="intact")
     run()
     assert ipca.load_adapter(run.base, run.out).a.rank == 2
 
@@ -89,7 +90,7 @@ def test_a_job_with_nothing_finished_gives_way(run, monkeypatch):
 def test_two_processes_do_not_share_a_folder(run):
     first, second = WorkFolder(run.out), WorkFolder(run.out)
     first.open({})
-    with pytest.raises(FileExistsError, match=r"another process is at work in .*; wait until it has ended"):
+    with pytest.raises(FileExistsError, match=r"another process is running in .*; wait until it has ended"):
         second.open({})
     first.close()
     second.open({})
@@ -170,7 +171,7 @@ def test_a_job_killed_while_it_moves_is_finished_by_the_next(run, monkeypatch, m
     work.close()
     later = WorkFolder(run.out)
     assert later.ready
-    later.open({"config": run.config.to_json()})
+    later.open({"settings": asdict(run.settings)})
     later.finish()
     assert len(decomposed) == 2
     ipca.load_adapter(run.base, run.out)
@@ -195,8 +196,8 @@ def test_a_full_disk_keeps_what_is_done_and_what_was_there(tmp_path, monkeypatch
 
     place = {
         "layer": "ipca._atomic.safetensors.torch.save",
-        "factors": "ipca.offline.stream_file.raw_bytes",
-        "shard": "ipca.offline.source.write_in_place",
+        "factors": "ipca.offline.adapter_files.raw_bytes",
+        "shard": "ipca.offline.adapter_files.write_in_place",
     }[where]
     with monkeypatch.context() as patch:
         patch.setattr(place, full)

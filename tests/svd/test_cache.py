@@ -15,8 +15,7 @@ import torch
 from ipca import Window, window_svd
 from ipca._atomic import CorruptFileError, read_checksummed, write_checksummed
 from ipca._hashing import tensor_sha256
-from ipca.svd.cache import SpectralCache, cached_window_svd, default_cache_folder
-from ipca.svd.entry import CacheKey, cache_key
+from ipca.svd.cache import CacheKey, SpectralCache, cache_key, cached_window_svd
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WINDOW = Window.middle(4)
@@ -103,7 +102,7 @@ def test_a_known_hash_is_not_computed_again(cache, monkeypatch):
     W = torch.randn(20, 12)
     digest = tensor_sha256(W)
     cached_window_svd(W, WINDOW, cache=cache)
-    monkeypatch.setattr("ipca.svd.entry.tensor_sha256", lambda W: pytest.fail("hashed again"))
+    monkeypatch.setattr("ipca.svd.cache.tensor_sha256", lambda W: pytest.fail("hashed again"))
     assert cache.get(cache_key(W, WINDOW, digest=digest)) is not None
     cached_window_svd(W, WINDOW, cache=cache, digests=[digest])
 
@@ -220,8 +219,7 @@ def test_another_version_is_not_asked(cache, decomposed, monkeypatch):
 WRITER = """
 import sys, torch
 from ipca import Window
-from ipca.svd.cache import SpectralCache
-from ipca.svd.entry import cache_key
+from ipca.svd.cache import SpectralCache, cache_key
 from ipca import window_svd
 torch.manual_seed(0)
 W = torch.randn(40, 30)
@@ -319,14 +317,6 @@ def test_an_empty_cache(tmp_path):
     cache = SpectralCache(tmp_path / "none")
     assert cache.entries() == cache.verify() == cache.prune(max_bytes=0) == []
     assert not cache.folder.exists()
-
-
-def test_the_default_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("IPCA_CACHE", raising=False)
-    assert default_cache_folder() == tmp_path / ".cache" / "ipca"
-    monkeypatch.setenv("IPCA_CACHE", "~/elsewhere")
-    assert default_cache_folder() == tmp_path / "elsewhere"
 
 
 def test_a_sealed_file_holds_record_and_tensors(tmp_path):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca.svd import certificate, solve
-from ipca.svd.problem import MatrixBatch
-from ipca.svd.range import lapack_range
+from ipca.svd import certificate, ldlt, solve
+from ipca.svd.dense import lapack_range
+from ipca.svd.matrix_batch import MatrixBatch
 from ipca.svd.solve import rayleigh_ritz
 
 F64 = torch.float64
@@ -25,40 +25,40 @@ def symmetric(eigenvalues):
 
 
 def matrix(S):
-    """``W (M, N)``, the problem of its windows, its Gram matrix and its singular vectors."""
+    """``W (M, N)``, the batch of its windows, its Gram matrix and its singular vectors."""
     U, V = orthonormal(M, N), orthonormal(N, N)
     W = (U * S) @ V.mT
-    problem = MatrixBatch(W[None], seed=0)
-    return W, problem, problem.gram[0], U, S / problem.blocks.scale, V
+    batch = MatrixBatch(W[None], seed=0)
+    return W, batch, batch.gram[0], U, S / batch.scale, V
 
 
 def falling():
     return torch.linspace(2, 1, N, dtype=F64)
 
 
-def judge(problem, U, S, V, start=START, neighbors=None):
+def judge(batch, U, S, V, start=START, neighbors=None):
     """The residual relative to σ₁, and whether ``U, S, V`` are certified as the window that starts at ``start``."""
-    rho = residual(problem, U, S, V)
-    (proof,) = certificate.certify(problem.gram, S[None], rho, problem.sigma1, start, neighbors)
-    return (rho / problem.sigma1).item(), *proof
+    rho = residual(batch, U, S, V)
+    (proof,) = certificate.certify(batch.gram, S[None], rho, batch.sigma1, start, neighbors)
+    return (rho / batch.sigma1).item(), *proof
 
 
-def residual(problem, U, S, V):
-    return certificate.residual(problem.blocks, U[None], S[None], V[None])
+def residual(batch, U, S, V):
+    return certificate.residual(batch, U[None], S[None], V[None])
 
 
 def orthogonality(U, V):
     return certificate.orthogonality(U[None], V[None]).item()
 
 
-def found_range(problem, start, rank):
+def found_range(batch, start, rank):
     """``U, S, V`` by the range solver."""
-    candidate = lapack_range(problem, range(start, start + rank), 1e-6)
-    return [part[0] for part in rayleigh_ritz(problem.blocks, candidate.V)[:3]]
+    candidate = lapack_range(batch, range(start, start + rank), 1e-6)
+    return [part[0] for part in rayleigh_ritz(batch, candidate.V)[:3]]
 
 
 def count(G, threshold, room=1e-6):
-    (found,) = certificate.count_above(G[None], torch.tensor([threshold], dtype=F64), torch.tensor([room])).tolist()
+    (found,) = ldlt.count_above(G[None], torch.tensor([threshold], dtype=F64), torch.tensor([room])).tolist()
     return found
 
 
@@ -97,8 +97,8 @@ def test_counting_leaves_the_matrix_alone():
 
 @pytest.mark.parametrize("start", [0, 1, START, N - RANK - 1, N - RANK])
 def test_the_right_window_is_certified_by_counts(start):
-    _, problem, *_ = matrix(falling())
-    relative, certified, words = judge(problem, *found_range(problem, start, RANK), start=start)
+    _, batch, *_ = matrix(falling())
+    relative, certified, words = judge(batch, *found_range(batch, start, RANK), start=start)
     assert relative <= 10 * EPS * M
     assert certified
     assert (f"{start} above" in words) is (start > 0)
@@ -106,14 +106,14 @@ def test_the_right_window_is_certified_by_counts(start):
 
 
 def test_all_components_need_no_count():
-    _, problem, *_ = matrix(falling())
-    assert judge(problem, *found_range(problem, 0, N), start=0)[1:] == (True, "inertia: every component")
+    _, batch, *_ = matrix(falling())
+    assert judge(batch, *found_range(batch, 0, N), start=0)[1:] == (True, "inertia: every component")
 
 
 @pytest.mark.parametrize("shift", [-START, -1, 1, 2, N - START - RANK])
 def test_the_components_of_another_window_are_not_certified(shift):
-    _, problem, *_ = matrix(falling())
-    relative, certified, words = judge(problem, *found_range(problem, START + shift, RANK))
+    _, batch, *_ = matrix(falling())
+    relative, certified, words = judge(batch, *found_range(batch, START + shift, RANK))
     assert relative <= 10 * EPS * M
     assert not certified
     if shift > -START:
@@ -122,18 +122,18 @@ def test_the_components_of_another_window_are_not_certified(shift):
 
 @pytest.mark.parametrize("skipped", range(1, RANK))
 def test_a_window_that_skips_a_component_is_not_certified(skipped):
-    _, problem, _, U, S, V = matrix(falling())
+    _, batch, _, U, S, V = matrix(falling())
     kept = [k for k in range(START, START + RANK + 1) if k != START + skipped]
-    relative, certified, words = judge(problem, U[:, kept], S[kept], V[:, kept])
+    relative, certified, words = judge(batch, U[:, kept], S[kept], V[:, kept])
     assert relative <= 10 * EPS * M
     assert not certified
     assert f"{START + RANK + 1} singular values lie above the window's end, not {START + RANK}" in words
 
 
 def test_a_component_taken_twice_shows_in_the_orthogonality():
-    _, problem, _, U, S, V = matrix(falling())
+    _, batch, _, U, S, V = matrix(falling())
     twice = [*range(START, START + RANK - 1), START + RANK - 2]
-    assert judge(problem, U[:, twice], S[twice], V[:, twice])[0] <= 10 * EPS * M
+    assert judge(batch, U[:, twice], S[twice], V[:, twice])[0] <= 10 * EPS * M
     for left, right in ((U[:, twice], V[:, twice]), (U[:, twice], V), (U, V[:, twice])):
         left, right = left[:, -RANK:], right[:, -RANK:]
         assert orthogonality(left, right) == pytest.approx(1, rel=1e-12)
@@ -141,10 +141,10 @@ def test_a_component_taken_twice_shows_in_the_orthogonality():
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_vectors_shifted_by_one_index_show_in_the_residual(side):
-    _, problem, _, U, S, V = matrix(falling())
+    _, batch, _, U, S, V = matrix(falling())
     window, shifted = slice(START, START + RANK), slice(START + 1, START + RANK + 1)
     left, right = (shifted if side in ("left", "both") else window), (shifted if side in ("right", "both") else window)
-    found = residual(problem, U[:, left], S[window], V[:, right])
+    found = residual(batch, U[:, left], S[window], V[:, right])
     spacing = (S[START] - S[START + 1]).item()
     assert found >= 0.99 * (spacing if side == "both" else S[START].item())
 
@@ -152,29 +152,29 @@ def test_vectors_shifted_by_one_index_show_in_the_residual(side):
 @pytest.mark.parametrize("angle", [1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_rotated_vector_shows_in_the_residual(side, angle):
-    _, problem, _, U, S, V = matrix(falling())
+    _, batch, _, U, S, V = matrix(falling())
     window, far = slice(START, START + RANK), N - 1
     wrong = (U if side == "left" else V).clone()
     wrong[:, START] = wrong[:, START] * (1 - angle**2) ** 0.5 + angle * wrong[:, far]
     left, right = (wrong, V) if side == "left" else (U, wrong)
-    found = residual(problem, left[:, window], S[window], right[:, window])
+    found = residual(batch, left[:, window], S[window], right[:, window])
     assert found >= 0.5 * angle * (S[START] - S[far]).item()
     assert found <= 2 * angle * S[START].item()
 
 
 def test_left_vectors_outside_the_range_of_the_matrix_show_in_the_residual():
-    _, problem, _, U, S, V = matrix(falling())
+    _, batch, _, U, S, V = matrix(falling())
     window = slice(START, START + RANK)
     outside = torch.linalg.svd(U)[0][:, N : N + RANK]
-    assert problem.blocks.rmatmul(outside[None]).norm() <= 10 * EPS * M
-    found = residual(problem, U[:, window] + 1e-3 * outside, S[window], V[:, window])
+    assert batch.rmatmul(outside[None]).norm() <= 10 * EPS * M
+    found = residual(batch, U[:, window] + 1e-3 * outside, S[window], V[:, window])
     assert found == pytest.approx(1e-3 * S[START].item(), rel=1e-6)
 
 
 def test_noise_in_V_is_not_certified():
-    _, problem, _, _, _, V = matrix(falling())
+    _, batch, _, _, _, V = matrix(falling())
     noisy = torch.linalg.qr(V[:, START : START + RANK] + 1e-2 * torch.randn(N, RANK, dtype=F64))[0]
-    relative, certified, _ = judge(problem, *(part[0] for part in rayleigh_ritz(problem.blocks, noisy[None])[:3]))
+    relative, certified, _ = judge(batch, *(part[0] for part in rayleigh_ritz(batch, noisy[None])[:3]))
     assert relative > 1e-3
     assert not certified
 
@@ -185,9 +185,9 @@ def test_a_tie_across_an_edge_is_not_certified(start, value):
     S = torch.cat(
         [torch.linspace(3, 2, START), torch.full((RANK,), value), value * torch.linspace(0.9, 0.1, N - START - RANK)]
     )
-    _, problem, *_ = matrix(S.double())
-    assert judge(problem, *found_range(problem, START, RANK))[1]
-    assert not judge(problem, *found_range(problem, start, RANK), start=start)[1]
+    _, batch, *_ = matrix(S.double())
+    assert judge(batch, *found_range(batch, START, RANK))[1]
+    assert not judge(batch, *found_range(batch, start, RANK), start=start)[1]
 
 
 @pytest.mark.parametrize("edge", [START, START + RANK])
@@ -208,8 +208,8 @@ def test_values_that_the_gram_matrix_cannot_tell_apart_are_not_certified(edge, d
 def test_a_window_below_the_noise_of_the_gram_matrix_is_not_certified(level):
     S = falling()
     S[START:] = level * torch.linspace(1, 0.5, N - START)
-    _, problem, *_ = matrix(S)
-    _, certified, words = judge(problem, *found_range(problem, START, RANK))
+    _, batch, *_ = matrix(S)
+    _, certified, words = judge(batch, *found_range(batch, START, RANK))
     assert not certified
     assert words.endswith("of the largest singular value, too low to count")
 
@@ -217,8 +217,8 @@ def test_a_window_below_the_noise_of_the_gram_matrix_is_not_certified(level):
 def test_left_vectors_of_a_null_space_show_in_the_residual():
     S = falling()
     S[START:] = 0
-    _, problem, *_ = matrix(S)
-    relative, certified, _ = judge(problem, *found_range(problem, START, RANK))
+    _, batch, *_ = matrix(S)
+    relative, certified, _ = judge(batch, *found_range(batch, START, RANK))
     assert relative > 1e-6
     assert not certified
 
@@ -241,8 +241,8 @@ def test_a_range_solver_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift
 
 @pytest.mark.parametrize("noise", [1e-5, 1e-2])
 def test_a_range_solver_that_misses_tol_falls_back_to_the_full_svd(monkeypatch, noise):
-    def noisy(problem, window, tol):
-        found = lapack_range(problem, window, tol)
+    def noisy(batch, window, tol):
+        found = lapack_range(batch, window, tol)
         V = found.V + noise * torch.randn(found.V.shape, dtype=F64)
         return replace(found, V=torch.linalg.qr(V)[0])
 
@@ -270,9 +270,9 @@ def test_the_ends_of_the_spectrum_are_no_edges():
 
 def test_the_largest_singular_value_is_a_close_lower_bound():
     for seed in range(5):
-        problem = MatrixBatch(torch.randn(1, M, N), seed)
-        sigma1 = torch.linalg.eigvalsh(problem.gram)[0, -1].sqrt().item()
-        assert 0.9 * sigma1 <= problem.sigma1.item() <= sigma1
+        batch = MatrixBatch(torch.randn(1, M, N), seed)
+        sigma1 = torch.linalg.eigvalsh(batch.gram)[0, -1].sqrt().item()
+        assert 0.9 * sigma1 <= batch.sigma1.item() <= sigma1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -299,23 +299,21 @@ def test_a_first_window_is_not_proven_within_the_rounding_of_the_gram_matrix(gap
 
 def prove_first(S, kept, dtype):
     """The components ``kept`` as the first window, the next one as their neighbor."""
-    _, problem, _, U, S, V = matrix(S)
+    _, batch, _, U, S, V = matrix(S)
     kept = list(kept)
     found = S[kept][None]
-    rho = residual(problem, U[:, kept], S[kept], V[:, kept])
-    G = problem.blocks.gram(dtype)
-    (proof,) = certificate.certify_first(
-        problem.blocks, G, found, V[:, kept][None], rho, problem.sigma1, S[kept[-1] + 1][None], seed=0
-    )
+    rho = residual(batch, U[:, kept], S[kept], V[:, kept])
+    G = batch.multiply_gram(dtype)
+    (proof,) = certificate.certify_first(batch, G, found, V[:, kept][None], rho, S[kept[-1] + 1][None])
     return proof
 
 
 @pytest.mark.parametrize("error", [1e-2, 1e-6])
 def test_the_error_of_a_gram_matrix_is_measured(error):
-    blocks = MatrixBatch(torch.randn(2, M, N), 0).blocks
+    batch = MatrixBatch(torch.randn(2, M, N), 0)
     E = torch.randn(2, N, N, dtype=F64)
     E *= error / torch.linalg.matrix_norm(E)[:, None, None]
-    bound = certificate.gram_error(blocks, blocks.gram() + E, seed=0)
+    bound = certificate.gram_error(batch, batch.gram + E)
     assert (torch.linalg.matrix_norm(E, ord=2) <= bound).all()
     assert (bound <= 5 * error).all()
 
@@ -334,6 +332,6 @@ def test_an_untrustworthy_factor_is_counted_again(delta, monkeypatch):
     room = (eigenvalues - shift).abs().min().item() / 2
     assert count(G[0], shift, room) == (eigenvalues > shift).sum()
     pivoted = []
-    monkeypatch.setattr(certificate, "count_above_pivoted", lambda *_: pivoted.append(1) or 7)
+    monkeypatch.setattr(ldlt, "count_above_pivoted", lambda *_: pivoted.append(1) or 7)
     assert count(G[0], shift, 1e-300) == 7
     assert pivoted

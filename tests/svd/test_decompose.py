@@ -4,9 +4,10 @@ import re
 import pytest
 import torch
 
-from ipca import Window, singular_values, window_svd
-from ipca.svd import TOLERANCES, check_matrix, solve
-from ipca.svd.blocks import Blocks
+from ipca import Window, window_svd
+from ipca.svd import singular_values, solve
+from ipca.svd.decompose import TOLERANCES, check_matrix
+from ipca.svd.matrix_batch import MatrixBatch
 
 F64 = torch.float64
 PATHS = {"full": (75, 64), "range": (257, 300)}
@@ -50,19 +51,19 @@ def test_the_dtype_follows_the_tolerance(tol, dtype, want):
 
 @pytest.mark.parametrize("m", [7, 1024, 1025, 2100])
 @pytest.mark.parametrize("largest", [3e-40, 1.0, 1.5, 3e38])
-def test_blocks_multiply_as_the_scaled_matrix_does(m, largest):
+def test_a_batch_multiplies_as_the_scaled_matrix_does(m, largest):
     W = torch.randn(m, 7)
     W *= largest / W.abs().max()
     W = torch.stack([W, W / 8])
-    blocks = Blocks(W)
-    dense = W.double() / blocks.scale[:, None, None]
+    batch = MatrixBatch(W)
+    dense = W.double() / batch.scale[:, None, None]
     assert ((dense.abs().amax((1, 2)) >= 1) & (dense.abs().amax((1, 2)) < 2)).all()
-    assert all(math.log2(scale).is_integer() for scale in blocks.scale)
+    assert all(math.log2(scale).is_integer() for scale in batch.scale)
     X, Y = torch.randn(2, 7, 3, dtype=F64), torch.randn(2, m, 3, dtype=F64)
-    assert torch.equal(blocks.dense(), dense)
-    torch.testing.assert_close(blocks.gram(), dense.mT @ dense, rtol=1e-12, atol=1e-9)
-    torch.testing.assert_close(blocks.matmul(X), dense @ X, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(blocks.rmatmul(Y), dense.mT @ Y, rtol=1e-12, atol=1e-9)
+    assert torch.equal(batch.dense(), dense)
+    torch.testing.assert_close(batch.gram, dense.mT @ dense, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(batch.matmul(X), dense @ X, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(batch.rmatmul(Y), dense.mT @ Y, rtol=1e-12, atol=1e-9)
 
 
 NOT_DECOMPOSABLE = [
@@ -139,8 +140,8 @@ def test_a_tolerance_out_of_range(tol):
 def test_a_full_svd_that_misses_tol_raises(monkeypatch, path):
     exact = solve.full_svd
 
-    def wrong(problem, window):
-        U, S, V, spectrum = exact(problem, window)
+    def wrong(batch, window):
+        U, S, V, spectrum = exact(batch, window)
         return U, S * (1 + 1e-3), V, spectrum
 
     monkeypatch.setattr(solve, "full_svd", wrong)

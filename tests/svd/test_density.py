@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ipca.svd.density import CHAINS, spectral_density
-from ipca.svd.problem import MatrixBatch
+from ipca.svd.matrix_batch import MatrixBatch
 
 F64 = torch.float64
 SPECTRA = {
@@ -50,13 +50,13 @@ def test_each_matrix_of_a_batch_has_its_own_density_and_a_seed_its_own_vectors()
     assert first.value_at(index).tolist() == pytest.approx([2.5**0.5, 12.5**0.5], rel=0.05)
 
 
-def test_a_problem_forgets_the_float32_copy_before_it_factorizes():
-    problem = MatrixBatch(torch.randn(1, 300, 280), 0)
-    assert problem.gram.shape == (1, 280, 280)
-    assert problem.density.n == 280
-    assert "gram32" in vars(problem)
-    problem.factorize(problem.sigma1)
-    assert "gram32" not in vars(problem)
+def test_a_batch_forgets_the_float32_copy_before_it_factorizes():
+    batch = MatrixBatch(torch.randn(1, 300, 280), 0)
+    assert batch.gram.shape == (1, 280, 280)
+    assert batch.density.n == 280
+    assert "gram32" in vars(batch)
+    batch.factorize(batch.sigma1)
+    assert "gram32" not in vars(batch)
 
 
 def test_the_end_of_a_spectrum_far_from_zero_is_found():

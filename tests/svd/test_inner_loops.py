@@ -1,4 +1,4 @@
-"""The registered ops and the functions that callers use; on a GPU the CUDA kernels against PyTorch."""
+"""Choice of the implementation; on a GPU the CUDA kernels against PyTorch on the CPU."""
 
 import subprocess
 import sys
@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 
-from ipca.svd import inner_loops as native
-from ipca.svd import inner_loops_torch as primitives
+from ipca.svd import inner_loops
 
 EPS = torch.finfo(torch.float64).eps
 DTYPES = [torch.float64, torch.float32]
@@ -41,43 +40,10 @@ def copies(arguments):
 
 
 CALLS = {
-    "ldlt_panel_": (native.ldlt_panel_op, native.ldlt_panel_, primitives.ldlt_panel_, ldlt_arguments),
-    "scaled_cholesky": (
-        native.scaled_cholesky_op,
-        native.scaled_cholesky,
-        primitives.scaled_cholesky,
-        lambda: (gram(),),
-    ),
-    "lanczos_step_": (native.lanczos_step_op, native.lanczos_step_, primitives.lanczos_step_, lanczos_arguments),
+    "ldlt_panel_": (inner_loops.ldlt_panel_, ldlt_arguments),
+    "scaled_cholesky": (inner_loops.scaled_cholesky, lambda: (gram(),)),
+    "lanczos_step_": (inner_loops.lanczos_step_, lanczos_arguments),
 }
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name):
-    op, *_, arguments = CALLS[name]
-    torch.library.opcheck(op, arguments())
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("how", ["called", "as an op", "compiled"])
-def test_on_a_cpu_it_is_the_primitive(name, how):
-    op, function, primitive, arguments = CALLS[name]
-    run = {
-        "called": function,
-        "as an op": op,
-        "compiled": torch.compile(function, fullgraph=True, backend="aot_eager"),
-    }[how]
-    given = arguments()
-    ours, theirs = copies(given), copies(given)
-    found, want = run(*ours), primitive(*theirs)
-    for mine, their in zip((*ours, *(found or ())), (*theirs, *(want or ())), strict=True):
-        torch.testing.assert_close(mine, their, rtol=0, atol=0, equal_nan=True)
-
-
-def test_fake_tensors_keep_their_shapes():
-    with torch._subclasses.FakeTensorMode():
-        T, shift = native.scaled_cholesky(torch.empty(3, 7, 7))
-    assert (T.shape, shift.shape) == ((3, 7, 7), (3,))
 
 
 def test_importing_loads_no_extension_and_starts_no_cuda():
@@ -102,26 +68,26 @@ class OnCuda(torch.Tensor):
         return 3
 
 
-def test_a_gpu_gets_the_extension_or_the_primitive(monkeypatch):
+def test_a_gpu_gets_the_extension_or_pytorch(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
-    monkeypatch.setattr(native._extension, "load", lambda *device: asked.append(device))
-    native._extension_on.cache_clear()
+    monkeypatch.setattr(inner_loops._extension, "load", lambda *device: asked.append(device))
+    inner_loops._extension_on.cache_clear()
     G = gram().as_subclass(OnCuda)
     for _ in range(2):
-        native._scaled_cholesky(G)
+        inner_loops.scaled_cholesky(G)
     assert asked == [(3, (9, 3))]  # once a device; without an extension PyTorch's version has run
-    native._extension_on.cache_clear()
-    monkeypatch.setattr(native._extension, "load", lambda *device: "extension")
-    monkeypatch.setattr(native, "launch_scaled_cholesky", lambda *arguments: arguments)
-    assert native._scaled_cholesky(G)[0] == "extension"
-    native._extension_on.cache_clear()
+    inner_loops._extension_on.cache_clear()
+    monkeypatch.setattr(inner_loops._extension, "load", lambda *device: "extension")
+    monkeypatch.setattr(inner_loops, "launch_scaled_cholesky", lambda *arguments: arguments)
+    assert inner_loops.scaled_cholesky(G)[0] == "extension"
+    inner_loops._extension_on.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def extension():
     """The extension for this GPU; PyTorch's version against itself would prove nothing."""
-    found = native._extension_on(torch.cuda.current_device())
+    found = inner_loops._extension_on(torch.cuda.current_device())
     assert found is not None
     return found
 
@@ -144,8 +110,8 @@ def test_ldlt_panel_on_a_gpu(dtype, batch, n, k):
     around = given[0]._base.clone()
     before = copies(given)
     torchs = tuple(argument.cpu() for argument in copies(given))
-    native.ldlt_panel_(*given)
-    primitives.ldlt_panel_(*torchs)
+    inner_loops.ldlt_panel_(*given)
+    inner_loops.ldlt_panel_(*torchs)
     eps = torch.finfo(dtype).eps
     assert given[2].tolist() == torchs[2].tolist()
     torch.testing.assert_close(given[1].cpu(), torchs[1], rtol=1e3 * eps, atol=0)
@@ -169,9 +135,9 @@ def test_scaled_cholesky_on_a_gpu(dtype, p):
     G = gram(3, p, dtype, "cuda")
     G[1] = 0
     G[1].diagonal()[: p // 2] = 2.0
-    T, shift = native.scaled_cholesky(G)
-    theirs, _ = primitives.scaled_cholesky(G.cpu())
-    truth, _ = primitives.scaled_cholesky(G.cpu().double())
+    T, shift = inner_loops.scaled_cholesky(G)
+    theirs, _ = inner_loops.scaled_cholesky(G.cpu())
+    truth, _ = inner_loops.scaled_cholesky(G.cpu().double())
     assert shift.tolist() == [0, 0, 0]
     for i in range(3):
         at_most_twice(T[i], theirs[i], truth[i], p * torch.finfo(dtype).eps)
@@ -185,13 +151,13 @@ def test_scaled_cholesky_shifts_on_a_gpu():
     X = torch.randn(2, 300, rank, dtype=torch.float64) @ torch.randn(2, rank, p, dtype=torch.float64)
     X[1] = torch.randn(300, p, dtype=torch.float64)
     G = (X.mT @ X).cuda()
-    T, shift = native.scaled_cholesky(G)
+    T, shift = inner_loops.scaled_cholesky(G)
     least = 16 * p * EPS
     assert min(abs(shift[0].item() / (least * 100**i) - 1) for i in range(3)) < 1e-12
     assert shift[1] == 0
     moved = G + shift[:, None, None] * torch.diag_embed(G.diagonal(dim1=-2, dim2=-1))
     torch.testing.assert_close((T.mT @ moved @ T).cpu(), torch.eye(p).double().expand(2, p, p), atol=0.05, rtol=0)
-    T, _ = native.scaled_cholesky(torch.full_like(G, float("nan")))
+    T, _ = inner_loops.scaled_cholesky(torch.full_like(G, float("nan")))
     assert T.isnan().all()
 
 
@@ -203,9 +169,9 @@ def test_lanczos_step_on_a_gpu(dtype, chains, n, steps, step):
     given = lanczos_arguments(chains, n, steps, step, dtype, "cuda")
     torchs = tuple(x.cpu() if torch.is_tensor(x) else x for x in copies(given))
     truth = tuple(x.double() if torch.is_tensor(x) else x for x in copies(torchs))
-    native.lanczos_step_(*given)
-    primitives.lanczos_step_(*torchs)
-    primitives.lanczos_step_(*truth)
+    inner_loops.lanczos_step_(*given)
+    inner_loops.lanczos_step_(*torchs)
+    inner_loops.lanczos_step_(*truth)
     eps = torch.finfo(dtype).eps
     for i in (2, 3):
         at_most_twice(given[i][:, step], torchs[i][:, step], truth[i][:, step], eps)
@@ -219,7 +185,7 @@ def test_lanczos_step_on_a_gpu(dtype, chains, n, steps, step):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CALLS)
 def test_the_same_bits_twice_without_waiting_on_a_gpu(name, dtype):
-    _, function, _, arguments = CALLS[name]
+    function, arguments = CALLS[name]
     given = [
         x.to("cuda", dtype if x.is_floating_point() else x.dtype) if torch.is_tensor(x) else x for x in arguments()
     ]
@@ -244,16 +210,16 @@ def test_work_is_queued_on_the_current_stream():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # what the kernel reads is written behind this
         moved = 4 * G
-        T, _ = native.scaled_cholesky(moved)
+        T, _ = inner_loops.scaled_cholesky(moved)
     stream.synchronize()
-    torch.testing.assert_close(T, native.scaled_cholesky(G)[0] / 2, rtol=0, atol=0)
+    torch.testing.assert_close(T, inner_loops.scaled_cholesky(G)[0] / 2, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
 def test_what_cuda_refuses_is_said_with_the_kernels_name(extension):
     with pytest.raises(RuntimeError, match=r"scaled_cholesky_kernel: invalid argument \(cudaErrorInvalidValue\)"):
         extension.scaled_cholesky_float64(0, 0, 0, 0, 0, 0, 0, 1, 1 << 20)  # 8 MiB of shared memory
-    native.scaled_cholesky(gram(device="cuda"))  # and the next call is none the worse
+    inner_loops.scaled_cholesky(gram(device="cuda"))  # and the next call is none the worse
 
 
 @pytest.mark.gpu
@@ -261,7 +227,7 @@ def test_what_cuda_refuses_is_said_with_the_kernels_name(extension):
 @pytest.mark.usefixtures("extension")
 def test_the_other_device_runs_its_own_and_the_current_one_stays():
     G = gram(device="cuda:1")
-    T, _ = native.scaled_cholesky(G)
+    T, _ = inner_loops.scaled_cholesky(G)
     assert torch.cuda.current_device() == 0
-    torch.testing.assert_close(T.cpu(), native.scaled_cholesky(G.to("cuda:0"))[0].cpu(), rtol=0, atol=0)
+    torch.testing.assert_close(T.cpu(), inner_loops.scaled_cholesky(G.to("cuda:0"))[0].cpu(), rtol=0, atol=0)
     assert torch.ones(1, device="cuda").device.index == 0

@@ -5,10 +5,9 @@ import torch
 
 from ipca import Window, window_svd
 from ipca.svd import solve
-from ipca.svd.krylov import Krylov
-from ipca.svd.orthonormal import orthonormalize
-from ipca.svd.plan import THRESHOLDS, plan
-from ipca.svd.problem import MatrixBatch
+from ipca.svd.krylov import Krylov, orthonormalize
+from ipca.svd.matrix_batch import MatrixBatch
+from ipca.svd.solve import THRESHOLDS, plan
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
@@ -35,7 +34,7 @@ def matrix(m, n, S):
 
 @pytest.fixture
 def only(monkeypatch):
-    """Let one path alone be tried before the full SVD."""
+    """Let only one path be tried before the full SVD."""
     return lambda name: monkeypatch.setattr(solve, "plan", lambda *_: [name])
 
 
@@ -113,9 +112,9 @@ def test_a_path_that_is_off_by_one_is_found_out(monkeypatch, path, shift):
     W, start = matrix(300, 300, S), {"top": 1, "interior": 140, "bottom": 290}[path]
     right = solve.PATHS[path]
 
-    def wrong(problem, window, tol):
+    def wrong(batch, window, tol):
         moved = range(window.start + shift, window.stop + shift)
-        return (solve.PATHS["interior"] if path == "bottom" else right)(problem, moved, tol)
+        return (solve.PATHS["interior"] if path == "bottom" else right)(batch, moved, tol)
 
     monkeypatch.setattr(solve, "plan", lambda *_: ["wrong"])
     monkeypatch.setitem(solve.PATHS, "wrong", wrong)
@@ -148,7 +147,7 @@ def test_a_window_inside_the_range_of_a_rank_deficient_matrix(only, path):
 def test_several_windows_share_the_gram_matrix_and_the_density(only):
     W = matrix(640, 600, spectrum("exponential", 600)).float()
     only("interior")
-    windows = [Window(f, 16) for f in (0.25, 0.5, 0.75)]
+    windows = [Window.at(f, 16) for f in (0.25, 0.5, 0.75)]
     together = window_svd(W, windows)
     apart = [window_svd(W, window) for window in windows]
     for one, other in zip(together, apart, strict=True):
@@ -229,11 +228,11 @@ def test_a_batch_solves_each_matrix_and_falls_back_for_one_alone(monkeypatch, na
     tie[edge - 1] = tie[edge]
     W = torch.stack([matrix(300, 300, S), matrix(300, 300, tie), matrix(300, 300, 2 * S)])
     monkeypatch.setattr(solve, "plan", lambda *_: [name])
-    found = solve.solve(MatrixBatch(W, 0), window, 1e-6)
+    found = solve.solve_window(MatrixBatch(W, 0), window, 1e-6)
     assert [one.path for one in found] == [name, "full", name]
     assert [one.proof.certified for one in found] == [True, False, True]
-    problem = MatrixBatch(W, 0)
-    for one, scale, values in zip(found, problem.blocks.scale, (S, tie, 2 * S), strict=True):
+    batch = MatrixBatch(W, 0)
+    for one, scale, values in zip(found, batch.scale, (S, tie, 2 * S), strict=True):
         torch.testing.assert_close(one.S * scale, values[window.start : window.stop], rtol=0, atol=1e-7)
         assert one.error <= 1e-6
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ipca import Window, singular_values, window_svd
-from ipca.svd import SVDReport, WindowSVD
+from ipca import Window, window_svd
+from ipca.svd import SVDReport, WindowSVD, singular_values
 
 F64 = torch.float64
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 7), (7, 5), (48, 65), (65, 48), (64, 64), (300, 255), (257, 300), (2100, 257)]

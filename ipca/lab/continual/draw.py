@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ipca.analysis.picture import picture
+from ipca.analysis.figures import picture
 from ipca.lab.continual.stream import StreamResult
 
 _COLUMNS = 4

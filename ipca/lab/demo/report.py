@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from ipca.analysis.picture import picture
+from ipca.analysis.figures import picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

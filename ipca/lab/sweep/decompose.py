@@ -20,7 +20,7 @@ from ipca.model.settings import AdapterSettings
 from ipca.model.targets import find_modules_to_save, find_targets
 from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache, window_svd
-from ipca.svd.entry import cache_key
+from ipca.svd.cache import cache_key
 from ipca.window import Window
 
 Run = tuple[str, int]

@@ -60,7 +60,7 @@ def require_optuna() -> ModuleType:
     try:
         import optuna
     except ImportError:
-        raise ImportError("tuning needs Optuna; run: pip install 'ipca-lora[sweep]', or leave `tune` at 0") from None
+        raise ImportError("tuning needs Optuna; run: pip install 'ipca-lora[sweep]', or leave tuning out") from None
     return optuna
 
 

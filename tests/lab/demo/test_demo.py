@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ipca.cli import main
+from ipca.cli.main import main
 from ipca.lab.demo import report, run
 from ipca.lab.demo.data import SOURCES, load_text
 from ipca.lab.demo.task import METHODS, Encoder, Probe, Settings, load_encoder

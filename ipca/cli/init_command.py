@@ -1,0 +1,207 @@
+"""``ipca init``: the adapter of a model folder before training, layer by layer, in one process or several."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import ipca
+from ipca._atomic import check_writable
+from ipca.cli.arguments import check_output_folder
+from ipca.io.adapter_folder import read_adapter
+from ipca.io.checkpoint import Checkpoint
+from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
+from ipca.io.peft_format import WEIGHTS
+from ipca.model.settings import AdapterSettings
+from ipca.model.targets import Target, find_targets
+from ipca.offline.adapter_files import write_adapter, write_residual
+from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
+from ipca.offline.ranks import PeerFailed, Ranks
+from ipca.offline.skeleton import NotStreamable, build_skeleton, checkpoint_keys
+from ipca.offline.source import CheckpointSource, ModelSource, Source
+from ipca.offline.work_folder import DONE, WORK, WorkFolder
+from ipca.svd.cache import SpectralCache
+
+Record = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to decompose, and from where; ``loaded_whole`` says why the whole model is in memory, None if it is not."""
+
+    source: Source
+    targets: list[Target]
+    loaded_whole: str | None
+
+
+def init(args: argparse.Namespace) -> tuple[Record | None, str]:
+    """Write the adapter of a model folder before training.
+
+    Under torchrun the processes share the layers, and only the first returns a record.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but this torch sees no GPU; leave it out.")
+    ranks, work = Ranks.from_environment(args.device), WorkFolder(args.out)
+    try:
+        record, text = _run(args, ranks, work)
+    except BaseException as error:
+        if isinstance(error, PeerFailed) and not ranks.is_main:  # the first process reports it
+            raise SystemExit(1) from None
+        kept = work.abandon() if ranks.is_main else work.count()
+        if kept:
+            print(
+                f"ipca: {kept} finished layers are kept in {work.folder}; run the same command again to resume",
+                file=sys.stderr,
+            )
+        if not ranks.is_main and isinstance(error, (ValueError, TypeError, RuntimeError, OSError)):
+            raise RuntimeError(f"process {ranks.rank}: {error}") from error
+        raise
+    ranks.close()
+    return (record, text) if ranks.is_main else (None, "")
+
+
+def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Record, str]:
+    began = time.perf_counter()
+    if not ranks.is_main:
+        ranks.barrier()  # an error of the first process's checks ends the others too
+    settings = _settings(args)
+    if ranks.is_main:
+        _check_folders(args, work)
+    plan = _plan(args.model, settings)
+    if ranks.is_main:
+        work.open({"format": 1, "ipca": ipca.__version__, "model": model_digest(args.model), **asdict(settings)})
+        ranks.barrier()
+    ready, cache = ranks.broadcast(work.ready), _cache(args)
+    layers, before = decompose_layers(
+        plan.source, plan.targets, settings, work, ranks, device=args.device, cache=cache, progress=not args.quiet
+    )
+    install_layers(plan.source.model, layers, work)
+    if not ready:
+        _assemble(args, plan, layers, work, ranks)
+    ranks.barrier()
+    if ranks.is_main:
+        work.finish()
+    ranks.barrier()
+    hits = ranks.sum(cache.hits if cache else 0)
+    return _account(args, plan, layers, before, hits, time.perf_counter() - began)
+
+
+def _settings(args: argparse.Namespace) -> AdapterSettings:
+    """The options of layers and windows as one record."""
+    return AdapterSettings(
+        rank=args.rank,
+        window=args.window,
+        alpha=args.alpha,
+        form=args.form,
+        targets=args.targets or "all-linear",
+        exclude=args.exclude,
+        tol=args.tol,
+    )
+
+
+def _plan(folder: Path, settings: AdapterSettings) -> Plan:
+    """Read the model's skeleton, or the whole model where a skeleton is not enough."""
+    try:
+        checkpoint = Checkpoint.open(folder)
+        if checkpoint is None:
+            raise NotStreamable("the folder holds no safetensors")
+        model = build_skeleton(folder, checkpoint)
+        targets = find_targets(model, settings, values=False)
+        keys = checkpoint_keys(model, targets, checkpoint, residual=settings.form == "residual")
+        return Plan(CheckpointSource(model, checkpoint, keys), targets, None)
+    except NotStreamable as error:
+        why = str(error)
+    model, missing = load_with_missing(folder)
+    targets = find_targets(model, settings)
+    absent = [target.name for target in targets if f"{target.name}.weight" in missing]
+    if absent:
+        names = ", ".join(absent[:3])
+        raise ValueError(
+            f"{folder} holds no weight for {names}, and transformers would initialize it at random; exclude it."
+        )
+    return Plan(ModelSource(model), targets, why)
+
+
+def _assemble(
+    args: argparse.Namespace, plan: Plan, layers: list[FinishedLayer], work: WorkFolder, ranks: Ranks
+) -> None:
+    """Write the output files into the work folder."""
+    if args.form == "residual":
+        write_residual(plan.source, layers, work, ranks, str(args.out.absolute() / "base"))
+        if ranks.is_main:
+            with work.writing():
+                copy_companions(args.model, work.final / "base")
+    elif ranks.is_main:
+        write_adapter(plan.source.model, layers, work, work.final, base_model=str(args.model))
+
+
+def _account(
+    args: argparse.Namespace,
+    plan: Plan,
+    layers: list[FinishedLayer],
+    before: int,
+    hits: int,
+    seconds: float,
+) -> tuple[Record, str]:
+    """The record and the text of the finished command."""
+    summary = ipca.summary(plan.source.model)
+    paths = Counter(layer.saved.svd["path"] for layer in layers if layer.saved.svd)
+    record: Record = {
+        "layers": summary.layers,
+        "trainable": summary.trainable,
+        "out": str(args.out),
+        "seconds": seconds,
+        "svd_seconds": summary.svd_seconds,
+        "paths": dict(paths),
+        "worst_residual": summary.worst_residual,
+        "uncertified": dict(summary.uncertified),
+        "finished_before": before,
+        "from_cache": hits,
+        "loaded_whole": plan.loaded_whole,
+    }
+    parts = [f"{count} by {path}" for path, count in paths.most_common()]
+    parts += [f"{before} finished before"] * (before > 0) + [f"{hits} from the cache"] * (hits > 0)
+    lines = [str(summary), f"{len(layers)} layers in {seconds:.1f} s: {', '.join(parts)}"]
+    if len(summary.uncertified) > 5:
+        lines.append("also not certified: " + ", ".join(name for name, _ in summary.uncertified[5:]))
+    if plan.loaded_whole:
+        lines.append(f"the whole model was loaded: {plan.loaded_whole}")
+    if args.form == "residual":
+        lines.append(f"residual base: {args.out / 'base'}   adapter: {args.out / 'adapter'}")
+    else:
+        lines.append(f"adapter: {args.out}")
+    return record, "\n".join(lines)
+
+
+def _check_folders(args: argparse.Namespace, work: WorkFolder) -> None:
+    out = args.out.absolute()
+    check_output_folder(args)
+    check_writable(out)
+    if not work.ready:
+        _check_trained(out)
+    if args.form == "residual" and not work.ready and out.is_dir() and {p.name for p in out.iterdir()} - {WORK, DONE}:
+        raise FileExistsError(f"{out} is not empty; choose a new folder.")
+
+
+def _check_trained(out: Path) -> None:
+    """Raise where ``out`` holds a trained adapter; an untrained one may be replaced."""
+    if not (out / WEIGHTS).is_file():
+        return
+    try:
+        factors = list(read_adapter(out, modules_to_save=False).factors.values())
+    except (ValueError, FileNotFoundError):  # damaged, or not ours
+        factors = []
+    if not factors or any(not (torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0)) for f in factors):
+        raise FileExistsError(f"{out} holds an adapter that is trained or not readable; choose another folder.")
+
+
+def _cache(args: argparse.Namespace) -> SpectralCache | None:
+    folder = args.cache or os.environ.get("IPCA_CACHE")
+    return SpectralCache(folder) if folder and not args.no_cache else None

@@ -1,0 +1,133 @@
+"""``ipca inspect`` for an adapter folder: layers, windows, certificates, sizes and the base it is for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ipca.io.adapter_folder import SIDECAR, read_adapter
+from ipca.io.peft_format import CONFIG, WEIGHTS
+from ipca.io.peft_lora import read_stock
+
+Record = dict[str, object]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether ``folder`` holds an adapter and no model."""
+    names = (SIDECAR, CONFIG, WEIGHTS)
+    return any((folder / name).is_file() for name in names) and not (folder / "config.json").is_file()
+
+
+def adapter_record(folder: Path) -> Record:
+    """The contents of an adapter folder as one record; every tensor is checked.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`ipca.load_adapter`, or as :func:`ipca.import_peft` for a folder without
+            ``ipca.json``.
+    """
+    rows, modules_to_save, base = _ours(folder) if (folder / SIDECAR).is_file() else _stock(folder)
+    return {
+        "kind": "ipca" if (folder / SIDECAR).is_file() else "stock LoRA",
+        "base": base,
+        "layers": rows,
+        "modules_to_save": modules_to_save,
+        "totals": {
+            "layers": len(rows),
+            "trainable": sum(row["trainable"] for row in rows),
+            "uncertified": [row["layer"] for row in rows if row.get("certified") is False],
+            "file_bytes": (folder / WEIGHTS).stat().st_size,
+        },
+    }
+
+
+def adapter_table(record: Any) -> str:
+    """The record as a table of text."""
+    ours, totals = record["kind"] == "ipca", record["totals"]
+    lines = [
+        f"{'layer':40} {'shape':>14} {'rank':>5} {'scaling':>8} {'window':>14} {'of':>6} {'form':>9} {'residual':>9}"
+    ]
+    for row in record["layers"]:
+        window = "[{}, {})".format(*row["window"]) if ours else "–"
+        residual = f"{row['residual']:9.1e}" if row.get("residual") is not None else f"{'–':>9}"
+        shape = row["shape"]
+        lines.append(
+            f"{_short(row['layer'], 40):40} {' × '.join(map(str, shape)):>14} {row['rank']:5} "
+            f"{row['scaling']:8.3g} {window:>14} {min(shape[-2:]):6} {row.get('form', '–'):>9} {residual}"
+        )
+    lines += [f"not certified: {row['layer']}: {row['certificate']}" for row in _uncertified(record["layers"])[:5]]
+    lines += [f"fully trained: {', '.join(record['modules_to_save'])}"] * bool(record["modules_to_save"])
+    proven = f", {totals['layers'] - len(totals['uncertified'])} windows certified" if ours else ""
+    lines.append(
+        f"{totals['layers']} layers, {totals['trainable']:,} parameters train{proven}; "
+        f"file {mib(totals['file_bytes'])}; base: {record['base'] or 'not named'}"
+    )
+    if not ours:
+        lines.append("a stock LoRA, without windows; ipca convert looks for them")
+    return "\n".join(lines)
+
+
+def _ours(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
+    saved = read_adapter(folder)
+    rows = []
+    for name, layer in saved.layers.items():
+        report = layer.report()
+        *experts, out, inner = layer.shape
+        rows.append(
+            {
+                "layer": name,
+                "kind": layer.kind,
+                "shape": list(layer.shape),
+                "rank": layer.rank,
+                "scaling": layer.alpha / layer.rank,
+                "window": [layer.start, layer.start + layer.rank],
+                "form": layer.form,
+                "trainable": math.prod(experts) * layer.rank * (out + inner),
+                "certified": None if report is None else report.certified,
+                "certificate": None if report is None else report.certificate,
+                "residual": None if report is None else report.residual,
+                "base_sha256": layer.base_sha256,
+            }
+        )
+    return rows, list(saved.modules_to_save), _base(folder)
+
+
+def _stock(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
+    lora = read_stock(folder)
+    rows = [
+        {
+            "layer": name,
+            "shape": [layer.B.shape[0], layer.A.shape[1]],
+            "rank": layer.rank,
+            "scaling": layer.scaling,
+            "trainable": layer.A.numel() + layer.B.numel(),
+        }
+        for name, layer in lora.layers.items()
+    ]
+    return rows, list(lora.modules_to_save), _base(folder)
+
+
+def _base(folder: Path) -> str | None:
+    """The base that PEFT's configuration names, None if it names none."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        base: str | None = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return base
+
+
+def _uncertified(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row.get("certified") is False]
+
+
+def _short(name: str, width: int) -> str:
+    """``name``, its beginning replaced by … where it is longer than ``width``."""
+    return name if len(name) <= width else "…" + name[-(width - 1) :]
+
+
+def mib(size: object) -> str:
+    """A number of bytes as MiB, a small one as KiB."""
+    assert isinstance(size, int)
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -1,0 +1,41 @@
+"""Records of the layers that a PCConfig adapts: initial factors, base hashes, entries of ``ipca.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ipca.io.adapter_folder import AdapterFolder, Factors, SavedLayer
+from ipca.nn.initialization import InitCertificate, InitialFactors
+
+
+@dataclass
+class LayerRecords:
+    """The state that a PCConfig carries between :func:`ipca.peft.prepare`, the layers, and the adapter's files.
+
+    Paths are those in the model that PEFT wraps. The layers read and write the records, see
+    :meth:`ipca.peft.layers.WindowLora.init_adapter`.
+
+    Attributes:
+        initial: factors that were prepared or read from a file; a layer takes its own out.
+        base_sha256: hashes of the base weights that an adapter read from a file belongs to.
+        saved: what ``ipca.json`` holds of each layer.
+    """
+
+    initial: dict[str, InitialFactors] = field(default_factory=dict)
+    base_sha256: dict[str, str] = field(default_factory=dict)
+    saved: dict[str, SavedLayer] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, adapter: AdapterFolder) -> LayerRecords:
+        """The records of an adapter that was read from its folder, so that its layers need no SVD."""
+        return cls(
+            initial={path: _initial(layer, adapter.factors[path]) for path, layer in adapter.layers.items()},
+            base_sha256={path: layer.base_sha256 for path, layer in adapter.layers.items() if layer.base_sha256},
+            saved=dict(adapter.layers),
+        )
+
+
+def _initial(layer: SavedLayer, factors: Factors) -> InitialFactors:
+    dtype = str(factors.A0.dtype).removeprefix("torch.")
+    certificate = InitCertificate(dtype, 0.0, 0.0, 0.0)
+    return InitialFactors(factors.A0, factors.B0, layer.window, layer.base_sha256 or "", layer.report(), certificate)

@@ -1,0 +1,149 @@
+"""A batch of tall matrices: float64 products by blocks of rows, and what all windows of a matrix share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+import torch
+from torch import Tensor
+
+from ipca.svd.density import CHAINS, STEPS, Density, spectral_density
+from ipca.svd.ldlt import LDLT, factorize_shifted
+from ipca.svd.random_vectors import KRYLOV, POWER, normal
+
+_ROWS, _COLUMNS = 256, 512
+_POWER_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Approximate right singular vectors of one window for a batch of matrices, not yet proven.
+
+    Attributes:
+        V: ``(batch, n, r)``, orthonormal.
+        neighbors: ``(batch, 2)``; estimates of the singular values next to the window, above (infinity where the
+            window starts the spectrum) and below (0 where it ends it). None where they are not known.
+        polish: one more step of the path's iteration on ``V``, where the path has one.
+    """
+
+    V: Tensor
+    neighbors: Tensor | None
+    polish: Callable[[Tensor], Tensor] | None = None
+
+
+class MatrixBatch:
+    """Tall matrices ``W (batch, m, n)``, ``m >= n``; every result is in units of ``W / scale``.
+
+    ``W`` keeps its dtype, and products widen a block of rows at a time: a float64 copy of all of it would take four
+    times the memory of a 16-bit weight. The Gram matrix has to be float64, because squaring halves the digits of
+    interior and small singular values: in float32 subspaces are off by angles up to 0.23.
+
+    Attributes:
+        largest: ``(batch,)``; ``max|W|`` of each matrix, in float64.
+        scale: ``(batch,)``; the power of two at or below ``largest``, so that squares neither overflow nor underflow
+            and the division is exact.
+        flops: the operations counted so far, for one matrix of the batch.
+    """
+
+    def __init__(self, W: Tensor, seed: int = 0) -> None:
+        assert W.ndim == 3
+        assert W.shape[1] >= W.shape[2]
+        self.W, self.seed, self.flops = W, seed, 0.0
+        self.size, self.m, self.n = W.shape
+        self.largest = largest_entry(W).double()
+        power = torch.ldexp(torch.ones_like(self.largest), torch.frexp(self.largest).exponent - 1)
+        self.scale = torch.where(self.largest > 0, power, 1.0)
+
+    def part(self, rows: list[int]) -> MatrixBatch:
+        """The matrices at the indices ``rows``, with what is known of them."""
+        if len(rows) == self.size:
+            return self
+        part = object.__new__(MatrixBatch)
+        part.W, part.seed, part.flops = self.W[rows], self.seed, self.flops
+        part.size, part.m, part.n = part.W.shape
+        part.largest, part.scale = self.largest[rows], self.scale[rows]
+        for name in ("gram", "gram32", "sigma1"):
+            if name in self.__dict__:
+                part.__dict__[name] = self.__dict__[name][rows]
+        return part
+
+    def dense(self) -> Tensor:
+        """``W / scale (batch, m, n)`` as one float64 tensor."""
+        return self.W.to(torch.float64, copy=True).div_(self.scale[:, None, None])
+
+    def matmul(self, V: Tensor) -> Tensor:
+        """``W V (batch, m, k)`` for ``V (batch, n, k)``."""
+        return torch.cat([block @ V for block in self._row_blocks()], dim=1)
+
+    def rmatmul(self, U: Tensor) -> Tensor:
+        """``Wᵀ U (batch, n, k)`` for ``U (batch, m, k)``."""
+        out = torch.zeros(self.size, self.n, U.shape[2], dtype=torch.float64, device=self.W.device)
+        for block, rows in zip(self._row_blocks(), U.split(_ROWS, dim=1), strict=True):
+            out.baddbmm_(block.mT, rows)
+        return out
+
+    def multiply_gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``Wᵀ W (batch, n, n)``, multiplied in ``dtype``: the lower triangle is computed, the upper one copied."""
+        n = self.n
+        G = torch.empty(self.size, n, n, dtype=dtype, device=self.W.device)
+        columns = [slice(j, min(j + _COLUMNS, n)) for j in range(0, n, _COLUMNS)]
+        for i, block in enumerate(self._row_blocks(dtype)):
+            for c in columns:
+                G[:, c.start :, c].baddbmm_(block[:, :, c.start :].mT, block[:, :, c], beta=int(i > 0))
+        for c in columns:
+            G[:, c, c.stop :] = G[:, c.stop :, c].mT
+        return G
+
+    def _row_blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
+        """``W / scale`` in blocks ``(batch, rows, n)``."""
+        for rows in self.W.split(_ROWS, dim=1):
+            yield rows.to(torch.float64, copy=True).div_(self.scale[:, None, None]).to(dtype)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """``Wᵀ W (batch, n, n)`` in float64."""
+        self.flops += self.m * self.n**2
+        return self.multiply_gram()
+
+    @cached_property
+    def gram32(self) -> Tensor:
+        """The same in float32: a copy where :attr:`gram` is known, else at half its cost."""
+        if "gram" in self.__dict__:
+            return self.gram.float()
+        self.flops += self.m * self.n**2
+        return self.multiply_gram(torch.float32)
+
+    @cached_property
+    def sigma1(self) -> Tensor:
+        """``(batch,)``; a lower bound of the largest singular value, usually within a few percent."""
+        G = self.gram if "gram" in self.__dict__ else self.gram32
+        v = normal(self.seed, POWER, (self.n, 1), G.dtype).to(G.device).expand(self.size, -1, -1)
+        for _ in range(_POWER_STEPS):
+            v = G @ (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny))
+        self.flops += 2 * _POWER_STEPS * self.n**2
+        return v.norm(dim=1)[:, 0].double().sqrt() * (1 - 1e-5)  # float32 may round upward
+
+    @cached_property
+    def density(self) -> Density:
+        """The distribution of the singular values; float32 is enough for a first guess of a shift."""
+        self.flops += 2 * STEPS * CHAINS * self.n**2
+        return spectral_density(self.gram32, self.seed)
+
+    def random_columns(self, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``(batch, n, width)``; for a given seed the same for every matrix."""
+        columns = normal(self.seed, KRYLOV, (self.n, width), dtype)
+        return columns.to(self.W.device).expand(self.size, -1, -1)
+
+    def factorize(self, shift: Tensor) -> LDLT:
+        """``WᵀW − shift I = L D Lᵀ`` for ``shift (batch,)``."""
+        self.__dict__.pop("gram32", None)  # its memory is wanted for the factor
+        self.flops += self.n**3 / 3
+        return factorize_shifted(self.gram, shift)
+
+
+def largest_entry(W: Tensor) -> Tensor:
+    """``max|W|`` of each matrix of ``W (batch, m, n)``, without a copy of it; NaN or Inf where it holds one."""
+    # not by torch.stack, which autocast on a CPU refuses for float16
+    return reduce(torch.maximum, (rows.abs().amax((1, 2)) for rows in W.split(_ROWS, dim=1)))
