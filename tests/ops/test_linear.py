@@ -24,9 +24,11 @@ def inputs(*, M=(13,), N=17, K=29, R=5, dtype=torch.float64, factors=None, intac
         A=torch.randn(R, K, dtype=factors or dtype) / K**0.5,
         B=torch.randn(N, R, dtype=factors or dtype),
         bias=torch.randn(N, dtype=dtype) if bias else None,
-        A0=torch.randn(R, K, dtype=factors or dtype) / K**0.5 if intact else None,
-        B0=torch.randn(N, R, dtype=factors or dtype) if intact else None,
+        A0=None,
+        B0=None,
     )
+    if intact:  # as far from A and B as training takes them
+        t.A0, t.B0 = t.A + 0.3 * torch.randn_like(t.A) / K**0.5, t.B + 0.3 * torch.randn_like(t.B)
     for name in train:
         if getattr(t, name) is not None:
             getattr(t, name).requires_grad_()
