@@ -28,13 +28,14 @@ from ipca.lab.sweep.tune import require_optuna, tuned_trials
 from ipca.lab.sweep.workers import Work, WorkerPool, check_sendable, model_sha256
 from ipca.model.settings import AdapterSettings
 from ipca.svd import SpectralCache
+from ipca.window import Window
 
 
 def run(
     task: Task | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    windows: Sequence[str | float] = WINDOWS,
+    windows: Sequence[Window | str | float] = WINDOWS,
     lrs: Sequence[float] = (5e-4, 1e-3, 2e-3),
     seeds: int | Sequence[int] = 8,
     methods: Sequence[str] = DEFAULT_METHODS,
@@ -64,7 +65,8 @@ def run(
     Args:
         task: a :class:`Task`, or a Python file whose ``task()`` returns one.
         out: the sweep's folder.
-        windows: each a fraction or another text form of :class:`ipca.Window`. Each layer is decomposed once for all.
+        windows: each a :class:`ipca.Window` of the config's rank, a fraction, or another text form. Each layer is
+            decomposed once for all.
         lrs: learning rates of the adapter.
         seeds: how many, counted from 0, or which. Exact tests over 5 cannot decide much; 8 serve all the questions.
         methods: besides the windows, see :func:`ipca.lab.baselines.apply`.
@@ -98,7 +100,7 @@ def run(
         raise TypeError(f"task must be an ipca.lab.sweep.Task or a Python file with a function task(), got {task!r}.")
     made = task if isinstance(task, Task) else load_task(Path(task))
     source = None if isinstance(task, Task) else Path(task).absolute()
-    grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.config.window)
+    grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.config.window, made.config.rank)
     judged_at = steps_of(checkpoints)
     _check({"early": early, "workers": workers, "threads": threads}, made, grid)
     _check_here(made, source, workers, devices, tune, report)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ipca.lab.baselines import CONTROLS, check_method, kind_of
 from ipca.lab.sweep.trial import Row, Trial
-from ipca.window import Window
+from ipca.window import Window, as_window
 
 COMPARISONS = ("same", "sqrt-sigma", "update")
 MATCHED = {"sqrt-sigma": ("window", "auto"), "update": ("window", "auto", "lora")}
@@ -47,14 +47,15 @@ class Grid:
     @classmethod
     def of(
         cls,
-        windows: Sequence[str | float],
+        windows: Sequence[Window | str | float],
         lrs: Sequence[float],
         seeds: int | Sequence[int],
         methods: Sequence[str],
         comparisons: Sequence[str],
         reference: str,
+        rank: int | None = None,
     ) -> Grid:
-        """A grid from what users write.
+        """A grid from what users write; ``rank`` is the one that a :class:`ipca.Window` must have.
 
         Raises:
             TypeError, ValueError: an unknown method or comparison, a rate that is not positive, nothing to do, or
@@ -64,7 +65,7 @@ class Grid:
             raise ValueError(f"seeds must be at least 1, or the seeds themselves; got {seeds}.")
         listed = range(seeds) if isinstance(seeds, int) else _several("seeds", seeds)
         grid = cls(
-            tuple(_window(window) for window in _several("windows", windows)),
+            tuple(_window(window, rank) for window in _several("windows", windows)),
             tuple(sorted(_rate(lr) for lr in _several("lrs", lrs))),
             tuple(_whole("seeds", seed) for seed in listed),
             tuple(check_method(method) for method in _several("methods", methods)),
@@ -176,11 +177,12 @@ def _rate(value: Any) -> float:
         raise TypeError(f"lrs must be learning rates, positive numbers; got {value!r}.") from None
 
 
-def _window(value: Any) -> str:
-    text = str(value)
-    with suppress(ValueError):
-        return check_method(text)
-    return Window(text, 1).text  # raises, and says what windows there are
+def _window(value: Any, rank: int | None) -> str:
+    """The one text of a window. The name of another method stays, and :meth:`Grid.check` says where it belongs."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return check_method(value)
+    return check_method(as_window(value, rank).text)
 
 
 def matched_rates(rows: Sequence[Row], method: str, reference: str, lrs: Sequence[float]) -> dict[float, float]:
