@@ -1,4 +1,4 @@
-"""Block sizes of each kernel, which of them fit a device, and which one a shape takes when nothing was measured."""
+"""Block sizes of each kernel: candidates, those that fit a device, and the rule for shapes never measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Config(NamedTuple):
     SUBTILE: int = 1
 
     def describe(self) -> str:
-        """In a few characters."""
+        """A short text."""
         blocks = " × ".join(str(size) for size in self[:3] if size)
         return f"{blocks}, {self.num_warps} warps, {self.num_stages} stages"
 
@@ -83,7 +83,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
 
 
 def arithmetic(x: Tensor) -> str:
-    """Which matrix instructions rows like those of ``x`` take: ``"16-bit"``, ``"tf32"`` or ``"float32"`` (none)."""
+    """The matrix instructions for rows like those of ``x``: ``"16-bit"``, ``"tf32"`` or ``"float32"`` (none)."""
     if x.element_size() == 2:
         return "16-bit"
     precision = torch.backends.cuda.matmul.fp32_precision
@@ -97,9 +97,9 @@ def padded_rank(R: int, limit: int) -> int:
 
 
 def subtiles(config: Config, kind: str, *, frozen: bool, dropout: bool) -> int:
-    """Into how many parts of its columns the linear kernel's epilogue cuts a tile: few values a thread at once.
+    """The number of parts into which the linear kernel's epilogue cuts a tile's columns: few values a thread at once.
 
-    The accumulator alone takes up to 128 registers; frozen factors need two more, dropout its random words.
+    Only the accumulator takes up to 128 registers; frozen factors need two more, dropout its random words.
     """
     if not (frozen or dropout):
         return config.SUBTILE
@@ -108,17 +108,17 @@ def subtiles(config: Config, kind: str, *, frozen: bool, dropout: bool) -> int:
 
 
 def linear_rank_block(R: int, kind: str) -> int:
-    """How many components the linear kernel's epilogue multiplies at once: both operands pass through registers."""
+    """The components that the linear kernel's epilogue multiplies at once: both operands pass through registers."""
     return padded_rank(R, 16 if kind == "float32" else 32)
 
 
 def most_components_at_once(kind: str) -> int:
-    """The largest rank that the kernel for few tokens takes: it keeps ``h`` whole."""
+    """The largest rank that the kernel for few tokens takes: it holds all of ``h``."""
     return 32 if kind == "float32" else 128
 
 
 def precision(x: Tensor) -> str:
-    """Triton's name for how :func:`arithmetic` multiplies float32."""
+    """Triton's name of the precision in which :func:`arithmetic` multiplies float32."""
     return "tf32" if arithmetic(x) == "tf32" else "ieee"
 
 
@@ -138,7 +138,7 @@ def shared_bytes(kernel: str, config: Config, kind: str, R: int, pairs: int) -> 
 
 
 class Limits(NamedTuple):
-    """What a device gives one block: bytes of shared memory; columns of tensor memory, 0 where there is none."""
+    """A device's limits for one block: bytes of shared memory; columns of tensor memory, 0 where there is none."""
 
     shared: int
     tensor_columns: int

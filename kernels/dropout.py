@@ -1,4 +1,4 @@
-"""Which entries dropout keeps: Philox4x32-7 on the entry's own row and column, so nothing of size M × K is stored.
+"""Dropout masks: Philox4x32-7 on an entry's own row and column, so that nothing of size M × K is stored.
 
 One call gives the random words of 8 neighboring columns, 16 bits each: entry ``(m, k)`` reads half ``k % 2`` of word
 ``k % 8 // 2`` of ``philox(seed, k // 8, m, 0, 0)`` and is dropped where that is below ``threshold = round(65536 p)``.

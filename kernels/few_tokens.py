@@ -1,4 +1,4 @@
-"""y, h = the whole forward for few tokens in one kernel: x Wᵀ and x Aᵀ in one loop, then the low-rank part.
+"""y, h = the forward pass for few tokens in one kernel: x Wᵀ and x Aᵀ in one loop, then the low-rank part.
 
 x (M, K) | W (N, K) | A, A0 (R, K) | B, B0 (N, R) | y (M, N) | h (M, R).  Every program computes ``h`` of its rows anew,
 which costs R / BLOCK_N more arithmetic and saves a launch: with few tokens reading W takes all the time.
@@ -19,7 +19,7 @@ MOST_TOKENS = 256
 
 
 def takes(x: Tensor, R: int) -> bool:
-    """Whether this kernel is the one for ``x`` and a rank: few tokens for certain, and components that fit at once."""
+    """Whether this kernel is used for ``x`` and a rank: few tokens for certain, and components that fit at once."""
     return bool(statically_known_true(x.shape[0] <= MOST_TOKENS)) and most_components_at_once(arithmetic(x)) >= R
 
 

@@ -1,4 +1,4 @@
-"""How a launcher starts its kernel: captured where PyTorch traces, with an allocator where descriptors are made."""
+"""Kernel launch: captured where PyTorch traces, with an allocator where descriptors are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""out = gᵀ z for a tall pair: dA = gᵀ dropout(x) from one read of x, and dB = dyᵀ h where that stands alone.
+"""out = gᵀ z for a tall pair: dA = gᵀ dropout(x) from one read of x, and dB = dyᵀ h where no other product reads dy.
 
 g (M, R) | x (M, K) | z = dropout(x) | out (R, K) or (K, R).  The sum over M is split among programs, which store fp32
 partials; :mod:`ipca.kernels.reduce` adds those in a fixed order.

@@ -30,7 +30,7 @@ def add_up(partial: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
 
 
 def split_rows(M: int, tiles: int, BLOCK_M: int, device: torch.device) -> tuple[int, int]:
-    """Into how many splits of how many rows to cut ``M``, so that ``tiles`` times them fill the device twice.
+    """The number of splits of ``M`` and the rows of each, so that ``tiles`` times them fill the device twice.
 
     The number of splits does not depend on ``M``, which may be symbolic; late splits of a short ``M`` are empty.
     """

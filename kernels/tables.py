@@ -1,4 +1,4 @@
-"""Measured rows for a device: shipped in ``kernels/measured/*.json``, and in a cache on disk; the nearest one wins.
+"""Measured rows for a device, shipped in ``kernels/measured/*.json`` and cached on disk; the nearest one is used.
 
 A table holds ``device``, ``capability`` and two lists of rows ``[key, [M, N, K, R], found]``, ``M`` a power of two:
 
@@ -6,7 +6,7 @@ A table holds ``device``, ``capability`` and two lists of rows ``[key, [M, N, K,
     configs     kernel, "16-bit" | "tf32" | "float32", frozen, dropout     the fastest configuration, a Config
     backends    dtype such as "bfloat16", frozen, dropout, training        milliseconds by name of the backend
 
-``frozen, dropout, training`` say whether. Tables of the device itself, its cache and the shipped one, speak before
+``frozen, dropout, training`` are booleans. Tables of the device itself, its cache and the shipped one, come before
 those of another device of the same architecture.
 """
 
@@ -28,7 +28,7 @@ SHIPPED = Path(__file__).parent / "measured"
 
 
 class Row(NamedTuple):
-    """What was measured at one shape; ``of`` says of what, as a tuple that must match exactly."""
+    """A measurement at one shape; ``of`` names its subject, as a tuple that must match exactly."""
 
     of: tuple[Any, ...]
     shape: tuple[int, int, int, int]
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where what is measured on ``device`` is kept."""
+    """The file of what is measured on ``device``."""
     return (
         default_cache_folder()
         / f"{torch.cuda.get_device_name(device).lower().replace(' ', '-').replace('/', '-')}.json"
@@ -104,7 +104,7 @@ def nearest(kind: str, of: tuple[Any, ...], shape: tuple[int, int, int, int], de
 
 
 def forget() -> None:
-    """Read the tables anew at the next question."""
+    """Read the tables anew at the next look-up."""
     _tables_for.cache_clear()
     nearest.cache_clear()
 

@@ -1,7 +1,7 @@
-"""Which configuration a kernel runs with: measured now where asked for, else the nearest measured row, else a rule.
+"""Choice of a kernel's configuration: measured on request, else the nearest measured row, else a rule.
 
-``IPCA_AUTOTUNE=1`` measures every candidate the first time that a shape is met and keeps the result on disk. ``M``
-counts in powers of two, so one shape of a model is measured once. Without it no training step ever times anything.
+``IPCA_AUTOTUNE=1`` measures every candidate when a shape first occurs and stores the result on disk. ``M``
+counts in powers of two, so one shape of a model is measured once. Without it no training step times anything.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def choose(
 ) -> Config:
     """The configuration for ``kernel`` on rows like those of ``x``; ``rerun`` runs the kernel once more, to be timed.
 
-    Without ``rerun`` nothing is timed or remembered: the answer says what would run.
+    Without ``rerun`` nothing is timed or stored: the result is what would run.
     """
     forced = _forced.get()
     if forced is not None and forced[0] == kernel:
@@ -80,12 +80,12 @@ def look_up(fit: tuple[Config, ...], of: tuple[Any, ...], shape: Shape, device: 
 
 
 def autotunes(x: Tensor) -> bool:
-    """Whether timing was asked for, and makes sense."""
+    """Whether timing is requested, and possible."""
     return os.environ.get("IPCA_AUTOTUNE") == "1" and x.is_cuda
 
 
 def may_measure(x: Tensor) -> bool:
-    """Whether now is a time to time: a real tensor, outside tracing and graph capture."""
+    """Whether a kernel can be timed now: a real tensor, outside tracing and graph capture."""
     if isinstance(x.shape[0], torch.SymInt):
         return False
     return torch._guards.detect_fake_mode(x) is None and not torch.cuda.is_current_stream_capturing()
@@ -94,7 +94,7 @@ def may_measure(x: Tensor) -> bool:
 def measure(
     fit: tuple[Config, ...], of: tuple[Any, ...], shape: Shape, device: torch.device, rerun: Callable[[], object]
 ) -> Config:
-    """Time every candidate, keep the fastest on disk. What was measured before for this shape is not measured again."""
+    """Time every candidate and store the fastest on disk; a shape that was measured before is not measured again."""
     row = tables.nearest("configs", of, shape, device)
     if row is not None and row.shape == shape and Config(*row.found) in fit:
         return Config(*row.found)
@@ -117,7 +117,7 @@ def seconds(kernel: str, config: Config, rerun: Callable[[], object]) -> float:
 
 @contextmanager
 def force(kernel: str, config: Config) -> Iterator[None]:
-    """Within the block ``kernel`` runs with ``config``."""
+    """Run ``kernel`` with ``config`` within the block."""
     token = _forced.set((kernel, config))
     try:
         yield
@@ -126,7 +126,7 @@ def force(kernel: str, config: Config) -> Iterator[None]:
 
 
 def limits(device: torch.device) -> Limits:
-    """What one block may have."""
+    """The limits of one block on a device."""
     if device.type != "cuda":
         return Limits(UNLIMITED, 0)
     from triton.runtime import driver

@@ -51,7 +51,7 @@ Spec = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class LazyWeight(Tensor):
-    """A tensor whose values are computed when it is used; see the module. :func:`lazy_weight` makes it."""
+    """A tensor whose values are computed when it is used; see the module. :func:`make_lazy_weight` makes it."""
 
     _spec: Spec
     _trains: bool
@@ -159,7 +159,7 @@ class _FromTensor(torch.autograd.Function):
 _from_factors = super(torch.autograd.Function, _FromFactors).apply
 
 
-def lazy_weight(layer: Any, A: Tensor, B: Tensor, spec: Spec, *, disabled: bool, trains: bool) -> Tensor:
+def make_lazy_weight(layer: Any, A: Tensor, B: Tensor, spec: Spec, *, disabled: bool, trains: bool) -> Tensor:
     """``layer.computed_weight(disabled=disabled)`` as a :class:`LazyWeight`.
 
     Args:

@@ -22,7 +22,7 @@ from ipca.nn.initialization import (
     initial_factors,
 )
 from ipca.nn.layer_kinds import read_layer, to_matrix
-from ipca.nn.lazy_weight import lazy_weight
+from ipca.nn.lazy_weight import make_lazy_weight
 from ipca.ops.op import without_autocast
 from ipca.svd.result import SVDReport
 from ipca.window import Window
@@ -188,7 +188,7 @@ class WindowLayer(nn.Module):
             return self.computed_weight()
         disabled = self._disabled
         trains = not disabled and self._merged is None and (A.requires_grad or B.requires_grad)
-        return lazy_weight(self, A, B, self._weight_spec(), disabled=disabled, trains=trains)
+        return make_lazy_weight(self, A, B, self._weight_spec(), disabled=disabled, trains=trains)
 
     def computed_weight(self, *, disabled: bool | None = None) -> Tensor:
         """:attr:`weight` as a plain tensor, with gradients to the factors.

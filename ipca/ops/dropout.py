@@ -21,7 +21,7 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def apply_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """``x (M, K)`` with entries dropped with probability ``p`` and the others scaled by ``1 / P(kept)``."""
     threshold = round(p * 65536)
     if threshold == 65536:

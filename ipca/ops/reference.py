@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipca.ops.dropout import dropout
+from ipca.ops.dropout import apply_dropout
 
 
 def pc_linear(
@@ -50,7 +50,7 @@ def _low_rank(rows: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Dropout of ``x (…, K)``, whose rows count through all leading dimensions; none without a seed."""
-    return x if seed is None else dropout(x.reshape(-1, x.shape[-1]), seed, p).view(x.shape)
+    return x if seed is None else apply_dropout(x.reshape(-1, x.shape[-1]), seed, p).view(x.shape)
 
 
 def pc_linear_backward(

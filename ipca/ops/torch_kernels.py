@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipca.ops.dropout import dropout
+from ipca.ops.dropout import apply_dropout
 
 
 def one_pair(dtype: torch.dtype, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def project(
     x: Tensor, A: Tensor, A0: Tensor | None = None, seed: Tensor | None = None, p: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     """``h = z Aᵀ`` and ``h0 = z A0ᵀ``."""
-    z = x if seed is None else dropout(x, seed, p)
+    z = x if seed is None else apply_dropout(x, seed, p)
     return F.linear(z, _like(A, x)), None if A0 is None else F.linear(z, _like(A0, x))
 
 
@@ -61,7 +61,7 @@ def outer(
     transposed: bool = False,
 ) -> Tensor:
     """``scaling · gᵀ z (R, K)``, or its transpose, as ``dtype``."""
-    z = x if seed is None else dropout(x, seed, p)
+    z = x if seed is None else apply_dropout(x, seed, p)
     return scaled(z.mT @ g if transposed else g.mT @ z, scaling).to(dtype)
 
 
@@ -169,7 +169,7 @@ def _low_grad(g: Tensor, A: Tensor, g0: Tensor | None, A0: Tensor | None, seed: 
     low = g @ _like(A, g)
     if g0 is not None and A0 is not None:
         low = low.sub_(g0 @ _like(A0, g))
-    return low if seed is None else dropout(low, seed, p)
+    return low if seed is None else apply_dropout(low, seed, p)
 
 
 def _difference(h: Tensor, B: Tensor, h0: Tensor, B0: Tensor) -> Tensor:

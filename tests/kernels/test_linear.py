@@ -6,7 +6,7 @@ from ipca.kernels.configs import CONFIGS, Config
 from ipca.kernels.launch import descriptor_fits
 from ipca.kernels.linear import input_grad, linear
 from ipca.kernels.tuning import force
-from ipca.ops.dropout import dropout, new_seed
+from ipca.ops.dropout import apply_dropout, new_seed
 from tests.helpers.kernel_inputs import (
     LAYOUTS,
     PLACES,
@@ -135,7 +135,7 @@ def test_the_gradient_of_what_dropout_dropped_is_that_of_the_base(frozen, p):
     dx = input_grad(t.dy, t.weight, t.h, t.A, *((t.h0, t.A0) if frozen else (None, None)), seed, p)
     dy, weight, g, A, g0, A0 = wide(t.dy, t.weight, t.h, t.A, t.h0, t.A0)
     low = g @ A - g0 @ A0 if frozen else g @ A
-    exact = dy @ weight + dropout(low, seed, p)
+    exact = dy @ weight + apply_dropout(low, seed, p)
     torch.testing.assert_close(dx.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item())
 
 

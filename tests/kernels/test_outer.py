@@ -5,7 +5,7 @@ from ipca.kernels.configs import CONFIGS
 from ipca.kernels.outer import outer
 from ipca.kernels.reduce import add_up, split_rows
 from ipca.kernels.tuning import force
-from ipca.ops.dropout import dropout, new_seed
+from ipca.ops.dropout import apply_dropout, new_seed
 from tests.helpers.kernel_inputs import DEVICE, LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("kernel_masks")
 def check(t, dtype, layout="contiguous", transposed=False, seed=None, p=0.0):
     with poisoned():
         found = outer(t.h, strided(t.x, layout), dtype, seed, p, scaling=0.7, transposed=transposed)
-    z = t.x if seed is None else dropout(t.x, seed, p)
+    z = t.x if seed is None else apply_dropout(t.x, seed, p)
     plain, exact = (0.7 * (g.mT @ x) for g, x in ((t.h, z), (t.h.double(), z.double())))
     plain, exact = (plain.mT, exact.mT) if transposed else (plain, exact)
     assert found.is_contiguous()

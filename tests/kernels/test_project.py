@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from ipca.kernels.project import project
-from ipca.ops.dropout import dropout, new_seed
+from ipca.ops.dropout import apply_dropout, new_seed
 from tests.helpers.kernel_inputs import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
@@ -45,6 +45,6 @@ def test_dropout_is_that_of_pytorch(p):
     t = draw(37, 8, 133, 5)
     seed = new_seed(t.x.device)
     h, h0 = project(t.x, t.A, t.A0, seed, p)
-    z = dropout(t.x, seed, p)
+    z = apply_dropout(t.x, seed, p)
     assert_within_twice(h, z @ t.A.mT, z.double() @ t.A.double().mT)
     assert_within_twice(h0, z @ t.A0.mT, z.double() @ t.A0.double().mT)

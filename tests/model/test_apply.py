@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import ipca
 import ipca.model.apply
 import ipca.nn.initialization
 from ipca import Window
+from ipca.model import AdapterSettings
 from ipca.nn import LinearPC
 from tests.helpers.models import snapshot
 
@@ -155,6 +157,13 @@ def test_the_names_of_peft_mean_the_same():
             "a": (3, 6.0, 0.25),
             "b": (3, 6.0, 0.25),
         }
+
+
+@pytest.mark.parametrize("function", [ipca.apply_pc, AdapterSettings.__init__, LinearPC.__init__, LinearPC.from_linear])
+def test_every_option_is_an_explicit_typed_keyword(function):
+    parameters = [each for each in inspect.signature(function).parameters.values() if each.name != "self"]
+    assert not any(each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL) for each in parameters)
+    assert all(each.annotation is not each.empty for each in parameters)
 
 
 @pytest.mark.parametrize(("name", "other"), [("rank", 4), ("alpha", 3.0), ("dropout", 0.0), ("targets", ["a"])])

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import ipca
 from ipca import Window
 from ipca.nn import LinearPC
-from ipca.ops.dropout import dropout, new_seed
+from ipca.ops.dropout import apply_dropout, new_seed
 
 FORMS = ("residual", "intact")
 EPS = torch.finfo(torch.float32).eps
@@ -185,7 +185,7 @@ def test_dropout_falls_on_the_low_rank_branch_alone():
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
-    z = dropout(x, new_seed(x.device), 0.4)
+    z = apply_dropout(x, new_seed(x.device), 0.4)
     wanted = F.linear(x, layer.base_weight, layer.bias) + F.linear(F.linear(z, layer.lora_A), layer.lora_B)
     assert torch.allclose(y, wanted, rtol=1e-5, atol=1e-6)
     layer.eval()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ipca.ops.dropout import cpu_mask, dropout, keep_mask, kernel_mask, new_seed
+from ipca.ops.dropout import apply_dropout, cpu_mask, keep_mask, kernel_mask, new_seed
 
 BOTH = pytest.mark.parametrize("draw", [kernel_mask, cpu_mask], ids=["kernel", "cpu"])
 
@@ -47,9 +47,9 @@ def test_how_many_are_dropped(draw, p):
 
 def test_the_scale_keeps_the_expectation_exactly_for_the_probability_in_force():
     x = torch.ones(3, 800, dtype=torch.float64)
-    kept = dropout(x, new_seed(x.device), 0.05)
+    kept = apply_dropout(x, new_seed(x.device), 0.05)
     assert set(kept.unique().tolist()) == {0.0, 65536 / (65536 - round(0.05 * 65536))}
-    assert not dropout(x, new_seed(x.device), 1.0).any()
+    assert not apply_dropout(x, new_seed(x.device), 1.0).any()
 
 
 def test_seeds_follow_the_generator_and_differ():

@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ipca.ops import pc_linear
-from ipca.ops.dropout import dropout as mask
+from ipca.ops.dropout import apply_dropout as mask
 from ipca.ops.dropout import new_seed
 
 N, K, R = 17, 29, 5
