@@ -25,8 +25,8 @@ def _check_distribution() -> None:
     except importlib.metadata.PackageNotFoundError:
         return
     raise ImportError(
-        f"The distribution 'ipca' {other.version}, another project, is installed beside 'ipca-lora', and both own the "
-        "import name ipca. Uninstall both and install ipca-lora again: pip uninstall ipca ipca-lora"
+        f"The distribution 'ipca' {other.version} (instrumented PCA) is installed beside 'ipca-lora', and both provide "
+        "the package `ipca`. Uninstall both and install ipca-lora again: pip uninstall ipca ipca-lora"
     )
 
 

@@ -130,7 +130,7 @@ class Window:
             )
         if self.needs_calibration:
             raise ValueError(
-                "window 'auto' is found from inputs of the model: say ipca.apply_pc(model, window='auto', "
+                "window 'auto' is found from inputs of the model: call ipca.apply_pc(model, window='auto', "
                 "calibration=batches), or find it with ipca.analysis.suggest_windows and give starts in window_pattern."
             )
         if self.needs_spectrum:
@@ -206,9 +206,10 @@ def _normalize(start: int | str) -> int | str:
 
 
 def _raise_ambiguous(number: str) -> NoReturn:
-    fraction = f", '{int(number)}.0' for the fraction" if int(number) in (0, 1) else ""
+    index = _normalize(int(number))  # raises for a negative one
+    fraction = f", '{index}.0' for the fraction" if index in (0, 1) else ""
     raise ValueError(
-        f"window {number} is ambiguous, an index or a fraction: write 'start={int(number)}' for the index{fraction}."
+        f"window {number} is ambiguous, an index or a fraction: write 'start={index}' for the index{fraction}."
     )
 
 

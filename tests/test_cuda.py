@@ -164,8 +164,7 @@ def test_autocast_gives_the_dtype_of_a_linear_layer():
 
 
 def test_tuning_measures_and_keeps(tmp_path, monkeypatch):
-    from ipca.kernels.tune import tune_grid
-
+    from bench.tune_kernels import tune_grid
     from ipca.kernels import tables, tuning
 
     monkeypatch.setattr(tuning, "_chosen", {})

@@ -214,7 +214,7 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
     module = get_layer(model, name)
     if layer_kind(module) not in LINEAR and quantization_kind(module) is None:
         raise ValueError(
-            f"{name}: the inputs of linear layers alone are measured, and it is of the kind {layer_kind(module)!r}; "
+            f"{name}: only linear layers can be measured, and this one is of the kind {layer_kind(module)!r}; "
             "exclude it, or name its window in window_pattern."
         )
     return module

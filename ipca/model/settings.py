@@ -78,7 +78,14 @@ class AdapterSettings:
     ) -> None:
         chosen = as_window(window, rank)
         ranks, alphas = _mapping("rank_pattern", rank_pattern), _mapping("alpha_pattern", alpha_pattern)
-        windows = {k: as_window(v, None).text for k, v in _mapping("window_pattern", window_pattern).items()}
+        windows = _mapping("window_pattern", window_pattern)
+        for pattern, value in windows.items():
+            windows[pattern] = as_window(value, None).text
+            if isinstance(value, Window) and value.rank not in (chosen.rank, *ranks.values()):
+                raise ValueError(
+                    f"window_pattern {pattern!r} is {value}, but layers train {chosen.rank} components: give rank or "
+                    f"rank_pattern too, or the start only, {windows[pattern]!r}."
+                )
         for exception in ranks.values():
             Window(chosen.start, exception)
         for value in (chosen.rank if alpha is None else alpha, *alphas.values()):

@@ -196,6 +196,7 @@ def measure_init(weight: Tensor, kept: Tensor, A0: Tensor, B0: Tensor, *, scalin
     info = torch.finfo(weight.dtype)
     subnormal = math.sqrt(weight.numel()) * info.smallest_normal * info.eps
     sums = 2 * (A0.shape[-2] + 2) * torch.finfo(torch.float64).eps * scaling * _norm(B0) * _norm(A0)
+    sums = sums if math.isfinite(sums) else 0.0  # factors that are not finite explain nothing
     bound = info.eps + (subnormal + sums) / norm if norm > 0 else 0.0
     dtype = str(weight.dtype).removeprefix("torch.")
     return InitCertificate(dtype, largest, error / norm if norm > 0 else error, bound)

@@ -102,8 +102,13 @@ class LinearPC(ProductLayer):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         """The whole output by one registered op, which chooses the kernels."""
+        if x.is_nested:  # of no shape that the op could take; nn.TransformerEncoder makes such from a padding mask
+            return super().window_product(x, A, B, dropout)
         A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
         scaling = self.alpha / self.rank
         return pc_linear(x, self.base_weight, A, B, self.bias, scaling=scaling, A0=A0, B0=B0, dropout=dropout)

@@ -126,8 +126,9 @@ class QuantizedLinearPC(ProductLayer):
         return dequantize(self.base)
 
     def _weight_spec(self) -> tuple[torch.Size, torch.dtype, torch.device]:
-        device = self.base.get_parameter("weight").device
-        return torch.Size(self.matrix_shape), dequantized_dtype(self.base), device
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return torch.Size(self.matrix_shape), dequantized_dtype(self.base), weight.device
 
     def base_product(self, x: Tensor) -> Tensor:
         return self.base(x)

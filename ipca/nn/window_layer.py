@@ -23,6 +23,7 @@ from ipca.nn.initialization import (
 )
 from ipca.nn.layer_kinds import read_layer, to_matrix
 from ipca.nn.lazy_weight import lazy_weight
+from ipca.ops.op import without_autocast
 from ipca.svd.result import SVDReport
 from ipca.window import Window
 
@@ -173,30 +174,46 @@ class WindowLayer(nn.Module):
     def weight(self) -> Tensor:
         """``W_eff`` in the plain layer's shape, for code that reads a weight without calling the layer.
 
-        It is what ``forward`` multiplies by at the moment (disabled, merged or neither). Its dtype, device and shape
+        It is what ``forward`` multiplies by when it is read (disabled, merged or neither). Its dtype, device and shape
         cost nothing; the product is computed where the weight takes part in a computation, and gradients reach the
         factors. Writing into it raises, see :mod:`ipca.nn.lazy_weight`.
-        """
-        if torch.compiler.is_compiling():
-            return self.computed_weight()
-        return lazy_weight(self, self._weight_spec())
 
-    def computed_weight(self) -> Tensor:
-        """:attr:`weight` as a plain tensor, with gradients to the factors."""
-        if self._merged is not None and not self._disabled:
+        While torch.compile traces, under a ``torch.func`` transform and where the layer is sharded or its parameters
+        are exchanged for other tensors, it is computed at once.
+        """
+        own: Any = self._parameters  # what is read here for a dtype must not cost more than the lookup
+        A, B = own.get("lora_A"), own.get("lora_B")
+        lasting = type(A) is type(B) is type(own.get("base_weight", A)) is nn.Parameter
+        if not lasting or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.computed_weight()
+        disabled = self._disabled
+        trains = not disabled and self._merged is None and (A.requires_grad or B.requires_grad)
+        return lazy_weight(self, A, B, self._weight_spec(), disabled=disabled, trains=trains)
+
+    def computed_weight(self, *, disabled: bool | None = None) -> Tensor:
+        """:attr:`weight` as a plain tensor, with gradients to the factors.
+
+        Args:
+            disabled: the pretrained weight, as within :meth:`disabled`; by default as the layer is at the moment.
+        """
+        disabled = self._disabled if disabled is None else disabled
+        if self._merged is not None and not disabled:
             return self._merged
         base = self.base_matrix()
-        if self._disabled and self.form == "intact":
+        if disabled and self.form == "intact":
             return self.as_weight(base)
-        B, A = (self.lora_B0, self.lora_A0) if self._disabled else (self.lora_B, self.lora_A)
-        low = part_like(B.to(base.dtype) @ A.to(base.dtype), base)
-        if self.form == "intact":
-            low = low - part_like(self.lora_B0.to(base.dtype) @ self.lora_A0.to(base.dtype), base)
+        B, A = (self.lora_B0, self.lora_A0) if disabled else (self.lora_B, self.lora_A)
+        with without_autocast(base):
+            low = part_like(B.to(base.dtype) @ A.to(base.dtype), base)
+            if self.form == "intact":
+                low = low - part_like(self.lora_B0.to(base.dtype) @ self.lora_A0.to(base.dtype), base)
         return self.as_weight(base + self.scaling * low)
 
     def _weight_spec(self) -> tuple[torch.Size, torch.dtype, torch.device]:
         """The shape, dtype and device of :attr:`weight`."""
-        return self.base_weight.shape, self.base_weight.dtype, self.base_weight.device
+        base = self._parameters["base_weight"]
+        assert base is not None
+        return base.shape, base.dtype, base.device
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:

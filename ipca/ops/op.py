@@ -282,5 +282,12 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     if x.is_cuda:
         stack.enter_context(torch.cuda.device(x.device))
     if casts:
-        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        stack.enter_context(without_autocast(x))
     return stack
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Products of tensors on the device of ``x`` in their own dtypes."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -14,7 +14,6 @@ import ipca
 import ipca.model.apply
 import ipca.nn.initialization
 from ipca import Window
-from ipca.model import AdapterSettings
 from ipca.nn import LinearPC
 from tests.helpers.models import snapshot
 
@@ -77,16 +76,16 @@ def test_failure_in_the_middle_of_the_decompositions(error, words, monkeypatch):
 
 
 def test_missed_certificate_names_the_layer(monkeypatch):
-    kept = ipca.nn.initialization.frozen_weight
+    plain = ipca.nn.initialization.frozen_weight
 
     def planted(weight, *args, **options):
-        return kept(weight, *args, **options) + (0.1 if weight.shape[0] == 5 else 0.0)
+        return plain(weight, *args, **options) + (0.1 if weight.shape[0] == 5 else 0.0)
 
     monkeypatch.setattr(ipca.nn.initialization, "frozen_weight", planted)
     model = Plain()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match=r"^head: the effective weight is off by .* before training"):
-        ipca.apply_pc(model, rank=2, progress=False)
+        ipca.apply_pc(model, rank=2, form="residual", progress=False)
     assert snapshot(model) == before
     ipca.apply_pc(model, rank=2, form="intact", progress=False)
 
@@ -224,8 +223,8 @@ def test_summary_accounts_for_the_model():
     with torch.no_grad():
         model[3].weight.copy_(torch.eye(12))  # every window cuts a tie
     plain = sum(p.numel() for p in model.parameters())
-    config = AdapterSettings(rank=2, alpha=5, rank_pattern={"3": 4})
-    found = ipca.summary(ipca.apply_pc(model, config, progress=False))
+    options = {"rank": 2, "alpha": 5, "rank_pattern": {"3": 4}, "form": "residual"}
+    found = ipca.summary(ipca.apply_pc(model, progress=False, **options))
     factors = 3 * 2 * 32 + 4 * 24
     assert (found.layers, found.trainable, found.total) == (4, factors, plain + factors)
     assert found.windows == (

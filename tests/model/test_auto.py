@@ -34,7 +34,7 @@ def quietest(found, rank):
 
 def test_each_layer_takes_its_quietest_window(batches):
     model = Plain()
-    measured = sensitivity(model, batches, AdapterSettings(rank=3, rank_pattern={"b": 5}), progress=False)
+    measured = sensitivity(model, batches, progress=False)
     ipca.apply_pc(model, rank=3, window="auto", rank_pattern={"b": 5}, calibration=iter(batches), progress=False)
     assert starts(model) == {name: quietest(measured[name], 5 if name == "b" else 3) for name in ("a", "b", "head")}
     assert model.b.rank == 5
@@ -52,7 +52,7 @@ def test_it_avoids_the_directions_that_inputs_use():
 
 def test_suggested_windows_are_those_it_takes_and_serve_as_a_pattern(batches):
     model = Plain()
-    found = suggest_windows(model, batches, AdapterSettings(rank=3), progress=False)
+    found = suggest_windows(model, batches, rank=3, progress=False)
     ipca.apply_pc(auto := copy.deepcopy(model), rank=3, window="auto", calibration=batches, progress=False)
     assert {name: window.index for name, window in found.items()} == starts(auto)
     pattern = {name: window.text for name, window in found.items()}
@@ -62,7 +62,7 @@ def test_suggested_windows_are_those_it_takes_and_serve_as_a_pattern(batches):
 
 def test_a_pattern_says_auto_of_some_layers(batches):
     model = Plain()
-    found = suggest_windows(model, batches, AdapterSettings(rank=3, targets="b"), progress=False)
+    found = suggest_windows(model, batches, rank=3, targets="b", progress=False)
     ipca.apply_pc(model, rank=3, window="minor", window_pattern={"b": "auto"}, calibration=batches, progress=False)
     assert starts(model) == {"a": 9, "b": found["b"].index, "head": 2}
 
@@ -100,14 +100,9 @@ def test_a_quantized_layer_takes_the_window_of_its_original_weight(batches):
     assert starts(model) == found[False]
 
 
-def test_the_config_survives_json():
-    config = AdapterSettings(rank=3, window="auto", window_pattern={"a": "middle"})
-    assert AdapterSettings.from_json(config.to_json()) == config
-
-
 def test_the_method_auto_is_this_window(batches):
     model = Plain()
-    found = suggest_windows(model, batches, AdapterSettings(rank=3), progress=False)
+    found = suggest_windows(model, batches, rank=3, progress=False)
     baselines.apply(model, "auto", AdapterSettings(rank=3), calibration=batches)
     assert starts(model) == {name: window.index for name, window in found.items()}
 
@@ -132,7 +127,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(options, words):
 
 
 def test_where_there_are_no_inputs_the_message_says_what_to_do():
-    words = r"window 'auto' is found from inputs of the model: say ipca\.apply_pc.*suggest_windows"
+    words = r"window 'auto' is found from inputs of the model: call ipca\.apply_pc.*suggest_windows"
     with pytest.raises(ValueError, match=words):
         ipca.window_svd(torch.randn(20, 12), ipca.Window("auto", 3))
     with pytest.raises(ValueError, match=words):

@@ -9,14 +9,14 @@ from torch import nn
 from transformers import BatchEncoding
 
 import ipca
-from ipca.model import AdapterSettings, LayerSensitivity, sensitivity
+from ipca.model import LayerSensitivity, sensitivity
 from ipca.model.calibration import input_energy
 from ipca.nn.layer_kinds import read_layer
 from tests.helpers.layer_kinds import Table, mixtral
 from tests.helpers.models import Plain, snapshot
 from tests.helpers.quantized_layers import quantized_model
 
-TARGETS = AdapterSettings(rank=3, targets=("a", "b"))
+TARGETS = ["a", "b"]
 
 
 def moments(model, layers, batches):
@@ -49,7 +49,7 @@ def test_the_moment_is_the_mean_over_all_positions(batches):
 @pytest.mark.parametrize(("layer", "shape"), [("a", (12, 20)), ("b", (20, 12))], ids=["wide", "tall"])
 def test_energy_is_the_mean_square_along_each_right_singular_vector(batches, layer, shape):
     model = Plain()
-    found = sensitivity(model, batches, TARGETS, progress=False)[layer]
+    found = sensitivity(model, batches, targets=TARGETS, progress=False)[layer]
     x = torch.cat(batches).flatten(0, -2)
     inputs = (x if layer == "a" else model.a(x).relu()).detach().double()
     _, S, Vh = torch.linalg.svd(model.get_submodule(layer).weight.detach().double(), full_matrices=False)
@@ -61,7 +61,7 @@ def test_energy_is_the_mean_square_along_each_right_singular_vector(batches, lay
 
 def test_sensitivity_is_the_mean_square_output_change_of_a_step_in_B(batches):
     model = Plain()
-    found = sensitivity(model, batches, TARGETS, progress=False)["a"]
+    found = sensitivity(model, batches, targets=TARGETS, progress=False)["a"]
     ipca.apply_pc(model, rank=3, window="start=4", targets="a", progress=False)
     x, step = torch.cat(batches), torch.randn(12)
     before = model.a(x)
@@ -131,7 +131,7 @@ def test_a_mask_of_flattened_inputs_counts_too():
 def test_a_transposed_layer_is_read_as_out_in():
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 40, "n_positions": 16}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    found = sensitivity(model, [torch.randint(0, 40, (3, 9))], AdapterSettings(rank=3), progress=False)
+    found = sensitivity(model, [torch.randint(0, 40, (3, 9))], progress=False)
     assert found["transformer.h.0.mlp.c_fc"].shape == (128, 32)
     assert found["transformer.h.0.mlp.c_proj"].shape == (32, 128)
     S = torch.linalg.svdvals(model.transformer.h[0].mlp.c_fc.weight.detach().double())
@@ -148,11 +148,9 @@ def test_a_quantized_layer_is_measured_by_its_dequantized_weight(kind, batches):
     assert close(found["a"].energy, (inputs @ Vh.mT).square().mean(0))
 
 
-def test_rank_and_form_refuse_nothing(batches):
-    model = Plain()
-    default = sensitivity(model, batches, progress=False)  # rank 16, above every d
-    again = sensitivity(model, batches, AdapterSettings(rank=2, rank_pattern={"a": 99}), progress=False)
-    assert all(torch.equal(default[name].sensitivity, again[name].sensitivity) for name in ("a", "b", "head"))
+def test_layers_narrower_than_any_rank_are_measured(batches):
+    found = sensitivity(nn.Sequential(nn.Linear(20, 1)), batches, progress=False)
+    assert found["0"].energy.shape == (1,)
 
 
 def test_layers_beyond_the_budget_take_another_pass(batches, monkeypatch):
@@ -188,7 +186,7 @@ def hooks(model):
 def test_modes_weights_buffers_hooks_and_random_numbers_stay():
     model = Moody()
     before, state, hooked = snapshot(model), torch.get_rng_state(), hooks(model)
-    sensitivity(model, [torch.randn(7, 20, generator=torch.Generator())], TARGETS, progress=False)
+    sensitivity(model, [torch.randn(7, 20, generator=torch.Generator())], targets=TARGETS, progress=False)
     assert snapshot(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert hooks(model) == hooked
@@ -198,7 +196,7 @@ def test_all_stays_where_the_model_raises():
     model = Moody()
     before, state, hooked = snapshot(model), torch.get_rng_state(), hooks(model)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        sensitivity(model, [torch.ones(7, 20), torch.ones(7, 21)], TARGETS, progress=False)
+        sensitivity(model, [torch.ones(7, 20), torch.ones(7, 21)], targets=TARGETS, progress=False)
     assert snapshot(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert hooks(model) == hooked
@@ -233,16 +231,14 @@ def test_of_equal_windows_the_first_is_the_quietest():
 )
 def test_bad_batches_are_named(batches, error, words):
     with pytest.raises(error, match=words):
-        sensitivity(Plain(), batches, TARGETS, progress=False)
+        sensitivity(Plain(), batches, targets=TARGETS, progress=False)
 
 
 def test_a_layer_that_is_not_linear_is_named():
-    with pytest.raises(ValueError, match=r"table: .* linear layers alone .* kind 'embedding'; exclude it, or name"):
-        sensitivity(
-            Table(), [torch.ones(3, 7).long()], AdapterSettings(rank=3, targets=("table", "head")), progress=False
-        )
+    with pytest.raises(ValueError, match=r"table: only linear layers .* kind 'embedding'; exclude it, or name"):
+        sensitivity(Table(), [torch.ones(3, 7).long()], targets=["table", "head"], progress=False)
     with pytest.raises(ValueError, match=r"experts\.down_proj: .* kind 'experts'"):
-        sensitivity(mixtral(), [torch.ones(3, 7).long()], AdapterSettings(rank=3, targets="down_proj"), progress=False)
+        sensitivity(mixtral(), [torch.ones(3, 7).long()], targets="down_proj", progress=False)
 
 
 def test_a_layer_that_no_input_reaches_is_named(batches):
@@ -252,10 +248,10 @@ def test_a_layer_that_no_input_reaches_is_named(batches):
             self.spare = nn.Linear(20, 20)
 
     with pytest.raises(ValueError, match="spare: no input reached it in these batches; exclude it"):
-        sensitivity(Spare(), batches, AdapterSettings(rank=3), progress=False)
+        sensitivity(Spare(), batches, progress=False)
 
 
 def test_inputs_that_are_not_finite_are_named(batches):
     batches[1][0, 0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"^a: its inputs hold NaN or Inf"):
-        sensitivity(Plain(), batches, TARGETS, progress=False)
+        sensitivity(Plain(), batches, targets=TARGETS, progress=False)

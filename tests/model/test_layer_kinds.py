@@ -56,7 +56,7 @@ def test_residual_form_computes_the_base_up_to_rounding(name):
     model, x = case.build(), case.x()
     with torch.no_grad():
         y = output(model, x)
-    ipca.apply_pc(model, rank=3, targets=case.targets, progress=False, **case.options)
+    ipca.apply_pc(model, rank=3, targets=case.targets, form="residual", progress=False, **case.options)
     assert relative(output(model, x), y) <= 1e-6
     assert all(layer.certificate.holds and layer.certificate.bound > 0 for layer in adapted_layers(model).values())
 

@@ -151,12 +151,6 @@ def test_a_wrapper_is_not_saved(wrap, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("config", [16, {"rank": 4}, "middle"])
-def test_a_config_of_another_type_is_refused(config):
-    with pytest.raises(TypeError, match=r"config must be an ipca\.PCConfig"):
-        ipca.apply_pc(network(), config)
-
-
 def test_a_name_that_ends_another_one_is_refused():
     model = nn.ModuleDict({"q_proj": nn.Linear(10, 10), "proj": nn.Linear(10, 4)})
     with pytest.raises(ValueError, match="'proj' would make PEFT save 'q_proj' too"):

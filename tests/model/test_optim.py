@@ -11,6 +11,7 @@ from torch import nn
 
 import ipca
 from ipca.lab import baselines
+from ipca.model import AdapterSettings
 from ipca.peft import PCConfig
 from tests.helpers.layer_kinds import mixtral
 from tests.helpers.models import Plain
@@ -179,7 +180,7 @@ def test_two_adapters_of_a_layer_keep_their_own_rates():
 
 
 def test_plain_lora_cannot_be_matched():
-    model = baselines.apply(Plain(), "lora", ipca.PCConfig(rank=3, targets=("a",)), seed=0)
+    model = baselines.apply(Plain(), "lora", AdapterSettings(rank=3, targets=("a",)), seed=0)
     with pytest.raises(ValueError, match=r"^a: .* Plain LoRA starts from B0 = 0 .* leave match out"):
         ipca.param_groups(model, 1e-3, match="sqrt-sigma")
     assert rates(ipca.param_groups(model, 1e-3)) == {"lora_A": 1e-3, "lora_B": 1e-3}

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 import ipca
 from ipca import Window
 from ipca.model import AdapterSettings
+from ipca.model.apply import adapt
 from ipca.model.targets import find_modules_to_save, find_targets
 from ipca.nn import LinearPC
 from tests.helpers.models import Plain, snapshot
@@ -29,7 +30,7 @@ def blocks() -> nn.Module:
 
 
 def names(model: nn.Module, **options) -> list[str]:
-    return [target.name for target in find_targets(model, AdapterSettings.create(**{"rank": 2, **options}))]
+    return [target.name for target in find_targets(model, AdapterSettings(**{"rank": 2, **options}))]
 
 
 EVERY = [f"layers.{i}.{name}" for i in range(3) for name in ("q_proj", "up_proj", "down_proj")]
@@ -72,7 +73,7 @@ def test_exceptions_by_pattern_and_the_first_match_counts():
         "layers.2.q_proj": (3, "start=5", 3.0),
         "layers.2.up_proj": (4, "start=5", 7.5),
     }
-    model = ipca.apply_pc(blocks(), config, progress=False)
+    model = adapt(blocks(), config, progress=False)
     layer = model["layers"][0]["up_proj"]
     assert (layer.window, layer.alpha, layer.scaling) == (Window(12, 4), 7.5, 7.5 / 4)
 
@@ -133,17 +134,13 @@ def test_saved_modules_are_the_outermost_that_match():
         ({"window_pattern": {"a": "mid"}}, ValueError, "Unknown window 'mid'"),
         ({"alpha": -1.0}, ValueError, r"alpha must be positive, got -1\.0"),
         ({"alpha_pattern": {"a": math.inf}}, ValueError, "alpha must be positive, got inf"),
-        ({"form": "both"}, ValueError, "form must be one of residual, intact; got 'both'"),
+        ({"form": "both"}, ValueError, "form must be one of intact, residual; got 'both'"),
         ({"dropout": 1.5}, ValueError, r"dropout must lie in \[0, 1\), got 1\.5"),
         ({"adapter_dtype": "int8"}, ValueError, "adapter_dtype must name a float dtype such as 'float32'; got 'int8'"),
         ({"tol": "best"}, ValueError, "tol must be a number or one of fast, default, exact; got 'best'"),
         ({"tol": 1e-20}, ValueError, "tol must be a number in"),
-        ({"r": 4}, TypeError, "unknown option r; AdapterSettings has adapter_dtype, alpha"),
-        (
-            {"config": AdapterSettings()},
-            TypeError,
-            "give a AdapterSettings or options, not both; got rank beside a config",
-        ),
+        ({"r": 4}, TypeError, "rank=2 and r=4 are two names of one argument; pass one of them"),
+        ({"ranks": 4}, TypeError, "unexpected keyword argument 'ranks'"),
         ({"targets": [3]}, TypeError, r"targets must be strings, got \[3\]"),
     ],
     ids=str,

@@ -49,7 +49,7 @@ def wrong_layer(plain):
 @pytest.mark.parametrize(
     ("unquantized_weights", "error", "words"),
     [
-        (lambda plain: "folder", TypeError, "say unquantized_weights=ipca.load_unquantized_weights(folder)"),
+        (lambda plain: "folder", TypeError, "for a checkpoint folder pass ipca.load_unquantized_weights(folder)"),
         (lambda plain: {"a": plain.a.weight}, ValueError, "lacks the weight of b (1 of 2 layers are missing)"),
         (lambda plain: lambda name: None, TypeError, "unquantized_weights gave NoneType, not a tensor"),
         (

@@ -113,9 +113,9 @@ def test_wrong_kept_weight_fails_loudly(error, monkeypatch):
 
     monkeypatch.setattr(ipca.nn.initialization, "frozen_weight", planted)
     with pytest.raises(RuntimeError, match=r"effective weight is off by .* before training.*float32.*please report"):
-        LinearPC.from_linear(linear, rank=5)
+        LinearPC.from_linear(linear, rank=5, form="residual")
     assert torch.equal(linear.weight, before)
-    layer = LinearPC(33, 48, rank=5, device="meta")
+    layer = LinearPC(33, 48, rank=5, form="residual", device="meta")
     with pytest.raises(RuntimeError, match="before training"):
         layer.load_state_dict(linear.state_dict(), assign=True)
     assert layer.window is None

@@ -32,7 +32,7 @@ def test_every_kind_as_a_matrix_and_back(kind):
     build, shape, adapts = KINDS[kind]
     layer = build()
     assert layer_kind(layer) == kind
-    assert layer_class(layer) is adapts
+    assert layer_class(kind) is adapts
     matrix, bias = read_layer(layer)
     assert matrix.shape == shape
     assert not matrix.requires_grad
@@ -51,8 +51,6 @@ class Subclass(nn.Embedding): ...
 )
 def test_other_modules_have_no_kind(module):
     assert layer_kind(module) is None
-    with pytest.raises(TypeError, match=f"a {type(module).__name__} is no layer that can be adapted"):
-        layer_class(module)
 
 
 def test_stacks_are_three_dimensional_parameters_of_two_weights_or_more():

@@ -100,7 +100,7 @@ def test_from_linear_computes_what_the_layer_computed(form, kind, alpha, dropout
     assert adapted.scaling == (1.0 if alpha is None else alpha / 5)
 
 
-@pytest.mark.parametrize("window", ["principal", "minor", 0.33, "energy=0.5", "erank", 0])
+@pytest.mark.parametrize("window", ["principal", "minor", 0.33, "energy=0.5", "erank", "start=0"])
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (5, 5), (64, 9), (9, 64)])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_window_of_every_shape_keeps_the_function(form, shape, window):
@@ -123,7 +123,7 @@ def test_degenerate_weights_keep_the_function(weight, form):
 @pytest.mark.parametrize("window", ["principal", "middle", "minor"])
 def test_sixteen_bit_start_stays_within_one_rounding_and_is_certified(dtype, window):
     linear = nn.Linear(65, 48, dtype=dtype)
-    layer = LinearPC.from_linear(linear, window, rank=8, alpha=12)
+    layer = LinearPC.from_linear(linear, window, rank=8, alpha=12, form="residual")
     off = relative(reference_weight(layer), linear.weight)
     assert 0 < off <= torch.finfo(dtype).eps
     assert layer.certificate.relative == pytest.approx(off, rel=1e-9)
@@ -151,6 +151,24 @@ def test_input_in_another_memory_layout():
     _, layer = trained("intact")
     x = torch.randn(23, 9).mT
     assert torch.allclose(layer(x), layer(x.contiguous()), rtol=1e-5, atol=1e-6)
+
+
+def nested_sum(y):
+    return (y.values() if y.layout is torch.jagged else y.to_padded_tensor(0.0)).sum()
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_input_is_each_of_its_rows(form, layout):
+    _, layer = trained(form, alpha=8.0)
+    rows = [torch.randn(3, 23), torch.randn(5, 23)]
+    y = layer(torch.nested.nested_tensor(rows, layout=layout))
+    for found, x in zip(y.unbind(), rows, strict=True):
+        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+    (found,) = torch.autograd.grad(nested_sum(y), layer.lora_A)
+    (wanted,) = torch.autograd.grad(layer(torch.cat(rows)).sum(), layer.lora_A)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_forms_agree_after_the_same_training():
@@ -218,7 +236,7 @@ class Subclass(nn.Linear):
         ({"window": "center"}, ValueError, "Unknown window 'center'"),
         ({"alpha": 0.0}, ValueError, r"alpha must be positive, got 0\.0"),
         ({"alpha": math.nan}, ValueError, "alpha must be positive, got nan"),
-        ({"form": "whole"}, ValueError, "form must be one of residual, intact; got 'whole'"),
+        ({"form": "whole"}, ValueError, "form must be one of intact, residual; got 'whole'"),
         ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1\.0"),
         ({"tol": "best"}, ValueError, "tol must be a number or one of fast, default, exact; got 'best'"),
     ],

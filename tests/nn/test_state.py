@@ -200,8 +200,8 @@ def test_own_state_dict_restores_without_svd(form, through, monkeypatch):
     ids=["alpha", "form", "rank"],
 )
 def test_state_dict_of_other_settings_is_reported(change, words):
-    source = nn.Sequential(LinearPC.from_linear(nn.Linear(23, 37), **{"rank": 5, **change}))
-    model = nn.Sequential(LinearPC(23, 37, 5))
+    source = nn.Sequential(LinearPC.from_linear(nn.Linear(23, 37), **{"rank": 5, "form": "residual", **change}))
+    model = nn.Sequential(LinearPC(23, 37, 5, form="residual"))
     before = bits(model)
     with pytest.raises(RuntimeError, match=words):
         model.load_state_dict(source.state_dict())
@@ -281,7 +281,7 @@ def test_cast_of_the_residual_form_rounds_the_sum_once(dtype):
     linear = nn.Linear(64, 48, bias=False)
     U, _, Vh = torch.linalg.svd(torch.randn(48, 64), full_matrices=False)
     linear.weight = nn.Parameter(U @ torch.diag(0.5 ** torch.arange(48.0)) @ Vh)
-    layer = LinearPC.from_linear(linear, "principal", rank=8, alpha=5)
+    layer = LinearPC.from_linear(linear, "principal", rank=8, alpha=5, form="residual")
     parts = [t.detach().to(dtype).double() for t in (layer.base_weight, layer.lora_B0, layer.lora_A0)]
     each_part_rounded = relative(parts[0] + layer.scaling * parts[1] @ parts[2], linear.weight)
     off = relative(wide_weight(layer.to(dtype)), linear.weight)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ipca
-from ipca.ops import BACKENDS, Layer, pc_linear, pc_linear_shared, reference
+from ipca.ops import BACKENDS, pc_linear, reference
 from ipca.ops import backend as backends
 from ipca.ops.dropout import new_seed
 from tests.helpers.kernel_inputs import DEVICE, DTYPES, assert_within_twice, draw, poisoned, strided, wide
@@ -200,87 +200,6 @@ def test_what_is_kept_for_backward_is_small(backend):
         call(t, 0.0 if backend == "merged" else 0.5)
     own = [s for s in kept if s is not None and s.untyped_storage().data_ptr() not in given]
     assert sum(s.numel() for s in own) <= 64 * 5 + 1
-
-
-# Layers that share an input.
-
-
-def shared(t, counts, dtype=torch.float32, *, intact, biases=(True, False, True)):
-    """Layers of different widths and ranks over ``t.x``."""
-    layers = []
-    for (N, R), has_bias in zip(counts, biases, strict=True):
-        s = draw(1, N, t.x.shape[1], R, dtype)
-        frozen = (s.A0, s.B0) if intact else (None, None)
-        layers.append(
-            Layer(
-                s.weight,
-                s.A.requires_grad_(),
-                s.B.requires_grad_(),
-                s.bias if has_bias else None,
-                *frozen,
-                0.5 + N / 100,
-            )
-        )
-    return layers
-
-
-@EVERY
-@FORMS
-@pytest.mark.parametrize(("M", "R"), [(20, 5), (20, 40), (1, 40)])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_shared_layers_equal_each_by_itself(backend, intact, M, R, p):
-    if p and backend == "merged":
-        pytest.skip("a merged weight has no dropout")
-    t = inputs(M, intact=intact, train=("x",))
-    layers = shared(t, [(70, 5), (40, R), (70, 5)], intact=intact)
-    torch.manual_seed(1)
-    with poisoned():
-        ys = pc_linear_shared(t.x, layers, dropout=p)
-    dys = [torch.randn_like(y) for y in ys]
-    wanted = []
-    for W, A, B, bias, A0, B0, s in layers:
-        torch.manual_seed(1)
-        wanted.append(pc_linear(t.x, W, A, B, bias, A0=A0, B0=B0, scaling=s, dropout=p))
-    every = [t.x, *(factor for layer in layers for factor in (layer.A, layer.B))]
-    found, want = (torch.autograd.grad(outputs, every, dys) for outputs in (ys, wanted))
-    for got, other in zip((*ys, *found), (*wanted, *want), strict=True):
-        torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-4)
-
-
-@EVERY
-def test_shared_layers_of_which_one_is_not_used(backend):
-    t = inputs(intact=True, train=("x",))
-    layers = shared(t, [(70, 5), (40, 9), (70, 5)], intact=True)
-    y = pc_linear_shared(t.x, layers)[1]
-    y.sum().backward()
-    assert layers[0].A.grad is None
-    assert layers[2].B.grad is None
-    assert layers[1].A.grad.any()
-    assert t.x.grad.any()
-
-
-def test_shared_layers_that_cannot_share():
-    t = inputs(intact=True, train=())
-    one, two = shared(t, [(70, 5)], intact=True, biases=(True,)), shared(t, [(70, 5)], intact=False, biases=(True,))
-    with pytest.raises(ValueError, match="one form and one dtype of factors"):
-        pc_linear_shared(t.x, one + two)
-    with pytest.raises(ValueError, match=r"do not fit weight \(70, 133\)"):
-        pc_linear_shared(t.x, [one[0]._replace(A=one[0].B)])
-
-
-@FORMS
-def test_second_derivatives_of_shared_layers(intact):
-    t = inputs(5, 6, 7, 2, intact=intact, train=("x",))
-    layers = shared(t, [(6, 2), (4, 3)], intact=intact, biases=(True, False))
-    results = []
-    for ys in (
-        pc_linear_shared(t.x, layers),
-        [pc_linear(t.x, *layer[:4], A0=layer.A0, B0=layer.B0, scaling=layer.scaling) for layer in layers],
-    ):
-        (dx,) = torch.autograd.grad(sum(y.square().sum() for y in ys), t.x, create_graph=True)
-        results.append(torch.autograd.grad(dx.square().sum(), [t.x, layers[0].A, layers[1].B]))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # What decides.

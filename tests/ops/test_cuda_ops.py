@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from ipca.ops.low_rank_linear import Layer
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ipca.ops import cuda, linear, pc_linear, pc_linear_shared, shared
+from ipca.ops import cuda, linear, pc_linear
+from ipca.ops.op import Layer
 from tests.helpers.kernel_inputs import DEVICE
 
 N, K, R = 17, 24, 5
@@ -27,8 +27,7 @@ def tensors(intact, *, bias=True):
 @pytest.fixture
 def _cuda_ops(monkeypatch):
     """Calls go to the ops of CUDA, on whatever device."""
-    monkeypatch.setattr(linear, "op_for", lambda x: (cuda.pc_linear_cuda_op, cuda.BUILD))
-    monkeypatch.setattr(shared, "op_for", lambda x: (cuda.pc_linear_shared_cuda_op, cuda.BUILD))
+    monkeypatch.setattr(linear, "_op_for", lambda x: (cuda.pc_linear_cuda_op, cuda.BUILD))
 
 
 @FORMS
@@ -44,34 +43,14 @@ def test_opcheck(intact, M):
 
 
 @FORMS
-def test_opcheck_of_shared_inputs(intact):
-    layers = [tensors(intact), tensors(intact, bias=False)]
-    x = torch.randn(5, K, device=DEVICE, requires_grad=True)
-    W, A, B, A0, B0 = ([t for layer in layers if (t := layer[i]) is not None] for i in (0, 1, 2, 4, 5))
-    for op in (shared.pc_linear_shared_op, cuda.pc_linear_shared_cuda_op):
-        settings = ([0.7, 0.5], [True, False], 0.0, "reference", "", True)
-        torch.library.opcheck(op, (x, W, A, B, [layers[0].bias], A0, B0, None, *settings))
-    held = [[t.detach() for t in part] for part in (W, A, B, [layers[0].bias], A0, B0)]
-    h = [x.detach() @ a.mT for a in held[1]]
-    dy, needs = [torch.randn(5, N, device=DEVICE)], [False] * 4 + [False, True, True, False]
-    settings = ([0.7, 0.5], [True, False], 0.0, "reference", "", True, needs)
-    args = (dy, [False, True], x.detach(), h, *held, None, *settings)
-    torch.library.opcheck(cuda.pc_linear_shared_cuda_backward_op, args)
-
-
-@FORMS
 @pytest.mark.usefixtures("_cuda_ops")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_whole_without_recompiling(intact, dropout, together, backend):
+def test_compiled_whole_without_recompiling(intact, dropout, backend):
     """As a whole graph; varying numbers of tokens take the code of the first; the same numbers as eager."""
-    layers = [tensors(intact), tensors(intact, bias=False)]
+    W, A, B, bias, A0, B0, scaling = tensors(intact)
 
     def step(x):
-        if together:
-            return torch.cat(pc_linear_shared(x, layers, dropout=dropout), dim=-1).relu()
-        W, A, B, bias, A0, B0, scaling = layers[0]
         return pc_linear(x, W, A, B, bias, A0=A0, B0=B0, scaling=scaling, dropout=dropout).relu()
 
     torch._dynamo.reset()
@@ -82,11 +61,11 @@ def test_compiled_whole_without_recompiling(intact, dropout, together, backend):
         x = torch.randn(M, K, device=DEVICE, requires_grad=True)
         found = compiled(x)
         dy = torch.randn_like(found)
-        grads = torch.autograd.grad(found, [x, layers[0].A, layers[0].B], dy)
+        grads = torch.autograd.grad(found, [x, A, B], dy)
         frames.append(counter.frame_count)
         if dropout == 0.0:  # inductor has random numbers of its own
             want = step(x)
-            wanted = torch.autograd.grad(want, [x, layers[0].A, layers[0].B], dy)
+            wanted = torch.autograd.grad(want, [x, A, B], dy)
             for got, other in zip((found, *grads), (want, *wanted), strict=True):
                 torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-4)
         else:
@@ -143,7 +122,7 @@ def test_a_cpu_tensor_loads_no_kernel():
 import sys, torch, ipca
 layer = ipca.nn.LinearPC(16, 8, rank=2)
 layer(torch.randn(3, 16)).sum().backward()
-ipca.explain(layer, torch.randn(3, 16))
+ipca.nn.explain(layer, torch.randn(3, 16))
 print([name for name in sys.modules if name.startswith(("ipca.kernels", "ipca.ops.cuda"))])
 """
     assert run(code) == "[]"

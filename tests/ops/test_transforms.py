@@ -69,7 +69,7 @@ def test_what_is_explained_inside_a_transform():
     made, found = layer("residual"), []
 
     def spy(x):
-        found.append(ipca.explain(made, x).backend)
+        found.append(ipca.nn.explain(made, x).backend)
         return pc_linear(x, made.base_weight, made.lora_A, made.lora_B)
 
     vmap(spy)(torch.randn(5, 12))
