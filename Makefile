@@ -55,6 +55,7 @@ format: $(READY)
 
 report: $(READY)
 	$(BIN)/python -m bench.report
+	$(BIN)/python docs/api_page.py
 
 results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out --seeds 3

@@ -131,7 +131,7 @@ def main() -> int:
             "window_svd": window_svd_section(RESULTS),
             "study": study["study_findings"],
         },
-        ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
+        ROOT / "docs/window-svd.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
         ROOT / "docs/quantized.md": {
             "quantized_start": quantized_start_section(read_rows(RESULTS / QUANTIZED_START.name)),
             "quantized_windows": overlap_section(read_rows(RESULTS / QUANTIZED_START.name)),

@@ -152,7 +152,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
     for name in ("demo.csv", "apply_memory.csv", "quantized_start.csv"):
         shutil.copy(report.RESULTS / name, results)
     written(results, layer_rows({OURS[0]: 1.1}))
-    markers = {"README.md": ("demo", "pc_linear", "training", "window_svd", "study"), "docs/method.md": ("memory",)}
+    markers = {"README.md": ("demo", "pc_linear", "training", "window_svd", "study"), "docs/window-svd.md": ("memory",)}
     markers["docs/quantized.md"] = ("quantized_start", "quantized_windows")
     markers["docs/study.md"] = tuple(report.study_sections(results / "study"))
     for page, names in markers.items():
@@ -165,7 +165,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         return report.main()
 
     assert command("--check") == 1
-    assert "README.md, method.md, quantized.md, study.md out of step" in capsys.readouterr().err
+    assert "README.md, window-svd.md, quantized.md, study.md out of step" in capsys.readouterr().err
     assert not (results / "pc_linear_h100.png").exists()
     assert command() == 0
     assert command("--check") == 0
