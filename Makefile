@@ -1,9 +1,10 @@
 # make demo   a fresh machine with Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
-# make test   the test suite            make check   lint, format, types, import floors, tables in step
-# make results   measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, tables
-# make study     the study of docs/study.md again: hours; stopped, it goes on where it was
-# make gpu OUT=folder   on a machine with a GPU: tests, memory checker, tuning and benches; again to go on
-# make study-gpu OUT=folder   there too: the study with larger models, 9 minutes; again until it is complete
+# make test   the test suite            make check   lint, format, types, import levels, generated pages
+# make report    write docs/results/benchmarks.md and demo.md from bench/results
+# make results   measure again on this CPU (demo, memory, throughput, window SVD): CSV files, figures, pages
+# make study     run the study again, hours; interrupted runs resume      make study-page, study-check   its page
+# make gpu OUT=folder   on a machine with a GPU: tests, memory checker, tuning, benchmarks; call again to resume
+# make study-gpu OUT=folder   there too: the study with larger models, 9 minutes; call again until it is complete
 # make kernels   compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
 #
 # On Linux pip's torch is the CUDA build, some gigabytes. The small CPU build:
@@ -19,7 +20,7 @@ READY := $(VENV)/.ready
 OUT ?= gpu-out
 WORKERS ?= 2
 
-.PHONY: demo test check format report results study gpu study-gpu kernels clean
+.PHONY: demo test check format report results study study-page study-check gpu study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and beside another busy process every step waits for them.
 demo: $(READY)
@@ -47,8 +48,8 @@ results: $(READY)
 	cp demo-out/demo.csv demo-out/demo.png bench/results/
 	$(BIN)/python -m bench.apply_memory
 	$(BIN)/python -m bench.adapter_load
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.bench_pc_linear --device cpu --out bench/results
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.bench_training --device cpu --out bench/results
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.pc_linear --device cpu --out bench/results
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.training --device cpu --out bench/results
 	$(BIN)/python -m bench.bench_window_svd --device cpu --out bench/results
 	$(BIN)/python -m bench.quantized_start
 	$(BIN)/python -m bench.error_rates
@@ -59,26 +60,32 @@ study: $(READY)
 	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m studies.window_position.mechanism
 	$(BIN)/python -m studies.window_position.findings
 	$(BIN)/python -m studies.window_position.figures
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m studies.window_position.page
 
-# PYTHON may be any interpreter that has torch, triton, peft, transformers and pytest: nothing is installed.
+study-page: $(READY)
+	$(BIN)/python -m studies.window_position.page
+
+study-check: $(READY)
+	$(BIN)/python -m studies.window_position.page --check
+
+# PYTHON may be any interpreter with torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT)
 
-# With scikit-learn too, but for STUDY=G2; STUDY="G1 --seeds 2" is less. A call is killed after 520 s; the next one goes on where it was.
+# Also needs scikit-learn, except for STUDY=G2; STUDY="G1 --seeds 2" is shorter. A call is killed after 520 s; the next one resumes.
 STUDY_GPU = $(PYTHON) -m studies.window_position.run --gpu --out $(OUT)/study --results $(OUT)/study-results $(STUDY)
 study-gpu: export PYTHONPATH := $(CURDIR)
 study-gpu: export IPCA_STUDY_CACHE := $(abspath $(OUT))/study-cache
 study-gpu: export TQDM_MININTERVAL := 10
 study-gpu:
-	timeout -s KILL 520 $(STUDY_GPU) || { [ $$? -eq 137 ] && $(STUDY_GPU) --how-far; }
+	timeout -s KILL 520 $(STUDY_GPU) || { [ $$? -eq 137 ] && $(STUDY_GPU) --status; }
 
 kernels: $(READY)
 	$(BIN)/python -m bench.kernel_report
 	$(BIN)/python -m bench.csrc_report
 
 $(READY): pyproject.toml constraints.txt Makefile
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; run make PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
