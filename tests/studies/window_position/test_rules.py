@@ -50,7 +50,7 @@ def test_the_rule_of_the_u(verdicts, said):
 )
 def test_the_rule_of_lora(c5, c6, c11, said):
     made = tables({"C5": c5, "C6": c6, "C11": c11, "S6": c6, "S11": c11})
-    text = rules.against_lora(made)
+    text = rules.better_than_lora(made)
     assert said.casefold() in text.casefold()
     assert text.startswith("**Better than LoRA?**")
     assert rules.sentences(made)[0].startswith("**The U.**")
@@ -79,7 +79,7 @@ def test_where_lora_is_better_that_is_the_headline(claim, said):
 def test_best_rates_alone_make_no_claim(verdict, same):
     other = {"above": "below", "below": "above"}[verdict] if same == "the other" else same
     made = tables({"C5": "not shown", "C6": verdict, "C11": "not shown", "S6": other})
-    assert "not alike at the same rate: no claim" in rules.against_lora(made)
+    assert "not alike at the same rate: no claim" in rules.better_than_lora(made)
     assert rules.where_lora_is_better(made) == []
 
 

@@ -5,13 +5,11 @@ import re
 import pytest
 
 from ipca.lab.baselines import CONTROLS
+from ipca.lab.statistics import Difference, Estimate
 from ipca.lab.sweep.report.data import read_sweep
 from ipca.lab.sweep.report.drawing import limits, near, spread
-from ipca.lab.sweep.report.front import best_spots, spots
-from ipca.lab.sweep.report.legend import legend
-from ipca.lab.sweep.report.matched import match_targets, matched_panels
-from ipca.lab.sweep.report.statistics import Difference, Estimate, corrected, difference, estimate
-from ipca.lab.sweep.report.style import canvas, inline, styles, variables
+from ipca.lab.sweep.report.frontier import best_spots, match_targets, matched_panels, spots
+from ipca.lab.sweep.report.style import canvas, inline, legend, styles, variables
 from ipca.lab.sweep.report.words import estimated, listed, number, p_value, signed
 from tests.helpers.sweep_rows import Made
 
@@ -61,23 +59,6 @@ def test_a_difference_has_signs_and_as_many_decimals_everywhere():
 def test_words():
     assert [p_value(0.03125), p_value(0.0004)] == ["p = 0.031", "p < 0.001"]
     assert [listed(["a"]), listed(["a", "b", "c"])] == ["a", "a, b and c"]
-
-
-def test_one_seed_has_a_mean_and_no_interval():
-    assert estimate([0.25]) == Estimate(0.25, None, None, 1)
-    assert estimate([]) is None
-
-
-def test_differences_are_over_shared_seeds():
-    found = difference({0: 1.0, 1: 2.0, 2: 9.0}, {1: 1.0, 0: 0.5, 5: 0.0})
-    assert (found.mean, found.n, found.p, found.smallest) == (0.75, 2, 0.5, 0.5)
-    assert difference({0: 1.0}, {1: 1.0}) is None
-
-
-def test_the_correction_is_over_what_could_be_tested():
-    a = {seed: 1.0 + 0.1 * seed for seed in range(4)}
-    found = corrected({"x": difference(a, dict.fromkeys(a, 0.0), "greater"), "missing": None})
-    assert {name: test.adjusted for name, test in found.items()} == {"x": 2**-4}
 
 
 def test_every_method_has_a_look_of_its_own(tmp_path):

@@ -3,7 +3,7 @@
 With 64 tokens a layer's products are so short that Python, autograd and the dispatcher decide. T5 also reads
 ``wo.weight.dtype`` in every forward, which must not compute a weight. The models take their steps in turn, in an order
 that changes; a ratio is the median over rounds of two times of the same round.
-python -m bench.bench_t5_training --out bench/results
+python -m bench.training_t5 --out bench/results
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 
 import ipca
-from bench.facts import FACTS, RESULTS, append_rows, facts
+from bench.rows import FACTS, RESULTS, append_rows, facts
 from bench.timing import Timing
 from ipca.nn import LinearPC
 

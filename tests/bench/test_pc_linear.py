@@ -9,10 +9,11 @@ import torch
 from torch.nn.functional import linear
 
 import ipca
-from bench import bench_pc_linear as bench
-from bench import checks, facts, timing
-from bench.grid import cpu_grid, gpu_grid
-from bench.providers import FORMS, Cell, Provider, Sample, active, layer_call, providers
+from bench import checks, timing
+from bench import pc_linear as bench
+from bench import rows as bench_rows
+from bench.grid import cells_for
+from bench.providers import FORMS, Cell, Provider, Sample, active, layer_call, providers_for
 
 CPU = torch.device("cpu")
 CELL = Cell(24, 40, 32, rank=4, dtype="float32")
@@ -69,7 +70,7 @@ def test_ratios_are_to_the_layer_that_their_column_names():
 
 
 def test_sixteen_bits_have_three_arms_of_peft():
-    names = [provider.name for provider in providers(replace(CELL, dtype="bfloat16")) if not provider.form]
+    names = [provider.name for provider in providers_for(replace(CELL, dtype="bfloat16")) if not provider.form]
     assert names == ["linear", "peft-bf16", "peft-autocast", "peft-default"]
     rows = cell_rows(replace(CELL, dtype="bfloat16"))
     assert {row["status"] for row in rows if not row["form"] or row["provider"] == "ipca-auto"} == {"ok"}
@@ -177,7 +178,7 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, tmp_path):
     bench.run_grid(cells[:2], path, CPU, seconds=60)
     bench.run_grid(cells, path, CPU, seconds=60)
     assert measured == cells
-    rows = facts.read_rows(path)
+    rows = bench_rows.read_rows(path)
     assert [row["M"] for row in rows] == ["8", "16", "24"]
     assert rows[0].keys() == set(bench.COLUMNS)
     assert rows[0]["torch"] == torch.__version__
@@ -187,7 +188,7 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, tmp_path):
 def test_another_commit_or_device_is_measured_again(monkeypatch, tmp_path, column):
     cells, measured = grid_of(monkeypatch, 1)
     bench.run_grid(cells, tmp_path / "rows.csv", CPU, seconds=60)
-    other = {**facts.facts(CPU), column: "another"}
+    other = {**bench_rows.facts(CPU), column: "another"}
     monkeypatch.setattr(bench, "facts", lambda device: other)
     bench.run_grid(cells, tmp_path / "rows.csv", CPU, seconds=60)
     assert measured == cells * 2
@@ -219,10 +220,10 @@ def test_a_lost_device_is_recorded_and_the_next_call_goes_on(monkeypatch, tmp_pa
     planted(monkeypatch, broken)
     with pytest.raises(bench.DeviceLostError):
         bench.run_grid([CELL], tmp_path / "rows.csv", CPU, seconds=60)
-    (row,) = facts.read_rows(tmp_path / "rows.csv")
+    (row,) = bench_rows.read_rows(tmp_path / "rows.csv")
     assert (row["provider"], row["status"]) == ("peft-default", "failed: RuntimeError: illegal memory access")
     bench.run_grid([CELL], tmp_path / "rows.csv", CPU, seconds=60)
-    assert facts.read_rows(tmp_path / "rows.csv") == [row]
+    assert bench_rows.read_rows(tmp_path / "rows.csv") == [row]
 
 
 def test_a_device_lost_while_timing_is_recorded_too(monkeypatch, tmp_path):
@@ -232,7 +233,7 @@ def test_a_device_lost_while_timing_is_recorded_too(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "measure", lost)
     with pytest.raises(bench.DeviceLostError):
         bench.run_grid([CELL], tmp_path / "rows.csv", CPU, seconds=60)
-    (row,) = facts.read_rows(tmp_path / "rows.csv")
+    (row,) = bench_rows.read_rows(tmp_path / "rows.csv")
     assert (row["provider"], row["status"]) == ("any", "failed: while forward was timed: unspecified launch failure")
 
 
@@ -240,9 +241,9 @@ def test_a_device_lost_while_timing_is_recorded_too(monkeypatch, tmp_path):
 def test_the_command_says_by_its_status_whether_all_were_right(monkeypatch, tmp_path, capsys, wrong):
     if wrong:
         planted(monkeypatch, lambda y: y * 2)
-    monkeypatch.setattr(bench, "grid", lambda device: [CELL])
+    monkeypatch.setattr(bench, "cells_for", lambda device: [CELL])
     monkeypatch.setitem(bench.SECONDS, "cpu", 1e-3)
-    monkeypatch.setattr(sys, "argv", ["bench_pc_linear.py", "--out", str(tmp_path), "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["pc_linear.py", "--out", str(tmp_path), "--device", "cpu"])
     assert bench.main() == int(wrong)
     said = capsys.readouterr()
     assert "| 24 | 40 × 32 | 4 | 0.0 |" in said.out
@@ -264,13 +265,13 @@ def test_compiled_rows_are_those_of_compiled_layers(monkeypatch):
 
 
 def test_the_gpu_grid_begins_with_the_goal_and_names_every_cell_once():
-    cells = gpu_grid()
+    cells = cells_for("cuda")
     assert cells[0] == Cell(8192, 4096, 4096, rank=16, dropout=0.0, dtype="bfloat16")
     assert len(set(cells)) == len(cells) == 4 * 5 * 4 * 2 + 4
     assert sum(cell.compiled for cell in cells) == 4
     assert [cell.M for cell in cells[1:5]] == [4096, 16384, 1024, 256]
-    assert all(cell.dtype == "float32" for cell in cpu_grid())
-    assert cpu_grid()[0] == Cell(512, 1024, 1024, dtype="float32")
+    assert all(cell.dtype == "float32" for cell in cells_for("cpu"))
+    assert cells_for("cpu")[0] == Cell(512, 1024, 1024, dtype="float32")
 
 
 def test_inputs_are_random_and_come_from_the_seed():
@@ -339,19 +340,19 @@ def test_every_round_runs_all_and_a_ratio_is_that_of_pairs():
     ],
 )
 def test_a_file_name_says_the_device(name, slug):
-    assert facts.slug(name) == slug
+    assert bench_rows.slug(name) == slug
 
 
 def test_the_commit_says_when_the_sources_differ_from_it(monkeypatch):
     answers = {"rev-parse": "abcdef0123", "status": ""}
-    monkeypatch.setattr(facts, "_git", lambda verb, *rest: answers[verb])
-    assert facts.commit.__wrapped__() == "abcdef0123"
+    monkeypatch.setattr(bench_rows, "_git", lambda verb, *rest: answers[verb])
+    assert bench_rows.commit.__wrapped__() == "abcdef0123"
     answers["status"] = " M ipca/nn/linear.py"
-    assert facts.commit.__wrapped__().startswith("abcdef0123+")
+    assert bench_rows.commit.__wrapped__().startswith("abcdef0123+")
     answers["rev-parse"] = None
-    assert facts.commit.__wrapped__().startswith("sources-")
+    assert bench_rows.commit.__wrapped__().startswith("sources-")
     monkeypatch.setenv("IPCA_COMMIT", "named")
-    assert facts.commit.__wrapped__() == "named"
+    assert bench_rows.commit.__wrapped__() == "named"
 
 
 @pytest.mark.gpu

@@ -2,12 +2,10 @@
 
 import pytest
 
-from ipca.lab.sweep.report.arms import Arms
-from ipca.lab.sweep.report.choice import suggestion
 from ipca.lab.sweep.report.comparisons import views
 from ipca.lab.sweep.report.data import read_sweep
-from ipca.lab.sweep.report.rivals import against_lora, controls
-from ipca.lab.sweep.report.verdict import judge
+from ipca.lab.sweep.report.findings import against_lora, controls, suggestion
+from ipca.lab.sweep.report.verdict import Arms, judge
 from tests.helpers.sweep_rows import Made, by_hand, write_rows
 
 QUICK = {"windows": ("0.0", "0.25", "0.5", "1.0"), "methods": (), "lrs": (1e-3,), "comparisons": ("same",)}
@@ -26,22 +24,28 @@ def verdict(folder, **made):
         ({"left": -0.05}, "Only the right arm: the minor end forgets more than the middle; the principal end is not"),
         (
             {"seeds": 2},
-            "Too few seeds to say whether forgetting is U-shaped (n = 2; smallest possible p = 0.25; it takes 5",
+            "Too few seeds to determine whether forgetting is U-shaped (n = 2; smallest possible p = 0.25; 5",
         ),
         (
             {"seeds": 1},
-            "Too few seeds to say whether forgetting is U-shaped (n = 1; smallest possible p = 0.5; it takes 5",
+            "Too few seeds to determine whether forgetting is U-shaped (n = 1; smallest possible p = 0.5; 5",
         ),
-        ({"windows": ("0.5", "1.0")}, "Whether forgetting is U-shaped cannot be said: no window at the principal end"),
-        ({"windows": ("0.0", "1.0")}, "Whether forgetting is U-shaped cannot be said: no window between 0.25 and 0.75"),
+        (
+            {"windows": ("0.5", "1.0")},
+            "U-shaped cannot be determined: no window at the principal end",
+        ),
+        (
+            {"windows": ("0.0", "1.0")},
+            "U-shaped cannot be determined: no window between 0.25 and 0.75",
+        ),
         (
             {"windows": ("0.5",)},
-            "cannot be said: no window at the principal end (below 0.25) and minor end (above 0.75)",
+            "cannot be determined: no window at the principal end (below 0.25) and minor end (above 0.75)",
         ),
-        ({"fails": {"1.0": 0}}, "cannot be said: no seed ended well both in the middle and at the minor end"),
+        ({"fails": {"1.0": 0}}, "cannot be determined: no seed succeeded both in the middle and at the minor end"),
         (
             {"drop": ("retained",)},
-            "Whether forgetting is U-shaped cannot be said: no finished run has a value of retained.",
+            "Whether forgetting is U-shaped cannot be determined: no finished run has a value of retained.",
         ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
@@ -63,14 +67,14 @@ def test_five_seeds_show_both_arms_but_not_one_alone(tmp_path):
     assert verdict(tmp_path / "u", seeds=5).headline.startswith("Forgetting is U-shaped")
     left = verdict(tmp_path / "left", seeds=5, right=-0.05)
     assert left.headline == "No U-shape detected."
-    assert left.basis[-1] == "With 5 seeds both arms can be shown together, one alone cannot; 6 seeds can."
+    assert left.basis[-1].startswith("With 5 seeds only both arms together can be shown, not a single one; 6 seeds")
     assert verdict(tmp_path / "six", seeds=6, right=-0.05).headline.startswith("Only the left arm")
 
 
 def test_an_inverted_curve_is_said_to_be_one(tmp_path):
     found = verdict(tmp_path, left=-0.1, right=-0.1)
     assert found.headline == "No U-shape detected."
-    assert found.basis[-1] == "In the means it is the other way round: the middle keeps less than both ends."
+    assert found.basis[-1] == "The means are the other way round: the middle keeps less than both ends."
 
 
 def test_the_middle_is_the_mean_of_the_windows_between_and_pairs_are_seeds(tmp_path):
@@ -93,7 +97,7 @@ def test_more_drift_counts_as_more_forgetting(tmp_path):
 def test_other_comparisons_stand_beside_the_headline(tmp_path):
     found = verdict(tmp_path, comparisons=("same", "sqrt-sigma"), seeds=6)
     finding = found.findings[0]
-    assert (finding.question, finding.answer) == ("And in other comparisons?", "3 of 3 show the same.")
+    assert (finding.question, finding.answer) == ("Do the other comparisons agree?", "3 of 3 show the same.")
     assert "Drift: a U at the same learning rate and √σ-matched learning rates" in finding.details
 
 
@@ -107,10 +111,10 @@ def lora_answer(folder, rows):
     [
         (0, 0.1, "Yes: it keeps more, and no difference in the target is shown."),
         (0.1, 0.1, "Yes: it keeps more and learns better."),
-        (-0.1, 0.1, "It keeps more, but learns less: a trade."),
+        (-0.1, 0.1, "It keeps more, but learns less: a trade-off."),
         (0, -0.1, "No: plain LoRA keeps more, and no difference in the target is shown."),
         (-0.1, -0.1, "No: plain LoRA keeps more and learns better."),
-        (0.1, -0.1, "It learns more, but keeps less: a trade."),
+        (0.1, -0.1, "It learns more, but keeps less: a trade-off."),
         (-0.1, 0, "Not shown to keep more or less; plain LoRA learns the target better."),
         (0.1, 0, "Not shown to keep more or less; it learns the target better."),
         (0, 0, "No difference to plain LoRA is shown."),
@@ -129,10 +133,10 @@ def test_a_comparison_with_lora_that_no_result_could_decide_says_so(tmp_path):
     """Two-sided with six seeds: 2 / 64, twice after Holm, 0.0625; with seven half of it."""
     rows = [by_hand(method, seed, score, score) for method, score in (("0.5", 0.9), ("lora", 0.1)) for seed in range(6)]
     found = lora_answer(tmp_path, rows)
-    assert found.answer == "Too few seeds to say (n = 6; smallest possible p = 0.062; it takes 7 seeds)."
+    assert found.answer == "Too few seeds to decide (n = 6; smallest possible p = 0.062; 7 seeds are needed)."
 
 
-@pytest.mark.parametrize(("own", "says"), [(0.0, "It keeps more, but at the same rate that is not"), (0.1, "Yes: it")])
+@pytest.mark.parametrize(("own", "says"), [(0.0, "It keeps more, but this is not shown at the"), (0.1, "Yes: it")])
 def test_what_the_rates_do_is_not_the_window_s_doing(own, says, tmp_path):
     """Both keep less at the higher rate, where plain LoRA happens to learn best; ``own`` is what the window does."""
     rows = [
@@ -199,7 +203,7 @@ def test_an_end_that_lies_between_is_undecided(tmp_path):
     rows = [by_hand(m, seed, 0.5, value + 0.01 * (seed % 3)) for m, value in kept.items() for seed in range(6)]
     rows += [by_hand("0.0", 6, 0.5, 0.52), by_hand("0.5", 6, 0.5, 0.9), by_hand("matched-principal", 6, 0.5, 0.71)]
     sweep = read_sweep(write_rows(tmp_path, rows))
-    assert controls(sweep, views(sweep))[1].answer == "Undecided: no cause alone accounts for it."
+    assert controls(sweep, views(sweep))[1].answer == "Undecided: no single cause accounts for it."
 
 
 @pytest.mark.parametrize(("seeds", "decided"), [(4, False), (5, True)])
@@ -244,7 +248,7 @@ def test_a_matched_rate_is_suggested_with_the_rate_of_the_rest(tmp_path):
 
 def test_two_seeds_suggest_nothing(tmp_path):
     rows = [by_hand("0.5", seed, 0.5, 0.5) for seed in range(2)]
-    assert suggestion(read_sweep(write_rows(tmp_path, rows))).answer == "No suggestion from 2 seeds; it takes 3."
+    assert suggestion(read_sweep(write_rows(tmp_path, rows))).answer == "No suggestion from 2 seeds; 3 are needed."
 
 
 def test_failed_runs_are_counted(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from ipca.lab.continual import METHODS, ContinualLearner
 from ipca.model import AdapterSettings
-from tests.helpers.continual import CONFIG, learn, plain
+from tests.helpers.continual import SETTINGS, learn, plain
 from tests.helpers.layer_kinds import CASES, output, relative
 
 FOLDING = [name for name, kind in METHODS.items() if kind.folds]
@@ -13,7 +13,7 @@ FOLDING = [name for name, kind in METHODS.items() if kind.folds]
 
 def learner_of(method, **options):
     torch.manual_seed(9)
-    return learn(ContinualLearner(plain(), method, CONFIG, tasks=2, **options), 2)
+    return learn(ContinualLearner(plain(), method, SETTINGS, tasks=2, **options), 2)
 
 
 def weights(model):
@@ -78,9 +78,9 @@ def test_other_kinds_of_layers_are_folded_kept_and_removed(name, method):
     case = CASES[name]
     torch.manual_seed(1)
     model, x = case.build().eval(), case.x()
-    config = AdapterSettings(**{"rank": 2, "targets": tuple(case.targets), **case.options})
+    settings = AdapterSettings(**{"rank": 2, "targets": tuple(case.targets), **case.options})
     before = output(model, x).detach()
-    learner = ContinualLearner(model, method, config, tasks=2, keep=True)
+    learner = ContinualLearner(model, method, settings, tasks=2, keep=True)
     for _ in range(2):
         with torch.no_grad():
             for parameter in learner.begin_task():
@@ -107,7 +107,7 @@ def test_only_kept_tasks_can_be_removed_or_saved(tmp_path):
 
 
 def test_nothing_is_removed_while_a_task_runs():
-    learner = learn(ContinualLearner(plain(), "fresh", CONFIG, keep=True), 1)
+    learner = learn(ContinualLearner(plain(), "fresh", SETTINGS, keep=True), 1)
     learner.begin_task()
     with pytest.raises(RuntimeError, match="task 1 is still running"):
         learner.remove_task(0)

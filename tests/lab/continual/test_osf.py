@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ipca.lab.continual.osf_layers import fold_osf, inject_osf
+from ipca.lab.continual.osf import fold_osf, inject_osf
 from tests.helpers.models import Plain, snapshot
 
 
@@ -81,7 +81,7 @@ def test_a_layer_with_nothing_left_is_refused():
 
 def test_another_kind_of_layer_is_refused():
     model = nn.Sequential(nn.Embedding(5, 4))
-    with pytest.raises(TypeError, match=r"0 is a Embedding; PEFT's OSF adapts nn\.Linear alone"):
+    with pytest.raises(TypeError, match=r"0 is a Embedding; PEFT's OSF adapts nn\.Linear only"):
         inject_osf(model, ["0"], 0.5)
 
 

@@ -7,28 +7,28 @@ import torch
 from torch import nn
 
 from ipca.lab import baselines
-from ipca.lab.baselines.apply import needed_windows
+from ipca.lab.baselines.adapt import needed_windows
 from ipca.model import AdapterSettings
 from ipca.model.targets import find_targets
 from ipca.svd import SpectralCache
 from tests.helpers.models import Plain, snapshot
 from tests.helpers.quantized_layers import quantized_layer
 
-CONFIG = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",))
+SETTINGS = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",))
 METHODS = ("principal", "0.25", "start=2", "erank", "lora", "full", *baselines.CONTROLS)
 
 
-def adapted(method, seed=0, config=CONFIG, **options):
+def adapted(method, seed=0, settings=SETTINGS, **options):
     torch.manual_seed(5)
     base = Plain()
-    return base, baselines.apply(copy.deepcopy(base), method, config, seed=seed, **options)
+    return base, baselines.apply(copy.deepcopy(base), method, settings, seed=seed, **options)
 
 
 @pytest.mark.parametrize("form", ["residual", "intact"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_function_is_unchanged_before_training(method, form):
-    config = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",), form=form)
-    base, model = adapted(method, config=config)
+    settings = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",), form=form)
+    base, model = adapted(method, settings=settings)
     x = torch.randn(7, 20)
     bound = 8 * torch.finfo(torch.float32).eps * base(x).abs().max()
     assert (model(x) - base(x)).abs().max() <= bound
@@ -66,12 +66,13 @@ def test_layers_of_one_shape_draw_different_factors():
 
 def test_plain_lora_is_drawn_as_peft_draws_it():
     weight = torch.randn(30, 40)
-    start = baselines.plain_lora_start(weight, 16, torch.Generator().manual_seed(0))
+    start = baselines.plain_lora_factors(weight, 16, torch.Generator().manual_seed(0), adapter_dtype=torch.float32)
     assert start.A0.shape == (16, 40)
     assert not start.B0.any()
     assert start.B0.shape == (30, 16)
     assert 0.98 / 40**0.5 < start.A0.abs().max() <= 1 / 40**0.5  # 640 uniform numbers come that close to the bound
-    half = baselines.plain_lora_start(weight.bfloat16(), 4, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    half = baselines.plain_lora_factors(weight.bfloat16(), 4, generator, adapter_dtype=torch.float32)
     assert half.A0.dtype == torch.float32
     assert torch.equal(half.A0, half.A0.bfloat16().float())
 
@@ -141,13 +142,11 @@ def test_full_trains_the_weights_of_the_layers_and_the_head():
 def test_what_a_method_decomposes_is_what_it_says(method, tmp_path, monkeypatch):
     base = Plain()
     cache = SpectralCache(tmp_path)
-    targets = find_targets(base, CONFIG)
+    targets = find_targets(base, SETTINGS)
     expected = {
-        (target.name, window.resolve(12).index)
-        for target in targets
-        for window in needed_windows(method, target, 7, 12)
+        (target.name, window.resolve(12).index) for target in targets for window in needed_windows(method, target, 7)
     }
-    baselines.apply(base, method, CONFIG, seed=7, cache=cache)
+    baselines.apply(base, method, SETTINGS, seed=7, cache=cache)
     assert len(cache.entries()) == len(expected) > 0
     assert {entry.report.window.index for entry in cache.entries()} == {start for _, start in expected}
 
@@ -156,7 +155,7 @@ def test_an_unknown_method_leaves_the_model_alone():
     model = Plain()
     before = snapshot(model)
     with pytest.raises(ValueError, match="unknown method 'PiSSA': use a window such as 'middle'"):
-        baselines.apply(model, "PiSSA", CONFIG)
+        baselines.apply(model, "PiSSA", SETTINGS)
     assert snapshot(model) == before
 
 
@@ -166,7 +165,7 @@ def test_a_weight_with_nan_leaves_the_model_alone():
         model.a.weight[0, 0] = float("nan")
     before = snapshot(model)
     with pytest.raises(ValueError, match="NaN"):
-        baselines.apply(model, "haar", CONFIG)
+        baselines.apply(model, "haar", SETTINGS)
     assert snapshot(model) == before
 
 

@@ -45,7 +45,7 @@ def test_windows_without_a_position_come_after_those_with_one(tmp_path):
 def test_a_folder_without_a_sweep_says_what_is_missing(name, tmp_path):
     folder = Made(**SMALL).write(tmp_path)
     (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"holds no {name}; give the folder that a sweep wrote"):
+    with pytest.raises(FileNotFoundError, match=rf"contains no {name}; pass the folder that a sweep wrote"):
         read_sweep(folder)
 
 
@@ -56,13 +56,13 @@ def test_a_missing_column_is_named(tmp_path):
 
 def test_a_cell_that_is_no_number_is_named_with_its_line(tmp_path):
     folder = write_rows(tmp_path, [by_hand("0.5", 0, 0.5, 0.5), by_hand("0.5", 1, "high", 0.5)])
-    with pytest.raises(ValueError, match=r"rows.csv, line 3: target is 'high', which is no number"):
+    with pytest.raises(ValueError, match=r"rows.csv, line 3: target is 'high', not a number"):
         read_sweep(folder)
 
 
 def test_a_table_of_the_untrained_model_alone_is_refused(tmp_path):
     base = {"method": "base", "kind": "base", "status": "ok", "target": 0.5, "retained": 0.9}
-    with pytest.raises(ValueError, match="holds no trained run, so there is nothing to report; run the sweep first"):
+    with pytest.raises(ValueError, match="contains no trained run, so there is nothing to report; run the sweep first"):
         read_sweep(write_rows(tmp_path, [base]))
 
 

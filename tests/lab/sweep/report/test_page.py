@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ipca.lab.sweep.report import verdict, write_report
+from ipca.lab.sweep import verdict, write_report
 from tests.helpers.sweep_rows import Made, by_hand, write_rows
 
 SMALL = {"windows": ("0.0", "0.5", "1.0"), "methods": ("lora", "haar"), "lrs": (1e-3, 2e-3), "seeds": 3}
@@ -88,7 +88,7 @@ def test_axes_say_what_they_show_with_its_unit_and_the_interval(full):
 
 def test_the_tables_hold_every_method_rate_and_failure(full):
     words = Page(full[1]).words
-    for said in ("plain LoRA", "haar", "window 0.0", "untrained model", "diverged, update is no finite number"):
+    for said in ("plain LoRA", "haar", "window 0.0", "untrained model", "diverged, update is not finite"):
         assert said in words
     assert "0 of 3" in words  # seeds that ended well
     assert "Minus plain LoRA, at the same learning rate" in words

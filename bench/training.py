@@ -1,8 +1,10 @@
-"""Whole training steps of a LLaMA-shaped model: tokens/s, peak memory and losses, ``ipca`` beside stock PEFT.
+"""Benchmark of whole training steps of a LLaMA-shaped model: tokens/s, peak memory and losses against stock PEFT.
 
-All start from the same function, weights and factors and see the same batches, so their losses must agree step by step.
-The models take their steps in turn, so that a drift of the machine's speed meets all of them. One CSV row for each
-provider and step. python -m bench.bench_training --out DIR
+    python -m bench.training --out DIR
+
+All providers start from the same function, weights and factors and see the same batches, so their losses must agree
+step by step. The models take their steps in turn, so that drift of the machine's speed affects them equally. One CSV
+row per provider and step.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
-from bench.providers import Provider, cheap_start, linear_pc, plain_linear
+from bench.providers import Provider, linear_pc, plain_linear, random_factors
 from bench.result_tables import training_table
+from bench.rows import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
 from bench.timing import synchronize
 from ipca._hashing import tensor_sha256
 from ipca.nn import InitCertificate, InitialFactors, LinearPC
@@ -39,14 +41,14 @@ COLUMNS = (
 )
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""How far a loss may be from that of the first provider, relative; bf16 factors and activations round at every step."""
+"""Relative tolerance of losses to the first provider; bf16 factors and activations round at every step."""
 IN_PEFT = Provider("PEFT with PCConfig", "intact")
 """``ipca.peft.PCConfig``: PEFT's layers with our op."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The model, shaped like LLaMA, and how it is trained."""
+    """The LLaMA-shaped model and its training."""
 
     hidden: int
     intermediate: int
@@ -70,7 +72,7 @@ BILLION = Settings(2048, 5632, 22, 32, 4, 32000, batch=4, length=2048, steps=24,
 
 @dataclass
 class Run:
-    """One provider's model on its way: what it needs for a step, and the memory that it holds between steps."""
+    """One provider's model in training: its inputs for a step, and the memory it holds between steps."""
 
     provider: Provider
     model: nn.Module
@@ -81,23 +83,23 @@ class Run:
 
 
 def providers_of(settings: Settings) -> list[Provider]:
-    """PEFT as it comes first: its losses are what the others must agree with."""
+    """All providers, PEFT's default first: the losses of the others must agree with it."""
     arms = ("autocast", "bf16") if settings.dtype == "bfloat16" else ()
     ours = [Provider("ipca-auto", form) for form in ("residual", "intact")]
-    in_peft = [IN_PEFT] if Version(peft.__version__) >= Version("0.21") else []  # older ones have no place for it
+    in_peft = [IN_PEFT] if Version(peft.__version__) >= Version("0.21") else []  # older versions lack the hook
     return [Provider("peft-default"), *ours, *in_peft, *(Provider(f"peft-{arm}") for arm in arms)]
 
 
 def build(provider: Provider, settings: Settings, device: torch.device) -> Run:
-    """The model with every linear layer of its blocks adapted, drawn from the same seeds for every provider."""
+    """The model with every linear layer of its blocks adapted; the same random seeds for every provider."""
     before = _allocated(device)
     model = plain_model(settings, device)
     generator = torch.Generator(device).manual_seed(1)
     for name, module in [*model.named_modules()]:
         if isinstance(module, nn.Linear) and name.endswith(TARGETS):
-            start = cheap_start(module.weight.detach(), settings.rank, generator)
+            initial = random_factors(module.weight.detach(), settings.rank, generator)
             form = provider.form or "residual"
-            set_layer(model, name, linear_pc(module.weight, start, form, dropout=0.0))
+            set_layer(model, name, linear_pc(module.weight, initial, form, dropout=0.0))
     if provider == IN_PEFT:
         model = as_window_in_peft(model, settings.rank)
     elif provider.backend is None:
@@ -122,7 +124,8 @@ def plain_model(settings: Settings, device: torch.device) -> nn.Module:
         num_key_value_heads=settings.kv_heads,
         vocab_size=settings.vocabulary,
         max_position_embeddings=settings.length,
-        initializer_range=settings.hidden**-0.5,  # about 0.02 at full width; less would leave the small model inert
+        initializer_range=settings.hidden
+        ** -0.5,  # about 0.02 at full width; a smaller one would make the small model inert
         use_cache=False,
         attn_implementation="sdpa",
     )
@@ -161,14 +164,14 @@ def as_window_in_peft(model: nn.Module, rank: int) -> nn.Module:
 
 
 def token_batches(settings: Settings, device: torch.device) -> list[Tensor]:
-    """Fixed random tokens ``(batch, length)``; a few batches that come again, so that there is something to learn."""
+    """Fixed random tokens ``(batch, length)``; a few batches that repeat, so that there is something to learn."""
     generator = torch.Generator().manual_seed(2)
     shape = (settings.batch, settings.length)
     return [torch.randint(settings.vocabulary, shape, generator=generator).to(device) for _ in range(settings.batches)]
 
 
 def step(run: Run, tokens: Tensor, device: torch.device) -> tuple[float, float]:
-    """One training step: its seconds, and the peak memory in MiB that this model alone would have had."""
+    """One training step: its seconds, and the peak memory in MiB as if this were the only model."""
     synchronize(device)
     before = _allocated(device)
     if device.type == "cuda":
@@ -190,7 +193,7 @@ def step(run: Run, tokens: Tensor, device: torch.device) -> tuple[float, float]:
 
 
 def steps(runs: Sequence[Run], settings: Settings, device: torch.device, deadline: float) -> Iterator[list[Row]]:
-    """The rows of each step, all models taking it in turn, until the time is up."""
+    """The rows of each step, taken by all models in turn, until time runs out."""
     batches = token_batches(settings, device)
     size = {name: getattr(settings, name) for name in ("layers", "hidden", "rank", "batch", "length", "dtype")}
     size["parameters"] = sum(p.numel() for p in plain_model(settings, torch.device("meta")).parameters())
@@ -206,7 +209,7 @@ def steps(runs: Sequence[Run], settings: Settings, device: torch.device, deadlin
 
 
 def row_of(run: Run, first: Run, number: int, seconds: float, settings: Settings) -> Row:
-    """What one step of one model showed; "wrong" where its loss is not that of the first provider."""
+    """The row of one step of one model; "wrong" if its loss differs from that of the first provider."""
     loss, expected = run.losses[-1], first.losses[-1]
     difference = abs(loss - expected) / abs(expected)
     return {
@@ -222,7 +225,7 @@ def row_of(run: Run, first: Run, number: int, seconds: float, settings: Settings
 
 
 def run_training(settings: Settings, path: Path, device: torch.device, seconds: float) -> list[dict[str, str]]:
-    """Train every provider and write ``path`` anew, unless it holds a whole run of this device and commit."""
+    """Train every provider and overwrite ``path``, unless it holds a complete run of this device and commit."""
     deadline = time.perf_counter() + seconds
     about_run = facts(device)
     found = same_run(read_rows(path), about_run["device"], about_run["commit"])
@@ -236,11 +239,11 @@ def run_training(settings: Settings, path: Path, device: torch.device, seconds: 
 
 
 def main() -> int:
-    """Train; 1 where a loss is wrong."""
+    """Train; return 1 if a loss is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file; default bench/results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file (default: bench/results)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="take no step after this")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no step after this")
     args = parser.parse_args()
     device = torch.device(args.device)
     path = args.out / f"training_{slug(device_name(device))}.csv"
@@ -250,7 +253,7 @@ def main() -> int:
 
 
 def _allocated(device: torch.device) -> float:
-    """MiB in use; 0 on a CPU, where nobody counts."""
+    """MiB in use; 0 on a CPU, where it is not tracked."""
     return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
 
 

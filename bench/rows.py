@@ -1,4 +1,4 @@
-"""What every row says of where it was measured: device, versions, commit; and how rows are kept in a CSV file."""
+"""Rows of measurements: provenance columns (device, versions, commit), and CSV files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """The columns ``FACTS`` of a row measured on ``device``."""
+    """The provenance columns ``FACTS`` of a row measured on ``device``."""
     versions = {name: version(name) for name in ("triton", "peft", "transformers")}
     return {
         "device": device_name(device),
@@ -37,14 +37,14 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's type and the number of threads."""
+    """The name of the GPU, or the type of the processor and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:
-    """What a file name says of a device: ``"h100"`` for "NVIDIA H100 80GB HBM3", ``"cpu"`` for any CPU."""
+    """The device in file names: ``"h100"`` for "NVIDIA H100 80GB HBM3", ``"cpu"`` for any CPU."""
     words = re.split(r"[^a-z0-9]+", name.lower().removeprefix("nvidia "))
     if words[0] == "cpu":
         return "cpu"
@@ -53,7 +53,7 @@ def slug(name: str) -> str:
 
 
 def version(package: str) -> str:
-    """The installed version, empty where there is none."""
+    """The installed version, empty if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -62,9 +62,9 @@ def version(package: str) -> str:
 
 @cache
 def commit() -> str:
-    """HEAD, followed by ``+`` and a hash of the sources where they differ from it; the hash alone without git.
+    """HEAD, followed by ``+`` and a hash of the sources if they differ from it; only the hash without git.
 
-    The variable ``IPCA_COMMIT`` speaks first, for a copy of the sources that came without its history.
+    The variable ``IPCA_COMMIT`` overrides it, for a copy of the sources without their history.
     """
     if named := os.environ.get("IPCA_COMMIT"):
         return named
@@ -75,7 +75,7 @@ def commit() -> str:
 
 
 def append_rows(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Add ``rows`` to the CSV file, made with its header where it is missing; on disk when this returns."""
+    """Append ``rows`` to the CSV file, created with its header if missing; synced to disk on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -88,7 +88,7 @@ def append_rows(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Every row of a CSV file; none where there is no file."""
+    """All rows of a CSV file; empty if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -96,12 +96,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def same_run(rows: Iterable[dict[str, str]], device: str, commit: str) -> list[dict[str, str]]:
-    """The rows of one device and commit: those that a second call need not measure again."""
+    """The rows of one device and commit, which need not be measured again."""
     return [row for row in rows if (row["device"], row["commit"]) == (device, commit)]
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says, None where it cannot."""
+    """The output of git, None if it fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import bench_training as bench
-from bench import facts
+from bench import rows as bench_rows
+from bench import training as bench
 from ipca.model.apply import adapted_layers
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_every_provider_has_a_row_of_the_schema_for_each_step(tmp_path):
         ("peft-default", ""),
         ("ipca-auto", "residual"),
         ("ipca-auto", "intact"),
-        ("PEFT with AdapterSettings", "intact"),
+        ("PEFT with PCConfig", "intact"),
     }
     for row in rows:
         assert tuple(row) == bench.COLUMNS
@@ -34,7 +34,7 @@ def test_every_provider_has_a_row_of_the_schema_for_each_step(tmp_path):
 def test_losses_agree_step_by_step_and_fall(tmp_path):
     rows = bench.run_training(TINY, tmp_path / "training.csv", CPU, seconds=60)
     theirs = losses(rows, "peft-default")
-    for ours in (("ipca-auto", "residual"), ("ipca-auto", "intact"), ("PEFT with AdapterSettings", "intact")):
+    for ours in (("ipca-auto", "residual"), ("ipca-auto", "intact"), ("PEFT with PCConfig", "intact")):
         assert losses(rows, *ours) == pytest.approx(theirs, rel=1e-4)
     assert theirs[4] < 0.98 * theirs[0]  # the first batch comes again
     assert {row["status"] for row in rows} == {"ok"}
@@ -99,7 +99,7 @@ def test_a_whole_run_is_not_repeated_and_a_part_is(monkeypatch, tmp_path):
     assert bench.run_training(short, path, CPU, seconds=60) == rows
     assert not calls
     again = bench.run_training(replace(TINY, steps=3), path, CPU, seconds=60)
-    assert len(again) == len(facts.read_rows(path)) == 12
+    assert len(again) == len(bench_rows.read_rows(path)) == 12
     assert losses(again, "peft-default")[:2] == losses(rows, "peft-default")
 
 
@@ -115,7 +115,7 @@ def test_the_deadline_stops_between_steps(monkeypatch, tmp_path):
 def test_the_command_says_by_its_status_whether_all_were_right(monkeypatch, tmp_path, capsys, wrong):
     monkeypatch.setattr(bench, "SMALL", replace(TINY, steps=2))
     monkeypatch.setitem(bench.TOLERANCE, "float32", -1.0 if wrong else 1e-4)
-    monkeypatch.setattr(sys, "argv", ["bench_training.py", "--out", str(tmp_path), "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["training.py", "--out", str(tmp_path), "--device", "cpu"])
     assert bench.main() == int(wrong)
     assert "| ipca-auto residual |" in capsys.readouterr().out
     assert (tmp_path / "training_cpu.csv").exists()

@@ -16,10 +16,11 @@ import torch
 import ipca
 from ipca.lab import baselines, sweep
 from ipca.lab.sweep.trial import COLUMNS
+from ipca.model.apply import adapt
 from tests.helpers import sweep_task
 
 TASK = Path(sweep_task.__file__)
-GRID = {"windows": (0, 0.5, 1), "lrs": (1e-3, 1e-2), "seeds": 2, "early": 2, "progress": False, "report": False}
+GRID = {"windows": (0.0, 0.5, 1.0), "lrs": (1e-3, 1e-2), "seeds": 2, "early": 2, "progress": False, "report": False}
 TRIALS = (
     (3 + 7) * 4 + 3 * 4 + 3 * 4
 )  # at the same rate; √σ: windows; equal updates: windows without the reference, LoRA
@@ -87,7 +88,7 @@ def test_a_row_is_what_a_run_by_hand_gives(swept):
         r for r in rows[1:] if (r["method"], r["comparison"], r["lr"], r["seed"]) == ("1.0", "same", 1e-2, 1)
     )
     model = sweep_task.build()
-    ipca.apply_pc(model, replace(sweep_task.CONFIG, window="minor"), progress=False)
+    adapt(model, replace(sweep_task.SETTINGS, window="minor"), progress=False)
     torch.manual_seed(1)
     sweep_task.train(model, ipca.param_groups(model, 1e-2), 1)
     found = sweep_task.evaluate(model)
@@ -105,9 +106,8 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_bytes(swept, tmp_path):
     folder, _ = swept
     out = tmp_path / "killed"
     options = {**GRID, "workers": 2}
-    script = (
-        f"from ipca import sweep\nif __name__ == '__main__':\n    sweep.run({str(TASK)!r}, {str(out)!r}, **{options!r})"
-    )
+    start = f"sweep.run({str(TASK)!r}, {str(out)!r}, **{options!r})"
+    script = f"from ipca.lab import sweep\nif __name__ == '__main__':\n    {start}"
     program = tmp_path / "program.py"
     program.write_text(script)
     process = subprocess.Popen([sys.executable, str(program)], start_new_session=True)
@@ -234,8 +234,8 @@ def raising(model, groups, seed):
     ("change", "error", "says"),
     [
         ({"train": no_step}, ValueError, r"0.0 \(same rate, lr 0.001, seed 0\): train\(\) took 0 optimizer steps"),
-        ({"train": own_rate}, ValueError, r"train\(\) used the learning rates 0.5 and never one that the sweep gave"),
-        ({"evaluate": only_target}, ValueError, "evaluate\\(\\) must give 'target' and 'retained'"),
+        ({"train": own_rate}, ValueError, r"train\(\) used the learning rates 0.5 and none of those in `groups`"),
+        ({"evaluate": only_target}, ValueError, "evaluate\\(\\) must return 'target' and 'retained'"),
         ({"evaluate": not_a_number}, ValueError, "the untrained model: target is nan; evaluate"),
         ({"evaluate": cannot_judge}, KeyError, "my own mistake"),
         ({"build": dict}, TypeError, r"build\(\) must return the pretrained model, an nn.Module; it returned {}"),
@@ -250,7 +250,7 @@ def test_a_wrong_task_stops_the_sweep(change, error, says, tmp_path):
 def test_an_error_in_judging_the_untrained_model_says_so(tmp_path):
     with pytest.raises(KeyError) as found:
         sweep.run(replace(sweep_task.task(), evaluate=cannot_judge), tmp_path, **GRID)
-    assert found.value.__notes__ == ["In judging the untrained model."]
+    assert found.value.__notes__ == ["While evaluating the untrained model."]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_counts_are_positive(name, tmp_path):
 def test_a_folder_of_another_sweep_is_refused(swept):
     folder, _ = swept
     before = (folder / "rows.csv").read_bytes()
-    with pytest.raises(ValueError, match="holds another sweep: early differ \\(early was 2, is now 3\\); use a new"):
+    with pytest.raises(ValueError, match="contains another sweep: early differ \\(early was 2, is now 3\\); use a new"):
         sweep.run(TASK, folder, **{**GRID, "early": 3})
     assert (folder / "rows.csv").read_bytes() == before
     assert json.loads((folder / "settings.json").read_text())["fixed"]["early"] == 2

@@ -1,7 +1,9 @@
-"""Time the fused linear against a bare ``nn.Linear`` and stock PEFT: forward, backward, both; see bench/README.md.
+"""Benchmark of the fused linear against a bare ``nn.Linear`` and stock PEFT: forward, backward, both.
 
-python -m bench.bench_pc_linear --out DIR runs the grid and continues where an earlier call stopped;
-pytest bench/bench_pc_linear.py runs a small part of it under pytest-benchmark.
+    python -m bench.pc_linear --out DIR          the grid; resumes an interrupted run
+    python -m pytest bench/pc_linear.py          one small cell under pytest-benchmark
+
+See bench/README.md.
 """
 
 from __future__ import annotations
@@ -20,44 +22,43 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 from tqdm import tqdm
 
-import ipca
 from bench.checks import check, truth_of
-from bench.facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
-from bench.grid import grid
-from bench.providers import ARMS, FORMS, Cell, Provider, Sample, active, layer_call, providers, trained
+from bench.grid import cells_for
+from bench.providers import ARMS, FORMS, Cell, Provider, Sample, active, layer_call, providers_for, trained
 from bench.result_tables import pc_linear_table
+from bench.rows import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
 from bench.timing import Call, Timing, measure, peak_mib, rotation, runner, saved_mib, side_stream, synchronize
-from ipca.nn import LinearPC
+from ipca.nn import LinearPC, backends, explain
 
 MODES = ("forward", "backward", "full")
-MATRIX_PRODUCTS = {"forward": 1, "backward": 1, "full": 2}  # of a frozen linear layer; a weight gradient is not needed
-YARDSTICKS = {"ratio_linear": "linear", **{f"ratio_peft_{arm}": f"peft-{arm}" for arm in ARMS}}
+MATRIX_PRODUCTS = {"forward": 1, "backward": 1, "full": 2}  # of a frozen linear layer, without a weight gradient
+BASELINES = {"ratio_linear": "linear", **{f"ratio_peft_{arm}": f"peft-{arm}" for arm in ARMS}}
 COLUMNS = (
     *("op", "mode", "M", "N", "K", "rank", "dtype", "form", "dropout", "provider", "backend", "compiled", "status"),
-    *("median_ms", "p20_ms", "p80_ms", "tflops", *YARDSTICKS, "peak_mib", "saved_mib", "saved_with_x_mib", "timer"),
+    *("median_ms", "p20_ms", "p80_ms", "tflops", *BASELINES, "peak_mib", "saved_mib", "saved_with_x_mib", "timer"),
     *FACTS,
 )
 SECONDS = {"cuda": 1.0, "cpu": 3.0}
-"""For the rounds of one mode of one cell."""
-EXPECTED_FLOPS = 6e14  # of a GPU, to guess how often a short call fits into one replay
+"""Time for the rounds of one mode of one cell."""
+EXPECTED_FLOPS = 6e14  # of a GPU, to estimate how many short calls fit into one replay
 DEVICE_LOST = 3
-"""Exit status after which another call continues with the next cell."""
+"""Exit status after which another call resumes with the next cell."""
 SMALL = Cell(64, 256, 256, dtype="float32")
-"""What pytest-benchmark runs."""
+"""The cell that pytest-benchmark runs."""
 
 
 class DeviceLostError(RuntimeError):
-    """The GPU answers nothing more in this process."""
+    """The GPU no longer responds in this process."""
 
 
 def bench_cell(cell: Cell, device: torch.device, seconds: float | None = None) -> list[Row]:
-    """Every row of one cell: providers that cannot run, are wrong or fail have a status that says so, and no time."""
+    """All rows of one cell; providers that cannot run, are wrong or fail have a status and no time."""
     torch._dynamo.reset()
-    # Each layer and mode compiles anew, never silently not at all; a backward timed alone runs again on what it saved.
+    # Every layer and mode must compile, never fall back silently; a backward timed alone reuses its saved tensors.
     compiling = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     with dynamo_config.patch(compiling), functorch_config.patch(donated_buffer=False):
-        rows = bench_modes(cell, device, seconds or SECONDS[device.type], providers(cell))
-    # In a cell of torch.compile the others are timed for the ratios; their rows belong to the cell without it.
+        rows = bench_modes(cell, device, seconds or SECONDS[device.type], providers_for(cell))
+    # In a torch.compile cell the others are timed only for the ratios; their rows belong to the cell without it.
     return [row for row in rows if row["compiled"] == int(cell.compiled)]
 
 
@@ -72,7 +73,7 @@ def bench_modes(
 
 
 def statuses(who: Sequence[Provider], sample: Sample) -> dict[Provider, str]:
-    """For each provider "ok", or why it is not timed: "refused: …", "wrong: …" or "failed: …"."""
+    """For each provider "ok", or the reason it is not timed: "refused: …", "wrong: …" or "failed: …"."""
     truths = {form: truth_of(sample, form) for form in ("", *FORMS)}
     found = {}
     for provider in who:
@@ -81,23 +82,23 @@ def statuses(who: Sequence[Provider], sample: Sample) -> dict[Provider, str]:
             reason = unsupported_reason(provider, sample)
             complaint = "" if reason else check(provider, sample, truth)
             found[provider] = f"refused: {reason}" if reason else f"wrong: {complaint}" if complaint else "ok"
-        except Exception as error:  # one that breaks must not cost the others their rows
+        except Exception as error:  # one failure must not lose the rows of the others
             found[provider] = failure(provider, sample.device, error)
     return found
 
 
 def unsupported_reason(provider: Provider, sample: Sample) -> str:
-    """Why the provider's backend cannot run here, or nothing."""
+    """The reason why the provider's backend cannot run here; empty if it can."""
     layer = sample.layer(provider)
     if not isinstance(layer, LinearPC) or provider.backend == "auto":
         return ""
-    return ipca.backends(layer, sample.x)[str(provider.backend)]
+    return backends(layer, sample.x)[str(provider.backend)]
 
 
 def bench_mode(
     cell: Cell, mode: str, status: dict[Provider, str], samples: Sequence[Sample], seconds: float
 ) -> list[Row]:
-    """The rows of one mode. All providers are timed in turn, so that they share whatever the machine does meanwhile."""
+    """The rows of one mode. All providers are timed in turn, so that machine noise affects them equally."""
     device = samples[0].device
     flops = 2 * cell.M * cell.N * cell.K * MATRIX_PRODUCTS[mode]
     rows = {provider: new_row(cell, mode, provider, words) for provider, words in status.items()}
@@ -121,7 +122,7 @@ def bench_mode(
 
 
 def call_of(mode: str, provider: Provider, sample: Sample) -> Call:
-    """One call of ``mode``, its input in need of a gradient, as in the middle of a network."""
+    """One call of ``mode``; its input requires a gradient, as in the middle of a network."""
     layer, x, dy = layer_call(provider, sample), sample.x, sample.dy
     wanted = [x, *trained(sample.layer(provider))]
     if mode == "full":
@@ -138,13 +139,13 @@ def call_of(mode: str, provider: Provider, sample: Sample) -> Call:
 
 
 def about(mode: str, provider: Provider, sample: Sample, call: Call) -> Row:
-    """Columns that need no time: what memory one call takes, what it saves, and which backend ``ipca`` ran."""
+    """Columns other than times: memory of one call, saved tensors, and the backend that ``ipca`` ran."""
     module, layer, x = sample.layer(provider), layer_call(provider, sample), sample.x
-    call()  # a first call also allocates what stays, such as cuBLAS's workspace
+    call()  # the first call also allocates persistent memory, such as cuBLAS's workspace
     found: Row = {"backend": "", "peak_mib": _number(peak_mib(call, sample.device), 1)}
     if isinstance(module, LinearPC):
         with torch.set_grad_enabled(mode != "forward"):
-            found["backend"] = ipca.explain(module, x).backend
+            found["backend"] = explain(module, x).backend
     if mode == "full":
         owned = [*module.parameters(), *module.buffers()]
         found["saved_mib"] = _number(saved_mib(lambda: layer(x), [*owned, x]), 2)
@@ -153,10 +154,10 @@ def about(mode: str, provider: Provider, sample: Sample, call: Call) -> Row:
 
 
 def timings(own: Timing, times: dict[Provider, Timing], flops: int) -> Row:
-    """The columns of one provider's times; the ratios to those of the yardsticks."""
+    """The columns of one provider's times, and the ratios to those of the baselines."""
     median = own.quantile(0.5)
     by_name = {provider.name: time for provider, time in times.items() if not provider.compiled}
-    ratios = {column: own.ratio(by_name[name]) if name in by_name else None for column, name in YARDSTICKS.items()}
+    ratios = {column: own.ratio(by_name[name]) if name in by_name else None for column, name in BASELINES.items()}
     return {
         "median_ms": _number(median, 5),
         "p20_ms": _number(own.quantile(0.2), 5),
@@ -167,14 +168,14 @@ def timings(own: Timing, times: dict[Provider, Timing], flops: int) -> Row:
 
 
 def new_row(cell: Cell, mode: str, provider: Provider, status: str) -> Row:
-    """What is known of a row before anything is timed."""
+    """A row before anything is timed."""
     shape = {name: getattr(cell, name) for name in ("M", "N", "K", "rank", "dtype", "dropout")}
     who = {"provider": provider.name, "form": provider.form, "compiled": int(provider.compiled)}
     return {"op": "pc_linear", "mode": mode, **shape, **who, "status": status}
 
 
 def failure(provider: Provider, device: torch.device, error: Exception) -> str:
-    """The status of a provider that broke; raises where the GPU answers no more, so that nothing else can be timed."""
+    """The status of a provider that failed; raises if the GPU no longer responds, so that nothing else can be timed."""
     status = f"failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     try:
         synchronize(device)
@@ -184,12 +185,12 @@ def failure(provider: Provider, device: torch.device, error: Exception) -> str:
 
 
 def run_grid(cells: Iterable[Cell], path: Path, device: torch.device, seconds: float, **options: Any) -> None:
-    """Measure every cell that ``path`` lacks for this device and commit, until the time is up."""
+    """Measure every cell that ``path`` lacks for this device and commit, until time runs out."""
     about_run = facts(device)
     done = {cell_key(row) for row in same_run(read_rows(path), about_run["device"], about_run["commit"])}
     left = [cell for cell in cells if cell_key(vars(cell)) not in done]
     deadline = time.perf_counter() + seconds
-    longest = {False: 0.0, True: 60.0}  # without and with torch.compile, which takes about that
+    longest = {False: 0.0, True: 60.0}  # without and with torch.compile, which takes about a minute
     bar = tqdm(left, desc="Cells", unit="cell")
     for cell in bar:
         began = time.perf_counter()
@@ -208,7 +209,7 @@ def run_grid(cells: Iterable[Cell], path: Path, device: torch.device, seconds: f
 
 
 def cell_key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What names a cell, of a row or of the cell's fields."""
+    """The identity of a cell, from a row or from the cell's fields."""
     compiled = str(int(row["compiled"]))
     return (*(str(row[name]) for name in ("M", "N", "K", "rank", "dropout", "dtype")), compiled)
 
@@ -218,8 +219,10 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    """``pytest bench/bench_pc_linear.py``: every provider of one small cell."""
-    metafunc.parametrize("provider", providers(SMALL), ids=lambda provider: f"{provider.name} {provider.form}".strip())
+    """``pytest bench/pc_linear.py``: every provider of one small cell."""
+    metafunc.parametrize(
+        "provider", providers_for(SMALL), ids=lambda provider: f"{provider.name} {provider.form}".strip()
+    )
 
 
 def test_full(benchmark: Any, provider: Provider) -> None:
@@ -236,19 +239,21 @@ def test_full(benchmark: Any, provider: Provider) -> None:
 
 
 def main() -> int:
-    """Run the grid; 1 where a provider was wrong or failed."""
+    """Run the grid; return 1 if a provider was wrong or failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file; default bench/results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file (default: bench/results)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before the first cell past this")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop before the first cell that would exceed this"
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
     path = args.out / f"pc_linear_{slug(device_name(device))}.csv"
     try:
         with side_stream(device):
-            run_grid(grid(args.device), path, device, args.seconds)
+            run_grid(cells_for(args.device), path, device, args.seconds)
     except DeviceLostError as error:
-        print(f"the device answers no more after {error}; call again to go on with the next cell", file=sys.stderr)
+        print(f"the device no longer responds after {error}; call again to resume with the next cell", file=sys.stderr)
         return DEVICE_LOST
     about_run = facts(device)
     rows = same_run(read_rows(path), about_run["device"], about_run["commit"])
