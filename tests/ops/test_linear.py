@@ -16,8 +16,13 @@ SCALING = 0.7
 TRAINED = ("x", "weight", "A", "B", "bias")
 
 
-def inputs(*, M=(13,), N=17, K=29, R=5, dtype=torch.float64, factors=None, intact=False, bias=True, train=TRAINED):
-    """Every tensor of the op; ``factors`` is the dtype of A and B where it differs."""
+def inputs(
+    *, M=(13,), N=17, K=29, R=5, dtype=torch.float64, factors=None, intact=False, near=False, bias=True, train=TRAINED
+):
+    """Every tensor of the op; ``factors`` is the dtype of A and B where it differs.
+
+    ``near``: A0 and B0 are within 1 % of A and B, as in training; else they are unrelated.
+    """
     t = SimpleNamespace(
         x=torch.randn(*M, K, dtype=dtype),
         weight=torch.randn(N, K, dtype=dtype) / K**0.5,
@@ -27,6 +32,8 @@ def inputs(*, M=(13,), N=17, K=29, R=5, dtype=torch.float64, factors=None, intac
         A0=torch.randn(R, K, dtype=factors or dtype) / K**0.5 if intact else None,
         B0=torch.randn(N, R, dtype=factors or dtype) if intact else None,
     )
+    if intact and near:
+        t.A0, t.B0 = (t.A * (1 + 0.01 * torch.randn_like(t.A)), t.B * (1 + 0.01 * torch.randn_like(t.B)))
     for name in train:
         if getattr(t, name) is not None:
             getattr(t, name).requires_grad_()
@@ -124,7 +131,7 @@ def test_forward_and_gradients_in_float64_equal_the_formula(intact, bias, M, siz
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("M", [(13,), (), (4, 33)], ids=str)
 def test_forward_and_gradients_are_as_exact_as_plain_pytorch(intact, dtype, M):
-    t = inputs(M=M, N=67, K=130, R=9, dtype=dtype, intact=intact)
+    t = inputs(M=M, N=67, K=130, R=9, dtype=dtype, intact=intact, near=True)
     wide = cast(t, torch.float64)
     y, other, exact = call(t), plain(t), plain(wide)
     dy = torch.randn(y.shape, dtype=dtype)
@@ -148,6 +155,14 @@ def test_wide_factors_on_a_narrow_weight(intact, dtype):
     assert [g.dtype for g in found] == [dtype, dtype, torch.float32, torch.float32, dtype]
     for three in zip(found, grads(other, dy, t), grads(exact, dy, wide), strict=True):
         assert_within_twice(*three)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_factors_far_from_their_initial_ones_add_a_rounding(dtype):
+    """The intact form multiplies by A − A0 and B − B0; where these are as large as A and B, they round once more."""
+    t = inputs(N=67, K=130, R=9, dtype=dtype, intact=True)
+    y, other, exact = call(t), plain(t), plain(cast(t, torch.float64))
+    assert (y.double() - exact).norm() <= 3 * (other.double() - exact).norm()
 
 
 VIEWS = {
