@@ -74,6 +74,7 @@ def test_another_archive_is_refused(tmp_path):
         load_text(path)
 
 
+@pytest.mark.slow
 @needs_text
 @needs_model
 def test_the_demo_runs_from_the_command_line(tmp_path, capsys):

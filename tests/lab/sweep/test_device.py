@@ -33,6 +33,7 @@ def test_a_named_device_gives_the_rows_of_the_one_that_build_chose(tmp_path):
     assert fixed[0]["device"] == f"cpu {platform.machine()}"
 
 
+@pytest.mark.slow
 def test_processes_share_the_devices_and_give_the_same_bytes(tmp_path):
     options = {**GRID, "windows": (0.5,), "lrs": (1e-3,), "methods": ("auto",), "comparisons": ("same",)}
     sweep.run(CALIBRATED, tmp_path / "one", **options)

@@ -252,6 +252,7 @@ def test_the_layers_that_a_text_task_adapts(layers, count):
     assert all(".layer." in target.name for target in targets)
 
 
+@pytest.mark.slow
 @needs_minilm
 @pytest.mark.usefixtures("small")
 def test_the_original_encoder_has_no_drift_and_the_probe_is_kept(folder):
@@ -274,6 +275,7 @@ def test_embeddings_keep_the_order_of_the_sentences():
             assert torch.nn.functional.cosine_similarity(together[row], alone, dim=0) > 1 - 1e-5
 
 
+@pytest.mark.slow
 @needs_minilm
 @pytest.mark.usefixtures("small")
 def test_a_text_run_is_decided_by_its_seed_and_drifts():
