@@ -89,7 +89,7 @@ def bootstrap_interval(
     from scipy import stats  # takes a second to import
 
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # NaN says it
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # reported as NaN
         found = stats.bootstrap(
             (numbers,),
             statistic,

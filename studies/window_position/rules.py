@@ -73,7 +73,7 @@ def shape(tables: Tables) -> str:
     elif len(hold) == 4:
         said = "it stands on M: C1 to C4 hold, both ends of the spectrum drift further and retain less than the middle."
     elif hold == ["C1", "C2"]:
-        said = "a left arm alone: the principal end forgets (C1 and C2 hold), nothing is shown against the minor end."
+        said = "a left arm only: the principal end forgets (C1 and C2 hold), nothing is shown against the minor end."
     elif not hold:
         said = "none of C1 to C4 holds"
         said += "." if opposite else "; by the rule fixed beforehand the position of the window does not matter here."
@@ -139,7 +139,7 @@ def magnitude(tables: Tables) -> str:
 
 _MAGNITUDE = {
     "vanishes": "Yes: the place of the window acts through the size of the steps, and a lower rate would do the same",
-    "stays": "No, not magnitude alone: at equal early updates a difference is left",
+    "stays": "No, not only magnitude: at equal early updates a difference remains",
     "open": "Undecided, the intervals are too wide",
     "nothing": "Nothing to explain, no difference is seen at the same rate",
 }
@@ -181,7 +181,7 @@ def mechanism(tables: Tables) -> str:
         found = "there is no arm"
         if arms:
             found = f"Σ S_i · energy_i is larger at the {listed(arms)} end{'s' * (len(arms) > 1)} than in the middle"
-        wanted = f"predicted: {listed(list(predicted))}{'' if len(predicted) > 1 else ' alone'}"
+        wanted = f"predicted: {listed(list(predicted))}{'' if len(predicted) > 1 else ' only'}"
         surplus = set(arms) - set(predicted)
         match = "a predicted arm is missing" if not holds[-1] else "one arm too many" if surplus else "as predicted"
         text.append(f"In {title} {found} ({wanted}; {match}).")

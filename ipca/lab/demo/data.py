@@ -74,7 +74,7 @@ def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int =
     clear = [(text, int(rating > 0)) for rating, text in rated[source] if abs(rating) > 0.5]
     if len(clear) < train + test:
         raise ValueError(
-            f"the text does not have {train} + {test} {source} sentences beside a probe of {probe}; request fewer."
+            f"the text does not have {train} + {test} {source} sentences besides a probe of {probe}; request fewer."
         )
     return Text(_labeled(clear[:train]), _labeled(clear[train : train + test]), sets[1], sets[0])
 

@@ -1,4 +1,4 @@
-"""Sweeps: windows beside LoRA and controls, at several learning rates and seeds, and a report of the result."""
+"""Sweeps: windows, LoRA and controls at several learning rates and seeds, and a report of the result."""
 
 from ipca.lab.sweep.driver import run
 from ipca.lab.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS

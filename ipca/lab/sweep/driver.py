@@ -57,7 +57,7 @@ def run(
     progress: bool = True,
     report: bool = True,
 ) -> list[Row]:
-    """Train and evaluate every window at every rate with every seed, beside plain LoRA and controls.
+    """Train and evaluate every window at every rate with every seed, and plain LoRA and controls.
 
     Writes ``rows.csv``, ``settings.json``, ``seconds.csv`` and ``report.html`` to ``out``. Interrupted sweeps resume;
     results are bit-reproducible: the rows have the same bits for the same task, machine, versions and number of
@@ -77,7 +77,7 @@ def run(
         lrs: learning rates of the adapter.
         seeds: their number, counted from 0, or a list. Exact tests need enough of them: 5 decide little, 8 suffice for
             every test of the report.
-        methods: beside the windows, see :func:`ipca.lab.baselines.apply`.
+        methods: in addition to the windows, see :func:`ipca.lab.baselines.apply`.
         comparisons: ``"same"`` rate; ``"sqrt-sigma"``, rates of each layer divided by √σ of its window
             (:func:`ipca.param_groups`); ``"update"``, rates at which the first ``early`` steps change the weights as
             much as those of the reference window. The best-tuned rate is chosen among ``lrs`` by the report.

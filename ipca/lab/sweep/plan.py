@@ -24,7 +24,7 @@ MATCHED = {"sqrt-sigma": ("window", "auto"), "update": ("window", "auto", "lora"
 """The kinds of methods whose rates a comparison changes; with ``"update"`` the reference keeps the grid's rates."""
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "0.875", "1.0")
 DEFAULT_METHODS = ("lora", *CONTROLS)
-"""Run beside the windows by default."""
+"""Methods run by default in addition to the windows."""
 TUNING_SEEDS = (1_000_000, 1_000_001)
 """Seeds of the runs that tuning uses, and nothing else does."""
 _TUNING_RANGE = 4.0
@@ -39,7 +39,7 @@ class Grid:
         windows: each a text form of :class:`ipca.Window`.
         lrs: learning rates, ascending.
         seeds: the same for every method, so that differences are paired.
-        methods: beside the windows, see :func:`ipca.lab.baselines.apply`.
+        methods: in addition to the windows, see :func:`ipca.lab.baselines.apply`.
         comparisons: of :data:`COMPARISONS`. ``"sqrt-sigma"`` applies to windows and ``"auto"``, ``"update"`` to these
             and plain LoRA; ``"same"`` to all methods, and is always included.
         reference: the window that the controls and the equal updates refer to.
@@ -190,7 +190,7 @@ def _window(value: Any) -> str:
     text = str(value)
     with suppress(ValueError):
         return check_method(text)
-    return Window(text, 1).text  # raises, and says what windows there are
+    return Window(text, 1).text  # raises the error of an invalid window
 
 
 def matched_rates(rows: Sequence[Row], method: str, reference: str, lrs: Sequence[float]) -> dict[float, float]:

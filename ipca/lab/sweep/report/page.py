@@ -114,7 +114,7 @@ def _figures(sweep: Sweep, here: Sequence[View], look: dict[str, Style]) -> list
             legend([*sweep.positions, *lines], look, base=metric in sweep.base),
             position_panels(here, metric, look),
         )
-        for metric, title in (("retained", "What is kept"), ("target", "What is learned"), ("drift", "Drift"))
+        for metric, title in (("retained", "Retention"), ("target", "Target"), ("drift", "Drift"))
         if metric in sweep.metrics
     ]
     crosses = f"{dots} A cross counts failed runs; a hollow mark is the mean of the others."

@@ -11,7 +11,7 @@ positive if the end forgets more. Each arm is tested by the exact sign-flip test
 - **none** otherwise. This does not prove a flat curve: the intervals bound how large an arm can be.
 
 The headline is the shape of ``retained`` at the same rate, the grid's middle one. Other comparisons and ``drift`` are
-reported beside it and do not change it. Further findings: :mod:`~ipca.lab.sweep.report.findings`.
+reported separately and do not change it. Further findings: :mod:`~ipca.lab.sweep.report.findings`.
 
 Every p is that of a sign-flip test, exact up to 15 seeds, and every correction is stated where it is made; nothing is
 corrected over the whole report.

@@ -124,12 +124,12 @@ def test_the_same_files_give_the_same_bytes(full, tmp_path):
     ("made", "shown", "hidden"),
     [
         ({"seeds": 1}, "No suggestion from 1 seed", "best learning rate"),
-        ({"lrs": (1e-3,)}, "What is kept over the window", "Robustness to the learning rate"),
-        ({"drop": ("retained",)}, "What is learned over the window", "What is kept over the window"),
-        ({"drop": ("target",)}, "What is kept over the window", "Learning and forgetting"),
+        ({"lrs": (1e-3,)}, "Retention over the window", "Robustness to the learning rate"),
+        ({"drop": ("retained",)}, "Target over the window", "Retention over the window"),
+        ({"drop": ("target",)}, "Retention over the window", "Learning and forgetting"),
         ({"methods": ()}, "Both arms of the curve", "Controls"),
         ({"windows": ()}, "Robustness to the learning rate", "over the window&#39;s position"),
-        ({"fails": dict.fromkeys(("0.0", "0.5", "1.0", "lora", "haar"), 0)}, "Failed runs", "What is kept"),
+        ({"fails": dict.fromkeys(("0.0", "0.5", "1.0", "lora", "haar"), 0)}, "Failed runs", "Retention over"),
     ],
     ids=str,
 )
