@@ -19,7 +19,7 @@ from typing import Any
 
 
 def _check_distribution() -> None:
-    """Raise ImportError where another project that is called ``ipca`` on PyPI is installed into the same folder."""
+    """Raise ImportError where PyPI's ``ipca``, another project, is installed into the same package folder."""
     try:
         other = importlib.metadata.distribution("ipca")
     except importlib.metadata.PackageNotFoundError:

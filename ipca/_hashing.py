@@ -1,4 +1,4 @@
-"""The SHA-256 of a tensor's values: how an adapter knows the base weight it belongs to."""
+"""SHA-256 of a tensor's values, by which an adapter identifies its base weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ROWS = 1024
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """``"float32-<hex digest>"`` over shape and values in row-major order; alike on every device and memory layout."""
+    """``"float32-<hex digest>"`` over shape and values in row-major order, the same on every device and layout."""
     digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
     for rows in torch.atleast_1d(tensor.detach()).split(_ROWS):
         values = rows.cpu().flatten()  # a copy where the layout asks for one

@@ -1,4 +1,4 @@
-"""Which consecutive singular components of a weight are trained.
+"""Window: the consecutive singular components of a weight that train, and the rules for where they start.
 
 A weight of shape ``(out, in)`` has ``d = min(out, in)`` singular values, in descending order. A window
 ``[start, start + rank)`` names ``rank`` of them. ``start`` is an index, or a rule that finds the index for each
@@ -35,7 +35,7 @@ class Window:
     ``"energy=0.9"``              the number of leading components that hold 90 % of ``sum(S ** 2)``
     ``"erank"``                   the effective rank ``exp(-sum(p * log p))``, ``p = S / sum(S)``, rounded down
                                   (Roy & Vetterli, "The effective rank", EUSIPCO 2007)
-    ``"auto"``                    experimental: found from inputs of the model, by :func:`ipca.apply_pc` alone
+    ``"auto"``                    experimental: found from inputs of the model, only by :func:`ipca.apply_pc`
     ============================  ==========================================================================
 
     ``"energy=…"`` and ``"erank"`` look at the layer's singular values and never start later than ``d - rank``.
@@ -93,7 +93,7 @@ class Window:
 
     @property
     def text(self) -> str:
-        """The text form of ``start``, as the command line and the config files write it."""
+        """The text form of ``start``, as the command line and configuration files write it."""
         return f"start={self.start}" if isinstance(self.start, int) else self.start
 
     @property
@@ -110,7 +110,7 @@ class Window:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether inputs of the model decide, so that :meth:`resolve` cannot."""
+        """Whether the start is found from inputs of the model, which :meth:`resolve` does not have."""
         return self.start == "auto"
 
     def resolve(self, d: int, singular_values: Tensor | None = None) -> Window:
@@ -151,10 +151,10 @@ class Window:
 
 
 def as_window(window: Window | str | float, rank: int | None, default_rank: int = 16) -> Window:
-    """A :class:`Window` from what users write: a window, or the rule for its start beside a rank.
+    """A :class:`Window` from any spelling: a window, or a start and a rank.
 
     Every entrance takes the same spellings: a :class:`Window`, one of its texts, or a ``float`` in [0, 1], which is a
-    fraction. A whole number could be an index or a fraction and is refused.
+    fraction. A whole number, which could be an index or a fraction, raises.
 
     Raises:
         TypeError: ``window`` is something else.
@@ -176,7 +176,7 @@ def as_window(window: Window | str | float, rank: int | None, default_rank: int 
 
 
 def _normalize(start: int | str) -> int | str:
-    """``start`` as an index, or as the one text that stands for the rule."""
+    """``start`` as an index, or as the one text of its rule."""
     if isinstance(start, float):
         raise TypeError(f"Window(start, rank) takes an index or a text; for a fraction write Window.at({start}, rank).")
     if isinstance(start, bool) or not isinstance(start, (int, str)):

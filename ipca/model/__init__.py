@@ -1,4 +1,4 @@
-"""Whole models: adapt the chosen layers, count, merge, unload."""
+"""Models: adapting chosen layers, parameter groups, summary, merging and unloading."""
 
 from ipca.model.apply import apply_pc
 from ipca.model.calibration import LayerSensitivity, sensitivity, suggest_windows

@@ -1,4 +1,4 @@
-"""apply_pc: replace layers of a model by adapted ones. All that can fail happens before the model is touched."""
+"""apply_pc: replace layers of a model by adapted ones; all checks and decompositions come before any change."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def apply_pc(
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
         unquantized_weights: for quantized layers, the weights ``(out, in)`` from before they were quantized, by the
             layer's path: a mapping, a function, or :func:`ipca.load_unquantized_weights` of a checkpoint folder.
-            Windows are then taken from those, else from the dequantized weights; :func:`ipca.summary` says which.
+            Windows are then taken from those, else from the dequantized weights; :func:`ipca.summary` shows which.
         calibration: for the window ``"auto"``, which is experimental: batches of unlabeled inputs, each a tensor, a
             tuple of the model's arguments or a mapping of them by name; consumed once. The model runs over them, and
             every layer with such a window costs a full SVD more, see :func:`ipca.analysis.suggest_windows`. The
-            adapter keeps the starts that were found, so that nothing needs the batches again.
+            adapter stores the starts that were found, so that nothing needs the batches again.
         progress: show progress bars.
         r, lora_alpha, lora_dropout, target_modules: PEFT's names of ``rank``, ``alpha``, ``dropout`` and ``targets``.
 
@@ -153,7 +153,7 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -
 
 
 def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, trainable: bool = True) -> None:
-    """Freeze all of ``model`` but the factors of its adapted layers and the modules ``fully_trained``.
+    """Freeze all parameters of ``model`` but the factors of its adapted layers and the modules ``fully_trained``.
 
     Those modules are marked, so that freezing them later does not drop them from the adapter.
     """
@@ -174,6 +174,6 @@ def adapted_layers(model: nn.Module) -> dict[str, WindowLayer]:
 
 
 def check_inference_mode() -> None:
-    """Raise within ``torch.inference_mode()``, where new factors could never train."""
+    """Raise RuntimeError within ``torch.inference_mode()``, where new factors could never train."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("within torch.inference_mode() new factors could never train; leave it first.")

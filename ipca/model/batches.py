@@ -1,4 +1,4 @@
-"""Running a model over batches of inputs without leaving a trace: modes, random numbers and gradients stay."""
+"""Running a model over batches of inputs without changing it: modes, random generators and gradients stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
     """``batches`` as a list; a generator is consumed once.
 
     Raises:
-        TypeError: it is one batch, or no iterable.
+        TypeError: it is a single batch, or not iterable.
         ValueError: it is empty.
     """
     check_batches(batches)
@@ -25,7 +25,7 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
 
 
 def check_batches(batches: Any) -> None:
-    """Raise TypeError for what is one batch, or no iterable."""
+    """Raise TypeError for a single batch, or for anything that is not iterable."""
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
             f"expected an iterable of batches, got a {type(batches).__name__}; put one batch into a list, call a "
@@ -34,7 +34,7 @@ def check_batches(batches: Any) -> None:
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """What ``model`` computes of one batch, whose tensors are moved to where its first parameter is.
+    """The output of ``model`` for one batch, whose tensors are moved to the device of its first parameter.
 
     Args:
         batch: a tensor, a tuple or list of the model's arguments, or a mapping of them by name, as a BatchEncoding.
@@ -61,7 +61,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterward every module's mode and the random generators are as before."""
+    """Evaluate without gradients within the block; modes and random generators are restored afterward."""
     modes = {module: module.training for model in models for module in model.modules()}
     parameters = [parameter for model in models for parameter in model.parameters()]
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})

@@ -1,4 +1,4 @@
-"""Calibration inputs: how much they use each singular component of a weight, and the window ``"auto"``."""
+"""Calibration: the use that inputs make of each singular component of a weight, and the window ``"auto"``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BUDGET = 2**32
 
 @dataclass(frozen=True, eq=False)
 class LayerSensitivity:
-    """What calibration inputs say about the components of one layer's weight ``W = U diag(S) Vh (out, in)``.
+    """Energy and sensitivity of the components of one layer's weight ``W = U diag(S) Vh (out, in)`` on some inputs.
 
     Attributes:
         shape: ``(out, in)``; ``d = min(out, in)``.
@@ -69,7 +69,7 @@ def sensitivity(
     exclude: str | Iterable[str] = (),
     progress: bool = True,
 ) -> dict[str, LayerSensitivity]:
-    """The :class:`LayerSensitivity` of each linear layer that is chosen, by path. Experimental.
+    """The :class:`LayerSensitivity` of each chosen linear layer, by path. Experimental.
 
     Args:
         model: plain, its weights loaded. It runs in evaluation mode, and ends as it was, random generators too.
@@ -89,7 +89,7 @@ def sensitivity(
 
 
 def measurable(targets: str | Iterable[str], exclude: str | Iterable[str]) -> AdapterSettings:
-    """Settings for a measurement of whole layers, which no rank, window or form may make impossible."""
+    """Settings that choose layers for a measurement, which must not fail for a rank, window or form."""
     return AdapterSettings(rank=1, window="principal", form="intact", targets=targets, exclude=exclude)
 
 
@@ -103,7 +103,7 @@ def suggest_windows(
     exclude: str | Iterable[str] = (),
     progress: bool = True,
 ) -> dict[str, Window]:
-    """For each layer that is chosen the window of its rank that ``window="auto"`` takes. Experimental.
+    """The window that ``window="auto"`` finds for each chosen layer. Experimental.
 
     It is the window with the smallest ``Σ S_i · energy_i``, see :class:`LayerSensitivity`: where a step of a given
     length in ``B`` changes the layer's output least on these inputs. The model stays as it is. The windows fit any
@@ -127,7 +127,7 @@ def sensitivities(
     unquantized_weights: UnquantizedWeights | None = None,
     progress: bool = True,
 ) -> dict[str, LayerSensitivity]:
-    """As :func:`sensitivity`, of the ``layers`` at these paths; ``originals`` as for :func:`ipca.apply_pc`."""
+    """As :func:`sensitivity`, of the ``layers`` at these paths, with ``unquantized_weights`` as in ``apply_pc``."""
     found = {}
     with tqdm(total=len(layers), desc="Full SVD", unit="layer", disable=not progress) as bar:
         for name, moment in input_energy(model, layers, batches, progress=progress):
@@ -191,7 +191,7 @@ class _Moment:
 
 @contextmanager
 def _watched(moments: Mapping[nn.Module, _Moment]) -> Iterator[list[Tensor | None]]:
-    """Within the block every call of a module adds its inputs; the list holds the mask of the batch."""
+    """Add the inputs of every call of a module within the block; the list holds the mask of the batch."""
     mask: list[Tensor | None] = [None]
 
     def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -240,7 +240,7 @@ def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def check_calibration(settings: AdapterSettings, calibration: object) -> None:
-    """Raise ValueError where ``settings`` asks for "auto" and there are no inputs to find it from, or the reverse."""
+    """Raise ValueError where a window is "auto" and there are no inputs to find it from, or the reverse."""
     asked = AUTO in (settings.window, *settings.window_pattern.values())
     if asked and calibration is None:
         raise ValueError(
@@ -252,7 +252,7 @@ def check_calibration(settings: AdapterSettings, calibration: object) -> None:
 
 
 def without_auto(settings: AdapterSettings) -> AdapterSettings:
-    """``settings`` with a window that fits wherever any of its rank does in place of "auto"."""
+    """``settings`` with "principal" in place of "auto", which fits wherever a window of its rank does."""
     pattern = {key: "principal" if text == AUTO else text for key, text in settings.window_pattern.items()}
     return replace(settings, window="principal" if settings.window == AUTO else settings.window, window_pattern=pattern)
 
@@ -266,11 +266,11 @@ def auto_windows(
     unquantized_weights: UnquantizedWeights | None = None,
     progress: bool = True,
 ) -> list[Target]:
-    """``targets`` with the windows found for those that ``settings`` says "auto" of, each at an explicit index.
+    """``targets`` with the windows that are found for those of window "auto", each at an explicit index.
 
     Raises:
-        TypeError, ValueError: as :func:`ipca.model.sensitivity`; or several processes are at work, of which each would
-            see other inputs.
+        TypeError, ValueError: as :func:`ipca.model.sensitivity`; or there are several processes, which would
+            see different inputs.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Initial factors of all target layers: batched by shape on a GPU, threaded on a CPU, shared among ranks."""
+"""Initial factors of all target layers: batched by shape on a GPU, threaded on a CPU, sharded across ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STACK = 32
 class SourceMatrix(NamedTuple):
     """The matrix that a layer's window is taken from.
 
-    ``source`` says what it is (:class:`ipca.svd.SVDReport`), ``digest`` is the base's hash where it is known.
+    ``source`` is its name (:class:`ipca.svd.SVDReport`), ``digest`` the base's hash where it is known.
     """
 
     weight: Tensor
@@ -49,8 +49,9 @@ def source_matrix(module: nn.Module, name: str, unquantized_weights: Unquantized
     Raises:
         TypeError, ValueError: as :func:`ipca.nn.quantized_linear.quantized_source`, or a callable's own.
     """
-    if not is_quantized(layer_kind(module)):
-        return SourceMatrix(read_layer(module)[0], "weight", None)
+    kind = layer_kind(module)
+    if not is_quantized(kind):
+        return SourceMatrix(read_layer(module, kind)[0], "weight", None)
     found = None
     if unquantized_weights is not None:
         mapped = isinstance(unquantized_weights, Mapping)
@@ -65,7 +66,7 @@ def check_unquantized_weights(targets: Sequence[Target], unquantized_weights: ob
     """Raise where ``unquantized_weights`` is no mapping or function, lacks a layer, or no layer is quantized.
 
     Raises:
-        TypeError, ValueError: the message says what is missing.
+        TypeError, ValueError: the message names what is missing.
     """
     if unquantized_weights is None:
         return
@@ -144,7 +145,7 @@ def decompose_targets(
     progress: bool,
     unquantized_weights: UnquantizedWeights | None = None,
 ) -> list[InitialFactors]:
-    """The initial factors of every target, in order; under an initialized process group each rank makes its share.
+    """The initial factors of every target, in order; under an initialized process group each rank computes a share.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd` or :func:`factors_from_svd`, with the layer's
@@ -181,9 +182,9 @@ def cost(target: Target) -> float:
 
 
 def partition(costs: Sequence[float], size: int) -> list[list[int]]:
-    """Indices into ``costs`` for each of ``size`` processes, so that no process has much more to do than another.
+    """Indices into ``costs`` for each of ``size`` processes, with about the same total for each.
 
-    The costliest first, each to the process with the least so far; the same costs give the same shares, each in order.
+    The costliest first, each to the process with the least so far; equal costs give equal shares, each in order.
     """
     shares: list[list[int]] = [[] for _ in range(size)]
     loads = [0.0] * size
@@ -196,7 +197,7 @@ def partition(costs: Sequence[float], size: int) -> list[list[int]]:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Put the layer's path in front of an error's message."""
+    """Prefix the message of an error within the block with the layer's path."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
@@ -210,7 +211,7 @@ def _decompose(
     cache: SpectralCache | None,
     unquantized_weights: UnquantizedWeights | None,
 ) -> Iterator[tuple[int, InitialFactors]]:
-    """Each target's place and factors, batches of a GPU last; a weight is dequantized when its turn comes."""
+    """Each target's index and factors, batches of a GPU last; a weight is dequantized just before its decomposition."""
     batched = {i for i, target in enumerate(targets) if _can_batch(target, modules[i])}
     single = [i for i in range(len(targets)) if i not in batched]
 
@@ -222,7 +223,7 @@ def _decompose(
             )
 
     yield from zip(single, thread_map(one, single, [workspace(targets[i].shape[-2:]) for i in single]), strict=True)
-    weights = {i: read_layer(modules[i])[0] for i in sorted(batched)}
+    weights = {i: read_layer(modules[i], targets[i].kind)[0] for i in sorted(batched)}
     for group in _groups(weights, targets):
         first = targets[group[0]]
         with naming(first.name):
@@ -234,14 +235,14 @@ def _decompose(
 
 
 def _can_batch(target: Target, module: nn.Module) -> bool:
-    """Whether the weight is decomposed beside others of its shape; a stack of experts is a batch already."""
+    """Whether the weight is decomposed in a batch of its shape; a stack of experts is a batch already."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.is_cuda and len(target.shape) == 2 and not target.quantized and not target.window.needs_spectrum
 
 
 def _groups(weights: Mapping[int, Tensor], targets: Sequence[Target]) -> Iterator[list[int]]:
-    """The places of weights of one shape, dtype, device and window, at most ``_STACK`` together."""
+    """Indices of weights of one shape, dtype, device and window, at most ``_STACK`` together."""
     groups: dict[tuple[torch.Size, torch.dtype, torch.device, Window], list[int]] = {}
     for i, weight in weights.items():
         groups.setdefault((weight.shape, weight.dtype, weight.device, targets[i].window), []).append(i)

@@ -1,4 +1,4 @@
-"""What to do with an adapted model: its parameters, its base function, merging, and its plain form."""
+"""Adapted models: their parameters, the base function, merging, and plain layers again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ipca._dtensor import is_sharded
+from ipca._dtensor import is_sharded_model
 from ipca.model.apply import FULLY_TRAINED, adapted_layers
 from ipca.model.targets import has_peft_layers
 from ipca.nn.quantization import quantization_kind
@@ -48,7 +48,7 @@ def fully_trained_modules(model: nn.Module) -> dict[str, nn.Module]:
 def merge_adapter(model: Model) -> Model:
     """Fold every layer's factors into its weight: plain speed, no training until :func:`unmerge_adapter`.
 
-    Each merged layer keeps its weight of before, so memory grows by the adapted weights; :func:`unload` does not.
+    Each merged layer also holds its base weight, so memory grows by the adapted weights; :func:`unload` frees it.
     """
     for layer in require_adapted(model).values():
         layer.merge()
@@ -81,7 +81,7 @@ def unload(model: Model, *, merge: bool = True) -> Model:
 
 
 def _forget_quantization(model: nn.Module) -> None:
-    """Let transformers save the model in floats once no layer is quantized; its configuration says otherwise still."""
+    """Let transformers save the model in floats: its configuration still calls it quantized when no layer is."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and all(quantization_kind(module) is None for module in model.modules()):
         quantizer.remove_quantization_config(model)
@@ -89,7 +89,7 @@ def _forget_quantization(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block every adapted layer computes the pretrained function; fully trained modules stay."""
+    """Let every adapted layer compute the pretrained function within the block; fully trained modules stay."""
     with ExitStack() as stack:
         for layer in require_adapted(model).values():
             stack.enter_context(layer.disabled())
@@ -98,7 +98,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def check_not_sharded(model: nn.Module, instead: str) -> None:
     """Raise ValueError for a model that ``fully_shard`` has spread over processes; ``instead`` is the way out."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
+    if is_sharded_model(model):
         raise ValueError(f"this {type(model).__name__} is sharded over processes; {instead}")
 
 

@@ -13,7 +13,7 @@ from ipca._dtensor import full
 from ipca.nn.window_layer import WindowLayer
 
 _FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
-"""What a part of a parameter's path says it is, in our layers and in PEFT's."""
+"""Factors by a part of a parameter's path, in our layers and in PEFT's."""
 
 
 class _Factor(NamedTuple):
@@ -92,7 +92,7 @@ def _check(lr: Any, match: Any, lora_plus: Any) -> None:
 
 
 def _factor(name: str) -> _Factor | None:
-    """What the parameter at the path ``name`` is as a factor, or None."""
+    """The factor that the parameter at the path ``name`` is, or None."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part in _FACTORS:

@@ -1,4 +1,4 @@
-"""A printable account of an adapted model: layers, trainable share, windows, time, certificates."""
+"""Summary of an adapted model: layers, trainable share, windows, time, certificates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WindowKind = tuple[tuple[int, ...], int, int, float, str]
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` found; ``str()`` gives the table.
+    """The result of :func:`summary`; ``str()`` gives the table.
 
     Attributes:
         layers: number of adapted layers.
@@ -68,14 +68,14 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Account for the adapted layers of ``model``, at any time after they are in place.
+    """Summarize the adapted layers of ``model``, at any time after they are in place.
 
     Raises:
         ValueError: the layers are PEFT's.
     """
     layers = adapted_layers(model)
     if not layers and has_peft_layers(model):
-        raise ValueError("these are PEFT's layers; for those of a PCConfig say ipca.peft.summary(model).")
+        raise ValueError("these are PEFT's layers; for those of a PCConfig call ipca.peft.summary(model).")
     windows = [(m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window]
     reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
     starts = {name: m.certificate for name, m in layers.items() if m.certificate is not None}
@@ -88,7 +88,7 @@ def account(
     reports: Mapping[str, SVDReport],
     starts: Mapping[str, InitCertificate],
 ) -> Summary:
-    """The summary of ``model``, of which every layer has a window, and some a report and a certificate, by path."""
+    """The summary of ``model`` from every layer's window, and the reports and certificates there are, by path."""
     sources = Counter(r.source for r in reports.values() if r.source != "weight")
     packed = [m for m in model.modules() if quantization_kind(m) is not None]  # of 4 bits, two in an element
     worst = max(starts.items(), key=lambda item: item[1].relative, default=None)
@@ -106,5 +106,5 @@ def account(
 
 
 def _hidden_entries(quantized: Any) -> int:
-    """How many entries of the weight ``(out, in)`` the stored tensor's size does not show."""
+    """The number of entries of the weight ``(out, in)`` that the stored tensor's size does not count."""
     return quantized.out_features * quantized.in_features - quantized.weight.numel()

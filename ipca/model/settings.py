@@ -1,4 +1,4 @@
-"""AdapterSettings: the choice of layers and how each is adapted, as one validated record."""
+"""AdapterSettings: which layers are adapted and how, as one validated record."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AdapterSettings:
 
     Attributes:
         rank: components a layer trains; 16 by default, or that of ``window``.
-        window: where the window starts, kept in the text form of :class:`ipca.Window`.
+        window: where the window starts, stored in the text form of :class:`ipca.Window`.
         alpha: ``scaling · rank``; None means ``rank``, so that scaling is 1.
         form: ``"intact"`` or ``"residual"``, see :class:`ipca.nn.LinearPC`.
         dropout: of the low-rank branch's input.

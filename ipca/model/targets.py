@@ -1,4 +1,4 @@
-"""Choice of the layers to adapt: patterns are matched, and every reason against a layer is found before any change."""
+"""Target layers: pattern matching, and validation of every layer before the model is changed."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: its path, its kind and shape as found in the model, and its own settings.
+    """One layer to adapt: its path, its kind and shape in the model, and its own settings.
 
     It names the layer and does not hold it: a list of targets must not keep the old weights alive.
 
     Attributes:
         name: path of the layer.
-        kind: see :mod:`ipca.nn.layer_kinds`; None for a module that no kind describes, which is not adapted.
+        kind: see :mod:`ipca.nn.layer_kinds`; None for a module that cannot be adapted.
         shape: of the weight as ``(…, out, in)``; empty where there is no kind.
         window, alpha, form, dropout: as for :class:`ipca.nn.WindowLayer`.
     """
@@ -88,7 +88,7 @@ class Target:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` is the path ``name``, its end, or a regular expression for the whole of it."""
+    """Whether ``pattern`` is the path ``name``, its end, or a regular expression for all of it."""
     if name == pattern or name.endswith("." + pattern):
         return True
     try:
@@ -103,7 +103,7 @@ def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
 
 
 def _require_match(pattern: str, names: Iterable[str], otherwise: str) -> None:
-    """Raise ValueError where ``pattern`` matches none of ``names``, with ``otherwise`` if it is well-formed."""
+    """Raise ValueError where ``pattern`` matches none of ``names``; ``otherwise`` is the message for a valid one."""
     if any(matches(pattern, name) for name in names):
         return
     try:
@@ -183,14 +183,14 @@ def find_modules_to_save(model: nn.Module, settings: AdapterSettings) -> list[st
 
 
 def check_ambiguous_suffix(name: str, names: Iterable[str]) -> None:
-    """Raise where PEFT, which matches ``modules_to_save`` by bare endings, would take other modules for ``name``."""
+    """Raise ValueError where PEFT, which matches ``modules_to_save`` by endings, would save other modules too."""
     others = [other for other in names if other.endswith(name) and other != name]
     if others:
         raise ValueError(f"modules_to_save {name!r} would make PEFT save {others[0]!r} too; rename one of them.")
 
 
 def has_peft_layers(model: nn.Module) -> bool:
-    """Whether a tuner layer of PEFT is in the model."""
+    """Whether the model has a tuner layer of PEFT."""
     return any(_of_peft(module) for module in model.modules())
 
 
@@ -217,7 +217,7 @@ def _matching(model: nn.Module, modules: dict[str, nn.Module], settings: Adapter
 
 
 def _layers_here(free: dict[str, nn.Module]) -> str:
-    """The names of what could be adapted, for a message."""
+    """The names of layers that can be adapted, for a message."""
 
     def leaves(names: Iterable[str]) -> str:
         return ", ".join(sorted({name.rpartition(".")[2] for name in names if name}))
@@ -228,7 +228,7 @@ def _layers_here(free: dict[str, nn.Module]) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" means the module; embeddings, convolutions and experts are named."""
+    """Whether "all-linear" includes the module; embeddings, convolutions and experts are chosen by name."""
     kind = layer_kind(module)
     return isinstance(module, WindowLayer) or kind in LINEAR or is_quantized(kind)
 
@@ -309,7 +309,7 @@ def _unsupported_module(name: str, module: nn.Module) -> str:
 
 
 def _unsupported_stack(target: Target, owner: nn.Module) -> str | None:
-    """Why a stack of weights that ``owner`` has as a parameter cannot be adapted."""
+    """The reason why a stack of weights that ``owner`` has as a parameter cannot be adapted, or None."""
     if "." not in target.name:
         return "it is a parameter of the model itself, which would have to be replaced; put the model into a module"
     leaf = target.name.rpartition(".")[2]
@@ -323,21 +323,22 @@ def _unsupported_stack(target: Target, owner: nn.Module) -> str | None:
 
 
 def _unsupported_weight(target: Target, module: nn.Module, owners: Counter[int], values: bool) -> str | None:
-    """Why the weight of a layer with a kind, or a setting of the layer, cannot be adapted."""
+    """The reason why the weight of a layer with a kind, or one of its settings, cannot be adapted, or None."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if target.quantized and target.form == "residual":
+    quantized = target.quantized
+    if quantized and target.form == "residual":
         return RESIDUAL
-    if not target.quantized and type(weight.data) is not Tensor:
+    if not quantized and type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     if owners[id(weight)] > 1:
         return TIED
-    why = unsupported_reason(module, dropout=target.dropout)
+    why = unsupported_reason(module, target.kind, dropout=target.dropout)
     if why:
         return why
     try:
         if values:
-            check_matrix(read_layer(module)[0], dims=(2, 3))
+            check_matrix(read_layer(module, target.kind)[0], dims=(2, 3))
         d = min(target.shape[-2:])
         if not target.window.needs_spectrum:
             target.window.resolve(d)
@@ -368,7 +369,7 @@ def _in_peft(modules: dict[str, nn.Module], name: str) -> bool:
 
 
 def _of_peft(module: nn.Module | None) -> bool:
-    """Known by the name of its base class, as PEFT need not be there."""
+    """Whether the module is a tuner layer of PEFT, by the name of its base class: PEFT need not be installed."""
     return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
 
 

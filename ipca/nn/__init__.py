@@ -1,4 +1,4 @@
-"""Adapted layers: ``from ipca.nn import LinearPC``."""
+"""Adapted layers, quantized weights, and the explanation of the backend that runs a layer."""
 
 from ipca.nn.conv import ConvPC
 from ipca.nn.embedding import EmbeddingPC

@@ -44,7 +44,7 @@ class ConvPC(ProductLayer):
         if layer_kind(conv) != "conv":
             raise TypeError(f"expected an nn.Conv1d, nn.Conv2d or nn.Conv3d, got {type(conv).__name__}.")
         assert isinstance(conv, nn.modules.conv._ConvNd)
-        why = unsupported_reason(conv)
+        why = unsupported_reason(conv, "conv")
         if why:
             raise ValueError(f"cannot adapt this {type(conv).__name__}: {why}.")
         base, bias = conv.weight.detach().to("meta"), None if conv.bias is None else conv.bias.detach().to("meta")

@@ -22,7 +22,7 @@ class EmbeddingPC(ProductLayer):
 
         y = K[ids] + scaling · (Aᵀ[ids] Bᵀ − A0ᵀ[ids] B0ᵀ)
 
-    ``K`` being what is base of ``T``; the last term is the intact form's. As in ``nn.Embedding`` no gradient comes from
+    ``K`` being the base weight; the last term is the intact form's. As in ``nn.Embedding`` no gradient comes from
     ``padding_idx``, so the row of a padding token that is 0 stays 0.
 
     Shapes: ``ids (…)``, ``y (…, dim)``, ``base_weight, weight (num, dim)``, ``lora_A, lora_A0 (rank, num)``,
@@ -42,7 +42,7 @@ class EmbeddingPC(ProductLayer):
         if layer_kind(embedding) != "embedding":
             raise TypeError(f"expected an nn.Embedding, got {type(embedding).__name__}.")
         assert isinstance(embedding, nn.Embedding)
-        why = unsupported_reason(embedding, dropout=options.pop("dropout", 0.0))
+        why = unsupported_reason(embedding, "embedding", dropout=options.pop("dropout", 0.0))
         if why:
             raise ValueError(f"cannot adapt this Embedding: {why}.")
         base = embedding.weight.detach().to("meta")

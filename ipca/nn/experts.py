@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class StackPC(WindowLayer):
-    """A stack of weights ``W (E, out, in)``, one for each expert, of each of which the same window trains.
+    """A stack of weights ``W (E, out, in)``, one for each expert, in each of which the same window trains.
 
     Called, without an input, it returns ``W_eff`` as the module of experts stores it.
 
@@ -37,7 +37,7 @@ class StackPC(WindowLayer):
         kind = layer_kind(stack)
         if kind not in EXPERTS or not isinstance(stack, ExpertStack):
             raise TypeError(f"expected a stack of experts' weights, got {type(stack).__name__}.")
-        why = unsupported_reason(stack, dropout=options.pop("dropout", 0.0))
+        why = unsupported_reason(stack, kind, dropout=options.pop("dropout", 0.0))
         if why:
             raise ValueError(f"cannot adapt a stack of experts' weights: {why}.")
         base = stack.weight.detach().to("meta")
@@ -66,9 +66,9 @@ class ExpertsPC(nn.Module):
     """A module of experts some of whose stacks of weights train a window.
 
     ``base`` is the module itself, frozen. Each adapted stack is a :class:`StackPC` under the name of the parameter it
-    stands for; every forward computes its ``W_eff`` once and puts it in the parameter's place. So whatever ``base``
-    does with its weights stays right, at the price of one more stack in memory, and of its gradient while training.
-    While it runs the parameters of ``base`` are exchanged, so only one thread at a time may call it.
+    stands for; every forward computes its ``W_eff`` once and puts it in the parameter's place. So ``base`` may use its
+    weights in any way, at the cost of one more stack in memory, and of its gradient while training. While it runs the
+    parameters of ``base`` are exchanged, so only one thread at a time may call it.
 
     >>> experts.gate_up_proj.lora_A  # (E, rank, in)
     """

@@ -1,4 +1,4 @@
-"""Which backend computes a layer for an input, and why; which others could."""
+"""Explanation of the backend that computes a layer for an input, and of the backends that could."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ipca.ops.linear import to_autocast, transformed
 
 @dataclass(frozen=True)
 class Explanation:
-    """What runs for one layer and one input."""
+    """The backend and the kernels that run for one layer and one input."""
 
     backend: str
     """``"triton"``, ``"addmm"``, ``"merged"``, ``"reference"``, or ``"linear"`` where no low-rank part is computed."""
@@ -29,7 +29,7 @@ class Explanation:
 
 
 def explain(layer: LinearPC, x: Tensor) -> Explanation:
-    """Which backend runs ``layer(x)`` and why. Computes nothing; what it says is decided by the code that runs.
+    """Explain which backend runs ``layer(x)``, and why, by the code that chooses it. Computes nothing.
 
     Args:
         layer: an adapted layer.
@@ -38,29 +38,29 @@ def explain(layer: LinearPC, x: Tensor) -> Explanation:
     Raises:
         TypeError: ``layer`` is another module.
         ValueError: ``x`` has the wrong number of features.
-        RuntimeError: the backend asked for by name cannot run.
+        RuntimeError: the backend set by name cannot run.
     """
-    problem = _problem(layer, x)
+    shape = _shape_of_call(layer, x)
     if layer.is_plain:
         reason = "the layer is merged" if layer.merged and not layer.is_disabled else "the layer is disabled"
-        return Explanation("linear", reason, (), f"{problem}: one plain product, because {reason}.")
+        return Explanation("linear", reason, (), f"{shape}: one plain product, because {reason}.")
     if transformed():
         return Explanation("reference", "a torch.func transform", (), "The reference, inside a torch.func transform.")
-    choice = choose(get_backend(), problem)
+    choice = choose(get_backend(), shape)
     kernels = _kernels(layer, x, choice.backend) if choice.low_rank_in_triton else ()
-    text = f"{problem}: {choice.backend}, because {choice.reason}."
+    text = f"{shape}: {choice.backend}, because {choice.reason}."
     if kernels:
         text += f" Kernels: {'; '.join(kernels)}."
     return Explanation(choice.backend, choice.reason, kernels, text)
 
 
 def backends(layer: LinearPC, x: Tensor) -> dict[str, str]:
-    """For every backend why it cannot run ``layer(x)``, or an empty text where it can."""
-    problem = _problem(layer, x)
-    return {name: unsupported_reason(name, problem) for name in BACKENDS}
+    """Every backend with the reason why it cannot run ``layer(x)``, an empty text where it can."""
+    shape = _shape_of_call(layer, x)
+    return {name: unsupported_reason(name, shape) for name in BACKENDS}
 
 
-def _problem(layer: LinearPC, x: Tensor) -> LinearShape:
+def _shape_of_call(layer: LinearPC, x: Tensor) -> LinearShape:
     if not isinstance(layer, LinearPC):
         raise TypeError(f"expected a LinearPC, got {type(layer).__name__}; take one from a model's modules().")
     if x.shape[-1] != layer.in_features:

@@ -1,4 +1,4 @@
-"""Initial factors of a layer, and the certificate that they leave its function unchanged."""
+"""Initial factors of a layer, the certificate that they leave its function unchanged, and the options of a layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Rows = slice | tuple[int, slice]
 
 
 def one_of(name: str, value: T | None, alias: str, other: T | None) -> T | None:
-    """The value of an argument that has two names, ours and PEFT's; None where neither is given.
+    """The value of an argument with two names, ours and PEFT's; None where neither is given.
 
     Raises:
         TypeError: both are given and differ.
@@ -54,7 +54,7 @@ def default_adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class InitCertificate:
-    """How far the layer's effective weight is from the pretrained one before training.
+    """The distance of a layer's effective weight from the pretrained one before training.
 
     Attributes:
         dtype: of the weight, such as ``"bfloat16"``.
@@ -77,7 +77,7 @@ class InitCertificate:
 class InitialFactors:
     """``A0 (…, rank, in)`` and ``B0 (…, out, rank)`` of a layer, with the window and the weight they are taken from.
 
-    ``svd`` is None where the factors were read from a file that does not say.
+    ``svd`` is None where the factors were read from a file without a report.
     """
 
     A0: Tensor
@@ -88,7 +88,7 @@ class InitialFactors:
     certificate: InitCertificate
 
     def factors(self) -> dict[str, Tensor]:
-        """A new layer's four factors by name: copies to train, and ``A0`` and ``B0`` themselves."""
+        """The four factors of a new layer by name: copies that train, and ``A0`` and ``B0`` themselves."""
         return {"lora_A": self.A0.clone(), "lora_B": self.B0.clone(), "lora_A0": self.A0, "lora_B0": self.B0}
 
 
@@ -149,7 +149,7 @@ def factors_from_svd(
 
 
 def _one_report(found: WindowSVD) -> SVDReport:
-    """The report of the matrix; of a stack its worst, with the time and the work of all."""
+    """The report of the matrix; for a stack that of its worst one, with the time and work of all."""
     starts = sorted({report.window.index for report in found.reports})
     if len(starts) > 1:
         raise ValueError(
@@ -169,8 +169,8 @@ def certify_init(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form
     """Measure ``‖W_eff(0) − W‖`` of a layer that starts from ``A0, B0``, and raise if it is above the dtype's bound."""
     if form == "intact":
         return InitCertificate(str(weight.dtype).removeprefix("torch."), 0.0, 0.0, 0.0)
-    kept = frozen_weight(weight, A0, B0, scaling=scaling, form=form)
-    certificate = measure_init(weight, kept, A0, B0, scaling=scaling)
+    base = frozen_weight(weight, A0, B0, scaling=scaling, form=form)
+    certificate = measure_init(weight, base, A0, B0, scaling=scaling)
     if not certificate.holds:
         raise RuntimeError(
             f"the effective weight is off by {certificate.relative:.1e} (relative) before training, "
@@ -180,19 +180,19 @@ def certify_init(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form
     return certificate
 
 
-def measure_init(weight: Tensor, kept: Tensor, A0: Tensor, B0: Tensor, *, scaling: float) -> InitCertificate:
-    """``‖kept + scaling · B0 A0 − weight‖``, beside what one rounding of ``kept`` explains.
+def measure_init(weight: Tensor, base: Tensor, A0: Tensor, B0: Tensor, *, scaling: float) -> InitCertificate:
+    """``‖base + scaling · B0 A0 − weight‖``, and the bound that one rounding of ``base`` explains.
 
-    The sums are float64, whose own rounding only matters beside a float64 weight: ``kept`` and the sum here are off by
+    The sums are float64, whose own rounding only matters beside a float64 weight: ``base`` and the sum here are off by
     at most ``(rank + 2) eps scaling |B0| |A0|`` each, in every entry.
     """
     largest = error = norm = 0.0
-    for rows, effective in wide_blocks(kept, [(scaling, B0, A0)]):
-        base = weight[rows].to(effective.dtype)
-        difference = effective - base
+    for rows, effective in wide_blocks(base, [(scaling, B0, A0)]):
+        pretrained = weight[rows].to(effective.dtype)
+        difference = effective - pretrained
         largest = max(largest, difference.abs().max().item())
         error = math.hypot(error, difference.norm().item())
-        norm = math.hypot(norm, base.norm().item())
+        norm = math.hypot(norm, pretrained.norm().item())
     info = torch.finfo(weight.dtype)
     subnormal = math.sqrt(weight.numel()) * info.smallest_normal * info.eps
     sums = 2 * (A0.shape[-2] + 2) * torch.finfo(torch.float64).eps * scaling * _norm(B0) * _norm(A0)
@@ -209,7 +209,7 @@ def _norm(factor: Tensor) -> float:
 def add_low_rank(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype | None = None) -> Tensor:
     """``weight (…, out, in) + Σ c · B A`` as a new tensor of ``dtype``, by default that of ``weight``.
 
-    Sharded tensors are gathered: a collective, whose whole result every process gets.
+    Sharded tensors are gathered: a collective, whose full result every process gets.
     """
     weight, terms = full(weight), [(c, full(B), full(A)) for c, B, A in terms]
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
@@ -220,7 +220,7 @@ def add_low_rank(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype | Non
 
 @torch.no_grad()
 def wide_blocks(weight: Tensor, terms: Sequence[Term]) -> Iterator[tuple[Rows, Tensor]]:
-    """``weight + Σ c · B A`` as float64 blocks of rows (float32 where the device has no float64), and their place."""
+    """Blocks of rows of ``weight + Σ c · B A`` in float64 (float32 where the device has none), and their places."""
     if weight.ndim == 3:
         for i, matrix in enumerate(weight):
             for rows, block in wide_blocks(matrix, [(c, B[i], A[i]) for c, B, A in terms]):

@@ -1,4 +1,4 @@
-"""Kinds of layers that can be adapted: detection, the weight of each as a matrix ``(out, in)``, the layer built again.
+"""Kinds of layers that can be adapted: detection, the weight as a matrix ``(out, in)``, construction.
 
 | kind | of | weight | as ``(out, in)`` |
 |---|---|---|---|
@@ -34,9 +34,9 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def layer_kind(module: nn.Module) -> str | None:
-    """The kind of a layer as in the table above, or None for a module that is no such layer.
+    """The kind of a layer as in the table above, or None for any other module.
 
-    Subclasses do not count: their ``forward`` may do more.
+    Subclasses have none: their ``forward`` may do more.
     """
     if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
         return "linear"
@@ -60,9 +60,9 @@ def is_quantized(kind: str | None) -> bool:
     return kind is not None and kind not in PLAIN
 
 
-def unsupported_reason(module: nn.Module, *, dropout: float = 0.0) -> str | None:
-    """Why a layer with a :func:`layer_kind` cannot be adapted because of its settings, or None."""
-    if is_quantized(layer_kind(module)):
+def unsupported_reason(module: nn.Module, kind: str | None = None, *, dropout: float = 0.0) -> str | None:
+    """The reason why a layer cannot be adapted because of its settings, or None; ``kind`` as for :func:`read_layer`."""
+    if is_quantized(kind or layer_kind(module)):
         return unsupported_quantization(module)
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
@@ -84,7 +84,7 @@ def unsupported_reason(module: nn.Module, *, dropout: float = 0.0) -> str | None
 class ExpertStack(nn.Module):
     """A parameter ``(E, out, in)`` of a module of experts, ``(E, in, out)`` where ``transposed``, as a layer.
 
-    It shares the parameter and computes nothing: the module of experts does that.
+    It shares the parameter; computing is left to the module of experts.
     """
 
     def __init__(self, weight: nn.Parameter, transposed: bool) -> None:
@@ -111,15 +111,17 @@ def from_matrix(kind: str, matrix: Tensor, shape: torch.Size) -> Tensor:
     return matrix.mT if kind in _TRANSPOSED else matrix.view(shape)
 
 
-def read_layer(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def read_layer(module: nn.Module, kind: str | None = None) -> tuple[Tensor, Tensor | None]:
     """``weight (out, in)`` and ``bias (out,)`` or None of a layer with a kind, sharing memory with it.
 
-    A quantized weight comes dequantized, in memory of its own.
+    A quantized weight comes dequantized, in memory of its own. ``kind`` is the layer's :func:`layer_kind`, where it is
+    known.
     """
-    kind, weight, bias = layer_kind(module), module.weight, getattr(module, "bias", None)
+    kind = kind or layer_kind(module) or "linear"
+    weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    matrix = dequantize(module) if is_quantized(kind) else to_matrix(kind or "linear", weight.detach())
+    matrix = dequantize(module) if is_quantized(kind) else to_matrix(kind, weight.detach())
     return matrix, None if bias is None else bias.detach()
 
 
@@ -135,12 +137,12 @@ def matrix_shape(module: nn.Module, kind: str) -> tuple[int, ...]:
 
 
 def base_sha256(module: nn.Module) -> str:
-    """A hash of the layer's weight ``(out, in)``, or of what a quantized one stores; it tells an adapter its base."""
+    """A hash of the layer's weight ``(out, in)``, or of what a quantized one stores, by which an adapter knows it."""
     return quantized_sha256(module) if is_quantized(layer_kind(module)) else tensor_sha256(read_layer(module)[0])
 
 
 def build_layer(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A plain ``nn.Linear`` or ``Conv1D`` that computes ``x weightᵀ + bias``, frozen as little as a new one."""
+    """A plain ``nn.Linear`` or ``Conv1D`` that computes ``x weightᵀ + bias``; its parameters require gradients."""
     out_features, in_features = weight.shape
     if kind == "linear":
         layer: nn.Module = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")

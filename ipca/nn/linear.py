@@ -106,7 +106,7 @@ class LinearPC(ProductLayer):
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
-        """The whole output by one registered op, which chooses the kernels."""
+        """The output by one registered op, which selects the kernels."""
         if x.is_nested:  # of no shape that the op could take; nn.TransformerEncoder makes such from a padding mask
             return super().window_product(x, A, B, dropout)
         A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
@@ -129,7 +129,7 @@ class LinearPC(ProductLayer):
         lora_alpha: float | None = None,
         lora_dropout: float | None = None,
     ) -> LinearPC:
-        """A LinearPC that computes what ``linear`` computes, which stays as it is.
+        """A LinearPC that computes what ``linear`` computes; ``linear`` is not changed.
 
         Args:
             linear: an ``nn.Linear`` or a transformers ``Conv1D``. The intact form shares the memory of an
@@ -155,7 +155,7 @@ class LinearPC(ProductLayer):
         kind = layer_kind(plain)
         if kind not in LINEAR:
             raise TypeError(f"expected an nn.Linear or a transformers Conv1D, got {type(plain).__name__}.")
-        weight, bias = read_layer(plain)
+        weight, bias = read_layer(plain, kind)
         out_features, in_features = weight.shape
         layer = cls(
             in_features,
@@ -177,11 +177,11 @@ class LinearPC(ProductLayer):
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(self.bias, -bound, bound)
-            start = self._initial_factors(self.base_weight.detach())
-            self.base_weight.copy_(self._base_for(self.base_weight, start))
-            for name, value in start.factors().items():
+            initial = self._initial_factors(self.base_weight.detach())
+            self.base_weight.copy_(self._base_for(self.base_weight, initial))
+            for name, value in initial.factors().items():
                 getattr(self, name).copy_(value)
-        self._record_init(start)
+        self._record_init(initial)
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
         weight = self.pretrained_weight() if base else self.effective_weight()

@@ -1,4 +1,4 @@
-"""Layers with a quantized weight: which kind a module is, its weight as floats, the same layer with another weight.
+"""Layers with a quantized weight: detection, the weight as floats, the same layer with another weight.
 
 | kind | module | stored |
 |---|---|---|
@@ -7,7 +7,7 @@
 | ``"torchao-int8"`` | ``nn.Linear`` with torchao's ``Int8Tensor`` | int8, a scale for each row or tensor |
 | ``"torchao-int4"``, … | ``nn.Linear`` with torchao's ``IntxUnpackedToInt8Tensor`` | 1 to 8 bits, a scale a group |
 
-bitsandbytes and torchao are never imported to find out: where they are not loaded, no module is theirs.
+bitsandbytes and torchao are not imported to find out: where they are not loaded, no module is theirs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ipca._hashing import tensor_sha256
 def quantization_kind(module: nn.Module) -> str | None:
     """The kind of a layer with a quantized weight as in the table above, or None for any other module.
 
-    It is about the type alone; :func:`unsupported_quantization` says whether such a layer can be worked with.
+    Only the type counts; :func:`unsupported_quantization` tells whether such a layer is supported.
     """
     bnb: Any = sys.modules.get("bitsandbytes")
     weight: Any = getattr(module, "weight", None)
@@ -43,7 +43,7 @@ def quantization_kind(module: nn.Module) -> str | None:
 
 
 def unsupported_quantization(module: nn.Module) -> str | None:
-    """Why a layer that has a :func:`quantization_kind` cannot be adapted, or None."""
+    """The reason why a layer with a :func:`quantization_kind` cannot be adapted, or None."""
     kind, weight = quantization_kind(module), module.weight
     assert kind is not None
     assert isinstance(weight, Tensor)
@@ -96,7 +96,7 @@ def dequantize(module: nn.Module) -> Tensor:
 
     Raises:
         TypeError: the module is not quantized.
-        ValueError: it is, but in a way that cannot be worked with; see :func:`unsupported_quantization`.
+        ValueError: it is, but in a way that is not supported; see :func:`unsupported_quantization`.
     """
     kind = _usable(module)
     weight: Any = module.weight
@@ -145,9 +145,9 @@ def quantize_like(module: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def quantized_sha256(module: nn.Module) -> str:
-    """``"nf4-<hex digest>"`` over the stored integers and scales: how an adapter knows its quantized base.
+    """``"nf4-<hex digest>"`` over the stored integers and scales, by which an adapter identifies its quantized base.
 
-    Not over the floats, which need not be the same bits on a CPU and a GPU.
+    Not over the floats, whose bits may differ between a CPU and a GPU.
 
     Raises:
         TypeError, ValueError: as :func:`dequantize`.
@@ -165,7 +165,7 @@ def _usable(module: nn.Module) -> str:
         raise TypeError(f"expected a layer with a quantized weight, got {type(module).__name__} without one.")
     why = unsupported_quantization(module)
     if why:
-        raise ValueError(f"a {type(module).__name__} cannot be worked with: {why}.")
+        raise ValueError(f"this {type(module).__name__} is not supported: {why}.")
     return kind
 
 

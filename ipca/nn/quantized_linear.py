@@ -1,4 +1,4 @@
-"""QuantizedLinearPC: a window beside a linear layer whose weight is quantized and stays so."""
+"""QuantizedLinearPC: a linear layer that trains a window beside its quantized weight."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class QuantizedLinearPC(ProductLayer):
     would round away an update that is smaller than the steps of ``Q``.
 
     Shapes: ``x (…, in)``, ``y (…, out)``, ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``. The factors
-    are float32 unless ``adapter_dtype`` says otherwise, and are cast to the dtype of ``x``.
+    have ``adapter_dtype``, float32 by default, and are cast to the dtype of ``x``.
 
     Args:
         base: a layer that has a :func:`quantization_kind`; it becomes a part of this one. (A 4-bit
@@ -57,7 +57,7 @@ class QuantizedLinearPC(ProductLayer):
 
     Raises:
         TypeError: ``base`` is not quantized.
-        ValueError: it cannot be adapted, or an argument is out of range; the message says which.
+        ValueError: it cannot be adapted, or an argument is out of range.
     """
 
     def __init__(self, base: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> None:
@@ -86,7 +86,7 @@ class QuantizedLinearPC(ProductLayer):
         unquantized: Tensor | None = None,
         **options: Unpack[LayerOptions],
     ) -> QuantizedLinearPC:
-        """A layer that computes what the quantized ``linear`` computes, and holds it.
+        """A layer around the quantized ``linear`` that computes the same.
 
         Args:
             linear: as ``base`` for the class.
@@ -102,15 +102,15 @@ class QuantizedLinearPC(ProductLayer):
         layer._init_from(linear, layer._initial_factors(weight, source=source))
         return layer
 
-    def _init_from(self, plain: nn.Module, start: InitialFactors) -> None:
+    def _init_from(self, plain: nn.Module, initial: InitialFactors) -> None:
         assert plain is self.base
         if self._packs:
             plain.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        self._set_factors(start)
+        self._set_factors(initial)
         self.train(plain.training)
 
     def _initial_factors(self, weight: Tensor, *, source: str = "dequantized") -> InitialFactors:
-        start = initial_factors(
+        initial = initial_factors(
             weight,
             self.requested_window,
             scaling=self.scaling,
@@ -119,8 +119,8 @@ class QuantizedLinearPC(ProductLayer):
             tol=self.tol,
             digest=quantized_sha256(self.base),
         )
-        assert start.svd is not None
-        return replace(start, svd=replace(start.svd, source=source))
+        assert initial.svd is not None
+        return replace(initial, svd=replace(initial.svd, source=source))
 
     def base_matrix(self) -> Tensor:
         return dequantize(self.base)
@@ -177,7 +177,7 @@ class QuantizedLinearPC(ProductLayer):
 
 
 def quantized_source(module: nn.Module, unquantized: Tensor | None) -> tuple[Tensor, str]:
-    """The matrix ``(out, in)`` whose window a quantized layer starts from, on the layer's device, and what it is.
+    """The matrix ``(out, in)`` that a quantized layer's window is taken from, on its device, and its source.
 
     Raises:
         TypeError, ValueError: as :func:`ipca.nn.quantization.dequantize`; or ``unquantized`` has another shape, is no

@@ -1,4 +1,4 @@
-"""Layers by their path in a model: finding them, the class that adapts each kind, and exchanging them."""
+"""Registry of adapted layers: the class for each kind, and layers of a model by their path."""
 
 from __future__ import annotations
 

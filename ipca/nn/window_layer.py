@@ -125,7 +125,7 @@ class WindowLayer(nn.Module):
         self.lora_B0: Tensor
 
     def check_ready(self) -> None:
-        """Raise RuntimeError where ``forward`` would compute nonsense: no window yet, or training while merged."""
+        """Raise RuntimeError where ``forward`` is not defined: no window yet, or training while merged."""
         name = type(self).__name__
         if self.window is None:
             raise RuntimeError(f"This {name} has no window yet: load a state dict with load_state_dict().")
@@ -162,7 +162,7 @@ class WindowLayer(nn.Module):
 
     @property
     def is_disabled(self) -> bool:
-        """Whether the layer computes the pretrained function, inside :meth:`disabled`."""
+        """Whether the layer computes the pretrained function at the moment, within :meth:`disabled`."""
         return self._disabled
 
     @property
@@ -239,60 +239,60 @@ class WindowLayer(nn.Module):
 
     @classmethod
     def _meta_like(cls: type[Layer], plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> Layer:
-        """A layer without a window yet, on the meta device, for what ``plain`` is; raises TypeError for another."""
+        """A layer like ``plain`` on the meta device, without a window yet; TypeError for another kind of layer."""
         raise NotImplementedError
 
     @classmethod
     def from_layer(cls: type[Layer], plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> Layer:
-        """A layer that computes what ``plain`` does, which stays as it is; arguments and errors as for the class."""
+        """A layer that computes what ``plain`` does, which is not changed; arguments and errors as for the class."""
         layer = cls._meta_like(plain, window, **options)
-        layer._init_from(plain, layer._initial_factors(read_layer(plain)[0]))
+        layer._init_from(plain, layer._initial_factors(read_layer(plain, layer.kind)[0]))
         return layer
 
     @classmethod
     def from_factors(
         cls: type[Layer],
         plain: nn.Module,
-        start: InitialFactors,
+        initial: InitialFactors,
         *,
         alpha: float | None = None,
         form: str = "intact",
         dropout: float = 0.0,
     ) -> Layer:
-        """As :meth:`from_layer`, with the initial factors already at hand: no SVD."""
+        """As :meth:`from_layer`, from given initial factors: no SVD."""
         layer = cls._meta_like(
-            plain, start.window, alpha=alpha, form=form, dropout=dropout, adapter_dtype=start.A0.dtype
+            plain, initial.window, alpha=alpha, form=form, dropout=dropout, adapter_dtype=initial.A0.dtype
         )
-        layer._init_from(plain, start)
+        layer._init_from(plain, initial)
         return layer
 
-    def _init_from(self, plain: nn.Module, start: InitialFactors) -> None:
-        """Take the weight, bias and mode of ``plain``, and the factors of ``start``."""
-        weight, bias = read_layer(plain)
-        self.base_weight = nn.Parameter(self._base_for(weight, start), requires_grad=False)
+    def _init_from(self, plain: nn.Module, initial: InitialFactors) -> None:
+        """Take the weight, bias and mode of ``plain``, and the ``initial`` factors."""
+        weight, bias = read_layer(plain, self.kind)
+        self.base_weight = nn.Parameter(self._base_for(weight, initial), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._set_factors(start)
+        self._set_factors(initial)
         self.train(plain.training)
 
-    def _set_factors(self, start: InitialFactors) -> None:
-        """Put the factors of ``start`` in place, without copying ``A0`` and ``B0``."""
-        factors = start.factors()
+    def _set_factors(self, initial: InitialFactors) -> None:
+        """Put the ``initial`` factors in place, without copying ``A0`` and ``B0``."""
+        factors = initial.factors()
         self.lora_A, self.lora_B = nn.Parameter(factors["lora_A"]), nn.Parameter(factors["lora_B"])
         self.lora_A0, self.lora_B0 = factors["lora_A0"], factors["lora_B0"]
-        self._record_init(start)
+        self._record_init(initial)
 
-    def _record_init(self, start: InitialFactors) -> None:
-        self.window, self.base_sha256 = start.window, start.base_sha256
-        self.svd_report, self.certificate = start.svd, start.certificate
+    def _record_init(self, initial: InitialFactors) -> None:
+        self.window, self.base_sha256 = initial.window, initial.base_sha256
+        self.svd_report, self.certificate = initial.svd, initial.certificate
 
     def _initial_factors(self, weight: Tensor) -> InitialFactors:
-        """The factors this layer would start from on the pretrained ``weight (…, out, in)``; changes nothing."""
+        """The initial factors of this layer for the pretrained ``weight (…, out, in)``; the layer is not changed."""
         window, s, form, dtype = self.requested_window, self.scaling, self.form, self.lora_A.dtype
         return initial_factors(weight, window, scaling=s, form=form, adapter_dtype=dtype, tol=self.tol)
 
-    def _base_for(self, weight: Tensor, start: InitialFactors) -> Tensor:
+    def _base_for(self, weight: Tensor, initial: InitialFactors) -> Tensor:
         """The base weight for ``weight (…, out, in)``; in the intact form its own memory, where the layout allows."""
-        base = frozen_weight(weight, start.A0, start.B0, scaling=self.scaling, form=self.form)
+        base = frozen_weight(weight, initial.A0, initial.B0, scaling=self.scaling, form=self.form)
         return self.as_weight(base).contiguous()
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
@@ -316,7 +316,7 @@ class WindowLayer(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the layer computes the pretrained function (residual form: up to rounding)."""
+        """Compute the pretrained function within the block (residual form: up to rounding)."""
         before, self._disabled = self._disabled, True
         try:
             yield
@@ -353,11 +353,11 @@ class WindowLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *lists: Any
     ) -> None:
-        start = None
+        initial = None
         try:
             if prefix + "weight" in state_dict and prefix + "base_weight" not in state_dict:
                 assign = local_metadata.get("assign_to_params_buffers", False)
-                state_dict, start = self._state_of_plain(state_dict, prefix, assign)
+                state_dict, initial = self._state_of_plain(state_dict, prefix, assign)
             else:
                 self._check_state(state_dict, prefix)
         except (TypeError, ValueError) as error:
@@ -365,8 +365,8 @@ class WindowLayer(nn.Module):
             return
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
-        if start is not None and not self.lora_A.is_meta:
-            self._record_init(start)
+        if initial is not None and not self.lora_A.is_meta:
+            self._record_init(initial)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raise ValueError where a state dict contradicts this layer, or has a base weight without factors.
@@ -394,10 +394,14 @@ class WindowLayer(nn.Module):
             raise ValueError(f"the weight has shape {tuple(plain.shape)}, this layer {tuple(base.shape)}.")
         if not assign:
             weight = weight.to(dtype=base.dtype, device=weight.device if base.is_meta else base.device)
-        start = self._initial_factors(weight)
-        own = {**start.factors(), "base_weight": self._base_for(weight, start), "_extra_state": self.get_extra_state()}
+        initial = self._initial_factors(weight)
+        own = {
+            **initial.factors(),
+            "base_weight": self._base_for(weight, initial),
+            "_extra_state": self.get_extra_state(),
+        }
         rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
-        return {**rest, **{prefix + name: value for name, value in own.items()}}, start
+        return {**rest, **{prefix + name: value for name, value in own.items()}}, initial
 
     def _apply(self, fn: Any, recurse: bool = True) -> WindowLayer:
         """Move or cast. Casting the residual form rounds its parts anew, so that they still add up to ``W``."""
@@ -414,7 +418,7 @@ class WindowLayer(nn.Module):
 
     @torch.no_grad()
     def _reround(self, base: Tensor, A0: Tensor, B0: Tensor) -> None:
-        """After a cast of the residual form, keep ``W − scaling · B0 A0`` for the factors' new rounding.
+        """After a cast of the residual form, recompute ``W − scaling · B0 A0`` for the factors' new rounding.
 
         ``base (…, out, in)``, ``A0`` and ``B0`` are those before the cast; their sum is rounded once.
         """
@@ -446,7 +450,7 @@ class ProductLayer(WindowLayer):
         return self.product(x, self.base_weight)
 
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
-        """The whole output for the factors ``A, B``."""
+        """The output for the factors ``A, B``."""
         y, z = self.base_product(x), F.dropout(x, dropout) if dropout else x
         low = self.low_rank(z, A, B)
         if self.form == "intact":

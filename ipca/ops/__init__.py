@@ -1,4 +1,4 @@
-"""Registered ops: ``pc_linear``, and the backend that computes it."""
+"""The op ``pc_linear`` and the choice of its backend."""
 
 from ipca.ops.backend import BACKENDS, set_backend
 from ipca.ops.linear import pc_linear

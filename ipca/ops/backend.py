@@ -1,4 +1,4 @@
-"""Which implementation runs: named by hand, or chosen by shape from what was measured on the device.
+"""Backend selection: explicit, or the fastest at the nearest shape that was measured on the device.
 
 | backend | the large product | for |
 |---|---|---|
@@ -27,7 +27,7 @@ _chosen: str | None = None
 
 
 class LinearShape(NamedTuple):
-    """What decides: ``x (M, K)``, ``weight (N, K)``, rank ``R``."""
+    """The facts of a call that decide its backend: ``x (M, K)``, ``weight (N, K)``, rank ``R`` and settings."""
 
     device: torch.device
     dtype: torch.dtype
@@ -56,21 +56,21 @@ class BackendChoice(NamedTuple):
 
 
 def set_backend(name: str) -> str:
-    """Run ``pc_linear`` through one backend from now on, or through the measured best (``"auto"``, the default).
+    """Set the backend of ``pc_linear`` for all later calls; ``"auto"``, the default, is the fastest one measured.
 
     Args:
         name: ``"auto"``, ``"triton"``, ``"addmm"``, ``"merged"`` or ``"reference"``. Without a call the environment
             variable ``IPCA_BACKEND`` decides.
 
     Returns:
-        The name that was in force before.
+        The name that was set before.
 
     Raises:
         ValueError: another name.
 
-    A backend asked for by name runs, or the call says why it cannot; only ``"auto"`` chooses. The exception is a
-    backward pass that is itself differentiated (``create_graph=True``): it always goes through the reference. Under a
-    ``torch.func`` transform ``"auto"`` is the reference and ``"triton"``, ``"addmm"`` and ``"merged"`` raise. Under
+    A backend set by name runs, or the call raises with the reason why it cannot; only ``"auto"`` chooses. The exception
+    is a backward pass that is itself differentiated (``create_graph=True``): it always uses the reference. Under a
+    ``torch.func`` transform ``"auto"`` is the reference, and ``"triton"``, ``"addmm"`` and ``"merged"`` raise. Under
     torch.compile each name is a compilation of its own.
     """
     global _chosen
@@ -79,7 +79,7 @@ def set_backend(name: str) -> str:
 
 
 def get_backend() -> str:
-    """The name in force: that of :func:`set_backend`, of the environment, or ``"auto"``."""
+    """The backend's name as set by :func:`set_backend` or by the environment, else ``"auto"``."""
     return _chosen or _known(os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}")
 
 
@@ -89,38 +89,37 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def choose(name: str, problem: LinearShape) -> BackendChoice:
-    """What ``name`` means for ``problem``.
+def choose(name: str, shape: LinearShape) -> BackendChoice:
+    """The backend that ``name`` means for ``shape``.
 
     Raises:
-        RuntimeError: a backend asked for by name cannot run.
+        RuntimeError: a backend set by name cannot run.
     """
     if name == "auto":
-        return _measured_best(problem)
-    why_not = unsupported_reason(name, problem)
+        return _measured_best(shape)
+    why_not = unsupported_reason(name, shape)
     if why_not:
-        raise RuntimeError(f"backend {name!r} cannot run {problem}: {why_not}. Say ipca.set_backend('auto').")
-    return BackendChoice(
-        name, name != "reference" and not unsupported_reason("triton", problem), f"{name!r} was asked for by name"
-    )
+        raise RuntimeError(f"backend {name!r} cannot run {shape}: {why_not}. Call ipca.set_backend('auto').")
+    in_triton = name != "reference" and not unsupported_reason("triton", shape)
+    return BackendChoice(name, in_triton, f"{name!r} was set by name")
 
 
-def unsupported_reason(name: str, problem: LinearShape) -> str:
-    """Why a backend cannot run, or an empty text."""
-    if name == "merged" and problem.dropout:
-        return "dropout acts on the low-rank branch alone, and a merged weight has none"
-    return _triton_unsupported(problem) if name == "triton" else ""
+def unsupported_reason(name: str, shape: LinearShape) -> str:
+    """The reason why a backend cannot run, or an empty text."""
+    if name == "merged" and shape.dropout:
+        return "dropout acts on the low-rank branch only, and a merged weight has none"
+    return _triton_unsupported(shape) if name == "triton" else ""
 
 
-def _triton_unsupported(problem: LinearShape) -> str:
+def _triton_unsupported(shape: LinearShape) -> str:
     if not _has_triton():
         return "triton is not installed"
-    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"its kernels take float16, bfloat16 and float32, not {problem.dtype}"
-    if problem.device.type != "cuda":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and problem.device.type == "cpu"
-        return "" if interpreted else f"it needs a CUDA device, x is on {problem.device}"
-    capability = torch.cuda.get_device_capability(problem.device)
+    if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernels take float16, bfloat16 and float32, not {shape.dtype}"
+    if shape.device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and shape.device.type == "cpu"
+        return "" if interpreted else f"it needs a CUDA device, x is on {shape.device}"
+    capability = torch.cuda.get_device_capability(shape.device)
     return "" if capability >= (8, 0) else f"it needs compute capability 8.0, this device has {capability}"
 
 
@@ -129,30 +128,30 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _measured_best(problem: LinearShape) -> BackendChoice:
+def _measured_best(shape: LinearShape) -> BackendChoice:
     """The fastest backend at the nearest measured shape."""
-    if problem.device.type != "cuda":
-        return off_cuda(problem.device)
-    if problem.dtype == torch.float64:
+    if shape.device.type != "cuda":
+        return off_cuda(shape.device)
+    if shape.dtype == torch.float64:
         return BackendChoice("reference", False, "the kernels have no float64")
-    in_triton = not unsupported_reason("triton", problem)
-    if not in_triton:
-        return BackendChoice("addmm", False, unsupported_reason("triton", problem))
+    why_not = unsupported_reason("triton", shape)
+    if why_not:
+        return BackendChoice("addmm", False, why_not)
     from ipca.kernels import tables, tuning
 
-    shape = (tuning.bucket(problem.M), problem.N, problem.K, problem.R)
-    of = (str(problem.dtype).removeprefix("torch."), problem.frozen, problem.dropout, problem.training)
-    row = tables.nearest("backends", of, shape, problem.device)
+    sizes = (tuning.bucket(shape.M), shape.N, shape.K, shape.R)
+    of = (str(shape.dtype).removeprefix("torch."), shape.frozen, shape.dropout, shape.training)
+    row = tables.nearest("backends", of, sizes, shape.device)
     if row is None:
-        device = torch.cuda.get_device_name(problem.device)
+        device = torch.cuda.get_device_name(shape.device)
         # The library's own product is the safer guess; for dropout its backward needs a mask in PyTorch, which is slow.
-        name = "triton" if problem.dropout else "addmm"
+        name = "triton" if shape.dropout else "addmm"
         return BackendChoice(name, True, f"no backend was measured on {device} or its kind; `make gpu` measures")
-    rounds = problem.frozen and problem.dtype.itemsize == 2  # W + Δ rounds back to W where Δ is small
+    rounds = shape.frozen and shape.dtype.itemsize == 2  # W + Δ rounds back to W where Δ is small
     times: dict[str, float] = {
         name: ms
         for name, ms in row.found.items()
-        if not unsupported_reason(name, problem) and not (rounds and name == "merged")
+        if not unsupported_reason(name, shape) and not (rounds and name == "merged")
     }
     best = min(times, key=lambda name: times[name])
     others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
@@ -161,11 +160,11 @@ def _measured_best(problem: LinearShape) -> BackendChoice:
 
 @cache
 def off_cuda(device: torch.device) -> BackendChoice:
-    """The choice of ``"auto"`` on another device than CUDA, which no shape changes."""
+    """The choice of ``"auto"`` on another device than CUDA, the same for every shape."""
     return BackendChoice("reference", False, f"x is on {device}: the kernels are for CUDA")
 
 
 def linear_shape(x: Tensor, weight: Tensor, A: Tensor, A0: Any, dropout: float, training: bool) -> LinearShape:
-    """The facts about one call, with ``x`` as rows."""
+    """The :class:`LinearShape` of one call, with ``x`` as rows."""
     (N, K), M = weight.shape, x.shape[0]
     return LinearShape(x.device, x.dtype, M, N, K, A.shape[0], A0 is not None, dropout > 0, training)

@@ -1,4 +1,4 @@
-"""Registration of ``ipca::pc_linear`` for CUDA as a ``triton_op``: torch.compile sees the kernels inside.
+"""Registration of ``ipca::pc_linear`` for CUDA as a ``triton_op``: torch.compile traces the kernels inside.
 
 Importing this module loads triton. Backward is an op of its own: a kernel started in an autograd rule outside of an op
 would go through PyTorch's tracing machinery in eager mode, at about a millisecond a call.
@@ -18,10 +18,10 @@ from ipca.ops import op
 
 
 def _build() -> str:
-    """A hash of what decides how the ops decompose: their sources, the kernels', and every measured table.
+    """A hash of everything that decides how the ops decompose: their sources, the kernels', and every measured table.
 
-    torch.compile keeps compiled graphs on disk under a key that holds an op's name and arguments, and not its body. As
-    an argument this keeps a graph of an earlier version, or from before a measurement, from passing for a present one.
+    torch.compile caches graphs on disk under a key of an op's name and arguments, without its body. As an argument this
+    hash keeps torch.compile from using a graph of an earlier version, or of a time before a measurement.
     """
     folders = (Path(__file__).parent, Path(tables.__file__).parent, tables.SHIPPED, default_cache_folder())
     files = sorted(path for folder in folders for path in folder.glob("*") if path.suffix in (".py", ".json"))

@@ -1,4 +1,4 @@
-"""Dropout from a seed: a mask is a function of seed and place, so backward draws it again instead of storing it.
+"""Dropout with counter-based random numbers: a mask depends on a seed only, and backward draws it again.
 
 Entry ``(m, k)`` of an ``(M, K)`` input is dropped where its 16 random bits are below ``threshold = round(65536 p)``.
 They come from Philox, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011):
@@ -31,13 +31,13 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """``(M, K)`` booleans: what dropout keeps."""
+    """The mask ``(M, K)``, True where an entry is kept."""
     return (cpu_mask if seed.device.type == "cpu" else kernel_mask)(seed, M, K, p)
 
 
 @torch.library.custom_op("ipca::cpu_mask", mutates_args=())
 def cpu_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The mask on a CPU. An op, because PyTorch cannot see through NumPy."""
+    """The mask on a CPU; an op, because PyTorch cannot trace NumPy."""
     words = np.random.Philox(key=int(seed)).random_raw((M * K + 3) // 4)
     bits = words.astype("<u8", copy=False).view("<u2")[: M * K]
     return torch.from_numpy(bits >= round(p * 65536)).view(M, K)

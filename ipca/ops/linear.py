@@ -1,4 +1,4 @@
-"""pc_linear: checks, autocast and a seed for dropout, then the op ``ipca::pc_linear``."""
+"""pc_linear: argument checks, autocast and the dropout seed around the op ``ipca::pc_linear``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ipca.ops.dropout import new_seed
 
 
 class _EagerPCLinear(torch.autograd.Function):
-    """The op in eager mode on a CPU, where the dispatcher's share of a registered op is that of a small layer."""
+    """The op in eager mode on a CPU, where dispatching a registered op costs as much as a small layer."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def pc_linear(
 
     Without ``A0, B0`` their term is absent. With them, and ``A = A0``, ``B = B0``, the low-rank term is exactly 0.
     Gradients flow to ``x``, ``weight``, ``A``, ``B`` and ``bias``; ``A0`` and ``B0`` are constants. Under autocast the
-    product runs in the autocast dtype, as ``nn.Linear`` does. :func:`ipca.set_backend` says what computes it.
+    product runs in the autocast dtype, as for ``nn.Linear``. :func:`ipca.set_backend` selects what computes it.
 
     Args:
         x: ``(…, K)``.
@@ -80,7 +80,7 @@ def pc_linear(
     Raises:
         TypeError: a tensor is a DTensor.
         ValueError: the shapes do not fit, only one of ``A0, B0`` is given, or ``dropout`` is not in [0, 1].
-        RuntimeError: the backend asked for by name cannot run, or dropout under a ``torch.func`` transform.
+        RuntimeError: the backend set by name cannot run, or dropout under a ``torch.func`` transform.
     """
     _check(x, weight, A, B, bias, A0, B0, dropout)
     x, weight, bias = to_autocast(x, weight, bias)
@@ -95,7 +95,7 @@ def pc_linear(
 
 
 def _op_for(x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
-    """The op for the device of ``x`` and its build; a CUDA tensor loads triton."""
+    """The op for the device of ``x``, and its build hash; a CUDA tensor loads triton."""
     if not x.is_cuda:
         return (pc_linear_op if torch.compiler.is_compiling() else _eager_pc_linear), ""
     from ipca.ops import cuda
@@ -104,7 +104,7 @@ def _op_for(x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
 
 
 def to_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
-    """All tensors in the dtype of autocast, where that is on and ``x`` is not float64, as ``nn.Linear`` has it."""
+    """All tensors in the autocast dtype where autocast is on and ``x`` is not float64, as for ``nn.Linear``."""
     device = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return [x, *others]
@@ -128,11 +128,11 @@ def _under_transform(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """The reference, which ``torch.func`` sees through."""
+    """The reference, which ``torch.func`` can transform."""
     if get_backend() not in ("auto", "reference"):
         raise RuntimeError(
             f"backend {get_backend()!r} has no rule for torch.func transforms; "
-            "say ipca.set_backend('auto') or 'reference' around them."
+            "call ipca.set_backend('auto') or ipca.set_backend('reference') first."
         )
     if dropout > 0:
         raise RuntimeError("pc_linear has no dropout under torch.func transforms; call eval() or set dropout=0.")
@@ -150,7 +150,7 @@ def _check(
     B0: Tensor | None,
     dropout: float,
 ) -> None:
-    """Refuse what does not fit, before anything is computed."""
+    """Raise for arguments that do not fit, before anything is computed."""
     if any(is_sharded(tensor) for tensor in (x, weight, A, B, bias, A0, B0)):
         raise TypeError(
             "pc_linear got a DTensor. A layer sharded by fully_shard computes within the forward pass of the module "
@@ -167,7 +167,7 @@ def _check(
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, but weight {(N, K)} needs ({N},).")
     if (A0 is None) != (B0 is None):
-        raise ValueError("A0 and B0 go together: give both or neither.")
+        raise ValueError("A0 and B0 go together: pass both or neither.")
     if A0 is not None and B0 is not None and (A0.shape != A.shape or B0.shape != B.shape):
         raise ValueError(f"A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} must have the shapes of A and B.")
     if not 0.0 <= dropout <= 1.0:

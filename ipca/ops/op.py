@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The gradients that are asked for."""
+    """The gradients that autograd needs."""
 
     x: bool
     weight: bool
@@ -77,7 +77,7 @@ def forward(
 def forward_and_pair(
     x: Tensor, layer: Layer, seed: Tensor | None, dropout: float, backend: str, training: bool
 ) -> tuple[Tensor, Tensor, Pair | None]:
-    """``y`` and ``h`` as :func:`forward`, and the pair ``D, E`` where one was made, for :func:`backward_from`."""
+    """``y`` and ``h`` of :func:`forward`, and the pair ``D, E`` where one was made, for :func:`backward_from`."""
     rows = x.reshape(-1, x.shape[-1])
     choice = _choose(backend, rows, layer, dropout, training)
     with _on_device_of(x):
@@ -102,7 +102,7 @@ def backward(
     build: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Those of ``dx, dW, dA, dB, dbias`` that ``needs`` asks for."""
+    """The gradients among ``dx, dW, dA, dB, dbias`` that ``needs`` selects."""
     return backward_from(None, dy, x, h, weight, A, B, bias, A0, B0, seed, scaling, dropout, backend, build, needs)
 
 
@@ -127,7 +127,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def autograd_rule(run: Grad) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The op's gradient, through ``run`` or, where it is itself differentiated, through the reference."""
+    """The op's gradient: by ``run`` or, where it is itself differentiated, by the reference."""
 
     def rule(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, weight, A, B, bias, A0, B0, seed = ctx.saved_tensors
@@ -186,7 +186,7 @@ def _backward(
     needs: Needs,
     pair: Pair | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``dx, dW, dA, dB, dbias``, None where not asked for."""
+    """``dx, dW, dA, dB, dbias``, None where not needed."""
     weight, A, B, bias, A0, B0, scaling = layer
     if guard_or_false(x.shape[0] == 0):
         given = (x, weight, A, B, bias)
@@ -245,7 +245,7 @@ def _low_rank_kernels(choice: BackendChoice) -> tuple[Any, Any, Any]:
 
 
 def _fuses(choice: BackendChoice, dy: Tensor, B: Tensor, B0: Tensor | None) -> bool:
-    """Whether ``products`` pays; in PyTorch, which reads ``dy`` for each product anyway, it is as good as any."""
+    """Whether one kernel for all products pays; in PyTorch, which reads ``dy`` for each of them, it is no loss."""
     if not choice.low_rank_in_triton:
         return True
     from ipca.kernels.products import fuses
@@ -267,27 +267,25 @@ def _large_kernels(choice: BackendChoice) -> tuple[Any, Any]:
 def _shaped_like(x: Tensor, rows: Tensor) -> Tensor:
     """``rows (M, N)`` as ``(…, N)`` for ``x (…, K)``.
 
-    Not a view: autograd lets nobody change a view that an op returns, but ``nn.ReLU(inplace=True)`` behind a layer
-    does, and FSDP2 warns of it.
+    Not a view: autograd forbids in-place changes of a view that an op returns, which ``nn.ReLU(inplace=True)`` behind a
+    layer makes, and FSDP2 warns of it.
     """
     return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Kernels start on the current device: make it that of ``x``. The dtypes are settled: no autocast."""
-    casts = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if not (x.is_cuda or casts):
-        return nullcontext()
+    """A context for kernels: the device of ``x`` is current, and autocast is off, as the dtypes are settled."""
+    casts = without_autocast(x)
+    if not x.is_cuda:
+        return casts
     stack = ExitStack()
-    if x.is_cuda:
-        stack.enter_context(torch.cuda.device(x.device))
-    if casts:
-        stack.enter_context(without_autocast(x))
+    stack.enter_context(torch.cuda.device(x.device))
+    stack.enter_context(casts)
     return stack
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Products of tensors on the device of ``x`` in their own dtypes."""
+    """A context in which products on the device of ``x`` keep their tensors' dtypes."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""y = x Wᵀ + bias + scaling · low(z) in plain PyTorch, differentiable: what every backend must equal.
+"""Reference of the op in plain, differentiable PyTorch: y = x Wᵀ + bias + scaling · low(z).
 
 x (…, K) | W (N, K) | A, A0 (R, K) | B, B0 (N, R) | bias (N,) | y (…, N) | z = dropout(x) | h = z Aᵀ (…, R)
 
@@ -8,8 +8,8 @@ x (…, K) | W (N, K) | A, A0 (R, K) | B, B0 (N, R) | bias (N,) | y (…, N) | z
 The second is a difference of two products of equal shape, not one product of rank 2R: the same arithmetic on equal
 factors cancels to exactly 0. Factors are cast to the dtype of ``x``.
 
-These functions are the formula itself: what the kernels are tested against, and what runs where PyTorch has to see
-through the op (second derivatives, ``torch.func``).
+These functions are the formula itself. The kernels are tested against them, and they run where PyTorch has to trace
+into the op (second derivatives, ``torch.func``).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def pc_linear_backward(
     p: float,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``dx, dW, dA, dB, dbias`` where ``needs`` asks for them, from ``dy (…, N)`` and ``dh (…, R)``.
+    """``dx, dW, dA, dB, dbias`` where ``needs`` selects them, from ``dy (…, N)`` and ``dh (…, R)``.
 
     With ``g = scaling · dy B + dh (…, R)`` and dropout's ``mask`` (its scale included)::
 

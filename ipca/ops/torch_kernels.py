@@ -1,4 +1,4 @@
-"""The products that forward and backward are made of, in plain PyTorch, under the names of their kernels.
+"""The products of forward and backward in plain PyTorch, named like the Triton kernels for them.
 
 x (M, K) | weight (N, K) | A, A0 (R, K) | B, B0 (N, R) | h, h0, g, g0 (M, R) | z = dropout(x). Factors are cast to the
 dtype of what they multiply.

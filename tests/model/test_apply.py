@@ -141,6 +141,31 @@ def test_works_in_another_thread():
     assert adapted_names(model) == ["a", "b", "head"]
 
 
+OURS = {"rank": 3, "alpha": 6.0, "dropout": 0.25, "targets": ["a", "b"]}
+PEFTS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+
+
+def test_the_names_of_peft_mean_the_same():
+    models = [Plain(), Plain(), Plain()]
+    theirs = {PEFTS[name]: value for name, value in OURS.items()}
+    for model, options in zip(models, (OURS, theirs, OURS | theirs), strict=True):
+        ipca.apply_pc(model, progress=False, **options)
+        layers = {name: model.get_submodule(name) for name in adapted_names(model)}
+        assert {name: (layer.rank, layer.alpha, layer.dropout) for name, layer in layers.items()} == {
+            "a": (3, 6.0, 0.25),
+            "b": (3, 6.0, 0.25),
+        }
+
+
+@pytest.mark.parametrize(("name", "other"), [("rank", 4), ("alpha", 3.0), ("dropout", 0.0), ("targets", ["a"])])
+def test_two_names_of_one_argument_with_different_values(name, other):
+    model = Plain()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=rf"{name}=.* and {PEFTS[name]}=.* are two names of one argument; pass one"):
+        ipca.apply_pc(model, progress=False, **OURS, **{PEFTS[name]: other})
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_kept(training):
     model = ipca.apply_pc(Plain().train(training), rank=2, dropout=0.5, progress=False)

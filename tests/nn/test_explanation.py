@@ -32,7 +32,7 @@ def test_a_backend_asked_for_by_name(name):
     ipca.set_backend(name)
     found = explain(layer(form="intact"), torch.randn(5, 40))
     assert found.backend == name
-    assert f"intact form, float32 on cpu: {name}, because '{name}' was asked for by name." in str(found)
+    assert f"intact form, float32 on cpu: {name}, because '{name}' was set by name." in str(found)
 
 
 def test_the_kernels_and_their_configurations():
@@ -80,7 +80,7 @@ def test_which_backends_could_run(monkeypatch):
     assert found == {
         "triton": "it needs a CUDA device, x is on cpu",
         "addmm": "",
-        "merged": "dropout acts on the low-rank branch alone, and a merged weight has none",
+        "merged": "dropout acts on the low-rank branch only, and a merged weight has none",
         "reference": "",
     }
 

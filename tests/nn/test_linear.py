@@ -222,6 +222,26 @@ def test_compiles_as_one_graph(form):
     assert all(relative(g, w) <= 1e-5 for g, w in zip(found, wanted, strict=True))
 
 
+BUILDERS = {
+    "LinearPC": lambda **options: LinearPC(23, 37, **options),
+    "from_linear": lambda **options: LinearPC.from_linear(nn.Linear(23, 37), **options),
+}
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_the_names_of_peft_mean_the_same(build):
+    ours = {"rank": 3, "alpha": 6.0, "dropout": 0.25}
+    theirs = {"r": 3, "lora_alpha": 6.0, "lora_dropout": 0.25}
+    for options in (ours, theirs, ours | theirs):
+        layer = build(**options)
+        assert (layer.rank, layer.alpha, layer.dropout) == (3, 6.0, 0.25)
+    for name, (alias, value) in zip(ours, theirs.items(), strict=True):
+        with pytest.raises(TypeError, match=rf"{name}=.* and {alias}=.* are two names of one argument; pass one"):
+            build(**{**ours, alias: value + 0.5})
+    with pytest.raises(ValueError, match=r"rank 4, but rank=5 was given too"):
+        build(window=Window(3, 4), r=5)
+
+
 class Subclass(nn.Linear):
     pass
 

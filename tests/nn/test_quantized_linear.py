@@ -196,9 +196,7 @@ def test_a_plain_layer_is_refused():
 
 
 def test_the_residual_form_is_refused():
-    with pytest.raises(
-        ValueError, match=r"quantize W_res anew, which changes what the model computes; use the intact form"
-    ):
+    with pytest.raises(ValueError, match=r"quantize W_res anew, which changes .*; use the intact form"):
         made("nf4", form="residual")
 
 

@@ -210,7 +210,7 @@ def test_a_backend_that_cannot_run_says_why():
     t = inputs(dtype=torch.float32, intact=False, train=())
     ipca.set_backend("merged")
     with pytest.raises(
-        RuntimeError, match=r"'merged' cannot run x \(37, 133\) .*dropout acts on the low-rank branch alone"
+        RuntimeError, match=r"'merged' cannot run x \(37, 133\) .*dropout acts on the low-rank branch only"
     ):
         call(t, 0.5)
     ipca.set_backend("triton")
@@ -223,7 +223,7 @@ def test_triton_without_a_gpu(monkeypatch):
     ipca.set_backend("triton")
     x, W, A, B = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2)
     with pytest.raises(
-        RuntimeError, match=r"'triton' cannot run .* it needs a CUDA device, x is on cpu\. Say ipca\.set_b"
+        RuntimeError, match=r"'triton' cannot run .* it needs a CUDA device, x is on cpu\. Call ipca\.set_b"
     ):
         pc_linear(x, W, A, B)
 

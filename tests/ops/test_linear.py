@@ -16,24 +16,19 @@ SCALING = 0.7
 TRAINED = ("x", "weight", "A", "B", "bias")
 
 
-def inputs(
-    *, M=(13,), N=17, K=29, R=5, dtype=torch.float64, factors=None, intact=False, near=False, bias=True, train=TRAINED
-):
-    """Every tensor of the op; ``factors`` is the dtype of A and B where it differs.
-
-    ``near``: A0 and B0 are within 1 % of A and B, as in training; else they are unrelated.
-    """
+def inputs(*, M=(13,), N=17, K=29, R=5, dtype=torch.float64, factors=None, intact=False, bias=True, train=TRAINED):
+    """Every tensor of the op; ``factors`` is the dtype of A and B where it differs."""
     t = SimpleNamespace(
         x=torch.randn(*M, K, dtype=dtype),
         weight=torch.randn(N, K, dtype=dtype) / K**0.5,
         A=torch.randn(R, K, dtype=factors or dtype) / K**0.5,
         B=torch.randn(N, R, dtype=factors or dtype),
         bias=torch.randn(N, dtype=dtype) if bias else None,
-        A0=torch.randn(R, K, dtype=factors or dtype) / K**0.5 if intact else None,
-        B0=torch.randn(N, R, dtype=factors or dtype) if intact else None,
+        A0=None,
+        B0=None,
     )
-    if intact and near:
-        t.A0, t.B0 = (t.A * (1 + 0.01 * torch.randn_like(t.A)), t.B * (1 + 0.01 * torch.randn_like(t.B)))
+    if intact:  # as far from A and B as training takes them
+        t.A0, t.B0 = t.A + 0.3 * torch.randn_like(t.A) / K**0.5, t.B + 0.3 * torch.randn_like(t.B)
     for name in train:
         if getattr(t, name) is not None:
             getattr(t, name).requires_grad_()
@@ -131,7 +126,7 @@ def test_forward_and_gradients_in_float64_equal_the_formula(intact, bias, M, siz
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("M", [(13,), (), (4, 33)], ids=str)
 def test_forward_and_gradients_are_as_exact_as_plain_pytorch(intact, dtype, M):
-    t = inputs(M=M, N=67, K=130, R=9, dtype=dtype, intact=intact, near=True)
+    t = inputs(M=M, N=67, K=130, R=9, dtype=dtype, intact=intact)
     wide = cast(t, torch.float64)
     y, other, exact = call(t), plain(t), plain(wide)
     dy = torch.randn(y.shape, dtype=dtype)
@@ -175,6 +170,7 @@ def test_narrow_factors_beside_wide_initial_ones_start_as_the_base(dtype, backen
 def test_factors_far_from_their_initial_ones_add_a_rounding(dtype):
     """The intact form multiplies by A − A0 and B − B0; where these are as large as A and B, they round once more."""
     t = inputs(N=67, K=130, R=9, dtype=dtype, intact=True)
+    t.A0, t.B0 = torch.randn_like(t.A) / 130**0.5, torch.randn_like(t.B)
     y, other, exact = call(t), plain(t), plain(cast(t, torch.float64))
     assert (y.double() - exact).norm() <= 3 * (other.double() - exact).norm()
 

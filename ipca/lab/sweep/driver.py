@@ -34,6 +34,7 @@ from ipca.lab.sweep.trial import Row, Trial, base_row, build_base, seed_everythi
 from ipca.lab.sweep.workers import Work, WorkerPool, check_sendable, model_sha256
 from ipca.model.settings import AdapterSettings
 from ipca.svd import SpectralCache
+from ipca.window import Window
 
 _TABLE_SECONDS = 60.0
 """The table is written at least this often while trials run."""
@@ -43,7 +44,7 @@ def run(
     task: Task | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    windows: Sequence[str | float] = WINDOWS,
+    windows: Sequence[Window | str | float] = WINDOWS,
     lrs: Sequence[float] = (5e-4, 1e-3, 2e-3),
     seeds: int | Sequence[int] = 8,
     methods: Sequence[str] = DEFAULT_METHODS,
@@ -73,7 +74,8 @@ def run(
     Args:
         task: a :class:`Task`, or a Python file whose ``task()`` returns one.
         out: the sweep's folder.
-        windows: fractions or other text forms of :class:`ipca.Window`. Each layer is decomposed once for all of them.
+        windows: each a :class:`ipca.Window` of the settings' rank, a fraction, or another text form. Each layer is
+            decomposed once for all of them.
         lrs: learning rates of the adapter.
         seeds: their number, counted from 0, or a list. Exact tests need enough of them: 5 decide little, 8 suffice for
             every test of the report.
@@ -108,7 +110,7 @@ def run(
         raise TypeError(f"task must be an ipca.lab.sweep.Task or a Python file with a function task(), got {task!r}.")
     made = task if isinstance(task, Task) else load_task(Path(task))
     source = None if isinstance(task, Task) else Path(task).absolute()
-    grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.settings.window)
+    grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.settings.window, made.settings.rank)
     steps = steps_of(checkpoints)
     _check_options({"early": early, "workers": workers, "threads": threads}, made, grid)
     _check_environment(made, source, workers, devices, tune, report)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipca.lab.baselines import CONTROLS, check_method, kind_of
 from ipca.lab.sweep.trial import Row, Trial
-from ipca.window import Window
+from ipca.window import Window, as_window
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -55,14 +55,15 @@ class Grid:
     @classmethod
     def of(
         cls,
-        windows: Sequence[str | float],
+        windows: Sequence[Window | str | float],
         lrs: Sequence[float],
         seeds: int | Sequence[int],
         methods: Sequence[str],
         comparisons: Sequence[str],
         reference: str,
+        rank: int | None = None,
     ) -> Grid:
-        """A grid from user input.
+        """A grid from user input; ``rank`` is the one that a :class:`ipca.Window` must have.
 
         Raises:
             TypeError, ValueError: an unknown method or comparison, a rate that is not positive, an empty list, or a
@@ -72,7 +73,7 @@ class Grid:
             raise ValueError(f"seeds must be a number of at least 1, or a list of seeds; got {seeds}.")
         listed = range(seeds) if isinstance(seeds, int) else _list("seeds", seeds)
         grid = cls(
-            tuple(_window(window) for window in _list("windows", windows)),
+            tuple(_window(window, rank) for window in _list("windows", windows)),
             tuple(sorted(_rate(lr) for lr in _list("lrs", lrs))),
             tuple(_whole("seeds", seed) for seed in listed),
             tuple(check_method(method) for method in _list("methods", methods)),
@@ -186,11 +187,12 @@ def _rate(value: Any) -> float:
         raise TypeError(f"lrs must be learning rates, positive numbers; got {value!r}.") from None
 
 
-def _window(value: Any) -> str:
-    text = str(value)
-    with suppress(ValueError):
-        return check_method(text)
-    return Window(text, 1).text  # raises the error of an invalid window
+def _window(value: Any, rank: int | None) -> str:
+    """The one text of a window. The name of another method stays, and :meth:`Grid.check` says where it belongs."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return check_method(value)
+    return check_method(as_window(value, rank).text)
 
 
 def matched_rates(rows: Sequence[Row], method: str, reference: str, lrs: Sequence[float]) -> dict[float, float]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ipca.lab.sweep.plan import TUNING_SEEDS, Grid, matched_rates, steps_of, tuned_trials
+from ipca.window import Window
 
 OPTIONS = {
     "windows": (0.0, 0.5, "minor"),
@@ -78,6 +79,9 @@ def test_without_equal_updates_all_trials_are_known():
         ({"seeds": -1}, "seeds must be a number of at least 1, or a list of seeds; got -1"),
         ({"windows": (1.5,)}, r"The fraction in window '1\.5' must lie in \[0, 1\]"),
         ({"windows": ("midle",)}, 'Unknown window \'midle\': use "principal", "middle"'),
+        ({"windows": (1,)}, "window 1 is ambiguous, an index or a fraction: write 'start=1' .* '1.0' for the fraction"),
+        ({"windows": ("256",)}, "window 256 is ambiguous, an index or a fraction: write 'start=256'"),
+        ({"windows": (Window(5, 8),), "rank": 4}, "has rank 8, but rank=4 was given too"),
         ({"windows": ("lora",)}, "'lora' is in the wrong list"),
         ({"methods": ("0.3",)}, "'0.3' is in the wrong list"),
         ({"methods": ("pissa",)}, "unknown method 'pissa'"),
