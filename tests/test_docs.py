@@ -42,8 +42,8 @@ def test_every_name_of_the_package_exists(page):
 
 
 def exists(parts):
-    """Whether ``ipca.a.b`` is a module or an attribute; a file such as ipca.json counts."""
-    if parts in (["json"], ["egg"]):
+    """Whether ``ipca.a.b`` is a module or an attribute; a file such as ipca.json counts, and the compiled extension."""
+    if parts in (["json"], ["egg"], ["_C"]):
         return True
     value = ipca
     for k, part in enumerate(parts):
