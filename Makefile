@@ -1,9 +1,11 @@
 # make demo        needs Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
 # make test        the fast tests
 # make test-slow   all other tests          make test-all   every test
-# make check       lint, format, types, imports, generated pages
-# make results     measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, tables
+# make check       lint, format, spelling, types, imports, generated pages
+# make report      write docs/results/benchmarks.md and demo.md from bench/results
+# make results     measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, pages
 # make study       run the study of docs/results/window-position.md again: hours; an interrupted run resumes
+# make study-page, make study-check            write, or check, the study's page
 # make gpu OUT=folder         on a machine with a GPU: tests, memory checker, tuning, benches; run again to resume
 # make study-gpu OUT=folder   on a machine with a GPU: the study with larger models; run again until it is complete
 # make kernels     compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
@@ -27,7 +29,7 @@ WORKERS ?= 2
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all check format report results study gpu study-gpu kernels clean
+.PHONY: demo test test-slow test-all check format report results study study-page study-check gpu study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -45,6 +47,7 @@ test-all: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layout.py
 	$(BIN)/python -m bench.report --check
@@ -55,14 +58,16 @@ format: $(READY)
 
 report: $(READY)
 	$(BIN)/python -m bench.report
+	$(BIN)/python docs/api_page.py
 
 results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out --seeds 3
 	cp demo-out/demo.csv demo-out/demo.png bench/results/
 	$(BIN)/python -m bench.apply_memory
 	$(BIN)/python -m bench.adapter_load
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.bench_pc_linear --device cpu --out bench/results
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.bench_training --device cpu --out bench/results
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.pc_linear --device cpu --out bench/results
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.training --device cpu --out bench/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.training_t5
 	$(BIN)/python -m bench.bench_window_svd --device cpu --out bench/results
 	$(BIN)/python -m bench.quantized_start
 	$(BIN)/python -m bench.error_rates
@@ -73,7 +78,13 @@ study: $(READY)
 	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m studies.window_position.mechanism
 	$(BIN)/python -m studies.window_position.findings
 	$(BIN)/python -m studies.window_position.figures
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m studies.window_position.page
+
+study-page: $(READY)
+	$(BIN)/python -m studies.window_position.page
+
+study-check: $(READY)
+	$(BIN)/python -m studies.window_position.page --check
 
 # PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:
@@ -85,7 +96,7 @@ study-gpu: export PYTHONPATH := $(CURDIR)
 study-gpu: export IPCA_STUDY_CACHE := $(abspath $(OUT))/study-cache
 study-gpu: export TQDM_MININTERVAL := 10
 study-gpu:
-	timeout -s KILL 520 $(STUDY_GPU) || { [ $$? -eq 137 ] && $(STUDY_GPU) --how-far; }
+	timeout -s KILL 520 $(STUDY_GPU) || { [ $$? -eq 137 ] && $(STUDY_GPU) --status; }
 
 kernels: $(READY)
 	$(BIN)/python -m bench.kernel_report

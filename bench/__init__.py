@@ -1,1 +1,1 @@
-"""Measurements of speed and memory, and the tables and pictures that are made of them."""
+"""Benchmarks of speed and memory, and the tables and figures generated from their rows."""

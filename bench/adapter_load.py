@@ -1,6 +1,8 @@
-"""Seconds to save and read the adapter of a model of the shapes of Llama-3.2-1B, every linear layer of its blocks.
+"""Benchmark of saving and loading an adapter for all linear layers of the shapes of Llama-3.2-1B.
 
-Writes bench/results/adapter_load.csv. Weights and factors are random: how long files take does not depend on values.
+    python -m bench.adapter_load
+
+Writes bench/results/adapter_load.csv. Weights and factors are random, which does not affect the time.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ipca
-from bench.facts import FACTS, RESULTS, append_rows, facts
+from bench.rows import FACTS, RESULTS, append_rows, facts
 from ipca import Window
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter_folder import read_adapter
 from ipca.io.peft_format import WEIGHTS
 from ipca.nn import InitCertificate, InitialFactors, LinearPC
+from ipca.nn.registry import set_layer
 
 RANK, LAYERS, HIDDEN, INTERMEDIATE, KEYS = 16, 16, 2048, 8192, 8 * 64
 SHAPES = {
@@ -40,7 +43,7 @@ COLUMNS = ("op", "layers", "rank", "file_mib", "median_s", "best_s", "runs", *FA
 
 
 def blocks() -> nn.Module:
-    """The linear layers of the model in bfloat16, by the paths they have there; 1.9 GiB."""
+    """The linear layers of the model in bfloat16, with their paths; 1.9 GiB."""
     model, decoder = nn.Module(), nn.Module()
     decoder.layers = nn.ModuleList()
     for _ in range(LAYERS):
@@ -53,13 +56,13 @@ def blocks() -> nn.Module:
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    """A model that shares the weights, with random factors beside each of them."""
+    """A model that shares the weights, with random factors in each layer."""
     exact = InitCertificate("bfloat16", 0.0, 0.0, 0.0)
     for name, linear in linear_layers(model).items():
         A0, B0 = torch.randn(RANK, linear.in_features), torch.randn(linear.out_features, RANK)
         window = Window.middle(RANK).resolve(min(linear.weight.shape))
-        start = InitialFactors(A0, B0, window, tensor_sha256(linear.weight), None, exact)
-        put(model, name, LinearPC.from_factors(linear, start, alpha=float(RANK), form="intact"))
+        initial = InitialFactors(A0, B0, window, tensor_sha256(linear.weight), None, exact)
+        set_layer(model, name, LinearPC.from_factors(linear, initial, alpha=float(RANK), form="intact"))
     return model
 
 
@@ -68,21 +71,15 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Set the layer at the path ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
 def fresh(model: nn.Module, plain: dict[str, nn.Linear]) -> nn.Module:
-    """``model`` with its plain layers again, which takes no time."""
+    """``model`` with its plain layers restored, in negligible time."""
     for name, linear in plain.items():
-        put(model, name, linear)
+        set_layer(model, name, linear)
     return model
 
 
 def measure(op: str, run: Callable[[], object], runs: int, file: Path) -> dict[str, object]:
-    """One row: the time of ``run``, after one call that does not count."""
+    """One row: the time of ``run``, after one warm-up call."""
     run()
     seconds = []
     for _ in range(runs):
@@ -105,8 +102,8 @@ def measure(op: str, run: Callable[[], object], runs: int, file: Path) -> dict[s
 def main() -> int:
     """Measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="calls of each (default 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "adapter_load.csv", help="CSV file, written anew")
+    parser.add_argument("--runs", type=int, default=5, help="calls of each operation (default: 5)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "adapter_load.csv", help="CSV file, overwritten")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, file = Path(name), Path(name) / WEIGHTS

@@ -1,4 +1,6 @@
-"""Peak memory of ``apply_pc`` above the model, in units of the largest layer in float64; one process for each case.
+"""Peak memory of ``apply_pc`` above the model, in units of the largest layer in float64; one process per case.
+
+    python -m bench.apply_memory
 
 Writes bench/results/apply_memory.csv.
 """
@@ -20,9 +22,9 @@ CASES = [
 
 
 def measure(kind: str, d: int, form: str) -> None:
-    """Print the peak above the model over the largest layer in float64, of ``apply_pc``.
+    """Print the peak memory of ``apply_pc`` above the model, over the size of the largest layer in float64.
 
-    ``"square"`` and ``"mlp"`` take rank 16; ``"full"`` takes rank d / 2 of one layer, which needs the full SVD.
+    ``"square"`` and ``"mlp"`` use rank 16; ``"full"`` uses rank d / 2 of one layer, which needs the full SVD.
     """
     import torch
     from torch import nn
@@ -34,9 +36,9 @@ def measure(kind: str, d: int, form: str) -> None:
         return nn.Sequential(*[nn.Linear(*shape) for shape in shapes])
 
     rank = d // 2 if kind == "full" else 16
-    ipca.apply_pc(model(1540), rank=16, form=form, progress=False)  # libraries and their buffers
+    ipca.apply_pc(model(1540), rank=16, form=form, progress=False)  # loads libraries and allocates their buffers
     large = model(d)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     ipca.apply_pc(large, rank=rank, form=form, progress=False)
     largest = max(p.numel() for p in large.parameters()) * 8
@@ -44,10 +46,10 @@ def measure(kind: str, d: int, form: str) -> None:
 
 
 def main() -> None:
-    """Measure every case in a process of its own."""
+    """Measure every case in its own process."""
     rows = []
     for kind, d, form in CASES:
-        # glibc raises this threshold as it goes, and then keeps freed blocks in fragments that differ from run to run.
+        # glibc raises this threshold dynamically and then keeps freed blocks, in fragments that differ between runs.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "bench.apply_memory", kind, str(d), form]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

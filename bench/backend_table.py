@@ -1,6 +1,6 @@
-"""Time our backends against each other at the cells of a grid, into the table that ``"auto"`` chooses by.
+"""Measurement of the table that the backend ``"auto"`` chooses by: our backends at the cells of a grid.
 
-A row: item type, form, dropout, training or not; ``(M, N, K, R)``; milliseconds of each backend that can run.
+A row: dtype, form, dropout, training or not; ``(M, N, K, R)``; milliseconds of each backend that can run.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.bench_pc_linear import bench_modes
-from bench.facts import Row
+from bench.pc_linear import bench_modes
 from bench.providers import BACKENDS, FORMS, Cell, Provider
+from bench.rows import Row
 from bench.timing import side_stream
 from ipca.kernels import tables
 from ipca.kernels.tuning import bucket
 
 MODES = {"full": True, "forward": False}
-"""Whether a mode is training, as the table says it."""
+"""Whether a mode is training, by the table's convention."""
 SECONDS = 0.3
-"""For the rounds of one mode of one cell."""
+"""Time for the rounds of one mode of one cell."""
 
 
 def measure_backends(cells: Iterable[Cell], path: Path, seconds: float) -> None:
-    """Add the rows of every cell that ``path`` lacks; none is begun after ``seconds``."""
+    """Add the rows of every cell that ``path`` lacks; none is started after ``seconds``."""
     device = torch.device("cuda")
     deadline = time.perf_counter() + seconds
     ours = [Provider(f"ipca-{backend}", form) for form in FORMS for backend in BACKENDS if backend != "auto"]
@@ -40,7 +40,7 @@ def measure_backends(cells: Iterable[Cell], path: Path, seconds: float) -> None:
 
 
 def table_rows(cell: Cell, rows: Iterable[Row]) -> list[list[Any]]:
-    """What the table says of a cell: a row for each form and mode; backends without a time are left out."""
+    """The table's rows of a cell: one per form and mode; backends without a time are omitted."""
     times: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if row["status"] == "ok":
@@ -61,5 +61,5 @@ def known(cell: Cell, path: Path) -> bool:
 
 
 def shape_of(cell: Cell) -> list[int]:
-    """``M, N, K, R`` as the table counts them."""
+    """``M, N, K, R`` with the table's bucketing of ``M``."""
     return [bucket(cell.M), cell.N, cell.K, cell.rank]

@@ -21,8 +21,8 @@ from torch import nn
 from tqdm import tqdm
 
 import ipca
-from bench.bench_pc_linear import DEVICE_LOST, DeviceLostError
-from bench.facts import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug, version
+from bench.pc_linear import DEVICE_LOST, DeviceLostError
+from bench.rows import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug, version
 from bench.svd_grid import FORCED, OURS, Cell, Task, grid, must_show, quick_grid, tasks
 from bench.svd_initialize import initializer, model_of, worst
 from bench.svd_matrices import Accuracy, Found, accuracy, matrix, truth

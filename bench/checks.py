@@ -1,7 +1,7 @@
-"""Is a provider right? Its output and every gradient against float64, before anything is timed.
+"""Correctness of a provider: its output and all gradients against float64, checked before anything is timed.
 
-The rule: an error is at most twice that of plain PyTorch in the same dtype, or one epsilon of the largest value, about
-what rounding the exact result and one sum on the way to it may cost.
+Tolerance: an error of at most twice that of plain PyTorch in the same dtype, or one epsilon of the largest value, about
+the cost of rounding the exact result and one intermediate sum.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Results = dict[str, Tensor]
 
 @dataclass
 class Truth:
-    """Exact results of one function, and how far from them plain PyTorch is."""
+    """Exact results of one function, and the tolerance derived from the error of plain PyTorch."""
 
     exact: Results
     bounds: dict[str, float]
 
     def complaint(self, found: Results) -> str:
-        """What is wrong with ``found``, or nothing."""
+        """A description of the error in ``found``; empty if there is none."""
         assert found.keys() == self.exact.keys()
         for name, value in found.items():
             if not torch.isfinite(value).all():
@@ -39,7 +39,7 @@ class Truth:
 
 
 def truth_of(sample: Sample, form: str) -> Truth:
-    """The function of ``form``, or of the bare layer where it is empty, on the sample's own tensors."""
+    """The function of ``form``, or of the bare layer if it is empty, on the sample's tensors."""
     layer = sample.layer(Provider("ipca-auto", form or "residual"))
     assert isinstance(layer, LinearPC)
     factors: list[Tensor] = []
@@ -61,7 +61,7 @@ def truth_of(sample: Sample, form: str) -> Truth:
 
 
 def plain(x: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
-    """``x Wᵀ + x Aᵀ Bᵀ − x A0ᵀ B0ᵀ``, of the terms that are given."""
+    """``x Wᵀ + x Aᵀ Bᵀ − x A0ᵀ B0ᵀ``, with the terms of the given factors."""
     y = F.linear(x, weight)
     for sign, A, B in zip((1, -1), factors[::2], factors[1::2], strict=False):
         y = y + sign * F.linear(F.linear(x, A), B)
@@ -76,7 +76,7 @@ def results(call: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters:
 
 
 def check(provider: Provider, sample: Sample, truth: Truth) -> str:
-    """What is wrong with ``provider``, or nothing. Dropout is random: exact without it, finite with it."""
+    """A description of the provider's error; empty if there is none. With dropout only finiteness is checked."""
     layer, call = sample.layer(provider), layer_call(provider, sample)
     x, dy, parameters = sample.x, sample.dy, trained(layer)
     with active(provider):

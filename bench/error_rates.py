@@ -1,14 +1,14 @@
-"""How often our statistics err where the truth is known; writes bench/results/error_rates.csv, from fixed seeds.
+"""Error rates of our statistics on simulated data; writes bench/results/error_rates.csv, from fixed seeds.
 
     python -m bench.error_rates
 
-``coverage``: the share of 95 % intervals of :func:`ipca.analysis.bootstrap_interval` that hold the mean, of ``n``
-normally distributed values. Ideal is 0.95.
+``coverage``: the share of 95 % intervals of :func:`ipca.lab.statistics.bootstrap_interval` that contain the mean, for
+``n`` normally distributed values. Ideal is 0.95.
 
-``called different``: two methods that are alike, each at its best rate as :func:`ipca.analysis.best_rate` chooses it
-(three rates; the target does not depend on them, what is kept falls by 0.03 from one to the next; a noise of 0.01 of
-each run, another that the seed gives both methods). The share of pairs in which :func:`ipca.analysis.paired_test` finds
-p ≤ 5 % in what is kept; and that in which it does so at the same rate too, with the same sign. Ideal is at most 0.05.
+``called different``: two equal methods, each at its best rate as chosen by :func:`ipca.lab.compare.best_rate` (three
+rates; the target does not depend on them, retention falls by 0.03 from one to the next; noise of 0.01 per run, and
+noise of the seed common to both methods). The share of pairs in which :func:`ipca.lab.statistics.paired_test` finds
+p ≤ 5 % in retention; and that in which it also does at the same rate, with the same sign. Ideal is at most 0.05.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.facts import RESULTS, append_rows
+from bench.rows import RESULTS, append_rows
 from ipca.lab.compare import best_rate
-from ipca.lab.statistics import bootstrap_interval, paired_test
+from ipca.lab.statistics import LEVEL, bootstrap_interval, paired_test
 
 COLUMNS = ("what", "n", "repeats", "share", "error")
 PATH = RESULTS / "error_rates.csv"
 SIZES = (3, 5, 10, 20)
 SEEDS = 10
 LRS = (5e-4, 1e-3, 2e-3)
-FALL, NOISE, LEVEL = 0.03, 0.01, 0.05
+FALL, NOISE = 0.03, 0.01
 Scores = dict[int, float]
 Row = dict[str, object]
 
@@ -41,7 +41,7 @@ def coverage(n: int, repeats: int) -> Row:
 
 
 def called_different(repeats: int) -> Iterator[Row]:
-    """The row of tests at best rates, and that of tests at best rates and at the same one."""
+    """The rows of tests at best rates, and of tests at best rates and at the same rate."""
     generator, tuned, both = np.random.default_rng(0), [], []
     for _ in range(repeats):
         shared = generator.normal(0, NOISE, SEEDS)
@@ -54,7 +54,7 @@ def called_different(repeats: int) -> Iterator[Row]:
 
 
 def _method(generator: np.random.Generator, shared: np.ndarray) -> tuple[Scores, Scores]:
-    """What a method keeps, ``{seed: retained}``: at the rate that the other seeds choose, and at the middle one."""
+    """Retention of a method, ``{seed: retained}``: at the rate chosen by the other seeds, and at the middle one."""
     target = generator.normal(0, NOISE, (len(LRS), SEEDS)) + shared
     kept = generator.normal(0, NOISE, (len(LRS), SEEDS)) + shared - FALL * np.arange(len(LRS))[:, None]
     runs = [{"lr": lr, "seed": s, "target": target[k, s]} for k, lr in enumerate(LRS) for s in range(SEEDS)]
@@ -70,7 +70,7 @@ def _row(what: str, n: int, hits: list[bool]) -> Row:
 
 
 def measure(path: Path = PATH, repeats: int = 10_000) -> None:
-    """Write the table anew."""
+    """Measure and overwrite the table."""
     rows = [*(coverage(n, repeats) for n in SIZES), *called_different(repeats)]
     path.unlink(missing_ok=True)
     append_rows(path, rows, COLUMNS)

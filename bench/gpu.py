@@ -1,9 +1,11 @@
-"""Everything that needs a GPU, in one command that fits a time limit and continues where an earlier call stopped.
+"""All checks and benchmarks that need a GPU, in one command with a time limit; interrupted runs resume.
 
-python -m bench.gpu --out DIR: environment, CUDA extension, tests, memory checker, tuning, choice of backends, benches
-and a summary. Each step is a process with a limit of its own, so that one that hangs or breaks leaves the others their
-time. DIR gets at most eight files: state.json, environment.json, log.txt, summary.txt, the tuning table and three CSV
-files, from which bench/report.py draws the pictures.
+    python -m bench.gpu --out DIR
+
+Environment, CUDA extension, tests, memory checker, tuning, choice of backends, benchmarks and a summary. Each step is a
+process with its own time limit, so that one that hangs or fails does not use up the time of the others. DIR gets at
+most eight files: state.json, environment.json, log.txt, summary.txt, the tuning table and three CSV files, from which
+bench/report.py draws the figures.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_SECONDS = 15
-"""Kept back for the summary."""
+"""Reserved for the summary."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """``arguments`` of the interpreter; ``{seconds}`` and ``{out}`` are filled in.
+    """``arguments`` of the interpreter, with ``{seconds}`` and ``{out}`` filled in.
 
-    ``limit`` is the most it may take, ``keep`` what it must leave for the steps behind it. One that ``resumes`` is run
-    by every call: it knows itself what is left to do.
+    ``limit`` is its maximum time in seconds, ``keep`` the time it must leave for later steps. A step that ``resumes``
+    is run by every call: it determines itself what is left to do.
     """
 
     name: str
@@ -45,16 +47,16 @@ class Step:
 
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
 SELF = ("-m", "bench.gpu")
-GRID, TRAINING = ("-m", "bench.bench_pc_linear"), ("-m", "bench.bench_training")
+GRID, TRAINING = ("-m", "bench.pc_linear"), ("-m", "bench.training")
 WINDOWS = ("-m", "bench.bench_window_svd")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
 NATIVE_ON_GPU = (*PYTEST, "-k", "on_a_gpu", "tests/svd/test_inner_loops.py")
 ON_GPU = ("--device", "cuda", "--out", "{out}", "--seconds", "{seconds}")
 SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-"""Compiling kernels takes the tests' time; pytest-xdist does it on several cores."""
+"""Most of the tests' time is kernel compilation, which pytest-xdist spreads over several cores."""
 STEPS = (
     Step("environment", (*SELF, "--environment", "--out", "{out}"), 60),
-    # The window SVD's CUDA extension: compiled for this GPU and loaded, then its kernels against their references.
+    # The CUDA extension of the window SVD: compiled for this GPU and loaded, then tested against its references.
     Step("extension", ("-m", "ipca._extension"), 150),
     Step("native", (*PYTEST, "tests/svd/test_inner_loops.py"), 120),
     Step("window_svd", (*WINDOWS, *ON_GPU), 150, resumes=True),
@@ -69,13 +71,13 @@ STEPS = (
     Step("native racecheck", NATIVE_ON_GPU, 90, before=(*SANITIZER, "racecheck", "--kernel-regex", "kns=ipca")),
 )
 START_SECONDS = 15
-"""What a process needs to start and to end beside the ``seconds`` that it is told."""
+"""Time a process needs to start and end, in addition to its ``{seconds}``."""
 AGAIN = 3
-"""The exit status of a bench that lost the device and can go on in a new process."""
+"""The exit status of a benchmark that lost the device and can resume in a new process."""
 
 
 def run_all(steps: tuple[Step, ...], out: Path, seconds: float) -> int:
-    """Run every step that is not done yet; 1 if one has failed, now or before."""
+    """Run every unfinished step; return 1 if any has failed, now or before."""
     deadline = time.monotonic() + seconds - SUMMARY_SECONDS
     state = read_state(out)
     for step in steps:
@@ -88,14 +90,14 @@ def run_all(steps: tuple[Step, ...], out: Path, seconds: float) -> int:
 
 
 def read_state(out: Path) -> dict[str, dict[str, str]]:
-    """What earlier calls did."""
+    """The state left by earlier calls."""
     path = out / "state.json"
     state: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
     return state
 
 
 def run_step(step: Step, out: Path, seconds: float) -> dict[str, str]:
-    """Run one step, its output into log.txt and the end of it on the screen where it fails."""
+    """Run one step with its output in log.txt; if it fails, print the end of the log."""
     if step.before and not shutil.which(step.before[0]):
         return report(step, "skipped", f"{step.before[0]} is not on PATH")
     began = time.monotonic()
@@ -116,13 +118,13 @@ def run_step(step: Step, out: Path, seconds: float) -> dict[str, str]:
 
 
 def report(step: Step, status: str, words: str) -> dict[str, str]:
-    """The entry for state.json, also printed."""
+    """The entry for state.json; also printed."""
     print(f"{step.name}: {status}, {words}", flush=True)
     return {"status": status, "words": words}
 
 
 def bounded(command: list[str], out: Path, seconds: float) -> int | None:
-    """The exit status; None where the command and all that it started had to be killed."""
+    """The exit status; None if the command and all of its children had to be killed."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     environment |= {"PYTHONUNBUFFERED": "1", "IPCA_CACHE": str(out), "TQDM_MININTERVAL": "10"}
     with (out / "log.txt").open("a") as log:
@@ -139,10 +141,10 @@ def bounded(command: list[str], out: Path, seconds: float) -> int | None:
 
 
 def write_environment(out: Path) -> None:
-    """What ran: device, driver, versions, commit."""
+    """Write device, driver, versions and commit to environment.json."""
     import torch
 
-    from bench.facts import facts
+    from bench.rows import facts
 
     found = {**facts(torch.device("cuda")), "cuda": torch.version.cuda or "", "platform": platform.platform()}
     query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
@@ -151,8 +153,8 @@ def write_environment(out: Path) -> None:
 
 
 def sanitize_case() -> None:
-    """Forward and backward of the Triton kernels at odd shapes, small enough to run under a memory checker."""
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else an overrun stays within the cache's larger block
+    """Forward and backward of the Triton kernels at odd shapes, small enough for a memory checker."""
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # otherwise an overrun could stay within a larger cached block
     import torch
 
     from bench.checks import results
@@ -169,36 +171,36 @@ def sanitize_case() -> None:
 
 
 def tune(out: Path, seconds: float) -> None:
-    """Measure the configurations for every shape of the grid, in its order, into the table that the benches read."""
+    """Measure the configurations for every shape of the grid, in its order, into the table that the benchmarks use."""
     import torch
 
-    from bench.grid import grid
+    from bench.grid import cells_for
     from bench.tune_kernels import tune_grid
     from ipca.kernels.tables import cache_file
 
     names = ("M", "N", "K", "rank", "dtype")
-    cells = list(dict.fromkeys(tuple(getattr(cell, name) for name in names) for cell in grid("cuda")))
+    cells = list(dict.fromkeys(tuple(getattr(cell, name) for name in names) for cell in cells_for("cuda")))
     path = out / cache_file(torch.device("cuda")).name
     tune_grid([dict(zip(names, cell, strict=True)) for cell in cells], path, seconds)
 
 
 def choose_backends(out: Path, seconds: float) -> None:
-    """Time our backends against each other, so that "auto" has something to choose by in the benches."""
+    """Time our backends against each other, so that the benchmarks have a table for the backend "auto"."""
     import torch
 
     from bench.backend_table import measure_backends
-    from bench.grid import grid
+    from bench.grid import cells_for
     from ipca.kernels.tables import cache_file
 
-    cells = [cell for cell in grid("cuda") if not cell.compiled]
+    cells = [cell for cell in cells_for("cuda") if not cell.compiled]
     measure_backends(cells, out / cache_file(torch.device("cuda")).name, seconds)
 
 
 def summarize(out: Path) -> None:
     """Print and write the tables."""
     from bench import svd_tables
-    from bench.facts import read_rows
     from bench.result_tables import against, compiled_lines, goal_line, latest, pc_linear_table, training_table
+    from bench.rows import read_rows
 
     lines = [f"{name}: {entry['status']}, {entry['words']}" for name, entry in read_state(out).items()]
     for path in out.glob("window_svd_*.csv"):
@@ -215,12 +217,12 @@ def summarize(out: Path) -> None:
 
 
 def main() -> int:
-    """All steps, or the one that is named."""
+    """Run all steps, or a single one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results; default gpu-out")
-    parser.add_argument("--seconds", type=float, default=520, help="limit for all steps together; default 520")
+    parser.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results (default: gpu-out)")
+    parser.add_argument("--seconds", type=float, default=520, help="limit for all steps together (default: 520)")
     for name in ("environment", "sanitize-case", "tune", "backends"):
-        parser.add_argument(f"--{name}", action="store_true", help="this step alone, in this process")
+        parser.add_argument(f"--{name}", action="store_true", help="run only this step, in this process")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Every kernel in every configuration that ships, with argument types: what the offline compilation has to pass.
+"""Cases of the offline compilation: every kernel in every shipped configuration, with argument types.
 
-A case is the hardest of its kind: frozen factors and dropout on where the kernel has them, rank 128 beside rank 16,
-float32 factors on a bf16 weight.
+Each case is the most demanding of its kind: with frozen factors and dropout if the kernel supports them, rank 128 and
+rank 16, float32 factors on a bf16 weight.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KERNELS = {
     "products": _products_kernel,
     "outer": _outer_kernel,
 }
-POINTERS = {  # w: of the weight's dtype, f: a factor, always float32 here, p: a float32 partial
+POINTERS = {  # w: the weight's dtype, f: a factor, always float32 here, p: a float32 partial sum
     "linear": {"a": "w", "w": "w", "l": "w", "c": "f", "l0": "w", "c0": "f", "bias": "w", "out": "w"},
     "few_tokens": {"x": "w", "w": "w", "a": "f", "b": "f", "a0": "f", "b0": "f", "bias": "w", "y": "w", "h": "w"},
     "project": {"x": "w", "a": "f", "a0": "f", "h": "w", "h0": "w"},
@@ -79,9 +79,10 @@ def shipped() -> Iterator[Case]:
 
 
 def variants(name: str, kind: str, first: bool, last: bool) -> Iterator[tuple[str, tuple[int, ...], dict[str, Any]]]:
-    """The cases of one kernel: words, architectures, and the options that are no block sizes.
+    """The variants of one kernel: description, architectures, and the options other than block sizes.
 
-    The light case of small kernels comes with the first configuration alone, pointers where TMA would do with the last.
+    Small kernels have the light variant only for the first configuration; pointers on architectures with TMA are
+    compiled only for the last.
     """
     rank = {"products": FUSED_COMPONENTS // 2, "few_tokens": most_components_at_once(kind)}.get(name, 128)
     light = {"R": 16, "HAS_FROZEN": False, "DROPOUT": False, "HAS_BIAS": False, "NEEDS_BIAS": False}
@@ -103,7 +104,7 @@ def variants(name: str, kind: str, first: bool, last: bool) -> Iterator[tuple[st
 
 
 def arguments(name: str, kind: str, config: Config, options: dict[str, Any]) -> dict[str, Any]:
-    """A value for every argument of the kernel, in its order; unit strides are the constant 1, as a launch has it."""
+    """A value for every argument of the kernel, in order; unit strides are the constant 1, as in a launch."""
     kinds = {"w": "*bf16" if kind == "16-bit" else "*fp32", "f": "*fp32", "p": "*fp32"}
     contiguous = {"linear": ("ak", "wk", "c0r", "cr") if options.get("ROWS_ARE_N") else ("ak", "wn", "cn", "c0n")}
     unit = contiguous.get(name, ("xk", "wk", "ak", "a0k", "br", "b0r", "dyn", "ok"))

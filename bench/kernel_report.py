@@ -1,6 +1,8 @@
-"""Registers, spills, shared memory and matrix instructions of every kernel that ships, compiled without a GPU.
+"""Registers, spills, shared memory and matrix instructions of every shipped kernel, compiled without a GPU.
 
-Writes bench/results/kernels.csv; exits with 1 if a kernel may not ship.
+    python -m bench.kernel_report
+
+Writes bench/results/kernels.csv; exits with 1 if a kernel violates a limit.
 """
 
 from __future__ import annotations
@@ -21,23 +23,20 @@ COLUMNS = (
 
 
 def record(row: Row, triton: str) -> dict[str, str]:
-    """One line of the table; a kernel that does not compile has no numbers."""
+    """One row of the table; a kernel that does not compile has no numbers."""
     named = {"kernel": row.kernel, "variant": row.variant, "config": row.config, "arch": f"sm_{row.arch}"}
     made = numbers(row.compiled) if row.compiled else {}
     return {**dict.fromkeys(COLUMNS, "-"), **named, **made, "triton": triton, "digest": row.digest}
 
 
 def read_records() -> list[dict[str, str]]:
-    """The table as it was written."""
+    """The rows of the table."""
     with RESULTS.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def recorded(record: Mapping[str, str]) -> Compiled | None:
-    """What a line of the table says was compiled, its code being the instructions that the table names.
-
-    None where it did not compile.
-    """
+    """The compiled kernel of a row, with only the recorded instructions as its code; None if it did not compile."""
     if record["registers"] == "-":
         return None
     registers, spills, smem, tmem = (int(record[name]) for name in ("registers", "spills", "smem", "tmem"))
@@ -46,7 +45,7 @@ def recorded(record: Mapping[str, str]) -> Compiled | None:
 
 
 def numbers(made: Compiled) -> dict[str, str]:
-    """The columns that the compiler fills."""
+    """The columns from the compiler."""
     return {
         "registers": str(made.registers),
         "spills": str(made.spills),
@@ -58,7 +57,7 @@ def numbers(made: Compiled) -> dict[str, str]:
 
 
 def print_table(records: list[dict[str, str]]) -> None:
-    """Columns as wide as their widest entry."""
+    """Print the records in aligned columns."""
     lines = [COLUMNS, *(tuple(record.values()) for record in records)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     for line in lines:
@@ -68,7 +67,7 @@ def print_table(records: list[dict[str, str]]) -> None:
 def main() -> int:
     """Compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, default=2, help="compilers at a time (default 2)")
+    parser.add_argument("--workers", type=int, default=2, help="parallel compilers (default: 2)")
     rows = compile_all(workers=parser.parse_args().workers)
     import triton
 

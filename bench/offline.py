@@ -1,8 +1,8 @@
-"""Compile Triton kernels for sm_80, sm_90 and sm_100 without a GPU, and read what the compiler made of them.
+"""Offline compilation of Triton kernels for sm_80, sm_90 and sm_100 without a GPU, and the resources they use.
 
-A stand-in for Triton's driver names the architecture; ``warmup`` then specializes a kernel as its launch would and
-stops before loading it. The ptxas and cuobjdump that Triton brings do the rest. Triton is imported where it is used,
-not above: a worker has to leave the interpreter's mode first.
+A stub of Triton's driver reports the architecture; ``warmup`` then specializes a kernel as a launch would and stops
+before loading it. ptxas and cuobjdump are those bundled with Triton. Triton is imported inside functions, since a
+worker has to leave interpreter mode first.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 TENSOR_MEMORY_LIMIT = 512
-"""Columns of tensor memory of an sm_100 multiprocessor. A kernel that wants more compiles to a trap, without a word."""
+"""Columns of tensor memory of an sm_100 multiprocessor. A kernel that needs more compiles silently to a trap."""
 
 SHIPPED = "bench.kernel_cases:shipped"
-INTEGERS = {"i32": 16, "i64": 1 << 40}  # what a launch passes: the value decides the type, and 16 divides it
+INTEGERS = {"i32": 16, "i64": 1 << 40}  # values for a launch: the value determines the type, and 16 divides it
 
 
 class CompileFailure(Exception):
@@ -39,7 +39,7 @@ class CompileFailure(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of a kernel: ``spills`` in bytes of local memory a thread, ``tensor_memory`` in columns."""
+    """A compiled kernel: ``spills`` in bytes of local memory per thread, ``tensor_memory`` in columns."""
 
     registers: int
     spills: int
@@ -60,10 +60,10 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one architecture: what came out, or the ``error``.
+    """One case on one architecture: the compiled kernel, or the ``error``.
 
-    ``digest`` is a hash of all that decides the outcome: the kernel's source and what it calls, arguments,
-    configuration, architecture, and Triton's version, which brings the assembler.
+    ``digest`` is a hash of all inputs: the source of the kernel and of what it calls, arguments, configuration,
+    architecture, and the version of Triton, which includes the assembler.
     """
 
     kernel: str
@@ -77,7 +77,7 @@ class Row:
     digest: str = ""
 
     def problems(self) -> list[str]:
-        """Why this kernel may not ship, each as a line that says which kernel it is."""
+        """The violated limits, each as a line that names the kernel."""
         where = f"{self.kernel} | {self.variant} | {self.config} | sm_{self.arch}: "
         return [where + problem for problem in self._problems()]
 
@@ -108,7 +108,7 @@ def compile_kernel(
     num_stages: int = 3,
     divisible_by_16: Collection[str] | None = None,
 ) -> Compiled:
-    """Compile ``kernel`` as a launch with such arguments would.
+    """Compile ``kernel`` as a launch with these arguments would.
 
     Args:
         kernel: a ``@triton.jit`` function.
@@ -116,7 +116,7 @@ def compile_kernel(
             number, ``None`` or a ``tl.constexpr`` argument's value is passed on: a stride of 1 becomes a constant.
         arch: 80, 90 or 100.
         num_warps, num_stages: as in the launch.
-        divisible_by_16: the pointers and integers given as types that 16 divides; all of them unless said.
+        divisible_by_16: the pointers and integers, given as types, that 16 divides; by default all of them.
 
     Raises:
         CompileFailure: with the compiler's message.
@@ -124,7 +124,7 @@ def compile_kernel(
     from triton.runtime.driver import driver
 
     if not hasattr(kernel, "warmup"):
-        raise TypeError(f"{kernel} is no compiled kernel; TRITON_INTERPRET must not be set when it is defined.")
+        raise TypeError(f"{kernel} is not a compiled kernel; TRITON_INTERPRET must not be set when it is defined.")
     if set(args) != set(kernel.arg_names):
         raise CompileFailure(
             f"{sorted(set(args) ^ set(kernel.arg_names))}: in the kernel's arguments or in `args`, not in both"
@@ -149,11 +149,11 @@ def compile_kernel(
 
 
 def compile_all(source: str = SHIPPED, workers: int = 2, known: Mapping[str, Compiled] | None = None) -> list[Row]:
-    """Compile every case of ``source`` for every architecture that it is meant for, ``workers`` at a time.
+    """Compile every case of ``source`` for each of its architectures, ``workers`` at a time.
 
     ``source`` is ``"module:function"`` or ``"path.py:function"``. The function yields cases with the fields of
-    :class:`bench.kernel_cases.Case`, and ``args`` as :func:`compile_kernel` takes them. What is ``known`` by its
-    digest is not compiled again.
+    :class:`bench.kernel_cases.Case`, and ``args`` as for :func:`compile_kernel`. Cases whose digest is in ``known``
+    are not compiled again.
     """
     known = known or {}
     with tempfile.TemporaryDirectory() as cache_dir:
@@ -168,7 +168,7 @@ def compile_all(source: str = SHIPPED, workers: int = 2, known: Mapping[str, Com
                 for i, future in futures.items()
                 if not isinstance(future.exception(), BrokenProcessPool)
             }
-        # A compiler that crashes takes every unfinished case with it: these have another chance, each alone.
+        # A crashing compiler takes all unfinished cases with it: retry each in its own process.
         for i, (case, arch, row) in enumerate(rows):
             if i not in done:
                 done[i] = replace(row, error="the compiler's process crashed")
@@ -178,7 +178,7 @@ def compile_all(source: str = SHIPPED, workers: int = 2, known: Mapping[str, Com
 
 
 class _Driver:
-    """What Triton asks its driver before a launch; every architecture is a device of its own."""
+    """Stub of Triton's driver for a launch; every architecture is its own device."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -196,7 +196,7 @@ class _Driver:
 
 
 class _Pointer:
-    """What a launch asks a tensor."""
+    """Stub of a tensor for a launch."""
 
     def __init__(self, dtype: str, address: int) -> None:
         self.dtype, self.address = dtype, address
@@ -206,7 +206,7 @@ class _Pointer:
 
 
 def _stand_in(kind: str, divisible: bool) -> Any:
-    """A value that a launch gives the type ``kind``."""
+    """A value that a launch specializes to the type ``kind``."""
     if kind.startswith("*"):
         return _Pointer(kind[1:], 0 if divisible else 8)
     return 1.5 if kind == "fp32" else INTEGERS[kind] + (not divisible)
@@ -214,9 +214,9 @@ def _stand_in(kind: str, divisible: bool) -> Any:
 
 @contextlib.contextmanager
 def _messages() -> Iterator[Callable[[BaseException], str]]:
-    """Silence the compiler; the function given says an exception, its causes and what the compiler wrote of it.
+    """Silence the compiler; yield a function that formats an exception, its causes and the compiler's messages.
 
-    MLIR writes to the process's stderr and not to ``sys.stderr``; and a dump of the module is no message.
+    MLIR writes to the stderr of the process, not to ``sys.stderr``; its dumps of the module are filtered out.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as written, contextlib.redirect_stdout(io.StringIO()):
         stderr = os.dup(2)
@@ -258,7 +258,7 @@ def _pool(workers: int, cache_dir: str) -> ProcessPoolExecutor:
 
 
 def _start(cache_dir: str) -> None:
-    """Compile anew, and compile: the tests may run in the interpreter's mode."""
+    """Use an empty cache, and leave interpreter mode, in which the tests may run."""
     os.environ["TRITON_CACHE_DIR"] = cache_dir
     os.environ.pop("TRITON_INTERPRET", None)
 

@@ -1,7 +1,7 @@
-"""The pictures of the benches' CSV files.
+"""Figures of the benchmarks' CSV files.
 
-Of pc_linear: time over that of a bare ``nn.Linear`` against tokens, a panel for each shape. Of window_svd: time over
-that of a full float32 SVD against where the window lies, a panel for each rank.
+For pc_linear: time over that of a bare ``nn.Linear`` against tokens, one panel per shape. For window_svd: time over
+that of a full float32 SVD against the position of the window, one panel per rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATHS = {"top": "^", "interior": "o", "bottom": "v", "range": "s", "full": "x"}
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Full steps at rank 16 without dropout or torch.compile; no picture where there are none."""
+    """Draw the full steps at rank 16 without dropout or torch.compile; nothing if there are none."""
     rows = [row for row in latest(rows) if _shown(row)]
     if not rows:
         return
@@ -65,7 +65,7 @@ def _panel(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw_windows(rows: Sequence[Row], path: Path) -> None:
-    """The chosen path on square matrices with outliers, a line for each d; no picture where there are none."""
+    """Draw the chosen path on square matrices with outliers, a line per d; nothing if there are none."""
     rows = [row for row in latest(rows) if _window_shown(row)]
     if not rows:
         return

@@ -1,9 +1,9 @@
-"""The layers that are timed against each other, all built on the same weight and factors.
+"""Providers of the pc_linear benchmark: layers on the same weight and factors, and their inputs.
 
 ``linear`` is a bare frozen ``nn.Linear``; ``ipca-…`` a ``LinearPC`` with that backend; ``peft-…`` stock PEFT's LoRA on
-the residual weight, which computes the function of the residual form. Its three arms differ where the weight has 16
-bits: ``peft-bf16`` has factors of the weight's dtype, ``peft-autocast`` float32 factors under ``torch.autocast``,
-``peft-default`` float32 factors without it, as ``get_peft_model`` makes them. ``LinearPC`` holds float32 factors there.
+the residual weight, which computes the function of the residual form. Its three arms differ for 16-bit weights:
+``peft-bf16`` has factors of the weight's dtype, ``peft-autocast`` float32 factors under ``torch.autocast``,
+``peft-default`` float32 factors without it, the default of ``get_peft_model``. ``LinearPC`` has float32 factors there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ipca.nn.initialization import certify_init, default_adapter_dtype
 BACKENDS = ("triton", "addmm", "merged", "reference", "auto")
 FORMS = ("residual", "intact")
 ARMS = ("bf16", "autocast", "default")
-"""PEFT's, see above."""
+"""The arms of PEFT."""
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -51,7 +51,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Provider:
-    """One layer, as the column ``provider`` of a row names it, its form and whether torch.compile compiles it."""
+    """One layer: its name in the column ``provider``, its form, and whether torch.compile compiles it."""
 
     name: str
     form: str = ""
@@ -59,24 +59,24 @@ class Provider:
 
     @property
     def backend(self) -> str | None:
-        """The backend to set while it runs."""
+        """The backend that is set while it runs."""
         return self.name.removeprefix("ipca-") if self.name.startswith("ipca-") else None
 
 
-def providers(cell: Cell) -> list[Provider]:
-    """Everything that is measured in ``cell``, the yardsticks of the ratios first."""
+def providers_for(cell: Cell) -> list[Provider]:
+    """All providers measured in ``cell``, baselines of the ratios first."""
     arms = ARMS if cell.torch_dtype.itemsize == 2 else ("default",)
     peft = [f"peft-{arm}" for arm in arms]
-    yardsticks = [Provider("linear"), *map(Provider, peft)]
+    baselines = [Provider("linear"), *map(Provider, peft)]
     if cell.compiled:
         compiled = [Provider("ipca-auto", form, True) for form in FORMS] + [Provider(name, "", True) for name in peft]
-        return yardsticks + compiled
-    return yardsticks + [Provider(f"ipca-{backend}", form) for form in FORMS for backend in BACKENDS]
+        return baselines + compiled
+    return baselines + [Provider(f"ipca-{backend}", form) for form in FORMS for backend in BACKENDS]
 
 
 @contextmanager
 def active(provider: Provider) -> Iterator[None]:
-    """Within the block ``ipca`` runs with the provider's backend."""
+    """Set the provider's backend within the block."""
     if provider.backend is None:
         yield
         return
@@ -89,10 +89,10 @@ def active(provider: Provider) -> Iterator[None]:
 
 @dataclass
 class Sample:
-    """One set of inputs of a cell, random and from ``seed`` alone, and the layers on its weight, built when asked for.
+    """Random inputs of a cell, determined by ``seed``, and the layers on its weight, built on first use.
 
-    ``x`` and ``dy`` are of the size that activations and gradients have; the low-rank branch is of the size that a
-    window's is, and its trained factors have moved away from where they started.
+    ``x`` and ``dy`` have the scale of activations and gradients; the low-rank branch has the scale of a window, and its
+    trained factors differ from the initial ones.
     """
 
     cell: Cell
@@ -114,11 +114,11 @@ class Sample:
         return values.mul_(scale)
 
     @cached_property
-    def start(self) -> InitialFactors:
-        return cheap_start(self.weight, self.cell.rank, self.generator)
+    def initial(self) -> InitialFactors:
+        return random_factors(self.weight, self.cell.rank, self.generator)
 
     def layer(self, provider: Provider) -> nn.Module:
-        """The layer of ``provider``, in training mode; providers that differ in how they run it share it."""
+        """The layer of ``provider``, in training mode; providers that only run it differently share it."""
         key = provider.form or {"peft-autocast": "peft-default"}.get(provider.name, provider.name)
         if key not in self.layers:
             self.layers[key] = self._build(key).train()
@@ -126,10 +126,10 @@ class Sample:
 
     def _build(self, key: str) -> nn.Module:
         if key in FORMS:
-            return self._moved(linear_pc(self.weight, self.start, key, self.cell.dropout))
-        kept = self.layer(Provider("ipca-auto", "residual")).base_weight
-        assert isinstance(kept, Tensor)
-        base = plain_linear(kept)
+            return self._moved(linear_pc(self.weight, self.initial, key, self.cell.dropout))
+        residual = self.layer(Provider("ipca-auto", "residual")).base_weight
+        assert isinstance(residual, Tensor)
+        base = plain_linear(residual)
         if key == "linear":
             return base
         return self._moved(peft_lora(base, self.cell.rank, self.cell.dropout, sixteen_bit=key == "peft-bf16"))
@@ -141,8 +141,8 @@ class Sample:
         return layer
 
 
-def cheap_start(weight: Tensor, rank: int, generator: torch.Generator) -> InitialFactors:
-    """Factors of the size that a middle window of ``weight (N, K)`` has, nearly orthogonal, without a decomposition."""
+def random_factors(weight: Tensor, rank: int, generator: torch.Generator) -> InitialFactors:
+    """Random factors with the scale of a middle window of ``weight (N, K)``, nearly orthogonal; no decomposition."""
     N, K = weight.shape
     adapter_dtype = default_adapter_dtype(weight.dtype)
     sigma = float(weight.float().norm()) / min(N, K) ** 0.5  # root mean square of the singular values
@@ -156,9 +156,9 @@ def cheap_start(weight: Tensor, rank: int, generator: torch.Generator) -> Initia
     return InitialFactors(A0, B0, ipca.Window(0, rank), "", None, certificate)
 
 
-def linear_pc(weight: Tensor, start: InitialFactors, form: str, dropout: float) -> LinearPC:
-    """A LinearPC on ``weight`` that starts from ``start``."""
-    return LinearPC.from_factors(plain_linear(weight), start, form=form, dropout=dropout)
+def linear_pc(weight: Tensor, initial: InitialFactors, form: str, dropout: float) -> LinearPC:
+    """A LinearPC on ``weight`` with the factors ``initial``."""
+    return LinearPC.from_factors(plain_linear(weight), initial, form=form, dropout=dropout)
 
 
 def plain_linear(weight: Tensor) -> nn.Linear:
@@ -169,21 +169,21 @@ def plain_linear(weight: Tensor) -> nn.Linear:
 
 
 def peft_lora(base: nn.Linear, rank: int, dropout: float, *, sixteen_bit: bool) -> nn.Module:
-    """Stock PEFT's LoRA layer around ``base``, which it keeps as it is."""
+    """Stock PEFT's LoRA layer around the unchanged ``base``."""
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=["layer"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for a model's config
+        warnings.simplefilter("ignore")  # about the missing config of the model
         model = get_peft_model(nn.ModuleDict({"layer": base}), config, autocast_adapter_dtype=not sixteen_bit)
     return model.get_submodule("base_model.model.layer")
 
 
 def trained(layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters that train, ``A`` before ``B``."""
+    """The trainable parameters, ``A`` before ``B``."""
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
 def layer_call(provider: Provider, sample: Sample) -> Layer:
-    """What stands for ``y = layer(x)`` in a model that uses ``provider``."""
+    """``y = layer(x)`` as executed by a model that uses ``provider``."""
     module = sample.layer(provider)
     call: Layer = torch.compile(module, dynamic=False) if provider.compiled else module
     if provider.name != "peft-autocast":

@@ -1,11 +1,13 @@
-"""How far a model is from its pretrained weights when training starts on a quantized base; writes one CSV file.
+"""Error of the initial weights on a quantized base; writes bench/results/quantized_start.csv.
+
+    python -m bench.quantized_start
 
     ‖W − Q(W)‖ / ‖W‖                      quantize W: the base of the intact form, of QLoRA and of PEFT's LoRA
     ‖W − (Q(W_res) + B0 A0)‖ / ‖W‖        quantize W_res = W − B0 A0, QPiSSA's order, for a window
 
-in the Frobenius norm, on weights of the demo's model and on noise with 32 large components. Beside windows PEFT's own
-``"pissa"``, its residual quantized as PEFT's documentation says, and its ``"loftq"``. And how much of the window of
-``W`` the window of ``Q(W)`` still is: ``‖V_wᵀ V'_w‖_F² / rank`` of their right vectors, 1 where they span the same.
+in the Frobenius norm, on weights of the demo's model and on noise with 32 large components. Compared with windows:
+PEFT's ``"pissa"``, its residual quantized as PEFT's documentation describes, and its ``"loftq"``. Also the overlap of
+the window of ``W`` with that of ``Q(W)``: ``‖V_wᵀ V'_w‖_F² / rank`` of their right vectors, 1 if they span the same.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import ipca
-from bench.facts import FACTS, RESULTS, append_rows, facts, version
+from bench.rows import FACTS, RESULTS, append_rows, facts, version
 from bench.svd_matrices import MINILM, matrix, minilm
 from ipca.nn.quantization import dequantize, quantize_like
 
@@ -55,8 +57,8 @@ Row = dict[str, str]
 
 
 def quantizer(name: str, m: int, n: int) -> Callable[[Tensor], Tensor]:
-    """``W (m, n)`` to what is left of it: NF4 of bitsandbytes in blocks of 64 with its scales in 8 bits, its int8 by
-    rows, or torchao's int4 in groups of 32.
+    """``W (m, n)`` quantized and dequantized: bitsandbytes' NF4 in blocks of 64 with 8-bit scales, its int8 by rows, or
+    torchao's int4 in groups of 32.
     """
     like = _layer(name, m, n)
     return lambda W: dequantize(quantize_like(like, W))
@@ -76,9 +78,9 @@ def _layer(name: str, m: int, n: int) -> nn.Module:
     return Linear4bit(n, m, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
 
 
-def distance(W: Tensor, start: Tensor) -> float:
-    """``‖W − start‖_F / ‖W‖_F``, in float64."""
-    return float((W.double() - start.double()).norm() / W.double().norm())
+def distance(W: Tensor, other: Tensor) -> float:
+    """``‖W − other‖_F / ‖W‖_F``, in float64."""
+    return float((W.double() - other.double()).norm() / W.double().norm())
 
 
 def overlap(W: Tensor, Q: Tensor, window: str, rank: int) -> float:
@@ -87,15 +89,15 @@ def overlap(W: Tensor, Q: Tensor, window: str, rank: int) -> float:
     return float((ours @ theirs.mT).square().sum() / rank)
 
 
-def initial_factors(W: Tensor, quantize: Callable[[Tensor], Tensor], window: str, rank: int) -> Tensor:
+def window_weight(W: Tensor, quantize: Callable[[Tensor], Tensor], window: str, rank: int) -> Tensor:
     """``Q(W − B0 A0) + B0 A0``."""
     found = ipca.window_svd(W, ipca.Window(window, rank))
     part = (found.U * found.S) @ found.Vh
     return quantize(W - part) + part
 
 
-def pissa_start(W: Tensor, quantize: Callable[[Tensor], Tensor], rank: int) -> Tensor:
-    """The same by PEFT: its ``"pissa"`` on the float layer, then its residual weight quantized."""
+def pissa_weight(W: Tensor, quantize: Callable[[Tensor], Tensor], rank: int) -> Tensor:
+    """The same with PEFT: its ``"pissa"`` on the float layer, then its residual weight quantized."""
     from peft import LoraConfig, get_peft_model
 
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
@@ -106,8 +108,8 @@ def pissa_start(W: Tensor, quantize: Callable[[Tensor], Tensor], rank: int) -> T
     return (quantize(layer.get_base_layer().weight.detach()) + part).detach()
 
 
-def loftq_start(W: Tensor, name: str, rank: int) -> Tensor:
-    """PEFT's ``"loftq"``, one step: ``Q(W)`` and the largest components of what it lost."""
+def loftq_weight(W: Tensor, name: str, rank: int) -> Tensor:
+    """PEFT's ``"loftq"``, one step: ``Q(W)`` plus the largest components of its error."""
     from peft.utils.loftq_utils import loftq_init
 
     base, A, B = loftq_init(W, num_bits={"nf4": 4, "int8": 8}[name], reduced_rank=rank)
@@ -130,21 +132,23 @@ def measure(spectrum: str) -> Iterator[dict[str, object]]:
             if provider == "ipca":
                 shared |= {"overlap": f"{overlap(W, Q, window, rank):.4f}"}
             try:
-                error = distance(W, _start(provider, window, rank, W, name, quantize))
-            except (AssertionError, RuntimeError, ValueError) as problem:  # PEFT may not run here
+                error = distance(W, _initial_weight(provider, window, rank, W, name, quantize))
+            except (AssertionError, RuntimeError, ValueError) as problem:  # PEFT may not support this machine
                 yield shared | {"status": f"failed: {str(problem).splitlines()[0]}"}
             else:
                 yield shared | {"start": f"{error:.6g}", "ratio": f"{error / lost:.4f}", "status": "ok"}
 
 
-def _start(provider: str, window: str, rank: int, W: Tensor, name: str, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+def _initial_weight(
+    provider: str, window: str, rank: int, W: Tensor, name: str, quantize: Callable[[Tensor], Tensor]
+) -> Tensor:
     if provider == "ipca":
-        return initial_factors(W, quantize, window, rank)
-    return pissa_start(W, quantize, rank) if provider == "peft-pissa" else loftq_start(W, name, rank)
+        return window_weight(W, quantize, window, rank)
+    return pissa_weight(W, quantize, rank) if provider == "peft-pissa" else loftq_weight(W, name, rank)
 
 
-def section(rows: list[Row]) -> str:
-    """A table of ``docs/quantized.md``: what quantizing loses, and the share of it that each start leaves."""
+def start_section(rows: list[Row]) -> str:
+    """The table of errors of quantizing, and the ratio of each initialization to it."""
     columns = [("ipca", window, str(rank)) for rank in RANKS for window in WINDOWS]
     columns += [("peft-pissa", "principal", str(rank)) for rank in RANKS]
     lines = _table(rows, columns, "ratio", "‖W − Q(W)‖ / ‖W‖")
@@ -158,7 +162,7 @@ def section(rows: list[Row]) -> str:
 
 
 def overlap_section(rows: list[Row]) -> str:
-    """A table of ``docs/quantized.md``: how much of the window of ``W`` the window of ``Q(W)`` still is."""
+    """The table of overlaps of the window of ``W`` with that of ``Q(W)``."""
     columns = [("ipca", window, str(rank)) for rank in RANKS for window in WINDOWS]
     return "\n".join(_table(rows, columns, "overlap", "‖W − Q(W)‖ / ‖W‖")) + f"\n\nRows: `bench/results/{PATH.name}`."
 
@@ -179,7 +183,7 @@ def _table(rows: list[Row], columns: list[tuple[str, str, str]], value: str, los
 
 
 def main() -> int:
-    """Measure everything anew."""
+    """Measure everything again."""
     shared = facts(torch.device("cpu")) | {name: version(name) for name in ("bitsandbytes", "torchao")}
     rows = [row | shared for spectrum in MATRICES for row in measure(spectrum)]
     new = Path(f"{PATH}.new")

@@ -1,53 +1,109 @@
-"""Write the measured tables of README and docs from bench/results/*.csv; with --check say whether they are in step."""
+"""Write the pages of measured results, docs/results/benchmarks.md and demo.md, from bench/results/*.csv.
+
+    python -m bench.report [--check]
+
+Both pages are generated completely.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
-from bench.facts import RESULTS, ROOT
 from bench.plots import draw, draw_windows
 from bench.quantized_start import PATH as QUANTIZED_START
-from bench.quantized_start import overlap_section
-from bench.quantized_start import section as quantized_start_section
+from bench.quantized_start import overlap_section, start_section
 from bench.result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
+from bench.rows import RESULTS, ROOT, read_rows
 from bench.svd_tables import LEGEND as WINDOW_LEGEND
 from bench.svd_tables import against as windows_against
 from bench.svd_tables import initialize_table, window_table
-from ipca.lab.demo.report import read_rows, table
-from studies.window_position.tables import sections as study_sections
+from ipca.lab.demo.run import markdown_table
 
-NO_GPU = "No GPU result has been measured yet; what follows is a CPU."
+NO_GPU = "No GPU has been measured yet; the following results are from a CPU."
+PICTURES = "../../bench/results"
+"""The folder of the figures, relative to the pages."""
+GENERATED = "<!-- Generated from bench/results by `make report`; do not edit. -->"
 
 
-def demo_section(path: Path) -> str:
-    """The demo's table and a line on how it was measured."""
-    rows = read_rows(path)
+def benchmarks_page(results: Path) -> str:
+    """The page on speed and memory, and on what quantization loses."""
+    quantized = read_rows(results / QUANTIZED_START.name)
+    parts = [
+        "# Benchmarks",
+        GENERATED,
+        "How each table is measured: [bench/README.md](../../bench/README.md). `make results` measures them again.",
+        "## Fused linear",
+        pc_linear_section(results),
+        "## Training steps",
+        "Whole training steps of a LLaMA-shaped model with all linear layers of its blocks adapted.",
+        training_section(results),
+        "## Window SVD",
+        "One window of singular components against full and partial decompositions.",
+        window_svd_section(results),
+        "## Memory of `apply_pc`",
+        "Peak memory above the model, in units of the largest layer in float64.",
+        memory_section(results / "apply_memory.csv"),
+        "## Saving and loading adapters",
+        "An adapter for all linear layers of the shapes of Llama-3.2-1B.",
+        adapter_section(results / "adapter_load.csv"),
+        "## Windows of quantized weights",
+        "Overlap of the window of `W` with that of `Q(W)`: `‖V_wᵀ V'_w‖_F² / rank` of their right singular vectors; 1 "
+        "if they span the same subspace, rank / d by chance.",
+        overlap_section(quantized),
+        "## Quantized residual weights",
+        "Error of the weight at the start of training if the residual weight is quantized, relative to that of "
+        "quantizing `W`: `‖W − (Q(W_res) + B0 A0)‖ / ‖W − Q(W)‖`, by window and rank.",
+        start_section(quantized),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def demo_page(results: Path) -> str:
+    """The page on the demo: its table, how it was measured, and its figure."""
+    rows = read_rows(results / "demo.csv")
     first = rows[0]
     seeds = len({row["seed"] for row in rows})
     seconds = sum(float(row["seconds"]) for row in rows)
     settings = f"{first['steps']} steps of {first['batch']}, rank {first['rank']}, AdamW {float(first['lr']):g}"
     machine = f"{first['device']}, torch {first['torch']}, Python {first['python']}"
-    return (
-        f"{table(rows)}\n\n"
+    parts = [
+        "# Demo",
+        GENERATED,
+        "`make demo` fine-tunes all-MiniLM-L6-v2 on movie sentiment and measures what it forgets: the accuracy of a "
+        "frozen probe of the source of a sentence (tweet, movie review, Amazon, New York Times), and the drift of its "
+        "embeddings, mean 1 − cos.",
+        markdown_table(rows),
         f"Mean over {seeds} seeds (smallest … largest); {settings}; probe accuracy {float(first['probe_before']):.2f} "
-        f"before. Measured on {machine}; {seconds:.0f} s for all runs. Rows: `bench/results/{path.name}`."
-    )
+        f"before training. Measured on {machine}; {seconds:.0f} s for all runs. Rows: `bench/results/demo.csv`.",
+        f"![accuracy, probe drop and drift of the methods]({PICTURES}/demo.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def memory_section(path: Path) -> str:
-    """Peak memory of apply_pc."""
+    """Peak memory of ``apply_pc``."""
     rows = read_rows(path)
     lines = ["| layers | d | form | peak, in largest layers in float64 |", "|---|---|---|---|"]
     lines += [f"| {row['layers']} | {row['d']} | {row['form']} | {row['peak_layers']} |" for row in rows]
-    ranks = 'rank 16; in the rows "full" d / 2, which needs the full SVD'
+    ranks = 'rank 16; d / 2 in the rows "full", which needs the full SVD'
     return "\n".join(lines) + f"\n\ntorch {rows[0]['torch']}, {ranks}. Rows: `bench/results/{path.name}`."
 
 
+def adapter_section(path: Path) -> str:
+    """Seconds to save and load an adapter."""
+    rows = read_rows(path)
+    first = rows[0]
+    lines = ["| operation | seconds, median | best |", "|---|---|---|"]
+    lines += [f"| {row['op']} | {row['median_s']} | {row['best_s']} |" for row in rows]
+    about = f"{first['layers']} layers, rank {first['rank']}, a file of {first['file_mib']} MiB"
+    machine = f"{first['device']}, torch {first['torch']}"
+    return "\n".join(lines) + f"\n\n{about}; {first['runs']} runs on {machine}. Rows: `bench/results/{path.name}`."
+
+
 def pc_linear_section(results: Path) -> str:
-    """For each device the fused linear against a bare ``nn.Linear`` and PEFT, and where it loses."""
+    """For each device, the fused linear against a bare ``nn.Linear`` and PEFT, and the cells where it is slower."""
     parts = []
     for path in device_files(results, "pc_linear"):
         rows = latest(read_rows(path))
@@ -56,13 +112,13 @@ def pc_linear_section(results: Path) -> str:
             f"{measured_on(rows[0])} Forward and backward of one layer; rows: `bench/results/{path.name}`.",
             pc_linear_table(rows),
             "\n".join(f"- {line}" for line in lines),
-            f"![time over that of a bare nn.Linear](bench/results/{path.with_suffix('.png').name})",
+            f"![time over that of a bare nn.Linear]({PICTURES}/{path.with_suffix('.png').name})",
         ]
-    return "\n\n".join(gpu_or_not(results, "pc_linear") + [LEGEND] * bool(parts) + parts)
+    return "\n\n".join(gpu_note(results, "pc_linear") + [LEGEND] * bool(parts) + parts)
 
 
 def training_section(results: Path) -> str:
-    """For each device whole training steps, beside PEFT."""
+    """For each device, whole training steps against PEFT."""
     parts = []
     for path in device_files(results, "training"):
         rows = latest(read_rows(path))
@@ -71,11 +127,11 @@ def training_section(results: Path) -> str:
         steps = f"rank {first['rank']}, {first['batch']} × {first['length']} tokens a step"
         about = f"{measured_on(first)} A LLaMA-shaped model, {model}; {steps}; rows: `bench/results/{path.name}`."
         parts += [about, training_table(rows)]
-    return "\n\n".join(gpu_or_not(results, "training") + parts)
+    return "\n\n".join(gpu_note(results, "training") + parts)
 
 
 def window_svd_section(results: Path) -> str:
-    """For each device one window against full decompositions, whole models against PEFT, and where we lose."""
+    """For each device, one window against full decompositions, whole models against PEFT, and the slower cases."""
     parts: list[str] = []
     if not device_files(results, "window_svd"):
         return "Not measured yet."
@@ -87,17 +143,17 @@ def window_svd_section(results: Path) -> str:
             parts += ["A whole model of linear layers gets its adapter:", initialize_table(rows)]
         parts += [lines]
         if path.stem.endswith("_cpu"):
-            parts += [f"![time over that of torch.linalg.svd](bench/results/{path.with_suffix('.png').name})"]
-    return "\n\n".join(gpu_or_not(results, "window_svd") + [WINDOW_LEGEND] * bool(parts) + parts)
+            parts += [f"![time over that of torch.linalg.svd]({PICTURES}/{path.with_suffix('.png').name})"]
+    return "\n\n".join(gpu_note(results, "window_svd") + [WINDOW_LEGEND] * bool(parts) + parts)
 
 
 def device_files(results: Path, bench: str) -> list[Path]:
-    """The CSV files of one bench, the CPU's last."""
+    """The CSV files of one bench, that of the CPU last."""
     return sorted(results.glob(f"{bench}_*.csv"), key=lambda path: (path.stem.endswith("_cpu"), path.name))
 
 
-def gpu_or_not(results: Path, bench: str) -> list[str]:
-    """A first sentence where no GPU has been measured."""
+def gpu_note(results: Path, bench: str) -> list[str]:
+    """A first sentence if no GPU has been measured."""
     return [] if any(not path.stem.endswith("_cpu") for path in device_files(results, bench)) else [NO_GPU]
 
 
@@ -107,53 +163,27 @@ def measured_on(row: Row) -> str:
     return f"**{row['device']}**, {row['dtype']}; {versions}, PEFT {row['peft']}, Python {row['python']}."
 
 
-def render(text: str, sections: dict[str, str]) -> str:
-    """``text`` with everything between its ``report`` markers made anew."""
-    for name, section in sections.items():
-        pattern = rf"(<!-- report:{name} -->\n).*?(<!-- /report:{name} -->)"
-        text, count = re.subn(pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
-        if count != 1:
-            raise ValueError(f"the markers of report:{name} must stand once, found {count}.")
-    return text
-
-
 def main() -> int:
-    """Rewrite the pages, or check them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of step")
+    """Write the pages and figures; with ``--check`` change nothing, and return 1 if a page is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     args = parser.parse_args()
-    study = study_sections(RESULTS / "study")
-    pages = {
-        ROOT / "README.md": {
-            "demo": demo_section(RESULTS / "demo.csv"),
-            "pc_linear": pc_linear_section(RESULTS),
-            "training": training_section(RESULTS),
-            "window_svd": window_svd_section(RESULTS),
-            "study": study["study_findings"],
-        },
-        ROOT / "docs/method.md": {"memory": memory_section(RESULTS / "apply_memory.csv")},
-        ROOT / "docs/quantized.md": {
-            "quantized_start": quantized_start_section(read_rows(RESULTS / QUANTIZED_START.name)),
-            "quantized_windows": overlap_section(read_rows(RESULTS / QUANTIZED_START.name)),
-        },
-        ROOT / "docs/study.md": study,
-    }
-    stale = []
-    for page, sections in pages.items():
-        before = page.read_text()
-        after = render(before, sections)
-        if after != before:
-            stale.append(page.name)
-            if not args.check:
-                page.write_text(after)
-    if not args.check:
-        for path in device_files(RESULTS, "pc_linear"):
-            draw(read_rows(path), path.with_suffix(".png"))
-        for path in device_files(RESULTS, "window_svd"):
-            draw_windows(read_rows(path), path.with_suffix(".png"))
-    if args.check and stale:
-        print(f"{', '.join(stale)} out of step with bench/results; run: make report", file=sys.stderr)
-    return int(args.check and bool(stale))
+    folder = ROOT / "docs" / "results"
+    pages = {"benchmarks.md": benchmarks_page(RESULTS), "demo.md": demo_page(RESULTS)}
+    if args.check:
+        old = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+        stale = [name for name, text in pages.items() if old.get(name) != text]
+        if stale:
+            print(f"{', '.join(stale)} out of date; run: make report", file=sys.stderr)
+        return int(bool(stale))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for path in device_files(RESULTS, "pc_linear"):
+        draw(read_rows(path), path.with_suffix(".png"))
+    for path in device_files(RESULTS, "window_svd"):
+        draw_windows(read_rows(path), path.with_suffix(".png"))
+    return 0
 
 
 if __name__ == "__main__":

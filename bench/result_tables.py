@@ -1,4 +1,4 @@
-"""Markdown tables of measured rows, for README and for the end of a run, with the rows that speak against us."""
+"""Markdown tables of measured rows, and the cells where we are slower."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ LEGEND = (
     "that of a bare frozen `nn.Linear`, both forms with the backend `auto`. *Faster*: PEFT's time over that of the "
     "residual form."
 )
-"""What :func:`pc_linear_table` and :func:`against` say in a word."""
+"""Explanation of the terms in :func:`pc_linear_table` and :func:`against`."""
 TIE = 1.02
-"""A ratio up to this is a tie: two runs of one program differ by as much."""
+"""Ratios up to this are ties: two runs of the same program differ by as much."""
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the commit that was measured last."""
+    """The rows of the last measured commit."""
     return [row for row in rows if row["commit"] == rows[-1]["commit"]]
 
 
 def cells(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of full steps without torch.compile by cell, in the order in which they were measured."""
+    """The rows of full steps without torch.compile, by cell, in the order of measurement."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["mode"] == "full" and row["compiled"] == "0":
@@ -38,7 +38,7 @@ def pick(cell: Sequence[Row], provider: str, form: str = "") -> Row | None:
 
 
 def pc_linear_table(rows: Sequence[Row], most: int = 9) -> str:
-    """A line for each of the first ``most`` cells: forward and backward together, both forms with the backend auto."""
+    """A line for each of the first ``most`` cells: forward plus backward, both forms with the backend auto."""
     lines = [
         "| M | N × K | rank | dropout | nn.Linear, ms | residual / linear | intact / linear | residual faster than "
         "PEFT bf16 | than PEFT autocast | than PEFT default | peak MiB, residual / PEFT default |",
@@ -48,9 +48,9 @@ def pc_linear_table(rows: Sequence[Row], most: int = 9) -> str:
 
 
 def against(rows: Sequence[Row], most: int = 1000) -> list[str]:
-    """Sentences on the full steps where auto loses to PEFT or to another of our backends, and on what went wrong.
+    """Sentences on the full steps where auto is slower than PEFT or another of our backends, and on failures.
 
-    At most ``most`` cells are named for each, the worst first.
+    At most ``most`` cells are listed for each, the worst first.
     """
     lines = []
     for form in ("residual", "intact"):
@@ -91,7 +91,7 @@ def goal_line(rows: Sequence[Row]) -> str:
 
 
 def compiled_lines(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each cell measured under torch.compile, full steps; the yardstick is not compiled."""
+    """A sentence for each cell measured under torch.compile, full steps; the baseline is not compiled."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row["mode"] == "full" and row["compiled"] == "1" and row["status"] == "ok":

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.facts import Row
+from bench.rows import Row
 from bench.svd_grid import OURS, Cell
 from bench.svd_providers import Call, Provider
 from bench.timing import Timing, synchronize

@@ -1,7 +1,7 @@
-"""Time callables against each other on CPU and GPU, and measure what one call takes in memory.
+"""Paired timing of callables on CPU and GPU, and memory of one call.
 
-All callables that are compared are timed in turn, round after round, so that a drift of the machine's speed meets all
-of them; a ratio is the median over rounds of two times taken in the same round.
+All callables that are compared are timed in turn, round by round, so that drift of the machine's speed affects them
+equally; a ratio is the median over rounds of two times taken in the same round.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ Setting = Callable[[], AbstractContextManager[None]]
 
 WARM_UP = 2
 LEAST_ROUNDS, MOST_ROUNDS = 7, 50
-REPLAY_SECONDS = 5e-4  # below this the events around a replay would be a visible part of it
+REPLAY_SECONDS = 5e-4  # below this the events around a replay would be a significant part of it
 
 
 @dataclass(frozen=True)
 class Runner:
-    """What is timed in one go: ``run`` makes ``calls`` calls; ``timer`` is "clock", "graph" or "events".
+    """One timed unit: ``run`` makes ``calls`` calls; ``timer`` is "clock", "graph" or "events".
 
-    ``setting`` is entered around each run, outside the time. ``keeps`` holds the memory that a graph's replay reads.
+    ``setting`` is a context entered around each run, outside of the timing. ``keeps`` keeps the memory alive that a
+    graph's replay reads.
     """
 
     run: Call
@@ -54,7 +55,7 @@ class Timing:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Within the block a GPU works on one stream other than the default, which no CUDA graph can be captured from."""
+    """Use a side stream of a GPU within the block, since a CUDA graph cannot be captured on the default stream."""
     if device.type != "cuda":
         yield
         return
@@ -63,7 +64,7 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 
 def rotation(input_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs to rotate through, so that none is in the L2 cache when its turn comes again."""
+    """The number of sets of inputs to rotate through, so that none is in the L2 cache when it is used again."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -73,12 +74,12 @@ def rotation(input_bytes: int, device: torch.device) -> int:
 def runner(
     calls: Sequence[Call], device: torch.device, expected_seconds: float = 0.0, setting: Setting = nullcontext
 ) -> Runner:
-    """A runner that makes every call in turn, warmed up; on a GPU as a CUDA graph where it can be captured.
+    """A runner that makes every call in turn, warmed up; on a GPU as a CUDA graph if it can be captured.
 
     Args:
         calls: one for each set of inputs.
-        expected_seconds: of one call, roughly; short calls are repeated within one run of a GPU.
-        setting: what must hold around a run.
+        expected_seconds: rough duration of one call; short calls are repeated within one run on a GPU.
+        setting: context of a run.
     """
     with setting():
         for call in [*calls] * WARM_UP:
@@ -103,7 +104,7 @@ def runner(
 
 
 def measure(runners: Sequence[Runner], device: torch.device, seconds: float) -> list[Timing]:
-    """Time all runners in each round, for about ``seconds``; a first round is not counted."""
+    """Time all runners in each round, for about ``seconds``; the first round is discarded."""
     began = time.perf_counter()
     _rounds(runners, device, 1)
     one = time.perf_counter() - began
@@ -112,7 +113,7 @@ def measure(runners: Sequence[Runner], device: torch.device, seconds: float) -> 
 
 
 def peak_mib(call: Call, device: torch.device) -> float | None:
-    """The most memory that one call takes above what is allocated before it; None on a CPU, where nobody counts."""
+    """Peak memory of one call above what is allocated before it; None on a CPU, where it is not tracked."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -124,7 +125,7 @@ def peak_mib(call: Call, device: torch.device) -> float | None:
 
 
 def saved_mib(call: Callable[[], Tensor], existing: Iterable[Tensor]) -> float:
-    """What a forward keeps for its backward beside the tensors ``existing``: whole storages, each counted once."""
+    """Memory that a forward saves for its backward, excluding the tensors ``existing``; each storage counts once."""
     known = {tensor.untyped_storage().data_ptr() for tensor in existing}
     saved: dict[int, int] = {}
 
@@ -135,20 +136,20 @@ def saved_mib(call: Callable[[], Tensor], existing: Iterable[Tensor]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = call()  # alive until all is counted, so that no address is used twice
+        kept = call()  # keep it alive until all is counted, so that no address is reused
     total = sum(saved.values()) / 2**20
     del kept
     return total
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; raises what went wrong there."""
+    """Wait for the device; raises its pending errors."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _rounds(runners: Sequence[Runner], device: torch.device, count: int) -> list[list[float]]:
-    """Milliseconds a call, by runner and round. The order is another in each round: a runner feels the one before."""
+    """Milliseconds per call, by runner and round, in random order: a runner is affected by the previous one."""
     stop = _events if device.type == "cuda" else _clock
     waiting: list[list[Callable[[], float]]] = [[] for _ in runners]
     random = np.random.default_rng(0)
@@ -179,7 +180,7 @@ def _capture(run: Call) -> Call:
     """The replay of ``run`` as a CUDA graph, captured on the current stream."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # a capture takes new memory, and can free none
+    torch.cuda.empty_cache()  # a capture allocates new memory and cannot free any
     try:
         graph.capture_begin()
         run()
@@ -187,7 +188,7 @@ def _capture(run: Call) -> Call:
     except BaseException:
         with suppress(RuntimeError):
             graph.capture_end()
-        # A broken capture leaves the generator in it: it would refuse every later random number.
+        # After a failed capture the generator stays in capture mode and would refuse every later random number.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         raise

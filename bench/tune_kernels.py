@@ -1,4 +1,4 @@
-"""Measure the configuration of every kernel over a grid of shapes, into the table that later runs read."""
+"""Tuning of all kernels over a grid of shapes, into the table that later runs read."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ipca.kernels.project import project
 
 
 def tune_grid(cells: Iterable[Mapping[str, Any]], path: Path, seconds: float) -> None:
-    """Time every candidate of every kernel at each cell, until ``seconds`` are over.
+    """Time every candidate of every kernel at each cell, for ``seconds``.
 
     Args:
-        cells: ``M``, ``N``, ``K``, ``rank`` and ``dtype`` (a name of torch's) of each.
-        path: the table, as :func:`tables.cache_file` names it; rows that it holds are not measured again.
-        seconds: no kernel is begun after it.
+        cells: ``M``, ``N``, ``K``, ``rank`` and ``dtype`` (a torch dtype name) of each.
+        path: the table, named by :func:`tables.cache_file`; its existing rows are not measured again.
+        seconds: no kernel is started after this time.
     """
     device = torch.device("cuda")
     os.environ |= {"IPCA_AUTOTUNE": "1", "IPCA_CACHE": str(path.parent)}
@@ -35,20 +35,20 @@ def tune_grid(cells: Iterable[Mapping[str, Any]], path: Path, seconds: float) ->
     deadline = time.monotonic() + seconds
     for cell in tqdm(list(cells), desc="tuning", unit="shape"):
         shape = (cell["M"], cell["N"], cell["K"], cell["rank"])
-        with set_wrap_triton_enabled(False):  # outside an op a launch would be traced, and that be timed
+        with set_wrap_triton_enabled(False):  # outside an op the launch would be traced, and the trace timed
             for _ in every_kernel(*shape, getattr(torch, cell["dtype"]), device):
                 if time.monotonic() > deadline:
                     return
 
 
 def every_kernel(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> Iterator[object]:
-    """Run each kernel, with and without frozen factors, at one shape; the launch measures what it has to."""
+    """Run each kernel, with and without frozen factors, at one shape; launches measure missing configurations."""
 
     def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=of, device=device)
 
     x, dy, weight = random(M, K), random(M, N), random(N, K)
-    A, B = random(R, K, of=torch.float32), random(N, R, of=torch.float32)  # as LinearPC holds them
+    A, B = random(R, K, of=torch.float32), random(N, R, of=torch.float32)  # as in LinearPC
     for frozen_A, frozen_B in ((None, None), (A, B)):
         if takes(x, R):
             yield few_tokens(x, weight, A, B, None, frozen_A, frozen_B, scaling=1.0)

@@ -1,4 +1,4 @@
-"""accelerate: a plain loop over whatever ``accelerate launch`` gives, checkpointed and resumed.
+"""accelerate: a plain training loop, checkpointed and resumed.
 
 accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py --out adapter
 """
@@ -15,7 +15,7 @@ import ipca
 
 
 def train(accelerator, model, optimizer, batches):
-    """Mean loss over all processes, step by step."""
+    """Train on ``batches`` and return the mean loss over all processes for each step."""
     losses = []
     for batch in batches:
         loss = model(**batch).loss
@@ -27,7 +27,7 @@ def train(accelerator, model, optimizer, batches):
 
 
 def main(steps, out):
-    """Train, save the state and the adapter, and go on from the state again."""
+    """Train, save the state and the adapter, and resume from the state."""
     accelerator = Accelerator()
     model = ipca.apply_pc(tiny_model(), rank=8, window="middle", progress=False)
     optimizer = torch.optim.AdamW(ipca.adapter_parameters(model), lr=2e-3, weight_decay=0.0)
@@ -39,7 +39,7 @@ def main(steps, out):
     accelerator.save_state(folder)
     then = train(accelerator, model, optimizer, batches[steps:])
     if accelerator.is_main_process:
-        ipca.save_adapter(accelerator.unwrap_model(model), out)  # one process; of a model sharded by FSDP2 all
+        ipca.save_adapter(accelerator.unwrap_model(model), out)  # one process; for a model sharded by FSDP2 all
 
     accelerator.load_state(folder)
     resumed = train(accelerator, model, optimizer, batches[steps:])

@@ -1,10 +1,10 @@
-"""Continual learning on scikit-learn's digits: five two-class tasks in a row, by windows and by the usual baselines.
+"""Continual learning on scikit-learn's digits: five two-class tasks in sequence, with windows and baselines.
 
-A small network first learns to tell mirrored digits apart; then the upright ones come two at a time, each pair with a
-head of its own. Measured is what each method does to the pairs before and to the mirrored digits. All methods share one
-learning rate, tuned for none, and OSF trains several times as many parameters: no ranking follows from one run.
+    python examples/continual_digits.py --out digits
 
-python examples/continual_digits.py --out digits
+A small network is pretrained on mirrored digits; then it learns the upright ones two at a time, each pair with its own
+head. The example measures how each method affects the earlier pairs and the mirrored digits. All methods share one
+untuned learning rate, and OSF trains several times as many parameters, so one run does not rank them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RANK = 8
 
 
 class Network(nn.Module):
-    """Three layers under a head for the mirrored digits and one for each pair; heads see the last layer."""
+    """Three layers, with a head for the mirrored digits and one for each pair."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 
 def digits():
-    """Images in [0, 1] and labels: two thirds to train, one third to test."""
+    """Images in [0, 1] and labels: two thirds for training, one third for testing."""
     data = load_digits()
     x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
     test = torch.arange(len(x)) % 3 == 0
@@ -45,12 +45,12 @@ def digits():
 
 
 def mirror(x):
-    """The images, left and right exchanged."""
+    """The images, mirrored left to right."""
     return x.view(-1, 8, 8).flip(2).flatten(1)
 
 
 def fit(model, head, parameters, x, y, steps, lr, penalty=None):
-    """AdamW on batches of 64, drawn from torch's generator."""
+    """AdamW on random batches of 64."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     for _ in range(steps):
         batch = torch.randint(len(x), (64,))
@@ -63,12 +63,12 @@ def fit(model, head, parameters, x, y, steps, lr, penalty=None):
 
 
 def accuracy(x, y, head_of, model):
-    """Share of ``x`` that the head ``head_of(model)`` gets right."""
+    """Accuracy of the head ``head_of(model)`` on ``x``."""
     return (model(x, head_of(model)).argmax(1) == y).float().mean().item()
 
 
 def pair_task(index, train, test, steps, lr):
-    """Tell the two digits of a pair apart."""
+    """The task of distinguishing the two digits of a pair."""
     low, high = PAIRS[index]
 
     def select(x, y):
@@ -85,20 +85,20 @@ def pair_task(index, train, test, steps, lr):
 
 
 def main(steps, lr, out):
-    """Pretrain, run every method from the same network, print the tables, and draw."""
+    """Pretrain, run every method from the same network, print tables and draw a figure."""
     torch.manual_seed(0)
     train, test = digits()
     base = Network()
     fit(base, base.mirrored, base.parameters(), mirror(train[0]), train[1], 10 * steps, 1e-3)
     tasks = [pair_task(i, train, test, steps, lr) for i in range(len(PAIRS))]
     retained = partial(accuracy, mirror(test[0]), test[1], lambda model: model.mirrored)
-    config = AdapterSettings(
+    settings = AdapterSettings(
         rank=RANK, window="middle", targets=["body.0", "body.2", "body.4"], modules_to_save=["heads"]
     )
 
     results = []
     for method in METHODS:
-        learner = ContinualLearner(copy.deepcopy(base), method, config, tasks=len(tasks), seed=0)
+        learner = ContinualLearner(copy.deepcopy(base), method, settings, tasks=len(tasks), seed=0)
         results.append(run_stream(learner, tasks, retained=retained))
         learner.finish()
         print(results[-1], end="\n\n")
@@ -112,7 +112,7 @@ def main(steps, lr, out):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="of training for each task")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW, for every method")
-    parser.add_argument("--out", default="digits", help="folder of the tables and the picture")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each task")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of every method")
+    parser.add_argument("--out", default="digits", help="folder of the tables and the figure")
     main(**vars(parser.parse_args()))

@@ -17,8 +17,8 @@ import ipca
 
 
 def build():
-    """Adapt first, then shard block by block; the optimizer takes what is then left of the parameters here."""
-    model = ipca.apply_pc(tiny_model(), rank=8, window="middle", form="intact", progress=False)
+    """Adapt first, then shard block by block; create the optimizer over the sharded parameters."""
+    model = ipca.apply_pc(tiny_model(), rank=8, window="middle", progress=False)
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)
@@ -26,7 +26,7 @@ def build():
 
 
 def train(model, optimizer, batches):
-    """Mean loss over all processes, step by step."""
+    """Train on ``batches`` and return the mean loss over all processes for each step."""
     losses = []
     for batch in batches:
         loss = model(**batch).loss
@@ -40,14 +40,14 @@ def train(model, optimizer, batches):
 
 
 def checkpoint(model, optimizer, folder, action):
-    """Save or load a sharded training state, each process its part; another number of processes may load it."""
+    """Save or load a sharded training state; it can be loaded with another number of processes."""
     state, optimizer_state = get_state_dict(model, optimizer)
     action({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
 
 
 def main(steps, out):
-    """Train, save the state and the adapter, and go on from the state in a new model."""
+    """Train, save the state and the adapter, and resume from the state in a new model."""
     dist.init_process_group("gloo")  # on GPUs "nccl", after torch.cuda.set_device(local_rank)
     shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared)
@@ -59,17 +59,17 @@ def main(steps, out):
     checkpoint(model, optimizer, shared[0], dcp.save)
     then = train(model, optimizer, batches[steps:])
 
-    again, its_optimizer = build()
-    checkpoint(again, its_optimizer, shared[0], dcp.load)
-    resumed = train(again, its_optimizer, batches[steps:])
+    again, new_optimizer = build()
+    checkpoint(again, new_optimizer, shared[0], dcp.load)
+    resumed = train(again, new_optimizer, batches[steps:])
 
     ipca.save_adapter(model, out)  # every process calls it, rank 0 writes
     if dist.get_rank() == 0:
         print(f"loss: {first[0]:.3f} -> {then[-1]:.3f}")
         print("resumed with the same losses:", resumed == then)
         x = torch.stack([row["input_ids"] for row in data[:2]])
-        whole = ipca.load_adapter(tiny_model(), out)
-        print("the adapter on one process: loss", f"{whole(x, labels=x).loss.item():.3f}")
+        loaded = ipca.load_adapter(tiny_model(), out)
+        print("the adapter on one process: loss", f"{loaded(x, labels=x).loss.item():.3f}")
     dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ import ipca
 
 
 class Adapted(lightning.LightningModule):
-    """A causal language model of which a window trains."""
+    """A causal language model with a trainable window."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Adapted(lightning.LightningModule):
 
 
 def fit(module, batches, steps, resume=None):
-    """Train until ``steps`` steps are done, from the checkpoint ``resume`` on."""
+    """Train up to step ``steps``, starting from the checkpoint ``resume`` if given."""
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
@@ -41,7 +41,7 @@ def fit(module, batches, steps, resume=None):
 
 
 def main(steps, out):
-    """Train, save a checkpoint and the adapter, and go on from the checkpoint in a new module."""
+    """Train, save a checkpoint and the adapter, and resume from the checkpoint in a new module."""
     batches = DataLoader(tiny_data(), batch_size=4)
     module = Adapted()
     with tempfile.TemporaryDirectory() as folder:

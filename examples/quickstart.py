@@ -1,4 +1,7 @@
-"""Pretrain a small network, adapt the middle window of its weights to a second task, save, load, merge."""
+"""Quickstart: pretrain a small network, adapt the middle window of its weights to a second task, save, load, merge.
+
+python examples/quickstart.py
+"""
 
 import copy
 import tempfile
@@ -22,13 +25,13 @@ def fit(model, parameters, x, y, steps, lr):
 
 torch.manual_seed(0)
 x = torch.randn(512, 32)
-first, second = torch.sin(x[:, :4]), torch.cos(x[:, 4:8])  # the task of pretraining, and a new one
+first, second = torch.sin(x[:, :4]), torch.cos(x[:, 4:8])  # the pretraining task and a new one
 
 base = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 4))
 print(f"pretrained: loss {fit(base, base.parameters(), x, first, 300, 3e-3):.4f}")
 
 model = copy.deepcopy(base)
-ipca.apply_pc(model, rank=4, window="middle", form="intact", progress=False)
+ipca.apply_pc(model, rank=4, window="middle", progress=False)
 print(ipca.summary(model))
 print("before training it is the base:", torch.equal(model(x), base(x)))
 print(f"new task:   loss {fit(model, ipca.adapter_parameters(model), x, second, 300, 3e-3):.4f}")

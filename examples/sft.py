@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a PCConfig of PEFT on a chat data set: answers train, prompts do not.
+"""TRL: SFTTrainer with a PCConfig on a chat data set, with loss on the answers only.
 
 python examples/sft.py --out adapter
 """
@@ -15,7 +15,7 @@ QUESTIONS = [(f"What is {a} plus {b}?", f"{a + b}.") for a in range(10) for b in
 
 
 def data():
-    """Conversations of one question and one answer, as TRL takes them."""
+    """Conversations of one question and one answer, in TRL's format."""
     rows = [
         {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
         for q, a in QUESTIONS

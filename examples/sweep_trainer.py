@@ -1,4 +1,4 @@
-"""A sweep over windows with transformers' Trainer: which window learns this text and forgets least of another?
+"""A sweep over windows with transformers' Trainer: learning one text against forgetting the predictions on another.
 
 python examples/sweep_trainer.py --out sweep-out      (or: ipca sweep examples/sweep_trainer.py -o sweep-out)
 """
@@ -15,7 +15,7 @@ from ipca.model import AdapterSettings
 
 
 def train(steps, model, groups, seed):
-    """The sweep gives the parameter groups with the rates it tries; the Trainer takes an optimizer over them."""
+    """Train with an optimizer over the sweep's parameter groups, which hold the learning rates."""
     arguments = TrainingArguments(
         output_dir="unused",
         max_steps=steps,
@@ -33,7 +33,7 @@ def train(steps, model, groups, seed):
 
 @torch.no_grad()
 def evaluate(model):
-    """Larger is better: the log-likelihood of text, and minus how far the model went from the base elsewhere."""
+    """Larger is better: the log-likelihood of the text, and minus the divergence from the base on other inputs."""
     model.eval()
     text = torch.stack([row["input_ids"] for row in tiny_data()[:16]])
     other = torch.randint(256, (16, 64), generator=torch.Generator().manual_seed(0))
@@ -44,16 +44,15 @@ def evaluate(model):
 
 
 def task(steps=20):
-    """What `ipca sweep` looks for in this file."""
+    """The task; ``ipca sweep`` calls this function."""
     labels = {"target": "log-likelihood of the text (nats a token)", "retained": "−KL to the base (nats a token)"}
     return sweep.Task(tiny_model, partial(train, steps), evaluate, AdapterSettings(rank=8), labels=labels)
 
 
 def main(steps, out):
-    """A small grid; `ipca sweep --help` shows the rest."""
-    rows = sweep.run(
-        task(steps), out, early=2, windows=(0, 0.5, 1), lrs=(1e-3,), seeds=2, methods=("lora",), comparisons=("same",)
-    )
+    """Run a small grid; see ``ipca sweep --help`` for all options."""
+    grid = {"windows": (0.0, 0.5, 1.0), "lrs": (1e-3,), "seeds": 2, "methods": ("lora",), "comparisons": ("same",)}
+    rows = sweep.run(task(steps), out, early=2, **grid)
     print(sweep.verdict(out))
     for row in rows:
         print(f"{row['method']} {row['comparison'] or ''} {row['seed']}: {row['target']:.6f} {row['retained']:.6f}")

@@ -1,4 +1,4 @@
-"""A tiny causal language model, its tokenizer and text, for the other examples: nothing is downloaded."""
+"""A tiny causal language model with tokenizer and text, used by the other examples; nothing is downloaded."""
 
 import argparse
 from pathlib import Path
@@ -14,14 +14,14 @@ CHAT = (
 
 
 def tiny_model():
-    """Random weights, the same in every process. A real base comes from ``from_pretrained``."""
+    """A model with random weights, the same in every process. In practice, use ``from_pretrained``."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=128, **sizes))
 
 
 def tiny_tokenizer():
-    """A byte is a token, and so is ``<end>``."""
+    """A tokenizer of bytes and ``<end>``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,7 +30,7 @@ def tiny_tokenizer():
 
 
 def tiny_data(length=64):
-    """The source of these examples in rows of ``length`` tokens, as transformers takes them."""
+    """The source code of these examples in rows of ``length`` tokens, in transformers' format."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
     tokens = torch.tensor(tiny_tokenizer()(text)["input_ids"])
     rows = tokens[: len(tokens) // length * length].view(-1, length)
@@ -38,8 +38,8 @@ def tiny_data(length=64):
 
 
 def options(description):
-    """``steps`` and ``out`` from the command line."""
+    """Parse ``steps`` and ``out`` from the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="up to the checkpoint, where there is one")
+    parser.add_argument("--steps", type=int, default=20, help="training steps, up to the checkpoint if there is one")
     parser.add_argument("--out", default="adapter", help="folder of the adapter")
     return vars(parser.parse_args())

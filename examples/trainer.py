@@ -1,4 +1,4 @@
-"""transformers' Trainer with a PCConfig of PEFT: train, checkpoint, resume, and a folder that stock PEFT loads.
+"""transformers: Trainer with a PCConfig; train, checkpoint, resume, and save an adapter that stock PEFT loads.
 
 python examples/trainer.py --out adapter
 """
@@ -16,7 +16,7 @@ from ipca.peft import PCConfig
 
 
 def build(folder, steps):
-    """A Trainer for ``2 steps`` steps that writes one checkpoint, half way."""
+    """A Trainer for ``2 · steps`` steps with a checkpoint halfway."""
     config = PCConfig(r=8, window="middle", target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny_model(), config)
     arguments = TrainingArguments(
@@ -35,12 +35,12 @@ def build(folder, steps):
 
 
 def losses(trainer):
-    """Of every step; those before a checkpoint come from the checkpoint."""
+    """The loss of every step; those before a checkpoint are read from the checkpoint."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def main(steps, out):
-    """Train, go on from the checkpoint in a new model, save, and load with PEFT and with ipca."""
+    """Train, resume from the checkpoint in a new model, save, and load with PEFT and with ipca."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(folder, steps)
         trainer.train()

@@ -1,1 +1,1 @@
-"""Studies: protocols, runners, rows and what they found; no part of the library."""
+"""Studies: protocols, experiments and their recorded rows; not part of the library."""

@@ -43,6 +43,7 @@ def said(text):
     return {what: value.strip() for line in text.splitlines() for what, colon, value in [line.partition(":")] if colon}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(TRAINING))
 def test_a_training_example_runs_and_its_claims_hold(started, name):
     process, out = started[name]
@@ -67,6 +68,7 @@ def test_the_quickstart_runs_and_its_claims_hold():
     assert float(found["merged"].split()[-1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_every_method_learns_the_digits_of_the_continual_example(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "continual_digits.py"), "--steps", "40", "--out", str(tmp_path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -77,6 +79,7 @@ def test_every_method_learns_the_digits_of_the_continual_example(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"digits.png", *(f"{method}.csv" for method in METHODS)}
 
 
+@pytest.mark.slow
 def test_the_sweep_example_trains_every_method_and_the_report_is_there(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "sweep_trainer.py"), "--steps", "4", "--out", str(tmp_path)]
     found = said(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

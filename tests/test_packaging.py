@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(
@@ -113,6 +115,20 @@ def test_the_build_asks_for_what_it_needs_and_never_for_torch():
     assert "setuptools" in line
     assert "pybind11" in line  # an isolated build finds the headers of the CUDA extension nowhere else
     assert "torch" not in line
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """One file holds the lower bounds of all requirements as a set, which continuous integration installs."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    tables = re.search(r"^dependencies = \[.*?^\[project\.scripts\]", text, flags=re.DOTALL | re.MULTILINE)[0]
+    bounds = {}
+    for name, bound in re.findall(r'"([\w-]+)>=([\d.]+)', tables):
+        bounds[name] = max(Version(bound), bounds.get(name, Version("0")))
+    for tool in ("ruff", "codespell", "mypy", "pre-commit"):  # they look at the code and do not run it
+        del bounds[tool]
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(version) for name, version in pinned.items()} == bounds
 
 
 @pytest.fixture(scope="module")

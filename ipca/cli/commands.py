@@ -138,7 +138,7 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:
     """Fine-tune one model in four ways on real text; prints as it runs."""
-    from ipca.lab.demo import demo as run_demo
+    from ipca.lab.demo import run_demo
 
     return run_demo(args.text, args.out, seeds=args.seeds, steps=args.steps, sentences=args.sentences), ""
 

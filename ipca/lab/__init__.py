@@ -1,1 +1,1 @@
-"""Experiments: sweeps, baselines, continual learning, the demo, and the statistics they share."""
+"""Experiments: sweeps, baselines, continual learning, the demo, and shared statistics."""

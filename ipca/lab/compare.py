@@ -1,4 +1,4 @@
-"""Compare methods that learn and forget: the frontier, forgetting at an equal score, the rate each is judged at."""
+"""Comparison of methods that learn and forget: Pareto frontier, retention at an equal score, best learning rates."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 from ipca.analysis.figures import picture
 
 Point = tuple[float, float]
-"""``(target, retained)`` of one run or checkpoint: the score on the new task, and on what the model knew."""
+"""``(target, retained)`` of one run or checkpoint: the scores on the new task and on what the model knew."""
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKS = ("o", "s", "^", "D", "v")
-"""With the colors (Okabe and Ito's) 35 different pairs."""
+"""Together with the colors (Okabe and Ito's) 35 distinct pairs."""
 
 
 class Matched(NamedTuple):
-    """What :func:`target_matched` found.
+    """Result of :func:`target_matched`.
 
     Attributes:
         target: the score at which methods are compared.
-        retained: ``{method: {seed: retained}}``; NaN where a method never reached ``target`` with a seed.
+        retained: ``{method: {seed: retained}}``; NaN if a method did not reach ``target`` with a seed.
     """
 
     target: float
@@ -32,13 +32,13 @@ class Matched(NamedTuple):
 
 
 def frontier(points: Iterable[Sequence[float]]) -> list[int]:
-    """The indices of the Pareto-optimal ``(target, retained)``, both larger is better, by ascending target.
+    """Indices of the Pareto-optimal ``(target, retained)``, larger is better in both, by ascending target.
 
-    A point is on the frontier if no other is at least as good in both and better in one. Of equal points all are on
-    it, in the order given. A point that is not finite, such as a diverged run's, never is.
+    A point is on the frontier if no other is at least as good in both and better in one. Equal points are all on it,
+    in the order given. Non-finite points, such as those of diverged runs, are never on it.
 
     Raises:
-        ValueError: something is no pair of numbers.
+        ValueError: a point is not a pair of numbers.
     """
     pairs = [_point(point) for point in points]
     best = -math.inf
@@ -54,19 +54,19 @@ def frontier(points: Iterable[Sequence[float]]) -> list[int]:
 def target_matched(
     curves: Mapping[str, Mapping[Any, Sequence[Sequence[float]]]], target: float | None = None
 ) -> Matched:
-    """How much each method retains at an equal score on the new task, so that learning less is no way to forget less.
+    """Retention of each method at an equal score on the new task: learning less must not count as forgetting less.
 
-    The points of one method and seed are its rates and checkpoints. Between neighbors on their :func:`frontier`
-    ``retained`` is interpolated linearly; below its lowest target it is that of the frontier's first point, which
-    reaches more. So ``retained(t)`` is the largest on the frontier's line with a target of at least ``t``.
+    The points of one method and seed are its rates and checkpoints. ``retained`` is interpolated linearly along their
+    :func:`frontier`; below its lowest target it is that of the frontier's first point, which reaches more. So
+    ``retained(t)`` is the largest on the frontier's line with a target of at least ``t``.
 
-    Choosing along the frontier by the scores themselves flatters, and the more so the more points a method has: give
-    all methods equally many.
+    Selecting along the frontier by the scores themselves is biased upward, and more so for more points: give all
+    methods equally many.
 
     Args:
-        curves: ``{method: {seed: [(target, retained), …]}}``; points that are not finite are left out.
+        curves: ``{method: {seed: [(target, retained), …]}}``; non-finite points are ignored.
         target: the score ``t``. By default the largest that every method reaches with every seed: the minimum over
-            methods and seeds of the largest target. A seed without any point reaches none and is left out of it.
+            methods and seeds of the largest target. Seeds without any point are ignored.
 
     Raises:
         ValueError: no points at all, or ``target`` is not finite.
@@ -80,20 +80,19 @@ def target_matched(
         raise ValueError(f"there are no finite points to compare; got the methods {', '.join(curves) or '(none)'}.")
     t = min(reached) if target is None else float(target)
     if not math.isfinite(t):
-        raise ValueError(f"target must be a score; got {target!r}.")
+        raise ValueError(f"target must be a finite score; got {target!r}.")
     return Matched(t, {m: {seed: _retained_at(line, t) for seed, line in seeds.items()} for m, seeds in lines.items()})
 
 
 def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target") -> dict[Any, float]:
-    """For each seed the learning rate with the best mean ``metric`` over the *other* seeds, ``{seed: lr}``.
+    """For each seed, the learning rate with the best mean ``metric`` over the *other* seeds, ``{seed: lr}``.
 
-    Taking for each seed the rate that was best with that very seed would report the largest of several noisy
-    numbers, which lies above the truth, and the further the more rates a method was tried at. A rate chosen by
-    the other seeds knows nothing of the noise of this one, so its score is that of a rate tuned elsewhere. The
-    choices of different seeds share runs and are not independent of each other.
+    Taking for each seed its own best rate would report the maximum of several noisy numbers, which is biased upward,
+    and more so for more rates. A rate chosen on the other seeds is independent of this seed's noise, so its score is
+    that of a rate tuned elsewhere. The choices of different seeds share runs and are not independent of each other.
 
-    Of equally good rates the lowest is taken. A rate at which another seed's run failed (its metric is None, empty
-    or NaN) comes last; where that is so of every rate, there is none to choose and the seed gets NaN.
+    Ties go to the lowest rate. Rates at which another seed's run failed (its metric is None, empty or NaN) come last;
+    if that holds for every rate, the seed gets NaN.
 
     Args:
         rows: of one method in one comparison, each at the end of training: ``lr``, ``seed`` and ``metric``, as numbers
@@ -101,18 +100,18 @@ def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target") -> d
         metric: a column, larger is better.
 
     Raises:
-        ValueError: fewer than two seeds, a run that is missing or there twice, or a row that is no run; the message
+        ValueError: fewer than two seeds, a run that is missing or duplicated, or a row that is not a run; the message
             names it.
-        KeyError: a row without one of the columns.
+        KeyError: a row lacks one of the columns.
     """
     scores: dict[tuple[float, Any], float] = {}
     for row in rows:
         if row["lr"] in ("", None):
-            raise ValueError("a row without lr, as of the untrained model; give the runs of one method alone.")
+            raise ValueError("a row has no lr, such as that of the untrained model; pass the runs of one method only.")
         key = float(row["lr"]), row["seed"]
         if key in scores:
             raise ValueError(
-                f"two rows at lr {key[0]:g} with seed {key[1]}; give one method, one comparison, no checkpoints."
+                f"two rows at lr {key[0]:g} with seed {key[1]}; pass one method, one comparison, and no checkpoints."
             )
         if metric not in row:
             raise KeyError(f"no column {metric!r}; a row has {', '.join(map(str, row))}")
@@ -122,7 +121,7 @@ def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target") -> d
     if missing:
         raise ValueError(f"no run at lr {missing[0][0]:g} with seed {missing[0][1]}; leave out the rate or the seed.")
     if len(seeds) < 2:
-        raise ValueError(f"choosing a rate by the other seeds takes two seeds or more; got {len(seeds)}.")
+        raise ValueError(f"choosing a rate on the other seeds needs at least two seeds; got {len(seeds)}.")
     return {seed: _best([(lr, [scores[lr, s] for s in seeds if s != seed]) for lr in rates]) for seed in seeds}
 
 
@@ -133,18 +132,18 @@ def draw_frontier(
     base: float | None = None,
     labels: tuple[str, str] = ("target (higher is better)", "retained (higher is better)"),
 ) -> None:
-    """Draw every point of every method, a line along each method's frontier, and a gray one along that of all.
+    """Draw all points of all methods, a line along each method's frontier, and a gray one along the joint frontier.
 
     Args:
-        points: ``{method: [(target, retained), …]}``; points that are not finite are left out.
-        path: its ending names the format: ``.png``, ``.pdf``, ``.svg``.
-        base: ``retained`` of the untrained model, for a dotted line.
+        points: ``{method: [(target, retained), …]}``; non-finite points are ignored.
+        path: the suffix selects the format: ``.png``, ``.pdf``, ``.svg``.
+        base: ``retained`` of the untrained model, drawn as a dotted line.
         labels: of the axes, with units.
 
     Raises:
         ImportError: matplotlib is missing.
         ValueError: no points, or an unknown format.
-        OSError: ``path`` cannot be written; what was there stays.
+        OSError: ``path`` cannot be written; an existing file is intact.
     """
     known = {m: [p for p in map(_point, found) if _is_finite(p)] for m, found in points.items()}
     together = [p for found in known.values() for p in found]
@@ -162,11 +161,11 @@ def draw_frontier(
         axis.set_xlabel(labels[0])
         axis.set_ylabel(labels[1])
         axis.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize=8)  # beside the axes, where it covers no point
+        figure.legend(loc="outside right upper", fontsize=8)  # outside the axes, so that it covers no point
 
 
 def _staircase(axis: Any, points: Sequence[Point]) -> None:
-    """The best ``retained`` that any method reached with at least this target."""
+    """The best ``retained`` of any method with at least this target."""
     x, y = _columns([points[i] for i in frontier(points)])
     axis.step(x, y, where="pre", color="#bbbbbb", linewidth=5, zorder=0, label="frontier of all")
 
@@ -176,14 +175,14 @@ def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def _retained_at(line: Sequence[Point], t: float) -> float:
-    """Along a frontier, ascending in target; NaN above its end."""
+    """``retained`` interpolated along a frontier, ascending in target; NaN above its end."""
     if not line or t > line[-1][0]:
         return math.nan
     return float(np.interp(t, *_columns(line)))
 
 
 def _best(candidates: Sequence[tuple[float, Sequence[float]]]) -> float:
-    """The rate, ascending, whose scores have the largest mean; NaN where each has a NaN among them."""
+    """The rate, ascending, with the largest mean score; NaN if every rate has a NaN among its scores."""
     means = [(lr, round(math.fsum(scores) / len(scores), 12)) for lr, scores in candidates]
     known = [(lr, mean) for lr, mean in means if not math.isnan(mean)]
     return max(known, key=lambda pair: pair[1])[0] if known else math.nan
@@ -202,5 +201,5 @@ def _point(point: Sequence[float]) -> Point:
     try:
         target, retained = map(float, point)
     except (TypeError, ValueError):
-        raise ValueError(f"a point is (target, retained), two numbers; got {point!r}.") from None
+        raise ValueError(f"a point must be (target, retained), two numbers; got {point!r}.") from None
     return target, retained

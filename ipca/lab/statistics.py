@@ -1,11 +1,14 @@
-"""Few runs, honestly: bootstrap intervals, exact paired tests, Holm's correction."""
+"""Statistics over seeds: bootstrap intervals, exact paired tests, Holm's correction, means and paired differences."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,36 +16,38 @@ from numpy.typing import ArrayLike, NDArray
 
 Vector = NDArray[np.float64]
 Scores = Mapping[Any, float] | ArrayLike
-"""One number for each run: ``{seed: number}``, or numbers in the order of the seeds."""
+"""One number per run: ``{seed: number}``, or numbers in the order of the seeds."""
 
+LEVEL = 0.05
+"""Significance level of every test of a report; intervals have 95 % coverage."""
 _RESAMPLES = 9999
 _EXACT = 15
-"""Up to so many pairs all ``2ⁿ`` signs are tried."""
+"""Up to this number of pairs all ``2ⁿ`` signs are enumerated."""
 _DRAWS = 99_999
-"""Random signs beyond that."""
+"""Random sign vectors beyond that."""
 _AT_ONCE = 10_000_000
-"""Numbers of resamples held in memory at a time."""
+"""Resampled numbers held in memory at a time."""
 _ROUNDING = 1e-12
-"""Relative to the values: what differs by less is equal."""
+"""Relative to the values: smaller differences count as equal."""
 _ALTERNATIVES = ("two-sided", "greater", "less")
 
 
 class Interval(NamedTuple):
-    """A confidence interval in the unit of the values; both ends are NaN where the values give none."""
+    """A confidence interval in the unit of the values; both ends are NaN if the values do not determine one."""
 
     low: float
     high: float
 
 
 class PairedTest(NamedTuple):
-    """What :func:`paired_test` found of the differences ``d = a − b``.
+    """Result of :func:`paired_test` on the differences ``d = a − b``.
 
     Attributes:
         mean: of ``d``, in the unit of the values.
-        p: the probability of such a mean, or one further off, if the sign of each difference were a coin's.
-        n: pairs.
+        p: the probability of a mean at least as extreme if the sign of each difference were random.
+        n: number of pairs.
         dz: the effect size ``mean(d) / std(d)``, the standard deviation with ``n − 1`` (Cohen's d_z; Lakens, Frontiers
-            in Psychology 4, 2013). NaN for one pair and where all differences are 0; infinite where they are all alike.
+            in Psychology 4, 2013). NaN for one pair and if all differences are 0; infinite if they are all equal.
     """
 
     mean: float
@@ -54,37 +59,37 @@ class PairedTest(NamedTuple):
 def bootstrap_interval(
     values: ArrayLike, *, statistic: Callable[..., Any] = np.mean, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Where ``statistic(values)`` may lie: the bias-corrected accelerated bootstrap, 9,999 resamples.
+    """Confidence interval of ``statistic(values)``: the bias-corrected accelerated bootstrap, 9,999 resamples.
 
-    The method is Efron's BCa (Journal of the American Statistical Association 82, 1987), as ``scipy.stats.bootstrap``
-    computes it. The same values and seed give the same bits.
+    The method is Efron's BCa (Journal of the American Statistical Association 82, 1987), as implemented by
+    ``scipy.stats.bootstrap``. The same values and seed give the same bits.
 
-    It is too narrow for few runs: of normally distributed values about 72 % of such 95 % intervals hold the mean at
-    n = 3, 84 % at n = 5, 91 % at n = 10, 93 % at n = 20 (bench/error_rates.py). State ``n`` beside it.
+    It is too narrow for few runs: of normally distributed values about 72 % of such 95 % intervals contain the mean at
+    n = 3, 84 % at n = 5, 91 % at n = 10, 93 % at n = 20 (bench/error_rates.py). Report ``n`` with it.
 
     Args:
-        values: ``(n,)``, finite, independent of each other, such as one score for each seed.
-        statistic: takes numbers, gives one; with an argument ``axis`` it is called on many resamples at once.
+        values: ``(n,)``, finite and independent, such as one score per seed.
+        statistic: maps numbers to one number; if it takes ``axis``, it is called on many resamples at once.
         level: between 0 and 1.
         seed: of the resamples.
 
     Returns:
-        The interval. Both ends are NaN for a single value, which says nothing of a spread, where all values are equal,
-        since resampling shows no spread either, and where the statistic stays the same whichever value is left out,
-        such as the median of 1, 2, 2, 2, 3: BCa is undefined there.
+        The interval. Both ends are NaN for a single value; if all values are equal, since resampling shows no spread;
+        and if the statistic does not depend on which value is left out, such as the median of 1, 2, 2, 2, 3, where BCa
+        is undefined.
 
     Raises:
-        ValueError: no values, more than one dimension, a value that is NaN or infinite, or a bad ``level``.
+        ValueError: no values, more than one dimension, a value that is NaN or infinite, or an invalid ``level``.
     """
     numbers = _vector("values", values)
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, such as 0.95; got {level!r}.")
+        raise ValueError(f"level must be between 0 and 1, such as 0.95; got {level!r}.")
     if np.ptp(numbers) <= _ROUNDING * np.abs(numbers).max():
         return Interval(np.nan, np.nan)
     from scipy import stats  # takes a second to import
 
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # NaN says it
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # reported as NaN
         found = stats.bootstrap(
             (numbers,),
             statistic,
@@ -102,53 +107,52 @@ def paired_bootstrap(
 ) -> Interval:
     """:func:`bootstrap_interval` of the differences ``a − b`` of runs with the same seed.
 
-    What the seeds do to both arms cancels, so that this is the interval for "a is better than b by …"; that two
-    intervals of ``a`` and ``b`` overlap says nothing about it. Differences that are rounding of ``a`` and ``b`` are 0.
+    Effects of the seed common to both arms cancel, so this is the interval for "a is better than b by …"; whether the
+    two separate intervals of ``a`` and ``b`` overlap says nothing about it. Differences within rounding are 0.
 
     Args:
         a, b: ``{seed: number}`` with the same seeds, or two sequences in the same order of seeds.
         statistic, level, seed: as for :func:`bootstrap_interval`; the statistic is that of the differences.
 
     Raises:
-        ValueError: as :func:`bootstrap_interval`, or a run without its partner.
+        ValueError: as :func:`bootstrap_interval`, or an unpaired run.
     """
     d, rounding = _differences(a, b)
     return bootstrap_interval(np.where(np.abs(d) > rounding, d, 0.0), statistic=statistic, level=level, seed=seed)
 
 
 def paired_test(a: Scores, b: Scores, *, alternative: str = "two-sided") -> PairedTest:
-    """Whether ``a`` differs from ``b`` over runs with the same seed: the sign-flip permutation test of the mean.
+    """Sign-flip permutation test of the mean difference ``a − b`` over runs with the same seed.
 
-    If the arms were exchangeable within each seed, every ``d_i = a_i − b_i`` could as well be ``−d_i``. ``p`` is the
-    share of the ``2ⁿ`` choices of signs whose mean is at least as large, ties included (two-sided: twice the smaller
-    of both shares). Up to n = 15 all are tried and ``p`` is exact; beyond, 99,999 are drawn with a fixed seed. No
+    If the arms were exchangeable within each seed, every ``d_i = a_i − b_i`` could equally be ``−d_i``. ``p`` is the
+    share of the ``2ⁿ`` sign vectors whose mean is at least as large, ties included (two-sided: twice the smaller of
+    both shares). Up to n = 15 all are enumerated and ``p`` is exact; beyond, 99,999 are drawn with a fixed seed. No
     normality is assumed (Fisher, The Design of Experiments, 1935).
 
     The smallest possible ``p`` is ``2⁻ⁿ``, two-sided ``2¹⁻ⁿ``: five pairs can never reach 0.05 two-sided.
 
     Args:
         a, b: ``{seed: number}`` with the same seeds, or two sequences in the same order of seeds.
-        alternative: ``"greater"`` asks whether ``a`` lies above ``b``, ``"less"`` whether below.
+        alternative: ``"two-sided"``, ``"greater"`` (``a`` above ``b``) or ``"less"``.
 
     Raises:
-        ValueError: another ``alternative``, no pairs, a run without its partner, or a number that is not finite.
+        ValueError: another ``alternative``, no pairs, an unpaired run, or a number that is not finite.
     """
     if alternative not in _ALTERNATIVES:
         raise ValueError(f"alternative must be one of {', '.join(_ALTERNATIVES)}; got {alternative!r}.")
     d, rounding = _differences(a, b)
-    n, mean = len(d), float(d.mean())
-    return PairedTest(mean, _sign_flip_p(d, alternative, rounding), n, _effect(d, rounding))
+    return PairedTest(float(d.mean()), _sign_flip_p(d, alternative, rounding), len(d), _effect(d, rounding))
 
 
 def holm(pvalues: Sequence[float] | Vector) -> list[float]:
-    """Holm's step-down adjustment: reject what stays at or below the level, and false rejections stay as rare as it.
+    """Holm's step-down adjusted p-values, in the order given.
 
-    With ``p₍₁₎ ≤ … ≤ p₍ₘ₎`` the adjusted values are ``max_{j ≤ i} min(1, (m − j + 1) p₍ⱼ₎)``, returned in the order
-    given. It bounds the chance of any false rejection among the ``m`` whatever the tests' dependence (Holm,
-    Scandinavian Journal of Statistics 6, 1979). No p-values give none.
+    With ``p₍₁₎ ≤ … ≤ p₍ₘ₎`` the adjusted values are ``max_{j ≤ i} min(1, (m − j + 1) p₍ⱼ₎)``. Rejecting those at or
+    below a level bounds the probability of any false rejection among the ``m`` by that level, under any dependence of
+    the tests (Holm, Scandinavian Journal of Statistics 6, 1979). An empty input gives an empty list.
 
     Raises:
-        ValueError: something is no probability.
+        ValueError: a value is not a probability.
     """
     p = np.asarray(pvalues, dtype=np.float64)
     if p.ndim != 1 or not np.all((p >= 0) & (p <= 1)):
@@ -159,28 +163,93 @@ def holm(pvalues: Sequence[float] | Vector) -> list[float]:
     return [float(value) for value in adjusted]
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over ``n`` seeds and its 95 % bootstrap interval; None for one seed, or if all values are equal."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean paired difference over the ``n`` seeds that both arms have.
+
+    Attributes:
+        p: of the exact sign-flip test.
+        adjusted: ``p`` after Holm's correction by :func:`corrected`, if any.
+        smallest: the ``p`` of ``n`` differences with equal signs; no test of ``n`` seeds gives less.
+    """
+
+    p: float
+    smallest: float
+    adjusted: float | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the corrected test rejects "no difference"."""
+        return (self.p if self.adjusted is None else self.adjusted) <= LEVEL
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """The mean of ``values`` with its interval; None without values."""
+    numbers = tuple(values)
+    if not numbers:
+        return None
+    low, high = _cached_interval(numbers)
+    return Estimate(mean(numbers), low, high, len(numbers))
+
+
+def difference(a: Mapping[int, float], b: Mapping[int, float], alternative: str = "two-sided") -> Difference | None:
+    """``a − b`` over the seeds of both, tested by :func:`paired_test`; None if they share no seed."""
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return None
+    found = estimate(a[seed] - b[seed] for seed in seeds)
+    assert found is not None
+    smallest = min(1.0, 2.0**-found.n * (2 if alternative == "two-sided" else 1))
+    p = paired_test([a[s] for s in seeds], [b[s] for s in seeds], alternative=alternative).p
+    return Difference(found.mean, found.low, found.high, found.n, p, smallest)
+
+
+def corrected(family: Mapping[str, Difference | None]) -> dict[str, Difference]:
+    """The differences that exist, with Holm's correction over all of them."""
+    tested = {name: found for name, found in family.items() if found is not None}
+    adjusted = holm([found.p for found in tested.values()])
+    return {name: replace(found, adjusted=float(p)) for (name, found), p in zip(tested.items(), adjusted, strict=True)}
+
+
+@cache
+def _cached_interval(values: tuple[float, ...]) -> tuple[float | None, float | None]:
+    """None for an undefined interval; cached, as figures and tables need the same ones."""
+    low, high = bootstrap_interval(values)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
+
+
 def _effect(d: Vector, rounding: float) -> float:
-    mean = float(d.mean())
+    average = float(d.mean())
     if len(d) > 1 and np.ptp(d) > rounding:
-        return mean / float(d.std(ddof=1))
-    return math.nan if len(d) == 1 or abs(mean) <= rounding else math.copysign(math.inf, mean)
+        return average / float(d.std(ddof=1))
+    return math.nan if len(d) == 1 or abs(average) <= rounding else math.copysign(math.inf, average)
 
 
 def _sign_flip_p(d: Vector, alternative: str, rounding: float) -> float:
-    """Sums are compared up to rounding: scores are often multiples of 1/1000, whose sums tie, and ties count."""
+    """The p-value; sums are compared up to rounding, since scores are often multiples of 1/1000 and ties count."""
     observed, above, below, tried = float(d.sum()), 0, 0, 0
     for signs in _signs(len(d)):
         sums = signs @ d
         above += int((sums >= observed - len(d) * rounding).sum())
         below += int((sums <= observed + len(d) * rounding).sum())
         tried += len(sums)
-    one_more = 0 if len(d) <= _EXACT else 1  # drawn at random: the signs as they are count as a draw
+    one_more = 0 if len(d) <= _EXACT else 1  # for random draws the observed signs count as one draw
     up, down = ((count + one_more) / (tried + one_more) for count in (above, below))
     return {"greater": up, "less": down, "two-sided": min(1.0, 2 * min(up, down))}[alternative]
 
 
 def _signs(n: int) -> Iterator[Vector]:
-    """Signs ``(k, n)``, each ``±1``: all ``2ⁿ`` rows at once for small ``n``, else random ones in parts."""
+    """Sign vectors ``(k, n)``: all ``2ⁿ`` rows at once for small ``n``, else random ones in chunks."""
     if n <= _EXACT:
         yield np.array(list(itertools.product((1.0, -1.0), repeat=n)), dtype=np.float64)
         return
@@ -192,17 +261,17 @@ def _signs(n: int) -> Iterator[Vector]:
 
 
 def _differences(a: Scores, b: Scores) -> tuple[Vector, float]:
-    """``a − b`` seed by seed, and the size up to which a difference is rounding."""
+    """``a − b`` by seed, and the size up to which a difference counts as rounding."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        alone = sorted(map(str, a.keys() ^ b.keys()))
-        if alone:
-            raise ValueError(f"pairs need the same seeds in both; without a partner: {', '.join(alone)}.")
+        unpaired = sorted(map(str, a.keys() ^ b.keys()))
+        if unpaired:
+            raise ValueError(f"a and b must have the same seeds; unpaired: {', '.join(unpaired)}.")
         a, b = list(a.values()), [b[key] for key in a]
     elif isinstance(a, Mapping) or isinstance(b, Mapping):
-        raise ValueError("give both as {seed: number}, or both as numbers in the same order of seeds.")
+        raise ValueError("pass both as {seed: number}, or both as numbers in the same order of seeds.")
     first, second = _vector("a", a), _vector("b", b)
     if len(first) != len(second):
-        raise ValueError(f"pairs need as many numbers in a as in b; got {len(first)} and {len(second)}.")
+        raise ValueError(f"a and b must have the same length; got {len(first)} and {len(second)}.")
     return first - second, _ROUNDING * float(np.maximum(np.abs(first), np.abs(second)).max())
 
 
@@ -216,5 +285,5 @@ def _vector(name: str, values: ArrayLike) -> Vector:
         raise ValueError(f"{name} must be a list of at least one number; got an array of shape {numbers.shape}.")
     if not np.isfinite(numbers).all():
         at = int(np.flatnonzero(~np.isfinite(numbers))[0])
-        raise ValueError(f"{name}[{at}] is {numbers[at]}; leave failed runs out in both arms, and report them.")
+        raise ValueError(f"{name}[{at}] is {numbers[at]}; leave failed runs out of both arms, and report them.")
     return numbers

@@ -1,4 +1,4 @@
-"""Scores of a sequence of tasks: the matrix R, and what is learned, forgotten and transferred in it."""
+"""Score matrix of a sequence of tasks: average accuracy, backward and forward transfer, forgetting."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _BEFORE = "(before)"
 
 
 class TaskMatrix:
-    """``R[i, j]``: the score on task ``j`` after training task ``i``, larger is better; ``print`` shows it.
+    """``R[i, j]``: the score on task ``j`` after training task ``i``, larger is better; ``str()`` is a table.
 
-    All measures are in the score's unit, such as the share of right answers. Both papers count tasks from 1; here
-    ``i`` and ``j`` count from 0. NaN above the diagonal means that tasks were not scored before they were trained.
+    All measures are in the unit of the score, such as accuracy. Both papers count tasks from 1; here ``i`` and ``j``
+    count from 0. NaN above the diagonal means that tasks were not scored before they were trained.
 
     >>> matrix = TaskMatrix([[0.9, nan], [0.7, 0.8]], names=["digits", "letters"])
     >>> f"{matrix.acc:.2f} {matrix.bwt:.2f}"
@@ -30,11 +30,11 @@ class TaskMatrix:
 
     Args:
         R: ``(T, T)``; finite on and below the diagonal.
-        initial: ``(T,)``, the scores before any training, which forward transfer is measured against.
-        names: of the tasks; their numbers by default.
+        initial: ``(T,)``, the scores before any training, the baseline of forward transfer.
+        names: of the tasks; their indices by default.
 
     Raises:
-        ValueError: a wrong shape, no tasks, a missing score, or names that do not fit; the message says which.
+        ValueError: a wrong shape, no tasks, a missing score, or invalid names; the message says which.
     """
 
     def __init__(self, R: ArrayLike, *, initial: ArrayLike | None = None, names: Sequence[str] | None = None) -> None:
@@ -43,19 +43,19 @@ class TaskMatrix:
         except ValueError as error:
             raise ValueError(f"R must be (T, T), numbers in rows of one length ({error}).") from None
         if self.R.ndim != 2 or not self.R.size or self.R.shape[0] != self.R.shape[1]:
-            raise ValueError(f"R must be (T, T), a row after each task and a column for each; got {self.R.shape}.")
+            raise ValueError(f"R must be (T, T), a row after each task and a column per task; got {self.R.shape}.")
         T = len(self.R)
         missing = np.argwhere(~np.isfinite(self.R) & np.tri(T, dtype=bool))
         if len(missing):
             i, j = missing[0]
-            raise ValueError(f"R[{i}, {j}] is {self.R[i, j]}; scores on tasks already trained must be finite.")
+            raise ValueError(f"R[{i}, {j}] is {self.R[i, j]}; scores on already trained tasks must be finite.")
         self.initial = None if initial is None else np.array(initial, dtype=np.float64)
         if self.initial is not None and (self.initial.shape != (T,) or not np.isfinite(self.initial).all()):
-            raise ValueError(f"initial must hold {T} finite scores, one for each task; got {self.initial}.")
+            raise ValueError(f"initial must hold {T} finite scores, one per task; got {self.initial}.")
         self.names = tuple(map(str, range(T) if names is None else names))
         if len(self.names) != T or len({*self.names, "after"}) <= T:
             raise ValueError(
-                f"names must be {T} different ones, one for each task, and none 'after'; got {', '.join(self.names)}."
+                f"names must be {T} distinct names, one per task, other than 'after'; got {', '.join(self.names)}."
             )
 
     @property
@@ -67,7 +67,7 @@ class TaskMatrix:
     def bwt(self) -> float:
         """Backward transfer: ``BWT = mean_{j < T−1} R[T−1, j] − R[j, j]`` (arXiv 1706.08840).
 
-        Below 0 where training later tasks made the earlier ones worse. NaN for a single task.
+        Negative if later tasks made the earlier ones worse. NaN for a single task.
         """
         return _mean(self.R[-1, :-1] - self.R.diagonal()[:-1])
 
@@ -75,9 +75,9 @@ class TaskMatrix:
     def forgetting(self) -> float:
         """``FM = mean_{j < T−1} max_{j ≤ i < T−1} R[i, j] − R[T−1, j]`` (Chaudhry et al., arXiv 1801.10112).
 
-        What is missing at the end of the best score a task ever had since it was trained; below 0 where the last task
-        improved the others. ``FM ≥ −BWT``. NaN for a single task. The paper's maximum also runs over ``i < j``, scores
-        from before task ``j`` was trained, which need not exist here.
+        The drop from a task's best score since it was trained; negative if the last task improved the others.
+        ``FM ≥ −BWT``. NaN for a single task. The paper's maximum also runs over ``i < j``, scores from before task
+        ``j`` was trained, which need not exist here.
         """
         T = len(self.R)
         return _mean(np.array([self.R[j : T - 1, j].max() - self.R[-1, j] for j in range(T - 1)]))
@@ -86,18 +86,18 @@ class TaskMatrix:
     def fwt(self) -> float:
         """Forward transfer: ``FWT = mean_{j ≥ 1} R[j−1, j] − initial[j]`` (arXiv 1706.08840).
 
-        What the tasks before ``j`` did for it before it was trained. NaN for a single task, and where a task was not
+        The effect of earlier tasks on task ``j`` before it is trained. NaN for a single task, and if a task was not
         scored before it was trained.
 
         Raises:
-            ValueError: there are no scores from before training.
+            ValueError: ``initial`` is missing.
         """
         if self.initial is None:
-            raise ValueError("forward transfer needs the scores before any training; give `initial`.")
+            raise ValueError("forward transfer needs the scores before any training; pass initial.")
         return _mean(self.R.diagonal(1) - self.initial[1:])
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row before training, where there is one, and one after each task; a column for each task."""
+        """A row before training, if ``initial`` was given, and one after each task; a column per task."""
         before = [] if self.initial is None else [(_BEFORE, self.initial)]
         return [
             {"after": after, **dict(zip(self.names, map(float, scores), strict=True))}
@@ -105,10 +105,10 @@ class TaskMatrix:
         ]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`rows`, numbers so that they read back to the bit, NaN as an empty cell.
+        """Write :meth:`rows`; numbers read back to the bit, NaN is an empty cell.
 
         Raises:
-            OSError: ``path`` cannot be written; what was there stays.
+            OSError: ``path`` cannot be written; an existing file is intact.
         """
         text, target = io.StringIO(newline=""), Path(path)
         writer = csv.writer(text, lineterminator="\n")
@@ -120,18 +120,18 @@ class TaskMatrix:
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> TaskMatrix:
-        """Read what :meth:`to_csv` wrote; with one row more than tasks the first is ``initial``.
+        """Read a file written by :meth:`to_csv`; if it has one row more than tasks, the first is ``initial``.
 
         Raises:
             OSError: ``path`` cannot be read.
-            ValueError: it is no such table; the message says what is wrong.
+            ValueError: it is not such a table; the message says why.
         """
         with Path(path).open(newline="", encoding="utf-8") as file:
             head, *lines = list(csv.reader(file)) or [[]]
         names = head[1:]
         if head[:1] != ["after"] or len(lines) not in (len(names), len(names) + 1):
             raise ValueError(
-                f"{path}: expected a header 'after, task, …' and a row for each task, or one more; got the header "
+                f"{path}: expected a header 'after, task, …' and one row per task, or one more; got the header "
                 f"{', '.join(head)} and {len(lines)} rows."
             )
         after = [line[0] if line else "" for line in lines]

@@ -24,6 +24,7 @@ def one_pair(dtype: torch.dtype, A: Tensor, B: Tensor, A0: Tensor | None, B0: Te
     """
     if A0 is None or B0 is None:
         return A.to(dtype), B.to(dtype)
+    A0, B0 = A0.to(A.dtype), B0.to(B.dtype)  # FSDP's mixed precision casts parameters, and leaves buffers as they are
     return torch.cat([A - A0, A0]).to(dtype), torch.cat([B, B - B0], dim=1).to(dtype)
 
 
@@ -129,6 +130,7 @@ def effective_weight(
     if A0 is None or B0 is None:
         return torch.addmm(weight, _like(B, weight), _like(A, weight), alpha=scaling)
     wide = torch.promote_types(weight.dtype, torch.float32)  # a difference of products rounded to 16 bits loses them
+    A0, B0 = A0.to(A.dtype), B0.to(B.dtype)  # see one_pair
     low = (B.to(wide) @ A.to(wide)).sub_(B0.to(wide) @ A0.to(wide))
     return weight.to(wide).add(scaled(low, scaling)).to(weight.dtype)
 

@@ -1,1 +1,1 @@
-"""The study of the window's position: protocol, runs, rows, and what its tables say."""
+"""Study of the window's position: protocol, experiments, rows, and the page generated from them."""

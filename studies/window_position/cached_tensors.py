@@ -1,4 +1,4 @@
-"""Tensors that are slow to make, kept in a file: made once for the same settings."""
+"""File cache of tensors that are slow to compute, keyed by their settings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from ipca._atomic import CorruptFileError, read_checksummed, write_checksummed
 
 
-def kept(name: str, settings: Mapping[str, object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make()`` gives, read from the file of an earlier call with the same ``name`` and ``settings``.
+def cached(name: str, settings: Mapping[str, object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The result of ``make()``, read from the file of an earlier call with the same ``name`` and ``settings``.
 
-    The file is a safetensors file in :func:`cache_folder` and appears complete or not at all. The version of torch
-    belongs to the settings, since another one rounds differently.
+    The file is a safetensors file in :func:`cache_folder`, written atomically. The version of torch is part of the key,
+    since other versions round differently.
 
     Args:
-        settings: what the tensors depend on; JSON must hold it.
+        settings: everything the tensors depend on, as JSON values.
 
     Raises:
         ValueError: the file is damaged; the message names it.
@@ -33,7 +33,7 @@ def kept(name: str, settings: Mapping[str, object], make: Callable[[], dict[str,
         try:
             return read_checksummed(path)[1]
         except CorruptFileError as error:
-            raise ValueError(f"{error}; delete the file and it is made again") from None
+            raise ValueError(f"{error}; delete the file to compute it again") from None
     tensors = make()
     write_checksummed(path, record, tensors)
     return tensors

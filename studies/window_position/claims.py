@@ -1,4 +1,4 @@
-"""The confirmatory tests of PROTOCOL.md, C1 to C14: two arms each, compared within seeds, corrected over the list."""
+"""The confirmatory tests of PROTOCOL.md, C1 to C14: two arms each, paired by seed, corrected over the list."""
 
 from __future__ import annotations
 
@@ -7,17 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ipca.lab.statistics import holm, paired_test
-from studies.window_position.rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, Study, Sweep, Values, number
-from studies.window_position.statistics import differences, interval
+from ipca.lab.statistics import LEVEL, estimate, holm, paired_test
+from ipca.lab.sweep.report.data import Sweep
+from studies.window_position.rows import (
+    AUTO,
+    LORA,
+    MIDDLE,
+    MINOR,
+    PRINCIPAL,
+    RATE,
+    Study,
+    Values,
+    differences,
+    tuned_values,
+    values_of,
+)
 
-LEVEL = 0.05
 SEEDS = 10
-"""Pairs of every test."""
+"""Number of pairs of every test."""
 FRESH_PRINCIPAL, FRESH_MIDDLE, FRESH_LORA = "pissa", "fresh", "lora-fresh"
-"""Methods of the streams: `"pissa"` is fresh principal windows, and `stream.py` gives `"fresh"` the middle ones."""
+"""Methods of the streams: ``"pissa"`` is fresh principal windows, ``"fresh"`` in ``stream.py`` fresh middle ones."""
 Arm = Callable[[Study], Values]
-"""The numbers of one side of a test, by seed; none where the experiment was not run."""
+"""One side of a test, by seed; empty if the experiment was not run."""
 _OTHER = {"greater": "less", "less": "greater"}
 TEST_COLUMNS = (
     *("claim", "where", "statement", "first", "second", "side", "n", "left_out"),
@@ -32,7 +43,7 @@ class Claim:
     Attributes:
         side: ``"greater"``, ``"less"`` or ``"two-sided"``.
         names: of the two arms.
-        first, second: what each gives by seed.
+        first, second: the two arms.
     """
 
     name: str
@@ -46,19 +57,19 @@ class Claim:
 
 def at_rate(name: str, method: str, metric: str) -> Arm:
     """A method of a sweep at the rate of the confirmatory tests."""
-    return lambda study: _of(study.sweep(name), lambda sweep: sweep.values(method, metric, RATE))
+    return lambda study: _of(study.sweep(name), lambda sweep: values_of(sweep, method, metric, RATE))
 
 
 def tuned(name: str, method: str, metric: str) -> Arm:
-    """A method of a sweep at its best rate, chosen by the other seeds."""
-    return lambda study: _of(study.sweep(name), lambda sweep: sweep.tuned(method, metric))
+    """A method of a sweep at its best rate, chosen on the other seeds."""
+    return lambda study: _of(study.sweep(name), lambda sweep: tuned_values(sweep, method, metric))
 
 
 def lead_of_lora(name: str) -> Arm:
-    """LoRA − middle in what is retained."""
+    """LoRA − middle in ``retained``."""
 
     def lead(sweep: Sweep) -> Values:
-        lora, middle = (sweep.values(method, "retained", RATE) for method in (LORA, MIDDLE))
+        lora, middle = (values_of(sweep, method, "retained", RATE) for method in (LORA, MIDDLE))
         return {seed: value - middle.get(seed, math.nan) for seed, value in lora.items()}
 
     return lambda study: _of(study.sweep(name), lead)
@@ -73,7 +84,7 @@ def stream_accuracy(method: str) -> Arm:
 
     def accuracies(study: Study) -> Values:
         rows = study.table("V2")
-        found = {int(row["seed"]): number(row["acc"]) for row in rows if row["method"] == method}
+        found = {int(row["seed"]): float(row["acc"]) for row in rows if row["method"] == method}
         if rows and not found:
             there = ", ".join(dict.fromkeys(row["method"] for row in rows))
             raise ValueError(f"V2.csv has no rows of the method {method!r}; it has {there}.")
@@ -141,19 +152,19 @@ CLAIMS = (
 
 
 SUPPORTS = {"C6": _lora_at_rate("S6", "M1"), "C11": _lora_at_rate("S11", "V1")}
-"""What a claim at best-tuned rates needs besides (PROTOCOL.md, Changes), by that claim; outside the corrected list."""
+"""The additional condition of a claim at best-tuned rates (PROTOCOL.md, Changes); outside the corrected list."""
 
 
 def confirm(study: Study) -> list[dict[str, Any]]:
     """A row of ``tests.csv`` for each of :data:`CLAIMS`.
 
-    ``mean`` is of ``first − second`` over the ``n`` seeds that ended well in both arms, ``low`` and ``high`` its 95 %
-    bootstrap interval, ``p`` that of the exact sign-flip test on the claim's side, ``adjusted`` after Holm's correction
-    over the claims that ran. The verdict is
+    ``mean`` is that of ``first − second`` over the ``n`` seeds that succeeded in both arms, ``low`` and ``high`` its
+    95 % bootstrap interval, ``p`` that of the exact sign-flip test on the claim's side, ``adjusted`` after Holm's
+    correction over the claims that were run. The verdict is
 
-    - ``"not run"`` where an arm lacks one of the ten seeds, ``"all diverged"`` where no seed ended well in both;
-    - ``"holds"`` where a one-sided claim has ``adjusted`` ≤ 5 %, ``"the opposite holds"`` where the test of the other
-      side has, with its p in this claim's place in the list; two-sided ``"above"`` or ``"below"``;
+    - ``"not run"`` if an arm lacks one of the ten seeds, ``"all diverged"`` if no seed succeeded in both;
+    - ``"holds"`` if a one-sided claim has ``adjusted`` ≤ 5 %, ``"the opposite holds"`` if the test of the other side
+      has, with its p in this claim's place in the list; two-sided ``"above"`` or ``"below"``;
     - ``"not shown"`` otherwise.
 
     Raises:
@@ -180,13 +191,15 @@ def _row(claim: Claim, arms: tuple[Values, Values] | None, p: Mapping[str, float
         return row | {"verdict": "not run" if arms is None else "all diverged"}
     assert arms is not None
     found = paired_test(*arms, alternative=claim.side)
-    low, high = interval(differences(*arms))
-    row |= {"n": found.n, "left_out": SEEDS - found.n, "mean": found.mean, "low": low, "high": high, "dz": found.dz}
+    effect = estimate(differences(*arms))
+    assert effect is not None
+    row |= {"n": found.n, "left_out": SEEDS - found.n, "mean": found.mean, "low": effect.low, "high": effect.high}
+    row |= {"dz": found.dz}
     return row | {"p": found.p, "adjusted": _adjusted(p)[claim.name], "verdict": _verdict(claim, arms, p)}
 
 
 def _paired(first: Values, second: Values) -> tuple[Values, Values] | None:
-    """Both arms over the seeds that ended well in both; None where one of the ten was not run."""
+    """Both arms over the seeds that succeeded in both; None if one of the ten was not run."""
     seeds = range(SEEDS)
     if any(seed not in first or seed not in second for seed in seeds):
         return None

@@ -1,7 +1,7 @@
-"""Two kinds of text that every machine with torch has: the prose in Python files, and headers in C++.
+"""Corpus of the language model: two kinds of text installed with torch, prose in Python files and C++ headers.
 
-Sequences of bytes (M, length), uint8. Pieces of text are unique, ordered by their hashes and joined; the first are held
-out for tests, so that no piece is on both sides.
+Sequences of bytes (M, length), uint8. Pieces of text are deduplicated, ordered by their hashes and joined; the first
+are held out for tests, so that no piece is in both sets.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from studies.window_position.cached_tensors import kept
+from studies.window_position.cached_tensors import cached
 
 TORCH = Path(torch.__file__).parent
 HEADERS = ("torch/csrc", "c10", "ATen/core", "ATen/native")
-"""Folders of torch's headers that people wrote; the others are generated."""
+"""Folders of torch's handwritten headers; the others are generated."""
 NO_PROSE = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 SHORTEST, LONGEST = 200, 20_000
-"""Characters of a string that counts as prose; bytes of a header that are taken."""
+"""Minimum characters of a string that counts as prose; maximum bytes read of a header."""
 LIMIT = 8_000_000
-"""Bytes for training, of each kind."""
+"""Maximum training bytes of each kind."""
 
 
-def corpus(length: int, held_out: int, files: int | None = None) -> dict[str, Tensor]:
-    """``prose_train``, ``prose_test``, ``headers_train``, ``headers_test``; made once.
+def load_corpus(length: int, held_out: int, files: int | None = None) -> dict[str, Tensor]:
+    """``prose_train``, ``prose_test``, ``headers_train``, ``headers_test``; cached.
 
     Args:
         length: bytes of a sequence.
-        held_out: sequences of each test set.
-        files: how many of each kind are read, chosen by the hashes of their names; None: all.
+        held_out: number of sequences of each test set.
+        files: number of files read of each kind, selected by the hashes of their names; None for all.
 
     Raises:
-        ValueError: there is too little text here; the message says what was looked for.
+        ValueError: there is too little text; the message says what was searched.
     """
     settings = {"python": platform.python_version(), "length": length, "held_out": held_out, "files": files}
-    return kept("corpus", settings, partial(_corpus, length, held_out, files))
+    return cached("corpus", settings, partial(_corpus, length, held_out, files))
 
 
 def prose(files: int | None) -> Iterator[bytes]:
-    """Strings of Python's standard library and of torch that are mostly words: docstrings and documentation."""
+    """Strings in Python's standard library and in torch that are mostly words: docstrings and documentation."""
     roots = (Path(sysconfig.get_path("stdlib")), TORCH)
     paths = [(root, p) for root in roots for p in root.rglob("*.py") if not NO_PROSE & set(p.relative_to(root).parts)]
     for path in _some(paths, files):
@@ -74,7 +74,7 @@ def sequences(pieces: Iterable[bytes], length: int, held_out: int, kind: str) ->
     train = _cut(ordered[first:], length)[: LIMIT // length]
     if taken < needed or not len(train):
         raise ValueError(
-            f"{held_out} test sequences of {length} bytes, and some more to train on, were looked for in {kind}, where "
+            f"{held_out} test sequences of {length} bytes, and more to train on, were looked for in {kind}, where "
             f"there are {sum(map(len, ordered))} bytes; install torch from its wheel and Python with its sources."
         )
     return train, _cut(ordered[:first], length)[:held_out]
@@ -93,7 +93,7 @@ def _corpus(length: int, held_out: int, files: int | None) -> dict[str, Tensor]:
 
 
 def _some(paths: list[tuple[Path, Path]], files: int | None) -> list[Path]:
-    """The same files of ``(root, path)`` wherever they are installed."""
+    """A selection of ``(root, path)`` that does not depend on where they are installed."""
 
     def order(item: tuple[Path, Path]) -> bytes:
         root, path = item
@@ -103,9 +103,9 @@ def _some(paths: list[tuple[Path, Path]], files: int | None) -> list[Path]:
 
 
 def _strings(source: bytes) -> Iterator[str]:
-    """Every string in a Python file; none of one that is written for another version."""
+    """Every string in a Python file; none if it does not parse with this version."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes that are not ours
+        warnings.simplefilter("ignore")  # invalid escapes in other people's code
         try:
             tree = ast.parse(source)
         except SyntaxError:
@@ -116,7 +116,7 @@ def _strings(source: bytes) -> Iterator[str]:
 
 
 def _cut(pieces: list[bytes], length: int) -> Tensor:
-    """``pieces`` with an empty line between them, in sequences; what is left over is dropped."""
+    """``pieces`` joined by empty lines, cut into sequences; the remainder is dropped."""
     joined = bytearray(b"\n\n".join(pieces))
     count = len(joined) // length
     if not count:

@@ -1,10 +1,11 @@
-"""The study's task V: a ViT that knows scikit-learn's digits learns them turned and inverted; what is left of them?
+"""Task V of the study: a ViT pretrained on scikit-learn's digits learns them rotated and inverted.
 
-Pretrained here, once, on 797 upright images; the other 1,000 test both tasks.
-`ipca sweep studies/window_position/digits.py` runs it.
-The size "base" is for a GPU, where it has never been run. By arithmetic alone one run takes about 2 seconds of an H100:
-80 steps of 544 tokens through 85 M parameters are 15 TFLOP and judging 6, half a second in float32, and some 1,500
-launches a step are bound by Python, about 20 ms.
+It is pretrained here, once, on 797 upright images; the other 1,000 test both tasks. Run it with
+``ipca sweep studies/window_position/digits.py``.
+
+The size "base" is for a GPU and has not been run. Estimated, one run takes about 2 seconds of an H100: 80 steps of 544
+tokens through 85 M parameters are 15 TFLOP and the evaluation 6, half a second in float32, and the 1,500 launches of a
+step are limited by Python, about 20 ms.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ipca.lab.demo.task import accuracy
 from ipca.lab.sweep import Task
 from ipca.lab.sweep.device import device_of
 from ipca.model import AdapterSettings
-from studies.window_position.cached_tensors import kept
-from studies.window_position.pretraining import Pretraining, hardware
+from studies.window_position.cached_tensors import cached
+from studies.window_position.pretraining import Pretraining, device_record
 from studies.window_position.pretraining import pretrain as trained
 from studies.window_position.train_loop import fit, shuffled_batches
 from studies.window_position.vit import LINEAR_LAYERS, SHAPES, ViT
@@ -37,8 +38,9 @@ LABELS = {
 }
 
 
+SETTINGS = AdapterSettings(rank=16, window="middle", form="residual", targets=LINEAR_LAYERS, modules_to_save=("head",))
 PRETRAINING = {"small": Pretraining(), "base": Pretraining(rate=3e-4, warm_up=200)}
-"""Of each size, on upright images that are varied a little, see :func:`varied`."""
+"""By size, on augmented upright images, see :func:`varied`."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ def task(size: str = "small", device: str = "cpu", steps: int = 80, pretraining:
 
     Args:
         size: of the model, one of :data:`vit.SHAPES`.
-        device: where it is pretrained and begins, "cpu" or "cuda".
+        device: where it is pretrained and starts, "cpu" or "cuda".
 
     Raises:
-        ValueError: there is no such size.
+        ValueError: an unknown size.
     """
     if size not in SHAPES:
         raise ValueError(f"size must be one of {', '.join(SHAPES)}; got {size!r}.")
@@ -68,24 +70,24 @@ def task(size: str = "small", device: str = "cpu", steps: int = 80, pretraining:
         build=partial(build, *made),
         train=partial(train, steps),
         evaluate=partial(evaluate, *made),
-        config=AdapterSettings(rank=16, window="middle", targets=LINEAR_LAYERS, modules_to_save=("head",)),
+        settings=SETTINGS,
         calibration=calibration,
         labels=LABELS,
     )
 
 
 def build(pretraining: Pretraining, size: str = "small", device: str = "cpu") -> ViT:
-    """The pretrained model on ``device``; its weights come from a file if an earlier call has left one."""
+    """The pretrained model on ``device``; its weights are cached in a file."""
     with torch.random.fork_rng(devices=[]):
         model = ViT(size)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    settings = {**asdict(pretraining), "shapes": shapes, **hardware(device)}
-    model.load_state_dict(kept("digits-vit", settings, partial(pretrain, pretraining, size, device)))
+    settings = {**asdict(pretraining), "shapes": shapes, **device_record(device)}
+    model.load_state_dict(cached("digits-vit", settings, partial(pretrain, pretraining, size, device)))
     return model.to(device).eval()
 
 
 def train(steps: int, model: ViT, groups: list[dict[str, Any]], seed: int) -> None:
-    """Train on turned and inverted images; ``seed`` draws the new head and the order of the images."""
+    """Train on rotated and inverted images; ``seed`` determines the new head and the order of the images."""
     data = images(device_of(model))
     shown, digits = turned(data.train), data.train_digits
     torch.manual_seed(seed)
@@ -119,18 +121,18 @@ def calibration() -> list[Tensor]:
 
 
 def turned(upright: Tensor) -> Tensor:
-    """The new task's view of ``upright (M, 8, 8)``: a quarter turn to the left, and dark for light."""
+    """The new task's view of ``upright (M, 8, 8)``: rotated by 90° to the left, and inverted."""
     return 1 - upright.rot90(1, (1, 2))
 
 
 def features_of(model: ViT, shown: Tensor) -> Tensor:
-    """Class tokens ``(M, hidden)`` of images ``(M, 8, 8)``, in chunks that stay in the processor's cache."""
+    """Class tokens ``(M, hidden)`` of images ``(M, 8, 8)``, in chunks that fit into the processor's cache."""
     return torch.cat([model.features(chunk) for chunk in shown.split(100)])
 
 
 @cache
 def images(device: torch.device | str = "cpu") -> Images:
-    """scikit-learn's 1,797 digits, 797 of them for training, each digit in the same proportion on both sides.
+    """scikit-learn's 1,797 digits, 797 of them for training, stratified by digit.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -152,7 +154,7 @@ def images(device: torch.device | str = "cpu") -> Images:
 
 @cache
 def before(pretraining: Pretraining, size: str, device: str) -> tuple[Tensor, float]:
-    """Class tokens ``(1000, hidden)`` and cross-entropy of the upright test images in the pretrained model."""
+    """Class tokens ``(1000, hidden)`` and cross-entropy of the pretrained model on the upright test images."""
     model, data = build(pretraining, size, device), images(device)
     with torch.no_grad():
         features = features_of(model, data.test)
@@ -172,7 +174,7 @@ def pretrain(settings: Pretraining, size: str = "small", device: str = "cpu") ->
 
 
 def varied(upright: Tensor) -> Tensor:
-    """``upright (M, 8, 8)``, turned by up to 15°, scaled by 15 %, moved by 1.2 pixels, and noise of 0.05 added."""
+    """``upright (M, 8, 8)``, rotated by up to 15°, scaled by 15 %, shifted by 1.2 pixels, with noise of 0.05."""
     ranges = torch.tensor([[math.pi / 12], [0.15], [0.3], [0.3]])  # an image is 2 wide: 0.3 are 1.2 pixels
     angle, scale, right, down = ranges * (2 * torch.rand(4, len(upright)) - 1)
     cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()

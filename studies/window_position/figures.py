@@ -1,19 +1,22 @@
-"""The pictures of docs/study.md, drawn from the tables in studies/window_position/results.
+"""Figures of the study's page, from the tables in ``results``.
 
     python -m studies.window_position.figures
 
-Every point is a mean over seeds, every line through it a 95 % bootstrap interval. What has not been run is not drawn.
+Every point is a mean over seeds, every bar through it a 95 % bootstrap interval. Experiments that have not been run are
+not drawn.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipca._atomic import staged_files
-from studies.window_position.plots import Point, band, line, logarithmic, marks, sheet, style_of, ticks
-from studies.window_position.rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, RESULTS, Study, curve_of, number
+from ipca.lab.sweep.report.drawing import band
+from studies.window_position.plots import Point, line, logarithmic, marks, sheet, style_of, ticks
+from studies.window_position.rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, RESULTS, Study, curve_of
 from studies.window_position.rules import Tables, read_tables
 from studies.window_position.words import method_name
 
@@ -29,7 +32,7 @@ TITLES = {
     "V1": "digits ViT, all linear",
 }
 BY_POSITION = ("M1", "M2-query-value", "M2-all", "V1")
-"""What is drawn over the window's position."""
+"""The experiments that are drawn over the window's position."""
 METRICS = {
     "retained": "retained\n(accuracy, share of 1,000)",
     "target": "target\n(accuracy, share of 1,000)",
@@ -41,7 +44,7 @@ NOTE = "mean and 95 % bootstrap interval over seeds"
 
 
 def positions(tables: Tables) -> Figure | None:
-    """What is retained and the drift over the window's position, at the rate of the tests; LoRA and auto as bands."""
+    """Retention and drift over the window's position, at the rate of the tests; LoRA and auto as bands."""
     names = [name for name in BY_POSITION if windows(tables, name, "retained")]
     if not names:
         return None
@@ -50,7 +53,7 @@ def positions(tables: Tables) -> Figure | None:
             for axis, name in zip(axes[row], names, strict=True):
                 line(axis, windows(tables, name, metric), style_of(MIDDLE), "windows")
                 for method in (LORA, AUTO):
-                    band(axis, point(tables, name, method, metric), style_of(method), method_name(method))
+                    band(axis, point(tables, name, method, metric), style_of(method), (0, 1), method_name(method))
                 axis.set_xlabel(POSITION)
             axes[row][0].set_ylabel(METRICS[metric])
         _titles(axes[0], tables, names)
@@ -58,7 +61,7 @@ def positions(tables: Tables) -> Figure | None:
 
 
 def comparisons(tables: Tables) -> Figure | None:
-    """Principal and minor minus middle, at the same rate and at matched ones."""
+    """Principal and minor minus middle, at the same rate and at matched rates."""
     names = [name for name in ("M3", "V1") if (name, PRINCIPAL, "update", f"{RATE:g}", "drift") in tables.summary]
     if not names:
         return None
@@ -80,7 +83,7 @@ def comparisons(tables: Tables) -> Figure | None:
 
 
 def rates(tables: Tables) -> Figure | None:
-    """Target and what is retained over the learning rate."""
+    """Target and retention over the learning rate."""
     names = [name for name in ("M1", "V1") if windows(tables, name, "retained")]
     if not names:
         return None
@@ -99,33 +102,38 @@ def rates(tables: Tables) -> Figure | None:
 
 
 def frontier(tables: Tables) -> Figure | None:
-    """Target against what is retained: a point for each method and rate, joined by rising rate."""
+    """Target against retention: a point for each method and rate, joined by ascending rate."""
     names = [name for name in ("M1", "V1") if windows(tables, name, "retained")]
     if not names:
         return None
-    note = f"A line joins a method's rates, the largest mark is the highest; {NOTE}"
+    note = f"A line joins a method's rates, the largest mark is the highest rate; {NOTE}"
     with sheet(1, len(names), note, wide=5) as (figure, axes):
         for axis, name in zip(axes[0], names, strict=True):
             for method in methods(tables, name):
-                _way(axis, tables, name, method)
+                _rate_path(axis, tables, name, method)
             axis.set_xlabel(METRICS["target"].replace("\n", " "))
         _titles(axes[0], tables, names)
         axes[0][0].set_ylabel(METRICS["retained"])
         return figure
 
 
-def _way(axis: Axes, tables: Tables, name: str, method: str) -> None:
-    """The points of one method by rising rate, with the intervals of both metrics."""
+def _rate_path(axis: Axes, tables: Tables, name: str, method: str) -> None:
+    """Draw the points of one method by ascending rate, with the intervals of both metrics."""
     style, at = style_of(method), []
     for size, lr in enumerate(grid_rates(tables, name)):
         target, kept = (point(tables, name, method, metric, lr) for metric in ("target", "retained"))
         if target and kept:
-            at.append((target.y, kept.y))
-            axis.plot([target.low, target.high], [kept.y, kept.y], color=style.color, linewidth=0.7)
-            axis.plot([target.y, target.y], [kept.low, kept.high], color=style.color, linewidth=0.7)
-            axis.plot(target.y, kept.y, style.mark, color=style.color, markersize=4 + 1.5 * size)
+            at.append((target.mean, kept.mean))
+            _interval(axis, [target.low, target.high], [kept.mean] * 2, color=style.color, linewidth=0.7)
+            _interval(axis, [target.mean] * 2, [kept.low, kept.high], color=style.color, linewidth=0.7)
+            axis.plot(target.mean, kept.mean, style.mark, color=style.color, markersize=4 + 1.5 * size)
     axis.plot([x for x, _ in at], [y for _, y in at], color=style.color, linewidth=1, alpha=0.7)
     axis.plot([], [], style.mark, color=style.color, label=method_name(method))
+
+
+def _interval(axis: Axes, x: Sequence[float | None], y: Sequence[float | None], **look: Any) -> None:
+    """Draw a line between two points; nothing if one is missing."""
+    axis.plot(*([math.nan if value is None else value for value in values] for values in (x, y)), **look)
 
 
 def lengths(tables: Tables) -> Figure | None:
@@ -150,7 +158,7 @@ def lengths(tables: Tables) -> Figure | None:
 
 
 def mechanism(tables: Tables) -> Figure | None:
-    """Σ S_i · energy_i over the window's position, and under it the drift that was measured."""
+    """Σ S_i · energy_i over the window's position, and below it the measured drift."""
     names = [name for name in BY_POSITION if curve_of(tables.mechanism, name)]
     if not names:
         return None
@@ -159,7 +167,7 @@ def mechanism(tables: Tables) -> Figure | None:
         for k, name in enumerate(names):
             curve = sorted((float(window), value) for window, value in curve_of(tables.mechanism, name).items())
             middle = dict(curve)[0.5]
-            line(axes[0][k], [Point(f, value / middle) for f, value in curve], style_of("full"))
+            line(axes[0][k], [Point(value / middle, None, None, 1, f) for f, value in curve], style_of("full"))
             axes[0][k].axhline(1, color="black", linewidth=0.8, linestyle=":")
             logarithmic(axes[0][k])
             axes[0][k].set_title(TITLES[name])
@@ -175,7 +183,7 @@ def mechanism(tables: Tables) -> Figure | None:
 
 
 def streams(tables: Tables) -> Figure | None:
-    """ACC, FM and what is retained of every method of the streams."""
+    """ACC, FM and retention of every method of the streams."""
     names = methods(tables, "V2")
     if not names:
         return None
@@ -190,14 +198,14 @@ def streams(tables: Tables) -> Figure | None:
                 found = point(tables, "V2", name, metric, "", comparison="")
                 assert found is not None  # every stream has every metric
                 color = style_of({"fresh": MIDDLE, "pissa": PRINCIPAL, "milora": MINOR}.get(name, name)).color
-                axis.plot([found.low, found.high], [y, y], color=color, linewidth=2)
-                axis.plot(found.y, y, "o", color=color)
+                _interval(axis, [found.low, found.high], [y, y], color=color, linewidth=2)
+                axis.plot(found.mean, y, "o", color=color)
             axis.set_yticks(range(len(names)), names)
             axis.set_ylim(len(names) - 0.5, -0.5)
             axis.set_xlabel(title)
         before = point(tables, "V2", names[0], "retained_before", "", comparison="")
         assert before is not None
-        axes[0][2].axvline(before.y, color="black", linestyle=":", label="before the stream")
+        axes[0][2].axvline(before.mean, color="black", linestyle=":", label="before the stream")
         return figure
 
 
@@ -220,12 +228,13 @@ def point(
     x: float = 0.0,
     of: str = "mean",
 ) -> Point | None:
-    """A mean, or its ``difference`` to the middle window, with its interval; None where there is no value."""
+    """A mean, or its ``difference`` to the middle window, with its interval; None if there is no value."""
     row = tables.summary.get((name, method, comparison, lr, metric))
     if row is None or not row[of]:
         return None
     low, high = (row[f"{'' if of == 'mean' else 'difference_'}{end}"] for end in ("low", "high"))
-    return Point(x, float(row[of]), number(low), number(high))
+    n = int(row["n" if of == "mean" else "pairs"])
+    return Point(float(row[of]), float(low) if low else None, float(high) if high else None, n, x)
 
 
 def windows(tables: Tables, name: str, metric: str) -> list[Point]:
@@ -235,23 +244,23 @@ def windows(tables: Tables, name: str, metric: str) -> list[Point]:
 
 
 def methods(tables: Tables, name: str) -> list[str]:
-    """Of one experiment, without controls."""
+    """The methods of an experiment, without controls."""
     found = dict.fromkeys(method for experiment, method, *_ in tables.summary if experiment == name)
     return [m for m in found if name == "V2" or m[:1].isdigit() or m in (LORA, "full", AUTO)]
 
 
 def grid_rates(tables: Tables, name: str) -> Sequence[str]:
-    """The rates of an experiment, ascending, as the tables write them."""
+    """The rates of an experiment, ascending, as in the tables."""
     return sorted({lr for experiment, _, _, lr, _ in tables.summary if experiment == name and lr != "best"}, key=float)
 
 
 def runs(tables: Tables, name: str) -> str:
-    """How many seeds an experiment has: the most of any mean."""
+    """The number of seeds of an experiment: the largest of any mean."""
     return str(max(int(row["n"]) for key, row in tables.summary.items() if key[0] == name))
 
 
 def draw(tables: Tables, folder: Path) -> list[Path]:
-    """Draw what there are numbers for, and return where."""
+    """Draw the figures that have data, and return their paths."""
     made = []
     for figure in FIGURES:
         found = figure(tables)

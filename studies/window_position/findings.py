@@ -1,9 +1,9 @@
-"""The study's tables from its rows: the confirmatory tests, means and differences with intervals, rank correlations.
+"""The derived tables of the study: confirmatory tests, means and differences with intervals, rank correlations.
 
     python -m studies.window_position.findings
 
-Writes `tests.csv`, `summary.csv` and `ranks.csv` into `results`. What has not been run is in none of them but
-the first, which says so.
+Writes ``tests.csv``, ``summary.csv`` and ``ranks.csv`` to ``results``. Experiments that have not been run appear in the
+first only, as "not run".
 """
 
 from __future__ import annotations
@@ -13,9 +13,21 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ipca.lab.statistics import Estimate, estimate
+from ipca.lab.sweep.report.data import Sweep
 from studies.window_position.claims import FRESH_MIDDLE, TEST_COLUMNS, confirm
-from studies.window_position.rows import MIDDLE, Study, Sweep, Table, Values, curve_of, number, write_table
-from studies.window_position.statistics import differences, interval, mean
+from studies.window_position.rows import (
+    MIDDLE,
+    Study,
+    Table,
+    Values,
+    curve_of,
+    differences,
+    is_complete,
+    tuned_values,
+    values_of,
+    write_table,
+)
 
 STREAM_METRICS = ("acc", "bwt", "fm", "retained_before", "retained_after", "parameters", "bytes")
 SUMMARY_COLUMNS = (
@@ -25,33 +37,34 @@ SUMMARY_COLUMNS = (
 RANK_COLUMNS = ("experiment", "lr", "n", "mean", "low", "high")
 
 
-def summarize(sweep: Sweep) -> Iterator[dict[str, Any]]:
+def summarize(name: str, sweep: Sweep) -> Iterator[dict[str, Any]]:
     """A row of ``summary.csv`` for each method, comparison, rate and metric.
 
     ``lr`` is the grid's rate, or ``"best"``: for each seed the one with the best mean target over the other seeds.
-    ``difference`` is that to the middle window in the same comparison at the same rate, paired over seeds; 0 for the
-    middle window itself. ``n`` runs and ``pairs`` pairs ended well, ``failed`` did not.
+    ``difference`` is to the middle window in the same comparison at the same rate, paired by seed; 0 for the middle
+    window itself. ``n`` runs and ``pairs`` pairs succeeded, ``failed`` did not.
     """
     for method in sweep.methods:
-        for metric in sweep.metrics:
+        for metric in sweep.base:
             for comparison in sweep.comparisons:
-                for lr in sweep.rates:
-                    values = sweep.values(method, metric, lr, comparison)
-                    middle = sweep.values(MIDDLE, metric, lr, sweep.reference(comparison))
+                for lr in sweep.lrs:
+                    values = values_of(sweep, method, metric, lr, comparison)
+                    # Equal updates are relative to the middle window at its own rate.
+                    middle = values_of(sweep, MIDDLE, metric, lr, "same" if comparison == "update" else comparison)
                     if values:
-                        yield _summary((sweep.name, method, comparison, lr, metric), values, middle)
-            if len(sweep.rates) > 1 and sweep.complete(method) and sweep.complete(MIDDLE):
-                best, middle = (sweep.tuned(name, metric) for name in (method, MIDDLE))
-                yield _summary((sweep.name, method, "same", "best", metric), best, middle)
+                        yield _summary((name, method, comparison, lr, metric), values, middle)
+            if len(sweep.lrs) > 1 and is_complete(sweep, method) and is_complete(sweep, MIDDLE):
+                best, middle = (tuned_values(sweep, each, metric) for each in (method, MIDDLE))
+                yield _summary((name, method, "same", "best", metric), best, middle)
 
 
 def summarize_streams(rows: Table) -> Iterator[dict[str, Any]]:
-    """The rows of ``summary.csv`` of the streams, V2; ``difference`` is that to fresh middle windows."""
+    """The rows of ``summary.csv`` of the streams, V2; ``difference`` is to fresh middle windows."""
     methods = dict.fromkeys(row["method"] for row in rows)
     for method in methods:
         for metric in STREAM_METRICS:
             first, fresh = (
-                {int(row["seed"]): number(row[metric]) for row in rows if row["method"] == name}
+                {int(row["seed"]): float(row[metric]) for row in rows if row["method"] == name}
                 for name in (method, FRESH_MIDDLE)
             )
             yield _summary(("V2", method, "", "", metric), first, fresh)
@@ -59,26 +72,31 @@ def summarize_streams(rows: Table) -> Iterator[dict[str, Any]]:
 
 def _summary(key: tuple[str, str, str, float | str, str], values: Values, middle: Values) -> dict[str, Any]:
     """``key`` is (experiment, method, comparison, rate, metric)."""
-    well = [value for value in values.values() if math.isfinite(value)]
-    apart = differences(values, middle)
-    numbers = (len(well), len(values) - len(well), mean(well), *interval(well))
-    return dict(zip(SUMMARY_COLUMNS, (*key, *numbers, len(apart), mean(apart), *interval(apart)), strict=True))
+    succeeded = [value for value in values.values() if math.isfinite(value)]
+    paired = differences(values, middle)
+    counts = len(succeeded), len(values) - len(succeeded)
+    cells = (*key, *counts, *_cells(estimate(succeeded)), len(paired), *_cells(estimate(paired)))
+    return dict(zip(SUMMARY_COLUMNS, cells, strict=True))
+
+
+def _cells(found: Estimate | None) -> tuple[float | None, float | None, float | None]:
+    """Mean and interval; empty cells without values."""
+    return (None, None, None) if found is None else (found.mean, found.low, found.high)
 
 
 def rank_correlations(study: Study, mechanism: Table) -> Iterator[dict[str, Any]]:
     """A row of ``ranks.csv`` for each sweep and rate: Spearman's ρ between summed sensitivity and drift over windows.
 
-    One ρ for each seed with a drift at every window; ``mean`` with its bootstrap interval over the ``n`` seeds.
+    One ρ per seed that has a drift at every window; ``mean`` with its bootstrap interval over the ``n`` seeds.
     """
     for name in ("M1", "M2-query-value", "M2-all", "V1"):
         sweep, curve = study.sweep(name), curve_of(mechanism, name)
         if sweep is None or not curve:
             continue
-        for lr in sweep.rates:
-            drift = {method: sweep.values(method, "drift", lr) for method in sweep.methods if method in curve}
+        for lr in sweep.lrs:
+            drift = {method: values_of(sweep, method, "drift", lr) for method in sweep.methods if method in curve}
             found = _spearman([curve[method] for method in drift], list(drift.values()))
-            low, high = interval(found)
-            yield dict(zip(RANK_COLUMNS, (name, lr, len(found), mean(found), low, high), strict=True))
+            yield dict(zip(RANK_COLUMNS, (name, lr, len(found), *_cells(estimate(found))), strict=True))
 
 
 def _spearman(sensitivities: Sequence[float], drift: Sequence[Values]) -> list[float]:
@@ -93,9 +111,9 @@ def _spearman(sensitivities: Sequence[float], drift: Sequence[Values]) -> list[f
 
 
 def write(study: Study) -> None:
-    """Make the three tables from the rows and ``mechanism.csv``."""
+    """Write the three tables from the rows and ``mechanism.csv``."""
     write_table(study.folder / "tests.csv", TEST_COLUMNS, confirm(study))
-    summaries = [row for sweep in study.sweeps for row in summarize(sweep)]
+    summaries = [row for name, sweep in study.sweeps.items() for row in summarize(name, sweep)]
     summaries += summarize_streams(study.table("V2"))
     write_table(study.folder / "summary.csv", SUMMARY_COLUMNS, summaries)
     ranks = rank_correlations(study, study.table("mechanism"))

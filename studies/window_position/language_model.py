@@ -1,12 +1,12 @@
-"""The study's task T: a language model that knows prose learns C++; how much of its prose is left?
+"""Task T of the study: a language model pretrained on prose learns C++ headers.
 
-A LLaMA-shaped model of bytes, pretrained here, once, on strings of Python and torch, learns torch's headers. It needs
-torch and transformers alone and downloads nothing.
-`ipca sweep studies/window_position/language_model.py` is the tiny size on a CPU.
+A byte-level LLaMA-shaped model, pretrained here, once, on strings of Python and torch, learns torch's headers. It needs
+only torch and transformers and downloads nothing. ``ipca sweep studies/window_position/language_model.py`` runs the
+tiny size on a CPU.
 
-The size "base" is for a GPU, where it has never been run. By arithmetic alone pretraining takes about 75 seconds of an
-H100 (3,000 steps of 2.5 TFLOP) and one run 3: 80 steps of 4,096 bytes through 25 M parameters are 50 TFLOP and judging
-2,000 sequences 26, two seconds in float32.
+The size "base" is for a GPU and has not been run. Estimated, pretraining takes about 75 seconds of an H100 (3,000 steps
+of 2.5 TFLOP) and one run 3: 80 steps of 4,096 bytes through 25 M parameters are 50 TFLOP and the evaluation of 2,000
+sequences 26, two seconds in float32.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ipca._hashing import tensor_sha256
 from ipca.lab.sweep import Task
 from ipca.lab.sweep.device import device_of
 from ipca.model import AdapterSettings
-from studies.window_position.cached_tensors import kept
-from studies.window_position.corpus import corpus
-from studies.window_position.pretraining import Pretraining, hardware
+from studies.window_position.cached_tensors import cached
+from studies.window_position.corpus import load_corpus
+from studies.window_position.pretraining import Pretraining, device_record
 from studies.window_position.pretraining import pretrain as trained
 from studies.window_position.train_loop import fit, shuffled_batches
 
@@ -39,8 +39,8 @@ class Size:
 
     Attributes:
         length: bytes of a sequence.
-        held_out: sequences of each test set.
-        files: how many files of each kind are read; None: all.
+        held_out: number of sequences of each test set.
+        files: number of files read of each kind; None for all.
     """
 
     hidden: int
@@ -75,10 +75,10 @@ def task(size: str = "tiny", device: str = "cpu", steps: int = 80) -> Task:
 
     Args:
         size: one of :data:`SIZES`.
-        device: where the model is pretrained and begins, "cpu" or "cuda".
+        device: where the model is pretrained and starts, "cpu" or "cuda".
 
     Raises:
-        ValueError: there is no such size.
+        ValueError: an unknown size.
     """
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}.")
@@ -87,7 +87,7 @@ def task(size: str = "tiny", device: str = "cpu", steps: int = 80) -> Task:
         build=partial(build, size, device),
         train=partial(train, size, steps),
         evaluate=partial(evaluate, size, device),
-        config=AdapterSettings(rank=16, window="middle"),
+        settings=AdapterSettings(rank=16, window="middle", form="residual"),
         calibration=partial(calibration, size),
         labels={
             "target": f"minus cross-entropy on C++ headers, nats a byte, {count:,} sequences of {length} bytes",
@@ -98,16 +98,16 @@ def task(size: str = "tiny", device: str = "cpu", steps: int = 80) -> Task:
 
 
 def build(size: str, device: str) -> nn.Module:
-    """The pretrained model on ``device``; its weights come from a file if an earlier call has left one."""
+    """The pretrained model on ``device``; its weights are cached in a file."""
     with torch.random.fork_rng(devices=[]):
         model = llama(size)
-    known = {**asdict(SIZES[size]), "text": tensor_sha256(texts(size).prose_train), **hardware(device)}
-    model.load_state_dict(kept("text-llama", known, partial(pretrain, size, device)))
+    known = {**asdict(SIZES[size]), "text": tensor_sha256(texts(size).prose_train), **device_record(device)}
+    model.load_state_dict(cached("text-llama", known, partial(pretrain, size, device)))
     return model.to(device).eval()
 
 
 def train(size: str, steps: int, model: nn.Module, groups: list[dict[str, Any]], seed: int) -> None:
-    """Train on headers; ``seed`` draws the order of the sequences. There is no new head."""
+    """Train on headers; ``seed`` determines the order of the sequences. There is no new head."""
     shown = texts(size, device_of(model)).headers_train
     torch.manual_seed(seed)
     fit(
@@ -134,7 +134,7 @@ def evaluate(size: str, device: str, model: nn.Module) -> dict[str, float]:
 
 
 def calibration(size: str) -> list[dict[str, Tensor]]:
-    """Four batches of headers to train on."""
+    """Four batches of training headers."""
     shown = texts(size).headers_train[: 4 * BATCH]
     return [{"input_ids": ids} for ids in shown.split(BATCH)]
 
@@ -155,20 +155,20 @@ def cross_entropy(model: nn.Module, ids: Tensor) -> Tensor:
 def texts(size: str, device: torch.device | str = "cpu") -> Texts:
     """The sequences on ``device``."""
     shape = SIZES[size]
-    found = corpus(shape.length, shape.held_out, shape.files)
+    found = load_corpus(shape.length, shape.held_out, shape.files)
     return Texts(**{name: sequences.to(device).long() for name, sequences in found.items()})
 
 
 @cache
 def before(size: str, device: str) -> tuple[Tensor, ...]:
-    """What the pretrained model predicts on the held-out prose, chunk by chunk."""
+    """Predictions of the pretrained model on the held-out prose, by chunk."""
     model, data = build(size, device), texts(size, device)
     with torch.no_grad():
         return tuple(found for found, _ in predictions(model, data.prose_test))
 
 
 def llama(size: str) -> nn.Module:
-    """An untrained ``LlamaForCausalLM`` over bytes, drawn by torch's global generator."""
+    """An untrained ``LlamaForCausalLM`` over bytes, initialized with torch's global generator."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = SIZES[size]
@@ -198,5 +198,5 @@ def pretrain(size: str, device: str) -> dict[str, Tensor]:
 
 
 def _likelihood(found: Tensor, ids: Tensor) -> Tensor:
-    """The summed log-probability of the bytes that came."""
+    """The summed log-probability of the actual bytes."""
     return found.gather(-1, ids[:, 1:, None]).double().sum()

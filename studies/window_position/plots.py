@@ -1,53 +1,46 @@
-"""What the study's pictures are made of: sheets of panels, lines and marks with intervals, a style for each method."""
+"""Drawing primitives of the study's figures: sheets of panels, lines and marks with intervals, styles of methods."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ipca.lab.baselines import CONTROLS
+from ipca.lab.statistics import Estimate
+from ipca.lab.sweep.report.style import INK, Style
+from ipca.lab.sweep.report.style import style_of as report_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-class Point(NamedTuple):
-    """A mean with its interval; NaN where there is no interval."""
-
-    x: float
-    y: float
-    low: float = math.nan
-    high: float = math.nan
+_WITH_STYLE = ("lora", "full", "auto", *CONTROLS)
 
 
-class Style(NamedTuple):
-    """Color and mark of a method."""
+@dataclass(frozen=True)
+class Point(Estimate):
+    """A mean with its interval at the position ``x``."""
 
-    color: str
-    mark: str
-
-
-_FIXED = {"lora": Style("#d55e00", "s"), "full": Style("#555555", "D"), "auto": Style("#c2478f", "*")}
-_WINDOWS = {0.0: "#5b21b6", 0.125: "#5a4fd0", 0.25: "#3f6fe0", 0.5: "#0b84d8", 0.75: "#0ea5a0", 0.875: "#2fa36b"}
-_MINOR = "#5f9e1f"
+    x: float = 0.0
 
 
 def style_of(method: str) -> Style:
-    """Windows run from violet at the principal end to green at the minor one."""
+    """The report's style of a method; the two ends of the spectrum have marks of their own."""
     if method[:1].isdigit():
         mark = {"0.0": "^", "1.0": "v"}.get(method, "o")
-        return Style(_WINDOWS.get(float(method), _MINOR), mark)
-    return _FIXED.get(method, Style("#333333", "o"))
+        return replace(report_style(method, float(method)), mark=mark)
+    return report_style(method) if method in _WITH_STYLE else Style(INK, INK, "o", "-")
 
 
 @contextmanager
 def sheet(rows: int, columns: int, note: str, *, wide: float = 3.5, high: float = 2.9) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its axes ``[rows][columns]``; afterward a legend under it of all that has a label.
+    """A figure and its axes ``[rows][columns]``; on exit a legend of all labels is added below it.
 
     Args:
-        note: what holds for all panels, above them.
-        wide, high: of a panel, in inches.
+        note: the title, on what holds for all panels.
+        wide, high: size of a panel, in inches.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -70,9 +63,9 @@ def sheet(rows: int, columns: int, note: str, *, wide: float = 3.5, high: float 
 
 
 def line(axis: Axes, points: Sequence[Point], style: Style, label: str | None = None, *, dashed: bool = False) -> None:
-    """A line through means, with their intervals."""
+    """Draw a line through means, with their intervals."""
     whiskers(axis, points, style)
-    at = [p.x for p in points], [p.y for p in points]
+    at = [p.x for p in points], [p.mean for p in points]
     look: dict[str, Any] = {
         "color": style.color,
         "linestyle": "--" if dashed else "-",
@@ -83,35 +76,27 @@ def line(axis: Axes, points: Sequence[Point], style: Style, label: str | None = 
 
 
 def marks(axis: Axes, points: Sequence[Point], style: Style, label: str) -> None:
-    """Means with their intervals, each by itself."""
+    """Draw unconnected means with their intervals."""
     whiskers(axis, points, style)
-    axis.plot([p.x for p in points], [p.y for p in points], style.mark, color=style.color, markersize=5, label=label)
+    axis.plot([p.x for p in points], [p.mean for p in points], style.mark, color=style.color, markersize=5, label=label)
 
 
 def whiskers(axis: Axes, points: Sequence[Point], style: Style) -> None:
-    """The intervals alone."""
+    """Draw the intervals."""
     for p in points:
-        axis.plot([p.x, p.x], [p.low, p.high], color=style.color, linewidth=1.3)
-
-
-def band(axis: Axes, found: Point | None, style: Style, label: str) -> None:
-    """A mean across the panel, its interval shaded."""
-    if found is None:
-        return
-    axis.axhline(found.y, color=style.color, linewidth=1.1, linestyle="--", label=label)
-    if math.isfinite(found.low):
-        axis.axhspan(found.low, found.high, color=style.color, alpha=0.13, linewidth=0)
+        if p.low is not None and p.high is not None:
+            axis.plot([p.x, p.x], [p.low, p.high], color=style.color, linewidth=1.3)
 
 
 def ticks(axis: Axes, values: Sequence[str]) -> None:
-    """A logarithmic x axis with ticks at ``values`` alone."""
+    """Make the x axis logarithmic, with ticks only at ``values``."""
     axis.set_xscale("log", base=2)
     axis.set_xticks([float(value) for value in values], values)
     axis.minorticks_off()
 
 
 def logarithmic(axis: Axes) -> None:
-    """A logarithmic y axis with plain numbers, also between powers of ten where it spans few of them."""
+    """Make the y axis logarithmic, with plain numbers, also between powers of ten if it spans few of them."""
     from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
     axis.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Pretraining of the study's own models: AdamW with a cosine schedule, the same bits every time."""
+"""Deterministic pretraining of the study's own models: AdamW with a cosine schedule."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipca.lab.sweep.device import device_name, same_bits, use_device
+from ipca.lab.sweep.device import deterministic, device_name, use_device
 from studies.window_position.train_loop import shuffled_batches
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """``steps`` batches; the rate rises over ``warm_up`` of them and falls as a cosine to 0."""
+    """``steps`` batches, with linear warm-up over ``warm_up`` of them and cosine decay to 0."""
 
     steps: int = 1500
     batch: int = 64
@@ -37,27 +37,27 @@ def pretrain(
 ) -> dict[str, Tensor]:
     """The state dict, on the CPU, of ``make()`` trained on shuffled passes over ``items``.
 
-    One thread on a CPU, bfloat16 autocast on a GPU; torch's random generators, threads and modes are left as they were.
+    One thread on a CPU, bfloat16 autocast on a GPU; torch's random generators, threads and modes are restored.
 
     Args:
-        loss: of the model and the indices of a batch.
+        loss: ``loss(model, indices)`` of a batch.
     """
     use_device(device)
     where, threads = torch.device(device), torch.get_num_threads()
     generators = [torch.cuda.current_device() if where.index is None else where.index] if where.type == "cuda" else []
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=generators), same_bits(where):
+        with torch.random.fork_rng(devices=generators), deterministic(where):
             torch.manual_seed(settings.seed)
             model = make().to(where)
-            _train(model, settings, items, partial(_rounded, loss, where))
+            _train(model, settings, items, partial(_autocast_loss, loss, where))
             return {name: value.cpu() for name, value in model.state_dict().items()}
     finally:
         torch.set_num_threads(threads)
 
 
-def hardware(device: str) -> dict[str, Any]:
-    """What a kept model's file says of where it was pretrained; nothing for a CPU."""
+def device_record(device: str) -> dict[str, Any]:
+    """The entry of a cached model on where it was pretrained; empty for a CPU."""
     return {} if device == "cpu" else {"device": device_name(torch.device(device))}
 
 
@@ -73,7 +73,7 @@ def _train(model: nn.Module, settings: Pretraining, items: int, loss: Callable[[
         schedule.step()
 
 
-def _rounded(
+def _autocast_loss(
     loss: Callable[[nn.Module, Tensor], Tensor], device: torch.device, model: nn.Module, batch: Tensor
 ) -> Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

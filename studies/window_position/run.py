@@ -1,13 +1,13 @@
-"""Run the study's experiments, as PROTOCOL.md fixes them, and put their rows into studies/window_position/results.
+"""Run the experiments of PROTOCOL.md and copy their rows to ``results``.
 
-    python -m studies.window_position.run --out study-out V1 M1 M5      (none named: all, in this order)
-    python -m studies.window_position.run --out study-out --gpu         (G1 and G2, which are not among all)
+    python -m studies.window_position.run --out study-out V1 M1 M5      (default: all, in this order)
+    python -m studies.window_position.run --out study-out --gpu         (G1 and G2, which are not included in all)
 
-An experiment that was stopped goes on where it was. `make study` runs everything, then makes tables and figures;
-`make study-gpu OUT=folder` runs G1 and G2 on a GPU for 9 minutes, again and again until it says that they are complete.
-They are exploratory: no claim of the protocol rests on them. A run is estimated at 2 to 3 seconds of an H100, so that
-G1 and G2 are about 3 hours of runs one at a time, and less with several processes on the GPU, which they leave idle
-most of the time; nobody has timed it.
+Interrupted experiments resume. ``make study`` runs everything, then writes tables, figures and the page;
+``make study-gpu OUT=folder`` runs G1 and G2 on a GPU for 9 minutes; call it again until it reports that they are
+complete. They are exploratory: no claim of the protocol depends on them. A run is estimated at 2 to 3 seconds of an
+H100, so that G1 and G2 take about 3 hours one run at a time, and less with several processes per GPU; this has not been
+measured.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from studies.window_position import digits, minilm, stream
 from studies.window_position import language_model as text
 
 RESULTS = Path(__file__).resolve().parent / "results"
-WINDOWS = (0, 0.125, 0.25, 0.5, 0.75, 1)
+WINDOWS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-GPU_WINDOWS = (0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
+GPU_WINDOWS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 GPU_RATES = (2.5e-4, *RATES)
 PER_DEVICE = 6
-"""Processes for each GPU unless told otherwise: one alone waits for Python most of the time. An estimate."""
+"""Default number of processes per GPU: a single one mostly waits for Python. An estimate."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Experiment:
     """One sweep of the protocol.
 
     Attributes:
-        name: of its rows' file.
-        folder: of the sweep; experiments with one folder share their trials.
-        task: makes what is trained and judged.
+        name: name of its file of rows.
+        folder: folder of the sweep; experiments with the same folder share their trials.
+        task: returns the sweep's task.
         grid: arguments of :func:`ipca.lab.sweep.run`.
     """
 
@@ -66,12 +66,12 @@ EXPERIMENTS = (
         "V1",
         "digits",
         digits.task,
-        _grid((0, 0.125, 0.25, 0.5, 0.75, 0.875, 1), (*_BESIDE, *CONTROLS), (1e-3, 2e-3, 4e-3), 10)
+        _grid((0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0), (*_BESIDE, *CONTROLS), (1e-3, 2e-3, 4e-3), 10)
         | {"comparisons": _EVERY},
     ),
     Experiment("M1", "feed-forward", _FEED_FORWARD, _grid(WINDOWS, _BESIDE, RATES, 10)),
     Experiment(
-        "M5", "tweets", partial(_FEED_FORWARD, source="tweet"), _grid((0, 0.5, 1), ("lora", "auto"), (2e-3,), 10)
+        "M5", "tweets", partial(_FEED_FORWARD, source="tweet"), _grid((0.0, 0.5, 1.0), ("lora", "auto"), (2e-3,), 10)
     ),
     Experiment("M4", "long", partial(_FEED_FORWARD, steps=320), _grid((0.5,), ("lora",), (1e-3, 2e-3), 10)),
     Experiment(
@@ -95,7 +95,7 @@ def gpu_experiments(devices: Sequence[str], seeds: int = 10) -> tuple[Experiment
     )
 
 
-def run(experiment: Experiment, out: Path, results: Path, workers: int) -> None:
+def run_experiment(experiment: Experiment, out: Path, results: Path, workers: int) -> None:
     """Run one experiment and copy its rows and settings to the results."""
     began = time.perf_counter()
     sweep.run(experiment.task(), out / experiment.folder, workers=workers, **{"report": False, **experiment.grid})
@@ -104,15 +104,15 @@ def run(experiment: Experiment, out: Path, results: Path, workers: int) -> None:
 
 
 def collect(experiment: Experiment, out: Path, results: Path) -> None:
-    """Copy rows and settings of the folder's latest sweep, complete or not, to ``results``; nothing if none began."""
+    """Copy rows and settings of the folder's latest sweep, complete or not, to ``results``, if there is one."""
     results.mkdir(parents=True, exist_ok=True)
     for source, ending in (("rows.csv", ".csv"), ("settings.json", ".json")):
         if (out / experiment.folder / "rows.csv").exists():
             shutil.copy(out / experiment.folder / source, results / f"{experiment.name}{ending}")
 
 
-def how_far(experiments: Iterable[Experiment], out: Path) -> str:
-    """How many runs of each experiment are done: ``"G1: 812 of at most 1,900 runs, …"``."""
+def progress(experiments: Iterable[Experiment], out: Path) -> str:
+    """The number of finished runs of each experiment: ``"G1: 812 of at most 1,900 runs, …"``."""
     parts = []
     for experiment in experiments:
         done = sum(1 for _ in (out / experiment.folder / "trials").glob("*.json"))
@@ -123,7 +123,7 @@ def how_far(experiments: Iterable[Experiment], out: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what the command line names."""
+    """Command-line entry point."""
     parser = _parser()
     args = parser.parse_args(arguments)
     on_gpu = gpu_experiments(args.devices, args.seeds)
@@ -134,37 +134,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usual = [experiment.name for experiment in (on_gpu if args.gpu else EXPERIMENTS)]
     names = args.experiments or (usual if args.gpu else [*usual, "V2"])
     chosen = [experiment for name, experiment in experiments.items() if name in names]
-    if args.how_far:
-        tell([experiment for experiment in chosen if experiment in on_gpu], args.out, args.results)
+    if args.status:
+        report_status([experiment for experiment in chosen if experiment in on_gpu], args.out, args.results)
         return
     for experiment in chosen:
         several = PER_DEVICE * len(args.devices) if experiment in on_gpu else os.cpu_count() or 1
-        run(experiment, args.out, args.results, args.workers or several)
+        run_experiment(experiment, args.out, args.results, args.workers or several)
     if "V2" in names:
-        stream.run(args.out / "stream", args.results, args.workers or os.cpu_count() or 1)
+        stream.run_streams(args.out / "stream", args.results, args.workers or os.cpu_count() or 1)
     print(f"complete: {', '.join(names)}")
 
 
-def tell(experiments: Sequence[Experiment], out: Path, results: Path) -> None:
-    """Copy what there is of ``experiments``, and say how much that is."""
+def report_status(experiments: Sequence[Experiment], out: Path, results: Path) -> None:
+    """Copy the rows of ``experiments`` so far, and print how many there are."""
     for experiment in experiments:
         collect(experiment, out, results)
-    print(f"{how_far(experiments, out)}; stopped: call again with the same folder until it says complete")
+    print(f"{progress(experiments, out)}; stopped: call again with the same folder until it reports complete")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     names = ", ".join([*(experiment.name for experiment in EXPERIMENTS), "V2"])
-    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"of {names}, G1, G2 (default: all but G1, G2)")
-    parser.add_argument("--out", type=Path, default=Path("study-out"), help="folder of the sweeps (default study-out)")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of the tables (default: beside this file)"
-    )
-    parser.add_argument("--workers", type=int, help=f"processes (default: all cores; G: {PER_DEVICE} for each device)")
-    parser.add_argument("--gpu", action="store_true", help="G1 and G2, if none is named")
-    parser.add_argument("--devices", nargs="+", default=["cuda:0"], help="of G1 and G2 (default cuda:0)")
-    parser.add_argument("--seeds", type=int, default=10, help="of G1 and G2 (default 10); more may follow later")
-    parser.add_argument("--how-far", action="store_true", help="copy the rows of G1 and G2 so far and count them")
+    add("experiments", nargs="*", metavar="NAME", help=f"any of {names}, G1, G2 (default: all except G1, G2)")
+    add("--out", type=Path, default=Path("study-out"), help="folder of the sweeps (default: study-out)")
+    add("--results", type=Path, default=RESULTS, help="folder of the tables (default: results beside this file)")
+    add("--workers", type=int, help=f"processes (default: all cores; for G1, G2: {PER_DEVICE} per device)")
+    add("--gpu", action="store_true", help="run G1 and G2 if no experiment is named")
+    add("--devices", nargs="+", default=["cuda:0"], help="devices of G1 and G2 (default: cuda:0)")
+    add("--seeds", type=int, default=10, help="seeds of G1 and G2 (default: 10); more can be added later")
+    add("--status", action="store_true", help="copy the rows of G1 and G2 so far and print their number")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""The protocol's V2: the digits ViT learns five tasks of two digits each, by every method of ipca.lab.continual.
+"""Experiment V2: the digits ViT learns five tasks of two digits each, with every method of ``ipca.lab.continual``.
 
-Each task is to tell its two digits, turned and inverted, apart, by the new head's logits of these two. V2.csv has a row
-for each stream, V2-scores.csv the scores after each task.
+Each task is to distinguish its two digits, rotated and inverted, by the new head's logits of these two. ``V2.csv`` has
+one row per stream, ``V2-scores.csv`` the scores after each task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tqdm import tqdm
 from ipca._atomic import staged_files
 from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, run_stream
 from ipca.lab.demo.task import accuracy
-from ipca.model import AdapterSettings
 from studies.window_position import digits
 from studies.window_position.pretraining import Pretraining
 from studies.window_position.train_loop import fit, shuffled_batches
@@ -33,14 +32,15 @@ PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
 RATE, STEPS, SEEDS = 1e-3, 80, 10
 
 
-def run(folder: Path, results: Path, workers: int) -> None:
-    """Run every method with every seed, those in ``folder`` excepted, and write the two tables to ``results``."""
+def run_streams(folder: Path, results: Path, workers: int) -> None:
+    """Run every method with every seed that is not in ``folder`` yet, and write the two tables to ``results``."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = [(method, seed) for method in METHODS for seed in range(SEEDS)]
     todo = [(method, seed) for method, seed in runs if not _file(folder, method, seed).exists()]
     digits.build(Pretraining())  # once, before the processes read it
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for _ in tqdm(pool.map(partial(_one, folder), *zip(*todo, strict=True)), total=len(todo), desc="Streams"):
+        done = pool.map(partial(_save_stream, folder), *zip(*todo, strict=True))
+        for _ in tqdm(done, total=len(todo), desc="Streams"):
             pass
     found = [json.loads(_file(folder, method, seed).read_text()) for method, seed in runs]
     with staged_files(results) as stage:
@@ -48,10 +48,9 @@ def run(folder: Path, results: Path, workers: int) -> None:
         _write(stage / "V2-scores.csv", (row for each in found for row in each["scores"]))
 
 
-def stream(method: str, seed: int) -> dict[str, Any]:
-    """One stream: its row of V2.csv, and those of V2-scores.csv."""
-    config = AdapterSettings(rank=16, window="middle", targets=digits.task().config.targets, modules_to_save=("head",))
-    learner = ContinualLearner(digits.build(Pretraining()), method, config, tasks=len(PAIRS), seed=seed)
+def one_stream(method: str, seed: int) -> dict[str, Any]:
+    """One stream: its row of ``V2.csv`` and its rows of ``V2-scores.csv``."""
+    learner = ContinualLearner(digits.build(Pretraining()), method, digits.SETTINGS, tasks=len(PAIRS), seed=seed)
     found = run_stream(learner, [_task(pair) for pair in PAIRS], retained=_retained)
     last = found.records[-1]
     summary = {
@@ -99,9 +98,9 @@ def _retained(model: nn.Module) -> float:
     return accuracy(model.classifier(digits.features_of(model, data.test)), data.test_digits.tolist())
 
 
-def _one(folder: Path, method: str, seed: int) -> None:
+def _save_stream(folder: Path, method: str, seed: int) -> None:
     with staged_files(folder) as stage:
-        (stage / _file(folder, method, seed).name).write_text(json.dumps(stream(method, seed)))
+        (stage / _file(folder, method, seed).name).write_text(json.dumps(one_stream(method, seed)))
 
 
 def _file(folder: Path, method: str, seed: int) -> Path:

@@ -1,6 +1,6 @@
-"""The measured parts of docs/study.md, each made of the tables in studies/window_position/results alone.
+"""The generated sections of the study's page, from the tables in ``results``.
 
-Accuracies and drift with three decimals and their 95 % bootstrap interval over seeds; what has not been run says so.
+Accuracies and drift with their 95 % bootstrap interval over seeds; sections without data say "Not run."
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from ipca.lab.sweep.report.data import Sweep
+from ipca.lab.sweep.report.words import listed
 from studies.window_position.claims import SUPPORTS
 from studies.window_position.rows import (
     AUTO,
@@ -22,49 +24,48 @@ from studies.window_position.rows import (
     SWEEPS,
     Row,
     Study,
-    Sweep,
     curve_of,
 )
 from studies.window_position.rules import UNTESTED, Tables, arms_of, read_tables, sentences, supported, verdict_of
-from studies.window_position.words import effect, estimate, listed, markdown, method_name, number, p_value, percent
+from studies.window_position.words import effect, estimate_cell, markdown, method_name, number_cell, p_cell, percent
 
 NOT_RUN = "Not run."
 CURVES = ("M1", "M2-query-value", "M2-all", "V1", *EXPLORATORY)
-"""Experiments that train every window of the protocol."""
+"""Experiments with every window of the protocol."""
 RATES = ("0.0005", "0.001", "0.002", "0.004")
-"""Of the protocol."""
+"""The protocol's rates."""
 COMPARISONS = {"same": "the same rate", "sqrt-sigma": "√σ-matched rates", "update": "equal early updates"}
 
 
 def sections(folder: Path = RESULTS) -> dict[str, str]:
-    """What stands between the markers of docs/study.md."""
+    """The text between the markers of the page, by marker."""
     study = Study(folder)
     tables = read_tables(study)
     return {
-        "study_findings": "\n\n".join(sentences(tables)),
-        "study_tests": tests_section(tables),
-        "study_positions": pictured(folder, "positions", positions_section(tables)),
-        "study_comparisons": pictured(folder, "comparisons", comparisons_section(tables)),
-        "study_rates": pictured(folder, "rates", rates_section(tables)),
-        "study_frontier": pictured(folder, "frontier", ""),
-        "study_lengths": pictured(folder, "lengths", lengths_section(tables)),
-        "study_mechanism": pictured(folder, "mechanism", mechanism_section(tables)),
-        "study_streams": pictured(folder, "streams", streams_section(tables)),
-        "study_paper": paper_section(tables),
-        "study_runs": runs_section(study),
-        "study_all": all_section(study, tables),
+        "findings": "\n\n".join(sentences(tables)),
+        "tests": tests_section(tables),
+        "positions": pictured(folder, "positions", positions_section(tables)),
+        "comparisons": pictured(folder, "comparisons", comparisons_section(tables)),
+        "rates": pictured(folder, "rates", rates_section(tables)),
+        "frontier": pictured(folder, "frontier", ""),
+        "lengths": pictured(folder, "lengths", lengths_section(tables)),
+        "mechanism": pictured(folder, "mechanism", mechanism_section(tables)),
+        "streams": pictured(folder, "streams", streams_section(tables)),
+        "paper": paper_section(tables),
+        "runs": runs_section(study),
+        "all": all_section(study, tables),
     }
 
 
 def pictured(folder: Path, name: str, text: str) -> str:
-    """``text`` with the picture of that name under it, where it was drawn."""
+    """``text`` with the figure of that name below it, if it was drawn."""
     if not (folder / f"{name}.png").exists():
         return text or NOT_RUN
-    return "\n\n".join([*([text] if text else []), f"![{name}](../studies/window_position/results/{name}.png)"])
+    return "\n\n".join([*([text] if text else []), f"![{name}](../../studies/window_position/results/{name}.png)"])
 
 
 def tests_section(tables: Tables) -> str:
-    """C1 to C14, and what C6 and C11 need besides."""
+    """C1 to C14, and the additional conditions of C6 and C11."""
     if not tables.tests:
         return NOT_RUN
     head = ["", "where", "claim", "n", "mean difference [95 % interval]", "dz", "p", "adjusted p", "verdict"]
@@ -73,16 +74,16 @@ def tests_section(tables: Tables) -> str:
         if test["verdict"] in UNTESTED:
             rows.append([name, test["where"], test["statement"], *["–"] * 5, test["verdict"]])
             continue
-        p = [p_value(test["p"]), p_value(test["adjusted"])]
-        numbers = [test["n"], estimate(test, "+"), number(test["dz"], "+"), *p]
+        p = [p_cell(test["p"]), p_cell(test["adjusted"])]
+        numbers = [test["n"], estimate_cell(test, sign=True), number_cell(test["dz"], sign=True), *p]
         verdict = f"**{verdict_of(test)}**"
         if name in SUPPORTS and supported(tables, name) == "unsupported":
             verdict = f"{verdict_of(test)}; no claim, as {SUPPORTS[name].name} does not agree"
         rows.append([name, test["where"], test["statement"], *numbers, verdict])
-    listed = [test for name, test in tables.tests.items() if name not in {each.name for each in SUPPORTS.values()}]
-    ran = sum(test["verdict"] not in UNTESTED for test in listed)
-    note = f"Holm's correction is over those tested, {ran} of {len(listed)}. S6 and S11 stand outside "
-    note += "of that list, uncorrected: C6 and C11 count only where these agree."
+    claims = [test for name, test in tables.tests.items() if name not in {each.name for each in SUPPORTS.values()}]
+    ran = sum(test["verdict"] not in UNTESTED for test in claims)
+    note = f"Holm's correction is over those tested, {ran} of {len(claims)}. S6 and S11 are outside of that list, "
+    note += "uncorrected: C6 and C11 count only if these agree."
     lost = [f"{name} {test['left_out']}" for name, test in tables.tests.items() if test["left_out"] not in ("", "0")]
     if lost:
         note += f" Pairs left out, as a run diverged: {', '.join(lost)}."
@@ -103,7 +104,7 @@ def positions_section(tables: Tables) -> str:
 
 
 def comparisons_section(tables: Tables) -> str:
-    """What is left of principal − middle and minor − middle where rates are matched."""
+    """The remainders of principal − middle and minor − middle at matched rates."""
     rows = []
     for name in ("M3", "V1"):
         for lr in _rates(tables, name):
@@ -112,7 +113,7 @@ def comparisons_section(tables: Tables) -> str:
                     found = [_find(tables, name, method, metric, lr, comparison) for comparison in COMPARISONS]
                     if found[0] is not None:
                         first = [name, lr, metric, f"{method_name(method).split(',')[0]} − middle", found[0]["pairs"]]
-                        rows.append([*first, *(_left(cell, found[0]) for cell in found)])
+                        rows.append([*first, *(_remainder(cell, found[0]) for cell in found)])
     head = ["", "rate", "", "", "n", *(f"at {title}" for title in COMPARISONS.values())]
     return f"{markdown(head, rows)}\n\n{_minor_end(tables)}".strip() if rows else NOT_RUN
 
@@ -135,8 +136,8 @@ def _than_middle(found: Row) -> str:
     return f"{'further' if low > 0 else 'less'} than with the middle"
 
 
-def _left(found: Row | None, same: Row) -> str:
-    """A difference, and how much it is of that at the same rate."""
+def _remainder(found: Row | None, same: Row) -> str:
+    """A difference, and its share of that at the same rate."""
     if found is None or not found["difference"]:
         return "–"
     whole = float(same["difference"] or 0)
@@ -145,14 +146,14 @@ def _left(found: Row | None, same: Row) -> str:
 
 
 def rates_section(tables: Tables) -> str:
-    """What the ends, the middle and what stands beside them learn and retain at each rate, and at the best one."""
+    """Target and retention of windows, LoRA, full fine-tuning and auto at each rate, and at the best one."""
     rows = []
     for name in ("M1", "V1"):
         rates = _rates(tables, name)
         for method in (PRINCIPAL, MIDDLE, MINOR, LORA, "full", AUTO):
             for metric in ("target", "retained") if rates else ():
                 cells = [_find(tables, name, method, metric, lr) for lr in (*RATES, "best")]
-                shown = [estimate(cell) if cell and cell["mean"] else "–" for cell in cells]
+                shown = [estimate_cell(cell) if cell else "–" for cell in cells]
                 rows.append([name, method_name(method), metric, *shown])
     head = ["", "trained", "", *RATES, "best-tuned"]
     return markdown(head, rows) if rows else NOT_RUN
@@ -181,7 +182,7 @@ def mechanism_section(tables: Tables) -> str:
             arms = listed(arms_of(curve_of(tables.mechanism, name)) or ["none"])
             rows.append([SWEEPS[name], *cells, arms, *(_layers_with(tables, name, end) for end in (PRINCIPAL, MINOR))])
         found = {lr: rank for (experiment, lr), rank in tables.ranks.items() if experiment == name}
-        ranks += [[SWEEPS[name], lr, rank["n"], estimate(rank, "+")] for lr, rank in found.items()]
+        ranks += [[SWEEPS[name], lr, rank["n"], estimate_cell(rank, sign=True)] for lr, rank in found.items()]
     if not rows:
         return NOT_RUN
     head = ["Σ S_i · energy_i, that of the middle = 1", *(f"f = {f}" for f in windows)]
@@ -193,7 +194,7 @@ def mechanism_section(tables: Tables) -> str:
 
 
 def _layers_with(tables: Tables, name: str, end: str) -> str:
-    """In how many layers by themselves a window lies above the middle one."""
+    """The number of individual layers in which a window is above the middle one."""
     by_layer: dict[str, dict[str, float]] = {}
     for row in tables.mechanism:
         if row["experiment"] == name:
@@ -202,22 +203,22 @@ def _layers_with(tables: Tables, name: str, end: str) -> str:
 
 
 def streams_section(tables: Tables) -> str:
-    """ACC, BWT, FM, what is retained, and what is kept, of every method of the streams."""
+    """ACC, BWT, FM, retention and memory of every method of the streams."""
     rows = []
     for method in _methods(tables, "V2"):
         cells = {metric: row for (name, m, _, _, metric), row in tables.summary.items() if (name, m) == ("V2", method)}
-        scores = [estimate(cells[metric], sign) for metric, sign in (("acc", ""), ("bwt", "+"), ("fm", "+"))]
+        scores = [estimate_cell(cells[metric], sign=metric != "acc") for metric in ("acc", "bwt", "fm")]
         kept = [f"{float(cells[metric]['mean']):,.0f}" for metric in ("parameters", "bytes")]
-        rows.append([method, cells["acc"]["n"], *scores, estimate(cells["retained_after"]), *kept])
+        rows.append([method, cells["acc"]["n"], *scores, estimate_cell(cells["retained_after"]), *kept])
     if not rows:
         return NOT_RUN
     first = next(row for key, row in tables.summary.items() if key[0] == "V2" and key[4] == "retained_before")
     head = ["method", "n", "ACC", "BWT", "FM", "retained", "parameters", "bytes"]
-    return f"{markdown(head, rows)}\n\nRetained before the stream: {number(first['mean'])}."
+    return f"{markdown(head, rows)}\n\nRetained before the stream: {number_cell(first['mean'])}."
 
 
 def paper_section(tables: Tables) -> str:
-    """What the paper says of each question, and what was found here."""
+    """The paper's findings, and ours on the same questions."""
     shape = sentences(tables)
     u = next(text for text in shape if text.startswith("**The U.**")).removeprefix("**The U.** ")
     rows = [
@@ -229,7 +230,7 @@ def paper_section(tables: Tables) -> str:
 
 
 def _robust(tables: Tables) -> str:
-    """The change of what is retained from the lowest to the highest rate of M1."""
+    """The change of ``retained`` from the lowest to the highest rate of M1."""
     rates = _rates(tables, "M1")
     if not rates:
         return NOT_RUN
@@ -237,13 +238,13 @@ def _robust(tables: Tables) -> str:
     for method in (PRINCIPAL, MIDDLE, MINOR, LORA):
         low, high = (_find(tables, "M1", method, "retained", lr) for lr in (rates[0], rates[-1]))
         if low and high and low["mean"] and high["mean"]:
-            change = f"{float(high['mean']) - float(low['mean']):+.6f}"
-            parts.append(f"{method_name(method).split(',')[0]} {number(change, '+')}")
+            change = str(float(high["mean"]) - float(low["mean"]))
+            parts.append(f"{method_name(method).split(',')[0]} {number_cell(change, sign=True)}")
     return f"change of `retained` on M1 from {rates[0]} to {rates[-1]}: {', '.join(parts)}"
 
 
 def _more_accurate(tables: Tables) -> str:
-    """Differences of the target on M1, each method at its best rate."""
+    """Differences in ``target`` on M1, each method at its best rate."""
     methods = (PRINCIPAL, MINOR, LORA)
     found = {method: _find(tables, "M1", method, "target", "best") for method in methods}
     parts = [f"{method_name(m).split(',')[0]} − middle {effect(row)}" for m, row in found.items() if row]
@@ -251,17 +252,17 @@ def _more_accurate(tables: Tables) -> str:
 
 
 def runs_section(study: Study) -> str:
-    """How many runs there were, which of them diverged, and where they ran."""
+    """Numbers of runs and of diverged runs, devices and versions."""
     sweeps = study.sweeps
     if not sweeps:
         return NOT_RUN
-    rows = [[SWEEPS[sweep.name], str(len(sweep.runs)), _diverged(sweep)] for sweep in sweeps]
+    rows = [[SWEEPS[name], str(len(sweep.ends)), _diverged(sweep)] for name, sweep in sweeps.items()]
     streams = study.table("V2")
     if streams:
         rows.append(["V2: digits ViT, five tasks in a row", str(len(streams)), "none: one that does ends `run.py`"])
-    fixed = [sweep.settings["fixed"] for sweep in sweeps]
-    versions = (", ".join(f"{name} {value}" for name, value in f["versions"].items()) for f in fixed)
-    machines = dict.fromkeys(f"{f['device']}; {v}" for f, v in zip(fixed, versions, strict=True))
+    settings = [sweep.settings for sweep in sweeps.values()]
+    versions = (", ".join(f"{name} {value}" for name, value in each["versions"].items()) for each in settings)
+    machines = dict.fromkeys(f"{each['device']}; {v}" for each, v in zip(settings, versions, strict=True))
     missing = [name for name in SWEEPS if study.sweep(name) is None] + ["V2"] * (not study.table("V2"))
     for_gpu = [name for name in missing if name in EXPLORATORY]
     missing = [name for name in missing if name not in EXPLORATORY]
@@ -271,24 +272,24 @@ def runs_section(study: Study) -> str:
 
 
 def _diverged(sweep: Sweep) -> str:
-    lost = Counter((run["method"], run["comparison"], run["lr"]) for run in sweep.runs if run["status"] != "ok")
-    parts = (f"{method_name(m)} ({comparison}, {lr}): {count}" for (m, comparison, lr), count in lost.items())
+    lost = Counter((run.method, run.comparison, run.lr) for run in sweep.ends if not run.ok)
+    parts = (f"{method_name(m)} ({comparison}, {lr:g}): {count}" for (m, comparison, lr), count in lost.items())
     return "; ".join(parts) or "none"
 
 
 def all_section(study: Study, tables: Tables) -> str:
-    """Every mean of every sweep, folded up."""
+    """Every mean of every sweep, collapsed."""
     parts = []
-    for sweep in study.sweeps:
+    for name, sweep in study.sweeps.items():
         rows = []
-        for (name, method, comparison, lr, metric), row in tables.summary.items():
-            if (name, metric) == (sweep.name, "target"):
-                cells = [tables.summary[name, method, comparison, lr, m] for m in sweep.metrics]
+        for (experiment, method, comparison, lr, metric), row in tables.summary.items():
+            if (experiment, metric) == (name, "target"):
+                cells = [tables.summary[name, method, comparison, lr, m] for m in sweep.base]
                 where = [method_name(method), COMPARISONS[comparison], lr, row["n"]]
-                rows.append([*where, *(estimate(cell) if cell["mean"] else "–" for cell in cells)])
+                rows.append([*where, *map(estimate_cell, cells)])
         before = ", ".join(f"{metric} {value:.3f}" for metric, value in sweep.base.items())
-        table = markdown(["trained", "compared at", "rate", "n", *sweep.metrics], rows)
-        title = f"<summary>{SWEEPS[sweep.name]}</summary>"
+        table = markdown(["trained", "compared at", "rate", "n", *sweep.base], rows)
+        title = f"<summary>{SWEEPS[name]}</summary>"
         parts.append(f"<details>{title}\n\nBefore training: {before}.\n\n{table}\n\n</details>")
     return "\n\n".join(parts) or NOT_RUN
 

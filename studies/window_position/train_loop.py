@@ -1,4 +1,4 @@
-"""The training loop of the study's tasks: AdamW over the sweep's groups, the new head at a rate of its own."""
+"""Training loop of the study's tasks: AdamW over the sweep's groups, with a fixed rate for the new head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 HEAD_RATE = 2e-3
-"""Of the new head whatever the adapter's rate, so that a sweep over rates is one over the adapter's alone."""
+"""Learning rate of the new head, so that a sweep over rates varies only that of the adapter."""
 
 
 def fit(
@@ -21,10 +21,10 @@ def fit(
 ) -> None:
     """Train ``groups`` by one AdamW step on the ``loss`` of each of ``batches``; constant rates, no weight decay.
 
-    A loss that becomes NaN ends nothing: the model is judged as it is then.
+    Training continues if the loss becomes NaN: the resulting model is evaluated.
 
     Args:
-        head: what has a rate of its own, see :func:`with_head_rate`; None for a model without a new head.
+        head: trained at a rate of its own, see :func:`with_head_rate`; None for a model without a new head.
     """
     optimizer = torch.optim.AdamW(groups if head is None else with_head_rate(groups, head), weight_decay=0.0)
     model.train()

@@ -1,6 +1,6 @@
 """A vision transformer for 8 × 8 images, with the classifier of its pretraining and a new head.
 
-images (M, 8, 8), enlarged where the shape says so → patches and a class token → blocks → the class token's state
+images (M, 8, 8), enlarged for larger shapes → patches and a class token → blocks → final state of the class token
 (M, hidden).
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 CLASSES = 10
 LINEAR_LAYERS = ("query", "key", "value", "output", "intermediate")
-"""Every linear layer of the blocks; ``"output"`` is the attention's and the feed-forward part's."""
+"""Every linear layer of the blocks; ``"output"`` matches that of the attention and of the feed-forward part."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a :class:`ViT` is; the images are ``side × side`` pixels in squares of ``patch × patch``."""
+    """Size of a :class:`ViT`; images of ``side × side`` pixels in patches of ``patch × patch``."""
 
     hidden: int
     intermediate: int
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward part, each on the normalized sum of what came before."""
+    """Pre-norm attention and feed-forward part with residual connections."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -69,9 +69,9 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """``forward`` gives the new task's logits, ``classifier(features(images))`` those of the pretraining task.
+    """``forward`` returns the new task's logits, ``classifier(features(images))`` those of the pretraining task.
 
-    The new ``head`` is zero: before training it knows nothing.
+    The new ``head`` is initialized to zero.
 
     Args:
         size: one of :data:`SHAPES`.

@@ -1,7 +1,7 @@
 """The bench of reading adapters, on a small model."""
 
 from bench import adapter_load
-from bench.facts import read_rows
+from bench.rows import read_rows
 
 
 def test_it_measures_saving_reading_and_loading(tmp_path, monkeypatch, capsys):

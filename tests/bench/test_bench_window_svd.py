@@ -6,7 +6,8 @@ import torch
 
 import ipca
 from bench import bench_window_svd as bench
-from bench import facts, plots, report, svd_grid, svd_initialize, svd_matrices, svd_providers, svd_race, svd_tables
+from bench import plots, report, svd_grid, svd_initialize, svd_matrices, svd_providers, svd_race, svd_tables
+from bench import rows as facts
 from bench.svd_grid import OURS, YARDSTICK, Cell
 from ipca.svd import solve as solving
 
@@ -347,7 +348,7 @@ def test_the_readme_says_times_ratios_and_accuracy(tmp_path, tiny):
     assert "| 1024 × 1024 |" not in text
     assert "gets its adapter:" in text
     assert "| PEFT pissa | principal |" in text
-    assert "![time over that of torch.linalg.svd](bench/results/window_svd_cpu.png)" in text
+    assert "![time over that of torch.linalg.svd](../../bench/results/window_svd_cpu.png)" in text
 
 
 def test_without_a_file_the_readme_says_so(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from bench import error_rates as bench
-from bench.facts import ROOT, read_rows
+from bench.rows import ROOT, read_rows
 from ipca.lab.statistics import bootstrap_interval
 
 
@@ -34,15 +34,15 @@ def test_what_is_written_of_intervals_and_tests_is_what_was_found():
         " ".join((ROOT / path).read_text().split())
         for path in (
             "ipca/lab/sweep/report/page.html",
-            "docs/study.md",
+            "docs/results/window-position.md",
             "docs/analysis.md",
             "studies/window_position/PROTOCOL.md",
         )
     )
     says = " ".join(bootstrap_interval.__doc__.split())
-    assert f"about {held[3]} of such 95 % intervals hold the mean at n = 3, {held[5]} at n = 5" in says
+    assert f"about {held[3]} of such 95 % intervals contain the mean at n = 3, {held[5]} at n = 5" in says
     assert f"{held[10]} at n = 10, {held[20]} at n = 20" in says
-    assert f"about {held[3]} hold the mean with 3 seeds, {held[5]} with 5, {held[10]} with 10" in page
+    assert f"about {held[3]} contain the mean with 3 seeds, {held[5]} with 5, {held[10]} with 10" in page
     assert f"at n = 5 about {held[5]} of such intervals hold the mean, at n = 10 about {held[10]}" in study
     assert f"of five about {held[5]} hold the mean" in analysis
     tuned, both = (100 * float(row["share"]) for row in rows[-2:])

@@ -1,5 +1,6 @@
 """The steps of bench/gpu.py with other commands in their place."""
 
+import importlib
 import json
 import sys
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import ipca
-from bench import backend_table, bench_pc_linear, gpu
+from bench import backend_table, gpu, pc_linear
 from bench.providers import Cell, Provider, Sample
 from ipca.kernels import tables
 
@@ -82,7 +83,7 @@ def test_a_bench_that_lost_the_device_goes_on_in_a_new_process(tmp_path):
 
 
 def test_the_status_of_a_lost_device_is_that_of_the_bench():
-    assert gpu.AGAIN == bench_pc_linear.DEVICE_LOST
+    assert gpu.AGAIN == pc_linear.DEVICE_LOST
 
 
 def test_a_missing_memory_checker_is_said_and_is_no_failure(tmp_path, capsys):
@@ -99,16 +100,14 @@ def test_the_summary_is_written_and_says_what_was_not_measured(tmp_path, capsys)
 
 
 def test_the_steps_name_files_and_options_that_exist(tmp_path, monkeypatch, capsys):
-    for step in gpu.STEPS:
-        script = step.arguments[0]
-        if script.endswith(".py"):
-            options = [word for word in step.arguments if word.startswith("--")]
-            monkeypatch.setattr(sys, "argv", [script, "--help"])
-            module = __import__(gpu.Path(script).stem)
-            with pytest.raises(SystemExit):
-                module.main()
-            text = capsys.readouterr().out
-            assert [option for option in options if option not in text] == []
+    checked = [step.arguments for step in gpu.STEPS if step.arguments[1].startswith("bench.")]
+    assert len(checked) >= 5
+    for _, name, *words in checked:
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).main()
+        text = capsys.readouterr().out
+        assert [option for option in words if option.startswith("--") and option not in text] == []
 
 
 CELL = Cell(300, 512, 256, rank=8, dropout=0.1)

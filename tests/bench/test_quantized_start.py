@@ -30,16 +30,16 @@ def test_the_residual_of_the_largest_components_loses_less(name):
     quantize = bench.quantizer(name, 48, 64)
     lost = bench.distance(W, quantize(W))
     assert 0 < lost < 0.2
-    starts = [bench.initial_factors(W, quantize, "principal", 4)]
+    starts = [bench.window_weight(W, quantize, "principal", 4)]
     if pytest.importorskip("peft"):
-        starts.append(bench.pissa_start(W, quantize, 4))
+        starts.append(bench.pissa_weight(W, quantize, 4))
     errors = [bench.distance(W, start) for start in starts]
     assert max(errors) < 0.5 * lost
     assert errors[0] == pytest.approx(errors[1], rel=1e-2)
 
 
 def test_the_table_has_a_line_for_each_matrix_and_quantizer():
-    text = bench.section(rows() + rows(quantizer="int8"))
+    text = bench.start_section(rows() + rows(quantizer="int8"))
     assert "| noise 48 × 64 | nf4 | 0.0925 | 0.16 | 0.16 | 0.16 | 0.64 | 0.64 | 0.64 | 0.16 | 0.64 |" in text
     assert "| noise 48 × 64 | int8 |" in text
     assert "cpu; bitsandbytes 4, torchao 5, torch 2, peft 3." in text
@@ -55,5 +55,5 @@ def test_the_overlap_is_1_of_the_same_window_and_less_of_another():
 
 
 def test_what_did_not_run_is_said():
-    text = bench.section([*rows(), row("peft-loftq", "", 16, "", status="failed: no GPU")])
+    text = bench.start_section([*rows(), row("peft-loftq", "", 16, "", status="failed: no GPU")])
     assert "- peft-loftq, nf4: failed: no GPU" in text

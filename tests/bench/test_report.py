@@ -1,13 +1,12 @@
+import re
 import shutil
 import sys
 
-import pytest
-
-from bench import facts, report
+from bench import report
 from bench import result_tables as tables
-from bench.bench_pc_linear import COLUMNS
-from bench.bench_training import COLUMNS as TRAINING_COLUMNS
-from ipca.lab.demo.report import read_rows
+from bench import rows as bench_rows
+from bench.pc_linear import COLUMNS
+from bench.training import COLUMNS as TRAINING_COLUMNS
 
 OURS = [("ipca-auto", form) for form in ("residual", "intact")]
 
@@ -27,8 +26,8 @@ def layer_rows(times, *, M=8192, device="NVIDIA H100 80GB HBM3", commit="new", *
 
 
 def written(folder, rows, name="pc_linear_h100.csv", columns=COLUMNS):
-    facts.append_rows(folder / name, rows, columns)
-    return read_rows(folder / name)
+    bench_rows.append_rows(folder / name, rows, columns)
+    return bench_rows.read_rows(folder / name)
 
 
 def training_rows(provider, form, losses, seconds, status="ok", device="NVIDIA H100 80GB HBM3"):
@@ -44,7 +43,7 @@ def test_the_table_says_ratio_speedup_and_memory(tmp_path):
     text = report.pc_linear_section(tmp_path)
     assert "| 8192 | 4096 × 4096 | 16 | 0.0 | 1.000 | 1.10 | 1.25 | 1.36× | – | 1.82× | 100.0 / 100.0 |" in text
     assert "**NVIDIA H100 80GB HBM3**, bfloat16; torch 2.11.0, triton 3.6.0, PEFT 0.21.2, Python 3.12." in text
-    assert "![time over that of a bare nn.Linear](bench/results/pc_linear_h100.png)" in text
+    assert "![time over that of a bare nn.Linear](../../bench/results/pc_linear_h100.png)" in text
     assert report.NO_GPU not in text
     assert text.startswith(tables.LEGEND)
 
@@ -129,34 +128,17 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path):
     rows = [row for M in (256, 8192) for row in layer_rows({OURS[0]: 1.1}, M=M)]
     report.draw(written(tmp_path, rows), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    refused = [{**row, "status": "refused: no"} for row in read_rows(tmp_path / "pc_linear_h100.csv")]
+    refused = [{**row, "status": "refused: no"} for row in bench_rows.read_rows(tmp_path / "pc_linear_h100.csv")]
     report.draw(refused, tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
 
-def test_a_page_is_made_anew_between_its_markers_and_nowhere_else():
-    page = "before\n<!-- report:demo -->\nold\n<!-- /report:demo -->\nafter\n"
-    made = report.render(page, {"demo": r"new \1"})
-    assert made == "before\n<!-- report:demo -->\nnew \\1\n<!-- /report:demo -->\nafter\n"
-    assert report.render(made, {"demo": r"new \1"}) == made
-    with pytest.raises(ValueError, match="report:other must stand once, found 0"):
-        report.render(page, {"other": ""})
-    with pytest.raises(ValueError, match="found 2"):
-        report.render(page * 2, {"demo": ""})
-
-
 def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, capsys):
-    results = tmp_path / "bench" / "results"
+    results, pages = tmp_path / "bench" / "results", tmp_path / "docs" / "results"
     results.mkdir(parents=True)
-    (tmp_path / "docs").mkdir()
-    for name in ("demo.csv", "apply_memory.csv", "quantized_start.csv"):
+    for name in ("demo.csv", "apply_memory.csv", "adapter_load.csv", "quantized_start.csv"):
         shutil.copy(report.RESULTS / name, results)
     written(results, layer_rows({OURS[0]: 1.1}))
-    markers = {"README.md": ("demo", "pc_linear", "training", "window_svd", "study"), "docs/method.md": ("memory",)}
-    markers["docs/quantized.md"] = ("quantized_start", "quantized_windows")
-    markers["docs/study.md"] = tuple(report.study_sections(results / "study"))
-    for page, names in markers.items():
-        (tmp_path / page).write_text("".join(f"<!-- report:{n} -->\n<!-- /report:{n} -->\n" for n in names))
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", results)
 
@@ -165,11 +147,21 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         return report.main()
 
     assert command("--check") == 1
-    assert "README.md, method.md, quantized.md, study.md out of step" in capsys.readouterr().err
+    assert "benchmarks.md, demo.md out of date; run: make report" in capsys.readouterr().err
+    assert not pages.exists()
     assert not (results / "pc_linear_h100.png").exists()
     assert command() == 0
     assert command("--check") == 0
     assert (results / "pc_linear_h100.png").exists()
-    assert "| 1.10 |" in (tmp_path / "README.md").read_text()
+    assert "| 1.10 |" in (pages / "benchmarks.md").read_text()
+    assert "| middle | 0.77" in (pages / "demo.md").read_text()
     written(results, layer_rows({OURS[0]: 1.3}, M=256))
     assert command("--check") == 1
+    assert "benchmarks.md out of date" in capsys.readouterr().err
+
+
+def test_the_pages_are_up_to_date_and_their_pictures_exist():
+    for name, text in {"benchmarks.md": report.benchmarks_page, "demo.md": report.demo_page}.items():
+        page = report.ROOT / "docs" / "results" / name
+        assert page.read_text(encoding="utf-8") == text(report.RESULTS)
+        assert all((page.parent / link).exists() for link in re.findall(r"\]\((\.\./[^)]+)\)", page.read_text()))

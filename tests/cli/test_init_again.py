@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM as AutoModel
 
@@ -141,6 +142,7 @@ def torchrun(*arguments: str, script: str | None = None) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_layers_and_change_no_bit(llama, tmp_path, capsys):
     script = tmp_path / "watched.py"
     script.write_text(KILLED.replace("log, limit,", "log = sys.argv[1] + os.environ['RANK']\n_, limit,"))
@@ -157,6 +159,7 @@ def test_two_processes_share_the_layers_and_change_no_bit(llama, tmp_path, capsy
     assert done.stderr.count("Window SVD:   0%") == 1
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_and_the_rest_is_kept(llama, tmp_path, capsys):
     spoil(llama)
     done = torchrun("init", str(llama), "--rank", "4", "--form", "residual", "-o", str(tmp_path / "out"))

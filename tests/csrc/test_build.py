@@ -97,6 +97,7 @@ def test_a_source_distribution_builds_the_same_wheel(checkout, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_wheel_with_cuda(checkout, tmp_path):
     """One architecture, by the real nvcc. Without a GPU the kernels do not run; the error then has CUDA's words."""
     try:

@@ -15,6 +15,7 @@ except CannotBuild as error:
 KERNELS = {"ldlt_top_kernel", "ldlt_below_kernel", "scaled_cholesky_kernel", "lanczos_step_kernel"}
 
 
+@pytest.mark.slow
 def test_shipped_kernels():
     rows = compile_all()
     made = {(row.kernel, row.dtype, row.arch) for row in rows}

@@ -6,6 +6,8 @@ from peft import PeftModel
 from ipca.peft import PCConfig, save_gathered
 from tests.engines import launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):

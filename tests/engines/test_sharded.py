@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import ipca
 from tests.engines import launch
 
+pytestmark = pytest.mark.slow
+
 FORMS = ("intact", "residual")
 both_forms = pytest.mark.parametrize("form", FORMS)
 

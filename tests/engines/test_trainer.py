@@ -59,6 +59,7 @@ def test_a_run_resumed_from_its_checkpoint_ends_with_the_same_bits(tmp_path, for
     assert same_weights(first.model, second.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["intact", "residual"])
 def test_a_compiled_trainer_trains_the_same(tmp_path, form):
     plain = trainer(tmp_path / "plain", form)

@@ -1,11 +1,11 @@
-"""A small model, a configuration that fits it, and a way to train, for the tests of continual learning."""
+"""A small model, settings that fit it, and a way to train, for the tests of continual learning."""
 
 import torch
 
 from ipca.model import AdapterSettings
 from tests.helpers.models import Plain
 
-CONFIG = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",))
+SETTINGS = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",))
 SHAPES = ((12, 20), (20, 12))  # of the layers a and b
 
 

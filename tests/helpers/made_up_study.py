@@ -1,4 +1,4 @@
-"""A made-up study: rows with known effects, as the study's `run.py`, `stream.py` and `mechanism.py` leave them."""
+"""A made-up study: rows with known effects, as written by the study's `run.py`, `stream.py` and `mechanism.py`."""
 
 import csv
 import json

@@ -84,7 +84,7 @@ class Made:
                     "method": method, "kind": kind_of(method), "position": position_of(method),
                     "comparison": comparison, "lr": lr, "lr_used": lr if comparison != "update" else lr * 1.7,
                     "seed": seed, "step": step, "trainable": 12345, "early_update": 0.004 * scale,
-                    "status": "failed: diverged, update is no finite number" if failed else "ok",
+                    "status": "failed: diverged, update is not finite" if failed else "ok",
                     **(dict.fromkeys(numbers) if failed else numbers),
                 }
             )  # fmt: skip
@@ -94,7 +94,7 @@ class Made:
         """``rows.csv`` and ``settings.json`` in ``folder``, which is returned."""
         fixed = {"device": "cpu x86_64", "threads": 1, "early": 10, "checkpoints": list(self.checkpoints)}
         fixed["versions"] = {"python": "3.11.7", "torch": "2.13.0+cpu"}
-        fixed["config"] = {"rank": 16, "window": "middle", "targets": ["intermediate.dense"], "exclude": None}
+        fixed["settings"] = {"rank": 16, "window": "middle", "targets": ["intermediate.dense"], "exclude": None}
         grid = {"windows": self.windows, "lrs": self.lrs, "seeds": list(range(self.seeds)), "methods": self.methods}
         grid |= {"comparisons": self.comparisons, "reference": "0.5", "labels": self.labels, "rank": 16}
         return write_rows(folder, self.rows(), {**grid, "fixed": fixed}, self.drop)

@@ -58,7 +58,7 @@ def evaluate(model):
     return {"target": target, "retained": retained, "noise": torch.rand(()).item() * 0}
 
 
-CONFIG = AdapterSettings(rank=2, targets=("body", "out"), modules_to_save=("head",))
+SETTINGS = AdapterSettings(rank=2, targets=("body", "out"), modules_to_save=("head",))
 
 
 def calibration():
@@ -66,4 +66,4 @@ def calibration():
 
 
 def task():
-    return Task(build, train, evaluate, CONFIG, labels={"target": "agreement with the new teacher (share)"})
+    return Task(build, train, evaluate, SETTINGS, labels={"target": "agreement with the new teacher (share)"})

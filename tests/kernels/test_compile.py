@@ -12,6 +12,7 @@ from bench.kernel_report import read_records, record, recorded
 from bench.offline import SHIPPED, Compiled, Row, compile_all
 
 
+@pytest.mark.slow
 def test_shipped_kernels():
     """Compiled is what is new or changed since the table was made, and of each kernel one configuration in any case.
 
@@ -30,6 +31,7 @@ def test_shipped_kernels():
         assert [record(row, triton.__version__) for row in shipped] == table, "run `make kernels` and commit its table"
 
 
+@pytest.mark.slow
 def test_only_what_is_not_known_is_compiled(found):
     good = rows_of(found, "good")
     assert len({row.digest for row in found}) == len(found)

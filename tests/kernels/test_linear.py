@@ -149,6 +149,7 @@ def test_adding_to_what_is_there(tma):
     torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
+@pytest.mark.slow
 @FROZEN
 @pytest.mark.parametrize("config", sorted({c for k, v in CONFIGS.items() if k[0] == "linear" for c in v}), ids=str)
 def test_every_configuration_computes_the_same(config, frozen):

@@ -29,7 +29,7 @@ def test_points_that_are_not_finite_are_never_on_the_frontier():
 
 @pytest.mark.parametrize("point", [(0.5,), (0.5, 0.6, 0.7), 0.5, ("a", "b")])
 def test_what_is_no_point_is_refused(point):
-    with pytest.raises(ValueError, match=f"a point is .* two numbers; got {re.escape(repr(point))}"):
+    with pytest.raises(ValueError, match=f"a point must be .* two numbers; got {re.escape(repr(point))}"):
         frontier([(0.5, 0.5), point])
 
 
@@ -75,7 +75,7 @@ def test_a_seed_that_diverged_everywhere_is_nan_and_does_not_move_the_score():
             None,
             "no finite points to compare; got the methods middle, lora",
         ),
-        ({"middle": {0: [(0.5, 0.5)]}}, NAN, "target must be a score; got nan"),
+        ({"middle": {0: [(0.5, 0.5)]}}, NAN, "target must be a finite score; got nan"),
     ],
 )
 def test_nothing_to_compare_is_refused(curves, target, words):
@@ -124,11 +124,14 @@ def test_rows_may_be_the_text_of_a_file_and_the_metric_another():
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (grid(low=[0.5]), "takes two seeds or more; got 1"),
-        ([], "takes two seeds or more; got 0"),
+        (grid(low=[0.5]), "needs at least two seeds; got 1"),
+        ([], "needs at least two seeds; got 0"),
         (grid(low=[0.5, 0.6], high=[0.5]), "no run at lr 0.002 with seed 1; leave out the rate or the seed"),
-        ([{"lr": "", "seed": "", "target": "0.5"}], "a row without lr, as of the untrained model"),
-        (grid(low=[0.5, 0.6]) * 2, "two rows at lr 0.001 with seed 0; give one method, one comparison, no checkpoints"),
+        ([{"lr": "", "seed": "", "target": "0.5"}], "a row has no lr, such as that of the untrained model"),
+        (
+            grid(low=[0.5, 0.6]) * 2,
+            "two rows at lr 0.001 with seed 0; pass one method, one comparison",
+        ),
     ],
 )
 def test_what_is_no_grid_is_refused(rows, words):

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ipca.lab.statistics import Interval, bootstrap_interval, holm, paired_bootstrap, paired_test
+from ipca.lab.statistics import (
+    Estimate,
+    Interval,
+    bootstrap_interval,
+    corrected,
+    difference,
+    estimate,
+    holm,
+    paired_bootstrap,
+    paired_test,
+)
 
 SCORES = (0.71, 0.78, 0.74, 0.8, 0.69, 0.77, 0.73)
 
@@ -58,9 +68,9 @@ def test_a_statistic_that_no_single_value_moves_gives_no_interval():
         ([], {}, r"values must be a list of at least one number; got an array of shape \(0,\)"),
         ([[1.0, 2.0]], {}, r"got an array of shape \(1, 2\)"),
         ({0: 1.0}, {}, r"values must be a list of numbers; got \{0: 1\.0\}"),
-        ([0.5, 0.6, math.nan], {}, r"values\[2\] is nan; leave failed runs out in both arms"),
+        ([0.5, 0.6, math.nan], {}, r"values\[2\] is nan; leave failed runs out of both arms"),
         ([0.5, -math.inf], {}, r"values\[1\] is -inf"),
-        ([0.5, 0.6], {"level": 95}, "level must lie between 0 and 1, such as 0.95; got 95"),
+        ([0.5, 0.6], {"level": 95}, "level must be between 0 and 1, such as 0.95; got 95"),
     ],
 )
 def test_bad_values_are_refused(values, options, words):
@@ -169,9 +179,9 @@ def test_differences_without_a_spread(a, b, p, dz):
             "alternative must be one of two-sided, greater, less; got 'larger'",
         ),
         ([], [], {}, "a must be a list of at least one number"),
-        ([1, 2], [1], {}, "as many numbers in a as in b; got 2 and 1"),
+        ([1, 2], [1], {}, "a and b must have the same length; got 2 and 1"),
         ([1.0, 2.0], [1.0, math.nan], {}, r"b\[1\] is nan"),
-        ({0: 1.0, 1: 2.0, 4: 1.0}, {0: 1.0, 2: 2.0, 4: 1.0}, {}, "without a partner: 1, 2"),
+        ({0: 1.0, 1: 2.0, 4: 1.0}, {0: 1.0, 2: 2.0, 4: 1.0}, {}, "must have the same seeds; unpaired: 1, 2"),
         ({0: 1.0}, [1.0], {}, r"both as \{seed: number\}, or both as numbers"),
     ],
 )
@@ -199,3 +209,20 @@ def test_holm_gives_the_numbers_that_r_does():
 def test_what_is_no_probability_is_refused(pvalues):
     with pytest.raises(ValueError, match="p-values must be a list of numbers from 0 to 1"):
         holm(pvalues)
+
+
+def test_one_seed_has_a_mean_and_no_interval():
+    assert estimate([0.25]) == Estimate(0.25, None, None, 1)
+    assert estimate([]) is None
+
+
+def test_differences_are_over_shared_seeds():
+    found = difference({0: 1.0, 1: 2.0, 2: 9.0}, {1: 1.0, 0: 0.5, 5: 0.0})
+    assert (found.mean, found.n, found.p, found.smallest) == (0.75, 2, 0.5, 0.5)
+    assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_the_correction_is_over_what_could_be_tested():
+    a = {seed: 1.0 + 0.1 * seed for seed in range(4)}
+    found = corrected({"x": difference(a, dict.fromkeys(a, 0.0), "greater"), "missing": None})
+    assert {name: test.adjusted for name, test in found.items()} == {"x": 2**-4}

@@ -39,7 +39,7 @@ def test_of_one_task_only_the_accuracy_is_defined():
 
 
 def test_forward_transfer_needs_scores_from_before_training():
-    with pytest.raises(ValueError, match="forward transfer needs the scores before any training; give `initial`"):
+    with pytest.raises(ValueError, match="forward transfer needs the scores before any training; pass initial"):
         _ = TaskMatrix(R).fwt
 
 
@@ -85,13 +85,13 @@ def test_the_printed_table():
         ([[1, 2, 3], [1, 2, 3]], {}, r"R must be \(T, T\), .* got \(2, 3\)"),
         ([], {}, r"got \(0,\)"),
         ([[1], [1, 2]], {}, r"R must be \(T, T\), numbers in rows of one length"),
-        ([[0.9, 0.1], [NAN, 0.8]], {}, r"R\[1, 0\] is nan; scores on tasks already trained must be finite"),
+        ([[0.9, 0.1], [NAN, 0.8]], {}, r"R\[1, 0\] is nan; scores on already trained tasks must be finite"),
         ([[0.9, 0.1], [0.5, math.inf]], {}, r"R\[1, 1\] is inf"),
         (R, {"initial": [0.1, 0.2]}, "initial must hold 3 finite scores"),
         (R, {"initial": [0.1, 0.2, NAN]}, "initial must hold 3 finite scores"),
-        (R, {"names": ["a", "b"]}, "names must be 3 different ones, .* got a, b"),
-        (R, {"names": ["a", "b", "a"]}, "names must be 3 different ones"),
-        (R, {"names": ["a", "b", "after"]}, "none 'after'"),
+        (R, {"names": ["a", "b"]}, "names must be 3 distinct names, .* got a, b"),
+        (R, {"names": ["a", "b", "a"]}, "names must be 3 distinct names"),
+        (R, {"names": ["a", "b", "after"]}, "other than 'after'"),
     ],
 )
 def test_what_is_no_matrix_of_scores_is_refused(scores, options, words):

@@ -61,6 +61,7 @@ def two_ranks(folder, mode):
     return [out.split(maxsplit=1) for out, _ in done]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_layers_and_end_with_the_same_bits(tmp_path):
     (first, bits), (second, same) = two_ranks(tmp_path, "fine")
     assert (first, second) == ("bits", "bits")
@@ -70,6 +71,7 @@ def test_two_processes_share_the_layers_and_end_with_the_same_bits(tmp_path):
     assert 1 <= int(mine) <= 4
 
 
+@pytest.mark.slow
 def test_the_error_of_one_process_ends_all_with_its_message(tmp_path):
     (_, here), (_, there) = two_ranks(tmp_path, "failing")
     assert "rank 1:" in here

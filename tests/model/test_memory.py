@@ -10,6 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "bench" / "apply_memory.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure peak memory")
 @pytest.mark.parametrize("form", ["residual", "intact"])
 def test_peak_is_at_most_three_of_the_largest_layer_in_float64(form):

@@ -148,6 +148,7 @@ print(peak(1), peak(10))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure peak memory")
 @pytest.mark.parametrize("form", FORMS)
 def test_peak_memory_does_not_grow_with_the_model(tmp_path, form):

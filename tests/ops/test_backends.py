@@ -169,6 +169,7 @@ def test_second_derivatives_go_through_the_reference(backend, intact):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @EVERY
 @FORMS
 @pytest.mark.parametrize("reentrant", [False, True])

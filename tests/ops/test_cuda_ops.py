@@ -42,6 +42,7 @@ def test_opcheck(intact, M):
     torch.library.opcheck(cuda.pc_linear_cuda_backward_op, (dy, *given, *settings))
 
 
+@pytest.mark.slow
 @FORMS
 @pytest.mark.usefixtures("_cuda_ops")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from ipca.ops import pc_linear
+from ipca.ops import pc_linear, set_backend
 from ipca.ops.linear import pc_linear_op
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -150,6 +150,29 @@ def test_wide_factors_on_a_narrow_weight(intact, dtype):
     assert [g.dtype for g in found] == [dtype, dtype, torch.float32, torch.float32, dtype]
     for three in zip(found, grads(other, dy, t), grads(exact, dy, wide), strict=True):
         assert_within_twice(*three)
+
+
+@pytest.mark.parametrize("backend", ["auto", "addmm", "merged", "reference"])
+@pytest.mark.parametrize("dtype", LOW[1:], ids=str)
+def test_narrow_factors_beside_wide_initial_ones_start_as_the_base(dtype, backend):
+    """As FSDP's mixed precision passes them: parameters cast, buffers not."""
+    t = inputs(N=67, K=130, R=9, dtype=dtype, factors=torch.float32, intact=True)
+    t.A0, t.B0 = t.A.detach(), t.B.detach()
+    t.A, t.B = t.A0.to(dtype), t.B0.to(dtype)
+    before = set_backend(backend)
+    try:
+        assert torch.equal(call(t), F.linear(t.x, t.weight, t.bias))
+    finally:
+        set_backend(before)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_factors_far_from_their_initial_ones_add_a_rounding(dtype):
+    """The intact form multiplies by A − A0 and B − B0; where these are as large as A and B, they round once more."""
+    t = inputs(N=67, K=130, R=9, dtype=dtype, intact=True)
+    t.A0, t.B0 = torch.randn_like(t.A) / 130**0.5, torch.randn_like(t.B)
+    y, other, exact = call(t), plain(t), plain(cast(t, torch.float64))
+    assert (y.double() - exact).norm() <= 3 * (other.double() - exact).norm()
 
 
 VIEWS = {

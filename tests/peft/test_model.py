@@ -28,7 +28,7 @@ def test_another_adapter_is_refused_and_the_native_summary_names_this_one():
     model = get_peft_model(Small(), LoraConfig(target_modules=["a"]))
     with pytest.raises(ValueError, match="'default' is no adapter of a PCConfig"):
         summary(model)
-    with pytest.raises(ValueError, match=r"say ipca\.peft\.summary"):
+    with pytest.raises(ValueError, match=r"call ipca\.peft\.summary"):
         ipca.summary(model)
     with pytest.raises(TypeError, match="expected a PeftModel, got a Small"):
         summary(Small())

@@ -1,4 +1,4 @@
-"""Where the layers of plain LoRA and of the controls start: the same :class:`ipca.nn.InitialFactors`, other factors."""
+"""Initial factors of plain LoRA and of the controls, as :class:`ipca.nn.InitialFactors`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ipca.window import Window
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on ``seed`` and the layer's path alone."""
+    """A CPU generator determined by ``seed`` and the layer's path."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def plain_lora_start(
+def plain_lora_factors(
     weight: Tensor, rank: int, generator: torch.Generator, *, adapter_dtype: torch.dtype
 ) -> InitialFactors:
     """Plain LoRA (arXiv 2106.09685) for ``weight (…, out, in)``: random ``A0``; ``B0 = 0``, so ``W_res = W``.
 
-    ``A0`` is uniform in ``±1 / √in``, as PEFT draws it (Kaiming-uniform with a = √5). LoRA has no window; the start
-    carries ``Window(0, rank)`` for its rank, and no SVD report.
+    ``A0`` is uniform in ``±1 / √in``, as in PEFT (Kaiming-uniform with a = √5). LoRA has no window; the result carries
+    ``Window(0, rank)`` for its rank, and no SVD report.
 
     Args:
-        generator: on the CPU; the same one gives the same start on every device.
+        generator: on the CPU; the same generator gives the same factors on every device.
     """
     *experts, out_features, in_features = weight.shape
     A0 = torch.empty(*experts, rank, in_features, dtype=torch.float64).uniform_(-1, 1, generator=generator)
@@ -40,16 +40,16 @@ def plain_lora_start(
 
 
 def haar(found: WindowSVD, generator: torch.Generator) -> WindowSVD:
-    """The singular values of ``found`` on Haar-random directions: ``U (m, r)`` and ``Vh (r, n)`` know no weight."""
+    """The singular values of ``found`` on Haar-random directions ``U (m, r)``, ``Vh (r, n)``."""
     U = _orthonormal(found.U, generator)
     Vh = _orthonormal(found.Vh.mT, generator).mT
-    return WindowSVD(U, found.S, Vh, _reported(found, "haar", "random directions, which belong to no component"))
+    return WindowSVD(U, found.S, Vh, _reports(found, "haar", "random directions, unrelated to any component"))
 
 
 def matched(directions: WindowSVD, magnitudes: WindowSVD) -> WindowSVD:
     """The directions of one window with the singular values of another."""
     what = f"directions of this window, singular values of {magnitudes.report.window}"
-    return WindowSVD(directions.U, magnitudes.S, directions.Vh, _reported(directions, "matched", what))
+    return WindowSVD(directions.U, magnitudes.S, directions.Vh, _reports(directions, "matched", what))
 
 
 def random_window(rank: int, d: int, generator: torch.Generator) -> Window:
@@ -58,10 +58,10 @@ def random_window(rank: int, d: int, generator: torch.Generator) -> Window:
 
 
 def _orthonormal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform over matrices ``(…, m, r)`` with orthonormal columns (Mezzadri, Notices of the AMS 54, 2007)."""
+    """Haar-random ``(…, m, r)`` with orthonormal columns (Mezzadri, Notices of the AMS 54, 2007)."""
     Q, R = torch.linalg.qr(torch.randn(like.shape, dtype=torch.float64, generator=generator))
     return (Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).to(like)
 
 
-def _reported(found: WindowSVD, path: str, what: str) -> tuple[SVDReport, ...]:
+def _reports(found: WindowSVD, path: str, what: str) -> tuple[SVDReport, ...]:
     return tuple(replace(report, path=path, certified=False, certificate=what) for report in found.reports)

@@ -1,11 +1,11 @@
-"""What the text form of a method means."""
+"""Names of methods: parsing, normalization, kind and position."""
 
 from __future__ import annotations
 
 from ipca.window import Window
 
 CONTROLS = ("random-window", "haar", "frozen-A", "frozen-B", "matched-principal", "matched-minor")
-"""Methods that differ from the reference window in one thing, see :func:`ipca.lab.baselines.apply`."""
+"""Methods that differ from the reference window in one respect, see :func:`ipca.lab.baselines.apply`."""
 _OTHERS = {"lora": "lora", "full": "full", "auto": "auto"}
 
 
@@ -13,7 +13,7 @@ def kind_of(method: str) -> str:
     """``"window"``, ``"lora"``, ``"full"``, ``"auto"`` or ``"control"``.
 
     Raises:
-        ValueError: it is none of these; the message lists what there is.
+        ValueError: an unknown method; the message lists the choices.
     """
     if method in CONTROLS:
         return "control"
@@ -30,7 +30,7 @@ def kind_of(method: str) -> str:
 
 
 def check_method(method: str) -> str:
-    """``method`` in its one text form: ``"middle"`` and ``"0.50"`` are both ``"0.5"``; raises as :func:`kind_of`."""
+    """The canonical name of ``method``: ``"middle"`` and ``"0.50"`` are both ``"0.5"``; raises as :func:`kind_of`."""
     position = position_of(method)
     if position is not None:
         return str(position)
@@ -38,7 +38,7 @@ def check_method(method: str) -> str:
 
 
 def position_of(method: str) -> float | None:
-    """The fraction ``f = start / (d − rank)`` of a window that is named by one, else None."""
+    """The fraction ``f = start / (d − rank)`` of a window that is given by one, else None."""
     if kind_of(method) != "window":
         return None
     named = {"principal": 0.0, "middle": 0.5, "minor": 1.0}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ipca.lab.continual.checks import check_options, check_room, find_layers
-from ipca.lab.continual.kept import factors, save_stock, take_out, without_weights
+from ipca._atomic import staged_files
+from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, adapter_tensors
 from ipca.lab.continual.method import Adapter, Setup
-from ipca.lab.continual.methods import find_kind
+from ipca.lab.continual.methods import check_options, check_room, find_kind, find_layers
 from ipca.model.apply import adapted_layers
 from ipca.model.settings import AdapterSettings
+from ipca.nn.initialization import add_low_rank
+from ipca.nn.layer_kinds import read_layer
+from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache
 
 ORTHOGONALITY, PROTECTED = 0.5, 0.5
@@ -24,8 +30,8 @@ class TaskRecord:
     """The cost of one task.
 
     Attributes:
-        trained: parameters that trained, fully trained modules included.
-        kept_parameters, kept_bytes: what the model and the method hold after it beyond the model of the beginning.
+        trained: number of trained parameters, including fully trained modules.
+        kept_parameters, kept_bytes: what the model and the method hold after the task beyond the initial model.
     """
 
     trained: int
@@ -34,7 +40,7 @@ class TaskRecord:
 
 
 class ContinualLearner:
-    """Adapts ``model`` for one task after another; training is the caller's, with any optimizer and any loop.
+    """Adapts ``model`` for one task after another; the caller trains, with any optimizer and any loop.
 
     >>> learner = ContinualLearner(model, "disjoint", AdapterSettings(rank=8), tasks=5)
     >>> for task in tasks:
@@ -45,10 +51,10 @@ class ContinualLearner:
     ...     learner.end_task()
     >>> model = learner.finish()
 
-    Between tasks the model computes all that was learned so far. No data of earlier tasks are used.
+    Between tasks the model computes everything learned so far. No data of earlier tasks is used.
 
     Args:
-        model: plain; changed in place.
+        model: a plain model; changed in place.
         method: one of ``ipca.lab.continual.METHODS``:
 
             ==============  ========================================================================================
@@ -57,31 +63,31 @@ class ContinualLearner:
             ``disjoint``    another window of the original weights for every task; needs ``tasks``
             ``pissa``       ``fresh`` with the largest components
             ``milora``      ``fresh`` with the smallest components
-            ``lora``        one plain LoRA that goes on training
+            ``lora``        one plain LoRA that keeps training
             ``lora-fresh``  a new plain LoRA for every task
-            ``o-lora``      the same, its rows driven away from those of earlier tasks by :meth:`penalty`
+            ``o-lora``      the same, with rows pushed away from those of earlier tasks by :meth:`penalty`
             ``sd-lora``     earlier updates as normalized directions, whose magnitudes train too
-            ``osf``         all but the largest components, by PEFT; says nothing to rank, alpha, window and form
+            ``osf``         all but the largest components, with PEFT; ignores rank, alpha, window and form
             ==============  ========================================================================================
 
-        config: layers, rank, alpha, form, window, and the modules that are fully trained in every task.
-        tasks: how many tasks there will be; a further one is refused.
-        keep: keep the factors of every task, which are folded into the weights when it ends, so that
-            :meth:`remove_task` and :meth:`save_task` can name them. For methods that fold.
-        frozen: ``"A"`` or ``"B"``, a factor that does not train; of plain LoRA ``"A"`` alone, since ``B`` begins at 0.
-            With ``"disjoint"`` and ``"A"`` tasks cannot touch what another task's window reads (see docs/continual.md).
+        settings: layers, rank, alpha, form, window, and the modules that are fully trained in every task.
+        tasks: the number of tasks; more are refused.
+        keep: keep the factors of every task after they are folded into the weights, so that :meth:`remove_task` and
+            :meth:`save_task` can use them. For methods that fold.
+        frozen: ``"A"`` or ``"B"``, a factor that does not train; for plain LoRA only ``"A"``, since ``B`` starts at 0.
+            With ``"disjoint"`` and ``"A"`` a task cannot change what another task's window reads (docs/continual.md).
         seed: of random factors.
-        cache: a folder, or a :class:`ipca.SpectralCache`, of decompositions.
+        cache: a folder or an :class:`ipca.SpectralCache` of decompositions.
         orthogonality: O-LoRA's λ; default 0.5.
         protected: share of each layer's components that OSF protects; default 0.5.
 
     Attributes:
         records: a :class:`TaskRecord` for each task that has ended.
-        kept: the factors of each task that is kept, by its number.
+        kept: the factors of each kept task by its index.
 
     Raises:
-        TypeError, ValueError: a bad argument, or a layer cannot be adapted; the message names it. The model is
-            unchanged.
+        TypeError, ValueError: an invalid argument, or a layer that cannot be adapted; the message names it. The model
+            is unchanged.
         ImportError: ``osf`` without PEFT.
     """
 
@@ -89,7 +95,7 @@ class ContinualLearner:
         self,
         model: nn.Module,
         method: str,
-        config: AdapterSettings,
+        settings: AdapterSettings,
         *,
         tasks: int | None = None,
         keep: bool = False,
@@ -101,11 +107,11 @@ class ContinualLearner:
     ) -> None:
         kind = find_kind(method)
         check_options(method, kind, tasks, keep, frozen, orthogonality, protected)
-        targets, modules_to_save = find_layers(model, method, kind, config)
+        targets, modules_to_save = find_layers(model, method, kind, settings)
         if method == "disjoint" and tasks is not None:
-            check_room(model, targets, tasks)
+            check_room(targets, tasks)
         setup = Setup(
-            config=config,
+            settings=settings,
             targets=tuple(targets),
             modules_to_save=tuple(modules_to_save),
             tasks=tasks,
@@ -117,7 +123,7 @@ class ContinualLearner:
         self.model, self.method, self.tasks, self.seed = model, method, tasks, seed
         self.keep, self.frozen = keep, frozen
         self._method = kind.make(setup)
-        self._plain = _size(_tensors(model))
+        self._initial_size = _size(_tensors(model))
         self._trained: int | None = None
         self._finished = False
         self.records: list[TaskRecord] = []
@@ -129,22 +135,22 @@ class ContinualLearner:
         return self._trained is not None
 
     def begin_task(self) -> list[nn.Parameter]:
-        """Adapt the model for the next task; its function stays as it was.
+        """Adapt the model for the next task; its function does not change.
 
         Returns:
-            The parameters that train, for the optimizer; ``ipca.param_groups(model, lr)`` gives them with rates.
+            The trainable parameters, for the optimizer; ``ipca.param_groups(model, lr)`` returns them with rates.
 
         Raises:
-            RuntimeError: a task is running, or all are done.
+            RuntimeError: a task is running, or all tasks are done.
             TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`. The model is unchanged in every case.
         """
         index = len(self.records)
         if self._finished:
-            raise RuntimeError("this learner has finished; make a new one to go on.")
+            raise RuntimeError("this learner has finished; create a new one to continue.")
         if self.running:
             raise RuntimeError(f"task {index} is still running; call end_task() first.")
         if self.tasks is not None and index >= self.tasks:
-            raise RuntimeError(f"all {self.tasks} tasks are done; call finish(), or make a learner with more tasks.")
+            raise RuntimeError(f"all {self.tasks} tasks are done; call finish(), or create a learner for more tasks.")
         self._method.begin(self.model, index)
         if self.frozen:
             for layer in adapted_layers(self.model).values():
@@ -154,7 +160,7 @@ class ContinualLearner:
         return parameters
 
     def penalty(self) -> Tensor:
-        """What to add to the loss of every step, a scalar; 0 for all methods but ``o-lora``, and in its first task."""
+        """The term to add to the loss of every step, a scalar; 0 except for ``o-lora`` after its first task."""
         self._require_running("penalty")
         found = self._method.penalty(self.model)
         return next(self.model.parameters()).new_zeros(()) if found is None else found
@@ -162,11 +168,12 @@ class ContinualLearner:
     def end_task(self) -> TaskRecord:
         """Make the task's change permanent; the model computes what it computed when training ended.
 
-        Methods that fold give plain layers back, new objects, up to one rounding of the weights.
+        Methods that fold restore plain layers (new objects), up to one rounding of the weights.
 
         Raises:
             RuntimeError: no task is running.
-            ValueError: what was trained holds NaN or Inf, the message names it. Nothing is folded, the task still runs.
+            ValueError: a trained parameter holds NaN or Inf; the message names it. Nothing is folded, and the task is
+                still running.
         """
         self._require_running("end_task")
         assert self._trained is not None
@@ -174,19 +181,19 @@ class ContinualLearner:
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
                 raise ValueError(
                     f"task {len(self.records)}: {name} holds NaN or Inf, so training diverged; nothing was folded into "
-                    "the weights. Go on from what you saved before this task, at a lower learning rate."
+                    "the weights. Restart from what you saved before this task, at a lower learning rate."
                 )
         layers = self._method.end(self.model)
         if self.keep:
-            self.kept[len(self.records)] = without_weights(layers)
+            self.kept[len(self.records)] = _without_weights(layers)
         held = _size([*_tensors(self.model), *self._method.state(), *self._kept_tensors()])
-        record = TaskRecord(self._trained, held[0] - self._plain[0], held[1] - self._plain[1])
+        record = TaskRecord(self._trained, held[0] - self._initial_size[0], held[1] - self._initial_size[1])
         self._trained = None
         self.records.append(record)
         return record
 
     def remove_task(self, task: int) -> None:
-        """Take the change that task number ``task`` made out of the weights again, up to one rounding of them.
+        """Subtract the change of task number ``task`` from the weights, up to one rounding of them.
 
         What later tasks learned, and fully trained modules, stay.
 
@@ -196,23 +203,23 @@ class ContinualLearner:
         """
         if self.running:
             raise RuntimeError(f"task {len(self.records)} is still running; call end_task() first.")
-        take_out(self.model, self._kept(task))
+        _subtract_change(self.model, self._kept(task))
         del self.kept[task]
 
     def save_task(self, task: int, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
         """Write the change that task number ``task`` made to the weights as a stock PEFT LoRA of twice the rank.
 
-        It is a difference: added to the original base by PEFT it gives what this task alone changed, and with all
-        tasks' adapters the weights as they are now, up to rounding. Fully trained modules are not in it.
+        It is a difference: added to the original base by PEFT it gives what this task changed, and together with all
+        other tasks' adapters the current weights, up to rounding. Fully trained modules are not included.
 
         Raises:
             ValueError: the task is not kept, or PEFT's format cannot hold its layers.
-            OSError: ``folder`` cannot be written; what was there is intact.
+            OSError: ``folder`` cannot be written; its previous content is intact.
         """
-        save_stock(self.model, self._kept(task), folder, base_model)
+        _save_as_peft(self.model, self._kept(task), folder, base_model)
 
     def finish(self) -> nn.Module:
-        """Fold what is still adapted into the weights: a plain model, with which the learner is done.
+        """Fold all remaining factors into the weights and return the plain model; ends the use of this learner.
 
         Raises:
             RuntimeError: a task is running.
@@ -236,7 +243,39 @@ class ContinualLearner:
         return self.kept[task]
 
     def _kept_tensors(self) -> list[Tensor]:
-        return [tensor for layers in self.kept.values() for tensor in factors(layers)]
+        layers = [layer for adapter in self.kept.values() for layer in adapter.values()]
+        return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0)]
+
+
+def _without_weights(layers: Adapter) -> Adapter:
+    """``layers``, which have been removed from their model, stripped of weight and bias: only the factors stay."""
+    for layer in layers.values():
+        layer.base_weight = nn.Parameter(torch.empty_like(layer.base_weight, device="meta"), requires_grad=False)
+        layer.bias = None
+        layer.requires_grad_(False)
+    return layers
+
+
+@torch.no_grad()
+def _subtract_change(model: nn.Module, layers: Adapter) -> None:
+    """Subtract ``scaling · (B A − B0 A0)`` of every layer from its plain weight in ``model``, rounded once."""
+    changed = []
+    for name, layer in layers.items():
+        weight, _ = read_layer(get_layer(model, name))
+        terms = [(-layer.scaling, layer.lora_B, layer.lora_A), (layer.scaling, layer.lora_B0, layer.lora_A0)]
+        changed.append((weight, add_low_rank(weight, terms)))
+    for weight, new in changed:
+        weight.copy_(new)
+
+
+def _save_as_peft(model: nn.Module, layers: Adapter, folder: str | os.PathLike[str], base_model: str | None) -> None:
+    """Write ``layers`` as a stock PEFT LoRA of twice the rank, for any weights of ``model``."""
+    names = [name for name, _ in model.named_modules()]
+    config = adapter_config(layers, {}, names, base_model or getattr(model, "name_or_path", None))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(layers, {})}
+    with staged_files(folder) as stage:
+        save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
+        (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -244,6 +283,6 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _size(tensors: Iterable[Tensor]) -> tuple[int, int]:
-    """Entries and bytes of ``tensors``; shared memory counts once, the meta device not at all."""
+    """Number of entries and bytes of ``tensors``; shared memory counts once, the meta device not at all."""
     found = {(t.untyped_storage().data_ptr(), t.numel(), t.dtype): t for t in tensors if not t.is_meta}
     return sum(t.numel() for t in found.values()), sum(t.numel() * t.element_size() for t in found.values())

@@ -1,4 +1,4 @@
-"""What a method of continual learning is: how a task begins and ends, what it adds to the loss, what it keeps."""
+"""The interface of a continual-learning method: how a task begins and ends, its penalty, its state."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Adapter = Mapping[str, WindowLayer]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method is made from.
+    """The inputs a method is built from.
 
     Attributes:
-        config: which layers, rank, alpha, form, and the window where the method has one.
-        targets: the layers that ``config`` names.
+        settings: layers, rank, alpha and form, and the window where the method has one.
+        targets: the layers that ``settings`` selects.
         modules_to_save: paths of the modules that are fully trained in every task.
-        tasks: how many there will be, where that is known.
-        seed: of random factors; with the task's number and the layer's path it decides them.
+        tasks: the number of tasks, if known.
+        seed: of random factors; together with the task's index and the layer's path it determines them.
         cache: of decompositions.
         orthogonality: O-LoRA's λ.
         protected: share of each layer's singular components that OSF protects.
     """
 
-    config: AdapterSettings
+    settings: AdapterSettings
     targets: tuple[Target, ...]
     modules_to_save: tuple[str, ...]
     tasks: int | None
@@ -48,19 +48,19 @@ class Setup:
 
 
 def task_seed(seed: int, index: int) -> int:
-    """A seed for task ``index`` of a stream; other tasks and other streams' seeds below a million give others."""
+    """The seed of task ``index`` of a stream; distinct for all tasks of streams with seeds below one million."""
     return seed + 1_000_003 * index
 
 
 def fold(model: nn.Module) -> Adapter:
-    """Fold every factor into its weight, and return the adapted layers that were there."""
+    """Fold all factors into their weights; return the adapted layers that were removed."""
     layers = adapted_layers(model)
     unload(model)
     return layers
 
 
-def leave(model: nn.Module) -> Adapter:
-    """Fold nothing: the same layers go on."""
+def fold_nothing(model: nn.Module) -> Adapter:
+    """Keep the adapted layers in the model: the next task continues with them."""
     return {}
 
 
@@ -70,12 +70,12 @@ def _no_penalty(model: nn.Module) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Method:
-    """One method at work on one model.
+    """One method applied to one model.
 
     Attributes:
-        begin: ``begin(model, index)`` puts the layers of task ``index`` in place; changes nothing where it fails.
+        begin: ``begin(model, index)`` installs the layers of task ``index``; if it fails, the model is unchanged.
         end: makes the task's change permanent and returns the layers that were folded.
-        penalty: what training adds to the loss, or None.
+        penalty: the term training adds to the loss, or None.
         state: tensors outside the model that later tasks need.
         finish: makes the model plain after the last task.
     """
@@ -84,4 +84,4 @@ class Method:
     end: Callable[[nn.Module], Adapter] = fold
     penalty: Callable[[nn.Module], Tensor | None] = _no_penalty
     state: Callable[[], Iterable[Tensor]] = tuple
-    finish: Callable[[nn.Module], object] = leave
+    finish: Callable[[nn.Module], object] = fold_nothing

@@ -1,29 +1,35 @@
-"""The methods by name, and what each of them can do."""
+"""Registry of continual-learning methods, and the validation of a method against its options and model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from torch import nn
 
 from ipca.lab.continual import lora, windows
 from ipca.lab.continual.method import Method, Setup
-from ipca.lab.continual.osf import osf
-from ipca.lab.continual.sd_lora import sd_lora
+from ipca.lab.continual.osf import osf_method
+from ipca.model.apply import adapted_layers
+from ipca.model.settings import AdapterSettings
+from ipca.model.targets import Target, find_modules_to_save, find_targets
 from ipca.nn.layer_kinds import LINEAR
+from ipca.nn.registry import get_layer
+from ipca.window import Window
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a name stands for.
+    """Constructor and capabilities of a method.
 
     Attributes:
-        make: the method for one model.
-        folds: whether a task's factors are folded into the weights when it ends, so that they can be kept apart.
-        factors: whether the layers are :class:`ipca.nn.WindowLayer`, one factor of which can be frozen, and which
-            :func:`ipca.save_adapter` writes while a task runs.
+        make: builds the method for one model.
+        folds: whether a task's factors are folded into the weights when it ends, so that they can be kept separately.
+        factors: whether the layers are :class:`ipca.nn.WindowLayer`, whose factors can be frozen one at a time and
+            which :func:`ipca.save_adapter` can write while a task runs.
         layers: the kinds of layers it adapts, see :mod:`ipca.nn.layer_kinds`; None for all.
-        frozen: which factors may be frozen. Plain LoRA starts at ``B = 0``, and would learn nothing with that frozen;
-            O-LoRA's penalty is about the very ``A``.
+        frozen: the factors that may be frozen. Plain LoRA starts at ``B = 0`` and would learn nothing with ``B``
+            frozen; O-LoRA's penalty acts on ``A``.
     """
 
     make: Callable[[Setup], Method]
@@ -42,18 +48,91 @@ METHODS = {
     "lora": Kind(lora.one_lora, folds=False, frozen=("A",)),
     "lora-fresh": Kind(lora.fresh_lora, frozen=("A",)),
     "o-lora": Kind(lora.o_lora, frozen=()),
-    "sd-lora": Kind(sd_lora, folds=False, factors=False, layers=LINEAR, frozen=()),
-    "osf": Kind(osf, folds=False, factors=False, layers=("linear",), frozen=()),
+    "sd-lora": Kind(lora.sd_lora, folds=False, factors=False, layers=LINEAR, frozen=()),
+    "osf": Kind(osf_method, folds=False, factors=False, layers=("linear",), frozen=()),
 }
-"""Every method of :class:`ipca.lab.continual.ContinualLearner`; docs/continual.md describes them."""
+"""All methods of :class:`ipca.lab.continual.ContinualLearner`; described in docs/continual.md."""
 
 
 def find_kind(method: str) -> Kind:
-    """What the name ``method`` stands for.
+    """The registered entry of ``method``.
 
     Raises:
-        ValueError: it is none of :data:`METHODS`.
+        ValueError: it is not one of :data:`METHODS`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
     return METHODS[method]
+
+
+def check_options(
+    method: str,
+    kind: Kind,
+    tasks: int | None,
+    keep: bool,
+    frozen: str | None,
+    orthogonality: float | None,
+    protected: float | None,
+) -> None:
+    """Raise ValueError if a learner's argument is out of range or does not apply to its method."""
+    if tasks is not None and (isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1):
+        raise ValueError(f"tasks must be an int of at least 1, got {tasks!r}.")
+    if keep and not kind.folds:
+        raise ValueError(f"method {method!r} folds nothing after a task, so there is nothing to keep; omit keep=True.")
+    if frozen not in (None, "A", "B"):
+        raise ValueError(f"frozen must be 'A', 'B' or None, got {frozen!r}.")
+    if frozen and not kind.factors:
+        raise ValueError(f"method {method!r} does not train a single pair of factors; omit frozen.")
+    if frozen and frozen not in kind.frozen:
+        why = "it starts at B = 0 and would learn nothing" if frozen == "B" else "its penalty acts on A only"
+        raise ValueError(f"method {method!r} cannot freeze {frozen}: {why}; omit frozen.")
+    if orthogonality is not None and method != "o-lora":
+        raise ValueError(f"orthogonality applies to method 'o-lora' only, not to {method!r}; omit it.")
+    if orthogonality is not None and not orthogonality >= 0:
+        raise ValueError(f"orthogonality must be at least 0, got {orthogonality}.")
+    if protected is not None and method != "osf":
+        raise ValueError(f"protected applies to method 'osf' only, not to {method!r}; omit it.")
+    if protected is not None and not 0 < protected < 1:
+        raise ValueError(f"protected must be a share of the components above 0 and below 1, got {protected}.")
+
+
+def find_layers(model: nn.Module, method: str, kind: Kind, settings: AdapterSettings) -> tuple[list[Target], list[str]]:
+    """Find the layers to adapt and the modules to train fully; every check runs before the first task begins.
+
+    Raises:
+        TypeError, ValueError: as :func:`ipca.apply_pc`, or the method does not support a layer; the message names it.
+    """
+    if not isinstance(settings, AdapterSettings):
+        raise TypeError(f"settings must be an ipca.model.AdapterSettings, got {settings!r}.")
+    present = adapted_layers(model)
+    if present:
+        raise ValueError(f"{next(iter(present))} is already adapted; call ipca.unload(model) first.")
+    modules_to_save = find_modules_to_save(model, settings)
+    targets = find_targets(model, settings, modules_to_save=modules_to_save)
+    for target in targets:
+        if target.quantized:
+            raise ValueError(f"{target.name} is quantized, and a task cannot be folded into it; exclude it.")
+        if kind.layers is not None and target.kind not in kind.layers:
+            layer = get_layer(model, target.name)
+            raise ValueError(f"method {method!r} adapts linear layers only; {target.name} is a {type(layer).__name__}.")
+    if not kind.factors and settings.dropout:
+        raise ValueError(f"method {method!r} does not support dropout, got {settings.dropout}; set it to 0.")
+    return targets, modules_to_save
+
+
+def check_room(targets: Iterable[Target], tasks: int) -> None:
+    """Raise ValueError if the disjoint windows of all ``tasks`` do not fit into a layer's singular components."""
+    for target in targets:
+        d = min(target.shape[-2:])
+        wanted = tasks * target.window.rank
+        if wanted > d:
+            raise ValueError(
+                f"{tasks} tasks of rank {target.window.rank} need {wanted} disjoint components, but {target.name} "
+                f"has {d}; use fewer tasks, a lower rank, or the method 'fixed' or 'fresh'."
+            )
+        window = Window(target.window.start, wanted)
+        try:
+            if not window.needs_spectrum:
+                window.resolve(d)
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {tasks} windows of rank {target.window.rank}: {error}") from None

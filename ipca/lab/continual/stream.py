@@ -1,4 +1,4 @@
-"""run_stream: train a sequence of tasks and score all of them after each, with what the model remembers and costs."""
+"""Streams: train a sequence of tasks and score all of them after each; result, table and figure."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ipca._atomic import staged_files
+from ipca.analysis.figures import picture
 from ipca.lab.continual.learner import ContinualLearner, TaskRecord
 from ipca.lab.continual.method import task_seed
 from ipca.lab.task_matrix import TaskMatrix
@@ -21,6 +22,7 @@ from ipca.model.batches import evaluating
 
 Score = Callable[[nn.Module], float]
 _KNOWN = "retained"
+_PANELS_ACROSS = 4
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,16 @@ class StreamTask:
     """One task of a stream.
 
     Attributes:
-        name: for tables and pictures.
+        name: used in tables and figures.
         train: ``train(learner, seed)`` trains ``learner.model`` with any optimizer over the parameters that require
-            gradients, and adds ``learner.penalty()`` to the loss. The stream begins and ends the task around it. While
-            it runs :func:`ipca.save_adapter` may be called, where the method allows. torch's generator is seeded with
-            ``seed`` before.
-        evaluate: ``evaluate(model)`` gives a score, larger is better; called in evaluation mode without gradients; the
-            modes and torch's generators are as before afterward.
+            gradients, and adds ``learner.penalty()`` to the loss. The stream begins and ends the task. While it runs,
+            :func:`ipca.save_adapter` may be called if the method supports it. torch's generator is seeded with
+            ``seed`` before the call.
+        evaluate: ``evaluate(model)`` returns a score, larger is better; called in evaluation mode without gradients.
+            Modes and torch's generators are restored afterward.
 
     Raises:
-        TypeError: ``train`` or ``evaluate`` is no function.
+        TypeError: ``train`` or ``evaluate`` is not callable.
     """
 
     name: str
@@ -52,15 +54,15 @@ class StreamTask:
 
 @dataclass(frozen=True)
 class StreamResult:
-    """What a stream gave; ``str()`` is its table.
+    """Scores and costs of a stream; ``str()`` is a table of them.
 
     Attributes:
         method, seed: of the learner.
         matrix: ``R[i, j]``, the score on task ``j`` after training task ``i``, and the scores before any training;
-            ``matrix.acc``, ``matrix.bwt``, ``matrix.forgetting`` and ``matrix.fwt`` sum it up.
-        retained: the score on what the model knew before the stream: before it, then after each task. Empty where it
-            was not asked for.
-        records: what each task trained, and what is kept since.
+            summarized by ``matrix.acc``, ``matrix.bwt``, ``matrix.forgetting`` and ``matrix.fwt``.
+        retained: the score on what the model knew before the stream: before it, then after each task. Empty if it was
+            not requested.
+        records: the cost of each task.
     """
 
     method: str
@@ -71,16 +73,16 @@ class StreamResult:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tasks, in the order of training."""
+        """Task names in the order of training."""
         return self.matrix.names
 
     @property
     def mean_scores(self) -> list[float]:
-        """After each task the mean score over the tasks trained so far."""
+        """After each task, the mean score over the tasks trained so far."""
         return [float(row[: i + 1].mean()) for i, row in enumerate(self.matrix.R)]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row before training (``after`` is empty) and one after each task, for CSV files."""
+        """One row before training (``after`` is empty) and one after each task, for CSV files."""
         assert self.matrix.initial is not None
         scores = [self.matrix.initial, *self.matrix.R]
         rows = []
@@ -105,7 +107,7 @@ class StreamResult:
         """Write :meth:`rows` to ``path``.
 
         Raises:
-            OSError: it cannot be written; what was there is intact.
+            OSError: it cannot be written; an existing file is intact.
         """
         rows, target = self.rows(), Path(path)
         with staged_files(target.parent) as stage, (stage / target.name).open("w", newline="") as file:
@@ -134,32 +136,31 @@ def _shown(value: float | None) -> str:
 def run_stream(
     learner: ContinualLearner, tasks: Sequence[StreamTask], *, retained: Score | None = None
 ) -> StreamResult:
-    """Train ``tasks`` in order with ``learner``; before the first and after each, score all of them.
+    """Train ``tasks`` in order with ``learner``; score all of them before the first task and after each.
 
     Args:
-        learner: of no task yet. ``learner.finish()`` makes the model plain afterward.
-        tasks: at least two, between which there is something to forget.
-        retained: as ``StreamTask.evaluate``, on what the model knew before.
+        learner: a new learner. ``learner.finish()`` makes the model plain afterward.
+        tasks: at least two.
+        retained: like ``StreamTask.evaluate``, on what the model knew before the stream.
 
     Raises:
-        TypeError: ``tasks`` are no :class:`StreamTask`, or ``evaluate`` or ``retained`` gives no number.
+        TypeError: ``tasks`` are not :class:`StreamTask`, or ``evaluate`` or ``retained`` does not return a number.
         ValueError: the learner has begun a task or is for fewer tasks, two tasks share a name, or a score or a trained
-            weight is no finite number, which stops the stream.
-        Exception: whatever a task raises.
+            weight is not finite, which stops the stream.
+        Exception: any error raised by a task.
     """
     strange = next((task for task in tasks if not isinstance(task, StreamTask)), None)
     if strange is not None:
         raise TypeError(f"tasks must be ipca.lab.continual.StreamTask, got {strange!r}.")
     names = tuple(task.name for task in tasks)
     if learner.records or learner.running:
-        raise ValueError(
-            f"this learner has begun {len(learner.records) + learner.running} tasks already; make a new one."
-        )
+        begun = len(learner.records) + learner.running
+        raise ValueError(f"run_stream needs a new learner; this one has already begun {begun} tasks.")
     if len(names) < 2 or len({*names, "after"}) <= len(names):
         given = ", ".join(names) or "none"
-        raise ValueError(f"a stream has at least two tasks, each with its own name, which is not 'after'; got {given}.")
+        raise ValueError(f"a stream needs at least two tasks with distinct names other than 'after'; got {given}.")
     if learner.tasks is not None and learner.tasks < len(tasks):
-        raise ValueError(f"the learner is for {learner.tasks} tasks, the stream has {len(tasks)}.")
+        raise ValueError(f"the learner is for {learner.tasks} tasks, but the stream has {len(tasks)}.")
     scores, known = [_scores(learner.model, tasks)], [_score(learner.model, _KNOWN, retained)] if retained else []
     for index, task in enumerate(tasks):
         learner.begin_task()
@@ -184,7 +185,67 @@ def _score(model: nn.Module, name: str, evaluate: Score) -> float:
     try:
         value = float(found)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: evaluate(model) must give a number, it gave {found!r}.") from None
+        raise TypeError(f"{name}: evaluate(model) must return a number, got {found!r}.") from None
     if not math.isfinite(value):
-        raise ValueError(f"{name}: the score is {value}, no finite number; if training diverged, lower its rate.")
+        raise ValueError(f"{name}: the score is {value}, not finite; if training diverged, lower the learning rate.")
     return value
+
+
+def draw_stream(results: StreamResult | Sequence[StreamResult], path: str | os.PathLike[str]) -> None:
+    """Draw ``R`` of each stream as an annotated heat map, and one panel with the mean score after each task.
+
+    Args:
+        results: one stream, or several over the same tasks.
+        path: the suffix selects the format: ``.png``, ``.pdf``, ``.svg``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is nothing to draw, the streams have different tasks, or the format is unknown.
+        OSError: ``path`` cannot be written; an existing file is intact.
+    """
+    shown = [results] if isinstance(results, StreamResult) else list(results)
+    if not shown or any(result.names != shown[0].names for result in shown):
+        raise ValueError("draw_stream needs at least one stream, and the same tasks in all; draw others separately.")
+    across = min(_PANELS_ACROSS, len(shown) + 1)
+    down = -(-(len(shown) + 1) // across)
+    with picture(path, (3.4 * across, 3.2 * down)) as figure:
+        _draw_panels(figure.subplots(down, across, squeeze=False).flatten(), shown)
+
+
+def _draw_panels(axes: Any, shown: Sequence[StreamResult]) -> None:
+    """A heat map for each stream, on one color scale, then the mean scores; unused axes are hidden."""
+    low, high = min(result.matrix.R.min() for result in shown), max(result.matrix.R.max() for result in shown)
+    for axis, result in zip(axes, shown, strict=False):
+        _draw_matrix(axis, result, low, high)
+    _draw_mean_scores(axes[len(shown)], shown)
+    for axis in axes[len(shown) + 1 :]:
+        axis.set_visible(False)
+
+
+def _draw_matrix(axis: Any, result: StreamResult, low: float, high: float) -> None:
+    ticks = range(len(result.names))
+    axis.imshow(result.matrix.R, vmin=low, vmax=high, cmap="viridis")
+    for i in ticks:
+        for j in ticks:
+            score = result.matrix.R[i, j]
+            color = "white" if score < (low + high) / 2 else "black"
+            axis.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7, color=color)
+    axis.set_xticks(ticks, result.names, fontsize=7)
+    axis.set_yticks(ticks, result.names, fontsize=7)
+    axis.set_xlabel("score on", fontsize=8)
+    axis.set_ylabel("after training", fontsize=8)
+    axis.set_title(f"{result.method}, seed {result.seed}", fontsize=9)
+
+
+def _draw_mean_scores(axis: Any, shown: Sequence[StreamResult]) -> None:
+    for k, result in enumerate(shown):
+        label = result.method if len({r.seed for r in shown}) == 1 else f"{result.method}, seed {result.seed}"
+        style = ("-", "--", ":", "-.")[k // 10 % 4]
+        axis.plot(range(len(result.names)), result.mean_scores, style, marker="o", markersize=3, label=label)
+    axis.set_xticks(range(len(shown[0].names)), shown[0].names, fontsize=7)
+    axis.set_xlabel("after training", fontsize=8)
+    axis.set_title("mean score over the tasks so far", fontsize=9)
+    axis.tick_params(axis="y", labelsize=7)
+    axis.grid(alpha=0.3)
+    if len(shown) > 1:
+        axis.legend(fontsize=6)

@@ -1,4 +1,4 @@
-"""Methods that train windows: a new decomposition for every task, or windows of the original weights' one basis."""
+"""Methods that train windows: a new decomposition for every task, or windows of the original weights' basis."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ from ipca.window import Window
 
 
 def fresh(setup: Setup) -> Method:
-    """For every task the window of the weights as they are then."""
-    return Method(begin=lambda model, index: _apply(model, setup))
+    """For every task the window of the current weights."""
+    return Method(begin=lambda model, index: _adapt_current(model, setup))
 
 
 def principal(setup: Setup) -> Method:
-    """:func:`fresh` with the largest components, as PiSSA starts (arXiv 2404.02948)."""
-    return fresh(replace(setup, config=replace(setup.config, window="principal", window_pattern={})))
+    """:func:`fresh` with the largest components, as in PiSSA (arXiv 2404.02948)."""
+    return fresh(replace(setup, settings=replace(setup.settings, window="principal", window_pattern={})))
 
 
 def minor(setup: Setup) -> Method:
-    """:func:`fresh` with the smallest components, as MiLoRA starts (arXiv 2406.09044)."""
-    return fresh(replace(setup, config=replace(setup.config, window="minor", window_pattern={})))
+    """:func:`fresh` with the smallest components, as in MiLoRA (arXiv 2406.09044)."""
+    return fresh(replace(setup, settings=replace(setup.settings, window="minor", window_pattern={})))
 
 
 def fixed(setup: Setup) -> Method:
     """The same window of the original weights for every task."""
-    return _of_basis(setup, 1)
+    return _windows_of_basis(setup, 1)
 
 
 def disjoint(setup: Setup) -> Method:
     """For every task another window of the original weights.
 
-    The block of ``tasks · rank`` components where ``config.window`` puts a window of that size is cut into windows of
-    ``rank``: the first task gets those with the largest singular values.
+    The block of ``tasks · rank`` components at the position that ``settings.window`` gives a window of that size is
+    split into windows of ``rank``; the first task gets the one with the largest singular values.
 
     Raises:
         ValueError: ``tasks`` is None, or a layer has fewer components than that; the message names it.
     """
     if setup.tasks is None:
-        raise ValueError("method 'disjoint' shares the components out among all tasks; say how many with tasks=….")
-    return _of_basis(setup, setup.tasks)
+        raise ValueError("method 'disjoint' divides the components among all tasks; pass their number as tasks=….")
+    return _windows_of_basis(setup, setup.tasks)
 
 
-def _of_basis(setup: Setup, windows: int) -> Method:
+def _windows_of_basis(setup: Setup, windows: int) -> Method:
     basis = _Basis(setup, windows)
     return Method(begin=basis.begin, state=basis.tensors)
 
 
-def _apply(model: nn.Module, setup: Setup) -> None:
-    adapt(model, setup.config, cache=setup.cache, progress=False)
+def _adapt_current(model: nn.Module, setup: Setup) -> None:
+    adapt(model, setup.settings, cache=setup.cache, progress=False)
 
 
 class _Basis:
-    """``windows`` adjacent windows of the weights that the first task finds; task ``i`` trains window ``i % windows``.
+    """``windows`` adjacent windows of the weights at the first task; task ``i`` trains window ``i % windows``.
 
-    The factors start at ``U_w √(S_w / scaling)`` and ``√(S_w / scaling) Vh_w`` of those weights, whatever was folded
-    into the weights since; the layer keeps what remains, so that its function is that of the weights as they are.
+    The initial factors are ``U_w √(S_w / scaling)`` and ``√(S_w / scaling) Vh_w`` of those weights, whatever has been
+    folded into the weights since; the layer keeps the remainder, so its function is that of the current weights.
     """
 
     def __init__(self, setup: Setup, windows: int) -> None:
@@ -79,23 +79,23 @@ class _Basis:
 
     def begin(self, model: nn.Module, index: int) -> None:
         blocks = self.blocks or {target.name: self._block(model, target) for target in self.setup.targets}
-        starts = [self._start(model, target, blocks[target.name], index) for target in self.setup.targets]
+        factors = [self._initial_factors(model, target, blocks[target.name], index) for target in self.setup.targets]
         self.blocks = blocks
         with uninterrupted():
-            install(model, zip(self.setup.targets, starts, strict=True))
+            install(model, zip(self.setup.targets, factors, strict=True))
             train_only_adapter(model, self.setup.modules_to_save)
 
     def _block(self, model: nn.Module, target: Target) -> WindowSVD:
         weight = source_matrix(get_layer(model, target.name), target.name).weight
         check_finite(target.name, weight)
         window = Window(target.window.start, self.windows * target.window.rank)
-        return window_of(target, self.setup.config, weight, window=window, cache=self.setup.cache)
+        return window_of(target, self.setup.settings, weight, window=window, cache=self.setup.cache)
 
-    def _start(self, model: nn.Module, target: Target, block: WindowSVD, index: int) -> InitialFactors:
+    def _initial_factors(self, model: nn.Module, target: Target, block: WindowSVD, index: int) -> InitialFactors:
         weight = source_matrix(get_layer(model, target.name), target.name).weight
-        piece = part_of(block, index % self.windows, target.window.rank, weight.device)
-        target = replace(target, window=piece.report.window)
-        return split_window(target, self.setup.config, SourceMatrix(weight, "weight", None), piece)
+        part = part_of(block, index % self.windows, target.window.rank, weight.device)
+        target = replace(target, window=part.report.window)
+        return split_window(target, self.setup.settings, SourceMatrix(weight, "weight", None), part)
 
 
 def part_of(block: WindowSVD, place: int, rank: int, device: torch.device) -> WindowSVD:

@@ -1,7 +1,7 @@
-"""The demo's text: human-rated sentences of four sources, from the source distribution of vaderSentiment 3.3.2.
+"""Text of the demo: human-rated sentences of four sources, from the source distribution of vaderSentiment 3.3.2.
 
 C. J. Hutto & E. Gilbert, "VADER: A parsimonious rule-based model for sentiment analysis of social media text",
-ICWSM 2014. Ratings are means over people, from −4 to 4. The archive is MIT-licensed and is read where pip put it.
+ICWSM 2014. Ratings are means over annotators, from −4 to 4. The archive is MIT-licensed; it is read, not copied.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Labeled:
 
 @dataclass(frozen=True)
 class Text:
-    """Disjoint sets of sentences: the new task (sentiment, of one source) and the earlier ability (which source?)."""
+    """Disjoint sets of sentences: the new task (sentiment) and the earlier ability (source classification)."""
 
     train: Labeled
     test: Labeled
@@ -44,19 +44,19 @@ class Text:
 
 
 def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int = 400, source: str = "movie") -> Text:
-    """Split the archive's sentences, always alike.
+    """Split the archive's sentences deterministically.
 
-    Sentences rated between −0.5 and 0.5 are left out of the sentiment task, whose label is the rating's sign.
+    The label of the sentiment task is the sign of the rating; sentences rated between −0.5 and 0.5 are excluded.
 
     Args:
         archive: the source distribution of vaderSentiment 3.3.2.
-        train, test: sentences of the sentiment task.
-        probe: sentences of the probe's test set and half of its training set, the four sources equally often.
+        train, test: numbers of sentences of the sentiment task.
+        probe: number of sentences in the probe's test set and in half of its training set, balanced over the sources.
         source: of the sentiment task, one of :data:`SOURCES`.
 
     Raises:
-        FileNotFoundError: the archive is not there; the message says how to fetch it.
-        ValueError: it is another archive, does not hold that many sentences, or has no such source.
+        FileNotFoundError: the archive is missing; the message says how to download it.
+        ValueError: a different archive, too few sentences, or an unknown source.
     """
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {source!r}.")
@@ -74,14 +74,14 @@ def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int =
     clear = [(text, int(rating > 0)) for rating, text in rated[source] if abs(rating) > 0.5]
     if len(clear) < train + test:
         raise ValueError(
-            f"the text has no {train} + {test} {source} sentences beside a probe of {probe}; ask for fewer."
+            f"the text does not have {train} + {test} {source} sentences besides a probe of {probe}; request fewer."
         )
     return Text(_labeled(clear[:train]), _labeled(clear[train : train + test]), sets[1], sets[0])
 
 
 def _take(items: list[tuple[float, str]], count: int) -> list[tuple[float, str]]:
     if len(items) < count:
-        raise ValueError(f"a source has {len(items)} sentences left, but {count} are wanted; ask for fewer.")
+        raise ValueError(f"a source has {len(items)} sentences left, but {count} are needed; request fewer.")
     taken = items[:count]
     del items[:count]
     return taken
@@ -103,7 +103,7 @@ def _read(archive: Path) -> dict[str, list[tuple[float, str]]]:
     except (tarfile.TarError, KeyError) as error:
         raise ValueError(f"{archive} is not {ARCHIVE}: {error}") from None
     if hashlib.sha256(packed).hexdigest() != _SHA256:
-        raise ValueError(f"{archive} holds another text than {ARCHIVE} as published; run: {FETCH}")
+        raise ValueError(f"{archive} contains a different text than {ARCHIVE} as published; run: {FETCH}")
     rated = {}
     with tarfile.open(fileobj=io.BytesIO(packed)) as files:
         for name, stem in SOURCES.items():

@@ -1,13 +1,17 @@
-"""``ipca demo``: four ways to fine-tune one model on one task, then one adapter through its whole life."""
+"""Run of the demo: a table and a figure of four methods, then saving, loading and merging of one adapter."""
 
 from __future__ import annotations
 
+import csv
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,26 +20,36 @@ from tqdm import tqdm
 
 import ipca
 from ipca._atomic import check_writable, staged_files
-from ipca.lab.demo import report
+from ipca.analysis.figures import picture
 from ipca.lab.demo.data import Text, load_text
-from ipca.lab.demo.task import METHODS, Encoder, Outcome, Probe, Settings, load_encoder, run
+from ipca.lab.demo.task import METHODS, Encoder, Outcome, Probe, Settings, load_encoder, train_and_measure
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = dict[str, str]
+MEASURES = {
+    "accuracy": "movie sentiment,\naccuracy (higher is better)",
+    "probe_drop": "source probe,\naccuracy lost (lower is better)",
+    "drift": "embedding drift,\nmean 1 − cos (lower is better)",
+}
 _STOCK_PEFT = Path(__file__).with_name("stock_peft.py")
-KEPT = "middle"  # the adapter that is saved, loaded elsewhere and merged
+_SAVED = "middle"
+"""The method whose adapter is saved, loaded and merged."""
 
 
-def demo(archive: Path, out: Path, *, seeds: int = 1, steps: int = 60, sentences: int = 400) -> dict[str, object]:
-    """Run the demo and write ``demo.csv``, ``demo.png``, ``adapter/`` and ``merged/`` below ``out``.
+def run_demo(archive: Path, out: Path, *, seeds: int = 1, steps: int = 60, sentences: int = 400) -> dict[str, object]:
+    """Run the demo and write ``demo.csv``, ``demo.png``, ``adapter/`` and ``merged/`` to ``out``.
 
     Args:
         archive: the text, see :mod:`ipca.lab.demo.data`.
-        out: made if missing; files of an earlier run are replaced, each only when the new one is complete.
-        seeds: runs of each method.
+        out: created if missing; files of an earlier run are replaced atomically.
+        seeds: number of runs of each method.
         steps: training steps of each run.
-        sentences: held-out sentences of the task's test and of the probe's.
+        sentences: size of the test sets of the task and of the probe.
 
     Returns:
-        What was printed, as a dictionary.
+        The printed results as a dictionary.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: the text, the model or a package is missing.
@@ -49,36 +63,36 @@ def demo(archive: Path, out: Path, *, seeds: int = 1, steps: int = 60, sentences
     base = load_encoder(settings)
     probe = Probe(base, text)
     print(_introduction(text, settings, probe, seeds))
-    rows, encoder, head = _rows(base, probe, text, settings, seeds)
+    rows, encoder, head = _measure_all(base, probe, text, settings, seeds)
     with staged_files(out) as stage:
-        report.write_rows(rows, stage / "demo.csv")
-        report.draw(rows, stage / "demo.png")
-    print(f"\n{report.table(rows)}\n")
+        write_rows(rows, stage / "demo.csv")
+        draw_rows(rows, stage / "demo.png")
+    print(f"\n{markdown_table(rows)}\n")
     print(f"mean over {seeds} seeds (smallest … largest)" if seeds > 1 else "one seed; --seeds 3 shows the spread")
     print(f"table: {out / 'demo.csv'}   picture: {out / 'demo.png'}\n")
-    life = _life_of_an_adapter(base, encoder, head, text.test.texts[:32], out)
+    checks = _check_adapter(base, encoder, head, text.test.texts[:32], out)
     seconds = time.perf_counter() - began
     print(f"done in {seconds:.0f} s")
-    return {"table": rows, **life, "seconds": seconds}
+    return {"table": rows, **checks, "seconds": seconds}
 
 
-def _rows(
+def _measure_all(
     base: Encoder, probe: Probe, text: Text, settings: Settings, seeds: int
-) -> tuple[list[report.Row], Encoder, nn.Linear]:
-    """All rows of the table, and the encoder and head of the method that is kept, seed 0."""
-    rows, kept = [], None
+) -> tuple[list[Row], Encoder, nn.Linear]:
+    """All rows of the table, and the encoder and head of seed 0 of the method whose adapter is saved."""
+    rows, saved = [], None
     runs = [(method, seed) for method in METHODS for seed in range(seeds)]
     for method, seed in tqdm(runs, desc="Runs", unit="run"):
         began = time.perf_counter()
-        outcome, encoder, head = run(base, probe, text, method, settings, seed)
+        outcome, encoder, head = train_and_measure(base, probe, text, method, settings, seed)
         rows.append(_row(method, seed, outcome, probe, settings, time.perf_counter() - began))
-        if (method, seed) == (KEPT, 0):
-            kept = encoder, head
-    assert kept is not None
-    return rows, *kept
+        if (method, seed) == (_SAVED, 0):
+            saved = encoder, head
+    assert saved is not None
+    return rows, *saved
 
 
-def _row(method: str, seed: int, outcome: Outcome, probe: Probe, settings: Settings, seconds: float) -> report.Row:
+def _row(method: str, seed: int, outcome: Outcome, probe: Probe, settings: Settings, seconds: float) -> Row:
     return {
         "method": method,
         "seed": str(seed),
@@ -100,10 +114,10 @@ def _row(method: str, seed: int, outcome: Outcome, probe: Probe, settings: Setti
 
 
 @torch.no_grad()
-def _life_of_an_adapter(
+def _check_adapter(
     base: Encoder, encoder: Encoder, head: nn.Linear, sentences: list[str], out: Path
 ) -> dict[str, float]:
-    """Save, load in stock PEFT in another process, load with ipca, merge; compare logits at every stage."""
+    """Save the adapter, load it with stock PEFT and with ipca, merge it; compare logits at every stage."""
     encoder.model.eval()
     logits = head(encoder.states(sentences))
     ipca.save_adapter(encoder.model, out / "adapter")
@@ -111,7 +125,7 @@ def _life_of_an_adapter(
     with staged_files(out / "adapter") as stage:
         save_file(head_state, stage / "head.safetensors")
     size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
-    print(f"saved the {KEPT} adapter to {out / 'adapter'} ({size / 2**20:.1f} MiB)")
+    print(f"saved the {_SAVED} adapter to {out / 'adapter'} ({size / 2**20:.1f} MiB)")
 
     reloaded = base.copy()
     ipca.load_adapter(reloaded.model, out / "adapter")
@@ -132,7 +146,7 @@ def _life_of_an_adapter(
 
 
 def _stock_logits(encoder: Encoder, sentences: list[str], out: Path) -> tuple[Tensor, Tensor]:
-    """The logits of the saved adapter in a process that cannot import ipca: loaded, and merged."""
+    """Logits of the saved adapter, loaded and merged, from a process that cannot import ipca."""
     tokens = encoder.tokenize(sentences)
     inputs = {key: tokens[key].contiguous() for key in ("input_ids", "attention_mask")}
     adapter = out / "adapter"
@@ -162,8 +176,70 @@ def _introduction(text: Text, settings: Settings, probe: Probe, seeds: int) -> s
 
 
 def _quiet() -> None:
-    """transformers' own bars and notes would hide ours."""
+    """Disable transformers' progress bars and messages, which would hide ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a demo CSV: one per method and seed."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """Write ``rows`` as CSV."""
+    rows = list(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """A Markdown table: the mean over seeds of each method, with minimum and maximum in brackets."""
+    lines = ["| trained | accuracy | probe drop | drift |", "|---|---|---|---|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [_cell(values(rows, method, measure)) for measure in MEASURES]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def values(rows: list[Row], method: str, measure: str) -> list[float]:
+    """One measure of one method, by seed."""
+    return [float(row[measure]) for row in rows if row["method"] == method]
+
+
+def draw_rows(rows: list[Row], path: Path) -> None:
+    """Draw one panel per measure: a dot for each seed, a line at their mean."""
+    first = rows[0]
+    seeds = len({row["seed"] for row in rows})
+    with picture(path, (10, 3.4)) as figure:
+        for axis, (measure, title) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+            _panel(axis, rows, measure, title)
+        figure.suptitle(
+            f"all-MiniLM-L6-v2, feed-forward input layers, rank {first['rank']}, {first['steps']} steps, "
+            f"AdamW {float(first['lr']):g}; a dot is a seed ({seeds})",
+            fontsize=10,
+        )
+
+
+def _panel(axis: Axes, rows: list[Row], measure: str, title: str) -> None:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for k, method in enumerate(methods):
+        points = values(rows, method, measure)
+        color = "tab:gray" if method == "LoRA" else "tab:blue"
+        axis.hlines(mean(points), k - 0.3, k + 0.3, color=color, linewidth=3)
+        axis.plot([k] * len(points), points, "o", color="black", markersize=4)
+    axis.set_xticks(range(len(methods)), methods)
+    axis.set_xlim(-0.5, len(methods) - 0.5)
+    axis.set_title(title, fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.axhline(0.5 if measure == "accuracy" else 0, color="black", linewidth=0.8, linestyle=":")
+
+
+def _cell(points: list[float]) -> str:
+    spread = f" ({min(points):.2f} … {max(points):.2f})" if len(points) > 1 else ""
+    return f"{mean(points):.2f}{spread}"

@@ -1,4 +1,4 @@
-"""Load what ``ipca demo`` saved with stock PEFT, in a process that cannot import ipca, and write the logits.
+"""Load the demo's adapter with stock PEFT, in a process that cannot import ipca, and write its logits.
 
 Usage: python stock_peft.py BASE ADAPTER HEAD INPUTS OUTPUT
 
@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 @torch.no_grad()
 def main(base: str, adapter: str, head: str, inputs: str, output: str) -> None:
-    """Compute ``head(mean token state)`` for the saved inputs, before and after merging."""
+    """Compute ``head(mean token state)`` of the saved inputs, before and after merging."""
     tokens, linear = load_file(inputs), load_file(head)
     mask = tokens["attention_mask"][..., None].float()
 
@@ -30,5 +30,5 @@ def main(base: str, adapter: str, head: str, inputs: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["ipca"] = None  # type: ignore[assignment]  # from here on `import ipca` raises ImportError
+    sys.modules["ipca"] = None  # type: ignore[assignment]  # makes `import ipca` raise ImportError
     main(*sys.argv[1:])

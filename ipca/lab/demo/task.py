@@ -1,4 +1,4 @@
-"""The demo's task: learn movie sentiment with a small sentence encoder, and measure what it forgets meanwhile."""
+"""The demo's task: fine-tune a small sentence encoder on movie sentiment, and measure what it forgets."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run gave.
+    """Result of one run.
 
     Attributes:
-        accuracy: of the new task, on held-out sentences.
-        probe_drop: accuracy of the frozen source probe before minus after.
+        accuracy: on held-out sentences of the new task.
+        probe_drop: accuracy of the frozen source probe, before minus after.
         drift: mean of ``1 − cos`` between embeddings before and after.
         trainable: number of adapter parameters.
     """
@@ -49,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A pretrained sentence encoder with its tokenizer; ``embed`` averages the token states, as MiniLM was trained."""
+    """A pretrained sentence encoder with its tokenizer; embeddings are mean token states, as in MiniLM's training."""
 
     path: str
     model: nn.Module
@@ -68,7 +68,7 @@ class Encoder:
 
     @torch.no_grad()
     def embed(self, texts: list[str], chunk: int = 64) -> Tensor:
-        """:meth:`states` in evaluation mode; sentences of like length share a batch."""
+        """:meth:`states` in evaluation mode; sentences of similar length share a batch."""
         self.model.eval()
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         parts = [self.states([texts[i] for i in order[k : k + chunk]]) for k in range(0, len(order), chunk)]
@@ -97,8 +97,8 @@ def load_encoder(settings: Settings) -> Encoder:
     return Encoder(path, model, tokenizer, settings.max_tokens)
 
 
-def adapt(encoder: Encoder, method: str, rank: int) -> list[nn.Parameter]:
-    """Prepare ``encoder`` for ``method``, one of :data:`METHODS`, and return the parameters to train."""
+def adapt_encoder(encoder: Encoder, method: str, rank: int) -> list[nn.Parameter]:
+    """Adapt ``encoder`` for ``method``, one of :data:`METHODS`, and return the parameters to train."""
     if method == "LoRA":
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -129,7 +129,7 @@ def train(
 
 
 class Probe:
-    """The earlier ability: a linear classifier of the source, fitted to the *original* embeddings and then frozen."""
+    """The earlier ability: a linear classifier of the source, fitted to the *original* embeddings, then frozen."""
 
     def __init__(self, encoder: Encoder, text: Text) -> None:
         self.test = text.probe_test
@@ -149,12 +149,12 @@ class Probe:
         return accuracy(_standard(embeddings) @ self.weights, self.test.labels)
 
 
-def run(
+def train_and_measure(
     base: Encoder, probe: Probe, text: Text, method: str, settings: Settings, seed: int
 ) -> tuple[Outcome, Encoder, nn.Linear]:
-    """One row of the table: adapt a copy of ``base``, train it, measure it."""
+    """Adapt a copy of ``base``, train it, and measure it: one row of the table."""
     encoder = base.copy()
-    parameters = adapt(encoder, method, settings.rank)
+    parameters = adapt_encoder(encoder, method, settings.rank)
     head = train(encoder, parameters, text.train, settings, seed, f"{method}, seed {seed}")
     with torch.no_grad():
         score = accuracy(head(encoder.embed(text.test.texts)), text.test.labels)
@@ -163,17 +163,17 @@ def run(
 
 
 def accuracy(logits: Tensor, labels: list[int]) -> float:
-    """The share of rows of ``logits (M, classes)`` whose largest entry is at the label."""
+    """Share of the rows of ``logits (M, classes)`` whose largest entry is that of the label."""
     return (logits.argmax(1) == torch.tensor(labels)).double().mean().item()
 
 
 def _standard(embeddings: Tensor) -> Tensor:
-    """Unit vectors with a constant column for the intercept."""
+    """Unit vectors with a constant column, for the intercept."""
     return torch.cat([F.normalize(embeddings, dim=1), torch.ones(len(embeddings), 1)], dim=1)
 
 
 def _logistic_regression(embeddings: Tensor, labels: Tensor, penalty: float = 1e-3) -> Tensor:
-    """Weights ``(features + 1, classes)`` of an L2-penalized multinomial regression."""
+    """Weights ``(features + 1, classes)`` of an L2-regularized multinomial logistic regression."""
     X = _standard(embeddings)
     weights = torch.zeros(X.shape[1], int(labels.max()) + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")

@@ -1,4 +1,4 @@
-"""Decompose each layer once for all windows of a sweep; every trial then reads its window from the cache."""
+"""Decompositions of a sweep: each layer once for all windows, cached for the trials."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ipca._atomic import write_atomic
-from ipca.lab.baselines.apply import needed_windows
+from ipca.lab.baselines.adapt import needed_windows
 from ipca.model.calibration import AUTO, auto_windows, without_auto
 from ipca.model.decompose import decompose_targets, precision, source_matrix
 from ipca.model.settings import AdapterSettings
@@ -27,18 +27,18 @@ Run = tuple[str, int]
 """A method and a seed."""
 
 
-def find_windows(model: nn.Module, config: AdapterSettings, runs: Iterable[Run]) -> dict[str, list[Window]]:
-    """For each layer the windows, in ascending order, that the methods of ``runs`` ask for; by the layer's path.
+def find_windows(model: nn.Module, settings: AdapterSettings, runs: Iterable[Run]) -> dict[str, list[Window]]:
+    """By layer path, the windows that the methods of ``runs`` need, in ascending order.
 
-    Without those that look at the spectrum; for ``"auto"`` see :func:`auto_config`.
+    Excludes windows that depend on the spectrum; for ``"auto"`` see :func:`auto_settings`.
 
     Raises:
         TypeError, ValueError: as :func:`ipca.apply_pc`, or a window does not fit into a layer; the message names it.
     """
     runs, found = sorted(set(runs)), {}
-    for target in find_targets(model, config, modules_to_save=find_modules_to_save(model, config)):
-        d = min(source_matrix(get_layer(model, target.name), target.name, None).weight.shape[-2:])
-        windows = [window for method, seed in runs for window in needed_windows(method, target, seed, d)]
+    for target in find_targets(model, settings, modules_to_save=find_modules_to_save(model, settings)):
+        d = min(target.shape[-2:])
+        windows = [window for method, seed in runs for window in needed_windows(method, target, seed)]
         try:
             resolved = {window.resolve(d) for window in windows if not window.needs_spectrum}
         except ValueError as error:
@@ -47,18 +47,18 @@ def find_windows(model: nn.Module, config: AdapterSettings, runs: Iterable[Run])
     return found
 
 
-def decompose(
+def cache_windows(
     model: nn.Module,
-    config: AdapterSettings,
+    settings: AdapterSettings,
     needed: Mapping[str, Sequence[Window]],
     cache: SpectralCache,
     *,
     progress: bool = True,
 ) -> None:
-    """Put into ``cache`` the windows that :func:`find_windows` found.
+    """Decompose the windows returned by :func:`find_windows` into ``cache``.
 
-    A layer with one window missing is decomposed anew for all, so that its bits do not depend on what was there before.
-    Stacks of experts are left to the trials.
+    If one window of a layer is missing, all of its windows are decomposed again, so that the bits do not depend on
+    earlier content of the cache. Stacks of experts are left to the trials.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`.
@@ -67,37 +67,37 @@ def decompose(
         weight = source_matrix(get_layer(model, name), name, None).weight
         if weight.ndim != 2:
             continue
-        options = precision(config, weight)
+        options = precision(settings, weight)
         keys = [cache_key(weight, window, **options) for window in windows]
         if windows and not all((cache.folder / key.file_name).exists() for key in keys):
             for key, found in zip(keys, window_svd(weight, windows, **options), strict=True):
                 cache.put(key, found)
 
 
-def auto_config(
+def auto_settings(
     model: nn.Module,
-    config: AdapterSettings,
+    settings: AdapterSettings,
     calibration: Callable[[], Iterable[Any]],
     path: Path,
     cache: SpectralCache,
     *,
     progress: bool = True,
 ) -> AdapterSettings:
-    """``config`` with the window of each layer that the method ``"auto"`` takes, by its path.
+    """``settings`` with the window of each layer that the method ``"auto"`` selects, as ``window_pattern``.
 
-    They depend on the model and the batches of ``calibration()`` alone, and cost a full SVD of every layer; so they are
-    found once, kept in the JSON file at ``path``, and decomposed into ``cache`` as a trial would.
+    The windows depend only on the model and the batches of ``calibration()``, and cost a full SVD of every layer. They
+    are computed once, stored in the JSON file at ``path``, and decomposed into ``cache``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc` with ``window="auto"``.
     """
     if not path.exists():
-        asked = replace(config, window=AUTO)
-        targets = find_targets(model, without_auto(asked), modules_to_save=find_modules_to_save(model, config))
-        found = auto_windows(model, targets, asked, calibration(), progress=progress)
+        requested = replace(settings, window=AUTO)
+        targets = find_targets(model, without_auto(requested), modules_to_save=find_modules_to_save(model, settings))
+        found = auto_windows(model, targets, requested, calibration(), progress=progress)
         write_atomic(path, json.dumps({target.name: target.window.text for target in found}, indent=1).encode())
     windows: dict[str, str] = json.loads(path.read_text())
-    config = replace(config, window_pattern={re.escape(name): text for name, text in windows.items()})
-    targets = find_targets(model, config, modules_to_save=find_modules_to_save(model, config))
-    decompose_targets(model, targets, config, cache=cache, progress=False)
-    return config
+    settings = replace(settings, window_pattern={re.escape(name): text for name, text in windows.items()})
+    targets = find_targets(model, settings, modules_to_save=find_modules_to_save(model, settings))
+    decompose_targets(model, targets, settings, cache=cache, progress=False)
+    return settings

@@ -1,4 +1,4 @@
-"""The devices of a sweep: which there are, what they are called, and the same bits from every run on one."""
+"""Devices of a sweep: validation, selection, names, and deterministic computation."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from torch import nn
 
 
 def check_devices(devices: Iterable[str]) -> None:
-    """Raise ValueError where one of ``devices`` is no device, or torch sees none of that name here."""
+    """Raise ValueError if one of ``devices`` is not a device, or is not available to torch on this machine."""
     for name in devices:
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise ValueError(f"devices holds {name!r}, which names no device; write 'cuda:0' or 'cpu'.") from None
+            raise ValueError(
+                f"devices contains {name!r}, which is not a device; use names such as 'cuda:0' or 'cpu'."
+            ) from None
         count = torch.cuda.device_count()
         if device.type == "cuda" and (device.index or 0) >= count:
-            raise ValueError(f"devices holds {name!r}, but torch sees {count} CUDA devices here; name one of those.")
+            raise ValueError(f"devices contains {name!r}, but torch sees {count} CUDA devices on this machine.")
 
 
 def use_device(name: str | None) -> None:
-    """Make the device ``name`` this process's current one; None leaves that as it is.
+    """Make ``name`` the current device of this process; None changes nothing.
 
-    To be called before anything is computed: what cuBLAS needs to round alike in every run is read once in a process.
+    Call it before any computation: cuBLAS reads the setting that makes it deterministic once per process.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if name is not None and torch.device(name).type == "cuda" and torch.device(name).index is not None:
@@ -35,9 +37,9 @@ def use_device(name: str | None) -> None:
 
 
 def see_only(name: str | None) -> str | None:
-    """Make the CUDA device ``name`` the only one that this process sees, and return what it is called then.
+    """Hide all CUDA devices but ``name`` from this process, and return the name it has then.
 
-    For a process that has not used CUDA yet. Trainers that spread over all the GPUs they see then keep to theirs.
+    For a process that has not used CUDA yet. Trainers that use all visible GPUs then use only this one.
     """
     if name is None or torch.device(name).type != "cuda":
         return name
@@ -48,18 +50,18 @@ def see_only(name: str | None) -> str | None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter of ``model`` is."""
+    """The device of the first parameter of ``model``."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware is called: ``"NVIDIA H100 80GB HBM3"``, ``"cpu x86_64"``."""
+    """The name of the hardware: ``"NVIDIA H100 80GB HBM3"``, ``"cpu x86_64"``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 @contextmanager
 def num_threads(count: int) -> Iterator[None]:
-    """Within the block torch computes with ``count`` threads."""
+    """Use ``count`` torch threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -69,11 +71,11 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def same_bits(device: torch.device) -> Iterator[None]:
-    """Within the block the same computation on a CUDA ``device`` gives the same bits; on others nothing changes.
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Use deterministic algorithms on a CUDA ``device`` within the block; no effect on other devices.
 
-    An operation that has no such implementation raises RuntimeError in torch's words. Who can live without the same
-    bits says ``torch.use_deterministic_algorithms(False)`` within the block; afterward it is as it was before.
+    Operations without a deterministic implementation raise torch's RuntimeError. A task may opt out by calling
+    ``torch.use_deterministic_algorithms(False)`` within the block; the previous mode is restored afterward.
     """
     if device.type != "cuda":
         yield
@@ -81,7 +83,9 @@ def same_bits(device: torch.device) -> Iterator[None]:
     settings: Any = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # a kernel for every new tensor, and nobody reads what is not written
+    settings.fill_uninitialized_memory = (
+        False  # it costs a kernel per new tensor, and no code reads uninitialized memory
+    )
     try:
         yield
     finally:

@@ -1,10 +1,11 @@
-"""sweep.run: windows × learning rates × seeds beside plain LoRA and controls, into one table and one report."""
+"""Run a sweep: schedule its trials, resume from its folder, and write the table and the report."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,20 +16,28 @@ from torch import nn
 from tqdm import tqdm
 
 from ipca._version import __version__
-from ipca.lab.sweep.decompose import auto_config, decompose, find_windows
+from ipca.lab.sweep.decompose import auto_settings, cache_windows, find_windows
 from ipca.lab.sweep.device import check_devices, device_name, device_of, num_threads, use_device
-from ipca.lab.sweep.plan import COMPARISONS, DEFAULT_METHODS, WINDOWS, Grid, steps_of
-from ipca.lab.sweep.report import write_report
-from ipca.lab.sweep.report.page import require_packages
-from ipca.lab.sweep.runner import Runner
+from ipca.lab.sweep.plan import (
+    COMPARISONS,
+    DEFAULT_METHODS,
+    WINDOWS,
+    Grid,
+    require_optuna,
+    steps_of,
+    tuned_trials,
+)
+from ipca.lab.sweep.report.page import require_packages, write_report
 from ipca.lab.sweep.store import AUTO, Store
 from ipca.lab.sweep.task import Task, load_task
-from ipca.lab.sweep.trial import Row, base_row, build_base, seed_everything
-from ipca.lab.sweep.tune import require_optuna, tuned_trials
+from ipca.lab.sweep.trial import Row, Trial, base_row, build_base, seed_everything
 from ipca.lab.sweep.workers import Work, WorkerPool, check_sendable, model_sha256
 from ipca.model.settings import AdapterSettings
 from ipca.svd import SpectralCache
 from ipca.window import Window
+
+_TABLE_SECONDS = 60.0
+"""The table is written at least this often while trials run."""
 
 
 def run(
@@ -49,97 +58,137 @@ def run(
     progress: bool = True,
     report: bool = True,
 ) -> list[Row]:
-    """Train every window at every rate with every seed, beside plain LoRA and controls, and judge each.
+    """Train and evaluate every window at every rate with every seed, and plain LoRA and controls.
 
-    Writes ``rows.csv``, ``settings.json``, ``seconds.csv`` and ``report.html`` below ``out``. A sweep that was stopped
-    or killed goes on where it was when it is run again, and its table holds all but the last minute; a complete one
-    only makes its table and report again. More windows, rates, seeds or methods may be asked for later: what is done is
-    not run again. The rows have the same bits for the same task, machine, versions and number of threads, in whatever
-    order the trials ran.
+    Writes ``rows.csv``, ``settings.json``, ``seconds.csv`` and ``report.html`` to ``out``. Interrupted sweeps resume;
+    results are bit-reproducible: the rows have the same bits for the same task, machine, versions and number of
+    threads, in any order of the trials. The table is at most one minute behind. Windows, rates, seeds and methods can
+    be added later; finished trials are not run again.
 
-    On a CUDA device training and judging run with ``torch.use_deterministic_algorithms(True)`` and
-    ``CUBLAS_WORKSPACE_CONFIG`` set: an operation that has no such implementation stops the sweep with torch's words. A
-    task that cannot do without it says ``torch.use_deterministic_algorithms(False)`` in ``train`` and ``evaluate``, and
-    its rows may differ in their last digits. Where this process has used cuBLAS before, set the variable at its start.
+    On a CUDA device, training and evaluation run with ``torch.use_deterministic_algorithms(True)`` and
+    ``CUBLAS_WORKSPACE_CONFIG`` set: an operation without a deterministic implementation stops the sweep with torch's
+    error. A task that needs such an operation can call ``torch.use_deterministic_algorithms(False)`` in ``train`` and
+    ``evaluate``; its rows may then differ in the last digits. If this process has already used cuBLAS, set the variable
+    when it starts.
 
     Args:
         task: a :class:`Task`, or a Python file whose ``task()`` returns one.
         out: the sweep's folder.
-        windows: each a :class:`ipca.Window` of the config's rank, a fraction, or another text form. Each layer is
-            decomposed once for all.
+        windows: each a :class:`ipca.Window` of the settings' rank, a fraction, or another text form. Each layer is
+            decomposed once for all of them.
         lrs: learning rates of the adapter.
-        seeds: how many, counted from 0, or which. Exact tests over 5 cannot decide much; 8 serve all the questions.
-        methods: besides the windows, see :func:`ipca.lab.baselines.apply`.
+        seeds: their number, counted from 0, or a list. Exact tests need enough of them: 5 decide little, 8 suffice for
+            every test of the report.
+        methods: in addition to the windows, see :func:`ipca.lab.baselines.apply`.
         comparisons: ``"same"`` rate; ``"sqrt-sigma"``, rates of each layer divided by √σ of its window
             (:func:`ipca.param_groups`); ``"update"``, rates at which the first ``early`` steps change the weights as
-            much as the reference window's do. The best-tuned rate is chosen among ``lrs`` when the report is made.
-        early: optimizer steps after which ``early_update`` is measured.
-        checkpoints: optimizer steps after which a model is judged on the way, for the frontier; a run that is over
-            before has no row for them.
-        tune: rounds in which Optuna looks for each method's best rate, on seeds of its own; 0 for none. The rows at the
-            rates it finds have the comparison ``"tuned"``.
-        workers: processes side by side; 1 is this one.
-        threads: of each process.
-        devices: such as ``("cuda:0", "cuda:1")``, handed to the workers in turn, so that several may share one; of one
-            type, as rows of another differ. Each of several workers sees its GPU alone, as ``cuda:0``. Empty: where
-            ``build`` puts the model.
+            much as those of the reference window. The best-tuned rate is chosen among ``lrs`` by the report.
+        early: number of optimizer steps after which ``early_update`` is measured.
+        checkpoints: optimizer steps after which the model is evaluated during training, for the frontier; runs that
+            end earlier have no row for them.
+        tune: number of rounds in which Optuna searches for each method's best rate, on separate seeds; 0 for none. The
+            rows at the rates found have the comparison ``"tuned"``.
+        workers: number of processes; 1 uses this process.
+        threads: torch threads of each process.
+        devices: such as ``("cuda:0", "cuda:1")``, assigned to the workers in turn; workers may share a device. All of
+            one type, since rows differ between types. With several workers each sees only its own GPU, as ``cuda:0``.
+            If empty, the model stays on the device ``build`` puts it on.
         progress: show progress bars.
-        report: write ``report.html``, which needs the extra ``plot``.
+        report: write ``report.html``, which needs the extra ``sweep``.
 
     Returns:
-        The rows as dictionaries: the untrained model's, then each trial's in the grid's order.
+        The rows as dictionaries: the untrained model's, then each trial's in the order of the grid.
 
     Raises:
-        TypeError, ValueError: a bad option, task or layer, an untrained model that cannot be judged, or ``out`` holds
-            another sweep; what it holds stays.
-        ImportError: a package for the report or for tuning is missing; what ``out`` holds stays.
-        RuntimeError: a worker process was killed. Trials that are done stay done.
-        Exception: what the task raises in a trial. Trials that are done stay done.
+        TypeError, ValueError: an invalid option, task or layer, an untrained model that cannot be evaluated, or ``out``
+            belongs to another sweep; ``out`` is unchanged.
+        ImportError: a package for the report or for tuning is missing; ``out`` is unchanged.
+        RuntimeError: a worker process was killed. Finished trials are kept.
+        Exception: any error raised by the task in a trial. Finished trials are kept.
     """
     if not isinstance(task, Task | str | os.PathLike):
         raise TypeError(f"task must be an ipca.lab.sweep.Task or a Python file with a function task(), got {task!r}.")
     made = task if isinstance(task, Task) else load_task(Path(task))
     source = None if isinstance(task, Task) else Path(task).absolute()
-    grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.config.window, made.config.rank)
-    judged_at = steps_of(checkpoints)
-    _check({"early": early, "workers": workers, "threads": threads}, made, grid)
-    _check_here(made, source, workers, devices, tune, report)
+    grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.settings.window, made.settings.rank)
+    steps = steps_of(checkpoints)
+    _check_options({"early": early, "workers": workers, "threads": threads}, made, grid)
+    _check_environment(made, source, workers, devices, tune, report)
     with num_threads(threads):
         use_device(devices[0] if devices else None)
         base = build_base(made)
-        windows_of = find_windows(base, made.config, ((trial.method, trial.seed) for trial in grid.direct_trials()))
+        windows_of = find_windows(base, made.settings, ((trial.method, trial.seed) for trial in grid.direct_trials()))
         digest = model_sha256(base)
         base = base.to(devices[0]) if devices else base
         first = base_row(made, base)
-        store = Store(Path(out), _fixed(made, source, digest, early, judged_at, threads, device_of(base)))
-        decompose(base, made.config, windows_of, SpectralCache(store.spectra), progress=progress)
-        auto = _find_auto(base, made, store, progress) if "auto" in grid.methods else None
-        store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.config.rank})
-        work = Work(source or made, store.spectra, early, judged_at, digest, threads, auto)
+        store = Store(Path(out), _fixed_settings(made, source, digest, early, steps, threads, device_of(base)))
+        cache_windows(base, made.settings, windows_of, SpectralCache(store.spectra), progress=progress)
+        auto = _auto_settings(base, made, store, progress) if "auto" in grid.methods else None
+        store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.settings.rank})
+        work = Work(source or made, store.spectra, early, steps, digest, threads, auto)
         with (
-            WorkerPool(work, workers, devices, base) as crew,
+            WorkerPool(work, workers, devices, base) as pool,
             tqdm(desc="Trials", unit="trial", disable=not progress) as bar,
         ):
-            runner = Runner(store, crew, first, bar)
+            runner = _Runner(store, pool, first, bar)
             rows = runner.run(grid.direct_trials())
             runner.run(grid.update_trials(rows))
             if tune:
-                runner.run(tuned_trials(grid, tune, runner.aside))
+                runner.run(tuned_trials(grid, tune, runner.run_untabled))
         if report:
             write_report(store.folder)
         return runner.rows
 
 
-def _check(counts: dict[str, int], task: Task, grid: Grid) -> None:
+class _Runner:
+    """Runs trials, each at most once in the life of the folder, and keeps the table up to date."""
+
+    def __init__(self, store: Store, pool: WorkerPool, first: Row, bar: tqdm) -> None:
+        self.store, self.pool, self.first, self.bar = store, pool, first, bar
+        self.trials: list[Trial] = []
+        self.rows: list[Row] = []
+        self.written = 0.0
+
+    def run(self, trials: Sequence[Trial]) -> list[Row]:
+        """Run ``trials``, add them to the table, and return the rows of all trials so far."""
+        self.trials += trials
+        self._write_table()
+        try:
+            self.run_untabled(trials)
+        finally:
+            self._write_table()
+        return self.rows
+
+    def run_untabled(self, trials: Sequence[Trial]) -> list[Row]:
+        """Run ``trials`` and return their rows, without adding them to the table."""
+        # Seed by seed, so that unfinished sweeps can be compared within seeds.
+        todo = sorted((t for t in trials if self.store.get(t.key) is None), key=lambda trial: trial.seed)
+        self.bar.total = (self.bar.total or 0) + len(trials)
+        self.bar.update(len(trials) - len(todo))
+        for trial, rows, seconds in self.pool.run(todo) if todo else ():
+            self.store.put(trial.key, rows, seconds)
+            self.bar.update()
+            if time.monotonic() - self.written > _TABLE_SECONDS:
+                self._write_table()
+        return [row for trial in trials for row in self.store.get(trial.key) or ()]
+
+    def _write_table(self) -> None:
+        self.rows = self.store.table(self.first, self.trials)
+        self.written = time.monotonic()
+
+
+def _check_options(counts: dict[str, int], task: Task, grid: Grid) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if "auto" in grid.methods and task.calibration is None:
-        raise ValueError("the method 'auto' needs the task's `calibration`, which gives unlabeled batches.")
+        raise ValueError("the method 'auto' needs the task's `calibration`, which returns unlabeled batches.")
 
 
-def _check_here(task: Task, source: Path | None, workers: int, devices: Sequence[str], tune: int, report: bool) -> None:
-    """Raise where this machine lacks a device or a package, or other processes could not be told the task."""
+def _check_environment(
+    task: Task, source: Path | None, workers: int, devices: Sequence[str], tune: int, report: bool
+) -> None:
+    """Raise if this machine lacks a device or a package, or the task cannot be sent to other processes."""
     check_devices(devices)
     if source is None and workers > 1:
         check_sendable(task)
@@ -149,15 +198,15 @@ def _check_here(task: Task, source: Path | None, workers: int, devices: Sequence
         require_optuna()
 
 
-def _find_auto(base: nn.Module, task: Task, store: Store, progress: bool) -> AdapterSettings:
-    """The configuration that ``"auto"`` stands for."""
-    assert task.calibration is not None  # which `_check` has seen to
+def _auto_settings(base: nn.Module, task: Task, store: Store, progress: bool) -> AdapterSettings:
+    """The settings of the method ``"auto"``."""
+    assert task.calibration is not None  # checked by _check_options
     cache = SpectralCache(store.spectra)
     seed_everything(0)
-    return auto_config(base, task.config, task.calibration, store.folder / AUTO, cache, progress=progress)
+    return auto_settings(base, task.settings, task.calibration, store.folder / AUTO, cache, progress=progress)
 
 
-def _fixed(
+def _fixed_settings(
     task: Task,
     source: Path | None,
     digest: str,
@@ -166,9 +215,9 @@ def _fixed(
     threads: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What every row of a sweep shares; rows that differ in any of it are no rows of one sweep."""
+    """The settings that all rows of a sweep share; rows that differ in any of them belong to different sweeps."""
     return {
-        "config": asdict(task.config),
+        "settings": asdict(task.settings),
         "model_sha256": digest,
         "task_sha256": None if source is None else hashlib.sha256(source.read_bytes()).hexdigest(),
         "early": early,

@@ -1,4 +1,4 @@
-"""A sweep's folder: its settings, a file for each trial that is done, and the table made of them."""
+"""The folder of a sweep: settings, one file per finished trial, and the table of all rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SETTINGS, ROWS, SECONDS, AUTO, REPORT = "settings.json", "rows.csv", "seconds.cs
 
 
 class Store:
-    """The folder of one sweep; every file in it is complete or not there, also after a kill.
+    """The folder of one sweep; every file in it is written atomically, so a kill leaves no partial files.
 
     Args:
-        folder: made if missing.
-        fixed: what all trials share; a folder that holds a trial of something else is refused.
+        folder: created if missing.
+        fixed: what all trials share; a folder with trials of different values is refused.
 
     Raises:
-        ValueError: the folder belongs to another sweep, the message names what differs; its settings are damaged; or it
-            holds files with the names of a sweep's and no settings.
+        ValueError: the folder belongs to another sweep (the message names the differences), its settings are damaged,
+            or it holds files with the names of a sweep's files but no settings.
         OSError: it cannot be read or written.
     """
 
@@ -32,23 +32,23 @@ class Store:
         self.folder = folder
         self.trials, self.spectra = folder / "trials", folder / "spectra"
         self.fixed = json.loads(json.dumps(fixed))
-        _check_strange(folder)
+        _check_overwrite(folder)
         self.trials.mkdir(parents=True, exist_ok=True)
         path = folder / SETTINGS
         then = _read_fixed(path) if path.exists() else None
         if then != self.fixed:
             if then is not None and any(self.trials.glob("*.json")):
-                _check_other(folder, then, self.fixed)
-            for made in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):  # nothing was run with what has been mended since
-                (folder / made).unlink(missing_ok=True)
+                _refuse_other_sweep(folder, then, self.fixed)
+            for name in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):  # stale: no trial was run with these settings
+                (folder / name).unlink(missing_ok=True)
 
     def describe(self, grid: Mapping[str, Any]) -> None:
-        """Write the settings: what is fixed, and the grid of this run."""
+        """Write the settings: the fixed ones and the grid of this run."""
         text = json.dumps({**grid, "fixed": self.fixed}, indent=2)
         write_atomic(self.folder / SETTINGS, text.encode())
 
     def get(self, key: str) -> list[Row] | None:
-        """The rows of a trial that is done, else None; a damaged file counts as not done."""
+        """The rows of a finished trial, else None; a damaged file counts as not finished."""
         found = self._read(key)
         return None if found is None else found["rows"]
 
@@ -60,11 +60,11 @@ class Store:
         return found if isinstance(found, dict) and {"rows", "seconds"} <= set(found) else None
 
     def put(self, key: str, rows: Sequence[Row], seconds: float) -> None:
-        """Keep the rows of a trial that took ``seconds``."""
+        """Store the rows of a trial that took ``seconds``."""
         write_atomic(self.trials / f"{key}.json", json.dumps({"rows": rows, "seconds": seconds}).encode())
 
     def table(self, base: Row, trials: Iterable[Trial]) -> list[Row]:
-        """Write and return the rows of the untrained model and of those of ``trials`` that are done, in their order."""
+        """Write and return the rows of the untrained model and of the finished ``trials``, in their order."""
         rows, times = [base], []
         for trial in trials:
             found = self._read(trial.key)
@@ -78,7 +78,7 @@ class Store:
 
 
 def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """Numbers so that they read back to the bit; None is empty."""
+    """``rows`` as CSV; numbers read back to the bit, None is empty."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -96,27 +96,27 @@ def _read_fixed(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_strange(folder: Path) -> None:
-    """Raise where writing a sweep into ``folder`` would overwrite what no sweep has written."""
+def _check_overwrite(folder: Path) -> None:
+    """Raise if a sweep in ``folder`` would overwrite files that no sweep has written."""
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; a sweep writes into a folder.")
+        raise NotADirectoryError(f"{folder} is a file; a sweep needs a folder.")
     found = [name for name in (ROWS, SECONDS, REPORT) if (folder / name).exists()]
     if found and not (folder / SETTINGS).exists():
-        raise ValueError(f"{folder} holds a {found[0]} but no {SETTINGS} of a sweep; use a new folder.")
+        raise ValueError(f"{folder} contains a {found[0]} but no {SETTINGS} of a sweep; use a new folder.")
 
 
-def _check_other(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_other_sweep(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     old, new = _flat(then), _flat(now)
     differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     name = differ[0]
     raise ValueError(
-        f"{folder} holds another sweep: {', '.join(differ)} differ ({name} was {old.get(name)!r}, is now "
+        f"{folder} contains another sweep: {', '.join(differ)} differ ({name} was {old.get(name)!r}, is now "
         f"{new.get(name)!r}); use a new folder."
     )
 
 
 def _flat(fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """``fixed`` with the entries of mappings in it by name: ``config.rank``, ``versions.torch``."""
+    """``fixed`` with nested mappings flattened: ``settings.rank``, ``versions.torch``."""
     found: dict[str, Any] = {}
     for name, value in fixed.items():
         inner = value.items() if isinstance(value, Mapping) and value else ()

@@ -1,4 +1,4 @@
-"""One trial of a sweep: adapt a copy of the model, train it at one rate with one seed, judge it."""
+"""One trial of a sweep: adapt a copy of the model, train it at one rate with one seed, evaluate it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ipca.analysis import update_norm
 from ipca.lab import baselines
-from ipca.lab.sweep.device import device_of, same_bits
-from ipca.lab.sweep.notes import noted
-from ipca.lab.sweep.task import Task
-from ipca.lab.sweep.watch import watched
+from ipca.lab.sweep.device import deterministic, device_of
+from ipca.lab.sweep.task import Task, error_note
 from ipca.model.apply import adapt, adapted_layers
 from ipca.model.batches import evaluating
 from ipca.model.decompose import source_matrix
@@ -36,23 +37,23 @@ COLUMNS = (
     *("method", "kind", "position", "comparison", "lr", "lr_used", "seed", "step", "status"),
     *("trainable", "early_update", "update", "target", "retained"),
 )
-"""Of every row, in this order; other metrics follow in alphabetical order."""
+"""Columns of every row, in this order; other metrics follow in alphabetical order."""
 _REQUIRED = COLUMNS[-2:]
 """Metrics that every task has."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tried.
+    """A method at one rate with one seed.
 
     Attributes:
         method: see :func:`ipca.lab.baselines.apply`.
-        comparison: ``"same"`` (the rate as it is), ``"sqrt-sigma"`` (scaled in each layer by
-            :func:`ipca.param_groups`) or ``"update"`` (chosen so that the first steps move the weights as far as the
-            reference's do).
+        comparison: ``"same"`` (the rate as given), ``"sqrt-sigma"`` (scaled in each layer by
+            :func:`ipca.param_groups`) or ``"update"`` (chosen so that the first steps change the weights as much as
+            those of the reference).
         lr: the rate of the grid.
-        lr_used: of the factors; for ``"sqrt-sigma"`` before the scaling. Fully trained modules beside them has ``lr``.
-        seed: of everything random in adapting and training.
+        lr_used: of the factors; for ``"sqrt-sigma"`` before the scaling. Fully trained modules use ``lr``.
+        seed: of all randomness in adapting and training.
     """
 
     method: str
@@ -63,7 +64,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """A file name that belongs to this trial alone."""
+        """A file name unique to this trial."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -83,18 +84,18 @@ def run_trial(
 ) -> list[Row]:
     """The rows of ``trial``: one for each checkpoint, then one for the end of training.
 
-    A row of a trial that has no √σ-matched rate, as its window lies in a null space, says so; it is not trained.
+    A trial without a √σ-matched rate, because its window lies in a null space, is not trained; its row says so.
 
     Args:
-        base: the pretrained model; stays as it is.
-        early: steps after which ``early_update`` is measured.
-        checkpoints: steps after which the model is judged on the way.
-        auto: for trials of ``"auto"``, the configuration with the window of each layer.
+        base: the pretrained model; not changed.
+        early: number of steps after which ``early_update`` is measured.
+        checkpoints: numbers of steps after which the model is evaluated during training.
+        auto: for trials of ``"auto"``, the settings with the window of each layer.
 
     Raises:
         ValueError: training took no step over the parameters, fewer than ``early``, or none at a rate of the trial; or
-            a metric is missing; the message names the trial.
-        Exception: whatever the task raises.
+            a metric is missing. The message names the trial.
+        Exception: any error raised by the task.
     """
     seed_everything(trial.seed)
     model = copy.deepcopy(base)
@@ -102,48 +103,52 @@ def run_trial(
         assert auto is not None
         adapt(model, auto, cache=cache, progress=False)
     else:
-        baselines.apply(model, trial.method, task.config, seed=trial.seed, cache=cache)
+        baselines.apply(model, trial.method, task.settings, seed=trial.seed, cache=cache)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         groups = rate_groups(model, trial)
     except ValueError as error:
         if trial.comparison != "sqrt-sigma":
             raise
-        nothing = dict.fromkeys(_REQUIRED, math.nan)  # a window in a null space has no rate to match
+        nothing = dict.fromkeys(_REQUIRED, math.nan)  # a window in a null space has no matching rate
         return [_row(trial, parameters, None, None, math.nan, nothing) | {"status": f"failed: {error}"}]
     before = None if adapted_layers(model) else _weights(base, task)
     rows: list[Row] = []
-    moved: dict[int, float] = {}
-    metrics_of = partial(judge, task, trial=trial, seed=trial.seed)
+    updates: dict[int, float] = {}
+    metrics_of = partial(evaluate_task, task, trial=trial, seed=trial.seed)
 
-    def on_the_way(step: int) -> None:
-        moved[step] = update_norm(model, before)
+    def after_step(step: int) -> None:
+        updates[step] = update_norm(model, before)
         if step in checkpoints:
-            rows.append(_row(trial, parameters, step, moved.get(early), moved[step], metrics_of(model)))
+            rows.append(_row(trial, parameters, step, updates.get(early), updates[step], metrics_of(model)))
 
     seed_everything(trial.seed)
-    with same_bits(device_of(model)), watched(groups, {early, *checkpoints}, on_the_way) as watch:
+    with deterministic(device_of(model)), watch_optimizer(groups, {early, *checkpoints}, after_step) as watch:
         task.train(model, groups, trial.seed)
-    if early not in moved:
+    _check_training(trial, watch, early)
+    final = _row(trial, parameters, None, updates[early], update_norm(model, before), metrics_of(model))
+    return [*rows, final]
+
+
+def _check_training(trial: Trial, watch: OptimizerWatch, early: int) -> None:
+    """Raise ValueError unless ``train()`` took ``early`` steps, at a rate of its parameter groups at least once."""
+    if watch.steps < early:
         raise ValueError(
             f"{trial}: train() took {watch.steps} optimizer steps over the parameters it was given, fewer than "
             f"early={early}; build the optimizer from `groups`, train longer, or lower early."
         )
     if not watch.at_rate:
         raise ValueError(
-            f"{trial}: train() used the learning rates {', '.join(f'{lr:g}' for lr in watch.rates)} and never one that "
-            "the sweep gave; build the optimizer from `groups`, which hold the rates, and let a schedule start or peak "
-            "at them."
+            f"{trial}: train() used the learning rates {', '.join(f'{lr:g}' for lr in watch.rates)} and none of those "
+            "in `groups`; build the optimizer from `groups`, and let a schedule start or peak at their rates."
         )
-    final = _row(trial, parameters, None, moved[early], update_norm(model, before), metrics_of(model))
-    return [*rows, final]
 
 
 def build_base(task: Task) -> nn.Module:
-    """The pretrained model; whatever ``build`` draws, such as a new head, is the same every time.
+    """The pretrained model, built from a fixed seed: a new head is the same every time.
 
     Raises:
-        TypeError: ``build`` returned something else.
+        TypeError: ``build`` did not return a module.
     """
     seed_everything(0)
     model = task.build()
@@ -153,50 +158,50 @@ def build_base(task: Task) -> nn.Module:
 
 
 def base_row(task: Task, base: nn.Module) -> Row:
-    """The row of the untrained model, of which a copy is judged: trials start from ``base`` as it is.
+    """The row of the untrained model; a copy is evaluated, so that trials start from an unchanged ``base``.
 
     Raises:
-        ValueError: as :func:`judge`, or what is required is no finite number: then nothing can be compared with it.
-        Exception: whatever ``evaluate`` raises, with a note.
+        ValueError: as :func:`evaluate_task`, or a required metric is not finite, so that nothing can be compared to it.
+        Exception: any error raised by ``evaluate``, with a note.
     """
-    with noted("In judging the untrained model."):
-        found = judge(task, copy.deepcopy(base), "the untrained model")
+    with error_note("While evaluating the untrained model."):
+        found = evaluate_task(task, copy.deepcopy(base), "the untrained model")
     lost = [name for name in _REQUIRED if not math.isfinite(found[name])]
     if lost:
         raise ValueError(
-            f"the untrained model: {lost[0]} is {found[lost[0]]}; evaluate() must give a finite number for it, and its "
-            "weights must hold no NaN or Inf."
+            f"the untrained model: {lost[0]} is {found[lost[0]]}; evaluate() must return a finite number for it, and "
+            "the pretrained weights must not contain NaN or Inf."
         )
     known = {name: value if math.isfinite(value) else None for name, value in found.items()}
     return {**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok", **known}
 
 
-def judge(task: Task, model: nn.Module, trial: object, seed: int = 0) -> dict[str, float]:
-    """The task's metrics of ``model``, whose modes and the random generators' states stay as they are.
+def evaluate_task(task: Task, model: nn.Module, trial: object, seed: int = 0) -> dict[str, float]:
+    """The task's metrics of ``model``; its modes and the states of the random generators are restored.
 
-    What ``evaluate`` draws depends on ``seed`` alone. It is not asked about a model that diverged, for which some
-    metrics raise and others have an answer: where a weight that trains is no finite number, both metrics are NaN.
+    Randomness in ``evaluate`` depends only on ``seed``. A diverged model, with a trained weight that is not finite, is
+    not evaluated, since some metrics would raise and others would return a number: both required metrics are NaN.
 
     Raises:
-        ValueError: ``target`` or ``retained`` is missing, something is no number, or has the name of another column;
-            the message begins with ``trial``.
+        ValueError: ``target`` or ``retained`` is missing, a value is not a number, or a metric has the name of another
+            column; the message starts with ``trial``.
     """
     if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
         return dict.fromkeys(_REQUIRED, math.nan)
     states = random.getstate(), np.random.get_state()
-    with evaluating(model), same_bits(device_of(model)):
+    with evaluating(model), deterministic(device_of(model)):
         seed_everything(seed)
         found = task.evaluate(model)
     random.setstate(states[0])
     np.random.set_state(states[1])
     if not isinstance(found, Mapping) or not set(_REQUIRED) <= set(found):
-        raise ValueError(f"{trial}: evaluate() must give 'target' and 'retained', it gave {found!r}.")
+        raise ValueError(f"{trial}: evaluate() must return 'target' and 'retained', it returned {found!r}.")
     nameless = [name for name in found if not isinstance(name, str)]
     if nameless:
-        raise ValueError(f"{trial}: evaluate() must name each metric by a string, it gave {nameless[0]!r}.")
+        raise ValueError(f"{trial}: evaluate() must name each metric by a string, got {nameless[0]!r}.")
     taken = sorted(set(found) & set(COLUMNS) - set(_REQUIRED))
     if taken:
-        raise ValueError(f"{trial}: evaluate() gave {taken[0]!r}, which is another column of the table; rename it.")
+        raise ValueError(f"{trial}: evaluate() returned {taken[0]!r}, a column of the table; rename the metric.")
     return {name: _number(found[name], name, trial) for name in (*_REQUIRED, *sorted(set(found) - set(_REQUIRED)))}
 
 
@@ -204,19 +209,20 @@ def _number(value: Any, name: str, trial: object) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{trial}: evaluate() must give numbers, {name} is {value!r}.") from None
+        raise ValueError(f"{trial}: evaluate() must return numbers, {name} is {value!r}.") from None
 
 
 def _weights(base: nn.Module, task: Task) -> dict[str, Tensor]:
-    """The pretrained weights ``(out, in)`` of the fully trained layers, by path; adapted ones know their own."""
-    targets = find_targets(base, task.config, modules_to_save=find_modules_to_save(base, task.config), values=False)
+    """By path, the pretrained weights ``(out, in)`` of fully trained layers; adapted layers hold their own."""
+    modules_to_save = find_modules_to_save(base, task.settings)
+    targets = find_targets(base, task.settings, modules_to_save=modules_to_save, values=False)
     return {t.name: source_matrix(get_layer(base, t.name), t.name, None).weight for t in targets}
 
 
 def rate_groups(model: nn.Module, trial: Trial) -> list[dict[str, Any]]:
-    """The parameter groups of ``trial``; for a model without adapted layers one group of all that trains.
+    """The parameter groups of ``trial``; one group of all trainable parameters for a model without adapted layers.
 
-    Matched rates are those of the factors: fully trained modules beside them have the grid's rate with every method.
+    Matched rates apply to the factors: fully trained modules use the grid's rate with every method.
     """
     if not adapted_layers(model):
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": trial.lr_used, "name": "full"}]
@@ -245,7 +251,7 @@ def _row(
 ) -> Row:
     numbers = {"update": update, **metrics}
     lost = [name for name, value in numbers.items() if not math.isfinite(value)]
-    status = f"failed: diverged, {', '.join(lost)} is no finite number" if lost else "ok"
+    status = f"failed: diverged, {', '.join(lost)} is not finite" if lost else "ok"
     return {
         "method": trial.method,
         "kind": baselines.kind_of(trial.method),
@@ -260,3 +266,64 @@ def _row(
         "early_update": early if early is not None and math.isfinite(early) else None,
         **(dict.fromkeys(numbers) if lost else numbers),
     }
+
+
+class OptimizerWatch:
+    """The record of a watched optimizer.
+
+    Attributes:
+        steps: number of steps taken.
+        rates: its learning rates at the first step, before any schedule if a scheduler has recorded them.
+        at_rate: whether any parameter ever had the rate of its group.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.rates: list[float] = []
+        self.at_rate = False
+
+
+@contextmanager
+def watch_optimizer(
+    groups: Sequence[Mapping[str, Any]], steps: Iterable[int], call: Callable[[int], None]
+) -> Iterator[OptimizerWatch]:
+    """Within the block, call ``call(step)`` after each of ``steps`` of the first optimizer that holds a parameter.
+
+    It hooks into torch's optimizers, so it works with any training loop. Steps count from 1. If several optimizers hold
+    these parameters, the one that steps first is watched.
+
+    Args:
+        groups: parameter groups, each with ``params`` and ``lr``; read on entry, since schedules change them.
+    """
+    given: dict[nn.Parameter, float] = {p: float(group["lr"]) for group in groups for p in group["params"]}
+    wanted = frozenset(steps)
+    watch = OptimizerWatch()
+    followed: list[Optimizer] = []
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not followed and any(p in given for group in optimizer.param_groups for p in group["params"]):
+            followed.append(optimizer)
+        if followed and optimizer is followed[0]:
+            watch.steps += 1
+            if watch.steps == 1:
+                watch.rates = [_unscheduled_rate(group) for group in optimizer.param_groups]
+            watch.at_rate = watch.at_rate or any(_is_at_rate(group, given) for group in optimizer.param_groups)
+            if watch.steps in wanted:
+                call(watch.steps)
+
+    handle = register_optimizer_step_post_hook(after)
+    try:
+        yield watch
+    finally:
+        handle.remove()
+
+
+def _unscheduled_rate(group: Mapping[str, Any]) -> float:
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _is_at_rate(group: Mapping[str, Any], given: Mapping[nn.Parameter, float]) -> bool:
+    """Whether a parameter of ``group`` has the rate it was given, now or before any schedule."""
+    rates = float(group["lr"]), _unscheduled_rate(group)
+    expected = {given[p] for p in group["params"] if p in given}
+    return any(math.isclose(rate, lr, rel_tol=1e-6) for rate in rates for lr in expected)

@@ -1,4 +1,4 @@
-"""Run trials side by side, each process with its own copy of the model, a fixed number of threads and one device."""
+"""Worker processes: each has its own copy of the model, a fixed number of threads and one device."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ from tqdm import tqdm
 
 from ipca._hashing import tensor_sha256
 from ipca.lab.sweep.device import see_only, use_device
-from ipca.lab.sweep.notes import noted
-from ipca.lab.sweep.task import Task, load_task
+from ipca.lab.sweep.task import Task, error_note, load_task
 from ipca.lab.sweep.trial import Row, Trial, build_base, run_trial
 from ipca.model.settings import AdapterSettings
 from ipca.svd import SpectralCache
 
 Result = tuple[Trial, list[Row], float]
-"""A trial that is done, its rows and its seconds."""
+"""A finished trial, its rows and its seconds."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker must know.
+    """The inputs shared by all workers.
 
     Attributes:
         task: a task, or the file that defines it.
-        spectra: the folder of the cache.
-        model_sha256: of the model that ``build`` must make again.
-        auto: the configuration of the method ``"auto"``, where it is among the methods.
+        spectra: the cache folder.
+        model_sha256: of the model that ``build`` must reproduce.
+        auto: the settings of the method ``"auto"``, if it is among the methods.
     """
 
     task: Task | Path
@@ -64,14 +63,16 @@ class Worker:
         self.task = work.task if isinstance(work.task, Task) else load_task(work.task)
         self.base = build_base(self.task) if base is None else base
         if base is None and model_sha256(self.base) != work.model_sha256:
-            raise RuntimeError("build() made another model in a second process; it must make the same bits every time.")
+            raise RuntimeError(
+                "build() returned a different model in a second process; it must return the same bits every time."
+            )
         self.base = self.base.to(device) if device is not None else self.base
         self.cache = SpectralCache(work.spectra)
 
     def __call__(self, trial: Trial) -> Result:
         began = time.perf_counter()
         work = self.work
-        with noted(f"In the trial {trial}."):
+        with error_note(f"In the trial {trial}."):
             rows = run_trial(
                 self.task,
                 self.base,
@@ -85,7 +86,7 @@ class Worker:
 
 
 class WorkerPool:
-    """Workers that stay until the block ends; one worker is this process itself, with ``base`` as its model."""
+    """Workers that live until the block ends; a single worker is this process, with ``base`` as its model."""
 
     def __init__(self, work: Work, workers: int, devices: Sequence[str], base: nn.Module) -> None:
         self.work, self.workers, self.devices, self.base = work, workers, devices, base
@@ -98,16 +99,16 @@ class WorkerPool:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._hold is not None and kind is not None:
-            self._hold.close()  # the workers end at once: nobody would keep what they are at
+            self._hold.close()  # workers exit at once: nobody would collect their results
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def run(self, trials: Sequence[Trial]) -> Iterator[Result]:
-        """The result of each of ``trials`` as it is done.
+        """Yield the result of each of ``trials`` as it finishes.
 
         Raises:
             RuntimeError: a process was killed.
-            Exception: the first error of a trial, with a note that names it; those that wait do not begin.
+            Exception: the first error of a trial, with a note that names it; waiting trials do not start.
         """
         if self.workers == 1:
             self._here = self._here or Worker(self.work, self.devices[0] if self.devices else None, self.base)
@@ -115,17 +116,17 @@ class WorkerPool:
             return
         self._pool = self._pool or self._start()
         try:
-            waiting: set[Future[Result]] = {self._pool.submit(_one, trial) for trial in trials}
-            self._pool.submit(_nothing)  # makes the pool look at all processes; the last one's end could go unseen
+            waiting: set[Future[Result]] = {self._pool.submit(_run_one, trial) for trial in trials}
+            self._pool.submit(_noop)  # makes the pool watch all processes; the death of the last one could go unseen
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in sorted(done, key=_failed):
                     yield future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a worker process ended: it was killed, perhaps for want of memory (use fewer workers), or could not "
-                "start, which it says above (a script starts a sweep under `if __name__ == '__main__':`). Trials that "
-                "are done stay done; the same sweep again goes on."
+                "a worker process ended: it was killed, possibly for lack of memory (use fewer workers), or it could "
+                "not start, see its output above (a script must start a sweep under `if __name__ == '__main__':`). "
+                "Finished trials are kept; run the same sweep again to resume."
             ) from error
 
     def _start(self) -> ProcessPoolExecutor:
@@ -134,17 +135,17 @@ class WorkerPool:
         for rank in range(self.workers):
             devices.put(self.devices[rank % len(self.devices)] if self.devices else None)
         held, self._hold = context.Pipe(duplex=False)
-        return ProcessPoolExecutor(self.workers, context, _begin, (self.work, devices, held))
+        return ProcessPoolExecutor(self.workers, context, _initialize, (self.work, devices, held))
 
 
 def check_sendable(task: Task) -> None:
-    """Raise TypeError where ``task`` cannot be given to another process."""
+    """Raise TypeError if ``task`` cannot be pickled for another process."""
     try:
         pickle.dumps(task)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
-            f"the task cannot be given to another process: {error}. With several workers its functions must be those "
-            "of a module, or functools.partial of such; or use one worker."
+            f"the task cannot be sent to another process: {error}. With several workers its functions must be defined "
+            "in a module, or be functools.partial of such functions; or use one worker."
         ) from None
 
 
@@ -156,7 +157,7 @@ def model_sha256(model: nn.Module) -> str:
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors in an entry of a state dict: itself, what a quantized one is made of, or none."""
+    """The plain tensors in an entry of a state dict: itself, the components of a quantized one, or none."""
     if hasattr(value, "__tensor_flatten__"):
         for part in value.__tensor_flatten__()[0]:
             yield from _tensors(f"{name}.{part}", getattr(value, part))
@@ -164,34 +165,34 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
-_order: tuple[Work, str | None]
+_assignment: tuple[Work, str | None]
 _worker: Worker | None = None
 
 
-def _begin(work: Work, devices: multiprocessing.SimpleQueue, held: Connection) -> None:
-    global _order
+def _initialize(work: Work, devices: multiprocessing.SimpleQueue, held: Connection) -> None:
+    global _assignment
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
-    tqdm.set_lock(threading.RLock())  # its own, between processes, would be reported as left behind at a sudden end
-    _end_with_parent(held)
-    _order = work, see_only(devices.get())
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, reported as leaked if the process is killed
+    _exit_with_parent(held)
+    _assignment = work, see_only(devices.get())
 
 
-def _one(trial: Trial) -> Result:
+def _run_one(trial: Trial) -> Result:
     global _worker
-    _worker = _worker or Worker(*_order)  # here, where an error of build() reaches the parent
+    _worker = _worker or Worker(*_assignment)  # not in the initializer: an error of build() must reach the parent
     return _worker(trial)
 
 
-def _nothing() -> None:
-    """What a process does for no trial."""
+def _noop() -> None:
+    """Do nothing."""
 
 
 def _failed(future: Future[Result]) -> bool:
     return future.exception() is not None
 
 
-def _end_with_parent(held: Connection) -> None:
-    """End this process when its parent is killed or lets go of ``held``: a worker must not go on for nobody."""
+def _exit_with_parent(held: Connection) -> None:
+    """Exit this process when its parent is killed or closes ``held``."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import ipca
-from ipca.lab.continual import METHODS, ContinualLearner, TaskRecord, sd_lora
+from ipca.lab.continual import METHODS, ContinualLearner, TaskRecord, lora
 from ipca.model import AdapterSettings
-from tests.helpers.continual import CONFIG, SHAPES, learn, plain, train
+from tests.helpers.continual import SETTINGS, SHAPES, learn, plain, train
 from tests.helpers.models import snapshot
 from tests.helpers.quantized_layers import quantize
 
@@ -26,7 +26,7 @@ def close(y, other):
 @pytest.mark.parametrize("method", METHODS)
 def test_beginning_and_ending_a_task_keep_the_function(method):
     model, x = plain(), torch.randn(7, 20)
-    learner = ContinualLearner(model, method, CONFIG, tasks=TASKS)
+    learner = ContinualLearner(model, method, SETTINGS, tasks=TASKS)
     for _ in range(TASKS):
         before = model(x)
         learner.begin_task()
@@ -45,7 +45,7 @@ def test_beginning_and_ending_a_task_keep_the_function(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_task_that_diverged_is_not_folded(method, value):
-    learner = learn(ContinualLearner(plain(), method, CONFIG, tasks=TASKS), 1)
+    learner = learn(ContinualLearner(plain(), method, SETTINGS, tasks=TASKS), 1)
     parameter = learner.begin_task()[0]
     with torch.no_grad():
         parameter[..., -1] = value
@@ -62,7 +62,7 @@ def test_a_task_that_diverged_is_not_folded(method, value):
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_task_and_what_trains_whole_train(method):
     model = plain().eval()
-    learner = ContinualLearner(model, method, CONFIG, tasks=TASKS)
+    learner = ContinualLearner(model, method, SETTINGS, tasks=TASKS)
     learn(learner, 1)
     parameters = learner.begin_task()
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_bits(method):
     weights = []
     for _ in range(2):
         torch.manual_seed(11)
-        learner = learn(ContinualLearner(plain(), method, CONFIG, tasks=2, seed=4), 2)
+        learner = learn(ContinualLearner(plain(), method, SETTINGS, tasks=2, seed=4), 2)
         weights.append([p.detach().clone() for p in learner.finish().parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
@@ -100,7 +100,7 @@ OSF = sum(6 * (out + inside) + 6 for out, inside in SHAPES)  # 6 of 12 component
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_trains_and_what_is_kept_is_counted(method):
-    learner = learn(ContinualLearner(plain(), method, CONFIG, tasks=TASKS), TASKS)
+    learner = learn(ContinualLearner(plain(), method, SETTINGS, tasks=TASKS), TASKS)
     trained = [HEAD + (OSF if method == "osf" else BOTH * FACTORS)] * TASKS
     if method == "sd-lora":
         trained = [count + BOTH * t for t, count in enumerate(trained)]
@@ -111,7 +111,7 @@ def test_what_trains_and_what_is_kept_is_counted(method):
 @pytest.mark.parametrize("method", ["fresh", "lora", "o-lora"])
 def test_a_running_task_is_an_adapter_of_the_weights_it_began_with(method, tmp_path):
     model, x = plain(), torch.randn(7, 20)
-    learner = learn(ContinualLearner(model, method, CONFIG), 1)
+    learner = learn(ContinualLearner(model, method, SETTINGS), 1)
     base = copy.deepcopy(ipca.unload(copy.deepcopy(model), merge=False) if method == "lora" else model)
     learner.begin_task()
     train(learner)
@@ -122,7 +122,7 @@ def test_a_running_task_is_an_adapter_of_the_weights_it_began_with(method, tmp_p
 @pytest.mark.parametrize(("method", "factor"), [("lora-fresh", "A"), ("fresh", "A"), ("fresh", "B")])
 def test_a_frozen_factor_does_not_train(method, factor):
     model = plain()
-    learner = ContinualLearner(model, method, CONFIG, frozen=factor)
+    learner = ContinualLearner(model, method, SETTINGS, frozen=factor)
     learner.begin_task()
     start = model.a.get_parameter(f"lora_{factor}").clone()
     train(learner)
@@ -133,7 +133,7 @@ def test_a_frozen_factor_does_not_train(method, factor):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "sd-lora"])
 def test_a_task_that_cannot_begin_leaves_the_model_alone(method):
     model = plain()
-    learner = ContinualLearner(model, method, CONFIG, tasks=2)
+    learner = ContinualLearner(model, method, SETTINGS, tasks=2)
     with torch.no_grad():
         model.b.weight[3, 4] = torch.nan
     before = snapshot(model)
@@ -146,15 +146,15 @@ def test_a_task_that_cannot_begin_leaves_the_model_alone(method):
 
 def test_a_task_of_sd_lora_that_cannot_begin_leaves_the_model_alone(monkeypatch):
     model = plain()
-    learner = learn(ContinualLearner(model, "sd-lora", CONFIG), 1)
-    start = sd_lora.plain_lora_start
+    learner = learn(ContinualLearner(model, "sd-lora", SETTINGS), 1)
+    start = lora.plain_lora_factors
 
     def fails(weight, *args, **options):
         if weight.shape == (20, 12):
             raise RuntimeError("no memory")
         return start(weight, *args, **options)
 
-    monkeypatch.setattr(sd_lora, "plain_lora_start", fails)
+    monkeypatch.setattr(lora, "plain_lora_factors", fails)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="no memory"):
         learner.begin_task()
@@ -164,7 +164,7 @@ def test_a_task_of_sd_lora_that_cannot_begin_leaves_the_model_alone(monkeypatch)
 
 def test_decompositions_come_from_the_cache(tmp_path, decomposed):
     for _ in range(2):
-        learn(ContinualLearner(plain(), "disjoint", CONFIG, tasks=2, cache=tmp_path), 2)
+        learn(ContinualLearner(plain(), "disjoint", SETTINGS, tasks=2, cache=tmp_path), 2)
     assert sorted(decomposed) == sorted(SHAPES)
 
 
@@ -172,16 +172,16 @@ WRONG = [
     ("ewc", {}, "unknown method 'ewc'; choose one of fresh, fixed, disjoint"),
     ("fresh", {"tasks": 0}, "tasks must be an int of at least 1, got 0"),
     ("fresh", {"tasks": True}, "tasks must be an int of at least 1, got True"),
-    ("disjoint", {}, "method 'disjoint' shares the components out .* tasks=…"),
-    ("disjoint", {"tasks": 5}, "5 tasks of rank 3 need 15 components of their own, but a has 12; use fewer tasks"),
+    ("disjoint", {}, "method 'disjoint' divides the components among all tasks; pass their number as tasks=…"),
+    ("disjoint", {"tasks": 5}, "5 tasks of rank 3 need 15 disjoint components, but a has 12; use fewer tasks"),
     ("lora", {"keep": True}, "method 'lora' folds nothing after a task"),
     ("fresh", {"frozen": "C"}, "frozen must be 'A', 'B' or None, got 'C'"),
-    ("osf", {"frozen": "A"}, "method 'osf' has no one pair of factors"),
-    ("lora", {"frozen": "B"}, "method 'lora' cannot have B frozen: it starts at B = 0 and would learn nothing"),
-    ("o-lora", {"frozen": "A"}, "method 'o-lora' cannot have A frozen: its penalty moves A alone"),
-    ("lora", {"orthogonality": 1.0}, "orthogonality is of method 'o-lora' alone, not of 'lora'"),
+    ("osf", {"frozen": "A"}, "method 'osf' does not train a single pair of factors"),
+    ("lora", {"frozen": "B"}, "method 'lora' cannot freeze B: it starts at B = 0 and would learn nothing"),
+    ("o-lora", {"frozen": "A"}, "method 'o-lora' cannot freeze A: its penalty acts on A only"),
+    ("lora", {"orthogonality": 1.0}, "orthogonality applies to method 'o-lora' only, not to 'lora'"),
     ("o-lora", {"orthogonality": -1.0}, "orthogonality must be at least 0, got -1.0"),
-    ("fresh", {"protected": 0.5}, "protected is of method 'osf' alone, not of 'fresh'"),
+    ("fresh", {"protected": 0.5}, "protected applies to method 'osf' only, not to 'fresh'"),
     ("osf", {"protected": 1.0}, "above 0 and below 1, got 1.0"),
 ]
 
@@ -191,46 +191,46 @@ def test_a_wrong_argument_says_what_fits(method, options, words):
     model = plain()
     before = snapshot(model)
     with pytest.raises(ValueError, match=words):
-        ContinualLearner(model, method, CONFIG, **options)
+        ContinualLearner(model, method, SETTINGS, **options)
     assert snapshot(model) == before
 
 
 def test_a_configuration_of_another_type_is_refused():
-    with pytest.raises(TypeError, match=r"config must be an ipca\.PCConfig, got 8"):
+    with pytest.raises(TypeError, match=r"settings must be an ipca\.model\.AdapterSettings, got 8"):
         ContinualLearner(plain(), "fresh", 8)
 
 
 def test_osf_without_peft_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipca.lab.continual.osf_layers", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"method 'osf' needs PEFT .*pip install 'ipca-lora\[peft\]'"):
-        ContinualLearner(plain(), "osf", CONFIG)
+        ContinualLearner(plain(), "osf", SETTINGS)
 
 
 def test_an_adapted_model_is_refused():
     model = ipca.apply_pc(plain(), rank=2, targets=["a"], progress=False)
-    with pytest.raises(ValueError, match="a is adapted already"):
-        ContinualLearner(model, "fresh", CONFIG)
+    with pytest.raises(ValueError, match="a is already adapted"):
+        ContinualLearner(model, "fresh", SETTINGS)
 
 
 def test_a_quantized_layer_is_refused():
     model = quantize(nn.Sequential(nn.Linear(64, 64)), "int8")
-    with pytest.raises(ValueError, match="0 is quantized, and what a task learned cannot be folded into it"):
+    with pytest.raises(ValueError, match="0 is quantized, and a task cannot be folded into it"):
         ContinualLearner(model, "fresh", AdapterSettings(rank=2, targets="0", form="intact"))
 
 
 def test_methods_for_linear_layers_refuse_others():
     model = nn.Sequential(nn.Embedding(9, 7))
-    with pytest.raises(ValueError, match="method 'sd-lora' adapts linear layers alone; 0 is a Embedding"):
+    with pytest.raises(ValueError, match="method 'sd-lora' adapts linear layers only; 0 is a Embedding"):
         ContinualLearner(model, "sd-lora", AdapterSettings(rank=2, targets="0"))
 
 
 def test_methods_without_dropout_refuse_it():
-    with pytest.raises(ValueError, match=r"method 'osf' has no dropout of its own, got 0\.1"):
+    with pytest.raises(ValueError, match=r"method 'osf' does not support dropout, got 0\.1"):
         ContinualLearner(plain(), "osf", AdapterSettings(rank=2, targets=("a",), dropout=0.1))
 
 
 def test_steps_out_of_order_are_refused():
-    learner = ContinualLearner(plain(), "fresh", CONFIG, tasks=1)
+    learner = ContinualLearner(plain(), "fresh", SETTINGS, tasks=1)
     with pytest.raises(RuntimeError, match=r"no task is running; call begin_task\(\) before end_task"):
         learner.end_task()
     with pytest.raises(RuntimeError, match=r"before penalty"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, draw_stream, run_stream
-from tests.helpers.continual import CONFIG, plain, train
+from tests.helpers.continual import SETTINGS, plain, train
 
 NAMES = ("one", "two", "three")
 # before any task, then after each: R[i, j] is the score on task j after training task i
@@ -43,7 +43,7 @@ class Scripted:
 
 def stream(method="fresh", script=None, **options):
     script = script or Scripted()
-    learner = ContinualLearner(plain(), method, CONFIG, tasks=3, **options)
+    learner = ContinualLearner(plain(), method, SETTINGS, tasks=3, **options)
     return run_stream(learner, script.tasks(), retained=script.known)
 
 
@@ -77,7 +77,7 @@ def test_every_method_runs_a_stream():
 
 
 def test_judging_leaves_the_modes_as_they_were():
-    learner = ContinualLearner(plain().eval(), "fresh", CONFIG)
+    learner = ContinualLearner(plain().eval(), "fresh", SETTINGS)
     learner.model.head.train()
     script = Scripted()
     run_stream(learner, script.tasks())
@@ -96,7 +96,7 @@ def test_a_score_that_fails_or_draws_leaves_no_trace():
 
     tasks = [StreamTask(name, train, fails) for name in NAMES]
     with pytest.raises(KeyError):
-        run_stream(ContinualLearner(model, "fresh", CONFIG), tasks)
+        run_stream(ContinualLearner(model, "fresh", SETTINGS), tasks)
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -113,7 +113,7 @@ def test_the_table_has_every_number():
 
 def test_without_a_score_for_what_it_knew_the_column_is_empty():
     script = Scripted()
-    result = run_stream(ContinualLearner(plain(), "fresh", CONFIG), script.tasks())
+    result = run_stream(ContinualLearner(plain(), "fresh", SETTINGS), script.tasks())
     assert result.retained == ()
     assert {row["retained"] for row in result.rows()} == {None}
     assert str(result).splitlines()[2].split() == ["(before)", "0.100", "0.200", "0.300", "0", "0", "0"]
@@ -143,7 +143,7 @@ def test_a_picture_needs_streams_over_the_same_tasks(tmp_path):
     with pytest.raises(ValueError, match="at least one stream"):
         draw_stream([], tmp_path / "none.png")
     script = Scripted()
-    other = run_stream(ContinualLearner(plain(), "fresh", CONFIG), script.tasks()[:2])
+    other = run_stream(ContinualLearner(plain(), "fresh", SETTINGS), script.tasks()[:2])
     with pytest.raises(ValueError, match="the same tasks in all"):
         draw_stream([stream(), other], tmp_path / "none.png")
     assert list(tmp_path.iterdir()) == []
@@ -157,9 +157,9 @@ def test_an_unknown_picture_format_leaves_no_file(tmp_path):
 
 
 def test_a_used_learner_is_refused():
-    learner = ContinualLearner(plain(), "fresh", CONFIG)
+    learner = ContinualLearner(plain(), "fresh", SETTINGS)
     learner.begin_task()
-    with pytest.raises(ValueError, match="this learner has begun 1 tasks already"):
+    with pytest.raises(ValueError, match="this one has already begun 1 tasks"):
         run_stream(learner, Scripted().tasks())
 
 
@@ -170,21 +170,21 @@ def test_a_used_learner_is_refused():
 def test_tasks_without_names_of_their_own_are_refused(names, words):
     tasks = [StreamTask(name, train, train) for name in names]
     with pytest.raises(ValueError, match=words):
-        run_stream(ContinualLearner(plain(), "fresh", CONFIG), tasks)
+        run_stream(ContinualLearner(plain(), "fresh", SETTINGS), tasks)
 
 
 @pytest.mark.parametrize("found", [None, {"accuracy": 1.0}, torch.ones(2)])
 def test_a_score_of_another_kind_names_its_task(found):
     tasks = [StreamTask(name, train, lambda model: found) for name in ("x", "y")]
-    with pytest.raises(TypeError, match=r"x: evaluate\(model\) must give a number, it gave "):
-        run_stream(ContinualLearner(plain(), "fresh", CONFIG), tasks)
+    with pytest.raises(TypeError, match=r"x: evaluate\(model\) must return a number, got "):
+        run_stream(ContinualLearner(plain(), "fresh", SETTINGS), tasks)
 
 
 def test_what_is_no_task_is_refused():
     with pytest.raises(TypeError, match="the task 'x': evaluate must be a function, got 3"):
         StreamTask("x", train, 3)
     with pytest.raises(TypeError, match=r"tasks must be ipca.lab.continual.StreamTask, got \('x', 1, 2\)"):
-        run_stream(ContinualLearner(plain(), "fresh", CONFIG), [("x", 1, 2)])
+        run_stream(ContinualLearner(plain(), "fresh", SETTINGS), [("x", 1, 2)])
 
 
 def test_a_task_that_diverged_stops_the_stream_whatever_its_scores():
@@ -195,19 +195,19 @@ def test_a_task_that_diverged_stops_the_stream_whatever_its_scores():
     model = plain()
     tasks = [StreamTask(name, diverge, lambda model: 0.5) for name in ("x", "y")]
     with pytest.raises(ValueError, match=r"task 0: a\.lora_B holds NaN or Inf, so training diverged"):
-        run_stream(ContinualLearner(model, "fresh", CONFIG), tasks)
+        run_stream(ContinualLearner(model, "fresh", SETTINGS), tasks)
     assert bool(model.a.base_weight.isfinite().all())
 
 
 def test_a_score_that_is_no_number_stops_the_stream():
     script = Scripted()
     tasks = [*script.tasks()[:1], StreamTask("lost", script.train, lambda model: math.nan if script.done else 0.5)]
-    with pytest.raises(ValueError, match="lost: the score is nan, no finite number"):
-        run_stream(ContinualLearner(plain(), "fresh", CONFIG), tasks)
+    with pytest.raises(ValueError, match="lost: the score is nan, not finite"):
+        run_stream(ContinualLearner(plain(), "fresh", SETTINGS), tasks)
     assert script.done == 1
 
 
 def test_a_learner_for_fewer_tasks_is_refused():
-    learner = ContinualLearner(plain(), "disjoint", CONFIG, tasks=2)
-    with pytest.raises(ValueError, match="the learner is for 2 tasks, the stream has 3"):
+    learner = ContinualLearner(plain(), "disjoint", SETTINGS, tasks=2)
+    with pytest.raises(ValueError, match="the learner is for 2 tasks, but the stream has 3"):
         run_stream(learner, Scripted().tasks())

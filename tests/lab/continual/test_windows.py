@@ -8,12 +8,12 @@ from torch import nn
 
 from ipca.lab.continual import ContinualLearner
 from ipca.model import AdapterSettings
-from tests.helpers.continual import CONFIG, learn, plain, train
+from tests.helpers.continual import SETTINGS, learn, plain, train
 
 
 def starts(method, window, count, **options):
     """Where the layer ``a`` (d = 12) has its window in each task."""
-    learner = ContinualLearner(plain(), method, replace(CONFIG, window=window), **options)
+    learner = ContinualLearner(plain(), method, replace(SETTINGS, window=window), **options)
     found = []
     for _ in range(count):
         learner.begin_task()
@@ -37,14 +37,14 @@ def test_other_methods_stay_at_one_place(method, expected):
 
 def test_a_block_beyond_the_spectrum_is_refused():
     with pytest.raises(ValueError, match=r"a: 3 windows of rank 3: .* ends at 13, but there are only 12"):
-        ContinualLearner(plain(), "disjoint", replace(CONFIG, window="start=4"), tasks=3)
+        ContinualLearner(plain(), "disjoint", replace(SETTINGS, window="start=4"), tasks=3)
 
 
 @pytest.mark.parametrize("method", ["fixed", "disjoint"])
 def test_every_task_starts_from_the_components_of_the_original_weights(method):
     model = plain()
     U, S, Vh = torch.linalg.svd(model.a.weight.detach().double(), full_matrices=False)
-    learner = ContinualLearner(model, method, replace(CONFIG, window="principal"), tasks=3)
+    learner = ContinualLearner(model, method, replace(SETTINGS, window="principal"), tasks=3)
     for task in range(3):
         learner.begin_task()
         first = 3 * task if method == "disjoint" else 0
@@ -57,7 +57,7 @@ def test_every_task_starts_from_the_components_of_the_original_weights(method):
 
 
 def test_a_fresh_window_is_that_of_the_weights_as_they_are():
-    learner = learn(ContinualLearner(plain(), "fresh", replace(CONFIG, window="principal")), 1)
+    learner = learn(ContinualLearner(plain(), "fresh", replace(SETTINGS, window="principal")), 1)
     S = torch.linalg.svdvals(learner.model.a.weight.detach().double())
     learner.begin_task()
     layer = learner.model.a
@@ -72,8 +72,8 @@ class Regression:
         torch.manual_seed(3)
         self.model = nn.Sequential(nn.Linear(9, 7, bias=False)).double()
         self.U, _, self.Vh = torch.linalg.svd(self.weight, full_matrices=False)
-        config = AdapterSettings(rank=2, window="start=1", targets="0")
-        self.learner = ContinualLearner(self.model, "disjoint", config, tasks=2, frozen=frozen)
+        settings = AdapterSettings(rank=2, window="start=1", targets="0")
+        self.learner = ContinualLearner(self.model, "disjoint", settings, tasks=2, frozen=frozen)
 
     @property
     def weight(self):

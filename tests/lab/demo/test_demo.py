@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ipca.cli.main import main
-from ipca.lab.demo import report, run
+from ipca.lab.demo import run
 from ipca.lab.demo.data import SOURCES, load_text
 from ipca.lab.demo.task import METHODS, Encoder, Probe, Settings, load_encoder
 
@@ -34,7 +34,7 @@ def test_the_sets_of_sentences_are_disjoint_and_balanced():
 
 @needs_text
 @pytest.mark.parametrize(
-    ("sizes", "message"), [({"probe": 3}, "one of each source"), ({"test": 10**6}, "ask for fewer")]
+    ("sizes", "message"), [({"probe": 3}, "one of each source"), ({"test": 10**6}, "request fewer")]
 )
 def test_impossible_sizes_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
@@ -67,13 +67,14 @@ def test_another_archive_is_refused(tmp_path):
         info = tarfile.TarInfo(inner)
         info.size = 5
         archive.addfile(info, io.BytesIO(b"other"))
-    with pytest.raises(ValueError, match="another text"):
+    with pytest.raises(ValueError, match="a different text"):
         load_text(path)
     path.write_bytes(b"no archive at all")
     with pytest.raises(ValueError, match="is not vaderSentiment"):
         load_text(path)
 
 
+@pytest.mark.slow
 @needs_text
 @needs_model
 def test_the_demo_runs_from_the_command_line(tmp_path, capsys):
@@ -87,7 +88,7 @@ def test_the_demo_runs_from_the_command_line(tmp_path, capsys):
     for stage in ("ipca", "stock PEFT", "stock PEFT merged", "merged"):
         assert record[stage] <= 1e-5
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert report.read_rows(out / "demo.csv") == record["table"]
+    assert run.read_rows(out / "demo.csv") == record["table"]
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "demo.csv", "demo.png", "merged"]
     change = load_file(out / "adapter" / "adapter_model.safetensors")
     pairs = [(change[key], change[key.replace("lora_A", "lora_B")]) for key in change if "lora_A" in key]
@@ -113,9 +114,9 @@ def test_an_interrupt_leaves_no_files(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "run", interrupt)
+    monkeypatch.setattr(run, "train_and_measure", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run.demo(TEXT, tmp_path / "out", seeds=1, steps=1, sentences=16)
+        run.run_demo(TEXT, tmp_path / "out", seeds=1, steps=1, sentences=16)
     assert not (tmp_path / "out").exists()
 
 
@@ -129,15 +130,15 @@ def rows_of(values):
 
 
 def test_the_table_gives_mean_and_range():
-    lines = report.table(rows_of({"middle": [0.7, 0.8], "LoRA": [0.5, 0.7]})).splitlines()
+    lines = run.markdown_table(rows_of({"middle": [0.7, 0.8], "LoRA": [0.5, 0.7]})).splitlines()
     assert lines[2] == "| middle | 0.75 (0.70 … 0.80) | 0.10 (0.10 … 0.10) | 0.20 (0.20 … 0.20) |"
     assert lines[3].startswith("| LoRA | 0.60 (0.50 … 0.70) |")
 
 
 def test_rows_survive_the_csv(tmp_path):
     rows = rows_of({"middle": [0.7, 0.8]})
-    report.write_rows(rows, tmp_path / "demo.csv")
-    assert report.read_rows(tmp_path / "demo.csv") == rows
+    run.write_rows(rows, tmp_path / "demo.csv")
+    assert run.read_rows(tmp_path / "demo.csv") == rows
 
 
 def test_mean_token_states_ignore_padding():

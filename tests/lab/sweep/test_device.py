@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import random
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +13,14 @@ from torch import nn
 
 from ipca._hashing import tensor_sha256
 from ipca.lab import baselines, sweep
-from ipca.lab.sweep.decompose import auto_config
-from ipca.lab.sweep.device import device_name, device_of, same_bits, see_only, use_device
-from ipca.lab.sweep.trial import judge
+from ipca.lab.sweep.decompose import auto_settings
+from ipca.lab.sweep.device import deterministic, device_name, device_of, see_only, use_device
+from ipca.lab.sweep.trial import evaluate_task
 from ipca.model.apply import adapted_layers
 from ipca.svd import SpectralCache
 from tests.helpers import sweep_task
 
-GRID = {"windows": (0, 0.5), "lrs": (1e-3, 1e-2), "seeds": 2, "early": 2, "progress": False, "report": False}
+GRID = {"windows": (0.0, 0.5), "lrs": (1e-3, 1e-2), "seeds": 2, "early": 2, "progress": False, "report": False}
 CALIBRATED = replace(sweep_task.task(), calibration=sweep_task.calibration)
 
 
@@ -34,6 +33,7 @@ def test_a_named_device_gives_the_rows_of_the_one_that_build_chose(tmp_path):
     assert fixed[0]["device"] == f"cpu {platform.machine()}"
 
 
+@pytest.mark.slow
 def test_processes_share_the_devices_and_give_the_same_bytes(tmp_path):
     options = {**GRID, "windows": (0.5,), "lrs": (1e-3,), "methods": ("auto",), "comparisons": ("same",)}
     sweep.run(CALIBRATED, tmp_path / "one", **options)
@@ -44,8 +44,8 @@ def test_processes_share_the_devices_and_give_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("device", "says"),
     [
-        ("gpu", "devices holds 'gpu', which names no device; write 'cuda:0' or 'cpu'"),
-        ("cuda:97", r"devices holds 'cuda:97', but torch sees \d+ CUDA devices here; name one of those"),
+        ("gpu", "devices contains 'gpu', which is not a device; use names such as 'cuda:0' or 'cpu'"),
+        ("cuda:97", r"devices contains 'cuda:97', but torch sees \d+ CUDA devices on this machine"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(device, says, tmp_path):
@@ -55,17 +55,17 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(device
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_what_is_computed_on_a_cuda_device_has_the_same_bits_and_the_mode_is_put_back(before):
+def test_what_is_computed_on_a_cuda_device_has_the_deterministic_and_the_mode_is_put_back(before):
     torch.set_deterministic_debug_mode(before)
     try:
-        with same_bits(torch.device("cuda:0")):
+        with deterministic(torch.device("cuda:0")):
             assert torch.are_deterministic_algorithms_enabled()
             assert not torch.is_deterministic_algorithms_warn_only_enabled()
             assert not torch.utils.deterministic.fill_uninitialized_memory
             torch.use_deterministic_algorithms(False)  # as a task may
         assert torch.get_deterministic_debug_mode() == before
         assert torch.utils.deterministic.fill_uninitialized_memory
-        with same_bits(torch.device("cpu")):
+        with deterministic(torch.device("cpu")):
             assert torch.get_deterministic_debug_mode() == before
     finally:
         torch.set_deterministic_debug_mode(0)
@@ -103,7 +103,7 @@ def test_judging_is_in_evaluation_mode_and_leaves_modes_and_random_states():
     model = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
     model[0].eval()
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    judge(replace(sweep_task.task(), evaluate=evaluate), model, "it")
+    evaluate_task(replace(sweep_task.task(), evaluate=evaluate), model, "it")
     assert seen == [(False, False, False)]
     assert [module.training for module in model] == [False, True]
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -154,10 +154,10 @@ def test_the_windows_of_auto_are_found_once_and_are_those_of_apply(tmp_path):
         return sweep_task.calibration()
 
     path, cache = tmp_path / "auto.json", SpectralCache(tmp_path / "spectra")
-    found = [auto_config(model, sweep_task.CONFIG, calibration, path, cache, progress=False) for _ in range(2)]
+    found = [auto_settings(model, sweep_task.SETTINGS, calibration, path, cache, progress=False) for _ in range(2)]
     assert calls == [1]
     assert found[0] == found[1]
-    by_hand = baselines.apply(sweep_task.build(), "auto", sweep_task.CONFIG, calibration=sweep_task.calibration())
+    by_hand = baselines.apply(sweep_task.build(), "auto", sweep_task.SETTINGS, calibration=sweep_task.calibration())
     windows = {name: layer.window for name, layer in adapted_layers(by_hand).items()}
     assert len(cache.entries()) == len(windows) == 2
     again = baselines.apply(sweep_task.build(), "0.5", found[0], cache=cache)
@@ -178,7 +178,7 @@ def test_a_table_is_there_before_the_first_trial_and_seeds_come_one_after_anothe
     options = {**GRID, "methods": ("lora",), "comparisons": ("same",)}
     with monkeypatch.context() as patch:
         patch.setattr("ipca.lab.sweep.workers.run_trial", stop)
-        patch.setattr(sys.modules["ipca.lab.sweep.runner"], "TABLE_SECONDS", 0.0)
+        patch.setattr("ipca.lab.sweep.driver._TABLE_SECONDS", 0.0)
         written = []
         patch.setattr("ipca.lab.sweep.store.Store.table", lambda store, *a: written.append(len(order)) or [])
         with pytest.raises(KeyboardInterrupt):

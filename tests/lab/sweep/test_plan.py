@@ -1,11 +1,11 @@
-"""The grid and the rates of equal updates."""
+"""The grid, the rates of equal updates, and the search for a method's best rate."""
 
 import math
 
 import numpy as np
 import pytest
 
-from ipca.lab.sweep.plan import Grid, matched_rates, steps_of
+from ipca.lab.sweep.plan import TUNING_SEEDS, Grid, matched_rates, steps_of, tuned_trials
 from ipca.window import Window
 
 OPTIONS = {
@@ -72,11 +72,11 @@ def test_without_equal_updates_all_trials_are_known():
     [
         ({"windows": ()}, "needs at least one of windows"),
         ({"lrs": (0.0,)}, "learning rates must be positive, got 0.0"),
-        ({"lrs": (1e-3, 1e-3)}, "lrs holds a value twice: 0.001, 0.001"),
-        ({"windows": (0.5, "0.50")}, "windows holds a value twice"),
+        ({"lrs": (1e-3, 1e-3)}, "lrs contains a value twice: 0.001, 0.001"),
+        ({"windows": (0.5, "0.50")}, "windows contains a value twice"),
         ({"seeds": ()}, "needs at least one of seeds"),
-        ({"seeds": (0, -1)}, r"seeds must lie from 0 to 2\*\*32 - 1, got 0, -1"),
-        ({"seeds": -1}, "seeds must be at least 1, or the seeds themselves; got -1"),
+        ({"seeds": (0, -1)}, r"seeds must be from 0 to 2\*\*32 - 1, got 0, -1"),
+        ({"seeds": -1}, "seeds must be a number of at least 1, or a list of seeds; got -1"),
         ({"windows": (1.5,)}, r"The fraction in window '1\.5' must lie in \[0, 1\]"),
         ({"windows": ("midle",)}, 'Unknown window \'midle\': use "principal", "middle"'),
         ({"windows": (1,)}, "window 1 is ambiguous, an index or a fraction: write 'start=1' .* '1.0' for the fraction"),
@@ -98,7 +98,7 @@ def test_bad_grids_say_what_is_wrong(change, says):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"windows": "middle"}, r"windows must be a list, got 'middle'; write \['middle'\] for one"),
+        ({"windows": "middle"}, r"windows must be a list, got 'middle'; pass \['middle'\] for a single one"),
         ({"methods": "lora"}, "methods must be a list, got 'lora'"),
         ({"comparisons": "same"}, "comparisons must be a list, got 'same'"),
         ({"lrs": 1e-3}, "lrs must be a list, got 0.001"),
@@ -121,5 +121,41 @@ def test_checkpoints_are_steps():
     assert steps_of((9, 3, 9)) == (3, 9)
     with pytest.raises(TypeError, match="checkpoints must be a list, got 5"):
         steps_of(5)
-    with pytest.raises(ValueError, match="counted from 1, got 0"):
+    with pytest.raises(ValueError, match="counted from 1; got 0"):
         steps_of((0, 3))
+
+
+TUNED = Grid.of((0.5,), (1e-3, 1e-2), 2, ("lora",), ("same",), "0.5")
+
+
+def search(target, rounds=8):
+    def run(trials):
+        return [
+            {"method": t.method, "lr": t.lr, "seed": t.seed, "step": None, "target": target(t.method, t.lr)}
+            for t in trials
+        ]
+
+    return tuned_trials(TUNED, rounds, run)
+
+
+def test_a_rate_that_failed_is_not_the_best_where_targets_are_negative():
+    trials = search(lambda method, lr: None if lr > 4e-3 else -3.0 + lr)
+    assert {trial.method for trial in trials} == {"0.5", "lora"}
+    assert all(trial.lr <= 4e-3 for trial in trials)
+
+
+def test_a_method_that_failed_at_every_rate_has_no_trials():
+    trials = search(lambda method, lr: None if method == "lora" else -lr, rounds=3)
+    assert [(trial.method, trial.seed) for trial in trials] == [("0.5", 0), ("0.5", 1)]
+
+
+def test_the_rates_are_chosen_on_other_seeds():
+    seen = set()
+
+    def run(trials):
+        seen.update(trial.seed for trial in trials)
+        return [{"method": t.method, "lr": t.lr, "seed": t.seed, "step": None, "target": t.lr} for t in trials]
+
+    trials = tuned_trials(TUNED, 2, run)
+    assert seen == set(TUNING_SEEDS)
+    assert not seen & {trial.seed for trial in trials}

@@ -31,7 +31,7 @@ def test_a_folder_without_a_trial_takes_what_was_mended(tmp_path):
     assert json.loads((tmp_path / SETTINGS).read_text())["fixed"] == {"early": 2}
     assert not (tmp_path / AUTO).exists()
     store.put("a", [], 1.0)
-    with pytest.raises(ValueError, match=r"holds another sweep: early differ \(early was 2, is now 3\)"):
+    with pytest.raises(ValueError, match=r"contains another sweep: early differ \(early was 2, is now 3\)"):
         Store(tmp_path, {"early": 3})
     assert opened(tmp_path, early=2).get("a") == []
 
@@ -47,25 +47,25 @@ def test_settings_of_something_else_are_refused(text, tmp_path):
 @pytest.mark.parametrize("name", ["rows.csv", "seconds.csv", "report.html"])
 def test_files_of_somebody_else_are_not_overwritten(name, tmp_path):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(ValueError, match=f"holds a {name} but no settings.json of a sweep; use a new folder"):
+    with pytest.raises(ValueError, match=f"contains a {name} but no settings.json of a sweep; use a new folder"):
         sweep.run(sweep_task.task(), tmp_path, **GRID, **QUIET)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("precious")
-    with pytest.raises(NotADirectoryError, match="out is a file; a sweep writes into a folder"):
+    with pytest.raises(NotADirectoryError, match="out is a file; a sweep needs a folder"):
         sweep.run(sweep_task.task(), tmp_path / "out", **GRID, **QUIET)
 
 
 def test_of_another_config_the_field_is_named(tmp_path):
-    opened(tmp_path, config={"rank": 2, "alpha": None}).put("a", [], 1.0)
-    with pytest.raises(ValueError, match=r"config.rank differ \(config.rank was 2, is now 4\)"):
-        Store(tmp_path, {"config": {"rank": 4, "alpha": None}})
+    opened(tmp_path, settings={"rank": 2, "alpha": None}).put("a", [], 1.0)
+    with pytest.raises(ValueError, match=r"settings.rank differ \(settings.rank was 2, is now 4\)"):
+        Store(tmp_path, {"settings": {"rank": 4, "alpha": None}})
 
 
 def test_a_layer_that_is_not_there_leaves_no_folder(tmp_path):
-    task = replace(sweep_task.task(), config=AdapterSettings(rank=2, targets=("nope",)))
+    task = replace(sweep_task.task(), settings=AdapterSettings(rank=2, targets=("nope",)))
     with pytest.raises(ValueError, match="no module matches the target 'nope'"):
         sweep.run(task, tmp_path / "out", **GRID, **QUIET)
     assert not (tmp_path / "out").exists()

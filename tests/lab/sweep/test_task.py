@@ -12,7 +12,7 @@ from tests.helpers import sweep_task
 def test_a_task_file_is_loaded(tmp_path):
     (tmp_path / "other.py").write_text("NAME = 'middle'\n")
     path = tmp_path / "mine.py"
-    path.write_text("import sweep_task\nimport other\ndef task():\n    return sweep_task.task()\n")
+    path.write_text("from tests.helpers import sweep_task\nimport other\ndef task():\n    return sweep_task.task()\n")
     assert load_task(path) == sweep_task.task()
 
 
@@ -45,8 +45,8 @@ def test_a_missing_file_says_so(tmp_path):
     [
         ({"train": 3}, TypeError, "train must be a function, got 3"),
         ({"labels": "accuracy"}, TypeError, "labels must be a mapping, .*; got 'accuracy'"),
-        ({"config": {"rank": 2}}, TypeError, "config must be an ipca.PCConfig"),
-        ({"config": AdapterSettings(window_pattern={"a": "minor"})}, ValueError, "leave window_pattern out"),
+        ({"settings": {"rank": 2}}, TypeError, "settings must be an ipca.model.AdapterSettings"),
+        ({"settings": AdapterSettings(window_pattern={"a": "minor"})}, ValueError, "leave window_pattern out"),
     ],
 )
 def test_wrong_fields_say_so(change, error, says):

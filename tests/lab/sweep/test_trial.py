@@ -1,4 +1,4 @@
-"""A trial judges what was trained, alike for every method."""
+"""A trial evaluates what was trained, alike for every method, and follows the optimizer from outside."""
 
 import copy
 from dataclasses import replace
@@ -9,7 +9,7 @@ from torch import nn
 
 from ipca.lab import baselines, sweep
 from ipca.lab.sweep import Task
-from ipca.lab.sweep.trial import Trial, base_row, build_base, judge, rate_groups, run_trial
+from ipca.lab.sweep.trial import Trial, base_row, build_base, evaluate_task, rate_groups, run_trial, watch_optimizer
 from ipca.svd import SpectralCache
 from tests.helpers import sweep_task
 
@@ -22,7 +22,7 @@ def row_of(task, tmp_path, trial=TRIAL, base=None):
 
 
 def judged_by(evaluate, model=None):
-    return judge(replace(sweep_task.task(), evaluate=evaluate), model or nn.Linear(2, 2), "this trial")
+    return evaluate_task(replace(sweep_task.task(), evaluate=evaluate), model or nn.Linear(2, 2), "this trial")
 
 
 def refuse_to_judge(model):
@@ -37,7 +37,7 @@ def test_a_model_that_diverged_is_not_judged(lost, tmp_path):
             model.get_parameter(lost).fill_(float("inf"))
 
     row = row_of(replace(sweep_task.task(), train=train, evaluate=refuse_to_judge), tmp_path)
-    assert row["status"].endswith("target, retained is no finite number")
+    assert row["status"].endswith("target, retained is not finite")
     assert row["target"] is row["retained"] is row["update"] is None
     assert row["early_update"] > 0
 
@@ -45,11 +45,11 @@ def test_a_model_that_diverged_is_not_judged(lost, tmp_path):
 @pytest.mark.parametrize(
     ("found", "says"),
     [
-        ({"target": 1.0}, "this trial: evaluate\\(\\) must give 'target' and 'retained'"),
-        ({"target": 1.0, "retained": 1.0, "lr": 3.0}, "this trial: evaluate\\(\\) gave 'lr', which is another column"),
-        ({"target": "high", "retained": 1.0}, "this trial: evaluate\\(\\) must give numbers, target is 'high'"),
-        ({"target": 1.0, "retained": 1.0, "drift": None}, "must give numbers, drift is None"),
-        ({"target": 1.0, "retained": 1.0, 3: 1.0}, "must name each metric by a string, it gave 3"),
+        ({"target": 1.0}, "this trial: evaluate\\(\\) must return 'target' and 'retained'"),
+        ({"target": 1.0, "retained": 1.0, "lr": 3.0}, "this trial: evaluate\\(\\) returned 'lr', a column"),
+        ({"target": "high", "retained": 1.0}, "this trial: evaluate\\(\\) must return numbers, target is 'high'"),
+        ({"target": 1.0, "retained": 1.0, "drift": None}, "must return numbers, drift is None"),
+        ({"target": 1.0, "retained": 1.0, 3: 1.0}, "must name each metric by a string, got 3"),
     ],
 )
 def test_wrong_metrics_are_refused_by_name(found, says):
@@ -92,7 +92,7 @@ def test_a_head_that_build_draws_is_the_same_every_time():
 
 @pytest.mark.parametrize("comparison", ["same", "sqrt-sigma", "update"])
 def test_the_head_has_the_rate_of_the_grid_in_every_comparison(comparison):
-    model = baselines.apply(sweep_task.build(), "1.0", sweep_task.CONFIG)
+    model = baselines.apply(sweep_task.build(), "1.0", sweep_task.SETTINGS)
     trial = Trial("1.0", comparison, 1e-3, 5e-3 if comparison == "update" else 1e-3, 0)
     rates = {group["name"]: group["lr"] for group in rate_groups(model, trial)}
     assert rates.pop("modules_to_save") == 1e-3
@@ -130,7 +130,7 @@ def test_a_model_with_counters_and_other_state_is_swept(tmp_path):
         return {"target": model(torch.randn(4, 6)).sum().item(), "retained": 0.0}
 
     task = Task(Normed, train_normed, evaluate, AdapterSettings(rank=2, targets=("body",)))
-    options = {"windows": (0,), "lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same",), "early": 1}
+    options = {"windows": (0.0,), "lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same",), "early": 1}
     rows = sweep.run(task, tmp_path, **options, progress=False, report=False)
     assert [row["status"] for row in rows] == ["ok", "ok"]
 
@@ -144,7 +144,78 @@ def test_a_window_in_a_null_space_has_no_matched_rate_and_says_so(tmp_path):
 
     options = {"lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same", "sqrt-sigma"), "early": 2}
     task = replace(sweep_task.task(), build=build)
-    rows = sweep.run(task, tmp_path, windows=(0, 1), progress=False, report=False, **options)
+    rows = sweep.run(task, tmp_path, windows=(0.0, 1.0), progress=False, report=False, **options)
     statuses = {(row["method"], row["comparison"]): row["status"] for row in rows[1:]}
     assert statuses.pop(("1.0", "sqrt-sigma")).startswith("failed: out: the singular values it starts from are ")
     assert set(statuses.values()) == {"ok"}
+
+
+def steps(optimizer, model, count):
+    for _ in range(count):
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.step()
+
+
+def groups_of(model, lr=0.1):
+    return [{"params": list(model.parameters()), "lr": lr}]
+
+
+def test_calls_come_after_the_steps_that_were_asked_for():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    with watch_optimizer(groups_of(model), {2, 4}, lambda step: seen.append((step, model.weight.clone()))) as watch:
+        steps(optimizer, model, 5)
+    assert [step for step, _ in seen] == [2, 4]
+    assert not torch.equal(seen[0][1], seen[1][1])
+    assert watch.steps == 5
+
+
+def test_other_optimizers_are_not_counted_and_the_hook_goes_away():
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    mine, second = (torch.optim.SGD([p], lr=0.1) for p in model.parameters())
+    foreign = torch.optim.SGD(other.parameters(), lr=0.1)
+    with watch_optimizer(groups_of(model), {1}, lambda step: None) as watch:
+        steps(foreign, other, 3)
+        steps(mine, model, 2)
+        steps(second, model, 2)
+    assert watch.steps == 2
+    steps(mine, model, 2)
+    assert watch.steps == 2
+
+
+def by_hand(optimizer, step):
+    optimizer.param_groups[0]["lr"] = 0.1 * min(1.0, (step + 1) / 4)
+
+
+@pytest.mark.parametrize(
+    ("own", "schedule", "at_rate", "first"),
+    [
+        (None, None, True, [0.1]),
+        (0.3, None, False, [0.3]),
+        (None, lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: (step + 1) / 100), True, [0.1]),
+        (None, by_hand, True, [0.025]),  # a warm-up that nobody noted reaches the rate at its end
+    ],
+)
+def test_whether_the_rate_was_ever_that_of_the_groups(own, schedule, at_rate, first):
+    model = nn.Linear(3, 2)
+    groups = groups_of(model)
+    optimizer = torch.optim.SGD(groups if own is None else groups_of(model, own))
+    scheduler = schedule(optimizer) if schedule not in (None, by_hand) else None
+    with watch_optimizer(groups_of(model), (), print) as watch:
+        for step in range(6):
+            if schedule is by_hand:
+                by_hand(optimizer, step)
+            steps(optimizer, model, 1)
+            if scheduler is not None:
+                scheduler.step()
+    assert (watch.at_rate, watch.rates) == (at_rate, first)
+
+
+def test_one_group_at_its_rate_is_enough():
+    model = nn.Linear(3, 2)
+    own = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.7}]
+    with watch_optimizer(groups_of(model), (), print) as watch:
+        steps(torch.optim.SGD(own), model, 1)
+    assert watch.at_rate
+    assert watch.rates == [0.1, 0.7]

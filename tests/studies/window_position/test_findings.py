@@ -34,7 +34,7 @@ def test_the_names_of_the_sweeps_are_those_of_the_runs():
 
 def test_what_a_sweep_writes_is_read(tmp_path):
     grid = {
-        "windows": (0, 0.5),
+        "windows": (0.0, 0.5),
         "methods": ("lora",),
         "lrs": (1e-3,),
         "seeds": 2,
@@ -48,12 +48,12 @@ def test_what_a_sweep_writes_is_read(tmp_path):
     expected = {
         row["seed"]: row["target"] for row in found if (row["method"], row["comparison"]) == ("0.0", "sqrt-sigma")
     }
-    assert read.values("0.0", "target", 1e-3, "sqrt-sigma") == expected
-    assert (read.rates, read.methods, len(read.runs)) == ([1e-3], ["0.0", "0.5", "lora"], 10)
+    assert read.values("0.0", "target", "sqrt-sigma", 1e-3) == expected
+    assert (read.lrs, read.methods, len(read.runs)) == ((1e-3,), ("0.0", "0.5", "lora"), 10)
     findings.write(Study(tmp_path))
     assert (
         "M5: MiniLM, feed-forward input layers, sentiment of tweets | 10 | none |"
-        in (study_tables.sections(tmp_path)["study_runs"])
+        in (study_tables.sections(tmp_path)["runs"])
     )
 
 
@@ -157,8 +157,8 @@ def test_a_diverged_run_is_left_out_with_its_partner_and_counted(tmp_path):
     found = confirmed(folder)["C7"]
     assert (found["n"], found["left_out"]) == (9, 1)
     sections = study_tables.sections(folder)
-    assert "auto (same, 0.002): 1 |" in sections["study_runs"]
-    assert "Pairs left out, as a run diverged: C7 1." in sections["study_tests"]
+    assert "auto (same, 0.002): 1 |" in sections["runs"]
+    assert "Pairs left out, as a run diverged: C7 1." in sections["tests"]
     study_made.change(folder, "M5", lambda row: row["seed"] != "3")
     auto, middle = (study_made.by_seed(folder, "M5", method, "drift", 2e-3) for method in ("auto", "0.5"))
     assert found["mean"] == pytest.approx(mean(auto[seed] - middle[seed] for seed in auto))
@@ -172,7 +172,7 @@ def test_an_arm_that_always_diverged_has_no_test(tmp_path):
     assert found["C1"]["p"] == ""
     said = rules.shape(rules.read_tables(Study(folder)))
     assert said == "**The U.** Not tested: C1 (all diverged) and C2 (all diverged)."
-    assert "principal, f = 0 (same, 0.002): 10" in study_tables.sections(folder)["study_runs"]
+    assert "principal, f = 0 (same, 0.002): 10" in study_tables.sections(folder)["runs"]
 
 
 def test_streams_without_a_method_are_an_error(tmp_path):

@@ -1,6 +1,8 @@
+import sys
+
 import pytest
 
-from studies.window_position import figures, findings, rules
+from studies.window_position import figures, findings, page, rules
 from studies.window_position import tables as study_tables
 from studies.window_position.rows import Study, read_table, write_table
 from tests.helpers import made_up_study as study_made
@@ -54,25 +56,25 @@ def test_no_two_labels_of_a_picture_overlap(pictures):
 
 def test_the_page_has_a_row_for_each_test_and_names_what_is_missing(whole, tmp_path):
     sections = study_tables.sections(whole)
-    assert sections["study_tests"].count("| **") == 14 + 2
-    assert "| C10 | V1, 2e-3 | retained: minor against middle | 10 |" in sections["study_tests"]
-    assert "**minor below middle** |" in sections["study_tests"]
-    assert "Holm's correction is over those tested, 14 of 14." in sections["study_tests"]
+    assert sections["tests"].count("| **") == 14 + 2
+    assert "| C10 | V1, 2e-3 | retained: minor against middle | 10 |" in sections["tests"]
+    assert "**minor below middle** |" in sections["tests"]
+    assert "Holm's correction is over those tested, 14 of 14." in sections["tests"]
     assert (
         "Everything in the protocol's grid was run. Not run either, as they need a GPU and no test uses them: G1 and "
-        "G2. Measured on cpu x86_64; python 3.11.7, torch" in (sections["study_runs"])
+        "G2. Measured on cpu x86_64; python 3.11.7, torch" in (sections["runs"])
     )
-    assert "full fine-tuning (same, 0.004): 10 |" in sections["study_runs"]
-    assert sections["study_all"].count("<details>") == 7
+    assert "full fine-tuning (same, 0.004): 10 |" in sections["runs"]
+    assert sections["all"].count("<details>") == 7
     assert not any("png" in text for text in sections.values())
     (whole / "rates.png").touch()
     pictured = study_tables.sections(whole)
     (whole / "rates.png").unlink()
-    assert pictured["study_rates"].endswith("![rates](../studies/window_position/results/rates.png)")
-    assert pictured | {"study_rates": sections["study_rates"]} == sections
+    assert pictured["rates"].endswith("![rates](../../studies/window_position/results/rates.png)")
+    assert pictured | {"rates": sections["rates"]} == sections
     empty = study_tables.sections(tmp_path)
     assert set(empty) == set(sections)
-    assert empty["study_tests"] == empty["study_all"] == empty["study_frontier"] == "Not run."
+    assert empty["tests"] == empty["all"] == empty["frontier"] == "Not run."
 
 
 def test_a_sweep_for_a_gpu_that_was_cut_short_is_described_as_far_as_it_is(tmp_path):
@@ -85,11 +87,10 @@ def test_a_sweep_for_a_gpu_that_was_cut_short_is_described_as_far_as_it_is(tmp_p
     findings.write(Study(tmp_path))
     sections = study_tables.sections(tmp_path)
     assert (
-        "| G2: language model of 26 M parameters, all linear layers, exploratory | 179 | none |"
-        in (sections["study_runs"])
+        "| G2: language model of 26 M parameters, all linear layers, exploratory | 179 | none |" in (sections["runs"])
     )
-    assert "Not run either, as they need a GPU and no test uses them: G1." in sections["study_runs"]
-    assert [line.split(" | ")[1] for line in sections["study_positions"].splitlines()[2:]] == [
+    assert "Not run either, as they need a GPU and no test uses them: G1." in sections["runs"]
+    assert [line.split(" | ")[1] for line in sections["positions"].splitlines()[2:]] == [
         "kl",
         "retained",
         "target",
@@ -103,7 +104,7 @@ def test_shares_of_a_difference_are_those_of_the_same_rate(whole):
     whole_one, left = (float(rows["M3", "0.0", c, "0.002", "drift"]["difference"]) for c in ("same", "update"))
     line = next(
         line
-        for line in study_tables.sections(whole)["study_comparisons"].splitlines()
+        for line in study_tables.sections(whole)["comparisons"].splitlines()
         if line.startswith("| M3 | 0.002 | drift | principal − middle | 5 |")
     )
     assert line.endswith(f", {round(100 * left / whole_one)} % |")
@@ -123,3 +124,33 @@ def test_where_the_minor_end_lies_is_read_off_the_interval(whole, low, high, wor
     *_, ours = last.split(" and ")
     assert ours.startswith(words)
     assert ours.endswith("the middle at equal early updates.")
+
+
+def test_a_page_is_made_anew_between_its_markers_and_nowhere_else():
+    text = "before\n<!-- study:demo -->\nold\n<!-- /study:demo -->\nafter\n"
+    made = page.render(text, {"demo": r"new \1"})
+    assert made == "before\n<!-- study:demo -->\nnew \\1\n<!-- /study:demo -->\nafter\n"
+    assert page.render(made, {"demo": r"new \1"}) == made
+    with pytest.raises(ValueError, match="study:other must appear once, found 0"):
+        page.render(text, {"other": ""})
+    with pytest.raises(ValueError, match="found 2"):
+        page.render(text * 2, {"demo": ""})
+
+
+def test_the_command_writes_the_page_and_checks_it(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "window-position.md"
+    names = study_tables.sections(tmp_path)
+    path.write_text("".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in names))
+    monkeypatch.setattr(page, "PAGE", path)
+
+    def command(*options):
+        monkeypatch.setattr(sys, "argv", ["page.py", *options])
+        return page.main()
+
+    before = path.read_text()
+    assert command("--check") == 1
+    assert "window-position.md is out of date; run: make study-page" in capsys.readouterr().err
+    assert path.read_text() == before
+    assert command() == 0
+    assert command("--check") == 0
+    assert "**The U.** It stands on M" in path.read_text()

@@ -21,11 +21,11 @@ def tables(tests=None, summary=None, ranks=None, curve=None):
     ("verdicts", "said"),
     [
         (("holds",) * 4, "It stands on M: C1 to C4 hold"),
-        (("holds", "holds", "not shown", "not shown"), "A left arm alone"),
+        (("holds", "holds", "not shown", "not shown"), "A left arm only"),
         (("not shown",) * 4, "the position of the window does not matter here"),
         (("holds", "holds", "holds", "not shown"), "It does not stand: C1, C2 and C3 hold, C4 not shown."),
         (("holds", "not shown", "not shown", "not shown"), "It does not stand: C1 holds, C2, C3 and C4 not shown."),
-        (("holds", "holds", "the opposite holds", "not shown"), "A left arm alone"),
+        (("holds", "holds", "the opposite holds", "not shown"), "A left arm only"),
         (("holds", "holds", "holds", "not run"), "Not tested: C4 (not run)."),
     ],
 )
@@ -50,7 +50,7 @@ def test_the_rule_of_the_u(verdicts, said):
 )
 def test_the_rule_of_lora(c5, c6, c11, said):
     made = tables({"C5": c5, "C6": c6, "C11": c11, "S6": c6, "S11": c11})
-    text = rules.against_lora(made)
+    text = rules.better_than_lora(made)
     assert said.casefold() in text.casefold()
     assert text.startswith("**Better than LoRA?**")
     assert rules.sentences(made)[0].startswith("**The U.**")
@@ -79,7 +79,7 @@ def test_where_lora_is_better_that_is_the_headline(claim, said):
 def test_best_rates_alone_make_no_claim(verdict, same):
     other = {"above": "below", "below": "above"}[verdict] if same == "the other" else same
     made = tables({"C5": "not shown", "C6": verdict, "C11": "not shown", "S6": other})
-    assert "not alike at the same rate: no claim" in rules.against_lora(made)
+    assert "not alike at the same rate: no claim" in rules.better_than_lora(made)
     assert rules.where_lora_is_better(made) == []
 
 
@@ -98,7 +98,7 @@ def effects(same, update):
     [
         ((0.4, 0.3, 0.5), (0.02, -0.1, 0.1), "Yes: the place of the window acts through the size of the steps"),
         ((-0.4, -0.5, -0.3), (0.05, 0.0, 0.099), "it vanishes"),
-        ((0.4, 0.3, 0.5), (0.2, 0.15, 0.25), "No, not magnitude alone"),
+        ((0.4, 0.3, 0.5), (0.2, 0.15, 0.25), "No, not only magnitude"),
         ((0.4, 0.3, 0.5), (0.05, -0.01, 0.101), "Undecided, the intervals are too wide"),
         ((0.4, -0.1, 0.5), (0.0, -0.01, 0.01), "Nothing to explain, no difference is seen"),
     ],
@@ -128,7 +128,7 @@ PREDICTED = {"M1": (9, 2), "M2-query-value": (9, 0.5)}
         (PREDICTED, rho(0.1, -0.2, 0.4), "Not shown, as the interval of ρ holds 0."),
         (PREDICTED, rho(-0.1, -0.2, 0.4), "It fails."),
         (PREDICTED | {"M1": (9, 0.9)}, rho(0.8, 0.6, 0.9), "It fails."),
-        (PREDICTED | {"M2-query-value": (0.5, 0.5)}, rho(0.8, 0.6, 0.9), "there is no arm (predicted: principal alone"),
+        (PREDICTED | {"M2-query-value": (0.5, 0.5)}, rho(0.8, 0.6, 0.9), "there is no arm (predicted: principal only"),
         (PREDICTED | {"M2-query-value": (9, 2)}, rho(0.8, 0.6, 0.9), "one arm too many"),
         (PREDICTED, {}, "Not decided, as M1 was not run."),
         ({}, rho(0.8, 0.6, 0.9), "Not run."),

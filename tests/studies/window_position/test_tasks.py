@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-import ipca
 from ipca._hashing import tensor_sha256
 from ipca.lab import baselines
+from ipca.model.apply import adapted_layers
 from ipca.model.targets import find_targets
-from studies.window_position import cached_tensors as kept
 from studies.window_position import digits, minilm, vit
 from studies.window_position import train_loop as loop
+from studies.window_position.cached_tensors import cached
 from studies.window_position.vit import ViT
 
 QUICK = digits.Pretraining(steps=150, batch=32, rate=3e-3, warm_up=10)
@@ -42,11 +42,11 @@ def base(folder):
 
 @pytest.fixture
 def adapted(base):
-    return baselines.apply(copy.deepcopy(base), "middle", digits.task().config)
+    return baselines.apply(copy.deepcopy(base), "middle", digits.task().settings)
 
 
 def trained(task, model, seed, lr=2e-3):
-    factors = [layer.get_parameter(name) for layer in ipca.model.adapted_layers(model).values() for name in FACTORS]
+    factors = [layer.get_parameter(name) for layer in adapted_layers(model).values() for name in FACTORS]
     task.train(model, [{"params": [*factors, *model.head.parameters()], "lr": lr, "name": "all"}], seed)
     return {name: tensor_sha256(p) for name, p in model.named_parameters()}
 
@@ -113,7 +113,7 @@ def test_varied_digits_stay_digits():
 def test_every_linear_layer_of_the_blocks_is_adapted_and_no_other(monkeypatch):
     monkeypatch.setitem(vit.SHAPES, "small", replace(vit.SHAPES["small"], layers=4))
     model = ViT()
-    names = [target.name for target in find_targets(model, digits.task().config)]
+    names = [target.name for target in find_targets(model, digits.task().settings)]
     layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     assert names == [name for name in layers if name.startswith("layer.")]
     assert len(names) == 24
@@ -152,7 +152,7 @@ def test_a_model_that_diverged_is_judged_and_not_refused(base):
 def test_a_task_travels_to_another_process(make):
     task = make()
     again = pickle.loads(pickle.dumps(task))
-    assert again.config == task.config
+    assert again.settings == task.settings
     assert set(task.labels) >= {"target", "retained", "drift"}
 
 
@@ -195,27 +195,27 @@ def test_batches_are_shuffled_passes_over_all_items():
 
 def test_other_settings_have_another_file(tmp_path, monkeypatch):
     monkeypatch.setenv("IPCA_STUDY_CACHE", str(tmp_path / "new"))
-    one = kept.kept("thing", {"steps": 1}, lambda: {"x": torch.ones(3)})
-    two = kept.kept("thing", {"steps": 2}, lambda: {"x": torch.zeros(3)})
-    assert torch.equal(kept.kept("thing", {"steps": 1}, dict)["x"], one["x"])
-    assert torch.equal(kept.kept("thing", {"steps": 2}, dict)["x"], two["x"])
+    one = cached("thing", {"steps": 1}, lambda: {"x": torch.ones(3)})
+    two = cached("thing", {"steps": 2}, lambda: {"x": torch.zeros(3)})
+    assert torch.equal(cached("thing", {"steps": 1}, dict)["x"], one["x"])
+    assert torch.equal(cached("thing", {"steps": 2}, dict)["x"], two["x"])
     assert not torch.equal(one["x"], two["x"])
 
 
 def test_nothing_is_kept_of_what_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("IPCA_STUDY_CACHE", str(tmp_path))
     with pytest.raises(ZeroDivisionError):
-        kept.kept("thing", {}, lambda: {"x": torch.ones(1 // 0)})
+        cached("thing", {}, lambda: {"x": torch.ones(1 // 0)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("IPCA_STUDY_CACHE", str(tmp_path))
-    kept.kept("thing", {}, lambda: {"x": torch.ones(3)})
+    cached("thing", {}, lambda: {"x": torch.ones(3)})
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=rf"{path.name} is damaged.*delete the file and it is made again"):
-        kept.kept("thing", {}, dict)
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged.*delete the file to compute it again"):
+        cached("thing", {}, dict)
 
 
 def test_unknown_layers_and_sources_are_refused():
@@ -234,24 +234,25 @@ def test_sentences_are_padded_to_the_longest():
 @pytest.fixture
 def small(monkeypatch):
     """The text task with a few dozen sentences of each kind."""
-    cached = (minilm.sentences, minilm.probe)
+    memoized = (minilm.sentences, minilm.probe)
     monkeypatch.setattr(minilm, "HELD_OUT", 40)
     monkeypatch.setattr(minilm, "TRAIN", {"movie": 64, "tweet": 64})
-    for function in cached:
+    for function in memoized:
         function.cache_clear()
     yield
-    for function in cached:
+    for function in memoized:
         function.cache_clear()
 
 
 @needs_minilm
 @pytest.mark.parametrize(("layers", "count"), [("intermediate", 6), ("query-value", 12), ("all", 36)])
 def test_the_layers_that_a_text_task_adapts(layers, count):
-    targets = find_targets(minilm.build(), minilm.task(layers).config)
+    targets = find_targets(minilm.build(), minilm.task(layers).settings)
     assert len(targets) == count
     assert all(".layer." in target.name for target in targets)
 
 
+@pytest.mark.slow
 @needs_minilm
 @pytest.mark.usefixtures("small")
 def test_the_original_encoder_has_no_drift_and_the_probe_is_kept(folder):
@@ -274,11 +275,12 @@ def test_embeddings_keep_the_order_of_the_sentences():
             assert torch.nn.functional.cosine_similarity(together[row], alone, dim=0) > 1 - 1e-5
 
 
+@pytest.mark.slow
 @needs_minilm
 @pytest.mark.usefixtures("small")
 def test_a_text_run_is_decided_by_its_seed_and_drifts():
     task = minilm.task(steps=2)
-    base = baselines.apply(task.build(), "lora", task.config)
+    base = baselines.apply(task.build(), "lora", task.settings)
     runs = []
     for seed in (3, 3, 4):
         model = copy.deepcopy(base)

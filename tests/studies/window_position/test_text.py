@@ -37,7 +37,7 @@ def base(folder):
 
 @pytest.fixture
 def adapted(base):
-    return baselines.apply(copy.deepcopy(base), "middle", text.task().config)
+    return baselines.apply(copy.deepcopy(base), "middle", text.task().settings)
 
 
 def trained(task, model, seed, lr=5e-3):
@@ -82,7 +82,7 @@ def test_a_seed_decides_every_bit_of_a_run(adapted):
 
 
 def test_every_linear_layer_of_the_blocks_is_adapted_and_no_other(base):
-    names = [target.name for target in find_targets(base, text.task().config)]
+    names = [target.name for target in find_targets(base, text.task().settings)]
     assert len(names) == 7
     assert all(".layers.0." in name for name in names)
 
@@ -134,7 +134,7 @@ def test_a_larger_vit_cuts_enlarged_images_into_squares(monkeypatch):
 def test_the_larger_vit_trains_and_is_judged(monkeypatch):
     monkeypatch.setitem(vit.SHAPES, "base", vit.Shape(24, 40, 1, 2, side=64, patch=16))
     task = digits.task("base", steps=2, pretraining=pretraining.Pretraining(steps=2, batch=8))
-    model = baselines.apply(task.build(), "1.0", task.config)
+    model = baselines.apply(task.build(), "1.0", task.settings)
     trained(task, model, 0)
     assert set(task.evaluate(model)) == set(task.labels)
 
@@ -189,7 +189,7 @@ def test_strings_of_a_file_for_another_python_are_left_out():
 
 def gpu_experiments(devices, seeds):
     """What would take hours, small."""
-    grid = {"windows": (0, 0.5), "methods": ("lora", "auto"), "lrs": (5e-3,), "seeds": seeds, "devices": devices}
+    grid = {"windows": (0.0, 0.5), "methods": ("lora", "auto"), "lrs": (5e-3,), "seeds": seeds, "devices": devices}
     task = partial(text.task, "tiny", devices[0], 12)
     return (run.Experiment("G2", "text-base", task, grid | {"comparisons": run._EVERY}),)
 
@@ -198,12 +198,12 @@ def test_runs_on_a_device_go_where_they_are_told_and_say_how_far_they_are(tmp_pa
     monkeypatch.setattr(run, "gpu_experiments", gpu_experiments)
     where = ["--gpu", "--devices", "cpu", "--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out")]
     where += ["--results", str(tmp_path / "results")]
-    run.main([*where, "--how-far"])
+    run.main([*where, "--status"])
     assert capsys.readouterr().out.startswith("G2: 0 of at most 10 runs; stopped: call again with the same folder")
     assert list((tmp_path / "results").iterdir()) == []
     run.main(where)
     assert capsys.readouterr().out.endswith("complete: G2\n")
-    run.main([*where, "--how-far"])
+    run.main([*where, "--status"])
     assert capsys.readouterr().out.startswith("G2: 10 of at most 10 runs")
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"G2.csv", "G2.json"}
     assert len((tmp_path / "results" / "G2.csv").read_text().splitlines()) == 1 + 1 + 10
@@ -212,7 +212,7 @@ def test_runs_on_a_device_go_where_they_are_told_and_say_how_far_they_are(tmp_pa
 def test_runs_on_a_gpu_are_large_and_not_among_the_others(capsys):
     first, second = run.gpu_experiments(("cuda:0", "cuda:1"))
     assert [first.name, second.name] == ["G1", "G2"]
-    assert run.how_far([first], run.Path("nowhere")) == "G1: 0 of at most 1,900 runs"
+    assert run.progress([first], run.Path("nowhere")) == "G1: 0 of at most 1,900 runs"
     assert not {"G1", "G2"} & {experiment.name for experiment in run.EXPERIMENTS}
     assert first.grid["devices"] == ("cuda:0", "cuda:1")
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The ways in which a report compares methods: at which comparison, and at which rate of each method."""
+"""Views of a sweep: the comparison and the rate at which the report compares methods."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ TITLES = {
 }
 _NOTES = {
     "same": "every method at {lr:g}",
-    "sqrt-sigma": "in every layer {lr:g} divided by √σ of its window; methods without a σ at {lr:g}",
-    "update": "rates at which the first steps move the weights as far as the reference window does at {lr:g}; "
+    "sqrt-sigma": "{lr:g} divided by √σ of the window in every layer; methods without a σ at {lr:g}",
+    "update": "rates at which the first steps change the weights as much as the reference window does at {lr:g}; "
     "methods that were not matched at {lr:g}",
-    "tuned": "found by a search on seeds of its own",
+    "tuned": "found by a search on separate seeds",
     "best": "for each seed the rate of the grid with the best mean target over the other seeds",
 }
 
 
 @dataclass(frozen=True)
 class View:
-    """One number for each method, metric and seed.
+    """A selection of one run per method and seed.
 
     Attributes:
         key: of :data:`TITLES`.
-        lr: the nominal rate; None where each method has its own.
+        lr: the nominal rate; None if each method has its own.
     """
 
     sweep: Sweep
@@ -51,7 +51,7 @@ class View:
         return _NOTES[self.key].format(lr=self.lr)
 
     def values(self, method: str, metric: str) -> dict[int, float]:
-        """``{seed: metric}``, without failed runs."""
+        """``{seed: metric}`` of the successful runs."""
         if self.key != "best":
             return self.sweep.values(method, metric, self.comparison(method), self.lr)
         rates = self.rates.get(method, {})
@@ -63,9 +63,9 @@ class View:
         }
 
     def comparison(self, method: str) -> str:
-        """Where the rows of ``method`` are: what has nothing to match stands at its plain rate.
+        """The comparison that holds the rows of ``method``: ``"same"`` for methods that this view does not match.
 
-        What has, and was not run yet or could not be matched, has no rows.
+        Methods that it matches, but that have not been run or could not be matched, have no rows.
         """
         if self.key in ("best", "tuned"):
             return "same" if self.key == "best" else "tuned"
@@ -75,18 +75,17 @@ class View:
     @cached_property
     def rates(self) -> Mapping[str, dict[int, float]]:
         """``{method: {seed: rate}}`` of the view ``"best"``."""
-        return {method: _best_rates(self.sweep, method) for method in self.sweep.methods}
+        return {method: best_rates(self.sweep, method) for method in self.sweep.methods}
 
 
 def views(sweep: Sweep) -> list[View]:
-    """Every comparison of the table at :func:`middle_rate`, then the methods at their best rates, where there are any.
+    """Every comparison of the table at :func:`middle_rate`, then the methods at their best rates.
 
-    Best rates come from the search of ``tune`` where it was run, else from the grid, which takes two rates and two
-    seeds.
+    Best rates are those found by ``tune``, else those of the grid, if it has at least two rates and two seeds.
     """
-    found = {run.comparison for run in sweep.ends}
-    here = [View(sweep, key, middle_rate(sweep)) for key in ("same", "sqrt-sigma", "update") if key in found]
-    if "tuned" in found:
+    keys = [key for key in ("same", "sqrt-sigma", "update") if key in sweep.comparisons]
+    here = [View(sweep, key, middle_rate(sweep)) for key in keys]
+    if "tuned" in sweep.comparisons:
         here.append(View(sweep, "tuned", None))
     elif len(sweep.lrs) > 1 and len(sweep.seeds) > 1:
         here.append(View(sweep, "best", None))
@@ -94,19 +93,19 @@ def views(sweep: Sweep) -> list[View]:
 
 
 def middle_rate(sweep: Sweep) -> float | None:
-    """The rate at which methods are compared: the grid's middle one, of two middle ones the lower."""
+    """The rate at which methods are compared: the middle one of the grid (the lower of two)."""
     return sweep.lrs[(len(sweep.lrs) - 1) // 2] if sweep.lrs else None
 
 
-def _best_rates(sweep: Sweep, method: str) -> dict[int, float]:
-    """``{seed: rate}`` by :func:`ipca.analysis.best_rate`, among the rates that were run with every seed of the method.
+def best_rates(sweep: Sweep, method: str) -> dict[int, float]:
+    """``{seed: rate}`` by :func:`ipca.lab.compare.best_rate`, among the rates that were run with all of its seeds.
 
-    Empty for a single seed; a seed for which every rate failed with another one is left out.
+    Empty for a single seed; seeds for which every rate failed with another seed are left out.
     """
     runs = [run for run in sweep.ends if (run.method, run.comparison) == (method, "same") and run.seed is not None]
     seeds = {run.seed for run in runs}
-    whole = {lr for lr in sweep.lrs if {run.seed for run in runs if run.lr == lr} == seeds}
-    rows = [{"lr": r.lr, "seed": r.seed, "target": r.metrics.get("target")} for r in runs if r.lr in whole]
+    complete = {lr for lr in sweep.lrs if {run.seed for run in runs if run.lr == lr} == seeds}
+    rows = [{"lr": r.lr, "seed": r.seed, "target": r.metrics.get("target")} for r in runs if r.lr in complete]
     if len(seeds) < 2 or not rows:
         return {}
     return {seed: lr for seed, lr in best_rate(rows).items() if not math.isnan(lr)}

@@ -1,4 +1,4 @@
-"""A metric over the window's position, a panel for each comparison; controls in a panel beside it."""
+"""Curves of a metric over the window's position, and over the learning rate."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import replace
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from ipca.lab.baselines import CONTROLS
+from ipca.lab.baselines import CONTROLS, kind_of
+from ipca.lab.statistics import Estimate, estimate
 from ipca.lab.sweep.report.comparisons import View
+from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.drawing import (
     HEIGHT,
     WIDTH,
@@ -22,7 +24,6 @@ from ipca.lab.sweep.report.drawing import (
     near,
     point,
 )
-from ipca.lab.sweep.report.statistics import estimate
 from ipca.lab.sweep.report.style import INK, SOFT, Style, canvas, inline
 from ipca.lab.sweep.report.words import name, seeds
 
@@ -31,25 +32,27 @@ if TYPE_CHECKING:
 
 _LEVELS = ("full", "lora", "auto")
 _ACROSS = (-0.04, 1.04)
-"""Of the positions; labels stand right of it."""
+"""Range of the positions; labels are to the right of it."""
+_DODGE = 0.06
+"""Horizontal offset of methods at one rate, as a share of the distance between rates."""
 
 
-def curves(views: Sequence[View], metric: str, styles: Mapping[str, Style]) -> list[Panel]:
-    """The panels of one metric, all with the same axis of values."""
+def position_panels(views: Sequence[View], metric: str, styles: Mapping[str, Style]) -> list[Panel]:
+    """A metric over the window's position, one panel per view, and the controls; all with the same value axis."""
     values = [v for view in views for method in view.sweep.methods for v in view.values(method, metric).values()]
     base = near(views[0].sweep.base.get(metric), values) if views else None
     span = limits(values if base is None else [*values, base])
     panels = []
     for view in views:
         if any(view.values(method, metric) for method in view.sweep.positions):
-            panels.append(_windows(view, metric, styles, span, base))
+            panels.append(_window_panel(view, metric, styles, span, base))
         controls = view.sweep.reference is not None and any(view.values(method, metric) for method in CONTROLS)
         if controls and view.key in ("same", "best", "tuned"):
-            panels.append(_controls(view, metric, styles, span, base))
+            panels.append(_control_panel(view, metric, styles, span, base))
     return panels
 
 
-def _windows(
+def _window_panel(
     view: View, metric: str, styles: Mapping[str, Style], span: tuple[float, float], base: float | None
 ) -> Panel:
     sweep = view.sweep
@@ -74,7 +77,7 @@ def _windows(
     return Panel(f"At {view.title}", f"{view.note[0].upper()}{view.note[1:]}; {_count(view, metric)}.", svg)
 
 
-def _controls(
+def _control_panel(
     view: View, metric: str, styles: Mapping[str, Style], span: tuple[float, float], base: float | None
 ) -> Panel:
     reference = view.sweep.reference
@@ -94,18 +97,18 @@ def _controls(
         axis.set_xticks(range(len(shown)), [name(m) for m in shown], rotation=35, ha="right", rotation_mode="anchor")
         axis.set_ylabel(axis_title(view.sweep.label(metric)))
         svg = inline(figure, f"controls-{metric}-{view.key}", f"{metric} of the controls: {_spoken(means)}")
-    return Panel("Controls", f"At {view.title}; each differs from the reference window in one thing.", svg)
+    return Panel("Controls", f"At {view.title}; each differs from the reference window in one respect.", svg)
 
 
 def _levels(axis: Axes, view: View, metric: str, styles: Mapping[str, Style], ends: tuple[float, float]) -> None:
-    """Across the panel: the methods without a position."""
+    """Draw the methods without a position across the panel."""
     for method in _LEVELS:
         if method in styles:
-            band(axis, view.values(method, metric), styles[method], ends)
+            band(axis, estimate(view.values(method, metric).values()), styles[method], ends)
 
 
 def _other_rates(view: View, metric: str) -> list[tuple[float, dict[float, float]]]:
-    """``(rate, {position: mean})`` at every rate of the grid; nothing where each method has its own rate."""
+    """``(rate, {position: mean})`` at every rate of the grid; empty if each method has its own rate."""
     found = []
     for lr in view.sweep.lrs if view.lr is not None else ():
         here = replace(view, lr=lr)
@@ -115,7 +118,7 @@ def _other_rates(view: View, metric: str) -> list[tuple[float, dict[float, float
 
 
 def _draw_other_rates(axis: Axes, view: View, metric: str, span: tuple[float, float]) -> None:
-    """The same curve at the grid's other rates, means alone, and every rate's label."""
+    """Draw the means at the grid's other rates, and a label for every rate."""
     found = _other_rates(view, metric)
     for lr, means in found:
         if lr != view.lr:
@@ -126,7 +129,7 @@ def _draw_other_rates(axis: Axes, view: View, metric: str, span: tuple[float, fl
 
 
 def _ticks(positions: Sequence[float]) -> tuple[list[float], list[str]]:
-    """Positions far enough apart for their numbers."""
+    """The positions that are far enough apart for their labels."""
     kept: list[float] = []
     for f in positions:
         if not kept or f - kept[-1] >= 0.1:
@@ -147,3 +150,76 @@ def _count(view: View, metric: str) -> str:
 
 def _spoken(means: Mapping[Any, float]) -> str:
     return ", ".join(f"{at}: {value:.3g}" for at, value in means.items())
+
+
+def rate_panels(sweep: Sweep, styles: Mapping[str, Style]) -> list[Panel]:
+    """Target and retained over the rate, for windows and for controls; empty for a single rate."""
+    if len(sweep.lrs) < 2:
+        return []
+    beside = [method for method in sweep.methods if kind_of(method) in ("lora", "full", "auto")]
+    windows = [method for method in sweep.methods if kind_of(method) == "window"]
+    controls = [method for method in sweep.methods if kind_of(method) == "control"]
+    groups = {"Windows": windows + beside}
+    if controls:
+        groups["Controls"] = [m for m in (sweep.reference, "lora", *controls) if m in sweep.methods]
+    metrics = [metric for metric in ("target", "retained") if metric in sweep.metrics]
+    return [_rate_panel(sweep, title, group, metric, styles) for title, group in groups.items() for metric in metrics]
+
+
+def _rate_panel(sweep: Sweep, title: str, methods: Sequence[str], metric: str, styles: Mapping[str, Style]) -> Panel:
+    values = [run.metrics[metric] for run in sweep.ends if run.comparison == "same" and metric in run.metrics]
+    base = near(sweep.base.get(metric), values)
+    span = limits(values if base is None else [*values, base])
+    step = min(b / a for a, b in zip(sweep.lrs, sweep.lrs[1:], strict=False)) ** _DODGE
+    labels: dict[float, list[tuple[float, str, str]]] = {}
+    spoken = []
+    with canvas(WIDTH, HEIGHT) as (figure, axis):
+        base_line(axis, base, (sweep.lrs[0] / step**2, sweep.lrs[-1] * step**2))
+        for k, method in enumerate(methods):
+            shift = step ** (2 * k / max(len(methods) - 1, 1) - 1)
+            found = _rate_line(axis, sweep, method, metric, styles[method], shift)
+            _draw_failures(axis, sweep, method, styles[method], shift)
+            if found and kind_of(method) == "window":
+                last = max(found)
+                labels.setdefault(last, []).append((found[last].mean, method, styles[method].color))
+            spoken.append(f"{method} " + ", ".join(f"{value.mean:.3g} at {lr:g}" for lr, value in found.items()))
+        axis.set(xscale="log", ylim=span)
+        axis.set_xlim(sweep.lrs[0] / step**3, sweep.lrs[-1] * step**8)
+        axis.set_xticks(sweep.lrs, [f"{lr:g}" for lr in sweep.lrs], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.set_xlabel("learning rate (log scale)")
+        axis.set_ylabel(axis_title(sweep.label(metric)))
+        for lr, texts in labels.items():
+            end_labels(axis, lr * step**1.5, texts, span)
+        svg = inline(figure, f"rates-{title}-{metric}".lower(), f"{metric} over the learning rate: {'; '.join(spoken)}")
+    return Panel(f"{title}: {metric}", "", svg)
+
+
+def _rate_line(axis: Axes, sweep: Sweep, method: str, metric: str, style: Style, shift: float) -> dict[float, Estimate]:
+    """Draw one method's means over the rates, and return them."""
+    found: dict[float, Estimate] = {}
+    for lr in sweep.lrs:
+        value = estimate(sweep.values(method, metric, "same", lr).values())
+        if value is not None:
+            found[lr] = value
+            point(axis, lr * shift, value, style, hollow=_failed(sweep, method, lr) > 0, size=5)
+    at = [lr * shift for lr in found]
+    axis.plot(at, [value.mean for value in found.values()], color=style.color, linestyle=style.dashes, linewidth=1.4)
+    return found
+
+
+def _draw_failures(axis: Axes, sweep: Sweep, method: str, style: Style, shift: float) -> None:
+    """Draw a cross at the foot of the axis with the number of failed runs."""
+    for lr in sweep.lrs:
+        failed = _failed(sweep, method, lr)
+        if failed:
+            foot = axis.get_xaxis_transform()
+            axis.plot(lr * shift, 0.03, "x", color=style.color, transform=foot, markersize=7, markeredgewidth=2)
+            axis.annotate(
+                str(failed), (lr * shift, 0.03), (0, 6), xycoords=foot, textcoords="offset points", ha="center",
+                fontsize=8, color=INK,
+            )  # fmt: skip
+
+
+def _failed(sweep: Sweep, method: str, lr: float) -> int:
+    return sum((run.method, run.comparison, run.lr, run.ok) == (method, "same", lr, False) for run in sweep.ends)

@@ -1,4 +1,4 @@
-"""What several figures draw: means with intervals, bands, limits that panels share, and labels kept apart."""
+"""Drawing primitives of the figures: means with intervals, bands, shared limits, and labels without overlap."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ipca.lab.sweep.report.statistics import Estimate, estimate
+from ipca.lab.statistics import Estimate
 from ipca.lab.sweep.report.style import INK, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 5.0, 3.7
-"""Of a panel, in inches: readable as it is on a phone, two beside each other on a desk."""
+"""Of a panel, in inches: readable at full width on a phone, two side by side on a desktop."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure: an ``<svg>`` element with its title and a sentence on what is fixed in it."""
+    """One picture of a figure: an ``<svg>`` element with a title and a note on its conditions."""
 
     title: str
     note: str
@@ -27,7 +27,7 @@ class Panel:
 
 
 def limits(values: Iterable[float]) -> tuple[float, float]:
-    """The range of ``values`` with 6 % of room on both sides."""
+    """The range of ``values`` with a margin of 6 % on both sides."""
     numbers = list(values)
     if not numbers:
         return 0.0, 1.0
@@ -37,12 +37,12 @@ def limits(values: Iterable[float]) -> tuple[float, float]:
 
 
 def axis_title(label: str, note: str = "mean, 95 % interval over seeds") -> str:
-    """``label`` in lines that fit along a panel's height, and below it what the marks are."""
+    """``label`` wrapped to the height of a panel, and below it the meaning of the marks."""
     return "\n".join([*textwrap.wrap(label, 40), note])
 
 
 def point(axis: Axes, x: float, found: Estimate, style: Style, *, hollow: bool = False, size: float = 6.5) -> None:
-    """A mean with its interval; hollow where some of its runs failed."""
+    """Draw a mean with its interval; hollow if some of its runs failed."""
     if found.low is not None and found.high is not None:
         axis.plot([x, x], [found.low, found.high], color=style.color, linewidth=1.6, zorder=3)
     face = "none" if hollow else style.color
@@ -50,27 +50,26 @@ def point(axis: Axes, x: float, found: Estimate, style: Style, *, hollow: bool =
 
 
 def dots(axis: Axes, x: float, values: Mapping[int, float], style: Style, width: float) -> None:
-    """A small dot for each seed, spread over ``width`` around ``x``."""
+    """Draw a small dot for each seed, spread over ``width`` around ``x``."""
     n = len(values)
     if n > 1:
         places = [x + width * (k / (n - 1) - 0.5) for k in range(n)]
         axis.plot(places, list(values.values()), ".", color=style.color, alpha=0.45, markersize=4, zorder=2)
 
 
-def band(axis: Axes, values: Mapping[int, float], style: Style, ends: tuple[float, float]) -> None:
-    """A line between ``ends`` at the mean of ``values``, its interval shaded."""
-    found = estimate(values.values())
+def band(axis: Axes, found: Estimate | None, style: Style, ends: tuple[float, float], label: str | None = None) -> None:
+    """Draw a line between ``ends`` at the mean of ``found``, with its interval shaded; nothing for None."""
     if found is None:
         return
-    axis.plot(ends, [found.mean] * 2, color=style.color, linestyle=style.dashes, linewidth=1.5, zorder=1.5)
+    axis.plot(ends, [found.mean] * 2, color=style.color, linestyle=style.dashes, linewidth=1.5, zorder=1.5, label=label)
     if found.low is not None and found.high is not None:
         axis.fill_between(ends, found.low, found.high, color=style.color, alpha=0.13, linewidth=0, zorder=1)
 
 
 def near(base: float | None, values: Iterable[float]) -> float | None:
-    """``base``, or None where it lies so far from all ``values`` that showing it would squeeze them.
+    """``base``, or None if it is so far from all ``values`` that showing it would compress them.
 
-    An untrained model's target is often that of guessing, since its head is new.
+    The target of an untrained model is often at chance level, since its head is new.
     """
     numbers = list(values)
     if base is None or not numbers:
@@ -80,13 +79,13 @@ def near(base: float | None, values: Iterable[float]) -> float | None:
 
 
 def base_line(axis: Axes, value: float | None, ends: tuple[float, float]) -> None:
-    """The untrained model, which no seed changes."""
+    """Draw the value of the untrained model, which is the same for all seeds."""
     if value is not None:
         axis.plot(ends, [value] * 2, color=INK, linestyle=(0, (1, 2)), linewidth=1.3, zorder=1.5)
 
 
 def end_labels(axis: Axes, x: float, labels: Sequence[tuple[float, str, str]], span: tuple[float, float]) -> None:
-    """Texts ``(y, text, color)`` right of ``x``, within ``span``, moved up and down until none touches another."""
+    """Draw texts ``(y, text, color)`` to the right of ``x``, within ``span``, shifted so that none overlap."""
     line = 0.052 * (span[1] - span[0])
     low, high = span[0] + line / 2, span[1] - line / 2
     order = sorted((min(max(y, low), high), text, color) for y, text, color in labels)
@@ -96,7 +95,7 @@ def end_labels(axis: Axes, x: float, labels: Sequence[tuple[float, str, str]], s
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Ascending ``values``, moved to lie ``gap`` apart: groups that touch are centerd on their mean."""
+    """Ascending ``values``, moved at least ``gap`` apart: groups that touch are centered on their mean."""
     groups: list[list[float]] = []
     for value in values:
         groups.append([value])

@@ -1,4 +1,4 @@
-"""Write ``report.html`` of a sweep's folder: one file with its pictures in it, without scripts or network."""
+"""The HTML report of a sweep: one self-contained file, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from typing import Any
 
 from ipca._atomic import write_atomic
 from ipca.lab.sweep.report.comparisons import View, views
-from ipca.lab.sweep.report.curves import curves
+from ipca.lab.sweep.report.curves import position_panels, rate_panels
 from ipca.lab.sweep.report.data import Sweep, read_sweep
 from ipca.lab.sweep.report.drawing import Panel
-from ipca.lab.sweep.report.front import front_panels
-from ipca.lab.sweep.report.legend import legend
-from ipca.lab.sweep.report.matched import matched_panels
-from ipca.lab.sweep.report.rates import rate_panels
-from ipca.lab.sweep.report.style import Style, styles, variables
+from ipca.lab.sweep.report.frontier import frontier_panels, matched_panels
+from ipca.lab.sweep.report.style import Style, legend, styles, variables
 from ipca.lab.sweep.report.tables import (
     Table,
     arm_table,
@@ -37,27 +34,29 @@ _PACKAGES = ("matplotlib", "jinja2")
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels under one heading, with what to know before reading them."""
+    """Panels under one heading, with an explanation."""
 
     title: str
     text: str
-    legend: list[tuple[Any, str]]
+    legend: list[tuple[str, str]]
     panels: list[Panel]
     table: Table | None = None
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Make ``report.html`` of the ``rows.csv`` and ``settings.json`` in ``folder``; no model is needed.
+    """Write ``report.html`` from the ``rows.csv`` and ``settings.json`` in ``folder``; no model is needed.
 
-    The verdict's rules are in :mod:`ipca.lab.sweep.report.verdict`. The same files give the same bytes.
+    The rules of the verdict are documented in :mod:`ipca.lab.sweep.report.verdict` and
+    :mod:`~ipca.lab.sweep.report.findings`. The same files give the same bytes.
 
     Returns:
-        The report's path.
+        The path of the report.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is no sweep's, or its table is damaged; an old report stays.
+        FileNotFoundError, ValueError: the folder is not that of a sweep, or its table is damaged; an existing report is
+            intact.
         ImportError: as :func:`require_packages`.
-        OSError: the report cannot be written; an old one stays.
+        OSError: the report cannot be written; an existing report is intact.
     """
     require_packages()
     sweep = read_sweep(Path(folder))
@@ -67,7 +66,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 
 def require_packages() -> None:
-    """Raise ImportError where a package that the report needs is missing; the message says how to install it."""
+    """Raise ImportError if a package that the report needs is missing; the message says how to install it."""
     for name in _PACKAGES:
         try:
             import_module(name)
@@ -76,7 +75,7 @@ def require_packages() -> None:
 
 
 def verdict(folder: str | os.PathLike[str]) -> str:
-    """What the sweep in ``folder`` found, as plain text: the headline, then a line for each further question.
+    """The verdict on the sweep in ``folder``, as plain text: the headline, then the further findings.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`write_report`.
@@ -85,7 +84,7 @@ def verdict(folder: str | os.PathLike[str]) -> str:
 
 
 def render(sweep: Sweep) -> str:
-    """The page as text."""
+    """The report as HTML."""
     look, here = styles(sweep), views(sweep)
     found = judge(sweep)
     return _template().render(
@@ -104,26 +103,26 @@ def render(sweep: Sweep) -> str:
 
 
 def _figures(sweep: Sweep, here: Sequence[View], look: dict[str, Style]) -> list[Figure]:
-    dots = "Marks are means, bars 95 % bootstrap intervals, which few seeds make too narrow; small dots are seeds."
+    dots = "Marks are means, bars 95 % bootstrap intervals, too narrow for few seeds; small dots are seeds."
     lines = [m for m in ("lora", "full", "auto") if m in sweep.methods]
     all_methods = list(sweep.methods)
     shown = [
         Figure(
             f"{title} over the window's position",
-            f"{dots} Bands: methods without a position. Thin lines: the grid's other rates, means alone; "
-            "they may leave the panel. The untrained model is left out where it lies far off.",
+            f"{dots} Bands: methods without a position. Thin lines: means at the grid's other rates, which may leave "
+            "the panel. The untrained model is omitted if it is far from all others.",
             legend([*sweep.positions, *lines], look, base=metric in sweep.base),
-            curves(here, metric, look),
+            position_panels(here, metric, look),
         )
-        for metric, title in (("retained", "What is kept"), ("target", "What is learned"), ("drift", "Drift"))
+        for metric, title in (("retained", "Retention"), ("target", "Target"), ("drift", "Drift"))
         if metric in sweep.metrics
     ]
-    crosses = f"{dots} A cross counts runs that failed; a hollow mark is the mean of the runs that did not."
-    learned = "Up is less forgotten, right is more learned; a hollow mark is a mean without its failed runs."
+    crosses = f"{dots} A cross counts failed runs; a hollow mark is the mean of the others."
+    learned = "Up is less forgetting, right is more learning; a hollow mark is a mean without its failed runs."
     shown += [
         Figure(
             "Robustness to the learning rate",
-            f"At the same rate for every method; moved apart sideways to be seen. {crosses}",
+            f"At the same rate for every method; marks are offset sideways for visibility. {crosses}",
             legend(all_methods, look, base=bool(sweep.base)),
             rate_panels(sweep, look),
         ),
@@ -131,12 +130,12 @@ def _figures(sweep: Sweep, here: Sequence[View], look: dict[str, Style]) -> list
             "Learning and forgetting",
             learned,
             legend(all_methods, look, base="retained" in sweep.base),
-            front_panels(sweep, look),
+            frontier_panels(sweep, look),
             frontier_table(sweep),
         ),
         Figure(
-            "Forgetting where all have learned as much",
-            "Along each seed's best points over rates and checkpoints, interpolated. Dots are seeds.",
+            "Forgetting at equal learning",
+            "Interpolated along each seed's best points over rates and checkpoints. Dots are seeds.",
             [],
             matched_panels(sweep, look),
         ),
@@ -161,10 +160,10 @@ def _template() -> Any:
     environment = Environment(
         loader=PackageLoader("ipca.lab.sweep.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["whole"] = _whole
+    environment.filters["unbroken"] = _unbroken
     return environment.get_template("page.html")
 
 
-def _whole(text: str) -> str:
-    """``text`` whose intervals and ``n = …`` do not break over two lines."""
+def _unbroken(text: str) -> str:
+    """``text`` with non-breaking spaces in intervals and ``n = …``."""
     return re.sub(r"\[[^\]]*\]|\b[np] [=<] \S+", lambda found: found[0].replace(" ", "\u00a0"), text)

@@ -1,22 +1,23 @@
-"""Colors, marks and line styles of the methods, the same in every figure, and matplotlib figures as inline SVG.
+"""Colors, marks and line styles of the methods, legends, and matplotlib figures as inline SVG.
 
-Figures are drawn in the light theme's colors, and each color is then replaced by a CSS variable of that default, so
-that a page's theme can change it. Colors are Okabe and Ito's where they name a kind; windows run from violet at
-the principal end to cyan at the minor one. Kinds and controls have marks of their own, and windows stand in
-order or carry their position, but for the frontier, where the best are numbered.
+Figures are drawn in the light theme's colors; each color is then replaced by a CSS variable with that default, so that
+the page's theme can change it. Colors of kinds are Okabe and Ito's; windows run from violet at the principal end to
+cyan at the minor one. Kinds and controls also differ in their marks.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ipca.lab.baselines import CONTROLS, kind_of
 from ipca.lab.sweep.report.data import Sweep
+from ipca.lab.sweep.report.words import name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,18 +31,19 @@ _FIXED = {  # light, dark, mark, dashes
     "full": ("#55555e", "#b8b8c2", "D", ":"),
     "auto": ("#c2478f", "#f090c5", "*", "-."),
 }
-_CONTROLS = {  # one color for each pair that asks the same
+_CONTROLS = {  # one color per pair that tests the same
     **dict.fromkeys(("random-window", "haar"), ("#00805e", "#3fd0a5")),
     **dict.fromkeys(("frozen-A", "frozen-B"), ("#a06f00", "#e6b93f")),
     **dict.fromkeys(("matched-principal", "matched-minor"), ("#1d1d23", "#e8e8ef")),
 }
 _CONTROL_MARKS = dict(zip(CONTROLS, (">", "P", "^", "v", "<", "X"), strict=True))
 _CONTROL_DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2, 2, 2)))
+_SVG_DASHES = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "5 2.5 1.5 2.5"}
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one method looks; ``color`` in the light theme, ``dark`` in the dark one."""
+    """The appearance of one method; ``color`` in the light theme, ``dark`` in the dark one."""
 
     color: str
     dark: str
@@ -50,19 +52,20 @@ class Style:
 
 
 def styles(sweep: Sweep) -> dict[str, Style]:
-    """A style for every method of the sweep."""
+    """The style of every method of the sweep; windows without a position are spread evenly over the colors."""
     windows = [method for method in sweep.methods if kind_of(method) == "window"]
-    found = {}
-    for k, method in enumerate(windows):
-        f = sweep.positions.get(method, k / max(len(windows) - 1, 1))
-        found[method] = Style(_ramp(_LIGHT_RAMP, f), _ramp(_DARK_RAMP, f), "o", "-")
-    for method in sweep.methods:
-        if method in _FIXED:
-            found[method] = Style(*_FIXED[method])
-        elif method in CONTROLS:
-            k = CONTROLS.index(method)
-            found[method] = Style(*_CONTROLS[method], _CONTROL_MARKS[method], _CONTROL_DASHES[k])
-    return found
+    spread = {method: k / max(len(windows) - 1, 1) for k, method in enumerate(windows)}
+    return {method: style_of(method, sweep.positions.get(method, spread.get(method))) for method in sweep.methods}
+
+
+def style_of(method: str, position: float | None = None) -> Style:
+    """The style of ``method``; for a window that of its ``position`` in [0, 1]."""
+    if method in _FIXED:
+        return Style(*_FIXED[method])
+    if method in CONTROLS:
+        return Style(*_CONTROLS[method], _CONTROL_MARKS[method], _CONTROL_DASHES[CONTROLS.index(method)])
+    f = 0.0 if position is None else position
+    return Style(_ramp(_LIGHT_RAMP, f), _ramp(_DARK_RAMP, f), "o", "-")
 
 
 def _ramp(anchors: Sequence[tuple[int, int, int]], f: float) -> str:
@@ -81,13 +84,13 @@ def variables(found: Mapping[str, Style], dark: bool) -> str:
 
 @contextmanager
 def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of ``width × height`` inches with one axis, drawn with the report's settings within the block."""
+    """A figure of ``width × height`` inches with one axis; the report's matplotlib settings hold within the block."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own style would change the bytes
+        matplotlib.rcdefaults()  # a user's style would change the bytes
         matplotlib.rcParams.update(_LOOK)
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
@@ -95,9 +98,9 @@ def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 _LOOK: Any = {
-    "svg.fonttype": "none",  # text stays text: it can be read out, selected and found
+    "svg.fonttype": "none",  # keep text as text: readable by screen readers, selectable, searchable
     "text.parse_math": False,  # a label may hold a dollar sign
-    "svg.hashsalt": "ipca",  # the same figure, the same bytes
+    "svg.hashsalt": "ipca",  # the same figure has the same bytes
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -123,9 +126,7 @@ _LOOK: Any = {
 
 
 def inline(figure: Figure, key: str, words: str) -> str:
-    """``figure`` as an ``<svg>`` element for a page: ids of its own, theme colors, ``words`` for who cannot see it."""
-    from html import escape
-
+    """``figure`` as an ``<svg>`` element with unique ids, theme colors, and the accessible description ``words``."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
@@ -138,3 +139,39 @@ def inline(figure: Figure, key: str, words: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(words, quote=True)}"', 1)
+
+
+def legend(methods: Iterable[str], styles: Mapping[str, Style], *, base: bool) -> list[tuple[str, str]]:
+    """``(svg, words)`` for each method, and for the untrained model if ``base``; HTML text flows with the page."""
+    entries = [(_swatch(styles[method]), name(method)) for method in methods]
+    if base:
+        line = '<line x1="1" y1="8" x2="33" y2="8" stroke-width="1.6" stroke-dasharray="1.5 3"/>'
+        entries.append((_svg(f'<g stroke="{_variable(INK)}">{line}</g>'), name("base")))
+    return entries
+
+
+def _swatch(style: Style) -> str:
+    dashes = style.dashes if isinstance(style.dashes, tuple) else None
+    pattern = " ".join(f"{1.6 * d:g}" for d in dashes[1]) if dashes else _SVG_DASHES[style.dashes]
+    line = f'<line x1="1" y1="8" x2="33" y2="8" stroke-width="1.8" stroke-dasharray="{pattern}"/>'
+    return _svg(f'<g stroke="{_variable(style.color)}" fill="{_variable(style.color)}">{line}{_mark(style)}</g>')
+
+
+def _mark(style: Style) -> str:
+    """matplotlib's marker of ``style``, 8 px wide."""
+    from matplotlib.markers import MarkerStyle
+
+    if style.mark == "o":
+        return '<circle cx="17" cy="8" r="4"/>'
+    mark = MarkerStyle(style.mark)
+    corners: Any = mark.get_path().transformed(mark.get_transform()).to_polygons()
+    points = (" ".join(f"{17 + 8 * x:.2f},{8 - 8 * y:.2f}" for x, y in part) for part in corners)
+    return "".join(f'<polygon points="{part}"/>' for part in points)
+
+
+def _svg(inside: str) -> str:
+    return f'<svg class="swatch" viewBox="0 0 34 16" aria-hidden="true">{inside}</svg>'
+
+
+def _variable(color: str) -> str:
+    return f"var(--c-{color[1:]}, {color})"

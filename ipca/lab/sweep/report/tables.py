@@ -1,4 +1,4 @@
-"""The report's tables, as texts."""
+"""Tables of the report."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from ipca.lab.sweep.report.arms import Arms
+from ipca.lab.statistics import Difference, corrected, difference, estimate
 from ipca.lab.sweep.report.comparisons import TITLES, View
 from ipca.lab.sweep.report.data import Run, Sweep
-from ipca.lab.sweep.report.front import best_spots
-from ipca.lab.sweep.report.statistics import Difference, corrected, difference, estimate
+from ipca.lab.sweep.report.frontier import best_spots
+from ipca.lab.sweep.report.verdict import Arms
 from ipca.lab.sweep.report.words import estimated, name, number, p_value
 
 
@@ -39,7 +39,7 @@ def arm_table(arms: Sequence[Arms]) -> Table:
     ]
     note = (
         "How much more the principal and the minor end forget than the middle windows (0.25 to 0.75): mean difference, "
-        "95 % interval, one-sided p, Holm-adjusted over the two arms of a line. A U takes both at an unadjusted 5 %."
+        "95 % interval, one-sided p, Holm-adjusted over the two arms of a line. A U needs both at an unadjusted 5 %."
     )
     return Table("Both arms of the curve", note, ["", "principal end", "p", "minor end", "p", "shape"], rows)
 
@@ -47,7 +47,7 @@ def arm_table(arms: Sequence[Arms]) -> Table:
 def mean_tables(sweep: Sweep) -> list[Table]:
     """A table for each comparison: every method at every rate."""
     tables = []
-    for key in dict.fromkeys(run.comparison for run in sweep.ends):
+    for key in sweep.comparisons:
         runs = [run for run in sweep.ends if run.comparison == key]
         header = ["method", "rate", "seeds", *sweep.metrics, "‖ΔW‖ / ‖W‖", "trained"]
         groups = ((method, lr) for method in sweep.methods for lr in sorted({r.lr for r in runs if r.lr is not None}))
@@ -60,22 +60,22 @@ def mean_tables(sweep: Sweep) -> list[Table]:
             values = [number(sweep.base[m]) if m in sweep.base else "–" for m in sweep.metrics]
             rows.insert(0, [name("base"), "–", "–", *values, "–", "–"])
         title = f"Means at {TITLES.get(key, key)}"
-        tables.append(Table(title, "Mean and 95 % bootstrap interval over the seeds that ended well.", header, rows))
+        tables.append(Table(title, "Mean and 95 % bootstrap interval over the successful seeds.", header, rows))
     return tables
 
 
 def _mean_row(sweep: Sweep, group: Sequence[Run]) -> list[str]:
-    first, well = group[0], [run for run in group if run.ok]
+    first, successful = group[0], [run for run in group if run.ok]
     cells = []
     for metric in sweep.metrics:
-        found = estimate(run.metrics[metric] for run in well if metric in run.metrics)
+        found = estimate(run.metrics[metric] for run in successful if metric in run.metrics)
         cells.append("–" if found is None else estimated(found))
     used = sorted({run.lr_used for run in group if run.lr_used is not None})
     rate = f"{first.lr:g}" + (f" (used: {used[0]:g})" if used and used != [first.lr] else "")
-    updates = [run.update for run in well if run.update is not None]
+    updates = [run.update for run in successful if run.update is not None]
     moved = number(mean(updates)) if updates else "–"
     trained = f"{first.trainable:,}" if first.trainable is not None else "–"
-    count = f"{len(well)}" if len(well) == len(group) else f"{len(well)} of {len(group)}"
+    count = f"{len(successful)}" if len(successful) == len(group) else f"{len(successful)} of {len(group)}"
     return [name(first.method), rate, count, *cells, moved, trained]
 
 
@@ -107,7 +107,7 @@ def _differences(sweep: Sweep, view: View, rival: str) -> Table:
         "two-sided p of the sign-flip test, Holm-adjusted over the methods of a column."
     )
     if view.lr is None:
-        note += " The p are those of these rates, which all seeds share, not of their choice."
+        note += " The p-values are conditional on these rates, which all seeds share, and ignore how they were chosen."
     return Table(
         f"Minus {name(rival)}, at {view.title}",
         note,
@@ -145,7 +145,7 @@ def failure_table(sweep: Sweep) -> Table:
 
 
 def settings_table(sweep: Sweep) -> Table:
-    """What ``settings.json`` says."""
+    """The content of ``settings.json``."""
     rows = [[key, _text(value)] for key, value in sweep.settings.items()]
     return Table("Settings", "", ["", ""], rows)
 

@@ -1,29 +1,96 @@
-"""What a sweep found, in words, by rules that were written before it was looked at.
+"""The verdict of a sweep, by rules fixed beforehand: is forgetting U-shaped over the window's position?
 
-1. Shape: :mod:`~ipca.lab.sweep.report.arms`, on ``retained`` at the same rate, the grid's middle one. Other
-   comparisons and ``drift`` answer the same question beside it and do not change the headline.
-2. Plain LoRA, direction or magnitude: :mod:`~ipca.lab.sweep.report.rivals`.
-3. What to use: :mod:`~ipca.lab.sweep.report.choice`.
+For each seed the *middle* is the mean over all windows with 0.25 ≤ f ≤ 0.75, the *principal end* the lowest f below
+0.25 and the *minor end* the highest above 0.75. An *arm* is middle − end in ``retained``, or end − middle in ``drift``:
+positive if the end forgets more. Each arm is tested by the exact sign-flip test, one-sided.
 
-Every p is that of a sign-flip test, exact up to 15 seeds, and every correction is named where it is made; nothing is
+- **U**: both arms have p ≤ 5 %. Both must hold, so the claim has the larger p and needs no correction
+  (an intersection–union test: Berger, Technometrics 24, 1982).
+- **left** or **right**, one arm only: p ≤ 5 % after Holm's correction over the two.
+- **few**: with so few seeds not even differences of equal sign would reach 5 %.
+- **none** otherwise. This does not prove a flat curve: the intervals bound how large an arm can be.
+
+The headline is the shape of ``retained`` at the same rate, the grid's middle one. Other comparisons and ``drift`` are
+reported separately and do not change it. Further findings: :mod:`~ipca.lab.sweep.report.findings`.
+
+Every p is that of a sign-flip test, exact up to 15 seeds, and every correction is stated where it is made; nothing is
 corrected over the whole report.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean
 
-from ipca.lab.sweep.report.arms import Arms
-from ipca.lab.sweep.report.choice import suggestion
-from ipca.lab.sweep.report.comparisons import views
+from ipca.lab.statistics import LEVEL, Difference, corrected, difference
+from ipca.lab.sweep.report.comparisons import View, views
 from ipca.lab.sweep.report.data import Sweep
-from ipca.lab.sweep.report.rivals import against_lora, controls
+from ipca.lab.sweep.report.findings import against_lora, controls, suggestion
 from ipca.lab.sweep.report.words import Finding, listed, name, p_value, result, too_few
+
+_LOW, _HIGH = 0.25, 0.75
+_SIDES = {"left": "principal end (below 0.25)", "right": "minor end (above 0.75)"}
+_SHAPES = {"U": "a U", "left": "the left arm only", "right": "the right arm only", "none": "no U-shape detected"}
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The two arms of one metric in one view.
+
+    Attributes:
+        metric: ``"retained"`` or ``"drift"``.
+    """
+
+    view: View
+    metric: str
+
+    @cached_property
+    def middle(self) -> list[str]:
+        return [m for m, f in self.view.sweep.positions.items() if _LOW <= f <= _HIGH]
+
+    @cached_property
+    def ends(self) -> dict[str, str]:
+        """The window at each end, if the sweep has one: ``{"left": …, "right": …}``."""
+        positions = list(self.view.sweep.positions.items())
+        found = {}
+        if positions and positions[0][1] < _LOW:
+            found["left"] = positions[0][0]
+        if positions and positions[-1][1] > _HIGH:
+            found["right"] = positions[-1][0]
+        return found
+
+    @cached_property
+    def tests(self) -> dict[str, Difference]:
+        """The arms that can be tested, Holm-corrected over them."""
+        middle = self._kept_by_middle()
+        return corrected({side: difference(middle, self._kept(end), "greater") for side, end in self.ends.items()})
+
+    @cached_property
+    def verdict(self) -> str:
+        """``"U"``, ``"left"``, ``"right"``, ``"none"``, ``"few"``, or ``"untested"`` if an arm is missing."""
+        if len(self.tests) < 2:
+            return "untested"
+        if all(found.smallest > LEVEL for found in self.tests.values()):
+            return "few"
+        if all(found.p <= LEVEL for found in self.tests.values()):
+            return "U"
+        return next((side for side, found in self.tests.items() if found.shown), "none")
+
+    def _kept(self, method: str) -> dict[int, float]:
+        sign = -1 if self.metric == "drift" else 1
+        return {seed: sign * value for seed, value in self.view.values(method, self.metric).items()}
+
+    def _kept_by_middle(self) -> dict[int, float]:
+        """The mean over the middle windows, for the seeds that have all of them."""
+        kept = [self._kept(method) for method in self.middle]
+        seeds = set.intersection(*(set(values) for values in kept)) if kept else set()
+        return {seed: mean(values[seed] for values in kept) for seed in seeds}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The headline with the lines it rests on, further findings, and every pair of arms that was looked at."""
+    """The headline with its supporting lines, further findings, and every tested pair of arms."""
 
     headline: str
     basis: tuple[str, ...]
@@ -49,11 +116,11 @@ def judge(sweep: Sweep) -> Verdict:
 
 
 def _shape(arms: Arms | None) -> tuple[str, tuple[str, ...]]:
-    """The headline and what it rests on."""
+    """The headline and its supporting lines."""
     if arms is None:
-        return "Whether forgetting is U-shaped cannot be said: no finished run has a value of retained.", ()
+        return "Whether forgetting is U-shaped cannot be determined: no finished run has a value of retained.", ()
     if arms.verdict == "untested":
-        return "Whether forgetting is U-shaped cannot be said: " + _missing(arms), ()
+        return "Whether forgetting is U-shaped cannot be determined: " + _missing(arms), ()
     n = min(found.n for found in arms.tests.values())
     few = too_few(arms.tests.values(), 1)
     words = {
@@ -61,7 +128,7 @@ def _shape(arms: Arms | None) -> tuple[str, tuple[str, ...]]:
         "left": "Only the left arm: the principal end forgets more than the middle; the minor end is not shown to.",
         "right": "Only the right arm: the minor end forgets more than the middle; the principal end is not shown to.",
         "none": "No U-shape detected.",
-        "few": f"Too few seeds to say whether forgetting is U-shaped ({few}).",
+        "few": f"Too few seeds to determine whether forgetting is U-shaped ({few}).",
     }
     return words[arms.verdict], _basis(arms, n)
 
@@ -77,9 +144,9 @@ def _basis(arms: Arms, n: int) -> tuple[str, ...]:
         worse = max(left.p, right.p)
         lines.append(f"For the U both must hold, so the larger unadjusted p counts: {p_value(worse)}.")
     if arms.verdict == "none" and n == 5:
-        lines.append("With 5 seeds both arms can be shown together, one alone cannot; 6 seeds can.")
+        lines.append("With 5 seeds only both arms together can be shown, not a single one; 6 seeds suffice for that.")
     if left.mean < 0 and right.mean < 0:
-        lines.append("In the means it is the other way round: the middle keeps less than both ends.")
+        lines.append("The means are the other way round: the middle keeps less than both ends.")
     return tuple(lines)
 
 
@@ -90,14 +157,11 @@ def _missing(arms: Arms) -> str:
     if lacks:
         return f"no window at the {listed(lacks)} was swept."
     sides = [text for side, text in _SIDES.items() if side not in arms.tests]
-    return f"no seed ended well both in the middle and at the {listed(sides)} at this rate."
-
-
-_SIDES = {"left": "principal end (below 0.25)", "right": "minor end (above 0.75)"}
+    return f"no seed succeeded both in the middle and at the {listed(sides)} at this rate."
 
 
 def _elsewhere(first: Arms | None, arms: list[Arms]) -> Finding | None:
-    """Whether the other comparisons, and drift, say the same."""
+    """Whether the other comparisons, and drift, agree."""
     others = [a for a in arms if a is not first and a.verdict not in ("untested", "few")]
     if first is None or not others:
         return None
@@ -110,10 +174,7 @@ def _elsewhere(first: Arms | None, arms: list[Arms]) -> Finding | None:
                 places.setdefault(_SHAPES[a.verdict], []).append(a.view.title)
         found = "; ".join(f"{shape} at {listed(where)}" for shape, where in places.items())
         lines.append(f"{metric.capitalize()}: {found}")
-    return Finding("And in other comparisons?", f"{same} of {len(others)} show the same.", tuple(lines))
-
-
-_SHAPES = {"U": "a U", "left": "the left arm alone", "right": "the right arm alone", "none": "no U-shape detected"}
+    return Finding("Do the other comparisons agree?", f"{same} of {len(others)} show the same.", tuple(lines))
 
 
 def _failures(sweep: Sweep) -> Finding | None:
@@ -122,7 +183,7 @@ def _failures(sweep: Sweep) -> Finding | None:
         return None
     methods = list(dict.fromkeys(name(run.method) for run in failed))
     return Finding(
-        "Did all runs end well?",
+        "Did all runs succeed?",
         f"No: {len(failed)} of {len(sweep.ends)} failed ({listed(methods)}).",
-        ("Means and differences are over the seeds that are left, which flatters a method that fails.",),
+        ("Means and differences are over the remaining seeds, which favors methods that fail.",),
     )

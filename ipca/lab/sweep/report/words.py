@@ -1,4 +1,4 @@
-"""Numbers, methods and metrics as the report writes them."""
+"""Formatting of numbers, tests and method names in the report."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Collection
 from typing import NamedTuple
 
-from ipca.lab.sweep.report.statistics import LEVEL, Difference, Estimate
+from ipca.lab.statistics import LEVEL, Difference, Estimate
 
 
 class Finding(NamedTuple):
-    """A question, its answer, and the lines it rests on."""
+    """A question, its answer, and supporting lines."""
 
     question: str
     answer: str
@@ -19,7 +19,7 @@ class Finding(NamedTuple):
 
 NAMES = {"lora": "plain LoRA", "full": "full fine-tuning", "auto": "auto windows", "base": "untrained model"}
 CONTROLS = {
-    "random-window": "windows at random places",
+    "random-window": "windows at random positions",
     "haar": "the reference's singular values on random directions",
     "frozen-A": "the reference window, A frozen",
     "frozen-B": "the reference window, B frozen",
@@ -29,14 +29,14 @@ CONTROLS = {
 
 
 def name(method: str) -> str:
-    """What the report calls a method; windows and controls keep their text form."""
+    """The report's name for a method; windows and controls keep their text form."""
     if method in NAMES or method in CONTROLS:
         return NAMES.get(method, method)
     return f"window {method}"
 
 
 def number(value: float, scale: float | None = None) -> str:
-    """Three decimals; more where ``scale``, the largest number it stands beside, is small, fewer where it is large."""
+    """``value`` with three decimals; more if ``scale``, by default the value, is small, fewer if it is large."""
     size = abs(value if scale is None else scale)
     if size >= 100:
         return f"{value:.4g}"
@@ -45,13 +45,13 @@ def number(value: float, scale: float | None = None) -> str:
 
 
 def signed(value: float, scale: float | None = None) -> str:
-    """:func:`number` with its sign, also a plus."""
+    """:func:`number` with an explicit sign."""
     return f"{'−' if value < 0 else '+'}{number(abs(value), value if scale is None else scale)}"
 
 
-def estimated(found: Estimate) -> str:
-    """``0.853 [0.841, 0.862]``, signed if it is a difference; without the brackets where there is no interval."""
-    write = signed if isinstance(found, Difference) else number
+def estimated(found: Estimate, *, sign: bool = False) -> str:
+    """``0.853 [0.841, 0.862]``, with signs for a difference; without brackets if there is no interval."""
+    write = signed if sign or isinstance(found, Difference) else number
     if found.low is None or found.high is None:
         return write(found.mean)
     scale = max(abs(found.mean), abs(found.low), abs(found.high))
@@ -64,19 +64,19 @@ def p_value(value: float) -> str:
 
 
 def result(found: Difference) -> str:
-    """``+0.053 [+0.031, +0.072], p = 0.002, n = 10``; the p is the corrected one where there is one."""
+    """``+0.053 [+0.031, +0.072], p = 0.002, n = 10``, with the corrected p if there is one."""
     p = found.p if found.adjusted is None else found.adjusted
     return f"{estimated(found)}, {p_value(p)}, n = {found.n}"
 
 
 def too_few(tests: Collection[Difference], correction: int) -> str | None:
-    """Why no result of ``tests`` could reach the level when multiplied by ``correction``; None where one could."""
+    """Why no result of ``tests`` could reach the level when multiplied by ``correction``; None if one could."""
     smallest = min(found.smallest for found in tests) * correction
     if smallest <= LEVEL:
         return None
     n = max(found.n for found in tests)
     needed = n + math.ceil(math.log2(smallest / LEVEL))
-    return f"n = {n}; smallest possible {p_value(min(1.0, smallest))}; it takes {needed} seeds"
+    return f"n = {n}; smallest possible {p_value(min(1.0, smallest))}; {needed} seeds are needed"
 
 
 def seeds(n: int) -> str:

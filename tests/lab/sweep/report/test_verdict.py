@@ -1,0 +1,262 @@
+"""The verdict: each rule on rows whose truth is known, with p-values counted by hand."""
+
+import pytest
+
+from ipca.lab.sweep.report.comparisons import views
+from ipca.lab.sweep.report.data import read_sweep
+from ipca.lab.sweep.report.findings import against_lora, controls, suggestion
+from ipca.lab.sweep.report.verdict import Arms, judge
+from tests.helpers.sweep_rows import Made, by_hand, write_rows
+
+QUICK = {"windows": ("0.0", "0.25", "0.5", "1.0"), "methods": (), "lrs": (1e-3,), "comparisons": ("same",)}
+
+
+def verdict(folder, **made):
+    return judge(read_sweep(Made(**{**QUICK, **made}).write(folder)))
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({}, "Forgetting is U-shaped: the middle windows keep more than both ends."),
+        ({"left": 0.0, "right": 0.0}, "No U-shape detected."),
+        ({"right": -0.05}, "Only the left arm: the principal end forgets more than the middle; the minor end is not"),
+        ({"left": -0.05}, "Only the right arm: the minor end forgets more than the middle; the principal end is not"),
+        (
+            {"seeds": 2},
+            "Too few seeds to determine whether forgetting is U-shaped (n = 2; smallest possible p = 0.25; 5",
+        ),
+        (
+            {"seeds": 1},
+            "Too few seeds to determine whether forgetting is U-shaped (n = 1; smallest possible p = 0.5; 5",
+        ),
+        (
+            {"windows": ("0.5", "1.0")},
+            "U-shaped cannot be determined: no window at the principal end",
+        ),
+        (
+            {"windows": ("0.0", "1.0")},
+            "U-shaped cannot be determined: no window between 0.25 and 0.75",
+        ),
+        (
+            {"windows": ("0.5",)},
+            "cannot be determined: no window at the principal end (below 0.25) and minor end (above 0.75)",
+        ),
+        ({"fails": {"1.0": 0}}, "cannot be determined: no seed succeeded both in the middle and at the minor end"),
+        (
+            {"drop": ("retained",)},
+            "Whether forgetting is U-shaped cannot be determined: no finished run has a value of retained.",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:30],
+)
+def test_the_headline(made, says, tmp_path):
+    assert says in verdict(tmp_path, **made).headline
+
+
+def test_p_values_of_the_arms_are_those_of_counting_signs(tmp_path):
+    """Ten differences of one sign: one choice of signs in 1,024 is as extreme, twice that after Holm."""
+    found = verdict(tmp_path, seeds=10)
+    tests = found.arms[0].tests
+    assert [(tests[side].p, tests[side].adjusted) for side in ("left", "right")] == [(2**-10, 2**-9)] * 2
+    assert "p = 0.002, n = 10" in found.basis[0]
+    assert found.basis[-1].endswith("the larger unadjusted p counts: p < 0.001.")
+
+
+def test_five_seeds_show_both_arms_but_not_one_alone(tmp_path):
+    assert verdict(tmp_path / "u", seeds=5).headline.startswith("Forgetting is U-shaped")
+    left = verdict(tmp_path / "left", seeds=5, right=-0.05)
+    assert left.headline == "No U-shape detected."
+    assert left.basis[-1].startswith("With 5 seeds only both arms together can be shown, not a single one; 6 seeds")
+    assert verdict(tmp_path / "six", seeds=6, right=-0.05).headline.startswith("Only the left arm")
+
+
+def test_an_inverted_curve_is_said_to_be_one(tmp_path):
+    found = verdict(tmp_path, left=-0.1, right=-0.1)
+    assert found.headline == "No U-shape detected."
+    assert found.basis[-1] == "The means are the other way round: the middle keeps less than both ends."
+
+
+def test_the_middle_is_the_mean_of_the_windows_between_and_pairs_are_seeds(tmp_path):
+    rows = [by_hand(m, seed, 0.5, kept + seed) for m, kept in {"0.1": 0.5, "0.3": 0.8, "0.7": 0.6, "0.9": 0.4}.items()
+            for seed in range(3)]  # fmt: skip
+    rows.append(by_hand("0.3", 3, 0.5, 9.0))  # a seed that the others lack
+    arms = Arms(views(read_sweep(write_rows(tmp_path, rows)))[0], "retained")
+    assert arms.middle == ["0.3", "0.7"]
+    assert arms.ends == {"left": "0.1", "right": "0.9"}
+    assert (arms.tests["left"].mean, arms.tests["left"].n) == (pytest.approx(0.2), 3)
+    assert arms.tests["right"].mean == pytest.approx(0.3)
+
+
+def test_more_drift_counts_as_more_forgetting(tmp_path):
+    found = {arms.metric: arms for arms in verdict(tmp_path, seeds=6).arms}
+    assert found["drift"].verdict == "U"
+    assert found["drift"].tests["left"].mean > 0
+
+
+def test_other_comparisons_stand_beside_the_headline(tmp_path):
+    found = verdict(tmp_path, comparisons=("same", "sqrt-sigma"), seeds=6)
+    finding = found.findings[0]
+    assert (finding.question, finding.answer) == ("Do the other comparisons agree?", "3 of 3 show the same.")
+    assert "Drift: a U at the same learning rate and √σ-matched learning rates" in finding.details
+
+
+def lora_answer(folder, rows):
+    sweep = read_sweep(write_rows(folder, rows))
+    return against_lora(sweep, views(sweep))
+
+
+@pytest.mark.parametrize(
+    ("target", "retained", "says"),
+    [
+        (0, 0.1, "Yes: it keeps more, and no difference in the target is shown."),
+        (0.1, 0.1, "Yes: it keeps more and learns better."),
+        (-0.1, 0.1, "It keeps more, but learns less: a trade-off."),
+        (0, -0.1, "No: plain LoRA keeps more, and no difference in the target is shown."),
+        (-0.1, -0.1, "No: plain LoRA keeps more and learns better."),
+        (0.1, -0.1, "It learns more, but keeps less: a trade-off."),
+        (-0.1, 0, "Not shown to keep more or less; plain LoRA learns the target better."),
+        (0.1, 0, "Not shown to keep more or less; it learns the target better."),
+        (0, 0, "No difference to plain LoRA is shown."),
+    ],
+)
+def test_the_window_beside_plain_lora(target, retained, says, tmp_path):
+    """A difference of 0 alternates in sign."""
+    rows = []
+    for seed in range(8):
+        wobble = 0.01 * (-1) ** seed
+        rows += [by_hand("lora", seed, 0.5, 0.5), by_hand("0.5", seed, 0.5 + target + wobble, 0.5 + retained + wobble)]
+    assert lora_answer(tmp_path, rows).answer == says
+
+
+def test_a_comparison_with_lora_that_no_result_could_decide_says_so(tmp_path):
+    """Two-sided with six seeds: 2 / 64, twice after Holm, 0.0625; with seven half of it."""
+    rows = [by_hand(method, seed, score, score) for method, score in (("0.5", 0.9), ("lora", 0.1)) for seed in range(6)]
+    found = lora_answer(tmp_path, rows)
+    assert found.answer == "Too few seeds to decide (n = 6; smallest possible p = 0.062; 7 seeds are needed)."
+
+
+@pytest.mark.parametrize(("own", "says"), [(0.0, "It keeps more, but this is not shown at the"), (0.1, "Yes: it")])
+def test_what_the_rates_do_is_not_the_window_s_doing(own, says, tmp_path):
+    """Both keep less at the higher rate, where plain LoRA happens to learn best; ``own`` is what the window does."""
+    rows = [
+        by_hand(method, seed, 0.7 + 0.01 * (seed % 2) + (lr == best) * 0.001, 0.9 - 100 * lr + more, lr=lr)
+        for method, best, more in (("0.5", 1e-3, own), ("lora", 2e-3, 0.0)) for lr in (1e-3, 2e-3) for seed in range(8)
+    ]  # fmt: skip
+    found = lora_answer(tmp_path, rows)
+    assert found.answer.startswith(says)
+    assert any(line.startswith("Retained at the same learning rate, every method at 0.001: ") for line in found.details)
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_named(tmp_path):
+    """Plain LoRA learns best at the highest rate, the window at the middle one."""
+    best = {"lora": 4e-3, "0.5": 2e-3}
+    rows = [
+        by_hand(method, seed, 0.9 if lr == best[method] else 0.5 + 0.01 * seed, 0.5, lr=lr)
+        for method in best for lr in (1e-3, 2e-3, 4e-3) for seed in range(3)
+    ]  # fmt: skip
+    details = lora_answer(tmp_path, rows).details
+    assert details[-1] == "The best rate of plain LoRA is mostly the highest, 0.004: a wider grid may say otherwise."
+    assert not any("of window 0.5 is mostly" in line for line in details)
+
+
+def test_without_lora_or_reference_there_is_nothing_to_say_about_them(tmp_path):
+    assert lora_answer(tmp_path / "a", [by_hand("0.5", 0, 0.5, 0.5)]) is None
+    assert lora_answer(tmp_path / "b", [by_hand("lora", 0, 0.5, 0.5)]) is None
+
+
+CONTROLLED = {"windows": ("0.0", "0.5", "1.0"), "methods": ("haar", "frozen-A", "matched-principal"), "lrs": (1e-3,)}
+
+
+def test_controls_are_judged_one_by_one(tmp_path):
+    sweep = read_sweep(Made(**CONTROLLED, comparisons=("same",), seeds=8).write(tmp_path))
+    found = controls(sweep, views(sweep))[0]
+    assert found.question == "Does window 0.5 keep more than its controls?"
+    assert found.answer == "More than haar; no difference is shown to frozen-A and matched-principal."
+    assert found.details[0].startswith("Minus haar, the reference's singular values on random directions: +0.0")
+    assert found.details[-1].endswith("Two-sided p, Holm-adjusted over 3.")
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "comparisons", "says"),
+    [
+        (True, ("same",), "Its singular values account for it, not their directions."),
+        (False, ("same",), "Its directions account for it, not their singular values."),
+        (
+            True,
+            ("same", "update"),
+            "Its singular values account for it, not their directions. The size of its steps accounts for it: at equal "
+            "early updates the difference is gone.",
+        ),
+    ],
+)
+def test_why_an_end_forgets(magnitude, comparisons, says, tmp_path):
+    made = Made(**CONTROLLED, magnitude=magnitude, comparisons=comparisons, seeds=8, left=0.3, right=0.0)
+    sweep = read_sweep(made.write(tmp_path))
+    (found,) = controls(sweep, views(sweep))[1:]
+    assert (found.question, found.answer) == ("Why does the principal end forget more than window 0.5?", says)
+
+
+def test_an_end_that_lies_between_is_undecided(tmp_path):
+    """Matched, half of the loss is left."""
+    kept = {"0.5": 0.9, "0.0": 0.5, "matched-principal": 0.7}
+    rows = [by_hand(m, seed, 0.5, value + 0.01 * (seed % 3)) for m, value in kept.items() for seed in range(6)]
+    rows += [by_hand("0.0", 6, 0.5, 0.52), by_hand("0.5", 6, 0.5, 0.9), by_hand("matched-principal", 6, 0.5, 0.71)]
+    sweep = read_sweep(write_rows(tmp_path, rows))
+    assert controls(sweep, views(sweep))[1].answer == "Undecided: no single cause accounts for it."
+
+
+@pytest.mark.parametrize(("seeds", "decided"), [(4, False), (5, True)])
+def test_an_interval_of_few_seeds_accounts_for_nothing(seeds, decided, tmp_path):
+    """The control kept as much as the reference, but most of its runs failed."""
+    kept = {"0.5": 0.9, "0.0": 0.5}
+    rows = [by_hand(m, seed, 0.5, value + 0.01 * (seed % 3)) for m, value in kept.items() for seed in range(8)]
+    rows += [by_hand("matched-principal", seed, 0.5, 0.9 + 0.001 * seed) for seed in range(seeds)]
+    sweep = read_sweep(write_rows(tmp_path, rows))
+    assert controls(sweep, views(sweep))[1].answer.startswith("Its singular values" if decided else "Undecided")
+
+
+def test_the_suggestion_keeps_most_among_those_that_learn_as_well(tmp_path):
+    """Best target 0.80 with standard error 0.1 / √3 = 0.058: 0.75 is as good, 0.74 is not."""
+    spread = (-0.1, 0.0, 0.1)
+    scores = {"0.0": (0.80, 0.1), "0.5": (0.75, 0.3), "1.0": (0.74, 0.5), "haar": (0.80, 0.9)}
+    rows = [by_hand(m, s, t + spread[s], r, lr_used=2e-3) for m, (t, r) in scores.items() for s in range(3)]
+    found = suggestion(read_sweep(write_rows(tmp_path, rows)))
+    assert found.answer == "Window 0.5, learning rate 0.002."
+    assert found.details[0].endswith("target 0.750, retained 0.300, 3 seeds.")
+
+
+def test_a_setting_that_failed_once_is_not_suggested(tmp_path):
+    rows = [by_hand(m, seed, 0.5, kept) for m, kept in (("lora", 0.2), ("0.5", 0.9)) for seed in range(3)]
+    rows[-1] = by_hand("0.5", 2, None, None, status="failed: diverged")
+    assert suggestion(read_sweep(write_rows(tmp_path, rows))).answer == "Plain LoRA, learning rate 0.001."
+
+
+def test_scaled_rates_are_suggested_with_how_to_scale(tmp_path):
+    rows = [by_hand("0.5", seed, 0.5, 0.5, comparison="sqrt-sigma") for seed in range(3)]
+    found = suggestion(read_sweep(write_rows(tmp_path, rows)))
+    assert found.answer == (
+        'Window 0.5, learning rate 0.001, divided by √σ in each layer (ipca.param_groups with match="sqrt-sigma").'
+    )
+
+
+def test_a_matched_rate_is_suggested_with_the_rate_of_the_rest(tmp_path):
+    rows = [by_hand("0.0", seed, 0.5, 0.5, comparison="update", lr_used=4e-4) for seed in range(3)]
+    found = suggestion(read_sweep(write_rows(tmp_path, rows)))
+    assert found.answer == "Window 0.0, learning rate 0.0004, fully trained modules at 0.001."
+
+
+def test_two_seeds_suggest_nothing(tmp_path):
+    rows = [by_hand("0.5", seed, 0.5, 0.5) for seed in range(2)]
+    assert suggestion(read_sweep(write_rows(tmp_path, rows))).answer == "No suggestion from 2 seeds; 3 are needed."
+
+
+def test_failed_runs_are_counted(tmp_path):
+    found = verdict(tmp_path, methods=("lora",), seeds=5, fails={"lora": 0}).findings[-1]
+    assert found.answer == "No: 5 of 25 failed (plain LoRA)."
+
+
+def test_the_text_is_the_headline_and_a_line_for_each_finding(tmp_path):
+    text = str(verdict(tmp_path, seeds=6)).splitlines()
+    assert text[0].startswith("Forgetting is U-shaped")
+    assert any(line.startswith("Which window and rate to use? ") for line in text)

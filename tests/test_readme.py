@@ -1,0 +1,118 @@
+"""README: its programs run as printed, its commands exist, its figures are those of the files it names."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from ipca.cli.arguments import parser
+from tests.helpers.markdown import blocks, sections
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = {title: found for title, body in sections(TEXT).items() if (found := blocks(body, "python"))}
+COMMANDS = [line for block in blocks(TEXT, "sh") for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("title", PROGRAMS)
+def test_a_program_runs_as_printed_on_a_tiny_model(title, tmp_path, monkeypatch):
+    for needed in ("transformers", "peft"):
+        pytest.importorskip(needed)
+    from transformers import LlamaForCausalLM
+
+    from tests.helpers.model_folders import llama_config
+
+    LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "path" / "to" / "model")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for program in PROGRAMS[title]:
+        exec(compile(program, f"README.md, {title}", "exec"), names)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_programs_are_those_that_the_page_promises():
+    assert set(PROGRAMS) == {"Use it in PEFT", "Use it in plain PyTorch"}
+    assert "PCConfig(" in PROGRAMS["Use it in PEFT"][0]
+    assert "apply_pc(" in PROGRAMS["Use it in plain PyTorch"][0]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_exists(line):
+    command, *words = shlex.split(line, comments=True)
+    if command == "make":
+        assert set(words) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    elif command == "pip":
+        assert words[0] == "install"
+        assert [word for word in words[1:] if not re.fullmatch(r"\.(\[[\w,]+\])?", word)] == []
+    else:
+        assert command == "ipca"
+        parser().parse_args(words)
+
+
+def test_every_extra_is_named():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = re.search(r"^\[project\.optional-dependencies\]\n(.*?)^\[", text, flags=re.DOTALL | re.MULTILINE)[1]
+    extras = set(re.findall(r"^(\w+) = ", table, flags=re.MULTILINE))
+    install = sections(TEXT)["Install"]
+    assert set(re.findall(r"\[(\w+)\]", install)) == extras - {"study"}  # studies/ is in a checkout only
+
+
+def test_the_page_is_short_and_begins_with_the_two_commands():
+    lines = TEXT.splitlines()
+    assert len(lines) <= 120
+    first_screen = "\n".join(lines[:20])
+    assert "make demo" in first_screen
+    assert "make test" in first_screen
+    assert "principal components (PC)" in lines[2]
+
+
+def rows(path, **wanted):
+    with (ROOT / path).open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_the_drift_of_the_demo_is_that_of_its_file():
+    found = rows("bench/results/demo.csv")
+    drift = {
+        name: f"{mean(float(row['drift']) for row in found if row['method'] == name):.2f}"
+        for name in ("middle", "minor", "principal", "LoRA")
+    }
+    assert len({row["seed"] for row in found}) == 3
+    assert (
+        f"middle {drift['middle']}, minor {drift['minor']}, principal {drift['principal']}, plain LoRA {drift['LoRA']}"
+        in TEXT
+    )
+    assert drift["LoRA"] == min(drift.values())  # as the page says below the table
+
+
+def test_what_the_study_found_is_in_its_file():
+    found = {row["claim"]: row for row in rows("studies/window_position/results/tests.csv")}
+    minilm, vit = (f"{float(found[claim]['mean']):.3f}".replace("-", "−") for claim in ("C6", "C11"))
+    assert f"| {minilm} (MiniLM), {vit} (a small ViT) |" in TEXT
+    assert {found[claim]["n"] for claim in ("C6", "C11")} == {"10"}
+    assert (found["C11"]["verdict"], found["S11"]["verdict"]) == ("below", "below")
+    assert found["S6"]["verdict"] == "not shown"  # so there is no claim about MiniLM
+
+
+def test_the_times_of_the_window_svd_are_those_of_its_file():
+    def ratio(size, rank):
+        wanted = {"op": "window_svd", "matrices": f"{size} × {size}", "window": "middle", "rank": str(rank)}
+        (row,) = rows("bench/results/window_svd_cpu.csv", provider="ipca", status="ok", **wanted)
+        return float(row["ratio"])
+
+    assert f"| {1 / ratio(4096, 64):.1f} (4096 × 4096), {1 / ratio(2048, 64):.1f} (2048 × 2048) |" in TEXT
+    assert f"takes {ratio(384, 16):.1f} times as long as `torch.linalg.svd`" in TEXT
+
+
+def test_the_times_of_the_layer_are_those_of_its_file():
+    cell = {"mode": "full", "compiled": "0", "M": "512", "N": "1024", "K": "1024", "rank": "16", "dropout": "0.0"}
+
+    def ratio(provider, form):
+        (row,) = rows("bench/results/pc_linear_cpu.csv", provider=provider, form=form, status="ok", **cell)
+        return f"{float(row['ratio_linear']):.2f}"
+
+    ours = f"intact {ratio('ipca-auto', 'intact')}, residual {ratio('ipca-auto', 'residual')}"
+    assert f"| {ours}, PEFT's LoRA {ratio('peft-default', '')} |" in TEXT
