@@ -64,7 +64,7 @@ def complaint(target, part, lazy):
     """What is wrong with a module of ``part`` importing ``target``, or None."""
     root = target.split(".")[0]
     if root == "kernels":
-        return "a bare `kernels` is another distribution; say ipca.kernels"
+        return "a bare `kernels` is another distribution; import ipca.kernels"
     if root == "peft" and part not in WITH_PEFT:
         return f"only {', '.join(WITH_PEFT)} may import peft"
     if root == "transformers" and part not in WITH_TRANSFORMERS and not lazy:

@@ -149,4 +149,4 @@ def test_auto_takes_the_backend_that_was_measured_fastest(tmp_path, monkeypatch)
     layer = sample.layer(Provider("ipca-auto", "residual"))
     times = rows["bfloat16", False, True, True]
     assert "merged" not in times
-    assert ipca.explain(layer, sample.x).backend == min(times, key=times.get)
+    assert ipca.nn.explain(layer, sample.x).backend == min(times, key=times.get)

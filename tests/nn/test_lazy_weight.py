@@ -552,7 +552,9 @@ def test_a_model_that_reads_a_weight_compiles_whole(form, backend):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("aot_eager", "inductor"))]
+)
 @pytest.mark.parametrize("read", ["matmul", "view of a view", "autograd function", "checkpoint", "twice"])
 def test_a_compiled_function_that_is_handed_a_weight(read, backend):
     torch._dynamo.reset()
