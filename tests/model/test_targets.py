@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations
 import ipca
 from ipca import Window
 from ipca.model import AdapterSettings
-from ipca.model.apply import adapt
-from ipca.model.targets import find_modules_to_save, find_targets
+from ipca.model.apply import adapt, adapted_layers
+from ipca.model.targets import _matches_any, find_modules_to_save, find_targets, matches
 from ipca.nn import LinearPC
 from tests.helpers.models import Plain, snapshot
 
@@ -264,3 +264,34 @@ def test_tied_weights_are_refused_in_both_forms_from_both_sides_and_adapted_once
     assert snapshot(model) == before
     model.table.weight = nn.Parameter(model.b.weight.detach().clone())
     ipca.apply_pc(model, rank=2, form=form, targets=targets, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "wanted"),
+    [
+        ("a.b", "a.b", True),
+        ("b", "a.b", True),
+        ("b", "a.bb", False),
+        ("b", "a.cb", False),
+        ("a", "a.b", False),
+        (r"a\..", "a.b", True),
+        ("a.b", "axb", True),  # as a regular expression
+        ("", "a", False),
+    ],
+)
+def test_a_pattern_is_a_path_its_end_or_a_whole_regular_expression(pattern, name, wanted):
+    assert matches(pattern, name) is wanted
+
+
+def test_excluding_a_module_excludes_what_it_contains():
+    assert _matches_any(["a"], "a.b.c")
+    assert _matches_any([r"a\.\w"], "a.b.c")
+    assert not _matches_any(["c.d", "b.c.d"], "a.b.c")
+
+
+def test_a_name_that_is_no_regular_expression_is_a_name_still():
+    model = nn.Module()
+    for name in ("a", "b*[", "c("):
+        model.add_module(name, nn.Linear(6, 6))
+    ipca.apply_pc(model, rank=2, targets=["b*[", "c("], rank_pattern={"c(": 3}, progress=False)
+    assert {name: layer.rank for name, layer in adapted_layers(model).items()} == {"b*[": 2, "c(": 3}

@@ -69,6 +69,40 @@ def products(monkeypatch):
 # What it computes.
 
 
+def pair(form: str) -> tuple[nn.Linear, LinearPC]:
+    plain = nn.Linear(24, 40, dtype=torch.float64)
+    return plain, trained(LinearPC.from_linear(plain, "middle", rank=6, alpha=3, form=form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_weight_is_what_forward_multiplies_by(form):
+    linear, layer = pair(form)
+    x = torch.randn(9, 24, dtype=torch.float64)
+    torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), layer(x))
+    torch.testing.assert_close(layer.weight, layer.effective_weight())
+    with layer.disabled():
+        torch.testing.assert_close(layer.weight, linear.weight.detach())
+    layer.eval().merge()
+    torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), layer(x))
+    with layer.disabled():
+        torch.testing.assert_close(layer.weight, linear.weight.detach())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_reader_of_the_weight_trains_the_factors(form):
+    _, layer = pair(form)
+    x, dy = torch.randn(9, 24, dtype=torch.float64), torch.randn(9, 40, dtype=torch.float64)
+    called = torch.autograd.grad(layer(x), [layer.lora_A, layer.lora_B], dy)
+    read = torch.autograd.grad(F.linear(x, layer.weight, layer.bias), [layer.lora_A, layer.lora_B], dy)
+    for ours, theirs in zip(called, read, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_intact_weight_is_exactly_the_base_before_training():
+    linear = nn.Linear(24, 40)
+    assert torch.equal(LinearPC.from_linear(linear, rank=6, form="intact").weight, linear.weight)
+
+
 class Product(torch.autograd.Function):
     """As the kernels of Liger and of Mamba take a weight."""
 
@@ -661,6 +695,42 @@ def test_an_encoder_layer_of_pytorch(gradients):
         torch.testing.assert_close(found[~mask], wanted[~mask], rtol=1e-4, atol=1e-5)
         trained(encoder.layers[1].linear1)
         assert not torch.allclose(encoder(x, src_key_padding_mask=mask)[~mask], wanted[~mask], atol=1e-2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_put_by_hand_into_an_encoder_keeps_its_fast_path_right(form):
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        y = encoder(x)
+        encoder.linear1 = LinearPC.from_linear(encoder.linear1, rank=4, form=form).eval()
+        torch.testing.assert_close(encoder(x), y, atol=1e-5, rtol=1e-5)
+        encoder.linear1.lora_B.mul_(3)
+        changed = encoder(x)
+        encoder.linear1 = encoder.linear1.to_linear()
+        assert not torch.allclose(changed, y, atol=1e-2)
+        torch.testing.assert_close(encoder(x), changed, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_concatenates_a_weight_stays_equal_and_trains_it(form):
+    config = transformers.MobileBertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        embedding_size=16,
+        intra_bottleneck_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    base = transformers.MobileBertForMaskedLM(config).eval()
+    ids = torch.randint(0, 60, (2, 7))
+    model = ipca.apply_pc(copy.deepcopy(base), rank=4, form=form, progress=False)
+    before = base(ids).logits
+    y = model(ids).logits
+    assert (y - before).abs().max() <= 1e-5 * before.abs().max()
+    y.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in ipca.adapter_parameters(model))
 
 
 def test_the_state_dict_is_that_of_the_parameters():

@@ -1,4 +1,4 @@
-"""LinearPC's states: merged, disabled, plain again, saved, loaded, copied, cast and moved."""
+"""States of a layer: merged, disabled, plain again, saved, loaded, copied, cast and moved."""
 
 import copy
 import io
@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import ipca
 import ipca.nn.initialization
 from ipca import Window
 from ipca.nn import LinearPC
@@ -296,3 +297,57 @@ def test_move_to_meta_and_back_keeps_the_description():
     layer.to("meta").to_empty(device="cpu").load_state_dict(state)
     assert same(layer, state)
     assert layer.window == Window(9, 5)
+
+
+def test_a_plain_load_of_an_adapted_state_dict_misses_the_weight():
+    plain = nn.Sequential(nn.Linear(8, 8))
+    adapted = ipca.apply_pc(copy.deepcopy(plain), rank=2, progress=False)
+    assert "0.weight" in plain.load_state_dict(adapted.state_dict(), strict=False).missing_keys
+
+
+def test_a_kept_weight_without_its_factors_is_refused():
+    _, layer = trained("residual")
+    before = copy.deepcopy(layer.state_dict())
+    partial = {key: value for key, value in before.items() if "lora" not in key}
+    with pytest.raises(
+        RuntimeError, match=r"base_weight, which means nothing without lora_A, lora_B, lora_A0, lora_B0"
+    ):
+        layer.load_state_dict(partial, strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_a_plain_conv1d_state_dict_sets_the_window_of_its_transpose():
+    first, second = Conv1D(16, 16), Conv1D(16, 16)
+    nn.init.normal_(second.weight)
+    layer = LinearPC.from_linear(first, rank=4)
+    layer.load_state_dict(second.state_dict())
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(layer(x), second(x), atol=1e-5, rtol=1e-5)
+
+
+def test_factors_that_overflow_their_dtype_are_refused():
+    linear = nn.Linear(8, 8)
+    with torch.no_grad():
+        linear.weight.mul_(1e12)
+    with pytest.raises(RuntimeError, match="factors overflow"):
+        LinearPC.from_linear(linear, rank=2, form="intact", adapter_dtype=torch.float16)
+
+
+def test_conv1d_with_one_input():
+    LinearPC.from_linear(Conv1D(1025, 1), rank=1)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12)])
+def test_plain_conv1d_state_dict_loads_into_its_layer(shape):
+    conv = Conv1D(*shape)
+    layer = LinearPC.from_linear(conv, rank=2)
+    layer.load_state_dict(conv.state_dict())
+    x = torch.randn(3, shape[1])
+    assert torch.allclose(layer(x), conv(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("alpha", "words"), [(1e-12, "factors overflow"), (1e20, "factors are all 0")])
+def test_factors_that_leave_the_range_of_float16(form, alpha, words):
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        LinearPC.from_linear(nn.Linear(20, 20).half(), rank=4, alpha=alpha, form=form)
