@@ -16,6 +16,7 @@ from bench.quantized_start import PATH as QUANTIZED_START
 from bench.quantized_start import overlap_section, start_section
 from bench.result_tables import LEGEND, Row, against, compiled_lines, latest, pc_linear_table, training_table
 from bench.rows import RESULTS, ROOT, read_rows
+from bench.svd_grid import OPS
 from bench.svd_tables import LEGEND as WINDOW_LEGEND
 from bench.svd_tables import against as windows_against
 from bench.svd_tables import initialize_table, window_table
@@ -137,6 +138,8 @@ def window_svd_section(results: Path) -> str:
         return "Not measured yet."
     for path in device_files(results, "window_svd"):
         rows = latest(read_rows(path))
+        if unknown := {row["op"] for row in rows}.difference(OPS):
+            raise ValueError(f"{path.name} has rows of {', '.join(sorted(unknown))}, which no table would show.")
         lines = "\n".join(f"- {line}" for line in windows_against(rows, most=3))
         parts += [f"{measured_on(rows[0])} Rows: `bench/results/{path.name}`.", window_table(rows)]
         if any(row["op"] == "initialize" for row in rows):

@@ -28,6 +28,10 @@ Task = tuple[str, str]
 """Window and provider."""
 
 
+OPS = ("window_svd", "llama-2-7b", "initialize")
+"""The values of the column ``op``, see :class:`Cell`."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One matrix ``(m, n)``, or a stack of ``batch``, and a rank: its windows and providers are timed in turn.

@@ -175,6 +175,28 @@ def as_window(window: Window | str | float, rank: int | None, default_rank: int 
     return Window(window, rank)
 
 
+def as_pattern_window(pattern: str, window: Window | str | float, rank: int, rank_word: str) -> str:
+    """The text of ``window_pattern[pattern]``, which holds no rank.
+
+    Args:
+        rank: that of the layers, ``rank_pattern[pattern]`` or the general one.
+        rank_word: the argument of the general one, for the message.
+
+    Raises:
+        TypeError, ValueError: as :func:`as_window`, or a :class:`Window` of another rank.
+    """
+    try:
+        text = as_window(window, None).text
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"window_pattern[{pattern!r}]: {error}") from None
+    if isinstance(window, Window) and window.rank != rank:
+        raise ValueError(
+            f"window_pattern[{pattern!r}] is {window}, but layers train {rank} components: set "
+            f"rank_pattern[{pattern!r}] or {rank_word}, or give only the start, {text!r}."
+        )
+    return text
+
+
 def _normalize(start: int | str) -> int | str:
     """``start`` as an index, or as the one text of its rule."""
     if isinstance(start, float):

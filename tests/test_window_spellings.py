@@ -147,7 +147,7 @@ def test_the_same_meaning_on_the_command_line(window, meaning, command, capsys):
 
 
 def test_a_pattern_does_not_drop_the_rank_of_its_window():
-    with pytest.raises(ValueError, match=r"window_pattern '0' is .*rank=8\), but layers train 4 components"):
+    with pytest.raises(ValueError, match=r"window_pattern\['0'\] is .*rank=8\), but layers train 4 components"):
         ipca.apply_pc(model(), rank=RANK, window_pattern={"0": Window(5, 8)}, progress=False)
     adapted = ipca.apply_pc(
         model(), rank=RANK, rank_pattern={"0": 8}, window_pattern={"0": Window(5, 8)}, progress=False

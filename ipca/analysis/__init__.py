@@ -11,8 +11,14 @@ from ipca.analysis.importance import component_importance
 from ipca.analysis.layer_pairs import weight_pairs
 from ipca.analysis.retention import accuracy_drop, cross_entropy_rise, kl_to_base
 from ipca.analysis.spectra import spectrum
-from ipca.analysis.update import intruder_dimensions, overlap, spectral_imbalance, update_norm
-from ipca.analysis.weight_drift import drift, principal_angles
+from ipca.analysis.weight_change import (
+    drift,
+    intruder_dimensions,
+    overlap,
+    principal_angles,
+    spectral_imbalance,
+    update_norm,
+)
 from ipca.model.calibration import sensitivity, suggest_windows
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ipca._atomic import staged_files
 from ipca.analysis.importance import BlockImportance
 from ipca.analysis.spectra import LayerSpectrum
-from ipca.analysis.weight_drift import Drift
+from ipca.analysis.weight_change import Drift
 from ipca.model.calibration import LayerSensitivity
 from ipca.window import Window
 

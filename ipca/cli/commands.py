@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import time
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import ipca
 from ipca._atomic import check_writable, staged_folder
+from ipca._cache_folder import default_cache_folder
 from ipca.analysis import draw_spectra, spectrum
 from ipca.cli.arguments import check_output_folder, parser
-from ipca.cli.cache_commands import cache
 from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
 from ipca.io.adapter_folder import SIDECAR, OtherBaseError
 from ipca.io.model_folder import copy_companions, load_model
 from ipca.io.peft_format import WEIGHTS
+from ipca.svd.cache import CacheEntry, SpectralCache
 
 __all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge", "sweep"]
 
@@ -120,6 +122,74 @@ def convert(args: argparse.Namespace) -> tuple[Record, str]:
         "uncertified": dict(found.uncertified),
     }
     return record, f"{found}\nadapter: {args.out}"
+
+
+def cache(args: argparse.Namespace) -> tuple[Record, str]:
+    """List, verify or prune the cache in a folder."""
+    held = SpectralCache(args.cache or default_cache_folder())
+    if held.folder.exists() and not held.folder.is_dir():
+        raise NotADirectoryError(f"{held.folder} is not a folder; give the folder of a cache.")
+    return {"list": _list_cache, "verify": _verify_cache, "prune": _prune_cache}[args.action](held, args)
+
+
+def _list_cache(held: SpectralCache, args: argparse.Namespace) -> tuple[Record, str]:
+    entries = held.entries()
+    total = sum(entry.bytes for entry in entries)
+    lines = [f"{'weight':22} {'shape':>14} {'window':>16} {'tol':>7} {'dtype':>9} {'path':>6} {'MiB':>7} {'used':>7}"]
+    lines += [_entry_line(entry) for entry in entries]
+    lines.append(f"{len(entries)} entries, {total / 2**20:.1f} MiB in {held.folder}")
+    record: Record = {
+        "folder": str(held.folder),
+        "bytes": total,
+        "entries": [_entry_record(entry) for entry in entries],
+    }
+    return record, "\n".join(lines[1:] if not entries else lines)
+
+
+def _verify_cache(held: SpectralCache, args: argparse.Namespace) -> tuple[Record, str]:
+    damaged = held.verify(remove=args.remove)
+    if damaged and not args.remove:
+        words = "; ".join(words for _, words in damaged)
+        raise ValueError(f"{len(damaged)} entries are damaged ({words}); ipca cache verify --remove deletes them.")
+    names = [path.name for path, _ in damaged]
+    text = f"removed {len(names)} damaged entries from" if names else "no damaged entry in"
+    return {"folder": str(held.folder), "removed": names}, f"{text} {held.folder}"
+
+
+def _prune_cache(held: SpectralCache, args: argparse.Namespace) -> tuple[Record, str]:
+    names = [path.name for path in held.prune(max_bytes=args.max_bytes, older_than=args.older_than)]
+    return {"folder": str(held.folder), "removed": names}, f"removed {len(names)} entries from {held.folder}"
+
+
+def _entry_record(entry: CacheEntry) -> Record:
+    key, report = entry.key, entry.report
+    return {
+        "file": entry.path.name,
+        "weight": key.weight,
+        "shape": list(entry.shape),
+        "window": key.window,
+        "start": report.window.index,
+        "rank": key.rank,
+        "tol": key.tol,
+        "dtype": key.dtype,
+        "version": key.version,
+        "path": report.path,
+        "residual": report.residual,
+        "certified": report.certified,
+        "seconds": report.seconds,
+        "bytes": entry.bytes,
+        "used": entry.used,
+    }
+
+
+def _entry_line(entry: CacheEntry) -> str:
+    key, window = entry.key, entry.report.window
+    shape, span = " × ".join(map(str, entry.shape)), f"[{window.index}, {window.index + window.rank})"
+    days = (time.time() - entry.used) / 86400
+    return (
+        f"{key.weight[:22]:22} {shape:>14} {span:>16} {key.tol:7.0e} {key.dtype:>9} {entry.report.path:>6} "
+        f"{entry.bytes / 2**20:7.2f} {days:5.1f} d"
+    )
 
 
 def sweep(args: argparse.Namespace) -> tuple[Record, str]:

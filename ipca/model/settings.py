@@ -11,7 +11,7 @@ import torch
 
 from ipca.nn.initialization import check_options, default_adapter_dtype
 from ipca.svd.decompose import tolerance
-from ipca.window import Window, as_window
+from ipca.window import Window, as_pattern_window, as_window
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _PEFT_FIELDS = ("base_model_name_or_path", "is_prompt_learning", "peft_type")
@@ -78,14 +78,10 @@ class AdapterSettings:
     ) -> None:
         chosen = as_window(window, rank)
         ranks, alphas = _mapping("rank_pattern", rank_pattern), _mapping("alpha_pattern", alpha_pattern)
-        windows = _mapping("window_pattern", window_pattern)
-        for pattern, value in windows.items():
-            windows[pattern] = as_window(value, None).text
-            if isinstance(value, Window) and value.rank not in (chosen.rank, *ranks.values()):
-                raise ValueError(
-                    f"window_pattern {pattern!r} is {value}, but layers train {chosen.rank} components: give rank or "
-                    f"rank_pattern too, or the start only, {windows[pattern]!r}."
-                )
+        windows = {
+            pattern: as_pattern_window(pattern, value, ranks.get(pattern, chosen.rank), "rank")
+            for pattern, value in _mapping("window_pattern", window_pattern).items()
+        }
         for exception in ranks.values():
             Window(chosen.start, exception)
         for value in (chosen.rank if alpha is None else alpha, *alphas.values()):

@@ -63,9 +63,9 @@ class LazyWeight(Tensor):
     shape = property(lambda self: self._spec[0])
     dtype = property(lambda self: self._spec[1])
     device = property(lambda self: self._spec[2])
-    requires_grad = property(lambda self: self._trains, lambda self, value: _raise_read_only())
-    grad = property(lambda self: None, lambda self, value: _raise_read_only())
-    data = property(lambda self: self.detach(), lambda self, value: _raise_read_only())
+    requires_grad = property(lambda self: self._trains, lambda self, value: raise_read_only())
+    grad = property(lambda self: None, lambda self, value: raise_read_only())
+    data = property(lambda self: self.detach(), lambda self, value: raise_read_only())
     is_leaf = property(lambda self: False)  # no optimizer takes it for a parameter
 
     def detach(self) -> Tensor:
@@ -122,7 +122,7 @@ class LazyWeight(Tensor):
         for place, argument in enumerate(func._schema.arguments):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             if argument.is_write and any(isinstance(leaf, LazyWeight) for leaf in tree_leaves(value)):
-                _raise_read_only()
+                raise_read_only()
         args, kwargs = tree_map_only(LazyWeight, lambda weight: weight._value(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -196,7 +196,7 @@ def _check_reads_only(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if name in _WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True:
         written += [args[:1], *(kwargs.get(word) for word in ("input", "self", "tensor"))]
     if any(isinstance(leaf, LazyWeight) for leaf in tree_leaves(written)):
-        _raise_read_only()
+        raise_read_only()
 
 
 def _memory(tensor: Tensor) -> int:
@@ -205,5 +205,6 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if owns else 0
 
 
-def _raise_read_only() -> NoReturn:
+def raise_read_only() -> NoReturn:
+    """Raise the RuntimeError of a write into a layer's weight."""
     raise RuntimeError(_READ_ONLY)

@@ -11,18 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca._dtensor import part_like
-from ipca.nn.extra_state import LayerRecord, check_extra_state, decode_extra_state, encode_extra_state
 from ipca.nn.initialization import (
     InitCertificate,
     InitialFactors,
+    LayerRecord,
     add_low_rank,
+    check_extra_state,
     check_options,
+    decode_extra_state,
     default_adapter_dtype,
+    encode_extra_state,
     frozen_weight,
     initial_factors,
 )
 from ipca.nn.layer_kinds import read_layer, to_matrix
-from ipca.nn.lazy_weight import make_lazy_weight
+from ipca.nn.lazy_weight import make_lazy_weight, raise_read_only
 from ipca.ops.op import without_autocast
 from ipca.svd.result import SVDReport
 from ipca.window import Window
@@ -189,6 +192,11 @@ class WindowLayer(nn.Module):
         disabled = self._disabled
         trains = not disabled and self._merged is None and (A.requires_grad or B.requires_grad)
         return make_lazy_weight(self, A, B, self._weight_spec(), disabled=disabled, trains=trains)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise_read_only()
+        super().__setattr__(name, value)
 
     def computed_weight(self, *, disabled: bool | None = None) -> Tensor:
         """:attr:`weight` as a plain tensor, with gradients to the factors.

@@ -20,7 +20,7 @@ from ipca.peft.dispatch import build_layer
 from ipca.peft.records import LayerRecords
 from ipca.peft.save_load import OWN_FIELDS, load_config, save_config
 from ipca.svd.decompose import tolerance
-from ipca.window import Window, as_window
+from ipca.window import Window, as_pattern_window, as_window
 
 _REFUSED = (
     "use_dora",
@@ -103,7 +103,10 @@ class PCConfig(LoraConfig):
             raise ValueError(f"{self.window} has rank {self.window.rank}, but r={self.r} was given too; leave out r.")
         chosen = as_window(self.window, self.r)
         self.r, self.window = chosen.rank, chosen.text
-        self.window_pattern = {pattern: _window_text(pattern, value) for pattern, value in self.window_pattern.items()}
+        self.window_pattern = {
+            pattern: as_pattern_window(pattern, value, self.rank_pattern.get(pattern, chosen.rank), "r")
+            for pattern, value in self.window_pattern.items()
+        }
 
     def _set_alphas(self) -> None:
         self.alpha_pattern = dict(self.alpha_pattern or {})
@@ -167,10 +170,3 @@ class PCConfig(LoraConfig):
         if adapter is not None:
             config.records = LayerRecords.of(adapter)
         return config
-
-
-def _window_text(pattern: str, window: Any) -> str:
-    try:
-        return as_window(window, None).text
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"window_pattern[{pattern!r}]: {error}") from None

@@ -351,6 +351,12 @@ def test_the_readme_says_times_ratios_and_accuracy(tmp_path, tiny):
     assert "![time over that of torch.linalg.svd](../../bench/results/window_svd_cpu.png)" in text
 
 
+def test_rows_that_no_table_would_show_are_refused(tmp_path):
+    written(tmp_path, window_rows({OURS: 0.4}) + window_rows({OURS: 0.4}, op="another"))
+    with pytest.raises(ValueError, match=r"window_svd_cpu\.csv has rows of another, which no table would show"):
+        report.window_svd_section(tmp_path)
+
+
 def test_without_a_file_the_readme_says_so(tmp_path):
     assert report.window_svd_section(tmp_path) == "Not measured yet."
 

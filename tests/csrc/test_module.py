@@ -53,7 +53,7 @@ def test_scaled_cholesky(module, dtype, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lanczos_recurrences(module, dtype):
-    """All steps of a tridiagonalisation, by the kernel and by PyTorch; a chain's G has five eigenvalues, so it ends."""
+    """All steps of a tridiagonalization, by the kernel and by PyTorch; a chain's G has five eigenvalues, so it ends."""
     chains, n, steps = 3, 40, 7
     Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
     G = ((Q * torch.arange(n).remainder(5)) @ Q.T).to(dtype)

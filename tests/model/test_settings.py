@@ -95,8 +95,10 @@ def test_a_window_in_a_pattern_has_a_rank_that_layers_train():
     assert AdapterSettings(rank=4, window_pattern={"a": Window(5, 4)}).window_pattern == {"a": "start=5"}
     config = AdapterSettings(rank=4, rank_pattern={"a": 8}, window_pattern={"a": Window(5, 8)})
     assert config.window_pattern == {"a": "start=5"}
-    with pytest.raises(ValueError, match=r"window_pattern 'a' is .*rank=8\), but layers train 4 .* only, 'start=5'"):
-        AdapterSettings(rank=4, window_pattern={"a": Window(5, 8)})
+    words = r"window_pattern\['a'\] is .*rank=8\), but layers train 4 .* set rank_pattern\['a'\] or rank, .*'start=5'"
+    for ranks in ({}, {"b": 8}):
+        with pytest.raises(ValueError, match=words):
+            AdapterSettings(rank=4, rank_pattern=ranks, window_pattern={"a": Window(5, 8)})
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bfloat16"), ("float64", "float64"), (None, None)])

@@ -438,6 +438,15 @@ def test_a_hook_that_would_never_run_raises(name):
         linear().weight.retain_grad()
 
 
+@pytest.mark.parametrize("value", [torch.zeros(9, 12), nn.Parameter(torch.zeros(9, 12)), None], ids=type)
+def test_an_assignment_raises_with_the_way_out(value):
+    layer = linear("intact")
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match=WAY_OUT):
+        layer.weight = value
+    assert torch.equal(layer.weight, before)
+
+
 def test_what_writes_elsewhere_is_no_write():
     layer = linear()
     target = torch.zeros(9, 12, dtype=torch.float64)

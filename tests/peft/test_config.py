@@ -50,6 +50,10 @@ def test_other_initializations(value):
         ({"window": "center"}, "Unknown window 'center'"),
         ({"window": 1.5}, r"must lie in \[0, 1\]"),
         ({"window": Window(3, 4), "r": 5}, "has rank 4, but r=5 was given too"),
+        (
+            {"window_pattern": {"a": Window(5, 8)}},
+            r"^window_pattern\['a'\] is .*=8\), .* rank_pattern\['a'\] or r, ",
+        ),
         ({"window_pattern": {"a": "center"}}, r"^window_pattern\['a'\]: Unknown window 'center'"),
         ({"r": 0}, "^r must be at least 1, got 0"),
         ({"rank_pattern": {"a": 0}}, r"^rank_pattern\['a'\] must be at least 1, got 0"),

@@ -5,9 +5,8 @@ import torch
 
 from ipca import Window, window_svd
 from ipca.svd import certificate, ldlt, solve
-from ipca.svd.dense import lapack_range
 from ipca.svd.matrix_batch import MatrixBatch
-from ipca.svd.solve import rayleigh_ritz
+from ipca.svd.solve import lapack_range, rayleigh_ritz
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps

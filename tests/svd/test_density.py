@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from ipca.svd.density import CHAINS, spectral_density
-from ipca.svd.matrix_batch import MatrixBatch
+from ipca.svd.matrix_batch import CHAINS, MatrixBatch, spectral_density
 
 F64 = torch.float64
 SPECTRA = {

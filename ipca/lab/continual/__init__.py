@@ -8,5 +8,15 @@
 from ipca.lab.continual.learner import ContinualLearner, TaskRecord
 from ipca.lab.continual.methods import METHODS
 from ipca.lab.continual.stream import StreamResult, StreamTask, draw_stream, run_stream
+from ipca.lab.continual.task_matrix import TaskMatrix
 
-__all__ = ["METHODS", "ContinualLearner", "StreamResult", "StreamTask", "TaskRecord", "draw_stream", "run_stream"]
+__all__ = [
+    "METHODS",
+    "ContinualLearner",
+    "StreamResult",
+    "StreamTask",
+    "TaskMatrix",
+    "TaskRecord",
+    "draw_stream",
+    "run_stream",
+]

@@ -17,7 +17,7 @@ from ipca._atomic import staged_files
 from ipca.analysis.figures import picture
 from ipca.lab.continual.learner import ContinualLearner, TaskRecord
 from ipca.lab.continual.method import task_seed
-from ipca.lab.task_matrix import TaskMatrix
+from ipca.lab.continual.task_matrix import TaskMatrix
 from ipca.model.batches import evaluating
 
 Score = Callable[[nn.Module], float]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ipca.lab.task_matrix import TaskMatrix
+from ipca.lab.continual import TaskMatrix
 
 NAN = math.nan
 R = [[0.9, 0.2, 0.3], [0.95, 0.8, 0.4], [0.6, 0.7, 0.85]]

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from ipca.cli.argument_types import byte_count, positive_int, positive_number, seconds, svd_tolerance, window_start
+from ipca.cli.arguments import byte_count, positive_int, positive_number, seconds, svd_tolerance, window_start
 
 
 def test_sizes_and_ages():
