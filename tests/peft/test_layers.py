@@ -13,8 +13,11 @@ from tests.helpers.peft_models import CASES, Heavy, Small, ids, llama
 from tests.helpers.quantized_layers import KINDS, TORCHAO, quantize
 
 
+NAMES = [pytest.param(name, marks=pytest.mark.zoo) if name in ("gpt2", "vit") else name for name in CASES]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_start_is_the_base_to_the_bit(name, dtype):
     case = CASES[name]
     base, x = case.build().to(dtype).eval(), case.x()
