@@ -12,7 +12,6 @@ from tests.helpers.peft_cases import off, output, train, wrap
 from tests.helpers.peft_models import CASES, Heavy, Small, ids, llama
 from tests.helpers.quantized_layers import KINDS, TORCHAO, quantize
 
-
 NAMES = [pytest.param(name, marks=pytest.mark.zoo) if name in ("gpt2", "vit") else name for name in CASES]
 
 
