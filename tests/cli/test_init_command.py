@@ -256,7 +256,7 @@ def test_uncertified_layers_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("by", ["option", "environment"])
-def test_a_cache_is_used_where_it_is_asked_for(llama, tmp_path, monkeypatch, capsys, decomposed, by):
+def test_a_cache_is_used_where_it_is_named(llama, tmp_path, monkeypatch, capsys, decomposed, by):
     cache = tmp_path / "cache"
     options = ("--cache", str(cache))
     if by == "environment":

@@ -89,7 +89,7 @@ def test_an_unmeasured_shape_takes_the_first_configuration_that_fills_the_device
     assert untuned("outer", CONFIGS["outer", "16-bit"], 16, 4096, 4096, 132) in CONFIGS["outer", "16-bit"]
 
 
-def test_nothing_is_timed_unless_asked_for(gpu):
+def test_nothing_is_timed_unless_autotuning_is_on(gpu):
     calls = []
     assert choose(8192, rerun=lambda: calls.append(1)) == CONFIGS["linear", "16-bit"][0]
     assert calls == []

@@ -91,7 +91,7 @@ def test_shares_are_even_whole_and_in_order(size):
     assert share([], size) == [[] for _ in range(size)]
 
 
-def test_layers_go_side_by_side_and_stay_in_order():
+def test_layers_run_in_parallel_and_stay_in_order():
     torch.manual_seed(0)
     alone, together = small_model(), small_model()
     together.load_state_dict(alone.state_dict())

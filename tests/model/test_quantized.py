@@ -90,7 +90,7 @@ def test_an_adapter_is_saved_and_loaded_onto_the_same_base(kind, tmp_path):
     assert torch.equal(model(x), after)
 
 
-def test_another_base_is_refused_unless_asked_for(tmp_path):
+def test_another_base_is_refused_by_default(tmp_path):
     model, plain, _ = quantized_model()
     ipca.save_adapter(train(adapt(model)), tmp_path)
     other = quantize(Plain(), KIND)

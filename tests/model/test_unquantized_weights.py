@@ -30,7 +30,7 @@ def with_a_prefix(plain, tmp_path):
 
 
 @pytest.mark.parametrize("given", [as_mapping, as_function, as_folder, with_a_prefix])
-def test_windows_of_the_original_weights(given, tmp_path):
+def test_windows_of_the_unquantized_weights(given, tmp_path):
     model, plain, x = quantized_model()
     before = model(x)
     adapt(model, unquantized_weights=given(plain, tmp_path))

@@ -28,7 +28,7 @@ def test_what_runs_and_why():
 
 
 @pytest.mark.parametrize("name", ["addmm", "merged", "reference", "triton"])
-def test_a_backend_asked_for_by_name(name):
+def test_a_backend_set_by_name(name):
     ipca.set_backend(name)
     found = explain(layer(form="intact"), torch.randn(5, 40))
     assert found.backend == name

@@ -16,7 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OPTIONS = {"scaling": 1.0, "form": "residual", "adapter_dtype": torch.float32, "tol": "default"}
 
 
-def start_of(weight: torch.Tensor, window: Window | None = None, **options):
+def initial_of(weight: torch.Tensor, window: Window | None = None, **options):
     return initial_factors(weight, window or Window.middle(5), **{**OPTIONS, **options})
 
 
@@ -25,7 +25,7 @@ def start_of(weight: torch.Tensor, window: Window | None = None, **options):
 @pytest.mark.parametrize("shape", [(33, 48), (48, 33)])
 def test_factors_are_the_window_split_evenly(shape, window, scaling):
     weight = torch.randn(shape, dtype=torch.float64)
-    start = start_of(weight, window, scaling=scaling, adapter_dtype=torch.float64)
+    start = initial_of(weight, window, scaling=scaling, adapter_dtype=torch.float64)
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     inside = slice(window.index, window.index + window.rank)
     wanted = U[:, inside] * S[inside] @ Vh[inside]
@@ -40,7 +40,7 @@ def test_factors_are_the_window_split_evenly(shape, window, scaling):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_factors_survive_the_cast_to_the_compute_dtype(dtype):
     weight = torch.randn(48, 33).to(dtype)
-    start = start_of(weight, adapter_dtype=torch.float64)
+    start = initial_of(weight, adapter_dtype=torch.float64)
     for factor in (start.A0, start.B0):
         assert factor.dtype == torch.float64
         assert torch.equal(factor, factor.to(dtype).double())
@@ -50,7 +50,7 @@ def test_factors_survive_the_cast_to_the_compute_dtype(dtype):
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 16.0])
 def test_certificate_measures_the_error_of_the_start(dtype, scaling):
     weight = torch.randn(48, 33).to(dtype)
-    start = start_of(weight, Window.principal(5), scaling=scaling)
+    start = initial_of(weight, Window.principal(5), scaling=scaling)
     kept = ipca.nn.initialization.frozen_weight(weight, start.A0, start.B0, scaling=scaling, form="residual")
     assert kept.dtype == dtype
     off = kept.double() + scaling * start.B0.double() @ start.A0.double() - weight.double()
@@ -66,12 +66,12 @@ def test_certificate_measures_the_error_of_the_start(dtype, scaling):
 
 def test_start_records_where_it_comes_from():
     weight = torch.randn(48, 33)
-    start = start_of(weight, Window("energy=0.5", 5))
+    start = initial_of(weight, Window("energy=0.5", 5))
     assert start.window == start.svd.window
     assert 0 < start.window.index < 28
     assert start.base_sha256 == tensor_sha256(weight)
     assert start.svd.certified
-    intact = start_of(weight, form="intact").certificate
+    intact = initial_of(weight, form="intact").certificate
     assert intact == InitCertificate("float32", 0.0, 0.0, 0.0)
     assert intact.holds
 
@@ -80,17 +80,17 @@ def test_start_records_where_it_comes_from():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_certificate_holds_at_every_size_of_the_weight(dtype, size):
     weight = (size * torch.randn(48, 33)).to(dtype)
-    assert start_of(weight).certificate.holds
+    assert initial_of(weight).certificate.holds
 
 
 @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30])
 def test_certificate_holds_near_the_ends_of_float32(size):
-    assert start_of(torch.randn(48, 33) * size).certificate.holds
+    assert initial_of(torch.randn(48, 33) * size).certificate.holds
 
 
 def test_certificate_fails_for_other_factors():
     weight = torch.randn(2050, 33, dtype=torch.float64)
-    start = start_of(weight, adapter_dtype=torch.float64)
+    start = initial_of(weight, adapter_dtype=torch.float64)
     settings = {"scaling": 1.0, "form": "residual"}
     assert certify_init(weight, start.A0, start.B0, **settings) == start.certificate
     broken = start.A0.clone()
@@ -101,7 +101,7 @@ def test_certificate_fails_for_other_factors():
 
 
 @pytest.mark.parametrize("error", [1e-3, 1.0, math.inf])
-def test_wrong_kept_weight_fails_loudly(error, monkeypatch):
+def test_a_wrong_base_weight_fails_loudly(error, monkeypatch):
     linear = nn.Linear(33, 48)
     before = linear.weight.clone()
     kept = ipca.nn.initialization.frozen_weight
@@ -135,7 +135,7 @@ def test_wrong_kept_weight_fails_loudly(error, monkeypatch):
 )
 def test_weights_that_cannot_start(weight, error, words):
     with pytest.raises(error, match=words):
-        start_of(weight)
+        initial_of(weight)
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_a_plain_load_of_an_adapted_state_dict_misses_the_weight():
     assert "0.weight" in plain.load_state_dict(adapted.state_dict(), strict=False).missing_keys
 
 
-def test_a_kept_weight_without_its_factors_is_refused():
+def test_a_base_weight_without_its_factors_is_refused():
     _, layer = trained("residual")
     before = copy.deepcopy(layer.state_dict())
     partial = {key: value for key, value in before.items() if "lora" not in key}

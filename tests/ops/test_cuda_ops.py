@@ -77,7 +77,7 @@ def test_compiled_whole_without_recompiling(intact, dropout, backend):
 
 @pytest.mark.usefixtures("_cuda_ops")
 def test_a_compiled_graph_sees_through_the_op():
-    """AOT decomposes it: the compiler gets matrix products, not a sealed call."""
+    """AOT decomposes it: the compiler gets matrix products, not an opaque call."""
     from torch._dynamo.backends.common import aot_autograd
 
     W, A, B, bias, _, _, scaling = tensors(False)

@@ -50,7 +50,7 @@ def test_a_directional_derivative(form):
         torch.testing.assert_close(y, made(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_backend_asked_for_by_name_has_no_rule():
+def test_a_backend_set_by_name_has_no_rule():
     made = layer("intact")
     for name in ("triton", "addmm", "merged"):
         ipca.set_backend(name)

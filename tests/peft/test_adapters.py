@@ -29,7 +29,7 @@ def three(base, x, targets=ALL):
     return model.eval(), outputs
 
 
-def test_adapters_live_side_by_side(tmp_path):
+def test_several_adapters_in_one_model(tmp_path):
     base, x = Small(), ids()
     model, outputs = three(base, x)
     for name in ("minor", "default", "default_plain", "minor"):

@@ -74,7 +74,7 @@ def test_nothing_to_do():
     assert list(thread_map(lambda i: i, [], [])) == []
 
 
-def test_a_stack_gives_the_same_bits_side_by_side_as_one_by_one(threads):
+def test_a_stack_gives_the_same_bits_in_parallel_as_one_by_one(threads):
     W = torch.randn(5, 260, 270)
     threads(1)
     alone = window_svd(W, Window.middle(6))

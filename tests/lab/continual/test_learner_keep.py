@@ -40,7 +40,7 @@ def test_what_is_kept_is_counted(method):
 
 @pytest.mark.parametrize("method", FOLDING)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_removing_every_task_gives_the_original_weights(method, order):
+def test_removing_every_task_gives_the_pretrained_weights(method, order):
     learner = learner_of(method, keep=True)
     for task in order:
         learner.remove_task(task)

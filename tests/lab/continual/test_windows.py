@@ -26,7 +26,7 @@ def starts(method, window, count, **options):
     ("window", "expected"),
     [("principal", [0, 3, 6]), ("middle", [1, 4, 7]), ("minor", [3, 6, 9]), ("start=2", [2, 5, 8])],
 )
-def test_disjoint_windows_lie_side_by_side_in_the_block_that_the_window_names(window, expected):
+def test_disjoint_windows_are_adjacent_in_the_block_that_the_window_names(window, expected):
     assert starts("disjoint", window, 3, tasks=3) == expected
 
 
@@ -41,7 +41,7 @@ def test_a_block_beyond_the_spectrum_is_refused():
 
 
 @pytest.mark.parametrize("method", ["fixed", "disjoint"])
-def test_every_task_starts_from_the_components_of_the_original_weights(method):
+def test_every_task_starts_from_the_components_of_the_pretrained_weights(method):
     model = plain()
     U, S, Vh = torch.linalg.svd(model.a.weight.detach().double(), full_matrices=False)
     learner = ContinualLearner(model, method, replace(SETTINGS, window="principal"), tasks=3)

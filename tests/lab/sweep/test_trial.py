@@ -160,7 +160,7 @@ def groups_of(model, lr=0.1):
     return [{"params": list(model.parameters()), "lr": lr}]
 
 
-def test_calls_come_after_the_steps_that_were_asked_for():
+def test_calls_come_after_the_steps_that_were_given():
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []

@@ -11,7 +11,7 @@ and their retention then differs because of the rates.
 *Direction or magnitude*, for each end: if Δ = reference − end in ``retained`` at the same rate has a one-sided p ≤ 5 %,
 
 - ``matched-…`` has the end's directions and the reference's singular values. *Magnitude* if reference − matched has a
-  95 % interval within ± Δ / 4: singular values alone undo the loss. *Direction* if matched − end has.
+  95 % interval within ± Δ / 4: the singular values by themselves undo the loss. *Direction* if matched − end has.
 - *Step size* if Δ at equal early updates has a 95 % interval within ± a quarter of Δ at the same rate: a lower rate
   would have the same effect.
 
