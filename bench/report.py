@@ -40,6 +40,9 @@ def benchmarks_page(results: Path) -> str:
         "## Training steps",
         "Whole training steps of a LLaMA-shaped model with all linear layers of its blocks adapted.",
         training_section(results),
+        "## Training steps with few tokens",
+        "A T5 of t5-small's width, two blocks each, 64 tokens: the time per layer decides, not the products.",
+        few_tokens_section(results / "t5_training_cpu.csv"),
         "## Window SVD",
         "One window of singular components against full and partial decompositions.",
         window_svd_section(results),
@@ -90,6 +93,19 @@ def memory_section(path: Path) -> str:
     lines += [f"| {row['layers']} | {row['d']} | {row['form']} | {row['peak_layers']} |" for row in rows]
     ranks = 'rank 16; d / 2 in the rows "full", which needs the full SVD'
     return "\n".join(lines) + f"\n\ntorch {rows[0]['torch']}, {ranks}. Rows: `bench/results/{path.name}`."
+
+
+def few_tokens_section(path: Path) -> str:
+    """Training steps where layers are small, against stock LoRA."""
+    rows = read_rows(path)
+    first = rows[0]
+    lines = ["| trained with | ms a step | over stock LoRA, median (quartiles) | reading `weight.dtype`, µs |"]
+    lines += ["|---|---|---|---|"]
+    for row in rows:
+        name, quartiles = f"{row['provider']} {row['form']}".strip(), f"{row['ratio_low']} … {row['ratio_high']}"
+        lines += [f"| {name} | {row['step_ms']} | {row['ratio']} ({quartiles}) | {row['read_dtype_us']} |"]
+    about = f"{first['layers']} layers adapted, rank {first['rank']}, {first['rounds']} rounds"
+    return "\n".join(lines) + f"\n\n{measured_on(first)} {about}. Rows: `bench/results/{path.name}`."
 
 
 def adapter_section(path: Path) -> str:
