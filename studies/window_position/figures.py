@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipca._atomic import staged_files
 from ipca.lab.sweep.report.drawing import band
-from studies.window_position.plots import Point, line, logarithmic, marks, sheet, style_of, ticks
+from studies.plots import Point, line, logarithmic, marks, sheet, style_of, ticks
 from studies.window_position.rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, RESULTS, Study, curve_of
 from studies.window_position.rules import Tables, read_tables
 from studies.window_position.words import method_name

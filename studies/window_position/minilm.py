@@ -22,7 +22,7 @@ from ipca.lab.demo.data import ARCHIVE, Labeled, load_text
 from ipca.lab.demo.task import Encoder, Settings, accuracy, load_encoder
 from ipca.lab.sweep import Task
 from ipca.model import AdapterSettings
-from studies.window_position.cached_tensors import cached
+from studies.cached_tensors import cached
 from studies.window_position.train_loop import fit, shuffled_batches
 
 BATCH, CHUNK, HELD_OUT = 16, 32, 1000

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.words import listed
+from studies.page import markdown
 from studies.window_position.claims import SUPPORTS
 from studies.window_position.rows import (
     AUTO,
@@ -27,7 +28,7 @@ from studies.window_position.rows import (
     curve_of,
 )
 from studies.window_position.rules import UNTESTED, Tables, arms_of, read_tables, sentences, supported, verdict_of
-from studies.window_position.words import effect, estimate_cell, markdown, method_name, number_cell, p_cell, percent
+from studies.window_position.words import effect, estimate_cell, method_name, number_cell, p_cell, percent
 
 NOT_RUN = "Not run."
 CURVES = ("M1", "M2-query-value", "M2-all", "V1", *EXPLORATORY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ipca.lab.statistics import Estimate
 from ipca.lab.sweep.report.words import estimated, number, signed
@@ -56,9 +56,3 @@ def p_cell(text: str) -> str:
 def claim_result(test: Mapping[str, str]) -> str:
     """A row of ``tests.csv`` as ``+0.053 [+0.031, +0.072], adjusted p 0.014``."""
     return f"{estimate_cell(test, sign=True)}, adjusted p {p_cell(test['adjusted'])}"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -21,7 +21,7 @@ from ipca.svd import SpectralCache, WindowSVD
 from ipca.window import Window
 
 Model = TypeVar("Model", bound=nn.Module)
-_ENDS = {"matched-principal": "principal", "matched-minor": "minor"}
+_DIRECTIONS = {"matched-principal": "principal", "matched-middle": "middle", "matched-minor": "minor"}
 
 
 def apply(
@@ -44,6 +44,7 @@ def apply(
     ``"haar"``                           the reference's singular values on random directions
     ``"frozen-A"``, ``"frozen-B"``       the reference window with one factor frozen
     ``"matched-principal"``, ``"-minor"``  the directions of that end with the reference's singular values
+    ``"matched-middle"``                 the middle's directions with the singular values of the reference, an end
     ===================================  ======================================================================
 
     The *reference* is ``settings.window``. No method changes the model's function before training.
@@ -91,8 +92,8 @@ def needed_windows(method: str, target: Target, seed: int) -> list[Window]:
         return [Window(method, rank)]
     if method == "random-window":
         return [_random_window(target, seed)]
-    if method in _ENDS:
-        return [target.window, Window(_ENDS[method], rank)]
+    if method in _DIRECTIONS:
+        return [target.window, Window(_DIRECTIONS[method], rank)]
     return [target.window] if kind_of(method) == "control" else []
 
 
@@ -127,7 +128,7 @@ def _initial_factors(
     if method == "haar":
         found = haar(reference, generator)
     else:
-        found = matched(components(Window(_ENDS[method], target.window.rank)), reference)
+        found = matched(components(Window(_DIRECTIONS[method], target.window.rank)), reference)
     return split_window(target, settings, matrix, found)
 
 

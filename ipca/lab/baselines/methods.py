@@ -5,7 +5,9 @@ from __future__ import annotations
 from ipca.window import Window
 
 CONTROLS = ("random-window", "haar", "frozen-A", "frozen-B", "matched-principal", "matched-minor")
-"""Methods that differ from the reference window in one respect, see :func:`ipca.lab.baselines.apply`."""
+"""Methods that differ from the middle window in one respect, see :func:`ipca.lab.baselines.apply`."""
+_REVERSE = "matched-middle"
+"""A control of the ends: with an end as its reference, only the directions differ from that end."""
 _OTHERS = {"lora": "lora", "full": "full", "auto": "auto"}
 
 
@@ -15,7 +17,7 @@ def kind_of(method: str) -> str:
     Raises:
         ValueError: an unknown method; the message lists the choices.
     """
-    if method in CONTROLS:
+    if method in (*CONTROLS, _REVERSE):
         return "control"
     if method in _OTHERS:
         return _OTHERS[method]
@@ -24,7 +26,7 @@ def kind_of(method: str) -> str:
     except (TypeError, ValueError):
         raise ValueError(
             f"unknown method {method!r}: use a window such as 'middle', '0.25' or 'start=256', "
-            f"{', '.join(map(repr, _OTHERS))}, or a control: {', '.join(map(repr, CONTROLS))}."
+            f"{', '.join(map(repr, _OTHERS))}, or a control: {', '.join(map(repr, (*CONTROLS, _REVERSE)))}."
         ) from None
     return "window"
 

@@ -62,7 +62,7 @@ def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int =
         raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {source!r}.")
     if min(train, test) < 1 or probe < len(SOURCES):
         raise ValueError(f"each set needs a sentence, and the probe one of each source; got {train}, {test}, {probe}.")
-    rated = _read(archive)
+    rated = read_sentences(archive)
     rng = random.Random(0)
     for sentences in rated.values():
         rng.shuffle(sentences)
@@ -92,8 +92,12 @@ def _labeled(pairs: list[tuple[str, int]]) -> Labeled:
     return Labeled(list(texts), list(labels))
 
 
-def _read(archive: Path) -> dict[str, list[tuple[float, str]]]:
-    """``{source: [(rating, sentence), …]}``."""
+def read_sentences(archive: Path) -> dict[str, list[tuple[float, str]]]:
+    """``{source: [(rating, sentence), …]}``, in the archive's order.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_text`.
+    """
     if not archive.is_file():
         raise FileNotFoundError(f"no demo text at {archive}; run: {FETCH}")
     try:

@@ -2,6 +2,7 @@ import sys
 
 import pytest
 
+from studies.page import render
 from studies.window_position import figures, findings, page, rules
 from studies.window_position import tables as study_tables
 from studies.window_position.rows import Study, read_table, write_table
@@ -128,13 +129,13 @@ def test_where_the_minor_end_lies_is_read_off_the_interval(whole, low, high, wor
 
 def test_a_page_is_made_anew_between_its_markers_and_nowhere_else():
     text = "before\n<!-- study:demo -->\nold\n<!-- /study:demo -->\nafter\n"
-    made = page.render(text, {"demo": r"new \1"})
+    made = render(text, {"demo": r"new \1"})
     assert made == "before\n<!-- study:demo -->\nnew \\1\n<!-- /study:demo -->\nafter\n"
-    assert page.render(made, {"demo": r"new \1"}) == made
+    assert render(made, {"demo": r"new \1"}) == made
     with pytest.raises(ValueError, match="study:other must appear once, found 0"):
-        page.render(text, {"other": ""})
+        render(text, {"other": ""})
     with pytest.raises(ValueError, match="found 2"):
-        page.render(text * 2, {"demo": ""})
+        render(text * 2, {"demo": ""})
 
 
 def test_the_command_writes_the_page_and_checks_it(monkeypatch, tmp_path, capsys):

@@ -12,9 +12,9 @@ from ipca._hashing import tensor_sha256
 from ipca.lab import baselines
 from ipca.model.apply import adapted_layers
 from ipca.model.targets import find_targets
+from studies.cached_tensors import cached
 from studies.window_position import digits, minilm, vit
 from studies.window_position import train_loop as loop
-from studies.window_position.cached_tensors import cached
 from studies.window_position.vit import ViT
 
 QUICK = digits.Pretraining(steps=150, batch=32, rate=3e-3, warm_up=10)

@@ -12,7 +12,8 @@ import ipca
 from ipca._hashing import tensor_sha256
 from ipca.lab import baselines
 from ipca.model.targets import find_targets
-from studies.window_position import corpus, digits, pretraining, run, vit
+from studies import corpus
+from studies.window_position import digits, pretraining, run, vit
 from studies.window_position import language_model as text
 
 QUICK = text.Size(32, 72, 1, 2, 24, 21, 30, pretraining.Pretraining(steps=40, batch=8, rate=5e-3, warm_up=5))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from studies.window_position.cached_tensors import cached
+from studies.cached_tensors import cached
 
 TORCH = Path(torch.__file__).parent
 HEADERS = ("torch/csrc", "c10", "ATen/core", "ATen/native")

@@ -1,0 +1,1 @@
+"""Study of the window's position on a language model: protocol, runs collected in the background, and their report."""

@@ -1,0 +1,251 @@
+"""What the rows say: divergence at equal targets, rates chosen on other seeds, paired comparisons, verdicts.
+
+Everything is computed from the rows at hand. Ratios are geometric means over seeds with t intervals on the log scale:
+"0.7 [0.6, 0.8]" is a divergence 30 % below that of the other arm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import mean
+
+import numpy as np
+
+from ipca.lab.statistics import LEVEL, holm
+from studies.language.design import ARMS, Design, Run, Scores, best_rate, grid
+from studies.language.frontier import Path, along_scale, along_training
+from studies.language.rows import Line, Rows
+
+METRIC = "kl_samples"
+"""The primary metric: KL(base ‖ tuned) on samples of the base."""
+ENOUGH = 5
+"""Seeds below which there is no verdict."""
+EQUIVALENT = 0.1
+"""Two arms are equivalent if the 90 % interval of their ratio is within 1 ± this."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The geometric mean of a ratio over ``n`` seeds, and its 95 % interval; None for one seed.
+
+    Attributes:
+        p: of the paired t-test of "the ratio is 1", NaN for one seed.
+        narrow: the 90 % interval, for the equivalence test at the 5 % level (two one-sided tests; Schuirmann, Journal
+            of Pharmacokinetics and Biopharmaceutics 15, 1987).
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    p: float
+    narrow: tuple[float, float] | None
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[float, float]]) -> Ratio:
+        """Of ``first / second`` for each pair of positive numbers."""
+        logs = np.log([first / second for first, second in pairs])
+        center, n = float(logs.mean()), len(logs)
+        error = float(logs.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+        if error == 0:
+            return Ratio(math.exp(center), None, None, n, math.nan, None)
+        from scipy import stats  # takes a second to import
+
+        wide, narrow = (error * float(stats.t.ppf(q, n - 1)) for q in (0.975, 0.95))
+        p = 2 * float(stats.t.sf(abs(center) / error, n - 1))
+        ends = [math.exp(center + side) for side in (-wide, wide, -narrow, narrow)]
+        return Ratio(math.exp(center), ends[0], ends[1], n, p, (ends[2], ends[3]))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The middle window against another arm at one target.
+
+    Attributes:
+        place: of the target among the three, 0 for the easiest.
+        ratio: of the divergences, middle / other; None if no seed has both.
+        adjusted: the p-value after Holm's correction over the family.
+        obstacle: why there is no verdict; empty if there is one.
+    """
+
+    task: str
+    steps: int
+    place: int
+    other: str
+    ratio: Ratio | None
+    obstacle: str
+    adjusted: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """``"lower"``, ``"higher"``, ``"equivalent"``, ``"not shown"``, or the obstacle."""
+        if self.obstacle or self.ratio is None:
+            return self.obstacle
+        if self.adjusted <= LEVEL:
+            return "lower" if self.ratio.value < 1 else "higher"
+        narrow = self.ratio.narrow
+        within = narrow is not None and narrow[0] >= 1 - EQUIVALENT and narrow[1] <= 1 + EQUIVALENT
+        return "equivalent" if within else "not shown"
+
+
+class Analysis:
+    """The rows of one model under one design.
+
+    Args:
+        design: the protocol's numbers.
+        rows: what was collected.
+    """
+
+    def __init__(self, design: Design, rows: Rows) -> None:
+        self.design = design
+        self.rows = rows
+
+    @cached_property
+    def runs(self) -> dict[Run, list[Line]]:
+        """All complete runs of the design's cells with their lines."""
+        cells = set(self.design.cells())
+        return {run: lines for run, lines in self.rows.runs() if (run.task, run.steps, run.arm) in cells}
+
+    def path(self, run: Run, metric: str = METRIC, *, training: bool = False) -> Path | None:
+        """Its path over λ, or over training."""
+        lines = self.runs[run]
+        return along_training(lines, metric) if training else along_scale(lines, metric, self.design.scales)
+
+    def of(self, task: str, steps: int, arm: str) -> list[Run]:
+        """The complete runs of a cell."""
+        return [run for run in self.runs if (run.task, run.steps, run.arm) == (task, steps, arm)]
+
+    def scores(
+        self, task: str, steps: int, arm: str, place: int, metric: str = METRIC, *, training: bool = False
+    ) -> Scores:
+        """The metric at a target by rate and seed."""
+        target = self.design.targets[task, steps][place]
+        found: dict[float, dict[int, float | None]] = {}
+        for run in self.of(task, steps, arm):
+            path = self.path(run, metric, training=training)
+            found.setdefault(run.rate, {})[run.seed] = None if path is None else path.when(target)
+        return found
+
+    def grid(self, task: str, steps: int, arm: str) -> tuple[float, ...]:
+        """The rates that the rows at hand ask for, ascending."""
+        return tuple(sorted(grid(arm, self.scores(task, steps, arm, 1))))
+
+    def rates(self, task: str, steps: int, arm: str) -> dict[int, float]:
+        """By seed, the rate that is best on the *other* seeds by the primary metric at the middle target.
+
+        The arm's center with one seed, and where the other seeds have no rate in common with it.
+        """
+        found = self.scores(task, steps, arm, 1)
+        chosen = {}
+        for seed in sorted({seed for by_seed in found.values() for seed in by_seed}):
+            others = {
+                rate: {s: score for s, score in by_seed.items() if s != seed}
+                for rate, by_seed in found.items()
+                if seed in by_seed
+            }
+            others = {rate: by_seed for rate, by_seed in others.items() if by_seed}
+            chosen[seed] = best_rate(others) if others else min(found, key=lambda r: abs(math.log(r / ARMS[arm].rate)))
+        return chosen
+
+    def tuned(
+        self, task: str, steps: int, arm: str, place: int, metric: str = METRIC, *, training: bool = False
+    ) -> dict[int, float | None]:
+        """The metric at a target by seed, at the rates of :meth:`rates`; None where the target is not reached."""
+        found = self.scores(task, steps, arm, place, metric, training=training)
+        return {seed: found[rate].get(seed) for seed, rate in self.rates(task, steps, arm).items()}
+
+    def compare(
+        self, task: str, steps: int, place: int, other: str, metric: str = METRIC, *, training: bool = False
+    ) -> Comparison:
+        """The middle window against ``other``, each seed at the rates that are best on the other seeds."""
+        first, second = (self.tuned(task, steps, arm, place, metric, training=training) for arm in ("middle", other))
+        seeds = sorted(first.keys() & second.keys())
+        pairs = [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
+        ratio = Ratio.of(pairs) if pairs else None
+        obstacle = self._obstacle(task, steps, ("middle", other), len(seeds), len(pairs))
+        return Comparison(task, steps, place, other, ratio, obstacle)
+
+    def family(self, others: Iterable[str] = ("lora", "principal", "minor")) -> list[Comparison]:
+        """The primary comparisons, with Holm's correction over those that have a verdict."""
+        others = tuple(others)
+        found = [
+            self.compare(task, steps, place, other)
+            for task, steps in self.design.targets
+            for place in range(3)
+            for other in others
+        ]
+        ready = [c for c in found if not c.obstacle and c.ratio is not None and not math.isnan(c.ratio.p)]
+        adjusted = dict(zip(map(id, ready), holm([c.ratio.p for c in ready if c.ratio]), strict=True))
+        return [replace(c, adjusted=adjusted.get(id(c), math.nan)) for c in found]
+
+    def _obstacle(self, task: str, steps: int, arms: Sequence[str], seeds: int, reached: int) -> str:
+        if seeds < ENOUGH:
+            return f"collecting: {seeds} of {ENOUGH} seeds"
+        for arm in arms:
+            found, rates = self.scores(task, steps, arm, 1), self.grid(task, steps, arm)
+            lacking = [rate for rate in rates if len(found.get(rate, {})) < ENOUGH]
+            if lacking:
+                return f"collecting: {ARMS[arm].title} at {', '.join(f'{rate:g}' for rate in lacking)}"
+            if best_rate(found) in (rates[0], rates[-1]):
+                return f"{ARMS[arm].title} is best at the edge of its rates, {best_rate(found):g}"
+        if reached < ENOUGH:
+            return f"the target is reached by both arms with {reached} of {seeds} seeds"
+        return ""
+
+    def interpolation_error(self, metric: str) -> tuple[int, float] | None:
+        """The number of finer scales measured, and the largest relative error of the interpolation there."""
+        errors = []
+        for run, lines in self.runs.items():
+            path = self.path(run, metric)
+            for line in lines if path is not None else ():
+                if path is not None and line["scale"] in self.design.finer:
+                    read = float(np.interp(line["scale"], path.at, path.new if metric == "ce_new" else path.other))
+                    errors.append(abs(read / line[metric] - 1))
+        return (len(errors), max(errors)) if errors else None
+
+    def one_standard_error(self, task: str, steps: int, arm: str) -> float | None:
+        """The lowest rate whose mean cross-entropy on the new task at λ = 1 is within one standard error of the best.
+
+        None without a run that did not diverge.
+        """
+        found: dict[float, list[float]] = {}
+        for run in self.of(task, steps, arm):
+            found.setdefault(run.rate, []).append(final(self.runs[run], "ce_new"))
+        finite = {rate: values for rate, values in found.items() if all(map(math.isfinite, values))}
+        if not finite:
+            return None
+        best = min(finite.values(), key=mean)
+        error = float(np.std(best, ddof=1)) / math.sqrt(len(best)) if len(best) > 1 else 0.0
+        return min(rate for rate, values in finite.items() if mean(values) <= mean(best) + error)
+
+    def item_error(self, run: Run, name: str) -> float | None:
+        """The standard error of a metric at λ = 1 over the sequences of its text; None if the run diverged."""
+        items = self.rows.items(run)
+        if name not in items:
+            return None
+        by_sequence = items[name].double().mean(-1)
+        return float(by_sequence.std() / math.sqrt(len(by_sequence)))
+
+
+def final(lines: Sequence[Line], metric: str) -> float:
+    """The metric of a run's final model; NaN if it diverged."""
+    last = next(line for line in lines if line["scale"] == 1.0 and line["step"] == max(each["step"] for each in lines))
+    return math.nan if last.get(metric) is None else float(last[metric])
+
+
+def base(lines: Sequence[Line], metric: str) -> float:
+    """The metric of the base."""
+    return float(lines[0][metric])
+
+
+def spread(scores: Scores) -> float | None:
+    """The highest over the lowest mean divergence among the rates at which every seed reaches the target."""
+    means = [
+        mean(score for score in by_seed.values() if score is not None)
+        for by_seed in scores.values()
+        if None not in by_seed.values()
+    ]
+    return max(means) / min(means) if len(means) > 1 else None

@@ -1,0 +1,198 @@
+"""The numbers of PROTOCOL.md: arms, rates, lengths, targets, and the order in which runs are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+"""Every learning rate is one of these, about a factor of 3 apart; a grid grows along them."""
+
+
+Scores = Mapping[float, Mapping[int, float | None]]
+"""By rate and seed: a metric at a target, None if the run does not reach the target."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to fine-tune.
+
+    Attributes:
+        title: for tables and figures.
+        method: of :func:`ipca.lab.baselines.apply`.
+        rate: center of its first three rates, one of :data:`RATES`.
+        reference: the window that a control is made from.
+        scaling: α / r.
+        pull: AdamW's decoupled decay toward the start: after a step at rate η each parameter moves by ``η · pull`` of
+            its distance back to its start.
+    """
+
+    title: str
+    method: str
+    rate: float
+    reference: str = "middle"
+    scaling: float = 1.0
+    pull: float = 0.0
+
+
+MAIN = ("middle", "lora", "principal", "minor")
+ARMS = {
+    "middle": Arm("middle window", "0.5", 1e-3),
+    "lora": Arm("plain LoRA", "lora", 3e-3),
+    "principal": Arm("principal window", "0.0", 3e-4),
+    "minor": Arm("minor window", "1.0", 1e-3),
+    "frozen-A": Arm("middle window, A frozen", "frozen-A", 3e-3),
+    "frozen-B": Arm("middle window, B frozen", "frozen-B", 3e-3),
+    "0.25": Arm("window at .25", "0.25", 1e-3),
+    "0.75": Arm("window at .75", "0.75", 1e-3),
+    "random": Arm("window at random", "random-window", 1e-3),
+    "rslora": Arm("rsLoRA", "lora", 1e-3, scaling=4.0),
+    "matched-principal": Arm("principal directions, middle's σ", "matched-principal", 1e-3),
+    "matched-minor": Arm("minor directions, middle's σ", "matched-minor", 1e-3),
+    "middle-at-principal": Arm("middle directions, principal's σ", "matched-middle", 3e-4, reference="principal"),
+    "middle-at-minor": Arm("middle directions, minor's σ", "matched-middle", 1e-3, reference="minor"),
+    "lora-pulled": Arm("plain LoRA, pulled to its start", "lora", 3e-3, pull=10.0),
+    "full": Arm("full fine-tuning", "full", 3e-5),
+}
+"""In the order of their importance."""
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One training."""
+
+    task: str
+    steps: int
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The name of its file: ``german-60-middle-1e-03-seed0``."""
+        return f"{self.task}-{self.steps}-{self.arm}-{self.rate:.0e}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Runs of one kind, made seed by seed, arms innermost, so that every prefix compares arms on the same seeds.
+
+    Attributes:
+        steps: of a run.
+        arms: their names.
+        seeds: one after the other.
+        center: the first rate of each arm; otherwise all others of its grid.
+    """
+
+    steps: int
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    center: bool
+
+
+def waves(short: int, long: int, others: tuple[str, ...]) -> tuple[Wave, ...]:
+    """The protocol's order: the four main arms first, then the others."""
+    five, three, ten = tuple(range(5)), tuple(range(3)), tuple(range(5, 10))
+    groups = [MAIN, *(others[i : i + 6] for i in range(0, len(others), 6))]
+    plan = []
+    for arms in groups:
+        for center in (True, False):
+            plan += [Wave(short, arms, five, center), Wave(long, arms, three, center)]
+    for center in (True, False):
+        plan += [Wave(short, MAIN, ten, center), Wave(long, MAIN, (3, 4), center)]
+    return tuple(plan)
+
+
+@dataclass(frozen=True)
+class Design:
+    """A protocol's numbers.
+
+    Attributes:
+        tasks: their names.
+        waves: in order.
+        targets: by task and steps, three cross-entropies on the new task, in nats a token, descending.
+        scales: the shares λ of the final change that are measured.
+        finer: further shares, measured for the runs of :meth:`is_checked`.
+        checkpoints: number of equally spaced steps that are measured, the last one included.
+        rank: of every adapter.
+        batch: sequences of a step.
+        warm_up: steps.
+    """
+
+    tasks: tuple[str, ...]
+    waves: tuple[Wave, ...]
+    targets: Mapping[tuple[str, int], tuple[float, float, float]]
+    scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    finer: tuple[float, ...] = (0.125, 0.375, 0.625, 0.875)
+    checkpoints: int = 4
+    rank: int = 16
+    batch: int = 4
+    warm_up: int = 5
+
+    def steps_measured(self, steps: int) -> tuple[int, ...]:
+        """The steps of the checkpoints, ascending; the last one is ``steps``."""
+        return tuple(round(steps * k / self.checkpoints) for k in range(1, self.checkpoints + 1))
+
+    def is_checked(self, run: Run) -> bool:
+        """Whether ``run`` is measured at the finer scales too, which checks the interpolation between the others."""
+        first = self.waves[0]
+        return (run.seed, run.steps, run.rate) == (first.seeds[0], first.steps, ARMS[run.arm].rate) and run.arm in MAIN
+
+    def rate_factor(self, step: int, steps: int) -> float:
+        """The rate at ``step``, from 1 on, over the run's: warm-up, constant, linear to 0 from half of the steps on."""
+        return min(1.0, step / self.warm_up) * min(1.0, 2 * (1 - (step - 1) / steps))
+
+    def order(self, grids: Mapping[tuple[str, int, str], tuple[float, ...]]) -> Iterator[Run]:
+        """All runs in the order in which they are made.
+
+        Args:
+            grids: by task, steps and arm, its rates as they are now, see :func:`grid`.
+        """
+        for wave in self.waves:
+            for seed in wave.seeds:
+                for task in self.tasks:
+                    rates = {arm: self._rates(wave, grids[task, wave.steps, arm]) for arm in wave.arms}
+                    for place in range(max(map(len, rates.values()))):
+                        for arm in wave.arms:
+                            if place < len(rates[arm]):
+                                yield Run(task, wave.steps, arm, rates[arm][place], seed)
+
+    def _rates(self, wave: Wave, rates: tuple[float, ...]) -> tuple[float, ...]:
+        return rates[:1] if wave.center else rates[1:]
+
+    def cells(self) -> Iterator[tuple[str, int, str]]:
+        """Every combination of task, steps and arm, once."""
+        seen = dict.fromkeys((t, wave.steps, arm) for wave in self.waves for t in self.tasks for arm in wave.arms)
+        yield from seen
+
+
+def grid(arm: str, scores: Scores) -> tuple[float, ...]:
+    """The rates of an arm in one task at one length, its center first.
+
+    Three rates at first. When all of them have two seeds or more and the best is the lowest or the highest, the next
+    one of :data:`RATES` on that side is added, again and again.
+
+    Args:
+        scores: the divergence on samples at the middle target.
+    """
+    start = RATES.index(ARMS[arm].rate)
+    low, high = start - 1, start + 1
+    while all(len(scores.get(RATES[i], {})) > 1 for i in range(low, high + 1)):
+        best = RATES.index(best_rate({rate: scores[rate] for rate in RATES[low : high + 1]}))
+        if best not in (low, high) or (best == low == 0) or (best == high == len(RATES) - 1):
+            break
+        low, high = (low - 1, high) if best == low else (low, high + 1)
+    rest = sorted(set(range(low, high + 1)) - {start}, key=lambda i: (abs(i - start), i))
+    return tuple(RATES[i] for i in (start, *rest))
+
+
+def best_rate(scores: Scores) -> float:
+    """The rate of the lowest mean score; one that fewer runs reach the target with is worse than any with more."""
+
+    def badness(rate: float) -> tuple[float, float]:
+        found = [score for score in scores[rate].values() if score is not None]
+        share = len(found) / len(scores[rate])
+        return -share, sum(found) / len(found) if found else math.inf
+
+    return min(scores, key=badness)

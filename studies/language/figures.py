@@ -1,0 +1,101 @@
+"""Figures of the study: frontiers of cross-entropy on the new task against divergence, and divergence over rates."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ipca._atomic import write_atomic
+from ipca.lab.sweep.report.style import Style
+from studies.language.analysis import Analysis
+from studies.language.design import ARMS, MAIN
+from studies.plots import logarithmic, sheet, style_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TASKS = {"german": "German manual pages", "cpp": "C++ headers"}
+_STYLES = {"middle": "0.5", "principal": "0.0", "minor": "1.0", "random": "random-window", "rslora": "lora"}
+_POINTS = 60
+
+
+def draw(analysis: Analysis, folder: Path) -> list[Path]:
+    """Write ``frontier.png`` and ``rates.png``; none without a run of the main arms."""
+    cells = [cell for cell in analysis.design.targets if any(analysis.of(*cell, arm) for arm in MAIN)]
+    if not cells:
+        return []
+    along = "along the scale λ of the final change; bands: lowest to highest seed; dotted: the protocol's targets"
+    over = "at the middle target; bars: lowest to highest seed; rates at which a seed misses the target are left out"
+    frontier = _sheet(analysis, folder / "frontier.png", cells, _frontiers, along)
+    return [frontier, _sheet(analysis, folder / "rates.png", cells, _rates, over)]
+
+
+def _sheet(
+    analysis: Analysis,
+    path: Path,
+    cells: list[tuple[str, int]],
+    panel: Callable[[Axes, Analysis, str, int], None],
+    note: str,
+) -> Path:
+    with sheet(-(-len(cells) // 2), min(2, len(cells)), note, wide=4.4, high=3.2) as (figure, axes):
+        flat = list(axes.flat)
+        for axis, (task, steps) in zip(flat, cells, strict=False):
+            panel(axis, analysis, task, steps)
+            axis.set_title(f"{TASKS.get(task, task)}, {steps} steps")
+        for axis in flat[len(cells) :]:
+            axis.remove()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
+    for arm in MAIN:
+        chosen = analysis.rates(task, steps, arm)
+        paths = [
+            path
+            for run in analysis.of(task, steps, arm)
+            if run.rate == chosen.get(run.seed) and (path := analysis.path(run)) is not None
+        ]
+        if not paths:
+            continue
+        style, start = _style(arm), max(path.new[0] for path in paths)
+        levels = np.linspace(start, max(path.lowest for path in paths), _POINTS)[1:]
+        values = np.array([[path.when(level) for path in paths] for level in levels], dtype=np.float64)
+        axis.plot(levels, values.mean(1), color=style.color, linestyle=style.dashes, label=ARMS[arm].title)
+        axis.fill_between(levels, values.min(1), values.max(1), color=style.color, alpha=0.15, linewidth=0)
+        axis.annotate(f"n = {len(paths)}", (levels[-1], values[-1].mean()), fontsize=7, color=style.color)
+    for target in analysis.design.targets[task, steps]:
+        axis.axvline(target, color="gray", linestyle=":", linewidth=0.8)
+    axis.invert_xaxis()
+    logarithmic(axis)
+    axis.set_xlabel("cross-entropy on the new task, nats a token")
+    axis.set_ylabel("KL(base ‖ tuned) on the base's samples")
+
+
+def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
+    for arm in MAIN:
+        style, points = _style(arm), []
+        for rate, by_seed in sorted(analysis.scores(task, steps, arm, 1).items()):
+            reached = [score for score in by_seed.values() if score is not None]
+            if len(reached) == len(by_seed):
+                points.append((rate, mean(reached), min(reached), max(reached)))
+        if points:
+            x, y, low, high = np.array(points).T
+            axis.vlines(x, low, high, color=style.color, linewidth=1.0)
+            axis.plot(x, y, marker=style.mark, color=style.color, linestyle=style.dashes, label=ARMS[arm].title)
+    axis.set_xscale("log")
+    logarithmic(axis)
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("KL(base ‖ tuned) on the base's samples")
+
+
+def _style(arm: str) -> Style:
+    return style_of(_STYLES.get(arm, arm))

@@ -1,0 +1,61 @@
+"""Divergence at an equal score on the new task, along the scale of the final change or along training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from studies.language.rows import Line
+
+Vector = NDArray[np.float64]
+_POINTS = 2001
+
+
+@dataclass(frozen=True)
+class Path:
+    """A run's cross-entropy on the new task, and another metric, as smooth functions of λ or of the step.
+
+    Both are interpolated by PCHIP (Fritsch & Carlson, SIAM Journal on Numerical Analysis 17, 1980) through the
+    measured points and the base: the divergence is nearly quadratic in λ, so straight lines would overstate it.
+    """
+
+    at: Vector
+    new: Vector
+    other: Vector
+
+    def when(self, target: float) -> float | None:
+        """The other metric where the cross-entropy on the new task first is ``target`` or less; None if it never is."""
+        reached = np.flatnonzero(self.new <= target)
+        return float(self.other[reached[0]]) if len(reached) else None
+
+    @property
+    def lowest(self) -> float:
+        """The lowest cross-entropy on the new task."""
+        return float(self.new.min())
+
+
+def along_scale(lines: Iterable[Line], metric: str, scales: Sequence[float]) -> Path | None:
+    """The path of a run over λ from 0 to 1, through the measurements at ``scales``; None for one that diverged."""
+    lines = list(lines)
+    final = max(line["step"] for line in lines)
+    chosen = [line for line in lines if line["step"] in (0, final) and line["scale"] in (0.0, *scales)]
+    return _path(chosen, "scale", metric)
+
+
+def along_training(lines: Iterable[Line], metric: str) -> Path | None:
+    """The path of a run over its steps, through the measurements at the checkpoints; None for one that diverged."""
+    return _path([line for line in lines if line["step"] == 0 or line["scale"] == 1.0], "step", metric)
+
+
+def _path(lines: list[Line], variable: str, metric: str) -> Path | None:
+    from scipy.interpolate import PchipInterpolator  # takes a second to import
+
+    if any(line["status"] != "ok" for line in lines):
+        return None
+    points = sorted((line[variable], line["ce_new"], line[metric]) for line in lines)
+    x, new, other = np.array(points, dtype=np.float64).T
+    at = np.linspace(x[0], x[-1], _POINTS)
+    return Path(at, PchipInterpolator(x, new)(at), PchipInterpolator(x, other)(at))

@@ -1,0 +1,185 @@
+"""One run: fine-tune, measure at checkpoints and along the scale of the final change, resume where it was killed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipca._atomic import write_atomic
+from ipca._version import __version__
+from ipca.lab.sweep.device import deterministic, device_name
+from ipca.svd import SpectralCache
+from studies.language.arms import Tuned
+from studies.language.design import ARMS, Design, Run
+from studies.language.measure import NEW, Measurement, Reference
+from studies.language.rows import Line, Rows
+from studies.language.texts import Texts
+
+ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
+"""What is kept of every token at λ = 1."""
+
+
+@dataclass
+class Study:
+    """A model and its texts, with what all runs on them share.
+
+    Attributes:
+        design: the protocol's numbers.
+        base: the pretrained model.
+        texts: by task.
+        work: folder of what is not kept: decompositions and states of unfinished runs.
+        hashes: of protocol, model and each task's texts, part of every line.
+        progress: show a bar for each run.
+    """
+
+    design: Design
+    base: nn.Module
+    texts: Mapping[str, Texts]
+    work: Path
+    hashes: Mapping[str, str]
+    progress: bool = True
+    _references: dict[str, tuple[Reference, Measurement]] = field(default_factory=dict)
+
+    def reference(self, task: str) -> tuple[Reference, Measurement]:
+        """The base's predictions on the texts of ``task``, and its measurement."""
+        if task not in self._references:
+            reference = Reference(self.base, self.texts[task])
+            self._references[task] = reference, reference.measure(self.base)
+        return self._references[task]
+
+    @property
+    def spectra(self) -> SpectralCache:
+        return SpectralCache(self.work / "spectra")
+
+
+def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lambda: None) -> None:
+    """Make ``run`` and store its lines; its state is kept at every checkpoint until then.
+
+    The same run gives the same bits on the same machine with the same versions and threads, whether it was killed and
+    resumed or not. A run whose loss is not finite ends there; its remaining lines have no values.
+
+    Args:
+        wait: called before every step, returns when the run shall go on.
+    """
+    design, arm = study.design, ARMS[run.arm]
+    reference, base = study.reference(run.task)
+    tuned = Tuned(copy.deepcopy(study.base), arm, design.rank, run.seed, study.spectra)
+    optimizer = torch.optim.AdamW(list(tuned.trained.values()), lr=run.rate, weight_decay=0.0)
+    state = _State(study.work / "states" / f"{run.key}.pt", tuned, optimizer)
+    known = {**asdict(run), **study.hashes, "text": study.texts[run.task].sha256()[:12]}
+    start = {**known, **_line(0, 0.0, 0.0, base), "environment": environment(study.base)}
+    lines = state.load(start)
+    texts = study.texts[run.task].train
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(run.seed))
+    done = int(lines[-1]["step"])
+    steps = tqdm(range(done + 1, run.steps + 1), desc=run.key, unit="step", disable=not study.progress)
+    device = next(tuned.model.parameters()).device
+    diverged = lines[-1]["status"] != "ok"
+    with deterministic(device):
+        for step in steps:
+            if not diverged:
+                wait()
+                rate = run.rate * design.rate_factor(step, run.steps)
+                batch = texts[order[torch.arange((step - 1) * design.batch, step * design.batch) % len(order)]]
+                diverged = not _train_step(tuned, optimizer, rate, batch.to(device))
+            if step in design.steps_measured(run.steps)[:-1]:
+                found = None if diverged else reference.measure(tuned.model)
+                lines.append({**known, **_line(step, 1.0, tuned.update(), found)})
+                state.save(lines)
+        update, items = tuned.update(), {}
+        scales = sorted({*design.scales, *(design.finer if design.is_checked(run) else ())})
+        for scale in tqdm(scales, desc=f"{run.key}, scales", disable=not study.progress):
+            wait()
+            with tuned.scaled(scale) as model:
+                found = None if diverged else reference.measure(model)
+            lines.append({**known, **_line(run.steps, scale, scale * update, found)})
+            if scale == 1.0 and found is not None:
+                items = _items(found)
+    rows.put(run, lines, items)
+    state.delete()
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """What the bits of a run depend on besides its settings."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "ipca": __version__}
+    device = next(model.parameters()).device
+    return {**versions, "device": device_name(device), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def _train_step(tuned: Tuned, optimizer: torch.optim.Optimizer, rate: float, batch: Tensor) -> bool:
+    """One step at ``rate``; False, and no step, if the loss is not finite."""
+    tuned.model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+        loss = tuned.model(input_ids=batch, labels=batch).loss
+    if not math.isfinite(loss.item()):
+        return False
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    tuned.pull(rate)
+    return True
+
+
+def _line(step: int, scale: float, update: float, found: Measurement | None) -> Line:
+    means: dict[str, float | None] = {} if found is None else found.means()
+    ok = bool(means) and None not in means.values()
+    status = "ok" if ok else "diverged"
+    return {
+        "step": step,
+        "scale": scale,
+        "status": status,
+        "update": update if math.isfinite(update) else None,
+        **means,
+    }
+
+
+def _items(found: Measurement) -> dict[str, Tensor]:
+    """What :data:`ITEMS` names, as float16: its rounding is far below the spread between tokens."""
+    kept = {f"{kind}_{name}": getattr(found, kind)[name] for kind, names in ITEMS.items() for name in names}
+    return {name: values.half() for name, values in kept.items()}
+
+
+class _State:
+    """The state of an unfinished run in a file."""
+
+    def __init__(self, path: Path, tuned: Tuned, optimizer: torch.optim.Optimizer) -> None:
+        self._path, self._tuned, self._optimizer = path, tuned, optimizer
+
+    def load(self, start: Line) -> list[Line]:
+        """Set parameters and optimizer to the file's and return its lines; ``start`` if there is none.
+
+        A state that began otherwise, such as with another protocol, version or number of threads, is left aside.
+        """
+        found = torch.load(self._path, weights_only=True) if self._path.exists() else None
+        if found is None or found["lines"][0] != start:
+            return [start]
+        with torch.no_grad():
+            for name, parameter in self._tuned.trained.items():
+                parameter.copy_(found["trained"][name])
+        self._optimizer.load_state_dict(found["optimizer"])
+        lines: list[Line] = found["lines"]
+        return lines
+
+    def save(self, lines: list[Line]) -> None:
+        """Write the state as it is after the last of ``lines``."""
+        trained = {name: parameter.detach() for name, parameter in self._tuned.trained.items()}
+        buffer = io.BytesIO()
+        torch.save({"trained": trained, "optimizer": self._optimizer.state_dict(), "lines": lines}, buffer)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path, buffer.getvalue())
+
+    def delete(self) -> None:
+        self._path.unlink(missing_ok=True)

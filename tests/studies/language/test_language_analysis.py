@@ -1,0 +1,252 @@
+"""The language study's analysis on made-up rows whose answer is known, and its page."""
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from studies.language import page as language_page
+from studies.language.analysis import Analysis, Ratio, spread
+from studies.language.design import ARMS, MAIN, Design, Run, Wave, best_rate, grid
+from studies.language.figures import draw
+from studies.language.frontier import along_scale, along_training
+from studies.language.model import NAME
+from studies.language.protocol import REFERENCE, TEXT, arms_table, protocol_sha256, targets_table, with_targets
+from studies.language.rows import Rows
+
+TARGETS = (4.4, 4.2, 4.1)
+SMALL = Design(
+    tasks=("german",),
+    waves=(Wave(60, MAIN, tuple(range(5)), True), Wave(60, MAIN, tuple(range(5)), False)),
+    targets={("german", 60): TARGETS},
+)
+BASE, GAIN = 5.0, 1.2
+KL = {"middle": 0.3, "lora": 0.4, "principal": 0.6, "minor": 0.6}
+"""KL at λ = 1; at equal λ all arms have the same cross-entropy."""
+
+
+def made_up(run, kl, gain=GAIN, finer=(), jitter=0.0):
+    """Cross-entropy ``BASE − gain (2λ − λ²)`` and divergence ``kl λ²``, over λ and over the share of steps."""
+
+    def at(share):
+        size = kl * math.exp(jitter) * share**2
+        kept = {f"kl_{name}": size * factor for name, factor in (("samples", 1), ("prose", 2), ("other", 3))}
+        rise = {f"ce_{name}": 3.0 + size for name in ("samples", "prose", "other")}
+        return {"status": "ok", "update": share, "ce_new": BASE - gain * (2 * share - share**2), **kept, **rise}
+
+    known = {"task": run.task, "steps": run.steps, "arm": run.arm, "rate": run.rate, "seed": run.seed}
+    environment = {"python": "3", "torch": "2", "ipca": "0", "device": "made up", "threads": 1, "cores": 2}
+    lines = [{**known, "step": 0, "scale": 0.0, **at(0.0), "environment": environment}]
+    lines += [{**known, "step": run.steps * k // 4, "scale": 1.0, **at(k / 4)} for k in (1, 2, 3)]
+    return lines + [{**known, "step": run.steps, "scale": s, **at(s)} for s in sorted((*SMALL.scales, *finer))]
+
+
+def rows_of(folder, seeds=5, jitter=0.02, **changes):
+    """Rows of the main arms at their first three rates; the center is the best one."""
+    rows = Rows(folder)
+    for arm in MAIN:
+        for place, rate in enumerate(sorted(grid(arm, {}))):
+            for seed in range(seeds):
+                run = Run("german", 60, arm, rate, seed)
+                kl = KL[arm] * (1.0 if place == 1 else 1.2) * changes.get(arm, 1.0)
+                noise = jitter * ((seed * 7 + len(arm) * 3) % 5 - 2)
+                finer = SMALL.finer if SMALL.is_checked(run) else ()
+                items = {name: torch.full((8, 11), kl) for name in ("ce_new", "ce_samples", "kl_samples")}
+                rows.put(run, made_up(run, kl, finer=finer, jitter=noise), items)
+    return rows
+
+
+def comparison(analysis, other, place=1):
+    return next(c for c in analysis.family() if (c.other, c.place) == (other, place))
+
+
+@pytest.mark.parametrize("along", [lambda lines: along_scale(lines, "kl_samples", SMALL.scales), None])
+def test_divergence_at_a_target(along):
+    run = Run("german", 60, "middle", 1e-3, 0)
+    path = (along or (lambda lines: along_training(lines, "kl_samples")))(made_up(run, 0.3))
+    share = 1 - math.sqrt(1 - (BASE - 4.2) / GAIN)  # where BASE − GAIN (2λ − λ²) is 4.2
+    assert path.when(4.2) == pytest.approx(0.3 * share**2, rel=0.02)
+    assert path.when(BASE - GAIN - 0.01) is None
+    assert path.lowest == pytest.approx(BASE - GAIN)
+
+
+def test_a_target_that_is_only_reached_below_the_full_scale():
+    """The cross-entropy may rise again toward λ = 1; the smallest λ counts."""
+    run = Run("german", 60, "middle", 1e-3, 0)
+    lines = made_up(run, 0.3)
+    lines[-1]["ce_new"] = 4.6
+    path = along_scale(lines, "kl_samples", SMALL.scales)
+    assert path.when(4.0) < 0.3 * 0.75**2
+
+
+def test_a_diverged_run_has_no_path():
+    lines = made_up(Run("german", 60, "middle", 1e-3, 0), 0.3)
+    lines[-1]["status"] = "diverged"
+    assert along_scale(lines, "kl_samples", SMALL.scales) is None
+
+
+def test_ratio_against_scipy():
+    from scipy import stats
+
+    pairs = [(1.0, 2.0), (1.1, 2.0), (0.9, 2.1), (1.0, 1.8)]
+    logs = [math.log(a / b) for a, b in pairs]
+    found = Ratio.of(pairs)
+    known = stats.ttest_1samp(logs, 0.0)
+    interval = known.confidence_interval(0.95)
+    assert found.p == pytest.approx(known.pvalue)
+    assert (found.low, found.high) == pytest.approx((math.exp(interval.low), math.exp(interval.high)))
+    assert Ratio.of(pairs[:1]).low is None
+    assert math.isnan(Ratio.of(pairs[:1]).p)
+    assert Ratio.of([(1.0, 2.0)] * 3).low is None, "no spread, no interval"
+
+
+def test_the_middle_window_moves_the_model_less(tmp_path):
+    analysis = Analysis(SMALL, rows_of(tmp_path))
+    for other in ("lora", "principal", "minor"):
+        for place in range(3):
+            found = comparison(analysis, other, place)
+            assert found.ratio.value == pytest.approx(KL["middle"] / KL[other], rel=0.03)
+            assert found.ratio.low < KL["middle"] / KL[other] < found.ratio.high
+            assert (found.verdict, found.ratio.n) == ("lower", 5)
+    assert analysis.tuned("german", 60, "middle", 1).keys() == set(range(5))
+    text = "\n".join(language_page.sentences(analysis, analysis.family()))
+    assert "against plain LoRA: diverges less from the base at equal cross-entropy, at all three targets" in text
+
+
+def test_the_opposite_and_equivalence(tmp_path):
+    assert comparison(Analysis(SMALL, rows_of(tmp_path / "a", lora=0.5)), "lora").verdict == "higher"
+    even = Analysis(SMALL, rows_of(tmp_path / "b", lora=0.75))
+    assert comparison(even, "lora").verdict == "equivalent"
+    wide = Analysis(SMALL, rows_of(tmp_path / "c", jitter=0.2, lora=0.75))
+    assert comparison(wide, "lora").verdict == "not shown"
+
+
+def test_no_verdict_below_five_seeds(tmp_path):
+    analysis = Analysis(SMALL, rows_of(tmp_path, seeds=4))
+    found = comparison(analysis, "lora")
+    assert found.verdict == "collecting: 4 of 5 seeds"
+    assert found.ratio.n == 4
+    assert math.isnan(found.adjusted)
+    text = "\n".join(language_page.sections(analysis, language_page.RESULTS).values())
+    assert "no verdict (collecting: 4 of 5 seeds)" in text
+    assert "diverges less" not in text
+
+
+def test_no_verdict_while_a_rate_lacks_seeds_or_the_best_is_an_edge(tmp_path):
+    rows = rows_of(tmp_path)
+    (tmp_path / "runs" / "german-60-lora-1e-03-seed4.jsonl").unlink()
+    assert comparison(Analysis(SMALL, rows), "lora").verdict == "collecting: plain LoRA at 0.001"
+    for seed in range(5):
+        run = Run("german", 60, "lora", 1e-2, seed)
+        rows.put(run, made_up(run, 0.1), {})
+    lacking = comparison(Analysis(SMALL, Rows(tmp_path)), "lora")
+    assert lacking.verdict == "collecting: plain LoRA at 0.001, 0.03", "the grid has grown"
+
+
+def test_no_verdict_where_the_target_is_not_reached(tmp_path):
+    rows = rows_of(tmp_path)
+    run = Run("german", 60, "lora", 3e-3, 0)
+    rows.put(run, made_up(run, 0.1, gain=0.85), {})
+    assert (
+        comparison(Analysis(SMALL, rows), "lora", 2).verdict == "the target is reached by both arms with 4 of 5 seeds"
+    )
+    assert comparison(Analysis(SMALL, rows), "lora", 0).obstacle == ""
+
+
+def test_the_rate_is_chosen_on_the_other_seeds(tmp_path):
+    """One seed's luck with another rate does not choose that rate for this seed."""
+    rows = rows_of(tmp_path, jitter=0.0)
+    run = Run("german", 60, "lora", 1e-2, 0)
+    rows.put(run, made_up(run, 0.05), {})
+    chosen = Analysis(SMALL, rows).rates("german", 60, "lora")
+    assert chosen[0] == 3e-3
+    assert set(list(chosen.values())[1:]) == {1e-2}, "the mean of the others with seed 0 is lower there"
+
+
+def test_grids_grow_where_an_end_is_best():
+    assert grid("middle", {}) == (1e-3, 3e-4, 3e-3)
+    found = {3e-4: {0: 0.3, 1: 0.3}, 1e-3: {0: 0.2, 1: 0.2}, 3e-3: {0: 0.1, 1: 0.1}}
+    assert grid("middle", found) == (1e-3, 3e-4, 3e-3, 1e-2)
+    assert grid("middle", {**found, 1e-2: {0: 0.05}}) == (1e-3, 3e-4, 3e-3, 1e-2), "one seed decides nothing"
+    assert grid("middle", {**found, 1e-2: {0: 0.05, 1: 0.2}}) == (1e-3, 3e-4, 3e-3, 1e-2)
+    assert grid("middle", {**found, 1e-2: {0: 0.05, 1: 0.05}}) == (1e-3, 3e-4, 3e-3, 1e-2, 3e-2)
+    low = {3e-4: {0: 0.1, 1: 0.1}, 1e-3: {0: 0.2, 1: 0.2}, 3e-3: {0: 0.3, 1: 0.3}}
+    assert grid("middle", low) == (1e-3, 3e-4, 3e-3, 1e-4)
+    nothing = {key: {0: None, 1: None} for key in (0.0003, 0.001, 0.003)}
+    assert len(grid("middle", nothing)) >= 4, "no rate reaches the target: higher or lower ones are tried"
+
+
+def test_a_rate_that_misses_the_target_is_worse():
+    assert best_rate({1e-3: {0: 0.1, 1: None}, 3e-3: {0: 0.3, 1: 0.3}}) == 3e-3
+    assert best_rate({1e-3: {0: None}, 3e-3: {0: 0.3}}) == 3e-3
+
+
+def test_spread_over_rates():
+    assert spread({1e-3: {0: 0.1, 1: 0.3}, 3e-3: {0: 0.4, 1: 0.4}, 1e-2: {0: 0.1, 1: None}}) == pytest.approx(2.0)
+    assert spread({1e-3: {0: 0.1}}) is None
+
+
+def test_the_page_from_no_rows_some_rows_and_all_rows(tmp_path):
+    empty = Analysis(SMALL, Rows(tmp_path / "none"))
+    assert draw(empty, tmp_path / "none") == []
+    assert set(language_page.sections(empty, language_page.RESULTS).values()) == {language_page.NOT_RUN, ""}
+    for seeds in (1, 5):
+        analysis = Analysis(SMALL, rows_of(tmp_path / str(seeds), seeds=seeds))
+        assert [path.stat().st_size > 10_000 for path in draw(analysis, tmp_path / str(seeds))] == [True, True]
+        made = language_page.sections(analysis, language_page.RESULTS)
+        assert f"{4 * 3 * seeds} runs, 0 of them diverged" in made["progress"]
+        assert "off by at most" in made["checks"]
+        assert "made up" in made["progress"]
+        assert language_page.NOT_RUN not in "".join(text for name, text in made.items() if name != "rates")
+    assert "0.75" in made["comparisons"]
+    assert "lower" in made["comparisons"]
+    assert "1.20" in made["rates"], "the outer rates diverge by 20 % more"
+
+
+def test_the_same_rows_draw_the_same_pictures(tmp_path):
+    analysis = Analysis(SMALL, rows_of(tmp_path, seeds=2))
+    first = [path.read_bytes() for path in draw(analysis, tmp_path / "a")]
+    assert first == [path.read_bytes() for path in draw(analysis, tmp_path / "b")]
+
+
+def test_targets_are_shares_of_the_reference_runs_improvement(tmp_path):
+    rows = Rows(tmp_path)
+    for run in REFERENCE[:-1]:
+        rows.put(run, made_up(run, 0.4), {})
+    assert with_targets(rows) is None
+    rows.put(REFERENCE[-1], made_up(REFERENCE[-1], 0.4, gain=1.0), {})
+    targets = with_targets(rows).targets
+    assert targets["german", 60] == (4.4, 4.16, 3.98)
+    assert targets[REFERENCE[-1].task, REFERENCE[-1].steps] == (4.5, 4.3, 4.15)
+
+
+def test_the_protocol_has_the_numbers_in_code():
+    design = with_targets(Rows(language_page.RESULTS / NAME / "reference"))
+    text = TEXT.read_text(encoding="utf-8")
+    assert arms_table() in text
+    assert targets_table(design) in text
+    assert all(
+        len(targets) == 3 and sorted(targets, reverse=True) == list(targets) for targets in design.targets.values()
+    )
+    assert set(design.targets) == {(task, steps) for task, steps, _ in design.cells()}
+    assert {arm for _, _, arm in design.cells()} == set(ARMS)
+
+
+def test_the_protocols_hash_sees_text_and_numbers_but_no_list_of_changes(monkeypatch, tmp_path):
+    before = protocol_sha256()
+    changed = tmp_path / "PROTOCOL.md"
+    changed.write_text(TEXT.read_text(encoding="utf-8") + "\n- A change.\n", encoding="utf-8")
+    monkeypatch.setattr("studies.language.protocol.TEXT", changed)
+    assert protocol_sha256() == before
+    changed.write_text("Another question.\n" + TEXT.read_text(encoding="utf-8"), encoding="utf-8")
+    assert protocol_sha256() != before
+    monkeypatch.undo()
+    monkeypatch.setitem(ARMS, "full", replace(ARMS["full"], rate=1e-2))
+    assert protocol_sha256() != before
+
+
+def test_the_recorded_page_is_up_to_date(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["page.py", "--check"])
+    assert language_page.main() == 0, capsys.readouterr().err
