@@ -99,6 +99,10 @@ def logarithmic(axis: Axes) -> None:
     """Make the y axis logarithmic, with plain numbers, also between powers of ten if it spans few of them."""
     from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axis.yaxis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.5)))

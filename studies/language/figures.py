@@ -14,14 +14,21 @@ from ipca._atomic import write_atomic
 from ipca.lab.sweep.report.style import Style
 from studies.language.analysis import Analysis
 from studies.language.design import ARMS, MAIN
-from studies.plots import logarithmic, sheet, style_of
+from studies.plots import logarithmic, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TASKS = {"german": "German manual pages", "cpp": "C++ headers"}
-_STYLES = {"middle": "0.5", "principal": "0.0", "minor": "1.0", "random": "random-window", "rslora": "lora"}
+_STYLES = {
+    "middle": Style("#0072b2", "#0072b2", "o", "-"),
+    "lora": Style("#d55e00", "#d55e00", "s", "--"),
+    "principal": Style("#000000", "#000000", "^", "-."),
+    "minor": Style("#009e73", "#009e73", "v", ":"),
+}
 _POINTS = 60
+_SMALLEST = 0.05
+"""Share of the cross-entropy's improvement from which on a frontier is drawn: at λ = 0 the divergence is 0."""
 
 
 def draw(analysis: Analysis, folder: Path) -> list[Path]:
@@ -29,8 +36,8 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
     cells = [cell for cell in analysis.design.targets if any(analysis.of(*cell, arm) for arm in MAIN)]
     if not cells:
         return []
-    along = "along the scale λ of the final change; bands: lowest to highest seed; dotted: the protocol's targets"
-    over = "at the middle target; bars: lowest to highest seed; rates at which a seed misses the target are left out"
+    along = "along the scale λ of the final change\nbands: lowest to highest seed; dotted: the protocol's targets"
+    over = "at the middle target; rates at which a seed misses it are left out\nbars: lowest to highest seed"
     frontier = _sheet(analysis, folder / "frontier.png", cells, _frontiers, along)
     return [frontier, _sheet(analysis, folder / "rates.png", cells, _rates, over)]
 
@@ -66,8 +73,9 @@ def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
         ]
         if not paths:
             continue
-        style, start = _style(arm), max(path.new[0] for path in paths)
-        levels = np.linspace(start, max(path.lowest for path in paths), _POINTS)[1:]
+        style, start = _STYLES[arm], max(path.new[0] for path in paths)
+        end = max(path.lowest for path in paths)
+        levels = np.linspace(start - _SMALLEST * (start - end), end, _POINTS)
         values = np.array([[path.when(level) for path in paths] for level in levels], dtype=np.float64)
         axis.plot(levels, values.mean(1), color=style.color, linestyle=style.dashes, label=ARMS[arm].title)
         axis.fill_between(levels, values.min(1), values.max(1), color=style.color, alpha=0.15, linewidth=0)
@@ -82,7 +90,7 @@ def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
 
 def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
     for arm in MAIN:
-        style, points = _style(arm), []
+        style, points = _STYLES[arm], []
         for rate, by_seed in sorted(analysis.scores(task, steps, arm, 1).items()):
             reached = [score for score in by_seed.values() if score is not None]
             if len(reached) == len(by_seed):
@@ -95,7 +103,3 @@ def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
     logarithmic(axis)
     axis.set_xlabel("learning rate")
     axis.set_ylabel("KL(base ‖ tuned) on the base's samples")
-
-
-def _style(arm: str) -> Style:
-    return style_of(_STYLES.get(arm, arm))

@@ -59,6 +59,8 @@ class Runners:
 
     def is_claimed(self, name: str) -> bool:
         """Whether a runner is at work on ``name``."""
+        if not (self._claims / name).exists():
+            return False
         with self.claim(name) as free:
             return not free
 
