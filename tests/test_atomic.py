@@ -201,7 +201,7 @@ def test_staged_folder_must_be_new_or_empty(tmp_path):
 
 
 def test_export_names_its_formats(tmp_path):
-    with pytest.raises(ValueError, match="format must be one of peft, residual, truncated; got 'onnx'"):
+    with pytest.raises(ValueError, match="format must be one of peft, serve, mlx, residual, truncated; got 'onnx'"):
         ipca.export(adapted(Net()), tmp_path / "new", format="onnx")
     assert not (tmp_path / "new").exists()
 

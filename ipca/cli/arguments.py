@@ -126,10 +126,11 @@ def _export(add: argparse.ArgumentParser) -> None:
     _model(add, adapter=True)
     add.add_argument(
         "--format",
-        choices=("peft", "residual", "truncated"),
+        choices=("peft", "serve", "mlx", "residual", "truncated"),
         default="peft",
-        help="peft: a stock LoRA of twice the rank for the original model (default); residual: a residual model and a "
-        "LoRA only for it; truncated: the nearest stock LoRA of --rank for the original model",
+        help="peft: a stock LoRA of twice the rank for the original model (default); serve: the same with one rank and "
+        "scale 1, for vLLM, SGLang, llama.cpp, Ollama; mlx: for mlx-lm; residual: a residual model and a LoRA only for "
+        "it; truncated: the nearest stock LoRA of --rank for the original model",
     )
     add.add_argument("--rank", type=positive_int, help="rank of --format truncated")
     _out(add)

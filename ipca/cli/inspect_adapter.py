@@ -10,6 +10,7 @@ from typing import Any
 from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.peft_format import CONFIG, WEIGHTS
 from ipca.io.peft_lora import read_stock
+from ipca.io.serving import server_faults
 
 Record = dict[str, object]
 
@@ -31,6 +32,7 @@ def adapter_record(folder: Path) -> Record:
     return {
         "kind": "ipca" if (folder / SIDECAR).is_file() else "stock LoRA",
         "base": base,
+        "servers": server_faults(_config(folder)),
         "layers": rows,
         "modules_to_save": modules_to_save,
         "totals": {
@@ -63,6 +65,8 @@ def adapter_table(record: Any) -> str:
         f"{totals['layers']} layers, {totals['trainable']:,} parameters train{proven}; "
         f"file {mib(totals['file_bytes'])}; base: {record['base'] or 'not named'}"
     )
+    if record["servers"]:
+        lines.append(f"{record['servers']}; for a server use ipca export --format serve")
     if not ours:
         lines.append("a stock LoRA, without windows; ipca convert looks for them")
     return "\n".join(lines)
@@ -110,12 +114,17 @@ def _stock(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
 
 def _base(folder: Path) -> str | None:
     """The base that PEFT's configuration names, None if it names none."""
+    base: str | None = _config(folder).get("base_model_name_or_path")
+    return base
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration; empty where it cannot be read."""
     try:
         config = json.loads((folder / CONFIG).read_text())
-        base: str | None = config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return base
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _uncertified(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 from ipca.cli.arguments import parse_arguments
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from ipca.cli import commands
 
-        with contextlib.redirect_stdout(_elsewhere(args.json, args.quiet)):
+        with _short_warnings(args.debug), contextlib.redirect_stdout(_elsewhere(args.json, args.quiet)):
             record, text = getattr(commands, args.command)(args)
         if args.json and record is not None:
             print(json.dumps(record, indent=2), flush=True)
@@ -48,6 +49,18 @@ def _elsewhere(as_json: bool, quiet: bool) -> io.TextIOBase:
     if quiet:
         return io.StringIO()
     return sys.stderr if as_json else sys.stdout  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _short_warnings(debug: bool) -> Iterator[None]:
+    """Print a warning as one line without its place in the source, unless ``debug``."""
+    before = warnings.formatwarning
+    if not debug:
+        warnings.formatwarning = lambda message, *_, **__: f"ipca: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _one_line(error: Exception) -> str:

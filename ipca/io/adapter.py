@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ipca._atomic import staged_files, uninterrupted
-from ipca._dtensor import write_once
+from ipca._dtensor import is_writer, write_once
 from ipca.io.adapter_folder import (
     SIDECAR,
     AdapterFolder,
@@ -24,6 +24,7 @@ from ipca.io.adapter_folder import (
     sidecar,
 )
 from ipca.io.peft_format import WEIGHTS, AdapterContents, adapter_state, write_peft
+from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
 from ipca.model.merge import check_not_sharded, fully_trained_modules, require_adapted
 from ipca.model.targets import Target, check_ambiguous_suffix, validate_targets
@@ -55,6 +56,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
     A model that ``fully_shard`` has spread over processes must be saved by all of them: they gather it tensor by
     tensor, rank 0 writes, and none returns before the files are complete.
 
+    Warns:
+        RuntimeWarning: servers would read ``adapter_config.json`` differently from PEFT; the message names the fields.
+
     Raises:
         ValueError: nothing is adapted, or something trains that an adapter file cannot hold.
         OSError: ``folder`` cannot be written; what was there is intact.
@@ -70,6 +74,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
             (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
 
     write_once(model, write)
+    if is_writer(model):
+        warn_servers(folder)
 
 
 def load_adapter(

@@ -16,12 +16,20 @@ from ipca._atomic import staged_files, staged_folder
 from ipca._dtensor import gathered, is_sharded_model, is_writer, write_once
 from ipca.io.adapter import collect_adapter
 from ipca.io.peft_format import CONFIG, PREFIX, AdapterContents, adapter_state, write_peft
+from ipca.io.serving import (
+    check_servable,
+    serving_rank,
+    warn_rank,
+    warn_servers,
+    write_mlx,
+    write_serve,
+)
 from ipca.model.apply import adapted_layers
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
 from ipca.nn.quantized_linear import QuantizedLinearPC
 
-FORMATS = ("peft", "residual", "truncated")
+FORMATS = ("peft", "serve", "mlx", "residual", "truncated")
 TRUNCATION = "truncation.json"
 
 
@@ -39,11 +47,13 @@ def export(
         model: has adapted layers; unchanged.
         folder: where to write.
         format: ``"peft"``: a stock PEFT LoRA of rank ``2 rank`` for the *original* base, as :func:`ipca.save_adapter`
-            writes but without ``ipca.json``. ``"residual"``: ``folder/base``, the whole model with ``W_res`` in place
-            of ``W``, and ``folder/adapter``, a LoRA of rank ``rank`` that is right only on this base (on the original
-            base it gives wrong results without any message). ``folder`` must then be new or empty. ``"truncated"``: the
-            stock LoRA of rank ``rank`` for the original base that is nearest to the change of each weight;
-            ``truncation.json`` beside it has the relative errors.
+            writes but without ``ipca.json``. ``"serve"``: the same function as a LoRA that all servers read alike: one
+            rank ``r = lora_alpha``, scale 1, no patterns, no rsLoRA. ``"mlx"``: that LoRA in the format of mlx-lm.
+            ``"residual"``: ``folder/base``, the whole model with ``W_res`` in place of ``W``, and ``folder/adapter``, a
+            LoRA of rank ``rank`` that is right only on this base (on the original base it gives wrong results without
+            any message). ``folder`` must then be new or empty. ``"truncated"``: the stock LoRA of rank ``rank`` for the
+            original base that is nearest to the change of each weight; ``truncation.json`` beside it has the relative
+            errors.
         base_model: for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``, or ``folder/base``.
         rank: only for the format ``"truncated"``, at least 1.
 
@@ -51,14 +61,20 @@ def export(
         ``‖ΔW − lora_B lora_A‖_F / ‖ΔW‖_F`` by layer for ``"truncated"``; empty for the others, which are exact up to
         rounding.
 
+    Warns:
+        RuntimeWarning: as :func:`ipca.save_adapter`; for ``"serve"``, a rank that servers allow only on request.
+
     Raises:
-        ValueError: as :func:`ipca.save_adapter`, an unknown ``format``, or a ``rank`` that does not go with it.
+        ValueError: as :func:`ipca.save_adapter`, an unknown ``format``, a ``rank`` that does not go with it, or
+            (serve, mlx) modules that train whole or layers that the program cannot take.
         OSError: ``folder`` cannot be written, or (residual) is not empty; nothing has changed.
     """
     _check_arguments(format, rank)
     if format == "residual":
         _check_quantized(model)
     contents = collect_adapter(model)
+    if format in ("serve", "mlx"):
+        check_servable(contents)
     tensors = adapter_state(model, contents, doubled=format != "residual")
     base = residual_state_dict(model) if format == "residual" else {}
     errors: dict[str, float] = {}
@@ -68,12 +84,20 @@ def export(
             _write_residual(Path(folder), model, contents, tensors, base, base_model)
             return
         with staged_files(folder) as stage:
-            if rank is None:
+            if format == "serve":
+                write_serve(stage, model, contents, tensors, base_model)
+            elif format == "mlx":
+                write_mlx(stage, model, contents, tensors)
+            elif rank is None:
                 write_peft(stage, model, contents, tensors, base_model)
             else:
                 errors.update(_write_truncated(stage, model, contents, tensors, base_model, rank))
 
     write_once(model, write)
+    if format == "serve":
+        warn_rank(serving_rank(contents.layers))
+    elif format != "mlx" and is_writer(model):
+        warn_servers(Path(folder) / "adapter" if format == "residual" else folder)
     return errors
 
 

@@ -23,6 +23,7 @@ from ipca.io.adapter_folder import SIDECAR, sidecar
 from ipca.io.checkpoint import StoredTensor, raw_bytes, write_in_place
 from ipca.io.export_formats import export
 from ipca.io.peft_format import WEIGHTS, double_factor, factor_keys, to_peft, wrappers_around, write_config
+from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers
 from ipca.nn.initialization import frozen_weight
 from ipca.nn.layer_kinds import from_matrix
@@ -61,6 +62,7 @@ def write_adapter(
         if doubled:
             record = sidecar({layer.target.name: layer.saved for layer in layers}, digest, [])
             (folder / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
+    warn_servers(folder)
 
 
 def _write_factors(

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from ipca._atomic import staged_files
 from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter, sidecar
 from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, wrappers_around
+from ipca.io.serving import warn_servers
 
 OWN_FIELDS = ("window", "window_pattern", "tol")
 """Fields of PCConfig that PEFT's configuration cannot hold."""
@@ -57,6 +58,7 @@ def save_config(
     with staged_files(folder) as stage:
         stock.save_pretrained(str(stage), **kwargs)
         (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
+    warn_servers(folder, stacklevel=5)
 
 
 def stock_config(values: Mapping[str, Any]) -> LoraConfig:
