@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,14 @@ def _seal(record: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def staged_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def staged_files(
+    folder: str | os.PathLike[str], *, replaced: Callable[[str], bool] = lambda name: False
+) -> Iterator[Path]:
     """A temporary folder whose files replace those of the same names in ``folder`` when the block succeeds.
+
+    Args:
+        folder: made if missing.
+        replaced: whether an entry of ``folder`` is removed then although nothing of its name was written.
 
     Raises:
         OSError: ``folder`` cannot be made or written; nothing in it has changed.
@@ -114,7 +120,7 @@ def staged_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
             yield stage
             fsync_files(stage)
             with uninterrupted():
-                exchange(stage, target, stage / ".old")
+                exchange(stage, target, stage / ".old", replaced=replaced)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             if not existed:
@@ -147,12 +153,14 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
-def exchange(stage: Path, target: Path, old: Path) -> None:
+def exchange(stage: Path, target: Path, old: Path, *, replaced: Callable[[str], bool] = lambda name: False) -> None:
     """Move everything in ``stage`` into ``target``, and what it replaces there into the folder ``old``.
 
+    Entries of ``target`` whose name is ``replaced`` are moved to ``old`` too.
     Where one move fails, those before it are undone. Where the process is killed, the same call moves the rest.
     """
-    names = sorted(path.name for path in stage.iterdir())
+    new = {path.name for path in stage.iterdir()}
+    names = sorted(new | {path.name for path in target.iterdir() if replaced(path.name)})
     old.mkdir(exist_ok=True)
     begun = []
     try:
@@ -160,10 +168,11 @@ def exchange(stage: Path, target: Path, old: Path) -> None:
             begun.append(name)
             if (target / name).exists():
                 os.replace(target / name, old / name)
-            os.replace(stage / name, target / name)
+            if name in new:
+                os.replace(stage / name, target / name)
     except OSError:
         for name in begun:
-            if (target / name).exists() and not (stage / name).exists():
+            if name in new and (target / name).exists() and not (stage / name).exists():
                 os.replace(target / name, stage / name)
             if (old / name).exists():
                 os.replace(old / name, target / name)

@@ -29,9 +29,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 WRITERS = {
     "save": ipca.save_adapter,
-    "peft": ipca.export,
+    "peft": lambda model, folder: ipca.export(model, folder, overwrite=True),
     "residual": lambda model, folder: ipca.export(model, folder, format="residual"),
-    "truncated": lambda model, folder: ipca.export(model, folder, format="truncated", rank=6),
+    "truncated": lambda model, folder: ipca.export(model, folder, format="truncated", rank=6, overwrite=True),
 }
 
 

@@ -280,6 +280,9 @@ def _choice_of_window(parser: argparse.ArgumentParser) -> None:
 def _out(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
     text = "output folder" + (f" (default {default})" if default else "")
     parser.add_argument("-o", "--out", type=Path, required=default is None, default=default, help=text)
+    parser.add_argument(
+        "--force", action="store_true", help="replace what the output folder holds; without, it is refused"
+    )
 
 
 def positive_int(text: str) -> int:

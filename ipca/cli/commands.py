@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ipca
-from ipca._atomic import check_writable, staged_folder
+from ipca._atomic import check_writable, staged_files, staged_folder
 from ipca._cache_folder import default_cache_folder
 from ipca.analysis import draw_spectra, spectrum
 from ipca.cli.arguments import check_output_folder, parser
@@ -17,6 +17,7 @@ from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
 from ipca.io.adapter_folder import SIDECAR, OtherBaseError
 from ipca.io.model_folder import copy_companions, load_model
+from ipca.io.output_folder import check_output, is_weights
 from ipca.io.peft_format import WEIGHTS
 from ipca.svd.cache import CacheEntry, SpectralCache
 
@@ -63,11 +64,12 @@ def _check_no_window_options(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> tuple[Record, str]:
     """Merge an adapter into its model and write a plain model folder."""
-    check_writable(args.out, empty=True)
+    check_output(args.out, whole=True, overwrite=args.force, option="--force")
+    check_output_folder(args)
     model = _adapted_model(args)
     layers = ipca.summary(model).layers
     ipca.unload(model)
-    with staged_folder(args.out) as stage:
+    with staged_files(args.out, replaced=is_weights) if args.force else staged_folder(args.out) as stage:
         model.save_pretrained(stage)
         copy_companions(args.model, stage)
     return {"layers": layers, "out": str(args.out)}, f"merged {layers} layers into {args.out}"
@@ -75,11 +77,13 @@ def merge(args: argparse.Namespace) -> tuple[Record, str]:
 
 def export(args: argparse.Namespace) -> tuple[Record, str]:
     """Write an adapter for programs without ipca."""
-    check_writable(args.out, empty=args.format == "residual")
     check_output_folder(args)
+    check_output(args.out, whole=args.format == "residual", overwrite=args.force, option="--force")
     model = _adapted_model(args)
     base_model = None if args.format == "residual" else str(args.model)
-    errors = ipca.export(model, args.out, format=args.format, base_model=base_model, rank=args.rank)
+    errors = ipca.export(
+        model, args.out, format=args.format, base_model=base_model, rank=args.rank, overwrite=args.force
+    )
     if args.format == "residual":
         copy_companions(args.model, args.out / "base")
     record: Record = {"format": args.format, "out": str(args.out)}
@@ -107,12 +111,12 @@ def _adapted_model(args: argparse.Namespace) -> Any:
 
 def convert(args: argparse.Namespace) -> tuple[Record, str]:
     """Convert a stock PEFT LoRA into an adapter of ipca."""
-    check_writable(args.out)
     check_output_folder(args)
+    check_output(args.out, overwrite=args.force, option="--force")
     original = load_model(args.original) if args.original else None
     model = load_model(args.model)
     ipca.import_peft(model, args.adapter, original=original, progress=not args.quiet)
-    ipca.save_adapter(model, args.out, base_model=str(args.original or args.model))
+    ipca.save_adapter(model, args.out, base_model=str(args.original or args.model), overwrite=args.force)
     found = ipca.summary(model)
     record: Record = {
         "layers": found.layers,
@@ -208,9 +212,11 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:
     """Fine-tune one model in four ways on real text; prints as it runs."""
-    from ipca.lab.demo import run_demo
+    from ipca.lab.demo.run import OUTPUTS, run_demo
 
-    return run_demo(args.text, args.out, seeds=args.seeds, steps=args.steps, sentences=args.sentences), ""
+    check_output(args.out, whole=True, overwrite=args.force, resumes=OUTPUTS.issuperset, option="--force")
+    sizes = {"seeds": args.seeds, "steps": args.steps, "sentences": args.sentences}
+    return run_demo(args.text, args.out, **sizes, overwrite=args.force), ""
 
 
 def completion(args: argparse.Namespace) -> tuple[Record, str]:

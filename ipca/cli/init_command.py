@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 
 import ipca
-from ipca._atomic import check_writable
 from ipca.cli.arguments import check_output_folder
-from ipca.io.adapter_folder import read_adapter
+from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
-from ipca.io.peft_format import WEIGHTS
+from ipca.io.output_folder import check_output, is_adapter_file
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_targets
 from ipca.offline.adapter_files import write_adapter, write_residual
@@ -48,7 +47,7 @@ def init(args: argparse.Namespace) -> tuple[Record | None, str]:
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but this torch sees no GPU; leave it out.")
-    ranks, work = Ranks.from_environment(args.device), WorkFolder(args.out)
+    ranks, work = Ranks.from_environment(args.device), WorkFolder(args.out, overwrite=args.force)
     try:
         record, text = _run(args, ranks, work)
     except BaseException as error:
@@ -183,23 +182,24 @@ def _account(
 def _check_folders(args: argparse.Namespace, work: WorkFolder) -> None:
     out = args.out.absolute()
     check_output_folder(args)
-    check_writable(out)
-    if not work.ready:
-        _check_trained(out)
-    if args.form == "residual" and not work.ready and out.is_dir() and {p.name for p in out.iterdir()} - {WORK, DONE}:
-        raise FileExistsError(f"{out} is not empty; choose a new folder.")
+
+    def resumes(held: set[str]) -> bool:
+        if args.form == "residual":
+            return work.ready or held <= {WORK, DONE}
+        return work.ready or held == {SIDECAR} or _is_untrained(out, held)
+
+    check_output(out, whole=args.form == "residual", overwrite=args.force, resumes=resumes, option="--force")
 
 
-def _check_trained(out: Path) -> None:
-    """Raise where ``out`` holds a trained adapter; an untrained one may be replaced."""
-    if not (out / WEIGHTS).is_file():
-        return
+def _is_untrained(out: Path, held: set[str]) -> bool:
+    """Whether all that ``out`` holds is an adapter before training, which may be made again."""
+    if not all(map(is_adapter_file, held)):
+        return False
     try:
         factors = list(read_adapter(out, modules_to_save=False).factors.values())
     except (ValueError, FileNotFoundError):  # damaged, or not ours
-        factors = []
-    if not factors or any(not (torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0)) for f in factors):
-        raise FileExistsError(f"{out} holds an adapter that is trained or not readable; choose another folder.")
+        return False
+    return all(torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0) for f in factors)
 
 
 def _cache(args: argparse.Namespace) -> SpectralCache | None:

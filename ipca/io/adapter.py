@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,8 +22,11 @@ from ipca.io.adapter_folder import (
     file_sha256,
     other_base,
     read_adapter,
+    read_layers,
     sidecar,
 )
+from ipca.io.model_folder import WEIGHT_ENDINGS
+from ipca.io.output_folder import check_output, is_adapter_file
 from ipca.io.peft_format import WEIGHTS, AdapterContents, adapter_state, write_peft
 from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
@@ -39,19 +43,22 @@ _FSDP1 = "_fsdp_wrapped_module"
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None, overwrite: bool = False
+) -> None:
     """Write the adapter of ``model`` to ``folder``: factors, fully trained modules, configuration.
 
     Writes ``adapter_model.safetensors`` and ``adapter_config.json``, which stock PEFT (and transformers'
     ``load_adapter``) load on the original base model, and ``ipca.json`` with what only :func:`load_adapter` needs:
-    windows, form, a hash of each base weight. Files of the same names are replaced together, and only once the new
-    ones are complete.
+    windows, form, a hash of each base weight. An earlier state of the same adapter in ``folder`` is replaced, once the
+    new files are complete.
 
     Args:
         model: has adapted layers, from :func:`apply_pc` or in its own code. Every other module with trainable
             parameters is written as a whole, as PEFT's ``modules_to_save``.
         folder: made if missing.
         base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
+        overwrite: replace an adapter of other layers, windows or bases.
 
     A model that ``fully_shard`` has spread over processes must be saved by all of them: they gather it tensor by
     tensor, rank 0 writes, and none returns before the files are complete.
@@ -61,21 +68,37 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
 
     Raises:
         ValueError: nothing is adapted, or something trains that an adapter file cannot hold.
+        FileExistsError: ``folder`` holds another adapter, and not ``overwrite``.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
     contents = collect_adapter(model)
+    layers = {name: _saved(layer) for name, layer in contents.layers.items()}
+    check_output(folder, overwrite=overwrite, resumes=lambda held: _is_earlier(Path(folder), held, layers))
     tensors = adapter_state(model, contents)
 
     def write() -> None:
-        with staged_files(folder) as stage:
+        with staged_files(folder, replaced=is_adapter_file) as stage:
             write_peft(stage, model, contents, tensors, base_model)
-            layers = {name: _saved(layer) for name, layer in contents.layers.items()}
             record = sidecar(layers, file_sha256(stage / WEIGHTS), list(contents.modules_to_save))
             (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
 
     write_once(model, write)
     if is_writer(model):
         warn_servers(folder)
+
+
+def _is_earlier(folder: Path, held: set[str], layers: Mapping[str, SavedLayer]) -> bool:
+    """Whether ``folder``, where ``held`` are the weights, has no adapter but one of the same windows and base."""
+    if not any(name.startswith("adapter") and name.endswith(WEIGHT_ENDINGS) for name in held):
+        return True  # of a training checkpoint, beside which an adapter may lie
+    try:
+        there = read_layers(folder)
+    except (OSError, ValueError):
+        return False
+    same = ("kind", "shape", "start", "rank", "base_sha256")
+    return there.keys() == layers.keys() and all(
+        getattr(there[name], field) == getattr(layer, field) for name, layer in layers.items() for field in same
+    )
 
 
 def load_adapter(

@@ -161,6 +161,11 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     return AdapterFolder(layers, factors, _module_states(tensors, names) if modules_to_save else {})
 
 
+def read_layers(folder: Path) -> dict[str, SavedLayer]:
+    """The layers that ``ipca.json`` names, without reading the factors; raises OSError or ValueError."""
+    return _read_sidecar(folder / SIDECAR)[0]
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or a ValueError where it is damaged."""
     try:

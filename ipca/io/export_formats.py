@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ipca._atomic import staged_files, staged_folder
 from ipca._dtensor import gathered, is_sharded_model, is_writer, write_once
 from ipca.io.adapter import collect_adapter
+from ipca.io.output_folder import TRUNCATION, check_output, is_adapter_file
 from ipca.io.peft_format import CONFIG, PREFIX, AdapterContents, adapter_state, write_peft
 from ipca.io.serving import (
     check_servable,
@@ -30,7 +31,6 @@ from ipca.nn.layer_kinds import EXPERTS, from_matrix
 from ipca.nn.quantized_linear import QuantizedLinearPC
 
 FORMATS = ("peft", "serve", "mlx", "residual", "truncated")
-TRUNCATION = "truncation.json"
 
 
 def export(
@@ -40,22 +40,24 @@ def export(
     format: str = "peft",
     base_model: str | None = None,
     rank: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, float]:
     """Write the adapter for programs without ipca.
 
     Args:
         model: has adapted layers; unchanged.
-        folder: where to write.
+        folder: where to write: without weights and adapters, or with the format ``"residual"`` new or empty.
         format: ``"peft"``: a stock PEFT LoRA of rank ``2 rank`` for the *original* base, as :func:`ipca.save_adapter`
             writes but without ``ipca.json``. ``"serve"``: the same function as a LoRA that all servers read alike: one
             rank ``r = lora_alpha``, scale 1, no patterns, no rsLoRA. ``"mlx"``: that LoRA in the format of mlx-lm.
             ``"residual"``: ``folder/base``, the whole model with ``W_res`` in place of ``W``, and ``folder/adapter``, a
             LoRA of rank ``rank`` that is right only on this base (on the original base it gives wrong results without
-            any message). ``folder`` must then be new or empty. ``"truncated"``: the stock LoRA of rank ``rank`` for the
+            any message). ``"truncated"``: the stock LoRA of rank ``rank`` for the
             original base that is nearest to the change of each weight; ``truncation.json`` beside it has the relative
             errors.
         base_model: for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``, or ``folder/base``.
         rank: only for the format ``"truncated"``, at least 1.
+        overwrite: replace weights and adapters that ``folder`` holds.
 
     Returns:
         ``‖ΔW − lora_B lora_A‖_F / ‖ΔW‖_F`` by layer for ``"truncated"``; empty for the others, which are exact up to
@@ -67,11 +69,13 @@ def export(
     Raises:
         ValueError: as :func:`ipca.save_adapter`, an unknown ``format``, a ``rank`` that does not go with it, or
             (serve, mlx) modules that train whole or layers that the program cannot take.
-        OSError: ``folder`` cannot be written, or (residual) is not empty; nothing has changed.
+        FileExistsError: ``folder`` holds weights or an adapter, and not ``overwrite``; nothing has changed.
+        OSError: ``folder`` cannot be written; nothing has changed.
     """
     _check_arguments(format, rank)
     if format == "residual":
         _check_quantized(model)
+    check_output(folder, whole=format == "residual", overwrite=overwrite)
     contents = collect_adapter(model)
     if format in ("serve", "mlx"):
         check_servable(contents)
@@ -81,9 +85,9 @@ def export(
 
     def write() -> None:
         if format == "residual":
-            _write_residual(Path(folder), model, contents, tensors, base, base_model)
+            _write_residual(Path(folder), model, contents, tensors, base, base_model, overwrite)
             return
-        with staged_files(folder) as stage:
+        with staged_files(folder, replaced=is_adapter_file) as stage:
             if format == "serve":
                 write_serve(stage, model, contents, tensors, base_model)
             elif format == "mlx":
@@ -129,9 +133,10 @@ def _write_residual(
     tensors: Mapping[str, Tensor],
     base: dict[str, Tensor],
     base_model: str | None,
+    overwrite: bool,
 ) -> None:
     base_model = base_model or str(folder.absolute() / "base")
-    with staged_folder(folder) as stage:
+    with staged_files(folder, replaced=is_adapter_file) if overwrite else staged_folder(folder) as stage:
         (stage / "base").mkdir()
         (stage / "adapter").mkdir()
         _write_base(model, base, stage / "base")

@@ -4,7 +4,7 @@
                   /lock                        held by the running process
                   /layers/00007.safetensors
                   /final/                      the files of OUT, as they become complete
-                  /ready                       final/ is complete and only has to be moved
+                  /ready                       final/ is complete and only has to be moved; names of what it replaces
 
 Every file is written atomically, so that an interrupted run can be resumed from here.
 """
@@ -32,16 +32,21 @@ from ipca._atomic import (
     write_atomic,
     write_checksummed,
 )
+from ipca.io.output_folder import is_adapter_file
 
 WORK, DONE = ".ipca-init", ".ipca-done"
 Record = dict[str, Any]
 
 
 class WorkFolder:
-    """The work folder in ``out``; nothing is made before :meth:`open`."""
+    """The work folder in ``out``; nothing is made before :meth:`open`.
 
-    def __init__(self, out: Path) -> None:
-        self.out = out.absolute()
+    Args:
+        overwrite: discard the finished layers of a different run.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+        self.out, self.overwrite = out.absolute(), overwrite
         self.folder = self.out / WORK
         self.final = self.folder / "final"
         self._lock: int | None = None
@@ -66,8 +71,13 @@ class WorkFolder:
             shutil.rmtree(self.out / DONE, ignore_errors=True)
             path, text = self.folder / "job.json", json.dumps(record, indent=2, sort_keys=True)
             if self.count() or self.ready:
-                self._check_same(path, json.loads(text))
-            else:
+                try:
+                    self._check_same(path, json.loads(text))
+                except FileExistsError:
+                    if not self.overwrite:
+                        raise
+                    self._discard()
+            if not (self.count() or self.ready):
                 write_atomic(path, text.encode())
             self._opened = True
 
@@ -108,8 +118,13 @@ class WorkFolder:
         with self.writing(), uninterrupted():
             if not self.ready:
                 fsync_files(self.final)
-                write_atomic(self.folder / "ready", b"")
-            exchange(self.final, self.out, self.folder / "old")
+                new = {path.name for path in self.final.iterdir()}
+                stale = [
+                    path.name for path in self.out.iterdir() if is_adapter_file(path.name) and path.name not in new
+                ]
+                write_atomic(self.folder / "ready", json.dumps(stale).encode())
+            stale = json.loads((self.folder / "ready").read_text())
+            exchange(self.final, self.out, self.folder / "old", replaced=lambda name: name in stale)
             os.replace(self.folder, self.out / DONE)  # from here on there is nothing to resume
             fsync_folder(self.out)
             shutil.rmtree(self.out / DONE, ignore_errors=True)
@@ -151,14 +166,21 @@ class WorkFolder:
             before = json.loads(path.read_text())
             names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise FileExistsError(f"{path} cannot be read ({error}); delete {self.folder} to start over.") from None
+            raise FileExistsError(f"{path} cannot be read ({error}); start over with --force.") from None
         if names:
             pairs = [(name, _brief(before.get(name)), _brief(record.get(name))) for name in names[:3]]
             changes = "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs)
             raise FileExistsError(
                 f"{self.folder} holds the finished layers of a different run ({changes}); repeat that one to finish "
-                f"it, choose another folder, or delete {self.folder} to start over."
+                f"it, choose another folder, or start over with --force."
             )
+
+    def _discard(self) -> None:
+        """Remove the finished layers and files of a different run."""
+        (self.folder / "ready").unlink(missing_ok=True)
+        shutil.rmtree(self.final, ignore_errors=True)
+        shutil.rmtree(self.folder / "layers")
+        (self.folder / "layers").mkdir()
 
     def _take_lock(self) -> None:
         try:

@@ -213,7 +213,7 @@ def test_models_adapted_in_another_way_are_refused(pair, tmp_path):
     }
     for words, options in cases.items():
         refuses(adapted(copy.deepcopy(base), **options), tmp_path, words)
-    ipca.save_adapter(adapted(copy.deepcopy(base), exclude=["b"]), tmp_path)
+    ipca.save_adapter(adapted(copy.deepcopy(base), exclude=["b"]), tmp_path, overwrite=True)
     refuses(model, tmp_path, "b is adapted, but the adapter in .* does not hold it; unload it first")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ipca._atomic import staged_files
+from ipca.io.output_folder import check_output, is_adapter_file
 from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, adapter_tensors
 from ipca.lab.continual.method import Adapter, Setup
 from ipca.lab.continual.methods import check_options, check_room, find_kind, find_layers
@@ -206,7 +207,14 @@ class ContinualLearner:
         _subtract_change(self.model, self._kept(task))
         del self.kept[task]
 
-    def save_task(self, task: int, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
+    def save_task(
+        self,
+        task: int,
+        folder: str | os.PathLike[str],
+        *,
+        base_model: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
         """Write the change that task number ``task`` made to the weights as a stock PEFT LoRA of twice the rank.
 
         It is a difference: added to the original base by PEFT it gives what this task changed, and together with all
@@ -214,8 +222,10 @@ class ContinualLearner:
 
         Raises:
             ValueError: the task is not kept, or PEFT's format cannot hold its layers.
+            FileExistsError: ``folder`` holds weights or an adapter, and not ``overwrite``.
             OSError: ``folder`` cannot be written; its previous content is intact.
         """
+        check_output(folder, overwrite=overwrite)
         _save_as_peft(self.model, self._kept(task), folder, base_model)
 
     def finish(self) -> nn.Module:
@@ -273,7 +283,7 @@ def _save_as_peft(model: nn.Module, layers: Adapter, folder: str | os.PathLike[s
     names = [name for name, _ in model.named_modules()]
     config = adapter_config(layers, {}, names, base_model or getattr(model, "name_or_path", None))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(layers, {})}
-    with staged_files(folder) as stage:
+    with staged_files(folder, replaced=is_adapter_file) as stage:
         save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ipca
-from ipca._atomic import check_writable, staged_files
+from ipca._atomic import staged_files
 from ipca.analysis.figures import picture
+from ipca.io.output_folder import check_output
 from ipca.lab.demo.data import Text, load_text
 from ipca.lab.demo.task import METHODS, Encoder, Outcome, Probe, Settings, load_encoder, train_and_measure
 
@@ -34,29 +35,35 @@ MEASURES = {
     "drift": "embedding drift,\nmean 1 − cos (lower is better)",
 }
 _STOCK_PEFT = Path(__file__).with_name("stock_peft.py")
+OUTPUTS = {"demo.csv", "demo.png", "adapter", "merged"}
+"""What the demo writes into its folder."""
 _SAVED = "middle"
 """The method whose adapter is saved, loaded and merged."""
 
 
-def run_demo(archive: Path, out: Path, *, seeds: int = 1, steps: int = 60, sentences: int = 400) -> dict[str, object]:
+def run_demo(
+    archive: Path, out: Path, *, seeds: int = 1, steps: int = 60, sentences: int = 400, overwrite: bool = False
+) -> dict[str, object]:
     """Run the demo and write ``demo.csv``, ``demo.png``, ``adapter/`` and ``merged/`` to ``out``.
 
     Args:
         archive: the text, see :mod:`ipca.lab.demo.data`.
-        out: created if missing; files of an earlier run are replaced atomically.
+        out: new, empty or of an earlier run, whose files are replaced atomically.
         seeds: number of runs of each method.
         steps: training steps of each run.
         sentences: size of the test sets of the task and of the probe.
+        overwrite: write into an ``out`` that holds something else.
 
     Returns:
         The printed results as a dictionary.
 
     Raises:
+        FileExistsError: ``out`` holds something else.
         FileNotFoundError, ValueError, ImportError: the text, the model or a package is missing.
         RuntimeError: stock PEFT failed to load the adapter.
     """
     began = time.perf_counter()
-    check_writable(out)
+    check_output(out, whole=True, overwrite=overwrite, resumes=OUTPUTS.issuperset)
     settings = Settings(steps=steps)
     text = load_text(archive, test=sentences, probe=sentences)
     _quiet()
@@ -120,7 +127,7 @@ def _check_adapter(
     """Save the adapter, load it with stock PEFT and with ipca, merge it; compare logits at every stage."""
     encoder.model.eval()
     logits = head(encoder.states(sentences))
-    ipca.save_adapter(encoder.model, out / "adapter")
+    ipca.save_adapter(encoder.model, out / "adapter", overwrite=True)
     head_state = {key: value.contiguous() for key, value in head.state_dict().items()}
     with staged_files(out / "adapter") as stage:
         save_file(head_state, stage / "head.safetensors")

@@ -1,0 +1,59 @@
+"""The rule for folders that are written: nothing is replaced unasked that the same command would not go on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ipca._atomic import check_writable
+from ipca.io.model_folder import WEIGHT_ENDINGS
+
+TRUNCATION = "truncation.json"
+_ADAPTER = ("adapter_config.json", "ipca.json", "adapters.safetensors", TRUNCATION)
+
+
+def check_output(
+    folder: str | os.PathLike[str],
+    *,
+    whole: bool = False,
+    overwrite: bool = False,
+    resumes: Callable[[set[str]], bool] = lambda names: False,
+    option: str = "overwrite=True",
+) -> None:
+    """Raise now where writing to ``folder`` would fail, or would replace work of somebody who did not ask for it.
+
+    Args:
+        folder: where files are to be written; need not exist.
+        whole: it must be new or empty; False: it must hold no weights and no adapter, other files may be there.
+        overwrite: all of it may be replaced.
+        resumes: given the names of what must not be there, whether the command goes on from it.
+        option: what the user gives to have it replaced.
+
+    Raises:
+        FileExistsError: it holds something else; the message names it.
+        OSError: it cannot be written.
+    """
+    target = Path(folder).absolute()
+    check_writable(target)
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    held = names if whole else {name for name in names if is_weights(name)}
+    if not held or overwrite or resumes(held):
+        return
+    if whole:
+        what = "is not empty; choose a new folder"
+    elif any(map(is_adapter_file, held)):
+        what = "holds an adapter that is trained or not readable; choose another folder"
+    else:
+        what = f"holds {min(held)}; choose another folder"
+    raise FileExistsError(f"{target} {what}. {option} replaces it.")
+
+
+def is_adapter_file(name: str) -> bool:
+    """Whether ``name`` is that of an adapter's file, which must not lie beside those of another."""
+    return name in _ADAPTER or name.startswith("adapter_model.")
+
+
+def is_weights(name: str) -> bool:
+    """Whether ``name`` is that of a file of weights or of an adapter."""
+    return name.endswith(WEIGHT_ENDINGS) or is_adapter_file(name)

@@ -1,0 +1,207 @@
+"""One rule for folders that are written: what the same call would not go on from is refused, or replaced on request."""
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertModel
+
+import ipca
+from ipca.cli.main import main
+from tests.helpers.model_folders import contents
+from tests.helpers.models import snapshot
+
+WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
+
+
+def bert() -> BertModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return BertModel(BertConfig(**sizes, vocab_size=50))
+
+
+def trained(targets="query", rank=4, seed=1, **options) -> BertModel:
+    model = ipca.apply_pc(bert(), rank=rank, targets=targets, progress=False, **options)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model, its adapter, a PiSSA adapter, and by name what an output folder may hold."""
+    top = tmp_path_factory.mktemp("folders")
+    bert().save_pretrained(top / "model")
+    ipca.save_adapter(trained(), top / "adapter")
+    config = LoraConfig(r=4, target_modules=["query"], init_lora_weights="pissa")
+    get_peft_model(bert(), config).save_pretrained(top / "pissa")
+    held = top / "held"
+    ipca.save_adapter(trained("value", 8), held / "another adapter")
+    ipca.save_adapter(trained(seed=2), held / "the same windows")
+    ipca.export(trained("value"), held / "a stock LoRA")
+    ipca.export(trained("value"), held / "a truncated one", format="truncated", rank=2)
+    bert().save_pretrained(held / "a model")
+    (held / "weights").mkdir()
+    (held / "weights" / "pytorch_model.bin").write_bytes(b"weights")
+    (held / "an old config").mkdir()
+    (held / "an old config" / CONFIG).write_text("{}")
+    (held / "notes").mkdir()
+    (held / "notes" / "notes.txt").write_text("mine")
+    return top
+
+
+HELD = ("another adapter", "the same windows", "a stock LoRA", "a truncated one", "a model", "weights", "an old config")
+COMMANDS = {
+    "init": ("init", "{top}/model", "--rank", "4", "--targets", "query"),
+    "init residual": ("init", "{top}/model", "--rank", "4", "--targets", "query", "--form", "residual"),
+    "merge": ("merge", "{top}/model", "{top}/adapter"),
+    "export": ("export", "{top}/model", "{top}/adapter"),
+    "export serve": ("export", "{top}/model", "{top}/adapter", "--format", "serve"),
+    "export residual": ("export", "{top}/model", "{top}/adapter", "--format", "residual"),
+    "export truncated": ("export", "{top}/model", "{top}/adapter", "--format", "truncated", "--rank", "2"),
+    "convert": ("convert", "{top}/model", "{top}/pissa"),
+}
+WHOLE = ("init residual", "merge", "export residual")
+"""Commands that write a folder as a whole."""
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_refuse_what_they_would_not_go_on_from(command, held, folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(folders / "held" / held, out)
+    before = contents(out)
+    words = [word.format(top=folders) for word in COMMANDS[command]]
+    assert main([*words, "-o", str(out), "--quiet"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"ipca: error: {out} ")
+    assert "; choose a" in error
+    assert error.endswith(". --force replaces it.")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("held", ["another adapter", "a truncated one", "notes"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_force_replaces_it(command, held, folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(folders / "held" / held, out)
+    words = [word.format(top=folders) for word in COMMANDS[command]]
+    assert main([*words, "-o", str(tmp_path / "new"), "--quiet"]) == 0
+    assert main([*words, "-o", str(out), "--force", "--quiet"]) == 0, capsys.readouterr().err
+    new, there = contents(tmp_path / "new"), contents(out)
+    assert there.pop("notes.txt", b"mine") == b"mine"
+    assert there.keys() == new.keys()
+    assert all(there[name] == new[name] for name in new if not name.endswith(CONFIG))  # which may name its own base
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {*WHOLE}))
+def test_other_files_stay(command, folders, tmp_path):
+    shutil.copytree(folders / "held" / "notes", tmp_path / "out")
+    words = [word.format(top=folders) for word in COMMANDS[command]]
+    assert main([*words, "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_force_never_replaces_what_is_read(command, folders, tmp_path, capsys):
+    for name in ("model", "adapter", "pissa"):
+        shutil.copytree(folders / name, tmp_path / name)
+    before = contents(tmp_path)
+    words = [word.format(top=tmp_path) for word in COMMANDS[command]]
+    for out in {"model", words[2].rpartition("/")[2]} & {"model", "adapter", "pissa"}:
+        assert main([*words, "-o", str(tmp_path / out), "--force", "--quiet"]) == 1
+        assert "itself" in capsys.readouterr().err
+        assert contents(tmp_path) == before
+
+
+def test_init_goes_on_from_its_own_adapter_and_force_starts_over(folders, tmp_path, monkeypatch, capsys):
+    words = ["init", str(folders / "model"), "--targets", "query", "key", "-o", str(tmp_path / "out"), "--quiet"]
+    assert main([*words, "--rank", "4"]) == 0
+    assert main([*words, "--rank", "4"]) == 0
+    import ipca.svd.cache
+
+    plain, calls = ipca.svd.cache.window_svd, []
+
+    def stop(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ipca.svd.cache, "window_svd", stop)
+        assert main([*words, "--rank", "2"]) == 130
+    assert main([*words, "--rank", "3"]) == 1
+    assert "or start over with --force" in capsys.readouterr().err
+    assert main([*words, "--rank", "3", "--force"]) == 0
+    model = ipca.load_adapter(bert(), tmp_path / "out")
+    assert {layer.rank for layer in model.modules() if isinstance(layer, ipca.nn.WindowLayer)} == {3}
+
+
+# -- in Python
+
+
+def save(model, folder, **options):
+    ipca.save_adapter(model, folder, **options)
+
+
+def export(model, folder, **options):
+    ipca.export(model, folder, **options)
+
+
+@pytest.mark.parametrize("held", sorted({*HELD} - {"a model", "weights", "an old config", "the same windows"}))
+@pytest.mark.parametrize("write", [save, export])
+def test_another_adapter_is_refused_and_nothing_changes(write, held, folders, tmp_path):
+    out, model = tmp_path / "out", trained()
+    shutil.copytree(folders / "held" / held, out)
+    before, unchanged = contents(out), snapshot(model)
+    with pytest.raises(FileExistsError, match=r"out holds an adapter .*; choose another folder\. overwrite=True repl"):
+        write(model, out)
+    assert contents(out) == before
+    assert snapshot(model) == unchanged
+    write(model, out, overwrite=True)
+    write(model, tmp_path / "new")
+    assert contents(out) == contents(tmp_path / "new")
+
+
+CHANGES = {
+    "rank": {"rank": 3},
+    "window": {"window": "minor"},
+    "layers": {"targets": ["query", "key"]},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_the_same_adapter_is_saved_again(change, folders, tmp_path):
+    ipca.save_adapter(trained(), tmp_path / "out")
+    ipca.save_adapter(trained(seed=3), tmp_path / "out")
+    ipca.save_adapter(trained(seed=3, alpha=2.0, form="residual"), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="holds an adapter"):
+        ipca.save_adapter(trained(**CHANGES[change]), tmp_path / "out")
+    other = bert()
+    with torch.no_grad():
+        other.encoder.layer[0].attention.self.query.weight.add_(1e-3)
+    with pytest.raises(FileExistsError, match="holds an adapter"):
+        ipca.save_adapter(ipca.apply_pc(other, rank=4, targets="query", progress=False), tmp_path / "out")
+
+
+def test_an_export_never_takes_the_place_of_a_checkpoint(tmp_path):
+    model = trained()
+    ipca.save_adapter(model, tmp_path)
+    before = contents(tmp_path)
+    for format in ("peft", "serve", "residual"):
+        with pytest.raises(FileExistsError, match="; choose a"):
+            ipca.export(model, tmp_path, format=format)
+    assert contents(tmp_path) == before
+
+
+def test_an_adapter_may_lie_in_a_training_checkpoint(tmp_path):
+    for name in ("model.safetensors", "optimizer.pt", "training_args.bin", "trainer_state.json"):
+        (tmp_path / name).write_bytes(b"theirs")
+    ipca.save_adapter(trained(), tmp_path)
+    ipca.save_adapter(trained(), tmp_path)
+    ipca.save_adapter(trained("value"), tmp_path, overwrite=True)
+    assert all(contents(tmp_path)[name] == b"theirs" for name in ("model.safetensors", "optimizer.pt"))
