@@ -26,7 +26,7 @@ from ipca.io.serving import (
     write_serve,
 )
 from ipca.model.apply import adapted_layers
-from ipca.nn.experts import ExpertsPC
+from ipca.model.transformers_models import plain_key
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
 from ipca.nn.quantized_linear import QuantizedLinearPC
 
@@ -151,7 +151,7 @@ def residual_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = adapted_layers(model)
     ours = tuple(f"{name}.{key}" for name in layers for key in ("lora_", "base_weight", "_extra_state"))
-    state = {_plain_key(model, k): value for k, value in model.state_dict().items() if not k.startswith(ours)}
+    state = {plain_key(model, k): value for k, value in model.state_dict().items() if not k.startswith(ours)}
     if is_sharded_model(model):
         state = gathered(state.items(), keep=is_writer(model))
     for name, layer in layers.items():
@@ -160,13 +160,6 @@ def residual_state_dict(model: nn.Module) -> dict[str, Tensor]:
             key = name if layer.kind in EXPERTS else f"{name}.weight"
             state[key] = from_matrix(layer.kind, weight, layer.base_weight.shape).contiguous()
     return state
-
-
-def _plain_key(model: nn.Module, key: str) -> str:
-    """``key`` without the step from an adapted module of experts to the module itself."""
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, ExpertsPC)]
-    owner = next((name for name in wrapped if key.startswith(f"{name}.base.")), None)
-    return key if owner is None else owner + key.removeprefix(f"{owner}.base")
 
 
 def _write_base(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:

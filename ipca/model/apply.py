@@ -14,6 +14,7 @@ from ipca.model.calibration import auto_windows, check_calibration, without_auto
 from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights, decompose_targets
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
+from ipca.model.transformers_models import INSTALLED, install_saving
 from ipca.nn.initialization import InitialFactors, one_of
 from ipca.nn.registry import get_layer, layer_class, set_layer
 from ipca.nn.window_layer import WindowLayer
@@ -149,7 +150,9 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -
         assert target.kind is not None
         plain, cls = get_layer(model, target.name), layer_class(target.kind)
         layer = cls.from_factors(plain, factors, alpha=target.alpha, form=target.form, dropout=target.dropout)
+        setattr(layer, INSTALLED, True)
         set_layer(model, target.name, layer)
+    install_saving(model)
 
 
 def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, trainable: bool = True) -> None:

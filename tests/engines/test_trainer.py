@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import ipca
+from tests.model.test_transformers_models import adapted, batch_norm, logits, mixture, multimodal, same_state, vit
 
 CONFIG = LlamaConfig(
     hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, vocab_size=50, use_cache=False
@@ -74,3 +75,69 @@ def test_a_compiled_trainer_trains_the_same(tmp_path, form):
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     ipca.save_adapter(compiled.model, tmp_path / "adapter")
     assert same_weights(ipca.load_adapter(base(), tmp_path / "adapter"), compiled.model)
+
+
+class Inputs(torch.utils.data.Dataset):
+    """Sixteen random rows like the tests' inputs, with labels."""
+
+    def __init__(self, inputs):
+        (self.name, self.like), *_ = inputs.items()
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        generator = torch.Generator().manual_seed(i)
+        if self.like.is_floating_point():
+            return {self.name: torch.randn(self.like.shape[1:], generator=generator), "labels": i % 6}
+        row = torch.randint(3, 90, self.like.shape[1:], generator=generator)
+        return {self.name: row, "labels": row}
+
+
+def other_trainer(folder, build, form, **options):
+    base, model, inputs = adapted(build, form)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    data = Inputs(inputs)
+    return base, inputs, Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+
+
+@pytest.mark.parametrize("form", ["intact", "residual"])
+@pytest.mark.parametrize("build", [vit, mixture, multimodal, batch_norm])
+def test_renamed_keys_experts_and_statistics_are_resumed_and_saved(tmp_path, build, form):
+    base, inputs, first = other_trainer(tmp_path, build, form)
+    first.train()
+    _, _, second = other_trainer(tmp_path, build, form)
+    second.train(resume_from_checkpoint=True)  # the last one: nothing is left to train
+    assert same_state(second.model, first.model)
+    _, _, third = other_trainer(tmp_path, build, form)
+    third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same_state(third.model, first.model)
+    first.save_model(str(tmp_path / "final"))
+    loaded, found = type(base).from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert (logits(loaded, inputs) - logits(first.model, inputs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("build", [vit, mixture])
+def test_the_best_model_is_loaded_at_the_end(tmp_path, build):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    _, _, trainer = other_trainer(tmp_path, build, "intact", **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # the loss falls
+    _, _, short = other_trainer(tmp_path / "short", build, "intact")
+    short.args.max_steps = 2
+    short.train()
+    assert same_state(trainer.model, short.model)

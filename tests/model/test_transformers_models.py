@@ -1,0 +1,210 @@
+"""save_pretrained of adapted transformers models: what from_pretrained loads, what a checkpoint resumes."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ipca
+from ipca.nn import LinearPC
+from tests.helpers.models import snapshot
+
+transformers = pytest.importorskip("transformers")
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**SMALL, "vocab_size": 97, "num_key_value_heads": 2, "pad_token_id": 0}
+IDS = {"input_ids": torch.arange(24).reshape(2, 12) + 3}
+PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)), IDS, {}
+
+
+def tied():
+    config = transformers.LlamaConfig(**TEXT, tie_word_embeddings=True)
+    return transformers.LlamaForCausalLM(config), IDS, {"rank_pattern": {"q_proj": 2}, "alpha": 6.0}
+
+
+def gpt2():  # Conv1D and an embedding
+    config = transformers.GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    return transformers.GPT2LMHeadModel(config), IDS, {"targets": ["c_attn", "wpe"]}
+
+
+def vit():  # keys are renamed when they are saved; a convolution; a head that trains whole
+    config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=4, num_labels=6)
+    options = {"targets": ["q_proj", "projection"], "modules_to_save": ["classifier"]}
+    return transformers.ViTForImageClassification(config), PIXELS, options
+
+
+def mixture():
+    config = transformers.Qwen3MoeConfig(
+        **TEXT, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    )
+    options = {"targets": ["q_proj", "experts.gate_up_proj", "experts.down_proj"]}
+    return transformers.Qwen3MoeForCausalLM(config), IDS, options
+
+
+def multimodal():  # transposed stacks, a vision model beside
+    text = {**TEXT, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**text, "rope_parameters": rope}, vision_config={**vision, "deepstack_visual_indexes": [0]}
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config), IDS, mixture()[2]
+
+
+def batch_norm():
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_labels=6)
+    return transformers.ResNetForImageClassification(config), PIXELS, {"targets": ["convolution"]}
+
+
+BUILDERS = (llama, tied, gpt2, vit, mixture, multimodal, batch_norm)
+
+
+def adapted(build, form="intact"):
+    """A base, the same base with a trained adapter, and inputs."""
+    torch.manual_seed(0)
+    base, inputs, options = build()
+    model = copy.deepcopy(base).eval()
+    ipca.apply_pc(model, **{"rank": 4, "form": form, "progress": False, **options})
+    return base, model, inputs
+
+
+def trained(build, form="intact"):
+    base, model, inputs = adapted(build, form)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "running_" in name:
+                buffer.mul_(1.5)
+    return base, model, inputs
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model.eval()(**inputs).logits
+
+
+def same_state(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("form", ["intact", "residual"])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_from_pretrained_loads_the_trained_function(build, form, tmp_path):
+    base, model, inputs = trained(build, form)
+    before, right = snapshot(model), logits(model, inputs)
+    model.save_pretrained(tmp_path / "model")
+    assert snapshot(model) == before
+    loaded, found = type(base).from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert (logits(loaded, inputs) - right).abs().max() < 1e-5
+    base.save_pretrained(tmp_path / "base")  # nothing else is in the file than in one of the plain model
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("model", "base")]
+    assert files[0].keys() == files[1].keys()
+
+
+def test_a_model_of_another_dtype_or_in_shards_keeps_its_function(tmp_path):
+    base, model, inputs = trained(llama)
+    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = type(base).from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert (logits(loaded, inputs) - logits(model, inputs)).abs().max() < 0.05
+
+
+def test_merged_and_disabled_models_are_saved_with_the_trained_function(tmp_path):
+    base, model, inputs = trained(llama)
+    right = logits(model, inputs)
+    ipca.merge_adapter(model)
+    with ipca.disabled(model):
+        model.save_pretrained(tmp_path)
+    assert (logits(type(base).from_pretrained(tmp_path), inputs) - right).abs().max() < 1e-5
+
+
+def test_push_to_hub_uploads_the_trained_function(monkeypatch):
+    from transformers.utils import hub
+
+    base, model, inputs = trained(llama)
+    loaded = []
+
+    def upload(self, working_dir, *args, **kwargs):
+        loaded.append(type(base).from_pretrained(working_dir))
+
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: SimpleNamespace(save=print))
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: SimpleNamespace(repo_id="me/x"))
+    model.push_to_hub("me/x")
+    assert (logits(loaded[0], inputs) - logits(model, inputs)).abs().max() < 1e-5
+
+
+def test_plain_models_and_layers_of_a_models_own_code_are_saved_as_before(tmp_path):
+    trained(llama)  # the methods are wrapped from here on
+
+    class Own(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.layer = LinearPC(32, 32, 4)
+            self.post_init()
+
+    own = Own(transformers.LlamaConfig())
+    own.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == own.state_dict().keys()
+    assert torch.equal(saved["layer.base_weight"], own.layer.base_weight)
+
+
+@pytest.mark.parametrize("form", ["intact", "residual"])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_checkpoint_restores_every_bit(build, form, tmp_path):
+    base, model, inputs = trained(build, form)
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    fresh = adapted(build, form)[1]
+    found = fresh.load_state_dict(load_file(tmp_path / "checkpoint-3" / "model.safetensors"), strict=False)
+    assert not any(found)
+    assert same_state(fresh, model)
+    loaded, keys = type(base).from_pretrained(tmp_path / "checkpoint-3", output_loading_info=True)
+    assert not keys["missing_keys"]  # and any other reader finds the trained function there
+    assert (logits(loaded, inputs) - logits(model, inputs)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2}, r"cannot resume: .*lora_..? is \(.*\) in the checkpoint and \(.*\) here; adapt the model as"),
+        (
+            {"targets": ["q_proj"]},
+            "cannot resume: the checkpoint has .*mlp.down_proj.lora_A, the model has not; adapt the model as before",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "cannot resume: the model has lm_head.weight, the checkpoint has not"),
+        ({"alpha": 8.0}, "cannot resume model.layers.0.*alpha=4.0, this layer has 8.0"),
+        ({"window": "principal"}, "cannot resume model.layers.0.*: it starts from other factors than the checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_refused(options, message, tmp_path):
+    trained(llama, "residual")[1].save_pretrained(tmp_path / "checkpoint-3")
+    state = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    torch.manual_seed(0)
+    model = ipca.apply_pc(llama()[0], **{"rank": 4, "form": "residual", "progress": False, **options})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(state, strict=False)
+    assert snapshot(model) == before
+
+
+def test_a_quantized_model_is_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    llama()[0].save_pretrained(tmp_path / "base")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    ipca.apply_pc(model, rank=4, targets=["q_proj"], progress=False)
+    with pytest.raises(ValueError, match=r"cannot fold the adapter of model.layers.0.self_attn.q_proj .*save_adapter"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
