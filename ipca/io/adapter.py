@@ -27,7 +27,15 @@ from ipca.io.adapter_folder import (
 )
 from ipca.io.model_folder import WEIGHT_ENDINGS
 from ipca.io.output_folder import check_output, is_adapter_file
-from ipca.io.peft_format import WEIGHTS, AdapterContents, adapter_state, write_peft
+from ipca.io.peft_format import (
+    MATRIX,
+    WEIGHTS,
+    AdapterContents,
+    adapter_state,
+    formats,
+    readable_config,
+    write_peft,
+)
 from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
 from ipca.model.merge import check_not_sharded, fully_trained_modules, require_adapted
@@ -67,18 +75,20 @@ def save_adapter(
         RuntimeWarning: servers would read ``adapter_config.json`` differently from PEFT; the message names the fields.
 
     Raises:
-        ValueError: nothing is adapted, or something trains that an adapter file cannot hold.
+        ValueError: nothing is adapted, something trains that an adapter file cannot hold, or PEFT would read another
+            adapter than this one.
         FileExistsError: ``folder`` holds another adapter, and not ``overwrite``.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
     contents = collect_adapter(model)
     layers = {name: _saved(layer) for name, layer in contents.layers.items()}
     check_output(folder, overwrite=overwrite, resumes=lambda held: _is_earlier(Path(folder), held, layers))
+    config = readable_config(model, formats(contents), contents.modules_to_save, base_model)
     tensors = adapter_state(model, contents)
 
     def write() -> None:
         with staged_files(folder, replaced=is_adapter_file) as stage:
-            write_peft(stage, model, contents, tensors, base_model)
+            write_peft(stage, tensors, config)
             record = sidecar(layers, file_sha256(stage / WEIGHTS), list(contents.modules_to_save))
             (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
 
@@ -261,6 +271,11 @@ def _fresh_layers(
     here = named_layers(model)
     targets = []
     for name, layer in saved.layers.items():
+        if layer.kind == MATRIX:
+            raise ValueError(
+                f"the adapter holds {name}, a bare parameter, as the weight of a router is, which only PEFT adapts: "
+                "load the folder with peft.PeftModel.from_pretrained, and merge it there with merge_and_unload()."
+            )
         if name not in here:
             raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
         target = Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout)

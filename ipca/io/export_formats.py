@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,15 @@ from ipca._atomic import staged_files, staged_folder
 from ipca._dtensor import gathered, is_sharded_model, is_writer, write_once
 from ipca.io.adapter import collect_adapter
 from ipca.io.output_folder import TRUNCATION, check_output, is_adapter_file
-from ipca.io.peft_format import CONFIG, PREFIX, AdapterContents, adapter_state, write_peft
+from ipca.io.peft_format import (
+    PREFIX,
+    AdapterContents,
+    LayerFormat,
+    adapter_state,
+    formats,
+    readable_config,
+    write_peft,
+)
 from ipca.io.serving import (
     check_servable,
     serving_rank,
@@ -79,23 +87,27 @@ def export(
     contents = collect_adapter(model)
     if format in ("serve", "mlx"):
         check_servable(contents)
+    if format == "residual":
+        base_model = base_model or str(Path(folder).absolute() / "base")
+    config = {} if format == "mlx" else _config(model, contents, format, rank, base_model)
     tensors = adapter_state(model, contents, doubled=format != "residual")
     base = residual_state_dict(model) if format == "residual" else {}
+    scalings = {name: layer.scaling for name, layer in contents.layers.items()}
     errors: dict[str, float] = {}
 
     def write() -> None:
         if format == "residual":
-            _write_residual(Path(folder), model, contents, tensors, base, base_model, overwrite)
+            _write_residual(Path(folder), model, tensors, base, config, overwrite)
             return
         with staged_files(folder, replaced=is_adapter_file) as stage:
             if format == "serve":
-                write_serve(stage, model, contents, tensors, base_model)
+                write_serve(stage, model, contents, tensors, config)
             elif format == "mlx":
                 write_mlx(stage, model, contents, tensors)
             elif rank is None:
-                write_peft(stage, model, contents, tensors, base_model)
+                write_peft(stage, tensors, config)
             else:
-                errors.update(_write_truncated(stage, model, contents, tensors, base_model, rank))
+                errors.update(_write_truncated(stage, tensors, scalings, config, rank))
 
     write_once(model, write)
     if format == "serve":
@@ -129,18 +141,16 @@ def _check_quantized(model: nn.Module) -> None:
 def _write_residual(
     folder: Path,
     model: nn.Module,
-    contents: AdapterContents,
     tensors: Mapping[str, Tensor],
     base: dict[str, Tensor],
-    base_model: str | None,
+    config: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
-    base_model = base_model or str(folder.absolute() / "base")
     with staged_files(folder, replaced=is_adapter_file) if overwrite else staged_folder(folder) as stage:
         (stage / "base").mkdir()
         (stage / "adapter").mkdir()
         _write_base(model, base, stage / "base")
-        write_peft(stage / "adapter", model, contents, tensors, base_model, doubled=False)
+        write_peft(stage / "adapter", tensors, config)
 
 
 @torch.no_grad()
@@ -171,22 +181,33 @@ def _write_base(model: nn.Module, state: dict[str, Tensor], folder: Path) -> Non
         save_file({k: v.cpu().contiguous().clone() for k, v in state.items()}, folder / "model.safetensors")
 
 
+def _config(
+    model: nn.Module, contents: AdapterContents, format: str, rank: int | None, base_model: str | None
+) -> dict[str, Any]:
+    """PEFT's configuration of the adapter in the ``format``."""
+    layers = formats(contents, doubled=format != "residual")
+    if rank is not None:
+        layers = {name: _narrowed(name, layer, rank) for name, layer in layers.items()}
+    if format == "serve":
+        one = serving_rank(contents.layers)
+        layers = {name: layer._replace(r=one, alpha=one) for name, layer in layers.items()}
+    return readable_config(model, layers, contents.modules_to_save, base_model, others=True)
+
+
+def _narrowed(name: str, layer: LayerFormat, rank: int) -> LayerFormat:
+    """The format of a layer that is truncated to ``rank``, its scaling folded in."""
+    if layer.kind in EXPERTS:
+        raise ValueError(f"{name} has no one pair of factors (lora_A, lora_B) to truncate; use the format 'peft'.")
+    width = min(rank, layer.r, *layer.shape)
+    return layer._replace(r=width, alpha=width)
+
+
 def _write_truncated(
-    folder: Path,
-    model: nn.Module,
-    contents: AdapterContents,
-    tensors: Mapping[str, Tensor],
-    base_model: str | None,
-    rank: int,
+    folder: Path, tensors: Mapping[str, Tensor], scalings: Mapping[str, float], config: Mapping[str, Any], rank: int
 ) -> dict[str, float]:
     """Write PEFT's two files and the relative errors, which are returned too."""
-    low, errors = truncated(tensors, {name: layer.scaling for name, layer in contents.layers.items()}, rank)
-    widths = {name: min(2 * layer.rank, *layer.matrix_shape) for name, layer in contents.layers.items()}
-    narrow = {f"^{re.escape(name)}": width for name, width in widths.items() if width < rank}
-    write_peft(folder, model, contents, low, base_model)
-    config = json.loads((folder / CONFIG).read_text())
-    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": narrow, "alpha_pattern": narrow}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    low, errors = truncated(tensors, scalings, rank)
+    write_peft(folder, low, config)
     (folder / TRUNCATION).write_text(json.dumps({"rank": rank, "relative_error": errors}, indent=2) + "\n")
     return errors
 

@@ -23,16 +23,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ipca._dtensor import full, gathered, is_writer, plain_type
+from ipca.io.peft_reader import Reading, has_peft, plain_copy, read_with_peft
+from ipca.model.targets import few
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.nn.window_layer import WindowLayer
 
@@ -42,6 +45,7 @@ MATRIX = "matrix"
 _PARAMETERS = (*EXPERTS, MATRIX)
 
 Part = Literal["A", "B"]
+T = TypeVar("T", int, float)
 
 
 class AdapterContents(NamedTuple):
@@ -139,27 +143,62 @@ def adapter_state(model: nn.Module, contents: AdapterContents, *, doubled: bool 
     return gathered(adapter_tensors(*contents, doubled=doubled), keep=is_writer(model))
 
 
+class LayerFormat(NamedTuple):
+    """What the file holds of one layer: its kind, its shape ``(…, out, in)``, and PEFT's rank and ``lora_alpha``.
+
+    ``kernel (k…)`` is that of a convolution.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    r: int
+    alpha: float
+    kernel: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: WindowLayer, *, doubled: bool = True) -> LayerFormat:
+        """The format of an adapted layer, ``doubled`` as in :func:`adapter_tensors`."""
+        factor, kernel = 2 if doubled else 1, getattr(layer, "kernel_size", ())
+        return cls(layer.kind, layer.matrix_shape, factor * layer.rank, factor * layer.alpha, tuple(kernel))
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of ``lora_A`` and ``lora_B``."""
+        *experts, out, inner = self.shape
+        r = math.prod(experts) * self.r
+        ones = tuple(1 for _ in self.kernel)
+        return (r, inner // math.prod(self.kernel), *self.kernel), (out, r, *ones)
+
+
 def adapter_config(
-    layers: Mapping[str, WindowLayer],
-    modules_to_save: Mapping[str, nn.Module],
+    layers: Mapping[str, LayerFormat],
+    modules_to_save: Iterable[str],
     all_names: list[str],
     base_model: str | None,
     *,
-    doubled: bool = True,
+    as_parameters: Container[str] = (),
+    exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """``adapter_config.json`` for PEFT; ``all_names`` are the paths of all modules of the model.
+    """``adapter_config.json`` for PEFT.
+
+    Args:
+        layers: by path, in the model's order.
+        modules_to_save: paths of fully trained modules.
+        all_names: the paths of all modules of the model.
+        as_parameters: layers to name in ``target_parameters``, as the parameters ``weight`` that they are.
+        exclude: paths that the names in ``target_modules`` would match too, for ``exclude_modules``.
 
     Raises:
         ValueError: PEFT has no configuration for such an adapter.
     """
-    factor = 2 if doubled else 1
-    ranks = {name: factor * layer.rank for name, layer in layers.items()}
-    alphas = {name: factor * layer.alpha for name, layer in layers.items()}
-    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    r = _most_common([layer.r for layer in layers.values()])
+    alpha = _most_common([layer.alpha for layer in layers.values()])
     stacks = [name for name, layer in layers.items() if layer.kind in EXPERTS]
     transposed = any(layer.kind == "conv1d" for layer in layers.values())
     _check_stacks(stacks, all_names, transposed)
-    return {
+    written = {name: f"{name}.weight" if name in as_parameters else name for name in layers}
+    parameters = [written[name] for name in layers if name in stacks or name in as_parameters]
+    modules = [name for name in layers if written[name] not in parameters]
+    config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base_model,
@@ -171,11 +210,14 @@ def adapter_config(
         "use_rslora": False,
         "init_lora_weights": True,
         "fan_in_fan_out": transposed,
-        "target_modules": _target_modules([name for name in layers if name not in stacks], all_names),
-        "target_parameters": stacks or None,
+        "target_modules": _target_modules(modules, all_names),
         "modules_to_save": list(modules_to_save) or None,
-        "rank_pattern": {f"^{re.escape(n)}": v for n, v in ranks.items() if v != r},
-        "alpha_pattern": {f"^{re.escape(n)}": _number(v) for n, v in alphas.items() if v != alpha},
+        "rank_pattern": _pattern({written[name]: layer.r for name, layer in layers.items()}, r),
+        "alpha_pattern": _pattern({written[name]: _number(layer.alpha) for name, layer in layers.items()}, alpha),
+    }
+    # Older versions of PEFT refuse a field that they do not know, even where it is null.
+    return config | {
+        name: value for name, value in (("target_parameters", parameters), ("exclude_modules", list(exclude))) if value
     }
 
 
@@ -191,50 +233,188 @@ def _check_stacks(stacks: list[str], all_names: list[str], transposed: bool) -> 
 
 
 def _target_modules(names: list[str], all_names: list[str]) -> list[str] | str:
-    """The paths themselves, or a regular expression where PEFT's match by suffix would take other modules too."""
-    suffixes = tuple(f".{name}" for name in names)
-    if any(name.endswith(suffixes) for name in all_names):
-        return "|".join(re.escape(name) for name in names)
-    return names
+    """The ends of the paths, or a regular expression where even a whole path is the end of another module's too."""
+    ends = list(dict.fromkeys(shortest_ends(names, all_names).values()))
+    plain = [end for end in ends if end is not None]
+    return plain if len(plain) == len(ends) else "|".join(re.escape(name) for name in names)
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """``{pattern: value}`` for the layers with another value than ``default``.
+
+    Every PEFT finds an end of a path, and a whole path; an anchored expression only newer ones.
+    """
+    found = {}
+    for value in dict.fromkeys(values.values()):
+        names = [name for name, each in values.items() if each == value != default]
+        ends = shortest_ends(names, list(values))
+        found.update({_plain(end) or f"^{re.escape(name)}": value for name, end in ends.items()})
+    return found
+
+
+def _plain(end: str | None) -> str:
+    """``end`` where it is its own regular expression, but for its dots."""
+    return end if end and re.fullmatch(r"[\w.-]+", end) else ""
+
+
+def shortest_ends(names: Iterable[str], all_names: Iterable[str]) -> dict[str, str | None]:
+    """For each of the paths ``names`` its shortest end that no path of ``all_names`` but those in ``names`` has.
+
+    None where the whole path is the end of another one. Ends outlast a module that is renamed or moved above them.
+    """
+    names = list(names)
+    other = Counter(end for name in {*all_names} - {*names} for end in _ends(name))
+    return {name: next((end for end in _ends(name) if not other[end]), None) for name in names}
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The ends of a path that begin with a name, the shortest first."""
+    parts = path.split(".")
+    return (".".join(parts[i:]) for i in reversed(range(len(parts))))
+
+
+def _most_common(values: list[T]) -> T:
+    """The most common of ``values``, of several the largest."""
+    return max(Counter(sorted(values, reverse=True)).items(), key=lambda item: item[1])[0]
 
 
 def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
+def readable_config(
+    model: nn.Module,
+    layers: Mapping[str, LayerFormat],
+    modules_to_save: Mapping[str, nn.Module],
+    base_model: str | None = None,
+    *,
+    others: bool = False,
+) -> dict[str, Any]:
+    """``adapter_config.json`` from which PEFT builds the layers of the adapter and no others, as PEFT itself shows.
+
+    PEFT and transformers rewrite some names: in a mixture of experts, ``gate_proj`` in ``target_modules`` is the
+    experts' parameter and no longer a dense layer of that name. Such a layer is named in ``target_parameters``. Where
+    PEFT is not installed nothing is checked, which a warning says for models of transformers.
+
+    Args:
+        model: with or without the adapter, on any device.
+        layers, modules_to_save: what the file holds, by path.
+        base_model: PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
+        others: the files are for programs without ipca, so that one that PEFT refuses is of no use.
+
+    Raises:
+        ValueError: PEFT would read another adapter, or (``others``) none; the message names the layers.
+    """
+    base_model = base_model if base_model is not None else getattr(model, "name_or_path", None) or None
+    names, cls = [name for name, _ in model.named_modules()], plain_type(model)
+    from_transformers = cls.__module__.startswith("transformers.")
+    # what peft.AutoPeftModel loads the base with
+    auto = {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
+
+    def config_of(chosen: Mapping[str, LayerFormat], saved: Iterable[str], **spelling: Any) -> dict[str, Any]:
+        return adapter_config(chosen, saved, names, base_model, **spelling) | (auto if from_transformers else {})
+
+    as_parameters: list[str] = []
+    exclude: list[str] = []
+    while True:
+        config = config_of(layers, modules_to_save, as_parameters=as_parameters, exclude=exclude)
+        if not has_peft():
+            if from_transformers:
+                warnings.warn(_UNCHECKED, stacklevel=2)
+            return config
+        reading = read_with_peft(plain_copy(model), config, *_expected(layers, modules_to_save))
+        if not reading:
+            return config
+        lost, more = _lost(model, layers, reading, config_of), _beside(layers, reading)
+        wrong = [name for name in lost if layers[name].kind == "linear" and name not in as_parameters]
+        if not wrong and not set(more) - set(exclude):
+            _report(lost, more, reading.refusal, others)
+            return config
+        as_parameters += wrong
+        exclude += [] if wrong else [name for name in more if name not in exclude]
+
+
+_UNCHECKED = (
+    "PEFT is not installed, so that it was not checked what PEFT makes of this adapter; run pip install "
+    "'ipca-lora[peft]', or load the folder with ipca.load_adapter only."
+)
+_INSTEAD = "exclude them, or call ipca.unload(model) and save the merged model"
+
+
+def _expected(
+    layers: Mapping[str, LayerFormat], modules_to_save: Mapping[str, nn.Module]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+    """The shape of every tensor in the file, and PEFT's scaling of every layer by the key of its ``lora_A``."""
+    wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
+    shapes: dict[str, tuple[int, ...]] = {}
+    scalings = {}
+    for name, layer in layers.items():
+        keys = factor_keys(name, layer.kind, wrappers[name])
+        shapes.update(zip(keys, layer.factor_shapes(), strict=True))
+        scalings[keys[0]] = layer.alpha / layer.r
+    for name, module in modules_to_save.items():
+        shapes.update((f"{PREFIX}{name}.{key}", tuple(value.shape)) for key, value in module.state_dict().items())
+    return shapes, scalings
+
+
+def _lost(
+    model: nn.Module, layers: Mapping[str, LayerFormat], reading: Reading, config_of: Callable[..., dict[str, Any]]
+) -> list[str]:
+    """The layers that PEFT does not build as they are; where it refuses all of them, those that it refuses alone."""
+    if not reading.refusal:
+        wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
+        keys = {name: factor_keys(name, layer.kind, wrappers[name]) for name, layer in layers.items()}
+        wrong = {*reading.ignored, *reading.scaled}
+        return [name for name in layers if wrong.intersection(keys[name])]
+    groups: dict[str, dict[str, LayerFormat]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(name.rpartition(".")[2], {})[name] = layer
+    lost: list[str] = []
+    for group in groups.values():
+        if read_with_peft(plain_copy(model), config_of(group, ()), *_expected(group, {})):
+            lost += group
+    return lost
+
+
+def _beside(layers: Mapping[str, LayerFormat], reading: Reading) -> list[str]:
+    """The modules that PEFT would adapt beside the layers."""
+    found = dict.fromkeys(key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in reading.missing)
+    return [name for name in found if name not in layers]
+
+
+def _report(lost: list[str], more: list[str], refusal: str, others: bool) -> None:
+    """Raise ValueError, or warn of a folder that PEFT refuses and only ipca loads."""
+    if not refusal:
+        wrong = [f"leave out {few(lost)}"] * bool(lost) + [f"adapt {few(more)} too"] * bool(more)
+        raise ValueError(f"PEFT would read another adapter than this one: it would {' and '.join(wrong)}; {_INSTEAD}.")
+    text = f"PEFT cannot load {few(lost) if lost else 'this adapter'} ({refusal})"
+    if others:
+        raise ValueError(f"{text}; {_INSTEAD}.")
+    warnings.warn(f"{text}. ipca.load_adapter and ipca merge read the folder; for PEFT {_INSTEAD}.", stacklevel=2)
+
+
 # -- files
 
 
-def write_peft(
-    folder: Path,
-    model: nn.Module,
-    contents: AdapterContents,
-    tensors: Mapping[str, Tensor],
-    base_model: str | None,
-    *,
-    doubled: bool = True,
-) -> None:
+def write_peft(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write PEFT's two files into ``folder``, which exists.
 
     Args:
-        tensors: those of :func:`adapter_state`, with the same ``doubled``.
-        base_model: PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
+        tensors: those of :func:`adapter_state`.
+        config: of :func:`readable_config`.
     """
     save_file(_unshared(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-    write_config(folder, model, contents, base_model, doubled=doubled)
+    write_config(folder, config)
 
 
-def write_config(
-    folder: Path, model: nn.Module, contents: AdapterContents, base_model: str | None, *, doubled: bool = True
-) -> None:
-    """Write PEFT's configuration of the adapter of ``model``; arguments as for :func:`write_peft`."""
-    base_model = base_model if base_model is not None else getattr(model, "name_or_path", None) or None
-    names = [name for name, _ in model.named_modules()]
-    config = adapter_config(*contents, names, base_model, doubled=doubled)
-    cls = plain_type(model)
-    if cls.__module__.startswith("transformers."):  # what peft.AutoPeftModel loads the base with
-        config["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write PEFT's configuration of an adapter."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def formats(contents: AdapterContents, *, doubled: bool = True) -> dict[str, LayerFormat]:
+    """The formats of the adapted layers, ``doubled`` as in :func:`adapter_tensors`."""
+    return {name: LayerFormat.of(layer, doubled=doubled) for name, layer in contents.layers.items()}
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

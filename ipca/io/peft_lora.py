@@ -99,6 +99,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: bias is {value!r}, so biases were trained, which an adapter of ipca does not hold."
             )
+        if name == "target_parameters" and _are_layers(value):
+            continue
         if name not in _HARMLESS and name != "bias" and value:
             raise ValueError(
                 f"{path}: {name} is {value!r}, so this is no plain LoRA and nothing that a window of singular "
@@ -111,6 +113,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             "use the adapter with PEFT."
         )
     return config
+
+
+def _are_layers(parameters: Any) -> bool:
+    """Whether ``target_parameters`` are weights of layers, which PEFT adapts as it does the layers."""
+    return isinstance(parameters, list) and all(str(name).endswith(".weight") for name in parameters)
 
 
 def _check_values(config: dict[str, Any]) -> None:
@@ -156,6 +163,9 @@ def _layers(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, 
 
 def _rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
     """PEFT's rank and scaling of the layer ``name``: the first pattern that is an end of its path, or the default."""
+    ends = tuple(f".{parameter}" for parameter in config.get("target_parameters") or ())
+    if f".{name}.weight".endswith(ends):  # the path of its parameter then
+        name = f"{name}.weight"
 
     def lookup(patterns: Mapping[str, Any], default: Any) -> Any:
         return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)

@@ -48,12 +48,13 @@ def write_serve(
     model: nn.Module,
     contents: AdapterContents,
     tensors: Mapping[str, Tensor],
-    base_model: str | None,
+    config: Mapping[str, Any],
 ) -> int:
     """Write PEFT's two files of a LoRA with one rank and scale 1 into ``folder``; returns the rank.
 
     Args:
         tensors: those of :func:`ipca.io.peft_format.adapter_state`, doubled.
+        config: PEFT's configuration of that LoRA.
 
     Raises:
         ValueError: a list of names cannot tell the adapted layers from others.
@@ -61,12 +62,10 @@ def write_serve(
     rank = serving_rank(contents.layers)
     names = [name for name, layer in contents.layers.items() if layer.kind not in EXPERTS]
     excluded = _beside(names, [name for name, _ in model.named_modules()])
-    write_peft(folder, model, contents, serving_factors(tensors, contents.layers, rank), base_model)
-    config = json.loads((folder / CONFIG).read_text())
-    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    config = dict(config)
     if isinstance(config["target_modules"], str):  # a regular expression, which SGLang refuses
         config |= {"target_modules": names, "exclude_modules": excluded}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_peft(folder, serving_factors(tensors, contents.layers, rank), config)
     return rank
 
 

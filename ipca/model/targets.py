@@ -263,7 +263,7 @@ def validate_targets(
     if beside:
         reasons[BESIDE_STACK] = beside
     if reasons:
-        raise ValueError("cannot adapt " + "; ".join(f"{_few(names)}: {why}" for why, names in reasons.items()))
+        raise ValueError("cannot adapt " + "; ".join(f"{few(names)}: {why}" for why, names in reasons.items()))
 
 
 def _unsupported_reason(
@@ -373,6 +373,7 @@ def _of_peft(module: nn.Module | None) -> bool:
     return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
 
 
-def _few(names: list[str], shown: int = 3) -> str:
+def few(names: list[str], shown: int = 3) -> str:
+    """The first of ``names`` for a message, and how many there are more."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -22,7 +22,16 @@ from ipca.io.adapter import collect_adapter
 from ipca.io.adapter_folder import SIDECAR, sidecar
 from ipca.io.checkpoint import StoredTensor, raw_bytes, write_in_place
 from ipca.io.export_formats import export
-from ipca.io.peft_format import WEIGHTS, double_factor, factor_keys, to_peft, wrappers_around, write_config
+from ipca.io.peft_format import (
+    WEIGHTS,
+    double_factor,
+    factor_keys,
+    formats,
+    readable_config,
+    to_peft,
+    wrappers_around,
+    write_config,
+)
 from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers
 from ipca.nn.initialization import frozen_weight
@@ -58,7 +67,8 @@ def write_adapter(
     with work.writing():
         folder.mkdir(parents=True, exist_ok=True)
         digest = _write_factors(model, layers, work, folder / WEIGHTS, doubled)
-        write_config(folder, model, collect_adapter(model), base_model, doubled=doubled)
+        layout = formats(collect_adapter(model), doubled=doubled)
+        write_config(folder, readable_config(model, layout, {}, base_model, others=not doubled))
         if doubled:
             record = sidecar({layer.target.name: layer.saved for layer in layers}, digest, [])
             (folder / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")

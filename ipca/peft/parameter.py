@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ipca.io.peft_format import MATRIX, to_peft
@@ -20,13 +21,19 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
     """A base that is one parameter: ``(out, in)``, or a stack of experts ``(E, out, in)``, each with its own window.
 
     PEFT recognizes the class by its name. It stores ``A`` as ``(E r, in)``, expert by expert, and ``B`` as
-    ``(out, r E)``, rank by rank.
+    ``(out, r E)``, rank by rank. The weight of a linear layer counts as that layer, whose keys and shapes it has.
     """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, target_name: str = "", **kwargs: Any) -> None:
+        base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        self.of_linear = isinstance(base, nn.Linear) and kwargs["parameter_name"] == "weight"
+        path = target_name.removesuffix(".weight") if self.of_linear else target_name
+        super().__init__(base_layer, adapter_name, target_name=path, **kwargs)
 
     @property
     def kind(self) -> str:
         if self._param_ndim == 2:
-            return MATRIX
+            return "linear" if self.of_linear else MATRIX
         return "experts" if self._did_swap_in_out_features else "experts transposed"
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:

@@ -122,7 +122,7 @@ def _targets(trial: nn.Module, config: PCConfig) -> dict[str, Target]:
             )
         while trial.get_submodule(name) is not base:
             name += _INSIDE
-        if isinstance(layer, ParamWrapper):
+        if isinstance(layer, ParamWrapper) and layer.kind != "linear":
             if layer.parameter_name not in stack_names(base):
                 check_rank(layer.path, rank, layer.base_matrix().shape)
                 continue

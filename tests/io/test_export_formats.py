@@ -62,7 +62,7 @@ def test_a_layer_of_a_lower_rank_stays_exact(tmp_path):
     errors = ipca.export(model, tmp_path, format="truncated", rank=8)
     assert max(errors.values()) < 1e-6
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["rank_pattern"] == config["alpha_pattern"] == {"^a": 2}
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"a": 2}
     x = torch.randn(5, 20)
     torch.testing.assert_close(loaded(base, tmp_path)(x), model(x))
 
@@ -75,7 +75,7 @@ def test_a_rank_above_that_of_a_weight_stays_exact(tmp_path):
             parameter.add_(0.1 * torch.randn_like(parameter))
     assert max(ipca.export(model, tmp_path, format="truncated", rank=15).values()) < 1e-6
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["rank_pattern"] == config["alpha_pattern"] == {"^a": 12, "^b": 12}
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (12, 12, {}, {})
     x = torch.randn(7, 20)
     assert torch.allclose(loaded(base, tmp_path)(x), model(x), atol=1e-4)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ipca._atomic import staged_files
 from ipca.io.output_folder import check_output, is_adapter_file
-from ipca.io.peft_format import CONFIG, WEIGHTS, adapter_config, adapter_tensors
+from ipca.io.peft_format import LayerFormat, adapter_tensors, readable_config, write_peft
 from ipca.lab.continual.method import Adapter, Setup
 from ipca.lab.continual.methods import check_options, check_room, find_kind, find_layers
 from ipca.model.apply import adapted_layers
@@ -280,12 +278,10 @@ def _subtract_change(model: nn.Module, layers: Adapter) -> None:
 
 def _save_as_peft(model: nn.Module, layers: Adapter, folder: str | os.PathLike[str], base_model: str | None) -> None:
     """Write ``layers`` as a stock PEFT LoRA of twice the rank, for any weights of ``model``."""
-    names = [name for name, _ in model.named_modules()]
-    config = adapter_config(layers, {}, names, base_model or getattr(model, "name_or_path", None))
+    config = readable_config(model, {name: LayerFormat.of(layer) for name, layer in layers.items()}, {}, base_model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(layers, {})}
     with staged_files(folder, replaced=is_adapter_file) as stage:
-        save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
-        (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_peft(stage, tensors, config)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -1,0 +1,132 @@
+"""The check of an adapter with its reader: what PEFT builds from a configuration on a base without weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ipca.model.apply import adapted_layers
+from ipca.nn.layer_kinds import is_quantized
+from ipca.nn.registry import set_layer
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shape of each tensor of an adapter file by its key."""
+
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if name.endswith("_hooks") and isinstance(value, dict))
+
+
+class Reading(NamedTuple):
+    """What PEFT makes of an adapter.
+
+    Attributes:
+        ignored: keys of the file that PEFT puts nowhere.
+        missing: keys that PEFT's layers look for and the file lacks.
+        scaled: keys of factors that PEFT multiplies by another scaling.
+        refusal: PEFT's error, where it loads nothing; else empty.
+    """
+
+    ignored: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()
+    refusal: str = ""
+
+    def __bool__(self) -> bool:
+        """Whether PEFT reads something else than was written."""
+        return any(self)
+
+
+def has_peft() -> bool:
+    """Whether the library PEFT is installed, and with it transformers."""
+    return all(importlib.util.find_spec(name) is not None for name in ("peft", "transformers"))
+
+
+def read_with_peft(
+    base: nn.Module, config: Mapping[str, Any], shapes: Shapes, scalings: Mapping[str, float]
+) -> Reading:
+    """What PEFT builds from ``config`` on ``base``, and where it puts the tensors of the file.
+
+    Args:
+        base: of :func:`plain_copy`; PEFT changes it.
+        config: the contents of ``adapter_config.json``.
+        shapes: of every tensor of the adapter file.
+        scalings: of layers, by the keys of their ``lora_A``.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, set_peft_model_state_dict
+
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            lora = LoraConfig.from_peft_type(**config)
+            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(lora.task_type, PeftModel)
+            model = kind(base, lora, low_cpu_mem_usage=True)
+            found: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+        except Exception as error:  # whatever PEFT and transformers raise is what a reader would see
+            return Reading(refusal=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+    missing = tuple(key.replace(".default", "") for key in found.missing_keys if ".lora_" in key)
+    ignored = tuple(key.replace(".default", "") for key in found.unexpected_keys)
+    scaled = [key for key, scaling in scalings.items() if key not in ignored and _scaling(model, key) != scaling]
+    return Reading(ignored, missing, tuple(scaled))
+
+
+def _scaling(model: nn.Module, key: str) -> float:
+    """PEFT's scaling of the layer whose ``lora_A`` has the key ``key``."""
+    layer: Any = model.get_submodule(key.rpartition(".lora_")[0])
+    return float(layer.scaling["default"])
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """``model`` with plain layers, ours and PEFT's taken off, on the meta device: it shares no tensor and no module.
+
+    Attributes that are neither are shared with ``model``, and hooks are left out.
+    """
+    copied = _copy(model, {}, {})
+    if "config" in vars(copied):  # of which PEFT changes an entry
+        copied.__dict__["config"] = copy.copy(copied.config)
+    for name, layer in adapted_layers(copied).items():
+        if is_quantized(layer.kind):  # its weight cannot be computed without values; PEFT's keys and shapes are those
+            plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.has_bias, device="meta")
+        else:
+            plain = layer.to_plain()
+        set_layer(copied, name, plain.train(layer.training))
+    return copied
+
+
+def _copy(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Tensor]) -> nn.Module:
+    """Copy one module and what is in it; ``modules`` and ``tensors`` hold what was copied before, by its identity."""
+    names = {base.__name__ for base in type(module).__mro__}
+    while names & {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}:  # PEFT's
+        module = module.get_base_layer() if "BaseTunerLayer" in names else module.original_module  # type: ignore
+        names = {base.__name__ for base in type(module).__mro__}
+    if id(module) in modules or isinstance(module, torch.jit.ScriptModule):
+        return modules.get(id(module), module)
+    new: nn.Module = object.__new__(type(module))
+    modules[id(module)] = new
+    new.__dict__.update(vars(module))
+    for held in ("_parameters", "_buffers"):
+        new.__dict__[held] = {name: _on_meta(value, tensors) for name, value in vars(module)[held].items()}
+    new.__dict__["_modules"] = {
+        name: None if child is None else _copy(child, modules, tensors) for name, child in module._modules.items()
+    }
+    new.__dict__.update((name, {}) for name in _HOOKS)
+    if "_merged" in vars(new):
+        new.__dict__["_merged"] = None
+    return new
+
+
+def _on_meta(tensor: Tensor | None, tensors: dict[int, Tensor]) -> Tensor | None:
+    """A tensor without values of the same shape and dtype; a parameter for a parameter."""
+    if tensor is None:
+        return None
+    if id(tensor) not in tensors:
+        shape = getattr(tensor, "ds_shape", tensor.shape)  # of a parameter that ZeRO-3 has spread
+        empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        trains = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        tensors[id(tensor)] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
+    return tensors[id(tensor)]
