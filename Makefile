@@ -1,6 +1,8 @@
 # make demo        needs Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
 # make test        the fast tests
 # make test-slow   all other tests          make test-all   every test
+# make zoo         try everything on 223 tiny architectures and write docs/models.md: hours; an interrupted run resumes
+#                             ZOO=--stale again after a change, ZOO=--faulty what is not right, ZOO="llama vit" these
 # make check       lint, format, spelling, types, imports, generated pages
 # make report      write docs/results/benchmarks.md and demo.md from bench/results
 # make results     measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, pages
@@ -33,7 +35,7 @@ STUDY_THREADS ?= 1
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all check format report results study study-language study-page study-check gpu study-gpu kernels clean
+.PHONY: demo test test-slow test-all zoo check format report results study study-language study-page study-check gpu study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -48,6 +50,9 @@ test-slow: $(READY)
 test-all: $(READY)
 	$(PYTEST)
 
+zoo: $(READY)
+	nice $(BIN)/python -m tests.zoo --jobs $(WORKERS) $(ZOO)
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,6 +60,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layout.py
 	$(BIN)/python -m bench.report --check
+	$(BIN)/python -m tests.zoo.page --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -98,7 +104,10 @@ study-page: $(READY)
 	$(BIN)/python -m studies.window_position.page
 	$(BIN)/python -m studies.language.page
 
-study-check: $(READY)
+study-zoo: $(READY)
+	nice $(BIN)/python -m tests.zoo --jobs $(WORKERS) $(ZOO)
+
+check: $(READY)
 	$(BIN)/python -m studies.window_position.page --check
 	$(BIN)/python -m studies.language.page --check
 

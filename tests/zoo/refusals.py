@@ -1,0 +1,65 @@
+"""Refusals that are right, each with its reason; anything else that is not ok is a fault."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tests.zoo.rows import Row
+
+
+class Refusal(NamedTuple):
+    """What may be refused.
+
+    Attributes:
+        architectures, checks: regular expressions for their whole names.
+        message: a regular expression, found in the row's text.
+        reason: for users.
+    """
+
+    architectures: str
+    checks: str
+    message: str
+    reason: str
+
+    def covers(self, row: Row) -> bool:
+        """Whether ``row`` is this refusal."""
+        names = ((self.architectures, row.architecture), (self.checks, row.check))
+        return all(re.fullmatch(*pair) for pair in names) and re.search(self.message, row.text) is not None
+
+
+REFUSALS: tuple[Refusal, ...] = ()
+AS_STOCK = "Stock LoRA fails alike."
+LIKE_STOCK = {
+    r"(peft|trainer_peft)\.(apply|head|start|gradients)": "apply",
+    r"(peft|trainer_peft)\.(save|load|load_natively|resume|best_at_end)": "load",
+    r"peft\.load_native_folder|cli\.residual|\w+\.stock(_transformers)?": "load",
+    r"peft\.merge|\w+\.stock_merge": "merge",
+}
+"""Checks in which PEFT takes part, and the one of stock LoRA that does the same."""
+RIGHT = ("ok", "none", "needs")
+
+
+def refusal(row: Row, rows: Iterable[Row]) -> str | None:
+    """Why a row that is not ok is right, or None."""
+    for known in REFUSALS:
+        if known.covers(row):
+            return known.reason
+    selection, _, check = row.check.partition(".")
+    if check.startswith("lora."):
+        return AS_STOCK
+    alike = {f"{selection}.lora.{step}" for pattern, step in LIKE_STOCK.items() if re.fullmatch(pattern, check)}
+    return AS_STOCK if any(stock.check in alike and fails_alike(row, stock) for stock in rows) else None
+
+
+def fails_alike(row: Row, stock: Row) -> bool:
+    """Whether both gave a wrong result, or exceptions of one type."""
+    same_type = row.text.partition(":")[0] == stock.text.partition(":")[0]
+    return row.outcome == stock.outcome and (row.outcome == "wrong" or same_type)
+
+
+def faults(rows: Iterable[Row]) -> list[Row]:
+    """The rows that are neither right nor refused."""
+    rows = list(rows)
+    return [row for row in rows if row.outcome not in RIGHT and refusal(row, rows) is None]
