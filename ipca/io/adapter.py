@@ -39,6 +39,7 @@ from ipca.io.peft_format import (
 from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
 from ipca.model.merge import check_not_sharded, fully_trained_modules, require_adapted
+from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.targets import Target, check_ambiguous_suffix, validate_targets
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import InitialFactors, certify_init
@@ -73,6 +74,7 @@ def save_adapter(
 
     Warns:
         RuntimeWarning: servers would read ``adapter_config.json`` differently from PEFT; the message names the fields.
+            Or running statistics of BatchNorm moved in training, which the adapter does not hold.
 
     Raises:
         ValueError: nothing is adapted, something trains that an adapter file cannot hold, or PEFT would read another
@@ -95,6 +97,7 @@ def save_adapter(
     write_once(model, write)
     if is_writer(model):
         warn_servers(folder)
+        warn_moved_statistics(model, contents.modules_to_save)
 
 
 def _is_earlier(folder: Path, held: set[str], layers: Mapping[str, SavedLayer]) -> bool:

@@ -34,6 +34,7 @@ from ipca.io.serving import (
     write_serve,
 )
 from ipca.model.apply import adapted_layers
+from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.transformers_models import plain_key
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
 from ipca.nn.quantized_linear import QuantizedLinearPC
@@ -114,6 +115,8 @@ def export(
         warn_rank(serving_rank(contents.layers))
     elif format != "mlx" and is_writer(model):
         warn_servers(Path(folder) / "adapter" if format == "residual" else folder)
+    if format != "residual" and is_writer(model):  # whose base has them
+        warn_moved_statistics(model, contents.modules_to_save)
     return errors
 
 

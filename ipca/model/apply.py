@@ -12,6 +12,7 @@ from torch import nn
 from ipca._atomic import uninterrupted
 from ipca.model.calibration import auto_windows, check_calibration, without_auto
 from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights, decompose_targets
+from ipca.model.running_statistics import watch_statistics
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
 from ipca.model.transformers_models import INSTALLED, install_saving
@@ -153,6 +154,7 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -
         setattr(layer, INSTALLED, True)
         set_layer(model, target.name, layer)
     install_saving(model)
+    watch_statistics(model)
 
 
 def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, trainable: bool = True) -> None:

@@ -1,10 +1,10 @@
-"""Checks of calls that PEFT makes past its layers. PEFT has no hook for them, so we wrap three of its functions.
+"""Checks of calls that PEFT makes past its layers. PEFT has no hook for them, so we wrap four of its functions.
 
 ``peft.utils.hotswap`` writes into the parameters: a file with more ranks than the window, such as ``[A; A0]`` of
 another PCConfig, replaces all four factors, but any other would leave ``A0, B0`` beside factors that did not start
 there. ``LoraModel.add_weighted_adapter`` combines only ``A, B``. Both are refused. After ``LoraModel.inject_adapter``
 all adapted layers are known: a key of ``window_pattern`` that matches none of them gives a warning, as one of
-``rank_pattern`` does.
+``rank_pattern`` does. ``PeftModel.save_pretrained`` warns where running statistics of BatchNorm moved in training.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from functools import wraps
 from typing import Any
 
-from peft import LoraModel
+from peft import LoraModel, PeftModel
 from peft.utils import hotswap
 from torch import Tensor, nn
 
+from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
 from ipca.peft.config import PCConfig
 from ipca.peft.layers import WindowLora
 
@@ -59,9 +60,9 @@ def warn_unmatched(model: nn.Module, config: PCConfig, adapter: str) -> None:
 
 
 def install_guards() -> None:
-    """Put the checks above before or after PEFT's three functions, for the whole process."""
+    """Put the checks above before or after PEFT's four functions, for the whole process."""
     swap, combine = hotswap.hotswap_adapter_from_state_dict, LoraModel.add_weighted_adapter
-    inject = LoraModel.inject_adapter
+    inject, save = LoraModel.inject_adapter, PeftModel.save_pretrained
 
     @wraps(swap)
     def checked_swap(
@@ -81,7 +82,15 @@ def install_guards() -> None:
         config = self.peft_config[adapter_name]
         if isinstance(config, PCConfig):
             warn_unmatched(model, config, adapter_name)
+            watch_statistics(model)
+
+    @wraps(save)
+    def checked_save(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        saved = [name for name, _ in self.named_modules() if name.endswith(".modules_to_save")]
+        warn_moved_statistics(self, saved)
 
     hotswap.hotswap_adapter_from_state_dict = checked_swap
     LoraModel.add_weighted_adapter = checked_combine  # type: ignore[method-assign]
     LoraModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]
+    PeftModel.save_pretrained = checked_save  # type: ignore[method-assign]

@@ -34,8 +34,9 @@ def gpt2():  # Conv1D and an embedding
 
 def vit():  # keys are renamed when they are saved; a convolution; a head that trains whole
     config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=4, num_labels=6)
-    options = {"targets": ["q_proj", "projection"], "modules_to_save": ["classifier"]}
-    return transformers.ViTForImageClassification(config), PIXELS, options
+    model = transformers.ViTForImageClassification(config)
+    query = "q_proj" if any(name.endswith("q_proj") for name, _ in model.named_modules()) else "query"
+    return model, PIXELS, {"targets": [query, "projection"], "modules_to_save": ["classifier"]}
 
 
 def mixture():
