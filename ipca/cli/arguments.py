@@ -18,6 +18,7 @@ _EXAMPLES = (
     "ipca inspect path/to/adapter --json",
     "ipca init path/to/model --window 0.33 --rank 16 -o adapter",
     "torchrun --nproc-per-node 4 -m ipca init path/to/model --rank 16 -o adapter",
+    "ipca init path/to/bert --class BertForSequenceClassification -o adapter",
     "ipca merge path/to/model adapter -o merged",
     "ipca export path/to/model adapter --format truncated --rank 16 -o small",
     "ipca convert path/to/residual-model pissa-adapter --original path/to/model -o adapter",
@@ -250,6 +251,13 @@ def _model(
     parser: argparse.ArgumentParser, *, adapter: bool = False, help: str = "a Hugging Face model folder"
 ) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help=help)
+    parser.add_argument(
+        "--class",
+        dest="model_class",
+        metavar="NAME",
+        help="transformers class to load the model with (default: that of "
+        + ("the adapter, else that of config.json)" if adapter else "config.json)"),
+    )
     if adapter:
         parser.add_argument(
             "adapter", type=Path, metavar="ADAPTER_DIR", help="a folder that save_adapter or ipca init wrote"

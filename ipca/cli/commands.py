@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from ipca.analysis import draw_spectra, spectrum
 from ipca.cli.arguments import check_output_folder, parser
 from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
-from ipca.io.adapter_folder import SIDECAR, OtherBaseError
-from ipca.io.model_folder import copy_companions, load_model
+from ipca.io.adapter_folder import SIDECAR, OtherBaseError, OtherModelError, read_adapter
+from ipca.io.model_folder import copy_companions, example_class, load_model, load_with_missing
 from ipca.io.output_folder import check_output, is_weights
 from ipca.io.peft_format import WEIGHTS
 from ipca.svd.cache import CacheEntry, SpectralCache
@@ -35,7 +37,7 @@ def inspect(args: argparse.Namespace) -> tuple[Record, str]:
     if args.plot:
         check_writable(args.plot.absolute().parent)
     found = spectrum(
-        load_model(args.model),
+        load_model(args.model, args.model_class),
         rank=args.rank,
         window=args.window,
         targets=args.targets,
@@ -66,7 +68,7 @@ def merge(args: argparse.Namespace) -> tuple[Record, str]:
     """Merge an adapter into its model and write a plain model folder."""
     check_output(args.out, whole=True, overwrite=args.force, option="--force")
     check_output_folder(args)
-    model = _adapted_model(args)
+    model = _adapted_model(args, writes_model=True)
     layers = ipca.summary(model).layers
     ipca.unload(model)
     with staged_files(args.out, replaced=is_weights) if args.force else staged_folder(args.out) as stage:
@@ -79,7 +81,7 @@ def export(args: argparse.Namespace) -> tuple[Record, str]:
     """Write an adapter for programs without ipca."""
     check_output_folder(args)
     check_output(args.out, whole=args.format == "residual", overwrite=args.force, option="--force")
-    model = _adapted_model(args)
+    model = _adapted_model(args, writes_model=args.format == "residual")
     base_model = None if args.format == "residual" else str(args.model)
     errors = ipca.export(
         model, args.out, format=args.format, base_model=base_model, rank=args.rank, overwrite=args.force
@@ -95,27 +97,53 @@ def export(args: argparse.Namespace) -> tuple[Record, str]:
     return record, text
 
 
-def _adapted_model(args: argparse.Namespace) -> Any:
-    """The model with its adapter; an error names the command or the option that helps."""
+def _adapted_model(args: argparse.Namespace, *, writes_model: bool) -> Any:
+    """The model with its adapter; an error names the command or the option that helps.
+
+    Args:
+        writes_model: all of its weights will be written, so that none may be missing.
+    """
     if (args.adapter / WEIGHTS).is_file() and not (args.adapter / SIDECAR).is_file():
         raise ValueError(
             f"{args.adapter} has no {SIDECAR}: it is not an adapter of ipca; "
             "for a stock LoRA that trains a window use ipca convert."
         )
-    model = load_model(args.model)
+    model, missing = load_with_missing(args.model, args.model_class, args.adapter)
+    with _naming_class(model):
+        try:
+            ipca.load_adapter(model, args.adapter, check_base=not args.any_base)
+        except OtherBaseError as error:
+            raise ValueError(f"{error.fact}, or pass --any-base if you know that they fit.") from None
+    held = tuple(f"{name}." for name in read_adapter(args.adapter).modules_to_save)
+    absent = sorted(key for key in missing if not key.startswith(held))
+    if absent and writes_model:
+        raise ValueError(
+            f"neither {args.model} nor the adapter holds {', '.join(absent[:3])}, which would be random in this "
+            f"{type(model).__name__}; give the model that the adapter was trained on, or another --class."
+        )
+    return model
+
+
+@contextmanager
+def _naming_class(model: Any) -> Iterator[None]:
+    """Name the option that helps where the adapter was trained on a model of another class."""
     try:
-        return ipca.load_adapter(model, args.adapter, check_base=not args.any_base)
-    except OtherBaseError as error:
-        raise ValueError(f"{error.fact}, or pass --any-base if you know that they fit.") from None
+        yield
+    except OtherModelError as error:
+        raise ValueError(
+            f"{error.fact}; name the class that the adapter was trained in, such as --class "
+            f"{example_class(model.config)}."
+        ) from None
 
 
 def convert(args: argparse.Namespace) -> tuple[Record, str]:
     """Convert a stock PEFT LoRA into an adapter of ipca."""
     check_output_folder(args)
     check_output(args.out, overwrite=args.force, option="--force")
-    original = load_model(args.original) if args.original else None
-    model = load_model(args.model)
-    ipca.import_peft(model, args.adapter, original=original, progress=not args.quiet)
+    original = load_model(args.original, args.model_class, args.adapter) if args.original else None
+    model = load_model(args.model, args.model_class, args.adapter)
+    with _naming_class(model):
+        ipca.import_peft(model, args.adapter, original=original, progress=not args.quiet)
     ipca.save_adapter(model, args.out, base_model=str(args.original or args.model), overwrite=args.force)
     found = ipca.summary(model)
     record: Record = {

@@ -19,11 +19,11 @@ from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
 from ipca.io.output_folder import check_output, is_adapter_file
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import Target, find_targets
+from ipca.model.targets import Target, find_modules_to_save, find_targets
 from ipca.offline.adapter_files import write_adapter, write_residual
 from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
 from ipca.offline.ranks import PeerFailed, Ranks
-from ipca.offline.skeleton import NotStreamable, build_skeleton, checkpoint_keys
+from ipca.offline.skeleton import NotStreamable, build_skeleton, checkpoint_keys, whole_module_keys
 from ipca.offline.source import CheckpointSource, ModelSource, Source
 from ipca.offline.work_folder import DONE, WORK, WorkFolder
 from ipca.svd.cache import SpectralCache
@@ -37,6 +37,7 @@ class Plan:
 
     source: Source
     targets: list[Target]
+    modules_to_save: list[str]
     loaded_whole: str | None
 
 
@@ -73,15 +74,16 @@ def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Reco
     settings = _settings(args)
     if ranks.is_main:
         _check_folders(args, work)
-    plan = _plan(args.model, settings)
+    plan = _plan(args, settings)
     if ranks.is_main:
-        work.open({"format": 1, "ipca": ipca.__version__, "model": model_digest(args.model), **asdict(settings)})
+        model = {"model": model_digest(args.model), "class": type(plan.source.model).__name__}
+        work.open({"format": 1, "ipca": ipca.__version__, **model, **asdict(settings)})
         ranks.barrier()
     ready, cache = ranks.broadcast(work.ready), _cache(args)
     layers, before = decompose_layers(
         plan.source, plan.targets, settings, work, ranks, device=args.device, cache=cache, progress=not args.quiet
     )
-    install_layers(plan.source.model, layers, work)
+    install_layers(plan.source.model, layers, work, plan.modules_to_save)
     if not ready:
         _assemble(args, plan, layers, work, ranks)
     ranks.barrier()
@@ -105,27 +107,31 @@ def _settings(args: argparse.Namespace) -> AdapterSettings:
     )
 
 
-def _plan(folder: Path, settings: AdapterSettings) -> Plan:
+def _plan(args: argparse.Namespace, settings: AdapterSettings) -> Plan:
     """Read the model's skeleton, or the whole model where a skeleton is not enough."""
+    folder = args.model
     try:
         checkpoint = Checkpoint.open(folder)
         if checkpoint is None:
             raise NotStreamable("the folder holds no safetensors")
-        model = build_skeleton(folder, checkpoint)
-        targets = find_targets(model, settings, values=False)
+        model = build_skeleton(folder, checkpoint, args.model_class)
+        saved = find_modules_to_save(model, settings)
+        targets = find_targets(model, settings, modules_to_save=saved, values=False)
         keys = checkpoint_keys(model, targets, checkpoint, residual=settings.form == "residual")
-        return Plan(CheckpointSource(model, checkpoint, keys), targets, None)
+        source = CheckpointSource(model, checkpoint, keys, whole_module_keys(model, saved, checkpoint))
+        return Plan(source, targets, saved, None)
     except NotStreamable as error:
         why = str(error)
-    model, missing = load_with_missing(folder)
-    targets = find_targets(model, settings)
+    model, missing = load_with_missing(folder, args.model_class)
+    saved = find_modules_to_save(model, settings)
+    targets = find_targets(model, settings, modules_to_save=saved)
     absent = [target.name for target in targets if f"{target.name}.weight" in missing]
     if absent:
         names = ", ".join(absent[:3])
         raise ValueError(
             f"{folder} holds no weight for {names}, and transformers would initialize it at random; exclude it."
         )
-    return Plan(ModelSource(model), targets, why)
+    return Plan(ModelSource(model), targets, saved, why)
 
 
 def _assemble(
@@ -138,7 +144,7 @@ def _assemble(
             with work.writing():
                 copy_companions(args.model, work.final / "base")
     elif ranks.is_main:
-        write_adapter(plan.source.model, layers, work, work.final, base_model=str(args.model))
+        write_adapter(plan.source, layers, work, work.final, base_model=str(args.model))
 
 
 def _account(

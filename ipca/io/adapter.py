@@ -18,6 +18,7 @@ from ipca.io.adapter_folder import (
     SIDECAR,
     AdapterFolder,
     OtherBaseError,
+    OtherModelError,
     SavedLayer,
     file_sha256,
     other_base,
@@ -40,7 +41,7 @@ from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
 from ipca.model.merge import check_not_sharded, fully_trained_modules, require_adapted
 from ipca.model.running_statistics import warn_moved_statistics
-from ipca.model.targets import Target, check_ambiguous_suffix, validate_targets
+from ipca.model.targets import Target, check_endings, validate_targets
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import InitialFactors, certify_init
 from ipca.nn.layer_kinds import base_sha256, read_layer
@@ -191,7 +192,7 @@ def collect_adapter(model: nn.Module) -> AdapterContents:
                 f"{name or type(model).__name__} has trainable parameters of its own beside the adapted {inside[0]}; "
                 "an adapter file holds only complete modules, so freeze them."
             )
-        check_ambiguous_suffix(name, [path for path, _ in paths])
+    check_endings(list(modules_to_save), [path for path, _ in paths])
     return AdapterContents(layers, modules_to_save)
 
 
@@ -238,7 +239,7 @@ def modules_to_save_state(
         try:
             module = model.get_submodule(name)
         except AttributeError:
-            raise ValueError(f"the adapter holds the module {name!r}, which this model does not have.") from None
+            raise OtherModelError(f"the adapter holds the module {name!r}, which this model does not have") from None
         here = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         there = {key: tuple(value.shape) for key, value in state.items()}
         if here != there:
@@ -280,7 +281,7 @@ def _fresh_layers(
                 "load the folder with peft.PeftModel.from_pretrained, and merge it there with merge_and_unload()."
             )
         if name not in here:
-            raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
+            raise OtherModelError(f"the adapter holds {name}, which this {type(model).__name__} does not have")
         target = Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout)
         if target.kind is not None and target.shape != layer.shape:
             raise ValueError(f"{name} has shape {target.shape}, but the adapter was made for {layer.shape}.")

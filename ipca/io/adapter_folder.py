@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -123,6 +123,14 @@ class OtherBaseError(ValueError):
         return f"{self.fact}, or pass check_base=False if you know that they fit."
 
 
+class OtherModelError(ValueError):
+    """The model lacks a module of the adapter; ``fact`` is the message without the way around it."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(f"{fact}; load the base in the class that the adapter was trained in.")
+        self.fact = fact
+
+
 def other_base(name: str, was: str | None, here: str | None) -> str:
     """The message for a layer whose base weight has another hash than the adapter records."""
     dtypes = [str(digest).partition("-")[0] for digest in (here, was)]
@@ -172,6 +180,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from None
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a safetensors file; none where it cannot be read."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = list(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def file_sha256(path: Path) -> str:

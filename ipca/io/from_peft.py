@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ipca._atomic import uninterrupted
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter import modules_to_save_state
+from ipca.io.adapter_folder import OtherModelError
 from ipca.io.peft_format import split_factor
 from ipca.io.peft_lora import StockLayer, StockLora, read_stock
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
@@ -125,7 +126,7 @@ def _targets(model: nn.Module, lora: StockLora, *, doubled: bool, residual: bool
     targets = []
     for name, layer in lora.layers.items():
         if name not in modules:
-            raise ValueError(f"the adapter holds {name}, which this {type(model).__name__} does not have.")
+            raise OtherModelError(f"the adapter holds {name}, which this {type(model).__name__} does not have")
         if doubled and layer.rank % 2:
             raise ValueError(_no_window(name, f"its rank {layer.rank} is odd"))
         rank = layer.rank // 2 if doubled else layer.rank

@@ -6,22 +6,38 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from ipca.io.adapter_folder import stored_shapes
+from ipca.io.peft_format import CONFIG, PREFIX, WEIGHTS
+
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+"""The class of a base by PEFT's ``task_type``, beside which PEFT names none."""
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
-def read_config(folder: Path) -> tuple[Any, Any]:
+def read_config(folder: Path, model_class: str | None = None) -> tuple[Any, Any]:
     """The class that transformers loads the model in ``folder`` with, and its configuration.
+
+    Args:
+        model_class: the class's name, where it is not the one that ``config.json`` names.
 
     Raises:
         FileNotFoundError: ``folder`` holds no model.
         ImportError: transformers is missing.
-        ValueError: transformers cannot read the configuration.
+        ValueError: transformers cannot read the configuration, or has no such class.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; give a Hugging Face model folder.")
@@ -33,28 +49,85 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     with _explained(folder):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        names = getattr(config, "architectures", None) or []
-        model_class = getattr(transformers, names[0], None) if names else None
-    return model_class or transformers.AutoModel, config
+    if model_class is not None and not _fits(model_class, config):
+        raise ValueError(
+            f"transformers has no class {model_class!r} for a model of the type {config.model_type!r}; an example is "
+            f"{example_class(config)}."
+        )
+    names = [model_class] if model_class else getattr(config, "architectures", None) or []
+    return (getattr(transformers, names[0], None) if names else None) or transformers.AutoModel, config
 
 
-def load_model(folder: Path) -> Any:
+def _fits(model_class: str, config: Any) -> bool:
+    """Whether transformers has a class of this name that builds models from ``config`` or a part of it."""
+    import transformers
+
+    cls = getattr(transformers, model_class, None)
+    wanted = getattr(cls, "config_class", None)
+    if wanted is None:
+        return hasattr(cls, "_model_mapping")  # an AutoModel
+    return isinstance(config, wanted) or wanted in getattr(config, "sub_configs", {}).values()
+
+
+def example_class(config: Any) -> str:
+    """The name of a class with a head for models of this configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as classes
+
+    with suppress(KeyError):
+        found: Any = classes[type(config)]
+        return str(found.__name__)
+    return "AutoModelForImageClassification"
+
+
+def load_model(folder: Path, model_class: str | None = None, adapter: Path | None = None) -> Any:
     """The transformers model in ``folder``, in the class and the dtype it was saved with, in evaluation mode.
+
+    Args:
+        model_class: as for :func:`read_config`.
+        adapter: the folder of an adapter for it, whose class and number of labels count where they are known.
 
     Raises:
         FileNotFoundError, ImportError: as :func:`read_config`.
         ValueError: transformers cannot load it.
     """
-    return load_with_missing(folder)[0]
+    return load_with_missing(folder, model_class, adapter)[0]
 
 
-def load_with_missing(folder: Path) -> tuple[Any, set[str]]:
+def load_with_missing(
+    folder: Path, model_class: str | None = None, adapter: Path | None = None
+) -> tuple[Any, set[str]]:
     """As :func:`load_model`, and the names of weights that the folder lacks, initialized at random by transformers."""
-    model_class, _ = read_config(folder)
+    cls, config = read_config(folder, model_class)
+    own = None if model_class or adapter is None else _class_of_adapter(adapter)
+    if own is not None and _fits(own, config):
+        cls, config = read_config(folder, own)
     with _explained(folder):
+        labels = {} if adapter is None else _labels(cls, config, adapter)
         options = {"dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
-        model, found = model_class.from_pretrained(folder, **options)
+        model, found = cls.from_pretrained(folder, **options, **labels)
     return model.eval(), set(found["missing_keys"])
+
+
+def _class_of_adapter(folder: Path) -> str | None:
+    """The name of the base's class in an adapter's configuration, None where it names none."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        name = (config.get("auto_mapping") or {}).get("base_model_class") or _AUTO.get(config.get("task_type"))
+    except (OSError, ValueError, AttributeError):  # reading the adapter will say what is wrong with it
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _labels(cls: Any, config: Any, adapter: Path) -> dict[str, int]:
+    """``num_labels`` of the head that the adapter holds, where the model of this configuration has another number."""
+    held = stored_shapes(adapter / WEIGHTS)
+    build = getattr(cls, "_from_config", None) or cls.from_config  # AutoModel has the latter
+    with torch.device("meta"), suppress(RuntimeError, TypeError, AttributeError):  # not every model can be built so
+        for key, value in build(config).state_dict().items():
+            here, there = tuple(value.shape), held.get(f"{PREFIX}{key}", ())
+            if there and here[0] == config.num_labels != there[0] and here[1:] == there[1:]:
+                return {"num_labels": there[0]}
+    return {}
 
 
 @contextmanager

@@ -60,7 +60,8 @@ def apply_pc(
         model: any ``nn.Module``, its weights loaded; changed in place.
         rank, window, alpha, form, dropout, targets, exclude, modules_to_save, rank_pattern, window_pattern,
             alpha_pattern, adapter_dtype, tol: see :class:`ipca.model.AdapterSettings`. The defaults adapt the 16 middle
-            components of every linear layer but the output head, in the intact form.
+            components of every linear layer but heads, in the intact form; heads of transformers models that are
+            for a task, or new, are trained whole.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
         unquantized_weights: for quantized layers, the weights ``(out, in)`` from before they were quantized, by the
             layer's path: a mapping, a function, or :func:`ipca.load_unquantized_weights` of a checkpoint folder.

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from ipca.model.batches import as_batches, evaluating, run_batch
 from ipca.model.decompose import UnquantizedWeights, source_matrix
+from ipca.model.patterns import lookup
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import Target, find_targets, lookup
+from ipca.model.targets import Target, find_targets
 from ipca.nn.layer_kinds import LINEAR, layer_kind
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import get_layer

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ipca.model.apply import adapted_layers
+from ipca.model.merge import fully_trained_modules
 from ipca.model.targets import has_peft_layers
 from ipca.nn.initialization import InitCertificate
 from ipca.nn.quantization import quantization_kind
@@ -32,6 +33,7 @@ class Summary:
         worst_residual: the largest relative residual of a decomposition.
         worst_start: ``(layer, relative, max_abs, dtype)`` of the largest initialization error, None if none is known.
         sources: ``(how many, of what)`` windows of quantized layers: ``"unquantized"`` or ``"dequantized"`` weights.
+        modules_to_save: ``(path, parameters)`` of each module that trains whole, such as a new head.
     """
 
     layers: int
@@ -43,6 +45,7 @@ class Summary:
     worst_residual: float
     worst_start: tuple[str, float, float, str] | None
     sources: tuple[tuple[int, str], ...] = ()
+    modules_to_save: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
@@ -50,6 +53,8 @@ class Summary:
         for count, shape, start, rank, alpha, form in self.windows:
             d = min(shape[-2:])
             lines.append(f"  {count:4d} × {shape}  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}")
+        if self.modules_to_save:
+            lines.append("fully trained: " + ", ".join(f"{name} ({count:,})" for name, count in self.modules_to_save))
         proven = self.layers - len(self.uncertified)
         lines.append(
             f"window SVD: {self.svd_seconds:.2f} s, worst residual {self.worst_residual:.1e}, {proven} of "
@@ -79,7 +84,7 @@ def summary(model: nn.Module) -> Summary:
     windows = [(m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window]
     reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
     starts = {name: m.certificate for name, m in layers.items() if m.certificate is not None}
-    return account(model, windows, reports, starts)
+    return account(model, windows, reports, starts, fully_trained_modules(model))
 
 
 def account(
@@ -87,6 +92,7 @@ def account(
     windows: Sequence[WindowKind],
     reports: Mapping[str, SVDReport],
     starts: Mapping[str, InitCertificate],
+    modules_to_save: Mapping[str, nn.Module],
 ) -> Summary:
     """The summary of ``model`` from every layer's window, and the reports and certificates there are, by path."""
     sources = Counter(r.source for r in reports.values() if r.source != "weight")
@@ -102,6 +108,7 @@ def account(
         worst_residual=max((r.residual for r in reports.values()), default=0.0),
         worst_start=None if worst is None else (worst[0], worst[1].relative, worst[1].max_abs, worst[1].dtype),
         sources=tuple((count, source) for source, count in sources.items()),
+        modules_to_save=tuple((name, sum(p.numel() for p in m.parameters())) for name, m in modules_to_save.items()),
     )
 
 

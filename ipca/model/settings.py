@@ -34,10 +34,11 @@ class AdapterSettings:
         alpha: ``scaling · rank``; None means ``rank``, so that scaling is 1.
         form: ``"intact"`` or ``"residual"``, see :class:`ipca.nn.LinearPC`.
         dropout: of the low-rank branch's input.
-        targets: ``"all-linear"`` (every linear layer but the output head), a pattern, or several, of embeddings,
-            convolutions and experts too.
-        exclude: patterns of modules that are not adapted.
-        modules_to_save: patterns of modules that are fully trained and saved in the adapter file, such as a new head.
+        targets: ``"all-linear"`` (every linear layer but heads), a pattern, or several, of embeddings, convolutions and
+            experts too.
+        exclude: patterns of modules that are not adapted, and of heads that stay frozen.
+        modules_to_save: patterns of more modules that are fully trained and saved in the adapter file. The head of a
+            transformers model for classification, question answering or multiple choice is, without being named.
         rank_pattern, window_pattern, alpha_pattern: exceptions, ``{pattern: value}``; the first match counts.
         adapter_dtype: of the factors, such as ``"float32"``; None means the weight's, float32 for 16-bit weights.
         tol: of the decomposition, see :func:`ipca.window_svd`.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ipca._dtensor import is_sharded
+from ipca.model.heads import find_heads, warn_of_loose_parameters
+from ipca.model.patterns import lookup, matches, matches_any
 from ipca.model.settings import AdapterSettings
 from ipca.nn.experts import ExpertsPC, StackPC
 from ipca.nn.layer_kinds import (
@@ -29,7 +30,6 @@ from ipca.nn.window_layer import WindowLayer
 from ipca.svd.decompose import check_matrix
 from ipca.window import Window
 
-T = TypeVar("T")
 TIED = (
     "its weight is tied to another module's: adapted they would differ, and saving the merged model ties them again; "
     "untie them (a copy for one, and tie_word_embeddings off in a transformers config), or exclude it"
@@ -87,21 +87,6 @@ class Target:
 # -- patterns
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` is the path ``name``, its end, or a regular expression for all of it."""
-    if name == pattern or name.endswith("." + pattern):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:  # the name of another module, perhaps
-        return False
-
-
-def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first pattern that matches ``name``."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
-
-
 def _require_match(pattern: str, names: Iterable[str], otherwise: str) -> None:
     """Raise ValueError where ``pattern`` matches none of ``names``; ``otherwise`` is the message for a valid one."""
     if any(matches(pattern, name) for name in names):
@@ -111,13 +96,6 @@ def _require_match(pattern: str, names: Iterable[str], otherwise: str) -> None:
     except re.error as error:
         raise ValueError(f"{pattern!r} is neither a module name nor a regular expression: {error}.") from None
     raise ValueError(otherwise)
-
-
-def _matches_any(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of ``patterns`` matches the module ``name`` or a module that contains it."""
-    parts = name.split(".")
-    parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return any(matches(pattern, parent) for pattern in patterns for parent in parents)
 
 
 # -- choice
@@ -153,40 +131,60 @@ def find_targets(
 
 
 def find_modules_to_save(model: nn.Module, settings: AdapterSettings) -> list[str]:
-    """The outermost modules that ``modules_to_save`` names.
+    """The outermost modules that train whole: those that ``modules_to_save`` names, and the model's task head.
+
+    Where PEFT, which matches by endings, would save modules with a head that are no part of it, they train too.
 
     Raises:
         ValueError: a pattern matches nothing, or a module's parameters are tied to another's or cannot train, it holds
             adapted layers, or state that is no tensor.
     """
-    if not settings.modules_to_save:
-        return []
     names = [name for name, _ in model.named_modules() if name]
     for pattern in settings.modules_to_save:
         _require_match(pattern, names, f"modules_to_save {pattern!r} matches no module.")
-    found = [name for name in names if any(matches(p, name) for p in settings.modules_to_save)]
+    asked = [name for name in names if any(matches(p, name) for p in settings.modules_to_save)]
+    heads = find_heads(model, settings.targets, settings.exclude)
+    heads += _with_endings(heads, names)
+    found = [name for name in names if name in asked or name in heads]
     outermost = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
+    check_endings(outermost, names)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in outermost:
-        check_ambiguous_suffix(name, names)
-        module = model.get_submodule(name)
-        own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-        if any(isinstance(inner, WindowLayer) for inner in module.modules()):
-            raise ValueError(f"modules_to_save {name!r} holds layers that are adapted; unload them first.")
-        if any(owners[key] != count for key, count in own.items()):
-            raise ValueError(f"modules_to_save {name!r} shares parameters with another module; untie them first.")
-        if not all(p.is_floating_point() for p in module.parameters()):
-            raise ValueError(f"modules_to_save {name!r} has parameters that are no floats and cannot train.")
-        if not all(isinstance(value, Tensor) for value in module.state_dict().values()):
-            raise ValueError(f"modules_to_save {name!r} has extra state that is no tensor and cannot be saved.")
+        why = _untrainable_reason(model.get_submodule(name), owners)
+        if why:
+            way = "" if name in asked else " It is the model's head, which trains whole unless it is excluded."
+            raise ValueError(f"modules_to_save {name!r} {why}.{way}")
+    warn_of_loose_parameters(model)
     return outermost
 
 
-def check_ambiguous_suffix(name: str, names: Iterable[str]) -> None:
-    """Raise ValueError where PEFT, which matches ``modules_to_save`` by endings, would save other modules too."""
-    others = [other for other in names if other.endswith(name) and other != name]
+def _untrainable_reason(module: nn.Module, owners: Counter[int]) -> str | None:
+    """The reason why a module cannot train whole, or None; ``owners`` counts the paths of each parameter."""
+    own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    if any(isinstance(inner, WindowLayer) for inner in module.modules()):
+        return "holds layers that are adapted; unload them first"
+    if any(owners[key] != count for key, count in own.items()):
+        return "shares parameters with another module; untie them first"
+    if not all(p.is_floating_point() for p in module.parameters()):
+        return "has parameters that are no floats and cannot train"
+    if not all(isinstance(value, Tensor) for value in module.state_dict().values()):
+        return "has extra state that is no tensor and cannot be saved"
+    return None
+
+
+def check_endings(modules_to_save: list[str], names: Iterable[str]) -> None:
+    """Raise ValueError where PEFT, which matches ``modules_to_save`` by endings, would save others of ``names`` too."""
+    others = _with_endings(modules_to_save, names)
     if others:
-        raise ValueError(f"modules_to_save {name!r} would make PEFT save {others[0]!r} too; rename one of them.")
+        name = next(name for name in modules_to_save if others[0].endswith(name))
+        raise ValueError(
+            f"modules_to_save {name!r} would make PEFT save {others[0]!r} too; name both, or rename one of them."
+        )
+
+
+def _with_endings(modules_to_save: list[str], names: Iterable[str]) -> list[str]:
+    """The ``names`` that end in one of ``modules_to_save`` and are none of them."""
+    return [name for name in names if name.endswith(tuple(modules_to_save)) and name not in modules_to_save]
 
 
 def has_peft_layers(model: nn.Module) -> bool:
@@ -195,10 +193,11 @@ def has_peft_layers(model: nn.Module) -> bool:
 
 
 def _matching(model: nn.Module, modules: dict[str, nn.Module], settings: AdapterSettings) -> list[str]:
-    excluded = (*settings.exclude, *settings.modules_to_save)
+    heads = find_heads(model, settings.targets, settings.exclude)
+    excluded = (*settings.exclude, *settings.modules_to_save, *map(re.escape, heads))
     for pattern in settings.exclude:
         _require_match(pattern, modules, f"exclude {pattern!r} matches no module.")
-    free = {name: module for name, module in modules.items() if not excluded or not _matches_any(excluded, name)}
+    free = {name: module for name, module in modules.items() if not excluded or not matches_any(excluded, name)}
     if settings.targets == "all-linear":
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
@@ -255,8 +254,11 @@ def validate_targets(
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     reasons: dict[str, list[str]] = {}
+    whole = tuple(f"{name}." for name in modules_to_save)
     for target in targets:
         why = _unsupported_reason(target, layers, paths, owners, values)
+        if f"{target.name}.".startswith(whole):
+            why = "PEFT would save it whole, with a module in whose name its own ends; exclude one of them"
         if why:
             reasons.setdefault(why, []).append(target.name or type(model).__name__)
     beside = _beside_stacks(layers, [target.name for target in targets], modules_to_save)

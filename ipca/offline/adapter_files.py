@@ -23,6 +23,7 @@ from ipca.io.adapter_folder import SIDECAR, sidecar
 from ipca.io.checkpoint import StoredTensor, raw_bytes, write_in_place
 from ipca.io.export_formats import export
 from ipca.io.peft_format import (
+    PREFIX,
     WEIGHTS,
     double_factor,
     factor_keys,
@@ -41,15 +42,21 @@ from ipca.offline.ranks import Ranks
 from ipca.offline.source import CheckpointSource, ModelSource, Source
 from ipca.offline.work_folder import WorkFolder
 
-_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",  # BatchNorm's count of batches
+}
 """The names of safetensors, in the order of its dtypes."""
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""The floating-point dtype and the shape of each tensor by name."""
+"""The dtype and the shape of each tensor by name."""
 
 
 def write_adapter(
-    model: nn.Module,
+    source: Source,
     layers: Sequence[FinishedLayer],
     work: WorkFolder,
     folder: Path,
@@ -60,26 +67,33 @@ def write_adapter(
     """Write the adapter's files into ``folder``.
 
     Args:
-        model: with the layers installed, see :func:`install_layers`.
+        source: its model has the layers installed, see :func:`install_layers`.
         base_model: for PEFT's ``base_model_name_or_path``.
         doubled: an adapter for the original base, and ``ipca.json``; False: PEFT's two files for a residual base.
     """
     with work.writing():
         folder.mkdir(parents=True, exist_ok=True)
-        digest = _write_factors(model, layers, work, folder / WEIGHTS, doubled)
-        layout = formats(collect_adapter(model), doubled=doubled)
-        write_config(folder, readable_config(model, layout, {}, base_model, others=not doubled))
+        contents = collect_adapter(source.model)
+        digest = _write_weights(source, layers, contents.modules_to_save, work, folder / WEIGHTS, doubled)
+        written, whole = formats(contents, doubled=doubled), contents.modules_to_save
+        write_config(folder, readable_config(source.model, written, whole, base_model, others=not doubled))
         if doubled:
-            record = sidecar({layer.target.name: layer.saved for layer in layers}, digest, [])
+            saved = {layer.target.name: layer.saved for layer in layers}
+            record = sidecar(saved, digest, list(contents.modules_to_save))
             (folder / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
     warn_servers(folder)
 
 
-def _write_factors(
-    model: nn.Module, layers: Sequence[FinishedLayer], work: WorkFolder, path: Path, doubled: bool
+def _write_weights(
+    source: Source,
+    layers: Sequence[FinishedLayer],
+    modules_to_save: Mapping[str, nn.Module],
+    work: WorkFolder,
+    path: Path,
+    doubled: bool,
 ) -> str:
-    """Write the file of factors; returns its SHA-256."""
-    adapted = adapted_layers(model)
+    """Write the file of factors and fully trained modules; returns its SHA-256."""
+    adapted = adapted_layers(source.model)
     kinds = {layer.target.name: layer.saved.kind for layer in layers}
     kernels = {name: getattr(adapted[name], "kernel_size", ()) for name in kinds}
 
@@ -100,7 +114,15 @@ def _write_factors(
         for side, key in enumerate(factor_keys(name, kinds[name], wrappers[name])):
             layout[key], owner[key] = (layer.adapter_dtype, tuple(empty[side].shape)), (name, layer.index, side)
 
+    entries = {}
+    for name, module in modules_to_save.items():
+        for entry, value in module.state_dict().items():
+            key = f"{PREFIX}{name}.{entry}"
+            layout[key], entries[key] = (value.dtype, tuple(value.shape)), f"{name}.{entry}"
+
     def tensor(key: str) -> Tensor:
+        if key in entries:
+            return source.entry(entries[key]).cpu().contiguous()
         name, index, side = owner[key]
         return pair(name, index)[side].contiguous()
 
@@ -139,7 +161,7 @@ def write_residual(
         with work.writing():
             if checkpoint.index is not None:
                 shutil.copyfile(checkpoint.index, base / checkpoint.index.name)
-            write_adapter(source.model, layers, work, work.final / "adapter", base_model=base_model, doubled=False)
+            write_adapter(source, layers, work, work.final / "adapter", base_model=base_model, doubled=False)
 
 
 def _write_shard(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -82,8 +82,13 @@ def decompose_layers(
     return [_finished(work, index, target) for index, target in enumerate(targets)], len(done)
 
 
-def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], work: WorkFolder) -> None:
-    """Replace every layer by an adapted one; on a model on the meta device the factors have no values."""
+def install_layers(
+    model: nn.Module, layers: Sequence[FinishedLayer], work: WorkFolder, modules_to_save: Iterable[str] = ()
+) -> None:
+    """Replace every layer by an adapted one, and let ``modules_to_save`` train whole.
+
+    On a model on the meta device the factors have no values.
+    """
 
     def initial(layer: FinishedLayer) -> InitialFactors:
         factors = work.read_layer(layer.index)[1]
@@ -93,7 +98,7 @@ def install_layers(model: nn.Module, layers: Sequence[FinishedLayer], work: Work
         return InitialFactors(A0, B0, saved.window, saved.base_sha256, saved.report(), layer.certificate)
 
     install(model, ((layer.target, initial(layer)) for layer in layers))
-    train_only_adapter(model)
+    train_only_adapter(model, modules_to_save)
 
 
 def _decompose(

@@ -26,14 +26,17 @@ class NotStreamable(Exception):
     """The layers of this model cannot be read one by one; the message says why."""
 
 
-def build_skeleton(folder: Path, checkpoint: Checkpoint) -> nn.Module:
+def build_skeleton(folder: Path, checkpoint: Checkpoint, model_class: str | None = None) -> nn.Module:
     """The model of ``folder`` on the meta device, in the dtype that transformers would load it with.
+
+    Args:
+        model_class: as for :func:`ipca.io.model_folder.read_config`.
 
     Raises:
         NotStreamable: loading takes more than reading tensors, or the model cannot be built without them.
         FileNotFoundError, ImportError, ValueError: as :func:`ipca.io.model_folder.read_config`.
     """
-    model_class, config = read_config(folder)
+    cls, config = read_config(folder, model_class)
     for name in ("quantization_config", "fusion_config", "transformers_weights"):
         if getattr(config, name, None) is not None:
             raise NotStreamable(f"its config.json has a {name}")
@@ -42,7 +45,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> nn.Module:
     dtype = _dtype(config, checkpoint)
     try:
         with torch.device("meta"):
-            build = getattr(model_class, "_from_config", None) or model_class.from_config  # AutoModel has the latter
+            build = getattr(cls, "_from_config", None) or cls.from_config  # AutoModel has the latter
             model: nn.Module = build(config, dtype=dtype)
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise NotStreamable(f"it cannot be built without weights ({_first_line(error)})") from None
@@ -75,6 +78,21 @@ def checkpoint_keys(
             raise NotStreamable(f"{key} is stored as {checkpoint.tensors[key].dtype} and loaded as {parameter.dtype}")
         keys[target.name] = key
     return keys
+
+
+def whole_module_keys(model: nn.Module, modules_to_save: Sequence[str], checkpoint: Checkpoint) -> dict[str, str]:
+    """The checkpoint's tensor for each entry of the state dict of ``modules_to_save``.
+
+    Raises:
+        NotStreamable: the checkpoint lacks an entry, as that of a new head.
+    """
+    inside = tuple(f"{name}." for name in modules_to_save)
+    wanted = [key for key in model.state_dict() if key.startswith(inside)]
+    sources = _sources(model, checkpoint) if wanted else {}
+    absent = next((key for key in wanted if key not in sources), None)
+    if absent is not None:
+        raise NotStreamable(f"the checkpoint holds no tensor that is {absent} and nothing else")
+    return {key: sources[key] for key in wanted}
 
 
 def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,20 @@ class CheckpointSource:
 
     Args:
         keys: the checkpoint's tensor for each layer, by the layer's path; stored as the layer's type stores it.
+        whole: the same for each entry of the state dict of a module that trains whole.
 
     Raises:
         ValueError: a tensor's shape is not that of the layer.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str]) -> None:
-        self.model, self.checkpoint = model, checkpoint
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        keys: Mapping[str, str],
+        whole: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.model, self.checkpoint, self._whole = model, checkpoint, whole
         self._layers = {name: _layer(model, name, key) for name, key in keys.items()}
         for name, layer in self._layers.items():
             shape = checkpoint.tensors[layer.key].shape
@@ -36,6 +44,10 @@ class CheckpointSource:
         layer = self._layers[name]
         stored = self.checkpoint.read(layer.key).to(layer.dtype)
         return to_matrix(layer.kind, stored)
+
+    def entry(self, key: str) -> Tensor:
+        """An entry of the model's state dict, of a module that trains whole."""
+        return self.checkpoint.read(self._whole[key]).to(self.model.state_dict()[key].dtype)
 
     def stored(self, name: str) -> StoredTensor:
         """Where the checkpoint holds the layer's weight."""
@@ -51,6 +63,11 @@ class ModelSource:
     def weight(self, name: str) -> Tensor:
         """The layer's weight ``(out, in)``, sharing memory with the model."""
         return read_layer(get_layer(self.model, name))[0]
+
+    def entry(self, key: str) -> Tensor:
+        """An entry of the model's state dict, of a module that trains whole."""
+        found: Tensor = self.model.state_dict()[key]
+        return found
 
 
 Source = CheckpointSource | ModelSource

@@ -57,6 +57,7 @@ class PCConfig(LoraConfig):
             no adapted layer gives a warning.
         tol: tolerance of the decomposition, see :func:`ipca.window_svd`.
         lora_alpha: default such that the scaling is 1: ``r``, or ``√r`` with ``use_rslora``.
+        modules_to_save: more modules to train whole; the model's head is added, as in :func:`ipca.apply_pc`.
         init_lora_weights: True, or False for random ``A`` and ``B`` (for debugging, as in PEFT).
         others: as for LoraConfig. Not supported, with an error that names the field: DoRA and PEFT's other variants,
             ``lora_bias``, ``layer_replication``, ``ensure_weight_tying``, and initializations without a window.

@@ -2,9 +2,10 @@
 
 ``peft.utils.hotswap`` writes into the parameters: a file with more ranks than the window, such as ``[A; A0]`` of
 another PCConfig, replaces all four factors, but any other would leave ``A0, B0`` beside factors that did not start
-there. ``LoraModel.add_weighted_adapter`` combines only ``A, B``. Both are refused. After ``LoraModel.inject_adapter``
-all adapted layers are known: a key of ``window_pattern`` that matches none of them gives a warning, as one of
-``rank_pattern`` does. ``PeftModel.save_pretrained`` warns where running statistics of BatchNorm moved in training.
+there. ``LoraModel.add_weighted_adapter`` combines only ``A, B``. Both are refused. Before ``LoraModel.inject_adapter``
+the model's head is added to ``modules_to_save``; after it all adapted layers are known, and a key of ``window_pattern``
+that matches none of them gives a warning, as one of ``rank_pattern`` does. ``PeftModel.save_pretrained`` warns where
+running statistics of BatchNorm moved in training.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from peft import LoraModel, PeftModel
 from peft.utils import hotswap
 from torch import Tensor, nn
 
+from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
 from ipca.peft.config import PCConfig
 from ipca.peft.layers import WindowLora
@@ -45,6 +47,17 @@ def check_weighted(model: LoraModel, adapters: Sequence[str]) -> None:
             f"{windows[0]!r} trains a window, and add_weighted_adapter would combine the trained factors without their "
             "initial ones: save the adapters, load them with stock PEFT, without a PCConfig, and combine those."
         )
+
+
+def add_heads(model: nn.Module, config: PCConfig) -> None:
+    """Name the head of ``model`` in the configuration's ``modules_to_save``, unless it was read from a folder."""
+    if config.records.saved:
+        return
+    chosen, excluded = config.target_modules or (), config.exclude_modules or ()
+    heads = find_heads(model, chosen, (excluded,) if isinstance(excluded, str) else excluded)
+    named = config.modules_to_save or []
+    config.modules_to_save = [*named, *(name for name in heads if name not in named)] or None
+    warn_of_loose_parameters(model)
 
 
 def warn_unmatched(model: nn.Module, config: PCConfig, adapter: str) -> None:
@@ -78,8 +91,10 @@ def install_guards() -> None:
 
     @wraps(inject)
     def checked_inject(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        inject(self, model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        if isinstance(config, PCConfig):
+            add_heads(model, config)
+        inject(self, model, adapter_name, *args, **kwargs)
         if isinstance(config, PCConfig):
             warn_unmatched(model, config, adapter_name)
             watch_statistics(model)

@@ -7,13 +7,14 @@ import os
 
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ipca._atomic import staged_files
 from ipca._dtensor import full
-from ipca.io.peft_format import WEIGHTS
+from ipca.io.peft_format import PREFIX, WEIGHTS
 from ipca.model.report import Summary, account
 from ipca.peft.config import PCConfig
 from ipca.peft.layers import WindowLora
@@ -46,7 +47,12 @@ def summary(model: PeftModel, adapter_name: str = "default") -> Summary:
     held = {layer.path: saved[layer.path] for layer in layers if layer.path in saved}
     reports = {path: layer.report() for path, layer in held.items()}
     windows = [(layer.shape, layer.start, layer.rank, layer.alpha, layer.form) for layer in held.values()]
-    return account(model, windows, {path: report for path, report in reports.items() if report}, {})
+    whole = {
+        name.removeprefix(PREFIX): wrapper.modules_to_save[adapter_name]
+        for name, wrapper in model.named_modules()
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
+    }
+    return account(model, windows, {path: report for path, report in reports.items() if report}, {}, whole)
 
 
 def save_gathered(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -45,7 +45,7 @@ class Run:
             if self.settings.form == "residual":
                 write_residual(source, layers, work, Ranks(), str(self.out / "base"))
             else:
-                write_adapter(source.model, layers, work, work.final, base_model=None)
+                write_adapter(source, layers, work, work.final, base_model=None)
             if finish:
                 work.finish()
         finally:

@@ -12,7 +12,8 @@ import ipca
 from ipca import Window
 from ipca.model import AdapterSettings
 from ipca.model.apply import adapt, adapted_layers
-from ipca.model.targets import _matches_any, find_modules_to_save, find_targets, matches
+from ipca.model.patterns import matches, matches_any
+from ipca.model.targets import find_modules_to_save, find_targets
 from ipca.nn import LinearPC
 from tests.helpers.models import Plain, snapshot
 
@@ -284,9 +285,9 @@ def test_a_pattern_is_a_path_its_end_or_a_whole_regular_expression(pattern, name
 
 
 def test_excluding_a_module_excludes_what_it_contains():
-    assert _matches_any(["a"], "a.b.c")
-    assert _matches_any([r"a\.\w"], "a.b.c")
-    assert not _matches_any(["c.d", "b.c.d"], "a.b.c")
+    assert matches_any(["a"], "a.b.c")
+    assert matches_any([r"a\.\w"], "a.b.c")
+    assert not matches_any(["c.d", "b.c.d"], "a.b.c")
 
 
 def test_a_name_that_is_no_regular_expression_is_a_name_still():

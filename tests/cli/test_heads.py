@@ -1,0 +1,139 @@
+"""Models with a task head on the command line: the class they are built in, and the head in the adapter's files."""
+
+import json
+
+import pytest
+import torch
+import transformers as T
+from peft import PeftModel, get_peft_model
+
+import ipca
+from ipca.cli.main import main
+from ipca.io.model_folder import load_model
+from ipca.peft import PCConfig
+from tests.helpers.model_folders import contents
+
+X = torch.arange(24).reshape(2, 12) + 3
+CLASSIFIER = T.DistilBertForSequenceClassification
+
+
+def config(**options):
+    return T.DistilBertConfig(vocab_size=97, dim=32, hidden_dim=48, n_layers=1, n_heads=4, **options)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder without a head, as those of pretrained models."""
+    torch.manual_seed(0)
+    T.DistilBertModel(config()).save_pretrained(tmp_path / "bare")
+    return tmp_path / "bare"
+
+
+@pytest.fixture
+def whole(tmp_path):
+    torch.manual_seed(0)
+    CLASSIFIER(config(num_labels=3)).save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def train(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def native(folder, adapter, labels):
+    model = train(ipca.apply_pc(CLASSIFIER.from_pretrained(folder, num_labels=labels), rank=4, progress=False))
+    ipca.save_adapter(model, adapter)
+    return model(X).logits
+
+
+def in_peft(folder, adapter, labels):
+    chosen = PCConfig(r=4, target_modules=["q_lin"], task_type="SEQ_CLS")
+    model = train(get_peft_model(CLASSIFIER.from_pretrained(folder, num_labels=labels), chosen))
+    model.save_pretrained(adapter)
+    return model(input_ids=X).logits
+
+
+@pytest.mark.parametrize("labels", [2, 3, 40])
+@pytest.mark.parametrize("way", [native, in_peft])
+def test_merge_builds_the_class_of_the_adapter(way, labels, bare, tmp_path):
+    right = way(bare, tmp_path / "adapter", labels)
+    assert main(["merge", str(bare), str(tmp_path / "adapter"), "-o", str(tmp_path / "merged")]) == 0
+    assert torch.allclose(CLASSIFIER.from_pretrained(tmp_path / "merged").eval()(X).logits, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["peft", "residual"])
+def test_export_keeps_the_head(format, bare, tmp_path):
+    right, out = native(bare, tmp_path / "adapter", 3), tmp_path / "out"
+    assert main(["export", str(bare), str(tmp_path / "adapter"), "--format", format, "-o", str(out)]) == 0
+    base, adapter = (bare, out) if format == "peft" else (out / "base", out / "adapter")
+    model = PeftModel.from_pretrained(CLASSIFIER.from_pretrained(base, num_labels=3), adapter).eval()
+    assert torch.allclose(model(X).logits, right, atol=1e-5)
+
+
+def test_a_class_that_no_file_names_is_asked_for(bare, tmp_path, capsys):
+    right, adapter, merged = native(bare, tmp_path / "adapter", 3), tmp_path / "adapter", tmp_path / "merged"
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    del written["auto_mapping"]
+    (adapter / "adapter_config.json").write_text(json.dumps(written))
+    command = ["merge", str(bare), str(adapter), "-o", str(merged)]
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "the adapter holds the module 'pre_classifier', which this model does not have; name the class" in said
+    assert said.endswith("such as --class DistilBertForSequenceClassification.\n")
+    assert not merged.exists()
+    assert main([*command, "--class", "DistilBertForSequenceClassification"]) == 0
+    assert torch.allclose(CLASSIFIER.from_pretrained(merged).eval()(X).logits, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["NoSuchModel", "BertForSequenceClassification", "DistilBertConfig"])
+def test_a_class_that_does_not_fit_is_refused(name, bare, tmp_path, capsys):
+    assert main(["init", str(bare), "--class", name, "-o", str(tmp_path / "out")]) == 1
+    assert f"no class '{name}' for a model of the type 'distilbert'; an example is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_random_weights_is_not_written(bare, tmp_path, capsys):
+    model = ipca.apply_pc(T.DistilBertModel.from_pretrained(bare), rank=4, progress=False)
+    ipca.save_adapter(model, tmp_path / "adapter")
+    command = ["merge", str(bare), str(tmp_path / "adapter"), "-o", str(tmp_path / "merged")]
+    assert main([*command, "--class", "DistilBertForMaskedLM"]) == 1
+    assert "does not have" in capsys.readouterr().err
+    inside = T.DistilBertForMaskedLM.from_pretrained(bare)
+    ipca.apply_pc(inside, rank=4, exclude=["vocab.*"], progress=False)
+    ipca.save_adapter(inside, tmp_path / "adapter")
+    assert main(command) == 1
+    assert "which would be random in this DistilBertForMaskedLM" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("form", ["intact", "residual"])
+def test_init_writes_the_head_of_the_model(form, whole, tmp_path):
+    out = tmp_path / "out"
+    assert main(["init", str(whole), "--rank", "4", "--form", form, "-o", str(out), "--quiet"]) == 0
+    model = ipca.apply_pc(load_model(whole), rank=4, form=form, progress=False)
+    if form == "intact":
+        ipca.save_adapter(model, tmp_path / "here", base_model=str(whole))
+        assert contents(out) == contents(tmp_path / "here")
+        again = ipca.load_adapter(load_model(whole), out)
+        assert [name for name, _ in ipca.summary(again).modules_to_save] == ["pre_classifier", "classifier"]
+    else:
+        stock = PeftModel.from_pretrained(load_model(out / "base"), out / "adapter").eval()
+        assert torch.allclose(stock(X).logits, load_model(whole)(X).logits, atol=1e-5)
+
+
+def test_init_of_a_class_with_a_new_head_writes_that_head(bare, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--class", "DistilBertForSequenceClassification", "--rank", "4"]
+    assert main(["init", str(bare), *options, "-o", str(out)]) == 0
+    assert "fully trained: pre_classifier (1,056), classifier (66)" in capsys.readouterr().out
+    torch.manual_seed(1)
+    one = ipca.load_adapter(CLASSIFIER.from_pretrained(bare), out).eval()
+    torch.manual_seed(2)
+    two = ipca.load_adapter(CLASSIFIER.from_pretrained(bare), out).eval()
+    assert torch.equal(one(X).logits, two(X).logits)
+    assert one.classifier.weight.requires_grad
