@@ -206,6 +206,9 @@ def _sweep(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--tune", type=positive_int, metavar="ROUNDS", help="rounds in which Optuna searches each method's best rate"
     )
+    add.add_argument(
+        "--accept-task-change", action="store_true", help="keep finished trials although TASK.py has changed since"
+    )
     add.add_argument("--workers", type=positive_int, metavar="N", help="parallel processes (default 1)")
     add.add_argument("--threads", type=positive_int, metavar="N", help="threads of each process (default 1)")
     add.add_argument(

@@ -227,15 +227,23 @@ def _entry_line(entry: CacheEntry) -> str:
 def sweep(args: argparse.Namespace) -> tuple[Record, str]:
     """Train every window beside plain LoRA and controls; print the verdict."""
     from ipca.lab import sweep as sweeps
+    from ipca.lab.sweep.store import TaskChangedError
 
     options = [name for name, each in signature(sweeps.run).parameters.items() if each.kind is each.KEYWORD_ONLY]
     given = {name: value for name, value in vars(args).items() if name in options and value is not None}
-    rows = sweeps.run(args.task, args.out, progress=not args.quiet, **given)
+    try:
+        rows = sweeps.run(args.task, args.out, progress=not args.quiet, overwrite=args.force, **given)
+    except TaskChangedError as error:
+        raise ValueError(f"{error.fact}; keep them with --accept-task-change, or use a new folder.") from None
     failed = [row for row in rows if row["status"] != "ok"]
     verdict = sweeps.verdict(args.out)
     table, page = args.out / "rows.csv", args.out / "report.html"
     text = f"{verdict}\n{len(rows)} rows, {len(failed)} failed: {table}   report: {page}"
-    return {"rows": len(rows), "failed": len(failed), "verdict": verdict, "out": str(args.out)}, text
+    unreached = sorted({*(args.checkpoints or ())} - {row["step"] for row in rows})
+    if unreached:
+        text += f"\nno run took so many optimizer steps as --checkpoints {' '.join(map(str, unreached))}"
+    record: Record = {"rows": len(rows), "failed": len(failed), "verdict": verdict, "out": str(args.out)}
+    return {**record, "unreached_checkpoints": unreached}, text
 
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:

@@ -64,9 +64,11 @@ def _short_warnings(debug: bool) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    notes = getattr(error, "__notes__", [])
+    notes, place = getattr(error, "__notes__", []), getattr(error, "place", None)
     said = [f"{text.rstrip('.')}." for text in (str(error), *notes)] if notes else [str(error)]
     words = " ".join(" ".join(said).split())
+    if place is not None:  # raised by the user's own code
+        return f"{type(error).__name__}{': ' if words else ''}{words} Raised at {place}."
     if isinstance(error, _EXPECTED) and words:
         return words
     return f"{type(error).__name__}{': ' if words else ''}{words} (--debug shows where)"

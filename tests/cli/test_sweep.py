@@ -98,3 +98,69 @@ def test_an_error_of_the_task_is_one_line_that_names_the_trial(tmp_path, capsys)
 def test_a_missing_task_is_one_line(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "none.py"), "-o", str(tmp_path / "out")]) == 1
     assert "no task file at" in capsys.readouterr().err
+
+
+ERRORS = {
+    "train": "def train(model, groups, seed):\n    raise {}('full')\n",
+    "evaluate": "def evaluate(model):\n    raise {}('full')\n",
+    "build": "def build():\n    raise {}('full')\n",
+}
+
+
+@pytest.mark.parametrize("kind", ["RuntimeError", "ValueError", "OSError", "KeyError", "ZeroDivisionError"])
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_of_the_task_has_its_type_and_place(name, kind, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import replace\nfrom tests.helpers import sweep_task\n"
+        + ERRORS[name].format(kind)
+        + f"def task():\n    return replace(sweep_task.task(), {name}={name})\n"
+    )
+    assert main(["sweep", str(path), "-o", str(tmp_path / "out"), *OPTIONS, "--quiet"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"ipca: error: {kind}: ")
+    assert error.endswith(f" Raised at {path}:4.")
+
+
+def test_an_error_of_syntax_has_its_line(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text("def task():\n    return (\n")
+    assert main(["sweep", str(path), "-o", str(tmp_path / "out"), *OPTIONS, "--quiet"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "SyntaxError" in error
+    assert "mine.py, line 2" in error
+
+
+FEW = ("--windows", "0.5", "--lrs", "1e-3", "--seeds", "1", "--early", "2", "--methods", "--comparisons", "same")
+
+
+def test_an_edited_task_keeps_its_trials(tmp_path, capsys):
+    path, log = tmp_path / "mine.py", tmp_path / "log"
+    text = (
+        "from dataclasses import replace\nfrom tests.helpers import sweep_task\n"
+        f"def train(*given):\n    open({str(log)!r}, 'a').write('x')\n    return sweep_task.train(*given)\n"
+        "def task():\n    return replace(sweep_task.task(), train=train, labels={'target': 'accuracy'})\n"
+    )
+    command = ["sweep", str(path), "-o", str(tmp_path / "out"), *FEW, "--quiet"]
+    path.write_text(text)
+    assert main(command) == 0
+    path.write_text(text.replace("'accuracy'", "'accuracy on 100'"))
+    assert main(command) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "line 7 was " in error
+    assert "accuracy on 100" in error
+    assert error.endswith("; keep them with --accept-task-change, or use a new folder.")
+    assert main([*command, "--accept-task-change"]) == 0
+    assert main(command) == 0
+    assert log.read_text() == "x"
+    assert "accuracy on 100" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    path.write_text(text)
+    assert main([*command, "--force"]) == 0
+    assert log.read_text() == "xx"
+
+
+def test_checkpoints_beyond_the_end_are_said(tmp_path, capsys):
+    command = ["sweep", str(TASK), "-o", str(tmp_path / "out"), *FEW, "--checkpoints", "3", "500", "700"]
+    with pytest.warns(RuntimeWarning, match=r"checkpoints 500, 700 are beyond the last optimizer step of 0\.5 \("):
+        assert main(command) == 0
+    assert "no run took so many optimizer steps as --checkpoints 500 700" in capsys.readouterr().out

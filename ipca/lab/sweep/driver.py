@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ from ipca.lab.sweep.plan import (
 )
 from ipca.lab.sweep.report.page import require_packages, write_report
 from ipca.lab.sweep.store import AUTO, Store
-from ipca.lab.sweep.task import Task, load_task
+from ipca.lab.sweep.task import Task, error_note, load_task
 from ipca.lab.sweep.trial import Row, Trial, base_row, build_base, seed_everything
 from ipca.lab.sweep.workers import Work, WorkerPool, check_sendable, model_sha256
 from ipca.model.settings import AdapterSettings
@@ -57,6 +58,8 @@ def run(
     devices: Sequence[str] = (),
     progress: bool = True,
     report: bool = True,
+    accept_task_change: bool = False,
+    overwrite: bool = False,
 ) -> list[Row]:
     """Train and evaluate every window at every rate with every seed, and plain LoRA and controls.
 
@@ -95,6 +98,12 @@ def run(
             If empty, the model stays on the device ``build`` puts it on.
         progress: show progress bars.
         report: write ``report.html``, which needs the extra ``sweep``.
+        accept_task_change: keep the finished trials of another text of the task file. A text that differs only in
+            comments and layout needs no permission.
+        overwrite: delete the trials of another sweep in ``out``.
+
+    Warns:
+        RuntimeWarning: a trial ended before one of the ``checkpoints``.
 
     Returns:
         The rows as dictionaries: the untrained model's, then each trial's in the order of the grid.
@@ -121,7 +130,13 @@ def run(
         digest = model_sha256(base)
         base = base.to(devices[0]) if devices else base
         first = base_row(made, base)
-        store = Store(Path(out), _fixed_settings(made, source, digest, early, steps, threads, device_of(base)))
+        store = Store(
+            Path(out),
+            _fixed_settings(made, source, digest, early, steps, threads, device_of(base)),
+            source=None if source is None else source.read_text(encoding="utf-8", errors="replace"),
+            accept_task_change=accept_task_change,
+            overwrite=overwrite,
+        )
         cache_windows(base, made.settings, windows_of, SpectralCache(store.spectra), progress=progress)
         auto = _auto_settings(base, made, store, progress) if "auto" in grid.methods else None
         store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.settings.rank})
@@ -130,7 +145,7 @@ def run(
             WorkerPool(work, workers, devices, base) as pool,
             tqdm(desc="Trials", unit="trial", disable=not progress) as bar,
         ):
-            runner = _Runner(store, pool, first, bar)
+            runner = _Runner(store, pool, first, bar, steps)
             rows = runner.run(grid.direct_trials())
             runner.run(grid.update_trials(rows))
             if tune:
@@ -143,8 +158,9 @@ def run(
 class _Runner:
     """Runs trials, each at most once in the life of the folder, and keeps the table up to date."""
 
-    def __init__(self, store: Store, pool: WorkerPool, first: Row, bar: tqdm) -> None:
+    def __init__(self, store: Store, pool: WorkerPool, first: Row, bar: tqdm, checkpoints: Sequence[int]) -> None:
         self.store, self.pool, self.first, self.bar = store, pool, first, bar
+        self.unreached = set(checkpoints)
         self.trials: list[Trial] = []
         self.rows: list[Row] = []
         self.written = 0.0
@@ -168,9 +184,22 @@ class _Runner:
         for trial, rows, seconds in self.pool.run(todo) if todo else ():
             self.store.put(trial.key, rows, seconds)
             self.bar.update()
+            self._warn_unreached(trial, rows)
             if time.monotonic() - self.written > _TABLE_SECONDS:
                 self._write_table()
         return [row for trial in trials for row in self.store.get(trial.key) or ()]
+
+    def _warn_unreached(self, trial: Trial, rows: Sequence[Row]) -> None:
+        """Warn, once for each, of checkpoints that ``trial`` has not reached."""
+        missing = sorted(self.unreached - {row["step"] for row in rows})
+        if missing and rows[-1]["early_update"] is not None:
+            self.unreached -= set(missing)
+            warnings.warn(
+                f"checkpoints {', '.join(map(str, missing))} are beyond the last optimizer step of {trial}, which has "
+                "no rows for them; choose smaller ones, or train longer.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     def _write_table(self) -> None:
         self.rows = self.store.table(self.first, self.trials)
@@ -203,7 +232,8 @@ def _auto_settings(base: nn.Module, task: Task, store: Store, progress: bool) ->
     assert task.calibration is not None  # checked by _check_options
     cache = SpectralCache(store.spectra)
     seed_everything(0)
-    return auto_settings(base, task.settings, task.calibration, store.folder / AUTO, cache, progress=progress)
+    with error_note("While choosing the windows of 'auto'."):
+        return auto_settings(base, task.settings, task.calibration, store.folder / AUTO, cache, progress=progress)
 
 
 def _fixed_settings(

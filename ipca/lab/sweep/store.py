@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +18,78 @@ from ipca.lab.sweep.trial import COLUMNS, Row, Trial
 SETTINGS, ROWS, SECONDS, AUTO, REPORT = "settings.json", "rows.csv", "seconds.csv", "auto.json", "report.html"
 
 
+class TaskChangedError(ValueError):
+    """Finished trials are of another text of the task file; ``fact`` is the message without the way out."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(fact)
+        self.fact = fact
+
+    def __str__(self) -> str:
+        return f"{self.fact}; pass accept_task_change=True to keep them, or use a new folder."
+
+
 class Store:
     """The folder of one sweep; every file in it is written atomically, so a kill leaves no partial files.
 
     Args:
         folder: created if missing.
         fixed: what all trials share; a folder with trials of different values is refused.
+        source: the text of the task file, whose hash is ``fixed["task_sha256"]``; None for a task without a file.
+        accept_task_change: go on with the trials of another text of the task file.
+        overwrite: delete the trials of another sweep.
 
     Raises:
+        TaskChangedError: the trials were run by another text of the task file.
         ValueError: the folder belongs to another sweep (the message names the differences), its settings are damaged,
             or it holds files with the names of a sweep's files but no settings.
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, folder: Path, fixed: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        fixed: Mapping[str, Any],
+        *,
+        source: str | None = None,
+        accept_task_change: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder, self.source = folder, source
         self.trials, self.spectra = folder / "trials", folder / "spectra"
         self.fixed = json.loads(json.dumps(fixed))
-        _check_overwrite(folder)
+        self.earlier_tasks: list[str] = []
+        if not overwrite:
+            _check_overwrite(folder)
         self.trials.mkdir(parents=True, exist_ok=True)
-        path = folder / SETTINGS
-        then = _read_fixed(path) if path.exists() else None
-        if then != self.fixed:
-            if then is not None and any(self.trials.glob("*.json")):
-                _refuse_other_sweep(folder, then, self.fixed)
+        then = {} if overwrite and not _is_settings(folder / SETTINGS) else _read_settings(folder / SETTINGS)
+        if then.get("fixed") == self.fixed:
+            self.earlier_tasks = then.get("earlier_tasks", [])
+        elif any(self.trials.glob("*.json")) and not overwrite:
+            self._go_on(then, accept_task_change)
+        else:
+            shutil.rmtree(self.trials)
+            self.trials.mkdir()
             for name in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):  # stale: no trial was run with these settings
                 (folder / name).unlink(missing_ok=True)
 
+    def _go_on(self, then: Mapping[str, Any], accept_task_change: bool) -> None:
+        """Go on with trials of other settings, ``then``, or raise: only the task file may differ."""
+        if _differences(then["fixed"], self.fixed) != ["task_sha256"]:
+            _refuse_other_sweep(self.folder, then["fixed"], self.fixed)
+        before = then.get("task_source")
+        if not accept_task_change and not _same_program(before, self.source):
+            count = len(list(self.trials.glob("*.json")))
+            raise TaskChangedError(
+                f"the task file has changed since {count} trials in {self.folder} were finished"
+                f"{_first_change(before, self.source)}. Their rows would stand beside those of the changed file"
+            )
+        self.earlier_tasks = [*then.get("earlier_tasks", []), then["fixed"]["task_sha256"]]
+
     def describe(self, grid: Mapping[str, Any]) -> None:
-        """Write the settings: the fixed ones and the grid of this run."""
-        text = json.dumps({**grid, "fixed": self.fixed}, indent=2)
+        """Write the settings: the fixed ones, the task file's text, and the grid of this run."""
+        task = {"task_source": self.source, "earlier_tasks": self.earlier_tasks}
+        text = json.dumps({**grid, **task, "fixed": self.fixed}, indent=2)
         write_atomic(self.folder / SETTINGS, text.encode())
 
     def get(self, key: str) -> list[Row] | None:
@@ -86,14 +131,43 @@ def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def _read_fixed(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())["fixed"]
-    except (ValueError, KeyError, TypeError):
-        found = None
-    if not isinstance(found, dict):
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings as written; empty where there are none."""
+    if not path.exists():
+        return {}
+    if not _is_settings(path):
         raise ValueError(f"{path} was not written by a sweep, or is damaged; use a new folder.")
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
+
+
+def _is_settings(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text())["fixed"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _same_program(before: str | None, after: str | None) -> bool:
+    """Whether two texts of a task file differ in no more than comments and layout."""
+    if before is None or after is None:
+        return False
+    try:
+        return ast.dump(ast.parse(before)) == ast.dump(ast.parse(after))
+    except SyntaxError:
+        return False
+
+
+def _first_change(before: str | None, after: str | None) -> str:
+    """The first lines that differ, as the end of a sentence; nothing where the old text is not known."""
+    if before is None or after is None:
+        return ""
+    old, new = before.splitlines(), after.splitlines()
+    changes = [op for op in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if op[0] != "equal"]
+    _, i, i_end, j, j_end = changes[0]
+    was, now = (repr(lines[0].strip()) if lines else "nothing" for lines in (old[i:i_end], new[j:j_end]))
+    more = f", and {len(changes) - 1} more" if len(changes) > 1 else ""
+    return f" (line {j + 1} was {was}, is now {now}{more})"
 
 
 def _check_overwrite(folder: Path) -> None:
@@ -101,18 +175,25 @@ def _check_overwrite(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a sweep needs a folder.")
     found = [name for name in (ROWS, SECONDS, REPORT) if (folder / name).exists()]
+    if any((folder / "trials").glob("*.json")):
+        found.append("folder of finished trials")
     if found and not (folder / SETTINGS).exists():
         raise ValueError(f"{folder} contains a {found[0]} but no {SETTINGS} of a sweep; use a new folder.")
 
 
 def _refuse_other_sweep(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = _flat(then), _flat(now)
-    differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    old, new, differ = _flat(then), _flat(now), _differences(then, now)
     name = differ[0]
     raise ValueError(
         f"{folder} contains another sweep: {', '.join(differ)} differ ({name} was {old.get(name)!r}, is now "
         f"{new.get(name)!r}); use a new folder."
     )
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of the settings that differ."""
+    old, new = _flat(then), _flat(now)
+    return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
 
 
 def _flat(fixed: Mapping[str, Any]) -> dict[str, Any]:

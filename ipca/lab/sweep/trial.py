@@ -151,7 +151,8 @@ def build_base(task: Task) -> nn.Module:
         TypeError: ``build`` did not return a module.
     """
     seed_everything(0)
-    model = task.build()
+    with error_note("In build()."):
+        model = task.build()
     if not isinstance(model, nn.Module):
         raise TypeError(f"build() must return the pretrained model, an nn.Module; it returned {model!r}.")
     return model

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ipca.lab import sweep
-from ipca.lab.sweep.store import AUTO, SETTINGS, Store
+from ipca.lab.sweep.store import AUTO, SETTINGS, Store, TaskChangedError
 from ipca.model import AdapterSettings
 from tests.helpers import sweep_task
 
@@ -77,3 +77,76 @@ def test_a_missing_package_is_found_before_anything_runs(package, option, tmp_pa
     with pytest.raises(ImportError, match="pip install 'ipca-lora"):
         sweep.run(sweep_task.task(), tmp_path / "out", **GRID, **{**QUIET, **option})
     assert not (tmp_path / "out").exists()
+
+
+# -- a changed task file
+
+TEXT = "def task():\n    rank = 2\n    return rank\n"
+
+
+def of_task(folder, text, sha, **options):
+    store = Store(folder, {"early": 1, "task_sha256": sha}, source=text, **options)
+    store.describe({})
+    return store
+
+
+@pytest.mark.parametrize("text", [TEXT + "# a comment\n", TEXT.replace("\n    rank", "\n\n    rank"), "# x\n" + TEXT])
+def test_comments_and_layout_need_no_permission(text, tmp_path):
+    of_task(tmp_path, TEXT, "a").put("done", [], 1.0)
+    store = of_task(tmp_path, text, "b")
+    assert store.get("done") == []
+    assert store.earlier_tasks == ["a"]
+
+
+def test_another_task_file_is_refused_with_its_first_change_and_taken_on_request(tmp_path):
+    of_task(tmp_path, TEXT, "a").put("done", [], 1.0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = TEXT.replace("rank = 2", "rank = 3")
+    with pytest.raises(
+        TaskChangedError, match=r"since 1 trials in .* \(line 2 was 'rank = 2', is now 'rank = 3'\)"
+    ) as e:
+        of_task(tmp_path, other, "b")
+    assert "pass accept_task_change=True to keep them, or use a new folder" in str(e.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert of_task(tmp_path, other, "b", accept_task_change=True).get("done") == []
+    third = of_task(tmp_path, TEXT + "x = 1\n", "c", accept_task_change=True)
+    assert third.get("done") == []
+    assert json.loads((tmp_path / SETTINGS).read_text())["earlier_tasks"] == ["a", "b"]
+    assert of_task(tmp_path, TEXT + "x = 1\n", "c").earlier_tasks == ["a", "b"]
+
+
+def test_a_folder_that_does_not_know_the_old_text_asks(tmp_path):
+    of_task(tmp_path, None, "a").put("done", [], 1.0)
+    with pytest.raises(TaskChangedError, match=r"since 1 trials in .* were finished\. Their rows"):
+        of_task(tmp_path, TEXT, "b")
+    assert of_task(tmp_path, TEXT, "b", accept_task_change=True).get("done") == []
+
+
+def test_the_permission_covers_the_task_file_only(tmp_path):
+    of_task(tmp_path, TEXT, "a").put("done", [], 1.0)
+    with pytest.raises(ValueError, match="contains another sweep: early, task_sha256 differ"):
+        Store(tmp_path, {"early": 2, "task_sha256": "b"}, source=TEXT, accept_task_change=True)
+
+
+# -- trials are never thrown away unasked
+
+
+def test_trials_without_settings_are_refused_and_stay(tmp_path):
+    opened(tmp_path, early=1).put("done", [], 1.0)
+    (tmp_path / SETTINGS).unlink()
+    with pytest.raises(ValueError, match=r"contains a folder of finished trials but no settings\.json of a sweep"):
+        Store(tmp_path, {"early": 1})
+    assert (tmp_path / "trials" / "done.json").is_file()
+
+
+@pytest.mark.parametrize("settings", ["another", "damaged", "gone"])
+def test_overwriting_deletes_them(settings, tmp_path):
+    opened(tmp_path, early=1).put("done", [], 1.0)
+    assert Store(tmp_path, {"early": 1}, overwrite=True).get("done") == []  # nothing else to replace
+    if settings == "damaged":
+        (tmp_path / SETTINGS).write_text("{")
+    if settings == "gone":
+        (tmp_path / SETTINGS).unlink()
+    store = Store(tmp_path, {"early": 2 if settings == "another" else 1}, overwrite=True)
+    assert store.get("done") is None
+    assert not (tmp_path / SETTINGS).exists()

@@ -1,11 +1,14 @@
 """A task file is found out before anything runs."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
 
 from ipca.lab.sweep import load_task
+from ipca.lab.sweep.task import _place_in_user_code, error_note
 from ipca.model.settings import AdapterSettings
+from ipca.svd.decompose import tolerance
 from tests.helpers import sweep_task
 
 
@@ -52,3 +55,36 @@ def test_a_missing_file_says_so(tmp_path):
 def test_wrong_fields_say_so(change, error, says):
     with pytest.raises(error, match=says):
         replace(sweep_task.task(), **change)
+
+
+WHERE = {
+    "the file": ("raise KeyError('mine')\n", 1),
+    "task()": ("def task():\n    raise KeyError('mine')\n", 2),
+    "a call of a library": ("import json\ndef task():\n\n    return json.loads('{')\n", 4),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), WHERE.values(), ids=WHERE)
+def test_an_error_knows_the_line_of_the_file(text, line, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises((KeyError, ValueError)) as found:
+        load_task(path)
+    assert found.value.place == f"{path}:{line}"
+
+
+def test_the_place_of_an_error_goes_to_another_process():
+    try:
+        with error_note("In the trial x."):
+            raise KeyError("mine")
+    except KeyError as error:
+        sent = pickle.loads(pickle.dumps(error))
+    assert sent.place.startswith(f"{__file__}:")
+    assert sent.__notes__ == ["In the trial x."]
+
+
+def test_an_error_of_ipca_itself_has_no_place():
+    with pytest.raises(ValueError, match="quick") as found, error_note("While testing."):
+        tolerance("quick")
+    assert found.value.place.startswith(__file__)  # it was called from here
+    assert _place_in_user_code(ValueError("never raised")) is None
