@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from ipca.io.peft_format import (
     WEIGHTS,
     AdapterContents,
     adapter_state,
+    bypassed_words,
     formats,
     readable_config,
     write_peft,
@@ -76,6 +78,7 @@ def save_adapter(
     Warns:
         RuntimeWarning: servers would read ``adapter_config.json`` differently from PEFT; the message names the fields.
             Or running statistics of BatchNorm moved in training, which the adapter does not hold.
+            Or the model reads a layer's weight instead of calling it, which PEFT and servers do not see.
 
     Raises:
         ValueError: nothing is adapted, something trains that an adapter file cannot hold, or PEFT would read another
@@ -99,6 +102,9 @@ def save_adapter(
     if is_writer(model):
         warn_servers(folder)
         warn_moved_statistics(model, contents.modules_to_save)
+        words = bypassed_words(contents.layers)
+        if words:
+            warnings.warn(f"{words}. ipca.load_adapter and ipca merge read them right.", RuntimeWarning, stacklevel=2)
 
 
 def _is_earlier(folder: Path, held: set[str], layers: Mapping[str, SavedLayer]) -> bool:
@@ -159,6 +165,7 @@ def load_adapter(
         install(model, fresh)
         for name, layer in adapted_layers(model).items():
             layer.unmerge()
+            layer.was_read |= saved.layers[name].bypassed
             layer.lora_A.copy_(saved.factors[name].A)
             layer.lora_B.copy_(saved.factors[name].B)
         for module, state in modules_to_save:
@@ -227,6 +234,7 @@ def _saved(layer: WindowLayer) -> SavedLayer:
         dropout=layer.dropout,
         base_sha256=layer.base_sha256,
         report=layer.svd_report,
+        bypassed=layer.bypassed,
     )
 
 

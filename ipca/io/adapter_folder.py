@@ -28,7 +28,10 @@ SIDECAR = "ipca.json"
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """The record of one layer in ``ipca.json``; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``."""
+    """The record of one layer in ``ipca.json``; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``.
+
+    ``bypassed`` is that of :class:`ipca.nn.WindowLayer`.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -39,6 +42,7 @@ class SavedLayer:
     dropout: float
     base_sha256: str | None
     svd: dict[str, Any] | None
+    bypassed: bool = False
 
     @classmethod
     def of(
@@ -52,10 +56,11 @@ class SavedLayer:
         dropout: float,
         base_sha256: str | None,
         report: SVDReport | None,
+        bypassed: bool = False,
     ) -> SavedLayer:
         """The record of a layer whose ``window`` is resolved, with the ``report`` of its decomposition if known."""
         svd = None if report is None else svd_record(report)
-        return cls(kind, tuple(shape), window.index, window.rank, alpha, form, dropout, base_sha256, svd)
+        return cls(kind, tuple(shape), window.index, window.rank, alpha, form, dropout, base_sha256, svd, bypassed)
 
     @property
     def window(self) -> Window:

@@ -21,6 +21,7 @@ from ipca.io.peft_format import (
     AdapterContents,
     LayerFormat,
     adapter_state,
+    bypassed_words,
     formats,
     readable_config,
     write_peft,
@@ -76,8 +77,9 @@ def export(
         RuntimeWarning: as :func:`ipca.save_adapter`; for ``"serve"``, a rank that servers allow only on request.
 
     Raises:
-        ValueError: as :func:`ipca.save_adapter`, an unknown ``format``, a ``rank`` that does not go with it, or
-            (serve, mlx) modules that train whole or layers that the program cannot take.
+        ValueError: as :func:`ipca.save_adapter`, a layer that the model does not call, an unknown ``format``, a
+            ``rank`` that does not go with it, or (serve, mlx) modules that train whole or layers that the program
+            cannot take.
         FileExistsError: ``folder`` holds weights or an adapter, and not ``overwrite``; nothing has changed.
         OSError: ``folder`` cannot be written; nothing has changed.
     """
@@ -88,6 +90,9 @@ def export(
     contents = collect_adapter(model)
     if format in ("serve", "mlx"):
         check_servable(contents)
+    words = bypassed_words(contents.layers)
+    if words:
+        raise ValueError(f"{words}.")
     if format == "residual":
         base_model = base_model or str(Path(folder).absolute() / "base")
     config = {} if format == "mlx" else _config(model, contents, format, rank, base_model)

@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ipca._dtensor import full, gathered, is_writer, plain_type
+from ipca._dtensor import full, gathered, is_sharded, is_writer, plain_type
 from ipca.io.peft_reader import Reading, has_peft, plain_copy, read_with_peft
 from ipca.model.targets import few
 from ipca.nn.layer_kinds import EXPERTS
@@ -391,6 +391,24 @@ def _report(lost: list[str], more: list[str], refusal: str, others: bool) -> Non
     if others:
         raise ValueError(f"{text}; {_INSTEAD}.")
     warnings.warn(f"{text}. ipca.load_adapter and ipca merge read the folder; for PEFT {_INSTEAD}.", stacklevel=2)
+
+
+@torch.no_grad()
+def bypassed_words(layers: Mapping[str, WindowLayer]) -> str:
+    """Words for trained layers that the model does not call, of which readers other than ipca see nothing, or none."""
+    found = [name for name, layer in layers.items() if layer.bypassed and not _unchanged(layer)]
+    if not found:
+        return ""
+    return (
+        f"{few(found)}: the model reads the weight and does not call the layer, so that PEFT and servers, which change "
+        f"a layer's output, leave its adapter out; {_INSTEAD}"
+    )
+
+
+def _unchanged(layer: WindowLayer) -> bool:
+    """Whether the factors are the initial ones."""
+    pairs = ((layer.lora_A, layer.lora_A0), (layer.lora_B, layer.lora_B0))
+    return all(not is_sharded(factor) and torch.equal(factor, initial) for factor, initial in pairs)
 
 
 # -- files

@@ -75,6 +75,8 @@ class LazyWeight(Tensor):
     def _compute(self) -> Tensor:
         """The weight as a plain tensor, with a gradient where it has one."""
         view = isinstance(self._source, Tensor)
+        if not view:
+            self._source.was_read = True
         weight = self._source if view else self._source.computed_weight(disabled=self._disabled)
         return weight if self._trains else weight.detach()
 

@@ -113,6 +113,7 @@ class WindowLayer(nn.Module):
         self.certificate: InitCertificate | None = None
         self._disabled = False
         self._merged: Tensor | None = None
+        self.was_called = self.was_read = False
 
         if base is not None:
             device, dtype = base.device, base.dtype
@@ -172,6 +173,15 @@ class WindowLayer(nn.Module):
     def is_plain(self) -> bool:
         """Whether ``forward`` is one product with a weight at the moment: merged, or intact and disabled."""
         return self.form == "intact" if self._disabled else self.merged
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether the weight has been read for a computation and the layer has never been called.
+
+        Other implementations of LoRA change a layer's output, and so leave such a layer as it was. What runs under
+        torch.compile counts for neither.
+        """
+        return self.was_read and not self.was_called
 
     @property
     def weight(self) -> Tensor:
@@ -467,6 +477,8 @@ class ProductLayer(WindowLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_ready()
+        if not torch.compiler.is_compiling() and not self.was_called:  # a guard on it would have all compiled twice
+            self.was_called = True
         if self._merged is not None and not self._disabled:
             return self.product(x, self._merged)
         if self._disabled:

@@ -1,28 +1,38 @@
-"""Checks of calls that PEFT makes past its layers. PEFT has no hook for them, so we wrap four of its functions.
+"""Checks around PEFT's own functions, which have no hooks for them: :func:`install_guards` wraps them.
 
-``peft.utils.hotswap`` writes into the parameters: a file with more ranks than the window, such as ``[A; A0]`` of
-another PCConfig, replaces all four factors, but any other would leave ``A0, B0`` beside factors that did not start
-there. ``LoraModel.add_weighted_adapter`` combines only ``A, B``. Both are refused. Before ``LoraModel.inject_adapter``
-the model's head is added to ``modules_to_save``; after it all adapted layers are known, and a key of ``window_pattern``
-that matches none of them gives a warning, as one of ``rank_pattern`` does. ``PeftModel.save_pretrained`` warns where
-running statistics of BatchNorm moved in training.
+| function | what is done before or after it |
+|---|---|
+| ``hotswap_adapter_from_state_dict`` | refused where it would leave ``A0, B0`` beside others' factors |
+| ``LoraModel.add_weighted_adapter`` | refused: it combines only ``A, B`` |
+| ``LoraModel.inject_adapter`` | adapters named like modules are refused, unmatched window patterns named, heads added |
+| ``LoraModel.merge_adapter`` | refused for some of several active adapters: PEFT would leave out the others |
+| ``PeftModel.save_pretrained`` | layers that are not called, and running statistics that moved, are named |
+| ``PeftModel.from_pretrained``, ``load_adapter`` | with ``is_trainable=True`` a window trains on as with its PCConfig |
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraModel, PeftModel
-from peft.utils import hotswap
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, hotswap
 from torch import Tensor, nn
 
+from ipca.io.adapter_folder import SIDECAR
 from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
 from ipca.peft.config import PCConfig
+from ipca.peft.dispatch import admit_windows
 from ipca.peft.layers import WindowLora
+from ipca.peft.save_load import warn_bypassed
 
 
 def check_hotswap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str) -> None:
@@ -72,9 +82,67 @@ def warn_unmatched(model: nn.Module, config: PCConfig, adapter: str) -> None:
         )
 
 
+def check_names(model: nn.Module, adapters: Mapping[str, Any]) -> None:
+    """Raise ValueError where PEFT, saving one of several adapters, would leave out a module with another one's name."""
+    if len(adapters) < 2 or not any(isinstance(config, PCConfig) for config in adapters.values()):
+        return
+    inside: tuple[str, ...] = ()
+    parts = {"base_model", "model", "base_layer", "weight", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
+    for path, module in model.named_modules():
+        if not path.startswith(inside or ("//",)):
+            parts.update(path.split("."))
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                inside += (f"{path}.",)
+    for name in parts.intersection(adapters):
+        raise ValueError(
+            f"the adapter {name!r} has the name of a part of the model, and PEFT would leave out the tensors of that "
+            "part when it saves another adapter; give the adapter another name."
+        )
+
+
+def check_merge(model: LoraModel, adapters: Sequence[str] | None) -> None:
+    """Raise ValueError where only some of the active ``adapters`` of a layer would be merged, some with a window.
+
+    PEFT's forward of a merged layer adds no other adapter.
+    """
+    for path, layer in model.model.named_modules():
+        if not isinstance(layer, WindowLora):
+            continue
+        active = [name for name in layer.active_adapters if layer.holds(name)]
+        merged = {*layer.merged_adapters, *(active if adapters is None else adapters)}
+        rest = [name for name in active if name not in merged]
+        if rest and any(layer.holds(name) for name in merged):
+            raise ValueError(
+                f"{path}: {rest[0]!r} is active too, and PEFT leaves it out once another adapter is merged; merge all "
+                f"of {active} at once, or activate only those to merge with set_adapter."
+            )
+
+
+def bypassed_layers(model: nn.Module, adapter: str) -> list[str]:
+    """The layers of an adapter whose weight the model reads instead of calling them, once the model has run."""
+    layers = [m for m in model.modules() if isinstance(m, WindowLora) and m.holds(adapter)]
+    read = [layer.path for layer in layers if layer.was_read and not layer.was_called]
+    return read if len(read) == len(layers) or any(layer.was_called for layer in layers) else []
+
+
+def window_config(folder: str | os.PathLike[str], **kwargs: Any) -> PCConfig | None:
+    """The configuration of a window in ``folder``, or a repository of the Hub; None where there is another adapter."""
+    place = Path(folder, kwargs.get("subfolder") or "")
+    if Path(folder).exists():
+        return PCConfig.from_pretrained(str(folder), **kwargs) if (place / SIDECAR).is_file() else None
+    known = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+    try:
+        hf_hub_download(str(folder), SIDECAR, **{name: kwargs[name] for name in known if name in kwargs})
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+    return PCConfig.from_pretrained(str(folder), **kwargs)
+
+
 def install_guards() -> None:
-    """Put the checks above before or after PEFT's four functions, for the whole process."""
+    """Put the checks above before or after PEFT's functions, for the whole process."""
     swap, combine = hotswap.hotswap_adapter_from_state_dict, LoraModel.add_weighted_adapter
+    merge, load = LoraModel.merge_adapter, PeftModel.load_adapter
+    start = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
     inject, save = LoraModel.inject_adapter, PeftModel.save_pretrained
 
     @wraps(swap)
@@ -91,6 +159,7 @@ def install_guards() -> None:
 
     @wraps(inject)
     def checked_inject(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_names(model, self.peft_config)
         config = self.peft_config[adapter_name]
         if isinstance(config, PCConfig):
             add_heads(model, config)
@@ -99,13 +168,53 @@ def install_guards() -> None:
             warn_unmatched(model, config, adapter_name)
             watch_statistics(model)
 
+    @wraps(merge)
+    def checked_merge(self: LoraModel, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        check_merge(self, adapter_names)
+        merge(self, adapter_names, *args, **kwargs)
+
+    @wraps(load)
+    def resuming_load(
+        self: PeftModel, model_id: Any, adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = window_config(model_id, **kwargs) if is_trainable and adapter_name not in self.peft_config else None
+        if config is None:
+            return load(self, model_id, adapter_name, is_trainable, *args, **kwargs)
+        admit_windows(self.get_base_model())
+        options = ("low_cpu_mem_usage", "autocast_adapter_dtype")
+        self.add_adapter(adapter_name, config, **{name: kwargs[name] for name in options if name in kwargs})
+        loaded = load(self, model_id, adapter_name, is_trainable, *args, **kwargs)
+        self.set_requires_grad(adapter_name)
+        return loaded
+
+    @classmethod
+    @wraps(start)
+    def resuming_start(
+        cls: Any,
+        model: nn.Module,
+        model_id: Any,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if is_trainable and config is None:
+            config = window_config(model_id, **kwargs)
+        return start(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
+
     @wraps(save)
     def checked_save(self: PeftModel, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
+        for name, config in self.peft_config.items():
+            warn_bypassed(bypassed_layers(self, name) if isinstance(config, PCConfig) else [])
         saved = [name for name, _ in self.named_modules() if name.endswith(".modules_to_save")]
         warn_moved_statistics(self, saved)
 
     hotswap.hotswap_adapter_from_state_dict = checked_swap
     LoraModel.add_weighted_adapter = checked_combine  # type: ignore[method-assign]
     LoraModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]
+    LoraModel.merge_adapter = checked_merge  # type: ignore[assignment,method-assign]
     PeftModel.save_pretrained = checked_save  # type: ignore[method-assign]
+    PeftModel.load_adapter = resuming_load  # type: ignore[method-assign]
+    PeftModel.from_pretrained = resuming_start  # type: ignore[assignment,method-assign]

@@ -46,6 +46,7 @@ class WindowLora(_Mixed):
     """
 
     kind = "linear"
+    was_called = was_read = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, target_name: str = "", **kwargs: Any) -> None:
         self.path = target_name
@@ -56,6 +57,18 @@ class WindowLora(_Mixed):
         if getattr(config, "window", None) is None:
             return super().resolve_lora_variant(config=config, **kwargs)
         return WindowVariant()
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, for code that reads it without calling the layer, which then leaves the adapter out."""
+        if not torch.compiler.is_compiling():
+            self.was_read = True
+        return super().weight
+
+    def note_call(self) -> None:
+        """Remember that the layer computes its adapter when the model runs; of compiled models nothing is known."""
+        if not torch.compiler.is_compiling() and not self.was_called:
+            self.was_called = True
 
     def base_parameter(self) -> Tensor:
         """The weight as the base layer holds it."""
@@ -210,6 +223,7 @@ class WindowLora(_Mixed):
 
     def low_rank(self, adapter: str, x: Tensor) -> Tensor:
         """``scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)``, exactly 0 while ``A = A0`` and ``B = B0``."""
+        self.note_call()
         z, lora_A, lora_B = self.lora_dropout[adapter](x), self.lora_A[adapter], self.lora_B[adapter]
         pair, trained = self.pairs(adapter), lora_B(lora_A(z))
         if pair is None:
@@ -294,6 +308,7 @@ class WindowLinear(WindowLora, lora.Linear):
         fused = None if args or kwargs else self._fused(x)
         if fused is None:
             return super().forward(x, *args, **kwargs)
+        self.note_call()
         adapter, (A, B, A0, B0) = fused
         base: Any = self.get_base_layer()
         dropout = getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
@@ -341,6 +356,7 @@ class WindowEmbedding(WindowLora, lora.Embedding):
 
     def low_rank(self, adapter: str, x: Tensor) -> Tensor:
         """As for the class; ``x`` holds indices."""
+        self.note_call()
         pair = self.pairs(adapter)
         A, B = (self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]) if pair is None else pair[:2]
         y = self._embed(x, A.T) @ B.T

@@ -70,6 +70,7 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         """Add the change as one tensor, which is exactly 0 before training; PEFT's single product is not."""
+        self.note_call()
         adapters = [name for name in active_adapters if name in self.lora_A]
         if not any(self.pairs(name) for name in adapters):
             with super()._activate_lora(active_adapters):

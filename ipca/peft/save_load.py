@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from ipca._atomic import staged_files
 from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter, sidecar
 from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, wrappers_around
 from ipca.io.serving import warn_servers
+from ipca.model.targets import few
 
 OWN_FIELDS = ("window", "window_pattern", "tol")
 """Fields of PCConfig that PEFT's configuration cannot hold."""
@@ -144,7 +146,20 @@ def load_config(
     if not (path / WEIGHTS).is_file():
         return values | _own_fields(path), None
     adapter = read_adapter(path, modules_to_save=False)
+    warn_bypassed([name for name, layer in adapter.layers.items() if layer.bypassed], stacklevel=4)
     return values | _windows(path, adapter.layers), adapter
+
+
+def warn_bypassed(names: list[str], stacklevel: int = 3) -> None:
+    """Warn of layers that PEFT neither trains nor applies, because the model does not call them."""
+    if names:
+        warnings.warn(
+            f"{few(names)}: the model reads the weight and does not call the layer, so that PEFT, with a PCConfig too, "
+            "neither trains its adapter nor applies it, but merging adds it; exclude it in exclude_modules, or use "
+            "ipca.apply_pc and ipca.load_adapter, which compute it.",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _windows(path: Path, layers: dict[str, SavedLayer]) -> dict[str, Any]:

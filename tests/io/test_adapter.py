@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import warnings
 
 import pytest
 import torch
@@ -268,3 +269,49 @@ def test_model_cast_after_apply_names_the_dtype_of_its_base(tmp_path):
     ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=2, progress=False).to(torch.bfloat16), tmp_path)
     with pytest.raises(ValueError, match="it is bfloat16 here and was float32"):
         ipca.load_adapter(copy.deepcopy(base).to(torch.bfloat16), tmp_path)
+
+
+class Tied(nn.Module):
+    """Calls ``a``, and reads the weights of ``b`` and, only for its dtype, ``c``."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        x = self.a(x).to(self.c.weight.dtype)
+        return nn.functional.linear(x, self.b.weight) + self.c(x)
+
+
+def test_a_layer_that_the_model_reads_and_does_not_call_is_named(tmp_path):
+    base, x = Tied(), torch.randn(3, 8)
+    model = ipca.apply_pc(copy.deepcopy(base), rank=2, progress=False)
+    model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ipca.save_adapter(model, tmp_path / "start")  # nothing has changed yet, which every reader computes
+    jitter(model)
+    right = model(x)
+    with pytest.warns(
+        RuntimeWarning, match=r"^b: the model reads the weight .*exclude them, or call ipca\.unload"
+    ) as said:
+        ipca.save_adapter(model, tmp_path / "saved")
+    assert len(said) == 1
+    again = ipca.load_adapter(copy.deepcopy(base), tmp_path / "saved")
+    assert torch.equal(again(x), right)
+    before = copy.deepcopy(model.state_dict())
+    for format in ("peft", "residual", "serve"):
+        for adapted in (model, ipca.load_adapter(copy.deepcopy(base), tmp_path / "saved")):  # one that has not run yet
+            with pytest.raises(ValueError, match=r"^b: the model reads the weight"):
+                ipca.export(adapted, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_layer_that_is_called_too_is_not_named(tmp_path):
+    model = jitter(ipca.apply_pc(Tied(), rank=2, targets=["a", "c"], progress=False))
+    model(torch.randn(3, 8))
+    model.a.weight.norm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ipca.save_adapter(model, tmp_path)

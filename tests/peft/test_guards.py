@@ -5,9 +5,12 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import nn
 
+import ipca
 from ipca.peft import PCConfig
 from tests.helpers.peft_cases import off, randomize, train, wrap
 from tests.helpers.peft_models import CASES, Small, ids, llama
@@ -142,3 +145,150 @@ def test_a_key_that_matches_a_parameter_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         wrap(case.build(), PCConfig(r=2, window_pattern={"inner.weight": "minor", "first": 0.25}, **case.options))
+
+
+def tree(model):
+    return [(name, type(module)) for name, module in model.named_modules()]
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleDict({"attn": nn.Linear(20, 20), "mlp": nn.Linear(20, 20)})
+
+    def forward(self, x):
+        return self.block["mlp"](torch.tanh(self.block["attn"](x)))
+
+
+@pytest.mark.parametrize("name", ["mlp", "block", "model", "weight"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_an_adapter_named_like_a_part_of_the_model_is_refused(name, first):
+    names = [name, "other"] if first else ["other", name]
+    model = get_peft_model(Named(), PCConfig(r=4, target_modules=["attn", "mlp"]), adapter_name=names[0])
+    before, state = tree(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=rf"the adapter '{name}' has the name of a part of the model.*another name"):
+        model.add_adapter(names[1], PCConfig(r=4, window="minor", target_modules=["attn"]))
+    assert tree(model) == before
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert list(model.peft_config) == names[:1]
+
+
+def test_adapters_of_other_names_are_all_saved(tmp_path):
+    model = get_peft_model(Named(), PCConfig(r=4, target_modules=["attn", "mlp"]), adapter_name="ml")
+    model.add_adapter("att", PCConfig(r=4, window="minor", target_modules=["attn"]))
+    randomize(model)
+    for name in ("ml", "att"):
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        assert len(PCConfig.from_pretrained(tmp_path / name).records.initial) == (2 if name == "ml" else 1)
+
+
+@pytest.mark.parametrize("merged", [["first"], ["second"]], ids=str)
+def test_merging_some_of_the_active_adapters_is_refused(merged):
+    model = get_peft_model(Named(), PCConfig(r=4, target_modules=["attn"]), adapter_name="first")
+    model.add_adapter("second", PCConfig(r=4, window="minor", target_modules=["attn"]))
+    model.base_model.set_adapter(["first", "second"])
+    randomize(model)
+    x = torch.randn(3, 20)
+    right, state = model(x), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"attn: '(first|second)' is active too, .* merge all of \['first'"):
+        model.merge_adapter(adapter_names=merged)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    model.merge_adapter(adapter_names=["first", "second"])
+    assert off(model(x), right) < 1e-5
+    model.unmerge_adapter()
+    model.base_model.set_adapter(merged)
+    right = model(x)
+    model.merge_adapter(adapter_names=merged)
+    assert off(model(x), right) < 1e-5
+
+
+def trains(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}], ids=["plain", "low_cpu_mem_usage"])
+def test_a_trainable_window_trains_on_as_one(options, tmp_path):
+    base, x = Small(), ids()
+    model = wrap(base, lora_alpha=5)
+    train(model, x)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), is_trainable=True, **options)
+    assert torch.equal(again(x), model(x))
+    assert trains(again) == trains(model)
+    assert isinstance(again.peft_config["default"], PCConfig)
+    plain = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)  # for inference it is a stock LoRA
+    assert type(plain.peft_config["default"]) is LoraConfig
+
+
+@pytest.mark.parametrize("first", [PCConfig, LoraConfig], ids=["window", "stock"])
+def test_a_trainable_window_is_loaded_beside_another_adapter(first, tmp_path):
+    base, x = Small(), ids()
+    model = wrap(base)
+    train(model, x)
+    model.save_pretrained(tmp_path)
+    config = first(r=2, target_modules=["a", "b"])
+    again = get_peft_model(copy.deepcopy(base), config, adapter_name="first")
+    again.load_adapter(tmp_path, "again", is_trainable=True)
+    again.set_adapter("again")
+    assert torch.equal(again(x), model(x))
+    sizes = [p.numel() for p in again.parameters() if p.requires_grad]
+    assert sorted(sizes) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_native_adapter_trains_on_in_peft(tmp_path):
+    base, x = Small(), ids()
+    native = ipca.apply_pc(copy.deepcopy(base), rank=3, progress=False)
+    ipca.save_adapter(native, tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert isinstance(again.peft_config["default"], PCConfig)
+    assert off(again(x), native(x)) < 1e-6
+
+
+def test_a_stock_adapter_trains_on_as_a_stock_one(tmp_path):
+    base = Small()
+    wrap(base, LoraConfig(r=2, target_modules=["a"])).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert type(again.peft_config["default"]) is LoraConfig
+
+
+def mobilebert():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    narrow = {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16}
+    torch.manual_seed(0)
+    return transformers.MobileBertForMaskedLM(transformers.MobileBertConfig(vocab_size=97, **sizes, **narrow)).eval()
+
+
+BYPASSED = r"cls\.predictions\.dense: the model reads the weight and does not call the layer"
+
+
+def test_a_layer_that_the_model_does_not_call_is_named_when_it_is_saved(tmp_path):
+    model = get_peft_model(mobilebert(), PCConfig(r=2, target_modules=["predictions.dense", "query"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.save_pretrained(tmp_path / "before")  # the model has not run, so that nothing is known
+    model(input_ids=ids())
+    with pytest.warns(RuntimeWarning, match=BYPASSED + ".* merging adds it; exclude it in exclude_modules"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_layer_that_the_model_does_not_call_is_named_when_it_is_loaded(tmp_path):
+    native = ipca.apply_pc(mobilebert(), rank=2, targets=["predictions.dense"], progress=False)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(native):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    native(input_ids=ids())
+    with pytest.warns(RuntimeWarning, match=BYPASSED):
+        ipca.save_adapter(native, tmp_path)
+    with pytest.warns(RuntimeWarning, match=BYPASSED):
+        PCConfig.from_pretrained(tmp_path)
+
+
+def test_layers_whose_weight_is_read_for_its_dtype_are_not_named(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 1, "vocab_size": 37}
+    base = transformers.T5Model(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    model = get_peft_model(base, PCConfig(r=2, target_modules=["wo", "q"]))
+    model(input_ids=ids(), decoder_input_ids=ids())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.save_pretrained(tmp_path)
