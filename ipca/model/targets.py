@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ipca._dtensor import is_sharded
 from ipca.model.heads import find_heads, warn_of_loose_parameters
-from ipca.model.patterns import lookup, matches, matches_any
+from ipca.model.patterns import hint, lookup, matches, matches_any
 from ipca.model.settings import AdapterSettings
 from ipca.nn.experts import ExpertsPC, StackPC
 from ipca.nn.layer_kinds import (
@@ -89,13 +89,14 @@ class Target:
 
 def _require_match(pattern: str, names: Iterable[str], otherwise: str) -> None:
     """Raise ValueError where ``pattern`` matches none of ``names``; ``otherwise`` is the message for a valid one."""
+    names = list(names)
     if any(matches(pattern, name) for name in names):
         return
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{pattern!r} is neither a module name nor a regular expression: {error}.") from None
-    raise ValueError(otherwise)
+    raise ValueError(otherwise + hint(pattern, names))
 
 
 # -- choice

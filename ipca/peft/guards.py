@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ipca.io.adapter_folder import SIDECAR
 from ipca.model.heads import find_heads, warn_of_loose_parameters
+from ipca.model.patterns import hint, matches
 from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
@@ -71,15 +72,27 @@ def add_heads(model: nn.Module, config: PCConfig) -> None:
 
 
 def warn_unmatched(model: nn.Module, config: PCConfig, adapter: str) -> None:
-    """Warn of keys of ``window_pattern`` that match no layer of the adapter."""
-    layers = (m for m in model.modules() if isinstance(m, WindowLora) and m.holds(adapter))
-    unmatched = config.unmatched_windows(layer.path for layer in layers) if config.window_pattern else []
-    if unmatched:
-        warnings.warn(
-            f"The following window_pattern keys did not match any targeted module and were ignored: {unmatched}.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    """Warn of keys of ``window_pattern`` and names in ``target_modules`` that match no layer of the adapter."""
+    paths = [layer.path for layer in model.modules() if isinstance(layer, WindowLora) and layer.holds(adapter)]
+    names = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
+    unmatched = {
+        "window_pattern keys": (config.unmatched_windows(paths), paths),
+        "target_modules": (_unmatched(names, paths), [name for name, _ in model.named_modules()]),
+    }
+    for field, (patterns, known) in unmatched.items():
+        if patterns:
+            meant = "".join(dict.fromkeys(hint(pattern, known) for pattern in patterns)).strip()
+            meant = f" ({meant})" if meant else ""
+            warnings.warn(
+                f"The following {field} did not match any targeted module{meant} and were ignored: {patterns}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _unmatched(names: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """Those of ``target_modules`` that are neither one of ``paths`` nor an end of one, as PEFT matches them."""
+    return sorted(name for name in names if not any(f".{path}".endswith(f".{name}") for path in paths))
 
 
 def check_names(model: nn.Module, adapters: Mapping[str, Any]) -> None:
@@ -163,7 +176,16 @@ def install_guards() -> None:
         config = self.peft_config[adapter_name]
         if isinstance(config, PCConfig):
             add_heads(model, config)
-        inject(self, model, adapter_name, *args, **kwargs)
+        names = [name for name, _ in model.named_modules()]
+        try:
+            inject(self, model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            targets = config.target_modules if isinstance(config, PCConfig) else None
+            patterns = [targets] if isinstance(targets, str) else sorted(targets or ())
+            meant = "".join(hint(each, names) for each in patterns if not any(matches(each, name) for name in names))
+            if meant:
+                raise ValueError(f"{error}{meant}") from None
+            raise
         if isinstance(config, PCConfig):
             warn_unmatched(model, config, adapter_name)
             watch_statistics(model)

@@ -11,7 +11,8 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import nn
 
 import ipca
-from ipca.peft import PCConfig
+from ipca.peft import PCConfig, prepare
+from tests.helpers.models import snapshot
 from tests.helpers.peft_cases import off, randomize, train, wrap
 from tests.helpers.peft_models import CASES, Small, ids, llama
 
@@ -138,6 +139,23 @@ def test_a_key_of_window_pattern_that_matches_nothing_gives_a_warning():
     windows = {"q_prj": "minor", "v_proj": 0.25, r"layers\.0\.self_attn\.v_proj": "minor"}
     with pytest.warns(RuntimeWarning, match=r"window_pattern keys did not match .* were ignored: \['q_prj'\]\.$"):
         wrap(llama(), target_modules=["q_proj", "v_proj"], window_pattern=windows)
+
+
+def test_names_that_are_near_are_said():
+    with pytest.warns(RuntimeWarning, match=r"window_pattern keys .* \(Did you mean 'q_proj'.*\?\) and were ignored"):
+        wrap(llama(), target_modules=["q_proj", "v_proj"], window_pattern={"q_prj": "minor"})
+    with pytest.warns(RuntimeWarning, match=r"target_modules .* \(Did you mean 'v_proj'.*\?\) .*: \['v_prj'\]"):
+        wrap(llama(), target_modules=["q_proj", "v_prj"])
+    for targets in (["q_prj"], "q_prj", r".*\.q_prj"):
+        model = llama()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"Did you mean '(self_attn\.)?q_proj'"):
+            wrap(model, target_modules=targets)
+        assert snapshot(model) == before
+    with pytest.raises(ValueError, match="give 'q_proj' and 'v_proj' as separate ones"):
+        wrap(llama(), target_modules="q_proj,v_proj")
+    with pytest.raises(ValueError, match=r"Did you mean 'q_proj'"):
+        prepare(llama(), PCConfig(r=2, target_modules=["q_prj"]), progress=False)
 
 
 def test_a_key_that_matches_a_parameter_gives_no_warning():
