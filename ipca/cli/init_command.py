@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -156,7 +156,8 @@ def _account(
     seconds: float,
 ) -> tuple[Record, str]:
     """The record and the text of the finished command."""
-    summary = ipca.summary(plan.source.model)
+    null = tuple((layer.target.name, *layer.null) for layer in layers if layer.null[0])
+    summary = replace(ipca.summary(plan.source.model), null=null)  # the model may have no values
     paths = Counter(layer.saved.svd["path"] for layer in layers if layer.saved.svd)
     record: Record = {
         "layers": summary.layers,

@@ -16,7 +16,7 @@ from ipca.model.running_statistics import watch_statistics
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
 from ipca.model.transformers_models import INSTALLED, install_saving
-from ipca.nn.initialization import InitialFactors, one_of
+from ipca.nn.initialization import InitialFactors, one_of, warn_null
 from ipca.nn.registry import get_layer, layer_class, set_layer
 from ipca.nn.window_layer import WindowLayer
 from ipca.svd.cache import SpectralCache
@@ -140,6 +140,7 @@ def adapt(
     found = decompose_targets(
         model, targets, settings, cache=store, progress=progress, unquantized_weights=unquantized_weights
     )
+    warn_null({target.name: factors.null for target, factors in zip(targets, found, strict=True)})
     with uninterrupted():
         install(model, zip(targets, found, strict=True))
         train_only_adapter(model, saved)

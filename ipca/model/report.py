@@ -12,7 +12,7 @@ from torch import nn
 from ipca.model.apply import adapted_layers
 from ipca.model.merge import fully_trained_modules
 from ipca.model.targets import has_peft_layers
-from ipca.nn.initialization import InitCertificate
+from ipca.nn.initialization import InitCertificate, count_null, describe_null
 from ipca.nn.quantization import quantization_kind
 from ipca.svd import SVDReport
 
@@ -34,6 +34,7 @@ class Summary:
         worst_start: ``(layer, relative, max_abs, dtype)`` of the largest initialization error, None if none is known.
         sources: ``(how many, of what)`` windows of quantized layers: ``"unquantized"`` or ``"dequantized"`` weights.
         modules_to_save: ``(path, parameters)`` of each module that trains whole, such as a new head.
+        null: ``(path, how many, of how many)`` components of a window are 0, which start as those of plain LoRA do.
     """
 
     layers: int
@@ -46,6 +47,7 @@ class Summary:
     worst_start: tuple[str, float, float, str] | None
     sources: tuple[tuple[int, str], ...] = ()
     modules_to_save: tuple[tuple[str, int], ...] = ()
+    null: tuple[tuple[str, int, int], ...] = ()
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
@@ -53,6 +55,9 @@ class Summary:
         for count, shape, start, rank, alpha, form in self.windows:
             d = min(shape[-2:])
             lines.append(f"  {count:4d} × {shape}  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}")
+        if self.null:
+            held = {name: (zeros, count) for name, zeros, count in self.null}
+            lines.append(f"{describe_null(held)}; they start as plain LoRA's do")
         if self.modules_to_save:
             lines.append("fully trained: " + ", ".join(f"{name} ({count:,})" for name, count in self.modules_to_save))
         proven = self.layers - len(self.uncertified)
@@ -84,7 +89,8 @@ def summary(model: nn.Module) -> Summary:
     windows = [(m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window]
     reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
     starts = {name: m.certificate for name, m in layers.items() if m.certificate is not None}
-    return account(model, windows, reports, starts, fully_trained_modules(model))
+    null = {name: count_null(layers[name].lora_B0) for name in reports if not layers[name].lora_B0.is_meta}
+    return account(model, windows, reports, starts, fully_trained_modules(model), null)
 
 
 def account(
@@ -93,8 +99,12 @@ def account(
     reports: Mapping[str, SVDReport],
     starts: Mapping[str, InitCertificate],
     modules_to_save: Mapping[str, nn.Module],
+    null: Mapping[str, tuple[int, int]],
 ) -> Summary:
-    """The summary of ``model`` from every layer's window, and the reports and certificates there are, by path."""
+    """The summary of ``model`` from every layer's window, and the reports and certificates there are, by path.
+
+    ``null`` is :func:`ipca.nn.initialization.count_null` of each layer.
+    """
     sources = Counter(r.source for r in reports.values() if r.source != "weight")
     packed = [m for m in model.modules() if quantization_kind(m) is not None]  # of 4 bits, two in an element
     worst = max(starts.items(), key=lambda item: item[1].relative, default=None)
@@ -108,6 +118,7 @@ def account(
         worst_residual=max((r.residual for r in reports.values()), default=0.0),
         worst_start=None if worst is None else (worst[0], worst[1].relative, worst[1].max_abs, worst[1].dtype),
         sources=tuple((count, source) for source, count in sources.items()),
+        null=tuple((name, zeros, count) for name, (zeros, count) in null.items() if zeros),
         modules_to_save=tuple((name, sum(p.numel() for p in m.parameters())) for name, m in modules_to_save.items()),
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -20,6 +21,8 @@ from ipca.window import Window
 T = TypeVar("T")
 FORMS = ("intact", "residual")
 _ROWS = 256
+_NULL = 1e-8
+"""Singular values up to this share of ``‖W‖_F`` are 0 up to the rounding of their decomposition."""
 
 Term = tuple[float, Tensor, Tensor]
 """``(c, B (…, out, r), A (…, r, in))``."""
@@ -92,6 +95,35 @@ class InitialFactors:
         """The four factors of a new layer by name: copies that train, and ``A0`` and ``B0`` themselves."""
         return {"lora_A": self.A0.clone(), "lora_B": self.B0.clone(), "lora_A0": self.A0, "lora_B0": self.B0}
 
+    @property
+    def null(self) -> tuple[int, int]:
+        """How many of the window's components are 0, and how many there are; of all matrices of a stack."""
+        return count_null(self.B0)
+
+
+def count_null(B0: Tensor) -> tuple[int, int]:
+    """How many columns of ``B0 (…, out, rank)`` are 0, the components that start as those of LoRA, and of how many."""
+    zero = (full(B0) == 0).all(dim=-2)
+    return int(zero.sum()), zero.numel()
+
+
+def warn_null(null: Mapping[str, tuple[int, int]]) -> None:
+    """Warn in one line of layers with components that are 0; ``null`` is :func:`count_null` by the layer's path."""
+    text = describe_null(null)
+    if text:
+        warnings.warn(
+            f"{text}. These start as those of plain LoRA do, with random A and B = 0, and train; exclude a layer to "
+            "leave it as it is.",
+            stacklevel=3,
+        )
+
+
+def describe_null(null: Mapping[str, tuple[int, int]], shown: int = 3) -> str:
+    """The layers with components that are 0, for a message; empty where there is none."""
+    found = [f"{zeros} of {count} of {name}" for name, (zeros, count) in null.items() if zeros]
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return f"components that are 0 in the window: {', '.join(found[:shown])}{more}" if found else ""
+
 
 def initial_factors(
     weight: Tensor,
@@ -125,7 +157,9 @@ def factors_from_svd(
     """Split the window ``found`` of ``weight (…, out, in)``, a matrix or a stack, between the factors.
 
     ``B0 = U √(S / scaling)`` and ``A0 = √(S / scaling) Vh``, rounded to the dtype of ``weight`` and held in
-    ``adapter_dtype``, so that a cast to the compute dtype changes nothing before training.
+    ``adapter_dtype``, so that a cast to the compute dtype changes nothing before training. Components whose singular
+    value is 0 would have zero gradients forever: they start as those of LoRA, with a random row of ``A0`` (uniform in
+    ``±1 / √in``) and 0 in ``B0``.
 
     Args:
         found: of this matrix or this stack, in float64 where the device has it.
@@ -137,9 +171,13 @@ def factors_from_svd(
     """
     report = _one_report(found)
     root = (found.S / scaling).sqrt()
-    A0 = (root[..., :, None] * found.Vh).to(weight.dtype).to(adapter_dtype)
-    B0 = (found.U * root[..., None, :]).to(weight.dtype).to(adapter_dtype)
-    if found.S.any() and not (A0.any() and B0.any()):
+    A0, B0 = root[..., :, None] * found.Vh, found.U * root[..., None, :]
+    live = ~_null(weight, found.S)
+    if not live.all():
+        A0 = torch.where(live[..., :, None], A0, _random_rows(A0, weight))
+        B0 = torch.where(live[..., None, :], B0, 0.0)
+    A0, B0 = (factor.to(weight.dtype).to(adapter_dtype) for factor in (A0, B0))
+    if live.any() and not (A0[live].any() and B0.mT[live].any()):
         raise ValueError(f"the factors are all 0 in {weight.dtype} and could never train; lower alpha.")
     if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
         raise RuntimeError(
@@ -147,6 +185,24 @@ def factors_from_svd(
         )
     certificate = certify_init(weight, A0, B0, scaling=scaling, form=form)
     return InitialFactors(A0, B0, report.window, digest or tensor_sha256(weight), report, certificate)
+
+
+def _null(weight: Tensor, S: Tensor) -> Tensor:
+    """Which of the singular values ``S (…, r)`` of ``weight (…, out, in)`` are 0."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=wide).to(S)
+    null = max(_NULL, 4 * torch.finfo(S.dtype).eps) * norm[..., None]
+    return null >= S
+
+
+def _random_rows(like: Tensor, weight: Tensor) -> Tensor:
+    """Rows for ``A0 (…, r, in)`` as LoRA draws them, the same for every tensor of this shape on every device.
+
+    They are 0 where a ``weight (…, out, in)`` that is not all 0 has a column of zeros: an embedding's padding stays 0.
+    """
+    rows = torch.empty(like.shape, dtype=torch.float64).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    used = weight.any(dim=-2, keepdim=True)
+    return (rows / like.shape[-1] ** 0.5).to(like) * (used | ~used.any(dim=-1, keepdim=True))
 
 
 def _one_report(found: WindowSVD) -> SVDReport:

@@ -16,7 +16,7 @@ from ipca.model.apply import install, train_only_adapter
 from ipca.model.decompose import SourceMatrix, cost, naming, partition, split_window, window_of
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
-from ipca.nn.initialization import InitCertificate, InitialFactors
+from ipca.nn.initialization import InitCertificate, InitialFactors, count_null
 from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import get_layer
 from ipca.offline.ranks import Ranks
@@ -27,13 +27,17 @@ from ipca.svd import SpectralCache
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer whose factors lie in the work folder under ``index``, and its record in the adapter's files."""
+    """A layer whose factors lie in the work folder under ``index``, and its record in the adapter's files.
+
+    ``null`` says how many components are 0, and of how many.
+    """
 
     index: int
     target: Target
     saved: SavedLayer
     certificate: InitCertificate
     adapter_dtype: torch.dtype
+    null: tuple[int, int]
 
 
 def decompose_layers(
@@ -139,4 +143,5 @@ def _finished(work: WorkFolder, index: int, target: Target) -> FinishedLayer:
     record, tensors = work.read_layer(index)
     values = record["layer"]
     saved = SavedLayer(**{**values, "shape": tuple(values["shape"])})
-    return FinishedLayer(index, target, saved, InitCertificate(**record["certificate"]), tensors["A0"].dtype)
+    certificate, null = InitCertificate(**record["certificate"]), count_null(tensors["B0"])
+    return FinishedLayer(index, target, saved, certificate, tensors["A0"].dtype, null)

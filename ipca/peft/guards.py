@@ -30,9 +30,10 @@ from ipca.io.adapter_folder import SIDECAR
 from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, matches
 from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
+from ipca.nn.initialization import warn_null
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
-from ipca.peft.layers import WindowLora
+from ipca.peft.layers import WindowLora, null_components
 from ipca.peft.save_load import warn_bypassed
 
 
@@ -61,9 +62,7 @@ def check_weighted(model: LoraModel, adapters: Sequence[str]) -> None:
 
 
 def add_heads(model: nn.Module, config: PCConfig) -> None:
-    """Name the head of ``model`` in the configuration's ``modules_to_save``, unless it was read from a folder."""
-    if config.records.saved:
-        return
+    """Name the head of ``model`` in the configuration's ``modules_to_save``."""
     chosen, excluded = config.target_modules or (), config.exclude_modules or ()
     heads = find_heads(model, chosen, (excluded,) if isinstance(excluded, str) else excluded)
     named = config.modules_to_save or []
@@ -174,7 +173,8 @@ def install_guards() -> None:
     def checked_inject(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_names(model, self.peft_config)
         config = self.peft_config[adapter_name]
-        if isinstance(config, PCConfig):
+        loaded = isinstance(config, PCConfig) and bool(config.records.saved)
+        if isinstance(config, PCConfig) and not loaded:
             add_heads(model, config)
         names = [name for name, _ in model.named_modules()]
         try:
@@ -188,6 +188,8 @@ def install_guards() -> None:
             raise
         if isinstance(config, PCConfig):
             warn_unmatched(model, config, adapter_name)
+            if not loaded:
+                warn_null(null_components(model, adapter_name))
             watch_statistics(model)
 
     @wraps(merge)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter_folder import SavedLayer, other_base, svd_record
 from ipca.io.peft_format import to_peft
-from ipca.nn.initialization import InitialFactors, initial_factors
+from ipca.nn.initialization import InitialFactors, count_null, initial_factors
 from ipca.ops import pc_linear
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
 from ipca.peft.records import LayerRecords
@@ -271,6 +271,17 @@ def _added(weight: Tensor, change: Tensor) -> Tensor:
     """``weight + change``, rounded once to the dtype of ``weight``."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + change.to(wide)).to(weight.dtype)
+
+
+def null_components(model: nn.Module, adapter: str) -> dict[str, tuple[int, int]]:
+    """:func:`ipca.nn.initialization.count_null` of each layer of an adapter that has initial factors, by path."""
+    found = {}
+    for layer in model.modules():
+        if isinstance(layer, WindowLora) and layer.holds(adapter):
+            B0 = initial_factor(*layer.owners(adapter)[1])
+            if B0 is not None and not B0.is_meta:
+                found[layer.path] = count_null(B0.flatten(1))
+    return found
 
 
 def check_rank(path: str, rank: int, shape: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from ipca._dtensor import full
 from ipca.io.peft_format import PREFIX, WEIGHTS
 from ipca.model.report import Summary, account
 from ipca.peft.config import PCConfig
-from ipca.peft.layers import WindowLora
+from ipca.peft.layers import WindowLora, null_components
 
 
 def config_of(model: nn.Module, adapter_name: str) -> PCConfig:
@@ -52,7 +52,8 @@ def summary(model: PeftModel, adapter_name: str = "default") -> Summary:
         for name, wrapper in model.named_modules()
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
     }
-    return account(model, windows, {path: report for path, report in reports.items() if report}, {}, whole)
+    null = null_components(model, adapter_name)
+    return account(model, windows, {path: report for path, report in reports.items() if report}, {}, whole, null)
 
 
 def save_gathered(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
