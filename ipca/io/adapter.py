@@ -252,8 +252,21 @@ def modules_to_save_state(
         there = {key: tuple(value.shape) for key, value in state.items()}
         if here != there:
             raise ValueError(f"{name}: the adapter holds {there}, this model has {here}.")
+        check_untied(model, name)
         found.append((module, state))
     return found
+
+
+def check_untied(model: nn.Module, name: str) -> None:
+    """Raise ValueError where loading the module ``name`` as a whole would change another one, to which it is tied."""
+    own = {id(parameter) for parameter in model.get_submodule(name).parameters()}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not path.startswith(f"{name}."):
+            raise ValueError(
+                f"{name}: the adapter holds it as a whole, and here its weight is tied to {path}, which would change "
+                "with it; untie them (of transformers: from_pretrained(…, tie_word_embeddings=False)), or load the "
+                "adapter with peft.PeftModel.from_pretrained, and merge it there with merge_and_unload()."
+            )
 
 
 def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form: str | None, check_base: bool) -> None:

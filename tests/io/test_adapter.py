@@ -315,3 +315,33 @@ def test_a_layer_that_is_called_too_is_not_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ipca.save_adapter(model, tmp_path)
+
+
+def tied_llama(**options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, **{"tie_word_embeddings": True, **options})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("whole", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("load", [ipca.load_adapter, ipca.import_peft], ids=["load_adapter", "import_peft"])
+def test_a_whole_module_is_not_loaded_into_a_tied_weight(load, whole, tmp_path):
+    peft = pytest.importorskip("peft")
+    from ipca.peft import PCConfig
+
+    model = peft.get_peft_model(tied_llama(), PCConfig(r=2, target_modules=["q_proj"], modules_to_save=[whole]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    base = tied_llama()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=rf"{whole}: .* is tied to .*; untie them .* load the adapter with peft"):
+        load(base, tmp_path)
+    assert snapshot(base) == before
+    untied = tied_llama(tie_word_embeddings=False)  # the way out that the message names
+    untied.load_state_dict(base.state_dict())
+    x = torch.arange(12)[None]
+    torch.testing.assert_close(load(untied, tmp_path)(x).logits, model.eval()(x).logits)
