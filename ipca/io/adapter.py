@@ -30,6 +30,7 @@ from ipca.io.adapter_folder import (
 from ipca.io.model_folder import WEIGHT_ENDINGS
 from ipca.io.output_folder import check_output, is_adapter_file
 from ipca.io.peft_format import (
+    CONFIG,
     MATRIX,
     WEIGHTS,
     AdapterContents,
@@ -51,6 +52,8 @@ from ipca.nn.registry import get_layer, named_layers
 from ipca.nn.window_layer import WindowLayer
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+_ONLY_PEFT = {"bias": "none", "trainable_token_indices": None}
+"""Fields of PEFT's configuration that say what trains beside the factors, and their values where nothing does."""
 _FSDP1 = "_fsdp_wrapped_module"
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -148,6 +151,7 @@ def load_adapter(
     """
     check_inference_mode()
     check_not_sharded(model, "load the adapter first, then shard; torch.distributed.checkpoint resumes a sharded run.")
+    _check_peft_fields(Path(folder))
     saved = read_adapter(folder)
     modules_to_save = modules_to_save_state(model, saved.modules_to_save)
     present = adapted_layers(model)
@@ -255,6 +259,25 @@ def modules_to_save_state(
         check_untied(model, name)
         found.append((module, state))
     return found
+
+
+def _check_peft_fields(folder: Path) -> None:
+    """Raise ValueError where PEFT has trained more than the factors and whole modules."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        trained = {name: config[name] for name, none in _ONLY_PEFT.items() if config.get(name) not in (None, none)}
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ):  # missing or damaged, and not needed here
+        return
+    for name, value in trained.items():
+        raise ValueError(
+            f"{folder / CONFIG}: {name} is {value!r}, which only PEFT trains and holds; load the folder with "
+            "peft.PeftModel.from_pretrained, and merge it there with merge_and_unload()."
+        )
 
 
 def check_untied(model: nn.Module, name: str) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ipca.peft.dispatch import build_layer
 from ipca.peft.records import LayerRecords
-from ipca.peft.save_load import OWN_FIELDS, load_config, save_config
+from ipca.peft.save_load import OWN_FIELDS, load_config, save_config, stock_config
 from ipca.svd.decompose import tolerance
 from ipca.window import Window, as_pattern_window, as_window
 
@@ -145,6 +145,13 @@ class PCConfig(LoraConfig):
         """The keys of ``window_pattern`` that match none of the adapted layers at ``paths``."""
         paths = list(paths)
         return [key for key in self.window_pattern if not any(get_pattern_key([key], path) == key for path in paths)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of the stock LoRA of rank ``2 r`` that state dicts hold, as ``adapter_config.json`` has them.
+
+        ``peft.LoraConfig(**config.to_dict())`` takes them, as diffusers does when it loads an adapter.
+        """
+        return stock_config({f.name: getattr(self, f.name) for f in fields(LoraConfig)}).to_dict()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` of a stock LoRA, and ``ipca.json`` with what that cannot hold.

@@ -24,6 +24,12 @@ from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, wrappers_around
 from ipca.io.serving import warn_servers
 from ipca.model.targets import few
 
+_FIRST_FIELDS = {
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+}
+"""Fields that every version of PEFT from 0.10 on reads."""
 OWN_FIELDS = ("window", "window_pattern", "tol")
 """Fields of PCConfig that PEFT's configuration cannot hold."""
 
@@ -59,8 +65,20 @@ def save_config(
     stock = stock_config(values)
     with staged_files(folder) as stage:
         stock.save_pretrained(str(stage), **kwargs)
+        written = json.loads((stage / CONFIG_NAME).read_text())
+        (stage / CONFIG_NAME).write_text(json.dumps(_for_old_peft(written), indent=2, sort_keys=True) + "\n")
         (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
     warn_servers(folder, stacklevel=5)
+
+
+def _for_old_peft(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without newer fields at their defaults, which older versions of PEFT refuse and newer ones add."""
+    defaults = LoraConfig().to_dict() | {"peft_version": config.get("peft_version")}
+    return {
+        name: value
+        for name, value in config.items()
+        if name in _FIRST_FIELDS or name not in defaults or value != defaults[name]
+    }
 
 
 def stock_config(values: Mapping[str, Any]) -> LoraConfig:

@@ -1,6 +1,7 @@
 """Fields of a PCConfig: what it fills in, and errors that name the field, before the model has changed."""
 
 import copy
+import json
 from dataclasses import fields
 
 import peft
@@ -12,7 +13,8 @@ from ipca.model import AdapterSettings
 from ipca.peft import PCConfig
 from ipca.peft.config import _REFUSED
 from tests.helpers.models import snapshot
-from tests.helpers.peft_models import Small
+from tests.helpers.peft_cases import off, randomize
+from tests.helpers.peft_models import Small, ids
 
 GIVEN = {
     "velora_config": peft.tuners.lora.config.VeloraConfig,
@@ -97,3 +99,36 @@ def test_settings_of_apply_pc_are_no_configuration_of_peft(way):
         way(Small(), AdapterSettings(targets=["a"]))
     with pytest.raises(AttributeError, match=r"AdapterSettings has no attribute 'rnk'\.$"):
         AdapterSettings().rnk  # noqa: B018
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"b": 5}, "use_rslora": True}, {"lora_alpha": 7}], ids=str)
+def test_a_lora_config_takes_the_dictionary_and_computes_the_same(options):
+    base, x = Small(), ids()
+    model = get_peft_model(copy.deepcopy(base), PCConfig(r=3, target_modules=["a", "b"], **options))
+    randomize(model)
+    config = LoraConfig(**model.peft_config["default"].to_dict())
+    assert config.r == 6
+    other = get_peft_model(base, config)
+    peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(model))
+    assert off(other(x), model(x)) < 1e-5
+
+
+def test_files_hold_no_default_of_a_field_that_old_versions_of_peft_refuse(tmp_path):
+    old = {
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "bias",
+    }
+    old |= {"target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "modules_to_save", "bias"}
+    old |= {"init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"}
+    plain, more = {"target_modules": ["a"]}, {"target_modules": ["a", "b"], "exclude_modules": ["b"]}
+    for options, beyond in ((plain, set()), (more, {"exclude_modules"})):
+        get_peft_model(Small(), PCConfig(r=3, **options)).save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert set(written) - old == beyond
+        assert LoraConfig.from_pretrained(tmp_path).r == 6

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import ipca
 from ipca.io.adapter_folder import SIDECAR
 from ipca.peft import PCConfig
+from tests.helpers.models import snapshot
 from tests.helpers.peft_cases import off, output, saved, train, wrap
 from tests.helpers.peft_models import CASES, Small, ids, llama
 
@@ -267,3 +268,18 @@ def test_a_file_is_no_folder(tmp_path):
     saved(tmp_path)
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is a file, but an adapter is a folder"):
         PCConfig.from_pretrained(tmp_path / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("bias", "lora_only"), ("bias", "all"), ("trainable_token_indices", {"words": [3, 4]})],
+    ids=str,
+)
+def test_what_only_peft_trains_is_refused_by_its_field(field, value, tmp_path):
+    base = Small()
+    model = wrap(base, PCConfig(r=3, target_modules=["a"], **{field: value}))
+    model.save_pretrained(tmp_path)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=rf"{field} is .*, which only PEFT trains .* peft.PeftModel.from_pretrained"):
+        ipca.load_adapter(base, tmp_path)
+    assert snapshot(base) == before
