@@ -18,8 +18,10 @@ from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
 from ipca.io.output_folder import check_output, is_adapter_file
+from ipca.io.peft_format import LayerFormat, readable_config
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
+from ipca.nn.registry import get_layer
 from ipca.offline.adapter_files import write_adapter, write_residual
 from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
 from ipca.offline.ranks import PeerFailed, Ranks
@@ -77,6 +79,8 @@ def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Reco
     plan = _plan(args, settings)
     if ranks.is_main:
         model = {"model": model_digest(args.model), "class": type(plan.source.model).__name__}
+        if not work.ready:
+            _check_with_peft(plan, residual=args.form == "residual")
         work.open({"format": 1, "ipca": ipca.__version__, **model, **asdict(settings)})
         ranks.barrier()
     ready, cache = ranks.broadcast(work.ready), _cache(args)
@@ -132,6 +136,17 @@ def _plan(args: argparse.Namespace, settings: AdapterSettings) -> Plan:
             f"{folder} holds no weight for {names}, and transformers would initialize it at random; exclude it."
         )
     return Plan(ModelSource(model), targets, saved, why)
+
+
+def _check_with_peft(plan: Plan, *, residual: bool) -> None:
+    """Raise, or warn, where PEFT will not read the adapter; nothing has been decomposed yet."""
+    model = plan.source.model
+    layers = {
+        target.name: LayerFormat.of_target(target, get_layer(model, target.name), doubled=not residual)
+        for target in plan.targets
+    }
+    whole = {name: model.get_submodule(name) for name in plan.modules_to_save}
+    readable_config(model, layers, whole, others=residual)
 
 
 def _assemble(

@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ipca._dtensor import full, gathered, is_sharded, is_writer, plain_type
-from ipca.io.peft_reader import Reading, has_peft, plain_copy, read_with_peft
-from ipca.model.targets import few
+from ipca.io.peft_reader import Reading, has_peft, misreading_transformers, plain_copy, read_with_peft
+from ipca.model.targets import Target, few
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.nn.window_layer import WindowLayer
 
@@ -160,6 +160,13 @@ class LayerFormat(NamedTuple):
         """The format of an adapted layer, ``doubled`` as in :func:`adapter_tensors`."""
         factor, kernel = 2 if doubled else 1, getattr(layer, "kernel_size", ())
         return cls(layer.kind, layer.matrix_shape, factor * layer.rank, factor * layer.alpha, tuple(kernel))
+
+    @classmethod
+    def of_target(cls, target: Target, module: nn.Module, *, doubled: bool = True) -> LayerFormat:
+        """The format that the plain layer ``module`` will have once it is adapted as ``target`` says."""
+        assert target.kind is not None
+        factor, kernel = 2 if doubled else 1, getattr(module, "kernel_size", ())
+        return cls(target.kind, target.shape, factor * target.window.rank, factor * target.alpha, tuple(kernel))
 
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of ``lora_A`` and ``lora_B``."""
@@ -314,6 +321,14 @@ def readable_config(
     def config_of(chosen: Mapping[str, LayerFormat], saved: Iterable[str], **spelling: Any) -> dict[str, Any]:
         return adapter_config(chosen, saved, names, base_model, **spelling) | (auto if from_transformers else {})
 
+    old = misreading_transformers()
+    if from_transformers and old and any(layer.kind in EXPERTS for layer in layers.values()):
+        warnings.warn(
+            f"transformers {old} misreads stacks of experts in model.load_adapter, without a message: load the folder "
+            "with peft.PeftModel.from_pretrained or ipca.load_adapter, or update transformers to 5.7.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     as_parameters: list[str] = []
     exclude: list[str] = []
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Mapping
@@ -44,6 +45,15 @@ class Reading(NamedTuple):
 def has_peft() -> bool:
     """Whether the library PEFT is installed, and with it transformers."""
     return all(importlib.util.find_spec(name) is not None for name in ("peft", "transformers"))
+
+
+def misreading_transformers() -> str:
+    """The version of transformers, where its own ``load_adapter`` misreads stacks of experts, or an empty text."""
+    if importlib.util.find_spec("transformers") is None:
+        return ""
+    version = importlib.metadata.version("transformers")
+    major, minor = version.split(".")[:2]
+    return version if (int(major), int(minor)) < (5, 7) else ""
 
 
 def read_with_peft(

@@ -8,6 +8,7 @@
 | ``LoraModel.merge_adapter`` | refused for some of several active adapters: PEFT would leave out the others |
 | ``PeftModel.save_pretrained`` | layers that are not called, and running statistics that moved, are named |
 | ``PeftModel.from_pretrained``, ``load_adapter`` | with ``is_trainable=True`` a window trains on as with its PCConfig |
+| transformers' ``load_adapter`` | refused for a window with ``is_trainable=True``, and where it misreads experts |
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from peft import LoraModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, hotswap
 from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ipca.io.adapter_folder import SIDECAR
+from ipca.io.peft_reader import misreading_transformers
 from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, matches
 from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
 from ipca.nn.initialization import warn_null
+from ipca.nn.layer_kinds import EXPERTS
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
 from ipca.peft.layers import WindowLora, null_components
@@ -150,11 +154,32 @@ def window_config(folder: str | os.PathLike[str], **kwargs: Any) -> PCConfig | N
     return PCConfig.from_pretrained(str(folder), **kwargs)
 
 
+def check_load_in_transformers(folder: Any, *, is_trainable: bool, **kwargs: Any) -> None:
+    """Raise ValueError where transformers' own ``load_adapter`` would train ``A0, B0`` too, or misread experts."""
+    old = misreading_transformers()
+    if folder is None or not (is_trainable or old):
+        return
+    config = window_config(folder, **kwargs)
+    if config is None:
+        return
+    if is_trainable:
+        raise ValueError(
+            f"{folder} holds a window, of which transformers' load_adapter would train the initial factors too; train "
+            "on with peft.PeftModel.from_pretrained(model, folder, is_trainable=True), or leave out is_trainable."
+        )
+    if any(layer.kind in EXPERTS for layer in config.records.saved.values()):
+        raise ValueError(
+            f"{folder} holds stacks of experts, which load_adapter of transformers {old} misreads; load it with "
+            "peft.PeftModel.from_pretrained, or update transformers to 5.7."
+        )
+
+
 def install_guards() -> None:
     """Put the checks above before or after PEFT's functions, for the whole process."""
     swap, combine = hotswap.hotswap_adapter_from_state_dict, LoraModel.add_weighted_adapter
     merge, load = LoraModel.merge_adapter, PeftModel.load_adapter
     start = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    native_load = PeftAdapterMixin.load_adapter
     inject, save = LoraModel.inject_adapter, PeftModel.save_pretrained
 
     @wraps(swap)
@@ -235,10 +260,17 @@ def install_guards() -> None:
         saved = [name for name, _ in self.named_modules() if name.endswith(".modules_to_save")]
         warn_moved_statistics(self, saved)
 
+    @wraps(native_load)
+    def checked_native_load(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        is_trainable = args[4] if len(args) > 4 else kwargs.get("is_trainable", False)
+        check_load_in_transformers(peft_model_id, is_trainable=is_trainable, **(kwargs.get("adapter_kwargs") or {}))
+        return native_load(self, peft_model_id, *args, **kwargs)
+
     hotswap.hotswap_adapter_from_state_dict = checked_swap
     LoraModel.add_weighted_adapter = checked_combine  # type: ignore[method-assign]
     LoraModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]
     LoraModel.merge_adapter = checked_merge  # type: ignore[assignment,method-assign]
+    PeftAdapterMixin.load_adapter = checked_native_load  # type: ignore[method-assign]
     PeftModel.save_pretrained = checked_save  # type: ignore[method-assign]
     PeftModel.load_adapter = resuming_load  # type: ignore[method-assign]
     PeftModel.from_pretrained = resuming_start  # type: ignore[assignment,method-assign]

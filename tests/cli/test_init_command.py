@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel, GPT2Model, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import ipca
 from ipca.cli.main import main
@@ -272,3 +280,14 @@ def test_a_cache_is_used_where_it_is_named(llama, tmp_path, monkeypatch, capsys,
     assert "14 from the cache" in capsys.readouterr().out
     assert len(decomposed) == before
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_what_peft_refuses_is_said_before_anything_is_decomposed(tmp_path, capsys):
+    sizes = {"vocab_size": 97, "hidden_size": 32, "state_size": 4, "time_step_rank": 4, "num_hidden_layers": 1}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path / "model")
+    command = ["init", str(tmp_path / "model"), "--rank", "2", "--quiet", "-o", str(tmp_path / "out")]
+    assert main([*command, "--form", "residual"]) == 1
+    assert "PEFT cannot load backbone.layers.0.mixer.out_proj" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match=r"PEFT cannot load backbone\.layers\.0\.mixer\.out_proj"):
+        assert main(command) == 0

@@ -310,3 +310,30 @@ def test_layers_whose_weight_is_read_for_its_dtype_are_not_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         model.save_pretrained(tmp_path)
+
+
+def test_transformers_load_adapter_does_not_train_a_windows_initial_factors(tmp_path):
+    base, x = llama(), ids()
+    model = wrap(base, PCConfig(r=3, target_modules=["q_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    before = tree(base)
+    with pytest.raises(ValueError, match=r"holds a window, .* train on with peft.PeftModel.from_pretrained"):
+        base.load_adapter(str(tmp_path), is_trainable=True)
+    assert tree(base) == before
+    base.load_adapter(str(tmp_path))
+    assert off(base(x).logits, model(x).logits) < 1e-5
+
+
+def test_transformers_that_misreads_experts_does_not_load_them(tmp_path, monkeypatch):
+    case = CASES["experts"]
+    base = case.build()
+    wrap(base, PCConfig(r=2, **case.options)).save_pretrained(tmp_path)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.6.1")
+    before = tree(base)
+    with pytest.raises(ValueError, match=r"experts, which load_adapter of transformers 5\.6\.1 misreads"):
+        base.load_adapter(str(tmp_path))
+    assert tree(base) == before
+    native = ipca.apply_pc(base, rank=2, targets=["experts.down_proj"], progress=False)
+    with pytest.warns(RuntimeWarning, match=r"transformers 5\.6\.1 misreads stacks of experts in model.load_adapter"):
+        ipca.save_adapter(native, tmp_path / "native")
