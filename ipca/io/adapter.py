@@ -42,7 +42,7 @@ from ipca.io.peft_format import (
 )
 from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
-from ipca.model.merge import check_not_sharded, fully_trained_modules, require_adapted
+from ipca.model.merge import check_not_offloaded, check_not_sharded, fully_trained_modules, require_adapted
 from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.targets import Target, check_endings, validate_targets
 from ipca.nn.experts import ExpertsPC
@@ -155,6 +155,8 @@ def load_adapter(
     saved = read_adapter(folder)
     modules_to_save = modules_to_save_state(model, saved.modules_to_save)
     present = adapted_layers(model)
+    changed = {**present, **{name: model.get_submodule(name) for name in saved.modules_to_save}}
+    check_not_offloaded(changed, "load the adapter onto the model without offloading, then offload.")
     mixed = set(present) - set(saved.layers)
     if mixed:
         raise ValueError(

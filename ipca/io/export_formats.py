@@ -35,6 +35,7 @@ from ipca.io.serving import (
     write_serve,
 )
 from ipca.model.apply import adapted_layers
+from ipca.model.merge import check_not_offloaded
 from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.transformers_models import plain_key
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
@@ -86,6 +87,7 @@ def export(
     _check_arguments(format, rank)
     if format == "residual":
         _check_quantized(model)
+        check_not_offloaded(adapted_layers(model))
     check_output(folder, whole=format == "residual", overwrite=overwrite)
     contents = collect_adapter(model)
     if format in ("serve", "mlx"):

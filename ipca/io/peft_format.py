@@ -37,6 +37,7 @@ from ipca._dtensor import full, gathered, is_sharded, is_writer, plain_type
 from ipca.io.peft_reader import Reading, has_peft, misreading_transformers, plain_copy, read_with_peft
 from ipca.model.targets import Target, few
 from ipca.nn.layer_kinds import EXPERTS
+from ipca.nn.offload import stored_state_dict, stored_tensor
 from ipca.nn.window_layer import WindowLayer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -128,13 +129,15 @@ def adapter_tensors(
     wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
     for name, layer in layers.items():
         kernel, experts = getattr(layer, "kernel_size", ()), math.prod(layer.matrix_shape[:-2])
-        A, B = to_peft(layer.kind, full(layer.lora_A), full(layer.lora_B), kernel)
+        A, B = (full(stored_tensor(layer, name)) for name in ("lora_A", "lora_B"))
+        A, B = to_peft(layer.kind, A, B, kernel)
         if doubled:
-            A0, B0 = to_peft(layer.kind, layer.lora_A0, layer.lora_B0, kernel)
+            A0, B0 = (stored_tensor(layer, name) for name in ("lora_A0", "lora_B0"))
+            A0, B0 = to_peft(layer.kind, A0, B0, kernel)
             A, B = double_factor("A", A, A0, experts), double_factor("B", B, B0, experts)
         yield from zip(factor_keys(name, layer.kind, wrappers[name]), (A, B), strict=True)
     for name, module in modules_to_save.items():
-        for key, value in module.state_dict().items():
+        for key, value in stored_state_dict(module).items():
             yield f"{PREFIX}{name}.{key}", value
 
 

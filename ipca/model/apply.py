@@ -17,6 +17,7 @@ from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
 from ipca.model.transformers_models import INSTALLED, install_saving
 from ipca.nn.initialization import InitialFactors, one_of, warn_null
+from ipca.nn.offload import move_device_hook
 from ipca.nn.registry import get_layer, layer_class, set_layer
 from ipca.nn.window_layer import WindowLayer
 from ipca.svd.cache import SpectralCache
@@ -155,6 +156,8 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -
         layer = cls.from_factors(plain, factors, alpha=target.alpha, form=target.form, dropout=target.dropout)
         setattr(layer, INSTALLED, True)
         set_layer(model, target.name, layer)
+        if not target.quantized:  # which is called, hook and all
+            move_device_hook(plain, layer)
     install_saving(model)
     watch_statistics(model)
 

@@ -18,6 +18,7 @@ from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
 from ipca.nn.initialization import InitialFactors, factors_from_svd
 from ipca.nn.layer_kinds import is_quantized, layer_kind, read_layer
+from ipca.nn.offload import stored_tensor
 from ipca.nn.quantization import quantized_sha256
 from ipca.nn.quantized_linear import quantized_source
 from ipca.nn.registry import get_layer
@@ -173,7 +174,7 @@ def decompose_targets(
         made, error = _exchange(made, error, rank, world)
     if error is not None:
         raise error
-    return [_to_device(made[i], module.get_parameter("weight").device) for i, module in enumerate(modules)]
+    return [_to_device(made[i], stored_tensor(module, "weight").device) for i, module in enumerate(modules)]
 
 
 def cost(target: Target) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
@@ -11,12 +11,14 @@ from torch import nn
 from ipca._dtensor import is_sharded_model
 from ipca.model.apply import FULLY_TRAINED, adapted_layers
 from ipca.model.targets import has_peft_layers
+from ipca.nn.offload import is_offloaded, move_device_hook
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.quantized_linear import QuantizedLinearPC
 from ipca.nn.registry import set_layer
 from ipca.nn.window_layer import WindowLayer
 
 Model = TypeVar("Model", bound=nn.Module)
+ELSEWHERE = "write the adapter with ipca.save_adapter, and load it onto the base without offloading."
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -50,7 +52,9 @@ def merge_adapter(model: Model) -> Model:
 
     Each merged layer also holds its base weight, so memory grows by the adapted weights; :func:`unload` frees it.
     """
-    for layer in require_adapted(model).values():
+    layers = require_adapted(model)
+    check_not_offloaded(layers)
+    for layer in layers.values():
         layer.merge()
     return model
 
@@ -73,8 +77,11 @@ def unload(model: Model, *, merge: bool = True) -> Model:
     """
     layers = require_adapted(model)
     check_not_sharded(model, "save_adapter gathers it: load that onto the plain base and unload there.")
+    check_not_offloaded(layers)
     for name, layer in layers.items():
-        set_layer(model, name, layer.to_plain(base=not merge).train(layer.training).requires_grad_(False))
+        plain = layer.to_plain(base=not merge).train(layer.training).requires_grad_(False)
+        set_layer(model, name, plain)
+        move_device_hook(layer, plain)
     if merge and any(isinstance(layer, QuantizedLinearPC) for layer in layers.values()):
         _forget_quantization(model)
     return model
@@ -100,6 +107,13 @@ def check_not_sharded(model: nn.Module, instead: str) -> None:
     """Raise ValueError for a model that ``fully_shard`` has spread over processes; ``instead`` is the way out."""
     if is_sharded_model(model):
         raise ValueError(f"this {type(model).__name__} is sharded over processes; {instead}")
+
+
+def check_not_offloaded(modules: Mapping[str, nn.Module], instead: str = ELSEWHERE) -> None:
+    """Raise ValueError for a module whose weights accelerate keeps off the device; ``instead`` is the way out."""
+    for name, module in modules.items():
+        if any(is_offloaded(inner) for inner in module.modules()):
+            raise ValueError(f"{name} is offloaded: accelerate keeps its weights on the CPU or the disk; {instead}")
 
 
 def require_adapted(model: nn.Module) -> dict[str, WindowLayer]:

@@ -24,6 +24,7 @@ from ipca.nn.layer_kinds import (
     stack_names,
     unsupported_reason,
 )
+from ipca.nn.offload import has_other_hooks, is_offloaded
 from ipca.nn.quantized_linear import RESIDUAL
 from ipca.nn.registry import named_layers
 from ipca.nn.window_layer import WindowLayer
@@ -40,7 +41,10 @@ BESIDE_STACK = (
     "to another path; leave one of them out, or put the stack into a module of its own"
 )
 """Why nothing else inside a module of experts can train."""
-_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+OFFLOADED = (
+    "accelerate keeps its weight on the CPU or the disk; load the model without offloading, exclude the layer, or "
+    "adapt it inside PEFT with ipca.peft.PCConfig"
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,8 @@ def find_modules_to_save(model: nn.Module, settings: AdapterSettings) -> list[st
 
 def _untrainable_reason(module: nn.Module, owners: Counter[int]) -> str | None:
     """The reason why a module cannot train whole, or None; ``owners`` counts the paths of each parameter."""
+    if any(is_offloaded(inner) for inner in module.modules()):
+        return "cannot train: accelerate keeps its weights on the CPU or the disk; load it without offloading"
     own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     if any(isinstance(inner, WindowLayer) for inner in module.modules()):
         return "holds layers that are adapted; unload them first"
@@ -287,11 +293,11 @@ def _unsupported_reason(
         return "its weight is sharded already; adapt the model first, then call fully_shard or parallelize the rest"
     if target.kind is None:
         return _unsupported_module(target.name, module)
-    if not target.quantized and (
-        "forward" in vars(module) or any(getattr(module, f"_{hooks}_hooks") for hooks in _HOOKS)
-    ):  # a quantized layer is called, and so keeps its hooks
+    if not target.quantized and has_other_hooks(module):  # a quantized layer is called, and so keeps its hooks
         return "it has hooks or a replaced forward, which would be lost; adapt the model before attaching them"
     owner = modules[target.name.rpartition(".")[0]]
+    if is_offloaded(owner if isinstance(module, ExpertStack) else module):
+        return OFFLOADED
     if isinstance(module, ExpertStack):
         why = _unsupported_stack(target, owner)
         if why:

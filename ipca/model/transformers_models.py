@@ -27,6 +27,7 @@ from ipca._dtensor import is_sharded_model
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import add_low_rank, check_extra_state
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
+from ipca.nn.offload import stored_value
 from ipca.nn.window_layer import WindowLayer
 
 STATE = "ipca_training_state"
@@ -107,7 +108,7 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
     for name, layer in replaced_layers(model).items():
         if f"{name}.base_weight" not in state:
             continue
-        own = {key: state.pop(f"{name}.{key}") for key in ("base_weight", *_FACTORS)}
+        own = {key: stored_value(layer, key, state.pop(f"{name}.{key}")) for key in ("base_weight", *_FACTORS)}
         state.pop(f"{name}._extra_state", None)
         terms = [(layer.scaling, own["lora_B"], own["lora_A"])]
         if layer.form == "intact":
@@ -151,7 +152,8 @@ def training_state(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str,
     """What training changes and what it started from, of ``state_dict``: all but the frozen parameters."""
     factors = {f"{name}.{factor}" for name in replaced_layers(model) for factor in _FACTORS}
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - factors
-    return {key: value for key, value in state_dict.items() if isinstance(value, Tensor) and key not in frozen}
+    kept = {key: value for key, value in state_dict.items() if isinstance(value, Tensor) and key not in frozen}
+    return {key: stored_value(model, key, value) for key, value in kept.items()}
 
 
 def resumable_state(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ipca._hashing import tensor_sha256
+from ipca.nn.offload import stored_tensor
 from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256, unsupported_quantization
 
 LINEAR = ("linear", "conv1d")
@@ -118,9 +119,7 @@ def read_layer(module: nn.Module, kind: str | None = None) -> tuple[Tensor, Tens
     known.
     """
     kind = kind or layer_kind(module) or "linear"
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
+    weight, bias = stored_tensor(module, "weight"), stored_tensor(module, "bias")
     matrix = dequantize(module) if is_quantized(kind) else to_matrix(kind, weight.detach())
     return matrix, None if bias is None else bias.detach()
 

@@ -23,8 +23,10 @@ if Version(peft.__version__) < Version("0.21") or Version(transformers.__version
 from ipca.peft.config import PCConfig
 from ipca.peft.guards import install_guards
 from ipca.peft.model import save_gathered, summary
+from ipca.peft.offload import install_offloading
 from ipca.peft.preparation import prepare
 
 install_guards()
+install_offloading()
 
 __all__ = ["PCConfig", "prepare", "save_gathered", "summary"]

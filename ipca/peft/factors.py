@@ -11,7 +11,7 @@ within each expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from ipca.io.peft_format import Part, double_factor, split_factor
+from ipca.nn.offload import stored_value
 
 
 def register_initial(
@@ -47,12 +48,14 @@ def register_initial(
         owner.register_load_state_dict_pre_hook(partial(_halve, name, part, experts)),
     )
     setattr(owner, f"hooks_of_{name}", hooks)
+    setattr(owner, f"layout_of_{name}", (part, experts))
 
 
 def remove_initial(owner: nn.Module, name: str) -> None:
     """Undo :func:`register_initial`, where it was called: another adapter may take the name."""
     if has_initial(owner, name):
         delattr(owner, initial_name(name))
+        delattr(owner, f"layout_of_{name}")
         for hook in owner.__dict__.pop(f"hooks_of_{name}"):
             hook.remove()
 
@@ -94,16 +97,44 @@ LOST = (
 )
 
 
-def misfit(A: Tensor, B: Tensor, base: Tensor) -> str:
-    """The reason why ``A, B`` do not belong to their initial factors on the weight ``base``, or an empty text."""
+def misfit(A: Tensor, B: Tensor, *, empty: bool) -> str:
+    """The reason why ``A, B``, which may be ``empty``, do not belong to their initial factors, or an empty text."""
     if any(getattr(factor, "_is_hf_initialized", False) for factor in (A, B)):  # transformers marks what it loads
         return (
             "transformers' load_adapter replaced the factors, but not the initial ones; load saved adapters "
             "without a PCConfig, or with peft.PeftModel.from_pretrained"
         )
-    if A.is_meta and not base.is_meta:  # torch would multiply with it and raise nothing
+    if empty:  # torch would multiply with it and raise nothing
         return "it was made with low_cpu_mem_usage; load its file before using it"
     return ""
+
+
+class TrainedFactors(Mapping[str, Tensor]):
+    """The weights that accelerate keeps for ``owner``, taken from a state dict: of two factors in one the trained one.
+
+    Args:
+        weights: by name, read when they are asked for.
+        owner: as for :func:`register_initial`.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], owner: nn.Module) -> None:
+        self.weights = weights
+        self.layouts = {
+            name: (*vars(owner)[f"layout_of_{name}"], 2 * owner.get_buffer(initial_name(name)).numel())
+            for name in owner._parameters
+            if has_initial(owner, name)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.weights[name]
+        part, experts, doubled = self.layouts.get(name, ("A", 1, 0))
+        return split_factor(part, value, experts)[0] if value.numel() == doubled else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 def _double(
@@ -119,7 +150,12 @@ def _double(
     initial, key = initial_factor(owner, name), prefix + name
     if initial is None or key not in state_dict:
         return
-    factor, whole = state_dict[key], initial.detach()
+    factor, whole = stored_value(owner, name, state_dict[key]), initial.detach()
+    if factor.is_meta and not whole.is_meta:
+        raise RuntimeError(
+            f"{key} holds no values: the adapter was loaded onto an offloaded base, from which PEFT takes accelerate's "
+            "hooks. Load the base without offloading, load the adapter, and offload then (accelerate.cpu_offload)."
+        )
     if isinstance(factor, DTensor):  # every rank has all of the initial factor
         whole = DTensor.from_local(whole, factor.device_mesh, [Replicate()] * factor.device_mesh.ndim)
     state_dict[key] = double_factor(part, factor, whole, experts)

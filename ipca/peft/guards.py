@@ -38,6 +38,7 @@ from ipca.nn.layer_kinds import EXPERTS
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
 from ipca.peft.layers import WindowLora, null_components
+from ipca.peft.offload import with_stored_factors
 from ipca.peft.save_load import warn_bypassed
 
 
@@ -254,7 +255,7 @@ def install_guards() -> None:
 
     @wraps(save)
     def checked_save(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        save(self, *args, **kwargs)
+        save(self, *args, **with_stored_factors(self, kwargs))
         for name, config in self.peft_config.items():
             warn_bypassed(bypassed_layers(self, name) if isinstance(config, PCConfig) else [])
         saved = [name for name, _ in self.named_modules() if name.endswith(".modules_to_save")]

@@ -20,6 +20,7 @@ from ipca._hashing import tensor_sha256
 from ipca.io.adapter_folder import SavedLayer, other_base, svd_record
 from ipca.io.peft_format import to_peft
 from ipca.nn.initialization import InitialFactors, count_null, initial_factors
+from ipca.nn.offload import execution_device, is_offloaded, stored_tensor
 from ipca.ops import pc_linear
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
 from ipca.peft.records import LayerRecords
@@ -71,8 +72,8 @@ class WindowLora(_Mixed):
             self.was_called = True
 
     def base_parameter(self) -> Tensor:
-        """The weight as the base layer holds it."""
-        return self.get_base_layer().weight
+        """The weight as the base layer holds it, or as accelerate keeps it for the layer."""
+        return stored_tensor(self.get_base_layer(), "weight")
 
     def base_matrix(self) -> Tensor:
         """The base weight as ``(out, in)``, a float tensor."""
@@ -164,7 +165,12 @@ class WindowLora(_Mixed):
             raise ValueError(other_base(self.path, known, digest) + ".")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move ``A, B, A0, B0`` without PEFT's cast to the base's dtype after loading with ``low_cpu_mem_usage``."""
+        """Move ``A, B, A0, B0`` without PEFT's cast to the base's dtype after loading with ``low_cpu_mem_usage``.
+
+        Beside an offloaded weight they go to the device that it is computed on, not to the meta device.
+        """
+        if is_offloaded(self.get_base_layer()):
+            device = device or execution_device(self.get_base_layer())
         owners = self.owners(adapter_name) if self.holds(adapter_name) else ()
         if owners and all(has_initial(owner, name) for owner, name in owners):
             for owner, name in owners:
@@ -192,8 +198,8 @@ class WindowLora(_Mixed):
             if window and not (has_initial(in_A, name_A) and has_initial(in_B, name_B)):
                 raise RuntimeError(f"{self.path}: the adapter {adapter!r} cannot be computed: {LOST}.")
             return None
-        A, B = in_A.get_parameter(name_A), in_B.get_parameter(name_B)
-        why = misfit(A, B, self.base_parameter())
+        A, B = stored_tensor(in_A, name_A), stored_tensor(in_B, name_B)
+        why = misfit(A, B, empty=A.is_meta and not self.base_parameter().is_meta)
         if why:
             raise RuntimeError(f"{self.path}: the adapter {adapter!r} cannot be computed: {why}.")
         return A, B, A0, B0
@@ -270,7 +276,7 @@ class WindowVariant(LoraVariant):
 def _added(weight: Tensor, change: Tensor) -> Tensor:
     """``weight + change``, rounded once to the dtype of ``weight``."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + change.to(wide)).to(weight.dtype)
+    return (weight.to(wide) + change.to(weight.device, wide)).to(weight.dtype)
 
 
 def null_components(model: nn.Module, adapter: str) -> dict[str, tuple[int, int]]:
@@ -370,6 +376,7 @@ class WindowEmbedding(WindowLora, lora.Embedding):
         self.note_call()
         pair = self.pairs(adapter)
         A, B = (self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]) if pair is None else pair[:2]
+        A, B = A.to(x.device), B.to(x.device)  # which accelerate may keep elsewhere
         y = self._embed(x, A.T) @ B.T
         if pair is not None:
             A0, B0 = pair[2].to(A.dtype), pair[3].to(B.dtype)

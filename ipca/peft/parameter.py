@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ipca.io.peft_format import MATRIX, to_peft
 from ipca.nn.initialization import InitialFactors
+from ipca.nn.offload import keeps_weights, stored_tensor
 from ipca.peft.layers import WindowLora
 
 
@@ -44,12 +45,18 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **kwargs: Any) -> None:
         """Add an adapter."""
+        window = getattr(config, "window", None) is not None
+        if window and keeps_weights(self.get_base_layer()):
+            raise ValueError(
+                f"{self.path}: accelerate keeps this weight on the CPU or the disk, and PEFT goes past its hook; load "
+                "the model without offloading, or leave it out of target_parameters."
+            )
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
-        if getattr(config, "window", None) is not None:
+        if window:
             self.init_adapter(adapter_name, config)
 
     def base_parameter(self) -> Tensor:
-        return self.get_param()
+        return stored_tensor(self.get_base_layer(), self.parameter_name)
 
     def base_matrix(self) -> Tensor:
         return self.in_layout(self.base_parameter().detach())

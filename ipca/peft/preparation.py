@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
+from typing import Any
 
 from peft import PeftModel, inject_adapter_in_model
 from torch import nn
@@ -16,6 +17,7 @@ from ipca.model.decompose import UnquantizedWeights, decompose_targets
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
 from ipca.nn.layer_kinds import matrix_shape, stack_names
+from ipca.nn.offload import weights_maps
 from ipca.nn.registry import get_layer
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
@@ -93,7 +95,8 @@ def _by_path(unquantized_weights: UnquantizedWeights | None) -> UnquantizedWeigh
 
 def _trial(base: nn.Module, config: PCConfig) -> nn.Module:
     """A copy of ``base`` that shares every tensor with it, adapted by PEFT; its factors are on the meta device."""
-    tensors = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+    tensors |= {id(weights): weights for module in base.modules() for weights in weights_maps(module)}
     trial, before = copy.deepcopy(base, tensors), [(p, p.requires_grad) for p in base.parameters()]
     admit_windows(trial)
     try:
