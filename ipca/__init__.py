@@ -9,13 +9,14 @@
 The principal components of a weight are its singular triplets, largest first. The method is that of "Least but not
 Last: Fine-tuning Intermediate Principal Components for Better Performance-Forgetting Trade-Offs", arXiv 2602.03493.
 
-Subpackages are imported when they are first used: ``ipca.analysis``, ``ipca.peft`` (the layers of
-``peft.get_peft_model``), ``ipca.lab`` (sweeps, baselines, continual learning).
+Everything is imported when it is first used, so that ``ipca --help`` needs no torch: the names below, and subpackages
+such as ``ipca.analysis``, ``ipca.peft`` (the layers of ``peft.get_peft_model``), ``ipca.lab`` (sweeps, baselines,
+continual learning). ``import ipca.ops`` registers the op ``ipca::pc_linear``.
 """
 
 import importlib
 import importlib.metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 def _check_distribution() -> None:
@@ -32,29 +33,31 @@ def _check_distribution() -> None:
 
 _check_distribution()
 
-from ipca import nn
 from ipca._version import __version__ as __version__
-from ipca.io import (
-    export,
-    import_peft,
-    load_adapter,
-    load_unquantized_weights,
-    save_adapter,
-    write_model_card,
-)
-from ipca.model import (
-    adapter_parameters,
-    apply_pc,
-    disabled,
-    merge_adapter,
-    param_groups,
-    summary,
-    unload,
-    unmerge_adapter,
-)
-from ipca.ops import set_backend
-from ipca.svd import SpectralCache, window_svd
-from ipca.window import Window
+
+if TYPE_CHECKING:
+    from ipca import nn
+    from ipca.io import (
+        export,
+        import_peft,
+        load_adapter,
+        load_unquantized_weights,
+        save_adapter,
+        write_model_card,
+    )
+    from ipca.model import (
+        adapter_parameters,
+        apply_pc,
+        disabled,
+        merge_adapter,
+        param_groups,
+        summary,
+        unload,
+        unmerge_adapter,
+    )
+    from ipca.ops import set_backend
+    from ipca.svd import SpectralCache, window_svd
+    from ipca.window import Window
 
 __all__ = [
     "SpectralCache",
@@ -77,14 +80,42 @@ __all__ = [
     "window_svd",
     "write_model_card",
 ]
-_LAZY = ("analysis", "cli", "lab", "offline", "peft")
+_HOMES = {
+    "ipca.io": (
+        "export",
+        "import_peft",
+        "load_adapter",
+        "load_unquantized_weights",
+        "save_adapter",
+        "write_model_card",
+    ),
+    "ipca.model": (
+        "adapter_parameters",
+        "apply_pc",
+        "disabled",
+        "merge_adapter",
+        "param_groups",
+        "summary",
+        "unload",
+        "unmerge_adapter",
+    ),
+    "ipca.ops": ("set_backend",),
+    "ipca.svd": ("SpectralCache", "window_svd"),
+    "ipca.window": ("Window",),
+}
+"""The modules of the names above."""
+_MODULES = ("analysis", "cli", "io", "lab", "model", "nn", "offline", "ops", "peft", "svd", "window")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
+    if name in _MODULES:
         return importlib.import_module(f"ipca.{name}")
-    raise AttributeError(f"module 'ipca' has no attribute {name!r}")
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'ipca' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -11,9 +11,10 @@ import math
 import numbers
 import re
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAMED = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
 _FORMS = '"principal", "middle", "minor", a fraction such as "0.33", "start=256", "energy=0.9" or "erank"'

@@ -193,17 +193,47 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
     return plain(name, globals, locals, fromlist, level)
 builtins.__import__ = watched
 import ipca
-print(json.dumps([sorted({*tried, *set(sys.modules) - before}), torch.cuda.is_initialized()]))
+found = [sorted({*tried, *set(sys.modules) - before})]
+ipca.apply_pc
+print(json.dumps([*found, sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
-    names, cuda_started = json.loads(done.stdout)
+    names, used, cuda_started = json.loads(done.stdout)
     roots = {name.split(".")[0] for name in names}
-    assert {"ipca", "torch", "scipy"} <= roots
-    assert roots & {"triton", "transformers", "peft", "matplotlib", "kernels"} == set()
+    assert "ipca" in roots
+    assert roots & {"torch", "scipy", "triton", "transformers", "peft", "matplotlib", "kernels"} == set()
     assert "ipca.cli" not in names
     assert "ipca.lab" not in names
+    used = {name.split(".")[0] for name in used}
+    assert "scipy" in used
+    assert used & {"triton", "transformers", "peft", "matplotlib", "kernels"} == set()
     assert not cuda_started
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["sweep", "--help"], ["init", "--rank", "0"], []])
+def test_help_and_wrong_usage_do_not_import_torch(words):
+    code = f"""
+import sys
+from ipca.cli.main import main
+try:
+    main({words!r})
+except SystemExit as stop:
+    print(stop.code, sorted({{name.split(".")[0] for name in sys.modules}} & {{"torch", "numpy", "transformers"}}))
+"""
+    done = run_python(code)
+    status = 0 if done.stdout and "--rank" not in words and words else 2
+    assert done.stdout.splitlines()[-1] == f"{status} []", done.stderr
+
+
+def test_every_public_name_is_there():
+    homes = [name for names in ipca._HOMES.values() for name in names]
+    assert sorted([*homes, "nn"]) == ipca.__all__ == sorted(ipca.__all__)
+    for name in (*ipca.__all__, *ipca._MODULES):
+        assert getattr(ipca, name) is not None
+        assert name in dir(ipca)
+    with pytest.raises(AttributeError, match="module 'ipca' has no attribute 'nothing'"):
+        getattr(ipca, "nothing")  # noqa: B009
 
 
 def test_no_namesake_is_no_error(monkeypatch):

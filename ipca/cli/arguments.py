@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ipca._version import __version__
-from ipca.lab.baselines.methods import CONTROLS
-from ipca.lab.sweep import COMPARISONS
-from ipca.svd.decompose import TOLERANCES, tolerance
+from ipca.lab.names import COMPARISONS, CONTROLS
 from ipca.window import Window
 
 _EXAMPLES = (
@@ -30,7 +29,7 @@ _EXAMPLES = (
     "ipca demo --text vaderSentiment-3.3.2.tar.gz -o demo-out",
 )
 _NOTES = """
-A model is a local folder that transformers' save_pretrained wrote.
+A model is a folder that transformers' save_pretrained wrote. Models and adapters may be ids on the Hugging Face Hub.
 Exit status: 0 done, 1 the input is wrong or the command failed (the last line on stderr says why), 2 wrong usage,
 130 Ctrl-C."""
 SHELLS = ("bash", "zsh", "tcsh")
@@ -45,6 +44,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.fail("choose what to delete: --max-bytes, --older-than, or both")
     if args.command == "sweep" and args.comparisons and "same" not in args.comparisons:
         args.fail("--comparisons must include same")
+    for name in ("windows", "lrs", "methods", "comparisons") if args.command == "sweep" else ():
+        values = getattr(args, name) or []
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            args.fail(f"--{name} has {twice} twice")
     return args
 
 
@@ -57,6 +61,16 @@ def check_output_folder(args: argparse.Namespace) -> None:
         )
     if "adapter" in args and args.out.resolve() == args.adapter.resolve():
         raise ValueError(f"{args.out} is the adapter itself; choose another folder.")
+
+
+def find_folders(args: argparse.Namespace) -> None:
+    """Replace ids of models and adapters on the Hub by their local folders; ``args.base`` is the model as named."""
+    from ipca.io.hub import adapter_folder, model_folder
+
+    args.base = (vars(args).get("original") or args.model).as_posix()
+    for name, find in (("model", model_folder), ("original", model_folder), ("adapter", adapter_folder)):
+        if vars(args).get(name):
+            setattr(args, name, find(getattr(args, name)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,7 +100,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _inspect(add: argparse.ArgumentParser) -> None:
     _common(add)
-    _model(add, help="a Hugging Face model folder, or an adapter folder, for which the window options do not apply")
+    _model(
+        add,
+        help="a model, or an adapter, for which the window options do not apply: a folder or its id on the Hub",
+    )
     _choice_of_window(add)
     add.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the spectra (.png, .pdf or .svg)")
 
@@ -212,7 +229,11 @@ def _sweep(add: argparse.ArgumentParser) -> None:
     add.add_argument("--workers", type=positive_int, metavar="N", help="parallel processes (default 1)")
     add.add_argument("--threads", type=positive_int, metavar="N", help="threads of each process (default 1)")
     add.add_argument(
-        "--devices", nargs="+", metavar="DEVICE", help="devices of the workers, assigned in turn: cuda:0 cuda:1"
+        "--devices",
+        nargs="+",
+        type=device,
+        metavar="DEVICE",
+        help="devices of the workers, assigned in turn: cuda:0 cuda:1",
     )
     _out(add)
 
@@ -251,7 +272,10 @@ def _with_examples(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _model(
-    parser: argparse.ArgumentParser, *, adapter: bool = False, help: str = "a Hugging Face model folder"
+    parser: argparse.ArgumentParser,
+    *,
+    adapter: bool = False,
+    help: str = "a Hugging Face model: a folder or its id on the Hub",
 ) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help=help)
     parser.add_argument(
@@ -327,6 +351,8 @@ def window_start(text: str) -> str:
 
 def svd_tolerance(text: str) -> float | str:
     """``"fast"``, ``"default"``, ``"exact"``, or a number."""
+    from ipca.svd.decompose import TOLERANCES, tolerance  # not above: torch, which --help does not need
+
     try:
         value: float | str = text if text in TOLERANCES else float(text)
         tolerance(value)
@@ -334,6 +360,13 @@ def svd_tolerance(text: str) -> float | str:
         names = ", ".join(TOLERANCES)
         raise argparse.ArgumentTypeError(f"must be {names} or a number from 1e-12 to below 1, got {text!r}") from None
     return value
+
+
+def device(text: str) -> str:
+    """``"cuda:0"``, the name of a device of torch; whether this machine has it is found out later."""
+    if re.fullmatch(r"[a-z]+(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"must be a device such as cpu or cuda:0, got {text!r}")
+    return text
 
 
 def picture_path(text: str) -> Path:

@@ -14,7 +14,7 @@ import ipca
 from ipca._atomic import check_writable, staged_files, staged_folder
 from ipca._cache_folder import default_cache_folder
 from ipca.analysis import draw_spectra, spectrum
-from ipca.cli.arguments import check_output_folder, parser
+from ipca.cli.arguments import check_output_folder, find_folders, parser
 from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
 from ipca.io.adapter_folder import SIDECAR, OtherBaseError, OtherModelError, read_adapter
@@ -30,6 +30,7 @@ Record = dict[str, object]
 
 def inspect(args: argparse.Namespace) -> tuple[Record, str]:
     """Show spectra and windows of a model folder, or the contents of an adapter folder."""
+    find_folders(args)
     if is_adapter(args.model):
         _check_no_window_options(args)
         record = adapter_record(args.model)
@@ -68,6 +69,7 @@ def merge(args: argparse.Namespace) -> tuple[Record, str]:
     """Merge an adapter into its model and write a plain model folder."""
     check_output(args.out, whole=True, overwrite=args.force, option="--force")
     check_output_folder(args)
+    find_folders(args)
     model = _adapted_model(args, writes_model=True)
     layers = ipca.summary(model).layers
     ipca.unload(model)
@@ -81,8 +83,9 @@ def export(args: argparse.Namespace) -> tuple[Record, str]:
     """Write an adapter for programs without ipca."""
     check_output_folder(args)
     check_output(args.out, whole=args.format == "residual", overwrite=args.force, option="--force")
+    find_folders(args)
     model = _adapted_model(args, writes_model=args.format == "residual")
-    base_model = None if args.format == "residual" else str(args.model)
+    base_model = None if args.format == "residual" else args.base
     errors = ipca.export(
         model, args.out, format=args.format, base_model=base_model, rank=args.rank, overwrite=args.force
     )
@@ -140,16 +143,17 @@ def convert(args: argparse.Namespace) -> tuple[Record, str]:
     """Convert a stock PEFT LoRA into an adapter of ipca."""
     check_output_folder(args)
     check_output(args.out, overwrite=args.force, option="--force")
+    find_folders(args)
     original = load_model(args.original, args.model_class, args.adapter) if args.original else None
     model = load_model(args.model, args.model_class, args.adapter)
     with _naming_class(model):
         ipca.import_peft(model, args.adapter, original=original, progress=not args.quiet)
-    ipca.save_adapter(model, args.out, base_model=str(args.original or args.model), overwrite=args.force)
+    ipca.save_adapter(model, args.out, base_model=args.base, overwrite=args.force)
     found = ipca.summary(model)
     record: Record = {
         "layers": found.layers,
         "out": str(args.out),
-        "base": str(args.original or args.model),
+        "base": args.base,
         "worst_residual": found.worst_residual,
         "uncertified": dict(found.uncertified),
     }

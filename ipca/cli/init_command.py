@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ipca
-from ipca.cli.arguments import check_output_folder
+from ipca.cli.arguments import check_output_folder, find_folders
 from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
@@ -76,6 +76,7 @@ def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Reco
     settings = _settings(args)
     if ranks.is_main:
         _check_folders(args, work)
+    find_folders(args)
     plan = _plan(args, settings)
     if ranks.is_main:
         model = {"model": model_digest(args.model), "class": type(plan.source.model).__name__}
@@ -159,7 +160,7 @@ def _assemble(
             with work.writing():
                 copy_companions(args.model, work.final / "base")
     elif ranks.is_main:
-        write_adapter(plan.source, layers, work, work.final, base_model=str(args.model))
+        write_adapter(plan.source, layers, work, work.final, base_model=args.base)
 
 
 def _account(
@@ -204,6 +205,8 @@ def _account(
 def _check_folders(args: argparse.Namespace, work: WorkFolder) -> None:
     out = args.out.absolute()
     check_output_folder(args)
+    if args.cache and args.cache.exists() and not args.cache.is_dir():
+        raise NotADirectoryError(f"{args.cache} is not a folder; give the folder of a cache to --cache.")
 
     def resumes(held: set[str]) -> bool:
         if args.form == "residual":

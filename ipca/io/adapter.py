@@ -27,6 +27,7 @@ from ipca.io.adapter_folder import (
     read_layers,
     sidecar,
 )
+from ipca.io.hub import adapter_folder
 from ipca.io.model_folder import WEIGHT_ENDINGS
 from ipca.io.output_folder import check_output, is_adapter_file
 from ipca.io.peft_format import (
@@ -137,7 +138,7 @@ def load_adapter(
     Args:
         model: the original base, or that base already adapted by the same windows (a checkpoint is then resumed in
             place). Changed in place.
-        folder: written by :func:`save_adapter`.
+        folder: written by :func:`save_adapter`, or the id of a repository on the Hub that holds it.
         form: ``"residual"`` or ``"intact"``; default as saved.
         check_base: compare the hash of every base weight with the one the adapter was made on.
         trainable: whether the factors and the saved modules train; everything else is frozen.
@@ -151,7 +152,8 @@ def load_adapter(
     """
     check_inference_mode()
     check_not_sharded(model, "load the adapter first, then shard; torch.distributed.checkpoint resumes a sharded run.")
-    _check_peft_fields(Path(folder))
+    folder = adapter_folder(folder)
+    _check_peft_fields(folder)
     saved = read_adapter(folder)
     modules_to_save = modules_to_save_state(model, saved.modules_to_save)
     present = adapted_layers(model)

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ipca.io.hub import model_folder
+
 _END = ".weight"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -188,13 +190,14 @@ def load_unquantized_weights(folder: str | os.PathLike[str]) -> CheckpointWeight
     """The weights in ``folder`` for ``ipca.apply_pc(…, unquantized_weights=…)``; one is in memory at a time.
 
     Args:
-        folder: holds the model before it was quantized, in safetensors, as ``save_pretrained`` writes it.
+        folder: holds the model before it was quantized, in safetensors, as ``save_pretrained`` writes it; or its id on
+            the Hub.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a shard is missing.
         ValueError: a file is damaged.
     """
-    checkpoint = Checkpoint.open(Path(folder))
+    checkpoint = Checkpoint.open(model_folder(folder))
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} holds neither {WHOLE} nor {INDEX}; give the folder of the original model.")
     return CheckpointWeights(checkpoint)

@@ -20,6 +20,7 @@ from ipca._atomic import uninterrupted
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter import modules_to_save_state
 from ipca.io.adapter_folder import OtherModelError
+from ipca.io.hub import adapter_folder
 from ipca.io.peft_format import split_factor
 from ipca.io.peft_lora import StockLayer, StockLora, read_stock
 from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
@@ -56,7 +57,7 @@ def import_peft(
 
     Args:
         model: the base that the adapter is for, with plain layers; changed in place.
-        folder: one of these, with factors in safetensors:
+        folder: one of these (or its id on the Hub), with factors in safetensors:
 
             - a LoRA of rank ``2 rank`` for the original base, ``lora_A = [A; A0]`` and ``lora_B = [B, −B0]``: what
               :func:`ipca.export` writes, and PEFT for PiSSA with ``path_initial_model_for_weight_conversion``;
@@ -79,7 +80,7 @@ def import_peft(
             or it is damaged or does not fit ``model``, which is unchanged.
     """
     check_inference_mode()
-    lora = read_stock(folder)
+    lora = read_stock(adapter_folder(folder))
     present = next(iter(adapted_layers(model)), None)
     if present is not None:
         raise ValueError(f"{present} is adapted already; unload the adapter first.")

@@ -113,6 +113,14 @@ USAGE = {
     "windows": (("sweep", "task.py", "--windows", "0", "0.5", "-o", "out"), "--windows"),
     "seeds": (("sweep", "task.py", "--seeds", "0", "-o", "out"), "--seeds"),
     "methods": (("sweep", "task.py", "--methods", "pissa", "-o", "out"), "--methods"),
+    "a window twice": (("sweep", "task.py", "--windows", "0.5", "0.50", "-o", "out"), "--windows has 0.5 twice"),
+    "a rate twice": (("sweep", "task.py", "--lrs", "1e-3", "0.001", "-o", "out"), "--lrs has 0.001 twice"),
+    "a method twice": (("sweep", "task.py", "--methods", "lora", "lora", "-o", "out"), "--methods has lora twice"),
+    "devices": (("sweep", "task.py", "--devices", "GPU 1", "-o", "out"), "--devices: must be a device such as cpu"),
+    "rank of serve": (
+        ("export", "model", "adapter", "--format", "serve", "--rank", "3", "-o", "out"),
+        "--rank is only",
+    ),
     "comparisons": (("sweep", "task.py", "--comparisons", "update", "-o", "out"), "--comparisons"),
     "steps": (("demo", "--steps", "0"), "--steps"),
 }
@@ -139,6 +147,25 @@ INPUTS = {
     "rank to inspect": (("inspect", "{}/model", "--rank", "33"), "there are only 32; lower the rank"),
     "window beyond": (("init", "{}/model", "--window", "start=30", "-o", "{out}"), "lower its start or rank"),
     "target": (("init", "{}/model", "--targets", "nowhere", "-o", "{out}"), "no module matches the target 'nowhere'"),
+    "misspelled": (("init", "{}/model", "--targets", "qury", "-o", "{out}"), "Did you mean 'query'"),
+    "commas": (
+        ("init", "{}/model", "--targets", "query,key", "-o", "{out}"),
+        "give 'query' and 'key' as separate ones",
+    ),
+    "misspelled to inspect": (("inspect", "{}/model", "--targets", "qury"), "Did you mean 'query'"),
+    "misspelled exclude": (("init", "{}/model", "--exclude", "qury", "-o", "{out}"), "Did you mean 'query'"),
+    "a file as cache": (
+        ("init", "{}/model", "--cache", "{}/model/config.json", "-o", "{out}"),
+        "config.json is not a folder; give the folder of a cache to --cache",
+    ),
+    "serve a whole module": (
+        ("export", "{}/model", "{}/with a pooler", "--format", "serve", "-o", "{out}"),
+        "pooler: trained whole, and servers read only LoRA factors from an adapter",
+    ),
+    "mlx without such layers": (
+        ("export", "{}/model", "{}/adapter", "--format", "mlx", "-o", "{out}"),
+        "mlx-lm adapts linear layers called model.layers.NUMBER",
+    ),
     "exclude": (("init", "{}/model", "--exclude", "nowhere", "-o", "{out}"), "exclude 'nowhere' matches no module"),
     "pattern": (("init", "{}/model", "--targets", "(", "-o", "{out}"), "neither a module name nor a regular"),
     "no layer": (("init", "{}/model", "--targets", "LayerNorm", "-o", "{out}"), "it is a LayerNorm, not an nn.Linear"),

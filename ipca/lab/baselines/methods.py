@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from ipca.lab.names import CONTROLS as CONTROLS
 from ipca.window import Window
 
-CONTROLS = ("random-window", "haar", "frozen-A", "frozen-B", "matched-principal", "matched-minor")
-"""Methods that differ from the middle window in one respect, see :func:`ipca.lab.baselines.apply`."""
 _REVERSE = "matched-middle"
 """A control of the ends: with an end as its reference, only the directions differ from that end."""
 _OTHERS = {"lora": "lora", "full": "full", "auto": "auto"}

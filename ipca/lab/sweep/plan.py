@@ -13,13 +13,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ipca.lab.baselines import CONTROLS, check_method, kind_of
+from ipca.lab.names import COMPARISONS as COMPARISONS
 from ipca.lab.sweep.trial import Row, Trial
 from ipca.window import Window, as_window
 
 if TYPE_CHECKING:
     from optuna import Study
 
-COMPARISONS = ("same", "sqrt-sigma", "update")
 MATCHED = {"sqrt-sigma": ("window", "auto"), "update": ("window", "auto", "lora")}
 """The kinds of methods whose rates a comparison changes; with ``"update"`` the reference keeps the grid's rates."""
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "0.875", "1.0")
