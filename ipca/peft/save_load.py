@@ -68,7 +68,7 @@ def save_config(
         written = json.loads((stage / CONFIG_NAME).read_text())
         (stage / CONFIG_NAME).write_text(json.dumps(_for_old_peft(written), indent=2, sort_keys=True) + "\n")
         (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
-    warn_servers(folder, stacklevel=5)
+    warn_servers(folder, stacklevel=6)
 
 
 def _for_old_peft(config: dict[str, Any]) -> dict[str, Any]:
