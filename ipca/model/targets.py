@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ TIED = (
     "untie them (a copy for one, and tie_word_embeddings off in a transformers config), or exclude it"
 )
 """Why a tied weight is not adapted in either form."""
+MULTIHEAD = "nn.MultiheadAttention reads its weight without calling it"
+PARAMETRIZED = "its weight is parametrized; remove the parametrization first"
+SHARED = "the same module stands in several places of the model"
 BESIDE_STACK = (
     "it stands in a module that holds a stack of weights which is adapted too, and everything in such a module moves "
     "to another path; leave one of them out, or put the stack into a module of its own"
@@ -131,6 +135,8 @@ def find_targets(
     for field in ("rank_pattern", "window_pattern", "alpha_pattern"):
         for pattern in getattr(settings, field):
             _require_match(pattern, names, f"{field} {pattern!r} matches none of the layers to adapt.")
+    if settings.targets == "all-linear":
+        targets = _without_unfit(model, targets, layers, settings.rank_pattern)
     validate_targets(model, targets, modules_to_save=modules_to_save, values=values, layers=layers)
     return targets
 
@@ -208,7 +214,11 @@ def _matching(model: nn.Module, modules: dict[str, nn.Module], settings: Adapter
     if settings.targets == "all-linear":
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        names = [name for name, module in free.items() if _is_linear(module) and module is not head]
+        names = [
+            name
+            for name, module in free.items()
+            if (_is_linear(module) or isinstance(module, nn.Linear)) and module is not head
+        ]
         if not names:
             raise ValueError(f"{type(model).__name__} has no linear layer to adapt.")
         return names
@@ -240,6 +250,74 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 # -- reasons against a layer
+
+
+def _without_unfit(
+    model: nn.Module, targets: list[Target], layers: dict[str, nn.Module], ranks: Iterable[str]
+) -> list[Target]:
+    """The ``targets`` that nobody named without those that cannot have a window, which a warning names.
+
+    A layer that ``ranks``, the patterns of ranks, name is not left out for its rank. Where none would be left all are
+    returned, for their refusal.
+    """
+    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    left: dict[str, list[str]] = {}
+    fit = []
+    for target in targets:
+        why = _unfit_reason(target, layers, paths, owners)
+        if why is None and not any(matches(pattern, target.name) for pattern in ranks):
+            why = narrow_reason(target.window.rank, target.shape)
+        if why is None:
+            fit.append(target)
+        else:
+            left.setdefault(why, []).append(target.name)
+    if not fit:
+        return targets
+    warn_left_out(left)
+    return fit
+
+
+def warn_left_out(left: Mapping[str, Sequence[str]]) -> None:
+    """Warn in one line of layers that "all-linear" leaves out; ``left`` holds their paths by the reason."""
+    if left:
+        told = "; ".join(f"{', '.join(_alike(names))}: {why}" for why, names in left.items())
+        warnings.warn(f"'all-linear' leaves out {told}. Excluding these layers silences this.", stacklevel=3)
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    """The paths, with those that differ in numbers of layers written as one: ``layers.*.mlp.gate (32)``."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return [f"{group} ({len(same)})" if len(same) > 1 else same[0] for group, same in groups.items()]
+
+
+def narrow_reason(rank: int, shape: Sequence[int]) -> str | None:
+    """The reason why a weight ``(…, out, in)`` is too narrow for the rank, or None; ``shape`` may be empty."""
+    d = min(shape[-2:], default=rank)
+    many = f"{d} singular value{'s' * (d > 1)}"
+    return f"rank {rank} is above the {many}, and rank_pattern can give another" if rank > d else None
+
+
+def _unfit_reason(
+    target: Target, modules: dict[str, nn.Module], paths: Counter[int], owners: Counter[int]
+) -> str | None:
+    """The reason why a linear layer as such cannot have a window, or None."""
+    module = modules[target.name]
+    if isinstance(module, WindowLayer) or _in_peft(modules, target.name):
+        return None  # a refusal says what to do first
+    if isinstance(modules.get(target.name.rpartition(".")[0]), nn.MultiheadAttention):
+        return MULTIHEAD
+    if hasattr(module, "parametrizations"):
+        return PARAMETRIZED
+    if target.kind is None:
+        return f"a {type(module).__name__} may compute something else than an nn.Linear"
+    if paths[id(module)] > 1:
+        return SHARED
+    if owners[id(module.weight)] > 1:
+        return TIED
+    return unsupported_reason(module, target.kind)
 
 
 def validate_targets(
@@ -286,9 +364,9 @@ def _unsupported_reason(
     if _in_peft(modules, target.name):
         return "it belongs to a PEFT adapter; merge and unload that first"
     if isinstance(modules.get(target.name.rpartition(".")[0]), nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it"
+        return MULTIHEAD
     if hasattr(module, "parametrizations"):
-        return "its weight is parametrized; remove the parametrization first"
+        return PARAMETRIZED
     if any(is_sharded(parameter) for parameter in module.parameters(recurse=False)):
         return "its weight is sharded already; adapt the model first, then call fully_shard or parallelize the rest"
     if target.kind is None:
@@ -303,7 +381,7 @@ def _unsupported_reason(
         if why:
             return why
     if paths[id(owner if isinstance(module, ExpertStack) else module)] > 1:
-        return "the same module stands in several places of the model"
+        return SHARED
     return _unsupported_weight(target, module, owners, values)
 
 

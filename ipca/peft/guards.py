@@ -5,6 +5,7 @@
 | ``hotswap_adapter_from_state_dict`` | refused where it would leave ``A0, B0`` beside others' factors |
 | ``LoraModel.add_weighted_adapter`` | refused: it combines only ``A, B`` |
 | ``LoraModel.inject_adapter`` | adapters named like modules are refused, unmatched window patterns named, heads added |
+| the same | "all-linear" leaves out what no window fits; where it raises, the model is as it was |
 | ``LoraModel.merge_adapter`` | refused for some of several active adapters: PEFT would leave out the others |
 | ``PeftModel.save_pretrained`` | layers that are not called, and running statistics that moved, are named |
 | ``PeftModel.from_pretrained``, ``load_adapter`` | with ``is_trainable=True`` a window trains on as with its PCConfig |
@@ -16,6 +17,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from ipca.peft.dispatch import admit_windows
 from ipca.peft.layers import WindowLora, null_components
 from ipca.peft.offload import with_stored_factors
 from ipca.peft.save_load import warn_bypassed
+from ipca.peft.selection import all_or_nothing, leave_out
 
 
 def check_hotswap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str) -> None:
@@ -202,9 +205,12 @@ def install_guards() -> None:
         loaded = isinstance(config, PCConfig) and bool(config.records.saved)
         if isinstance(config, PCConfig) and not loaded:
             add_heads(model, config)
+            leave_out(model, config)
         names = [name for name, _ in model.named_modules()]
+        undone = all_or_nothing(model, adapter_name, config) if isinstance(config, PCConfig) else nullcontext()
         try:
-            inject(self, model, adapter_name, *args, **kwargs)
+            with undone:
+                inject(self, model, adapter_name, *args, **kwargs)
         except ValueError as error:
             targets = config.target_modules if isinstance(config, PCConfig) else None
             patterns = [targets] if isinstance(targets, str) else sorted(targets or ())

@@ -172,6 +172,8 @@ def test_no_targets_and_hooks_of_every_kind_are_refused():
 
 def test_a_small_new_head_is_named_with_the_cure():
     with pytest.raises(ValueError, match=r"head\.1: .* train it fully"):
+        ipca.apply_pc(network(), rank=4, targets=["body", "head.1"], progress=False)
+    with pytest.warns(UserWarning, match=r"leaves out head\.1: rank 4 is above the 3 singular values"):
         ipca.apply_pc(network(), rank=4, progress=False)
 
 
@@ -195,5 +197,6 @@ def test_a_layer_of_an_encoder_alone():
     x, mask = torch.randn(2, 5, 16), torch.tensor([[0, 0, 0, 0, 1], [0, 0, 1, 1, 1]]).bool()
     with torch.no_grad():
         y = encoder(x, src_key_padding_mask=mask)
-        ipca.apply_pc(encoder.layers[1], rank=3, progress=False)
+        with pytest.warns(UserWarning, match=r"leaves out self_attn\.out_proj"):
+            ipca.apply_pc(encoder.layers[1], rank=3, progress=False)
         assert torch.allclose(encoder(x, src_key_padding_mask=mask)[~mask], y[~mask], rtol=1e-4, atol=1e-5)

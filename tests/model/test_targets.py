@@ -1,6 +1,7 @@
 """Which layers are chosen, and every reason to refuse one: named, and with the model left as it was."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -93,7 +94,56 @@ def test_all_linear_leaves_the_output_head_and_attention_alone(tied):
             names(model, targets="lm_head", form="intact")
     else:
         assert names(model, targets="lm_head", form="intact") == ["lm_head"]
-    assert names(nn.TransformerEncoderLayer(8, 2, 8)) == ["linear1", "linear2"]
+    with pytest.warns(UserWarning, match=r"leaves out self_attn\.out_proj: nn.MultiheadAttention reads its weight"):
+        assert names(nn.TransformerEncoderLayer(8, 2, 8)) == ["linear1", "linear2"]
+
+
+class Unfit(nn.Module):
+    """Layers of which no window of rank 4 fits some."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"wide": nn.Linear(8, 8), "gate": nn.Linear(8, 1)}) for _ in range(12)
+        )
+        self.narrow, self.tied, self.table = nn.Linear(8, 3), nn.Linear(8, 8), nn.Embedding(8, 8)
+        self.table.weight = self.tied.weight
+        self.one = self.two = nn.Linear(8, 8)
+        self.rotated = nn.utils.parametrizations.orthogonal(nn.Linear(8, 8))
+        self.own = Subclass(8, 8)
+
+
+LEFT_OUT = (
+    r"'all-linear' leaves out blocks\.\*\.gate \(12\): rank 4 is above the 1 singular value, and rank_pattern can give "
+    r"another; narrow: rank 4 is above the 3 singular values.*; tied: its weight is tied.*; one: the same module .*; "
+    r"rotated: its weight is parametrized.*; own: a Subclass may compute something else than an nn.Linear\."
+)
+
+
+def test_all_linear_leaves_out_in_one_line_what_no_window_fits():
+    model = Unfit()
+    with pytest.warns(UserWarning, match=LEFT_OUT) as said:
+        ipca.apply_pc(model, rank=4, progress=False)
+    assert len(said) == 1
+    assert list(ipca.model.apply.adapted_layers(model)) == [f"blocks.{i}.wide" for i in range(12)]
+    with pytest.warns(UserWarning, match=r"leaves out tied: ") as said:
+        found = names(Unfit(), rank_pattern={"gate": 1}, exclude=["narrow"])
+    assert sum("gate" in name for name in found) == 12
+
+
+@pytest.mark.parametrize(
+    "named", [{"targets": ["wide", "gate"]}, {"rank_pattern": {"gate": 2}}], ids=["target", "rank"]
+)
+def test_a_narrow_layer_that_was_named_is_refused(named):
+    model = Unfit()
+    before = snapshot(model)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match=r"cannot adapt blocks\.0\.gate, .* there are only 1"),
+    ):
+        warnings.simplefilter("ignore")
+        ipca.apply_pc(model, rank=4, progress=False, **named)
+    assert snapshot(model) == before
 
 
 def test_saved_modules_are_the_outermost_that_match():
@@ -217,7 +267,7 @@ def test_layers_that_cannot_be_adapted(change, words):
     change(model)
     before = snapshot(model)
     with pytest.raises(ValueError, match=f"cannot adapt {words}"):
-        ipca.apply_pc(model, rank=2, progress=False)
+        ipca.apply_pc(model, rank=2, targets=["a", "b", "head"], progress=False)
     assert snapshot(model) == before
 
 

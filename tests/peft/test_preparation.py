@@ -169,13 +169,13 @@ def test_a_copy_by_replace_has_no_starts_of_its_own():
     assert (copied.records, copied.r, copied.lora_alpha) == (LayerRecords(), 2, 2)
 
 
-def test_a_router_too_small_for_the_rank_is_refused_before_anything_is_wrapped():
+def test_a_router_too_small_for_its_rank_is_refused_before_anything_is_wrapped():
     model = mixtral()
     before = snapshot(model)
     with pytest.raises(
         ValueError, match=r"mlp\.gate\.weight: r=16 needs 16 singular values, but .* only 4; lower r, give"
     ):
-        prepare(model, PCConfig(target_modules="all-linear"), progress=False)
+        prepare(model, PCConfig(target_modules="all-linear", rank_pattern={"gate.weight": 16}), progress=False)
     assert snapshot(model) == before
 
 
