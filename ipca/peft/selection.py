@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -33,17 +34,17 @@ def leave_out(model: nn.Module, config: PCConfig) -> None:
     """
     if str(config.target_modules).lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
-    named, left = set(config.target_parameters or ()), {}
+    named, left = set(config.target_parameters or ()), dict[str, list[str]]()
     convert_peft_config_for_transformers(config, model, None)
     for name, why in _unfit_modules(model, config).items():
         left.setdefault(why, []).append(name)
     _exclude(config, [name for names in left.values() for name in names])
     for short in sorted(set(config.target_parameters or ()) - named):
         for name, parameter in model.named_parameters():
-            why = _narrow_reason(config, name, parameter.shape) if f".{name}".endswith(f".{short}") else None
-            if why:
-                config.target_parameters = set(config.target_parameters or ()) - {short}
-                left.setdefault(why, []).append(name)
+            narrow = _narrow_reason(config, name, parameter.shape) if f".{name}".endswith(f".{short}") else None
+            if narrow:
+                config.target_parameters = [each for each in config.target_parameters or () if each != short]
+                left.setdefault(narrow, []).append(name)
     if not config.records.initial:  # `prepare` has warned already
         warn_left_out(left)
 
@@ -59,7 +60,7 @@ def _unfit_modules(model: nn.Module, config: PCConfig) -> dict[str, str]:
         taken = check_target_module_exists(resolved, name)
         if not taken or isinstance(taken, _ExcludedModule):
             continue
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         why: str | None = unsupported_reason(base)
         if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
             why = MULTIHEAD
@@ -69,7 +70,7 @@ def _unfit_modules(model: nn.Module, config: PCConfig) -> dict[str, str]:
             why = TIED
         elif not why:
             kind = layer_kind(base)
-            shape = tuple(base.weight.shape) if kind is None else matrix_shape(base, kind)  # type: ignore[union-attr]
+            shape = tuple(base.weight.shape) if kind is None else matrix_shape(base, kind)
             why = _narrow_reason(config, name, shape)
         if why:
             found[name] = why

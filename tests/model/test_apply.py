@@ -19,6 +19,8 @@ from ipca.model import AdapterSettings
 from ipca.nn import LinearPC
 from tests.helpers.models import snapshot
 
+pytestmark = pytest.mark.filterwarnings("ignore:'all-linear' leaves out .*out_proj")  # of nn.TransformerEncoder
+
 FORMS = ("residual", "intact")
 
 

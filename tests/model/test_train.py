@@ -12,6 +12,8 @@ from torch import nn
 import ipca
 from ipca.nn import LinearPC
 
+pytestmark = pytest.mark.filterwarnings("ignore:'all-linear' leaves out .*out_proj")  # of nn.TransformerEncoder
+
 FORMS = ("residual", "intact")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
