@@ -50,7 +50,7 @@ def test_all_linear_leaves_out_what_no_window_fits(prepared, excluded, tmp_path)
         model = get_peft_model(copy.deepcopy(base), prepare(base, config, progress=False) if prepared else config)
     assert sum("leaves out" in str(each.message) for each in said) == 1
     assert summary(model).layers == 1
-    assert torch.allclose(model(X), base(X), atol=1e-6)  # a frozen nn.MultiheadAttention takes another path
+    assert torch.equal(model(X), base.requires_grad_(False)(X))  # torch's attention rounds otherwise while it trains
     with torch.no_grad():
         model.base_model.model.wide.lora_B["default"].weight.add_(0.1)
     model.save_pretrained(tmp_path)
