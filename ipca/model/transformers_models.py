@@ -4,7 +4,8 @@ transformers has no hook for either, so two methods of its ``PreTrainedModel`` a
 ``save_pretrained``, which ``push_to_hub`` and Trainer call too, writes the plain model with the adapter folded in: any
 reader loads the trained function. In a folder that is called ``checkpoint-N``, as Trainer's are, the file has one
 tensor more: the bytes of what trains, in full precision. ``load_state_dict`` of an adapted model recognizes it and
-restores that state instead of the folded weights.
+restores that state instead of the folded weights. Models of diffusers and of huggingface_hub's mixin, which save their
+state dict, are saved as plain models too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import add_low_rank, check_extra_state
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
 from ipca.nn.offload import stored_value
+from ipca.nn.quantized_linear import QuantizedLinearPC
 from ipca.nn.window_layer import WindowLayer
 
 STATE = "ipca_training_state"
@@ -39,13 +41,46 @@ _FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
 
 
 def install_saving(model: nn.Module) -> None:
-    """Wrap ``save_pretrained`` and ``load_state_dict`` of transformers' models, where ``model`` has one inside."""
-    cls = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    if cls is None or not any(isinstance(module, cls) for module in model.modules()):
-        return
-    save, load = cls.save_pretrained, cls.load_state_dict
-    if getattr(save, INSTALLED, False):
-        return
+    """Wrap the methods by which Hugging Face's libraries save and resume the models that ``model`` has inside."""
+    for module, cls, method, wrap in (
+        ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained", _wrap_transformers),
+        ("diffusers.models.modeling_utils", "ModelMixin", "save_pretrained", _wrap_saving),
+        ("huggingface_hub.hub_mixin", "PyTorchModelHubMixin", "_save_pretrained", _wrap_saving),
+    ):
+        found = getattr(sys.modules.get(module), cls, None)
+        if found is None or hasattr(getattr(found, method), INSTALLED):
+            continue
+        if any(isinstance(inner, found) for inner in model.modules()):
+            wrap(found, method)
+            setattr(getattr(found, method), INSTALLED, True)
+
+
+def _wrap_saving(cls: Any, method: str) -> None:
+    """Let ``method``, which asks ``state_dict`` for what it writes, get that of the plain model."""
+    save = getattr(cls, method)
+
+    def fold(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        plain = plain_state_dict(model, state)
+        state.clear()
+        state.update(plain)
+
+    @wraps(save)
+    def saved_plain(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not replaced_layers(self):
+            return save(self, *args, **kwargs)
+        check_can_fold(self, None)
+        hook = self.register_state_dict_post_hook(fold)
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    setattr(cls, method, saved_plain)
+
+
+def _wrap_transformers(cls: Any, method: str) -> None:
+    """Wrap ``save_pretrained`` and ``load_state_dict`` of transformers' models."""
+    save, load = getattr(cls, method), cls.load_state_dict
 
     @wraps(save)
     def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +107,6 @@ def install_saving(model: nn.Module) -> None:
         load(self, resumable_state(self, saved), strict=False)
         return _IncompatibleKeys([], [])
 
-    setattr(save_pretrained, INSTALLED, True)
     cls.save_pretrained, cls.load_state_dict = save_pretrained, load_state_dict
 
 
@@ -83,7 +117,7 @@ def replaced_layers(model: nn.Module) -> dict[str, WindowLayer]:
 
 
 def check_can_fold(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:
-    """Raise ValueError where the adapter of ``model`` cannot be folded into the weights that transformers saves.
+    """Raise ValueError where the adapter of ``model`` cannot be folded into the weights that are saved.
 
     Args:
         state_dict: given by the caller, who has then gathered it.
@@ -93,7 +127,8 @@ def check_can_fold(model: nn.Module, state_dict: Mapping[str, Any] | None) -> No
             f"this {type(model).__name__} is sharded over processes, and save_pretrained cannot fold its adapter in; "
             "ipca.save_adapter(model, folder), called by every process, gathers the adapter."
         )
-    if getattr(model, "hf_quantizer", None) is not None:
+    quantized = any(isinstance(layer, QuantizedLinearPC) for layer in replaced_layers(model).values())
+    if quantized or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"save_pretrained cannot fold the adapter of {next(iter(replaced_layers(model)))} into this "
             f"{type(model).__name__}, which is quantized: ipca.save_adapter(model, folder) writes the adapter, and "

@@ -209,3 +209,33 @@ def test_a_quantized_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot fold the adapter of model.layers.0.self_attn.q_proj .*save_adapter"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("form", ["intact", "residual"])
+def test_a_model_of_the_hubs_mixin_is_saved_plain(form, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+
+    class Net(torch.nn.Module, hub.PyTorchModelHubMixin):
+        def __init__(self, width: int = 12):
+            super().__init__()
+            self.body, self.norm, self.out = (
+                torch.nn.Linear(8, width),
+                torch.nn.BatchNorm1d(width),
+                torch.nn.Linear(width, 5),
+            )
+
+        def forward(self, x):
+            return self.out(self.norm(self.body(x)))
+
+    base = Net(width=16)
+    model, x = ipca.apply_pc(copy.deepcopy(base), rank=3, form=form, progress=False).eval(), torch.randn(4, 8)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    keys = list(model.state_dict())
+    model.save_pretrained(tmp_path / "model")
+    base.save_pretrained(tmp_path / "base")
+    assert list(model.state_dict()) == keys
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("model", "base")]
+    assert files[0].keys() == files[1].keys()
+    assert (Net.from_pretrained(tmp_path / "model", strict=True)(x) - model(x)).abs().max() < 1e-5
