@@ -71,6 +71,7 @@ class Case:
     def __init__(self, name: str, architecture: Architecture, folder: Path) -> None:
         self.name, self.architecture, self.folder = name, architecture, folder
         self.made: dict[Any, Any] = {}
+        self.told: dict[str, list[str]] = {}
         self.plain, self.inputs = build(architecture)
         self.plain.requires_grad_(False)  # as adapting leaves it: attention takes another path where weights train
         self.wanted = run(self.plain, self.inputs)
@@ -121,20 +122,16 @@ class Case:
     def save(self, way: Way) -> Path:
         """The folder of the trained adapter."""
         model, _ = self.trained(way)
-        return self.leave(way, ".".join(way), model.save_pretrained if way.form == "peft" else save_natively(model))
+        write = model.save_pretrained if way.form == "peft" else functools.partial(ipca.save_adapter, model)
+        return self.leave(way, ".".join(way), write)
 
     def leave(self, way: Way, name: str, write: Callable[[Path], object]) -> Path:
         """Have the trained adapter written to a folder, which stock PEFT loads later in another process."""
         folder = self.folder / "adapters" / name
-        told = warned(lambda: write(folder))
-        case = {"inputs": self.inputs, "outputs": self.train(way)[1], "told": told}
+        self.told[name] = warned(lambda: write(folder))
+        case = {"inputs": self.inputs, "outputs": self.train(way)[1], "told": self.told[name]}
         torch.save(case, self.folder / f"{name}.pt")
         return folder
-
-
-def save_natively(model: nn.Module) -> Callable[[Path], object]:
-    """``save_adapter`` as a function of the folder."""
-    return functools.partial(ipca.save_adapter, model)
 
 
 def warned(function: Callable[[], object]) -> list[str]:

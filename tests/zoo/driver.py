@@ -45,28 +45,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.names if name not in ARCHITECTURES]
     if unknown:
         parser.error(f"no architecture is called {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}.")
-    names = args.names or [name for name in ARCHITECTURES if is_due(name, args.results, args.stale, args.faulty)]
+
+    def due(name: str) -> bool:
+        return name in args.names or is_due(name, args.results, args.stale, args.faulty)
+
+    def work(name: str) -> tuple[Run, list[Row]] | None:
+        return run_one(name, args.limit) if due(name) else None  # another driver may have been faster
+
+    names = args.names or [name for name in ARCHITECTURES if due(name)]
     CONTEXT.set_forkserver_preload(LIBRARIES)
-    faulty = 0
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(names), unit="model", disable=None) as bar:
-        for future in as_completed([pool.submit(run_one, name, args.limit) for name in names]):
-            run, rows = future.result()
-            bar.update()
-            bar.set_postfix_str(run.architecture)
-            if any(row.outcome == "none" and row.check == "build" for row in rows):
-                bar.write(f"{run.architecture}: skipped, {rows[0].text}")
-                continue
-            write(run, rows, args.results)
-            bad = faults(rows)
-            faulty += bool(bad)
-            bar.write(
-                f"{run.architecture}: {len(rows)} checks in {run.seconds:.0f} s, {len(bad)} not as they should be"
-            )
-            for row in bad:
-                bar.write(f"  {row.check}: {row.outcome}: {row.text[:160]}")
+    pool, faulty = ThreadPoolExecutor(args.jobs), 0
+    futures = [pool.submit(work, name) for name in names]
+    try:
+        bar = tqdm(as_completed(futures), total=len(names), unit="model", disable=None)
+        for future in bar:
+            if (found := future.result()) is not None:
+                faulty += keep(*found, args.results, bar)
+    finally:
+        pool.shutdown(cancel_futures=True)
     if args.results == RESULTS:
         PAGE.write_text(page(), encoding="utf-8")
     return int(faulty > 0)
+
+
+def keep(run: Run, rows: list[Row], results: Path, bar: tqdm) -> int:
+    """Write and report the rows of an architecture; the number of faults."""
+    bar.set_postfix_str(run.architecture)
+    if (rows[0].check, rows[0].outcome) == ("build", "none"):
+        bar.write(f"{run.architecture}: skipped, {rows[0].text}")
+        return 0
+    write(run, rows, results)
+    bad = faults(rows)
+    bar.write(f"{run.architecture}: {len(rows)} checks in {run.seconds:.0f} s, {len(bad)} not as they should be")
+    for row in bad:
+        bar.write(f"  {row.check}: {row.outcome}: {row.text[:160]}")
+    return len(bad)
 
 
 def is_due(name: str, results: Path, stale: bool, faulty: bool) -> bool:
@@ -102,8 +115,9 @@ def in_process(function: Callable[[str, Path], None], name: str, folder: Path, l
         process.join()
         outcome, text = "timeout", f"more than {limit:.0f} s"
     log = (folder / "log").read_text(errors="replace").strip().splitlines()
-    current = (folder / "current").read_text() if (folder / "current").exists() else function.__name__
-    record(folder, Row(name, current, outcome, " ".join([text, *log[-1:]])))
+    current = folder / "current"
+    check = current.read_text() if current.exists() else "build"
+    record(folder, Row(name, check, outcome, " ".join([text, *log[-1:]])))
 
 
 def alone(function: Callable[[str, Path], None], name: str, folder: Path) -> None:

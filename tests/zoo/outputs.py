@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +54,10 @@ def assert_equal(found: Outputs, wanted: Outputs) -> None:
     assert off == 0, f"differs by {off:.2g}, not the same bits"
 
 
-def assert_close(found: Outputs, wanted: Outputs, tol: float) -> None:
-    """The same up to rounding."""
+def assert_close(found: Outputs, wanted: Outputs, tol: float, told: Sequence[str] = ()) -> None:
+    """The same up to rounding; ``told`` is what the user was warned of, for the message."""
     off = difference(found, wanted)
-    assert off <= tol, f"differs by {off:.2g}"
+    assert off <= tol, "; told: ".join([f"differs by {off:.2g}", *told])
 
 
 @torch.no_grad()

@@ -29,7 +29,40 @@ class Refusal(NamedTuple):
         return all(re.fullmatch(*pair) for pair in names) and re.search(self.message, row.text) is not None
 
 
-REFUSALS: tuple[Refusal, ...] = ()
+NOT_CALLED = "reads the weight and does not call the layer"
+REFUSALS = (
+    Refusal(
+        ".*",
+        r"\w+\.\w+\.(stock\w*|export_\w+|load_natively|load_native_folder)",
+        NOT_CALLED,
+        "The model reads a layer's weight and does not call the layer. Natively that is right; PEFT computes nothing "
+        "there. Saving names the layers: exclude them, or merge.",
+    ),
+    Refusal(
+        ".*",
+        r"\w+\.peft\.load_natively",
+        "as the weight of a router is, which only PEFT adapts: load the folder with peft",
+        'PEFT\'s "all-linear" adapts the weight of a router, which is no layer; only PEFT loads such an adapter.',
+    ),
+    Refusal(
+        ".*",
+        r"linear\.intact\.export_serve",
+        "trained whole, and servers read only LoRA factors",
+        "Servers take no head that trains whole; the message says to merge and serve the merged model.",
+    ),
+    Refusal(
+        "resnet|regnet|mobilenet_v2",
+        r"linear\.(intact|residual|peft)\.apply|linear\.cli\.(inspect|init|residual)",
+        "has no linear layer to adapt|No modules were targeted for adaptation",
+        "A convolutional network has no linear layer but its head; its convolutions are adapted by name.",
+    ),
+    Refusal(
+        "wav2vec2.*",
+        r"linear\.intact\.stock_transformers",
+        "adapter_attn_dim",
+        "The class has a `load_adapter` of its own, for adapters of another kind; PEFT loads the folder.",
+    ),
+)
 AS_STOCK = "Stock LoRA fails alike."
 LIKE_STOCK = {
     r"(peft|trainer_peft)\.(apply|head|start|gradients)": "apply",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "diffusers")
 SOURCES = ("ipca/**/*.py", "kernels/*.py", "tests/zoo/models/*.py", "tests/zoo/checks/*.py")
-MOST = 400
+MOST = 1000
 """Characters of a text that are kept."""
 
 

@@ -43,7 +43,7 @@ def stock_rows(name: str, architecture: Architecture, folder: Path) -> Iterator[
     assert sys.modules.get("ipca", "") is None, "this is about a process without ipca"
     for path in sorted(folder.glob("*.pt")):
         case = torch.load(path, weights_only=False)
-        told = f"; saving told: {' '.join(case['told'])}" if case["told"] else ""
+        told = f"; told: {' '.join(case['told'])}" if case["told"] else ""
         for reader, (read, tol) in READERS.items():
             if read is by_transformers and (architecture.package != "transformers" or path.stem != "linear.intact"):
                 continue

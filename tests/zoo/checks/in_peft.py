@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import shutil
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +13,7 @@ import ipca
 from ipca.model.apply import adapted_layers
 from ipca.peft import PCConfig
 from tests.zoo.case import RANK, TOL, Case, NotApplicableError, Way, once, trainable
-from tests.zoo.checks.native import TASK
+from tests.zoo.checks.native import has_head
 from tests.zoo.outputs import assert_close, assert_equal, loss, run
 
 
@@ -56,16 +55,16 @@ def lora_merge(case: Case, way: Way) -> None:
 
 
 def apply(case: Case, way: Way) -> str:
-    """PEFT adapts the model, and with it every layer that ``apply_pc`` adapts."""
+    """PEFT adapts the model: every layer that ``apply_pc`` and stock LoRA adapt."""
     found = lora_layers(case.apply(way))
-    missing = sorted(set(adapted_layers(case.apply(Way(way.selection, "intact")))) - found)
-    assert way.selection == "experts" or not missing, f"leaves out {missing[:3]}, which apply_pc adapts"
+    both = lora_layers(stock_lora(case, way)) & set(adapted_layers(case.apply(Way(way.selection, "intact"))))
+    assert both <= found, f"leaves out {sorted(both - found)[:3]}, which apply_pc and stock LoRA adapt"
     return f"{len(found)} layers"
 
 
 def head(case: Case, way: Way) -> None:
     """A task's head trains whole, as one of ``modules_to_save``, and has no window."""
-    if way.selection != "linear" or not re.search(TASK, type(case.plain).__name__):
+    if way.selection != "linear" or not has_head(case.plain):
         raise NotApplicableError("has no head of a task")
     model, prefix = case.apply(way), f"base_model.model.{case.plain.base_model_prefix}."
     outside = {name: p for name, p in model.named_parameters() if not name.startswith(prefix)}
@@ -109,7 +108,7 @@ def load(case: Case, way: Way) -> None:
 def load_natively(case: Case, way: Way) -> None:
     """``ipca.load_adapter`` computes the same from the folder."""
     model = ipca.load_adapter(case.fresh(), case.save(way)).eval()
-    assert_close(run(model, case.inputs), case.train(way)[1], TOL)
+    assert_close(run(model, case.inputs), case.train(way)[1], TOL, case.told[".".join(way)])
 
 
 def load_native_folder(case: Case, way: Way) -> None:
@@ -117,7 +116,7 @@ def load_native_folder(case: Case, way: Way) -> None:
     native = Way(way.selection, "intact")
     folder = case.save(native)
     model = PeftModel.from_pretrained(case.fresh(), folder, config=PCConfig.from_pretrained(folder)).eval()
-    assert_close(run(model, case.inputs), case.train(native)[1], TOL)
+    assert_close(run(model, case.inputs), case.train(native)[1], TOL, case.told[".".join(native)])
 
 
 def merge(case: Case, way: Way) -> None:

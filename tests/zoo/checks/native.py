@@ -38,7 +38,7 @@ def start(case: Case, way: Way) -> None:
 
 def head(case: Case, way: Way) -> str:
     """A task's head, all that a classifier has beside its base model, trains whole and has no window."""
-    if not re.search(TASK, type(case.plain).__name__):
+    if not has_head(case.plain):
         raise NotApplicableError("has no head of a task")
     model = case.apply(way)
     outside = {n: p for n, p in model.named_parameters() if not n.startswith(f"{case.plain.base_model_prefix}.")}
@@ -47,6 +47,11 @@ def head(case: Case, way: Way) -> str:
     idle = [name for name, parameter in outside.items() if not parameter.requires_grad]
     assert not idle, f"{idle[:3]} of the head do not train"
     return ", ".join(sorted({name.partition(".")[0] for name in outside}))
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether the model is a base model and a task's head."""
+    return re.search(TASK, type(model).__name__) is not None and hasattr(model, model.base_model_prefix)
 
 
 def disabled(case: Case, way: Way) -> None:

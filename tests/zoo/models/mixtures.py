@@ -37,5 +37,13 @@ MIXTURES = {
     "minimax": model("MiniMaxForCausalLM", "MiniMaxConfig", block_size=4),
     "minimax_m2": model("MiniMaxM2ForCausalLM", "MiniMaxM2Config", rotary_dim=8),
     "flex_olmo": model("FlexOlmoForCausalLM", "FlexOlmoConfig"),
-    "longcat_flash": model("LongcatFlashForCausalLM", "LongcatFlashConfig", num_key_value_heads=4),
+    "longcat_flash": model(
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        num_key_value_heads=4,
+        ffn_hidden_size=INNER,
+        expert_ffn_hidden_size=24,
+        zero_expert_num=2,
+        moe_topk=2,
+    ),
 }

@@ -117,7 +117,14 @@ RECURRENT = {
         block_types=["recurrent", "attention"],
         attention_window_size=16,
     ),
-    "kimi_linear": model("KimiLinearForCausalLM", "KimiLinearConfig"),
+    "kimi_linear": model(
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        linear_head_dim=8,
+        linear_num_heads=4,
+        num_key_value_heads=4,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "qwen3_5": model(
         "Qwen3_5ForCausalLM",
         "Qwen3_5TextConfig",
