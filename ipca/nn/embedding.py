@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.nn.layer_kinds import from_matrix, layer_kind, to_matrix, unsupported_reason
+from ipca.nn.subclasses import restore, subclass_of
 from ipca.nn.window_layer import LayerOptions, ProductLayer
 from ipca.window import Window
 
@@ -22,7 +23,8 @@ class EmbeddingPC(ProductLayer):
 
         y = K[ids] + scaling · (Aᵀ[ids] Bᵀ − A0ᵀ[ids] B0ᵀ)
 
-    ``K`` being the base weight; the last term is the intact form's. As in ``nn.Embedding`` no gradient comes from
+    ``K`` being the base weight; the last term is the intact form's. The embeddings of BART, Gemma and others multiply
+    ``y`` by ``embed_scale``. As in ``nn.Embedding`` no gradient comes from
     ``padding_idx``, so the row of a padding token that is 0 stays 0.
 
     Shapes: ``ids (…)``, ``y (…, dim)``, ``base_weight, weight (num, dim)``, ``lora_A, lora_A0 (rank, num)``,
@@ -34,7 +36,7 @@ class EmbeddingPC(ProductLayer):
         options: ``alpha``, ``form``, ``adapter_dtype``, ``tol``, as for :class:`ipca.nn.LinearPC`.
 
     Raises:
-        TypeError: ``embedding`` is another type; a subclass may scale its output, which the low-rank part would miss.
+        TypeError: ``embedding`` is another type, such as a subclass that does more than to multiply by a constant.
         ValueError: it has ``max_norm``, ``sparse`` or ``scale_grad_by_freq``, or an option is out of range.
     """
 
@@ -48,11 +50,19 @@ class EmbeddingPC(ProductLayer):
         base = embedding.weight.detach().to("meta")
         super().__init__(base, None, (base.shape[1], base.shape[0]), window, kind="embedding", **options)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx = embedding.padding_idx
+        self.padding_idx, self.subclass = embedding.padding_idx, subclass_of(embedding, nn.Embedding)
+        self.embed_scale: Tensor | float | None
+        _set_scale(self, None if self.subclass is None else getattr(embedding, "embed_scale", None))
 
     @classmethod
     def _meta_like(cls, plain: nn.Module, window: Window, **options: Unpack[LayerOptions]) -> EmbeddingPC:
         return cls(plain, window, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, scale = super().forward(x), self.embed_scale
+        if scale is None:
+            return y
+        return y * (scale.to(self.base_weight.dtype) if isinstance(scale, Tensor) else scale)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return to_matrix(self.kind, weight)
@@ -72,4 +82,14 @@ class EmbeddingPC(ProductLayer):
         weight = self.as_weight(self.pretrained_weight() if base else self.effective_weight()).contiguous()
         plain = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         plain.weight = nn.Parameter(weight)
-        return plain
+        if self.embed_scale is not None:
+            _set_scale(plain, self.embed_scale)
+        return restore(plain, self.subclass)
+
+
+def _set_scale(module: nn.Module, scale: Tensor | float | None) -> None:
+    """Keep ``scale`` as its owner in transformers does: a buffer that is not saved, or a number."""
+    if isinstance(scale, Tensor):
+        module.register_buffer("embed_scale", scale, persistent=False)
+    else:
+        module.embed_scale = scale  # type: ignore[assignment]

@@ -2,9 +2,9 @@
 
 | kind | of | weight | as ``(out, in)`` |
 |---|---|---|---|
-| ``"linear"`` | ``nn.Linear`` | ``(out, in)`` | itself |
+| ``"linear"`` | ``nn.Linear``, Falcon's | ``(out, in)`` | itself |
 | ``"conv1d"`` | transformers' ``Conv1D`` | ``(in, out)`` | transposed |
-| ``"embedding"`` | ``nn.Embedding`` | ``(num, dim)`` | transposed: out = dim, in = num |
+| ``"embedding"`` | ``nn.Embedding``, those times a constant | ``(num, dim)`` | transposed: out = dim, in = num |
 | ``"conv"`` | ``nn.Conv1d``, ``Conv2d``, ``Conv3d`` | ``(out, channels, k…)`` | flattened: in = channels · k… |
 | ``"experts"`` | a parameter ``(E, out, in)`` of a module of experts | the same | a stack of E matrices |
 | ``"experts transposed"`` | the same where the module has ``is_transposed`` | ``(E, in, out)`` | a stack, transposed |
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ipca._hashing import tensor_sha256
 from ipca.nn.offload import stored_tensor
 from ipca.nn.quantization import dequantize, quantization_kind, quantized_sha256, unsupported_quantization
+from ipca.nn.subclasses import computes_as
 
 LINEAR = ("linear", "conv1d")
 EXPERTS = ("experts", "experts transposed")
@@ -37,16 +38,16 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def layer_kind(module: nn.Module) -> str | None:
     """The kind of a layer as in the table above, or None for any other module.
 
-    Subclasses have none: their ``forward`` may do more.
+    Subclasses have none, as their ``forward`` may do more, but where :func:`ipca.nn.subclasses.computes_as` knows it.
     """
     if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
         return "linear"
     quantized = quantization_kind(module)
     if quantized is not None:
         return quantized
-    if type(module) is nn.Linear:
+    if computes_as(module, nn.Linear):
         return "linear"
-    if type(module) is nn.Embedding:
+    if computes_as(module, nn.Embedding):
         return "embedding"
     if type(module) in _CONVS:
         return "conv"

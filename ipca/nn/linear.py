@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ipca.nn.initialization import one_of
 from ipca.nn.layer_kinds import LINEAR, build_layer, layer_kind, read_layer
+from ipca.nn.subclasses import restore, subclass_of
 from ipca.nn.window_layer import LayerOptions, ProductLayer
 from ipca.ops import pc_linear
 from ipca.window import Window, as_window
@@ -132,8 +133,8 @@ class LinearPC(ProductLayer):
         """A LinearPC that computes what ``linear`` computes; ``linear`` is not changed.
 
         Args:
-            linear: an ``nn.Linear`` or a transformers ``Conv1D``. The intact form shares the memory of an
-                ``nn.Linear``'s weight, both forms share the bias's.
+            linear: an ``nn.Linear``, a subclass that computes the same, or a transformers ``Conv1D``. The intact form
+                shares the memory of an ``nn.Linear``'s weight, both forms share the bias's.
             others: as for the class.
 
         Raises:
@@ -167,6 +168,8 @@ class LinearPC(ProductLayer):
             **options,
         )
         layer.kind = kind
+        if kind == "linear":
+            layer.subclass = subclass_of(plain, nn.Linear)
         return layer
 
     def reset_parameters(self) -> None:
@@ -185,6 +188,7 @@ class LinearPC(ProductLayer):
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
         weight = self.pretrained_weight() if base else self.effective_weight()
-        return build_layer(self.kind, weight, None if self.bias is None else self.bias.detach().clone())
+        plain = build_layer(self.kind, weight, None if self.bias is None else self.bias.detach().clone())
+        return restore(plain, self.subclass)
 
     to_linear = to_plain

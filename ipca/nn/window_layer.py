@@ -26,6 +26,7 @@ from ipca.nn.initialization import (
 )
 from ipca.nn.layer_kinds import read_layer, to_matrix
 from ipca.nn.lazy_weight import make_lazy_weight, raise_read_only
+from ipca.nn.subclasses import Subclass
 from ipca.ops.op import without_autocast
 from ipca.svd.result import SVDReport
 from ipca.window import Window
@@ -111,6 +112,7 @@ class WindowLayer(nn.Module):
         self.base_sha256: str | None = None
         self.svd_report: SVDReport | None = None
         self.certificate: InitCertificate | None = None
+        self.subclass: Subclass | None = None
         self._disabled = False
         self._merged: Tensor | None = None
         self.was_called = self.was_read = False

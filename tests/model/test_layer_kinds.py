@@ -168,7 +168,9 @@ class Unreached(nn.Module):
         self.stack = nn.Parameter(torch.randn(3, 8, 8))
 
 
-class Scaled(nn.Embedding): ...
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
 
 
 def twice(model: nn.Module) -> nn.Module:
