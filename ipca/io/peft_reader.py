@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ipca.model.apply import adapted_layers
 from ipca.nn.layer_kinds import is_quantized
+from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import set_layer
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -81,7 +83,8 @@ def read_with_peft(
             return Reading(refusal=" ".join(f"{type(error).__name__}: {error}".split())[:300])
     missing = tuple(key.replace(".default", "") for key in found.missing_keys if ".lora_" in key)
     ignored = tuple(key.replace(".default", "") for key in found.unexpected_keys)
-    scaled = [key for key, scaling in scalings.items() if key not in ignored and _scaling(model, key) != scaling]
+    read = {key: scaling for key, scaling in scalings.items() if key not in ignored}
+    scaled = [key for key, scaling in read.items() if not math.isclose(_scaling(model, key), scaling, rel_tol=1e-6)]
     return Reading(ignored, missing, tuple(scaled))
 
 
@@ -100,12 +103,14 @@ def plain_copy(model: nn.Module) -> nn.Module:
     if "config" in vars(copied):  # of which PEFT changes an entry
         copied.__dict__["config"] = copy.copy(copied.config)
     for name, layer in adapted_layers(copied).items():
-        if is_quantized(layer.kind):  # its weight cannot be computed without values; PEFT's keys and shapes are those
-            plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.has_bias, device="meta")
-        else:
-            plain = layer.to_plain()
+        plain = _linear_like(layer) if is_quantized(layer.kind) else layer.to_plain()
         set_layer(copied, name, plain.train(layer.training))
     return copied
+
+
+def _linear_like(layer: Any) -> nn.Module:
+    """A layer with the keys and shapes that PEFT has for a quantized one, whose weight has no values here."""
+    return nn.Linear(layer.in_features, layer.out_features, device="meta")
 
 
 def _copy(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Tensor]) -> nn.Module:
@@ -116,6 +121,8 @@ def _copy(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, T
         names = {base.__name__ for base in type(module).__mro__}
     if id(module) in modules or isinstance(module, torch.jit.ScriptModule):
         return modules.get(id(module), module)
+    if quantization_kind(module) is not None:
+        return _linear_like(module)
     new: nn.Module = object.__new__(type(module))
     modules[id(module)] = new
     new.__dict__.update(vars(module))
@@ -125,6 +132,8 @@ def _copy(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, T
         name: None if child is None else _copy(child, modules, tensors) for name, child in module._modules.items()
     }
     new.__dict__.update((name, {}) for name in _HOOKS)
+    for name in ("peft_config", "_hf_hook", "_old_forward", "forward"):  # to which PEFT would add, or accelerate's
+        new.__dict__.pop(name, None)
     if "_merged" in vars(new):
         new.__dict__["_merged"] = None
     return new

@@ -7,13 +7,14 @@
 | ``LoraModel.inject_adapter`` | adapters named like modules are refused, unmatched window patterns named, heads added |
 | the same | "all-linear" leaves out what no window fits; where it raises, the model is as it was |
 | ``LoraModel.merge_adapter`` | refused for some of several active adapters: PEFT would leave out the others |
-| ``PeftModel.save_pretrained`` | layers that are not called, and running statistics that moved, are named |
+| ``PeftModel.save_pretrained`` | refused where stock PEFT would read another adapter; what it loses is named |
 | ``PeftModel.from_pretrained``, ``load_adapter`` | with ``is_trainable=True`` a window trains on as with its PCConfig |
 | transformers' ``load_adapter`` | refused for a window with ``is_trainable=True``, and where it misreads experts |
 """
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,17 +25,19 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraModel, PeftModel
+from peft import LoraModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, hotswap
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ipca.io.adapter_folder import SIDECAR
-from ipca.io.peft_reader import misreading_transformers
+from ipca.io.peft_format import PREFIX
+from ipca.io.peft_reader import misreading_transformers, plain_copy, read_with_peft
 from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, matches
 from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
+from ipca.model.targets import few
 from ipca.nn.initialization import warn_null
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.peft.config import PCConfig
@@ -136,6 +139,37 @@ def check_merge(model: LoraModel, adapters: Sequence[str] | None) -> None:
                 f"{path}: {rest[0]!r} is active too, and PEFT leaves it out once another adapter is merged; merge all "
                 f"of {active} at once, or activate only those to merge with set_adapter."
             )
+
+
+def check_saved(model: PeftModel, adapter: str) -> None:
+    """Raise ValueError where stock PEFT would read another adapter from the files than the one that is saved.
+
+    A warning says where that cannot be checked. Parameters that ZeRO-3 has spread are left to the save itself.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, WindowLora)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        config = model.peft_config[adapter].to_dict()
+    scalings = {}
+    for name, layer in layers.items():
+        if layer.holds(adapter):
+            part = "lora_A.weight" if adapter in layer.lora_A else "lora_embedding_A"
+            root = math.sqrt(layer.r[adapter]) if config["use_rslora"] else layer.r[adapter]
+            scalings[f"{PREFIX}{name}.{part}"] = layer.lora_alpha[adapter] / root
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    reading = read_with_peft(plain_copy(model.get_base_model()), config, shapes, scalings)
+    if reading.refusal:
+        warnings.warn(f"it was not checked what stock PEFT makes of {adapter!r}: {reading.refusal}", stacklevel=3)
+        return
+    wrong = [*reading.ignored, *reading.missing, *reading.scaled]
+    if wrong:
+        raise ValueError(
+            f"stock PEFT would read another adapter than {adapter!r} from its files: {few(wrong)} would not fit what "
+            "target_modules, target_parameters, rank_pattern and alpha_pattern say; name layers by their full paths."
+        )
 
 
 def bypassed_layers(model: nn.Module, adapter: str) -> list[str]:
@@ -261,6 +295,10 @@ def install_guards() -> None:
 
     @wraps(save)
     def checked_save(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        chosen = kwargs.get("selected_adapters") or list(self.peft_config)
+        for name in chosen:
+            if isinstance(self.peft_config.get(name), PCConfig):
+                check_saved(self, name)
         save(self, *args, **with_stored_factors(self, kwargs))
         for name, config in self.peft_config.items():
             warn_bypassed(bypassed_layers(self, name) if isinstance(config, PCConfig) else [])

@@ -65,8 +65,9 @@ def save_config(
     stock = stock_config(values)
     with staged_files(folder) as stage:
         stock.save_pretrained(str(stage), **kwargs)
-        written = json.loads((stage / CONFIG_NAME).read_text())
-        (stage / CONFIG_NAME).write_text(json.dumps(_for_old_peft(written), indent=2, sort_keys=True) + "\n")
+        written = json.loads((stage / CONFIG_NAME).read_text())  # sorted, but the first pattern that matches counts
+        written |= {"rank_pattern": stock.rank_pattern, "alpha_pattern": stock.alpha_pattern}
+        (stage / CONFIG_NAME).write_text(json.dumps(_for_old_peft(written), indent=2) + "\n")
         (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
     warn_servers(folder, stacklevel=6)
 

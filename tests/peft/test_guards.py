@@ -337,3 +337,11 @@ def test_transformers_that_misreads_experts_does_not_load_them(tmp_path, monkeyp
     native = ipca.apply_pc(base, rank=2, targets=["experts.down_proj"], progress=False)
     with pytest.warns(RuntimeWarning, match=r"transformers 5\.6\.1 misreads stacks of experts in model.load_adapter"):
         ipca.save_adapter(native, tmp_path / "native")
+
+
+def test_what_stock_peft_would_read_otherwise_is_refused_before_it_is_written(tmp_path):
+    model = wrap(Small(), PCConfig(r=3, target_modules=["a", "b"]))
+    model.peft_config["default"].target_modules = {"a"}  # as a program might that shares configurations
+    with pytest.raises(ValueError, match=r"would read another adapter than 'default' .*model\.b\.lora_A"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

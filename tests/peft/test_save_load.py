@@ -283,3 +283,12 @@ def test_what_only_peft_trains_is_refused_by_its_field(field, value, tmp_path):
     with pytest.raises(ValueError, match=rf"{field} is .*, which only PEFT trains .* peft.PeftModel.from_pretrained"):
         ipca.load_adapter(base, tmp_path)
     assert snapshot(base) == before
+
+
+def test_the_first_of_two_patterns_that_match_a_layer_counts_in_the_file_too(tmp_path):
+    base, x = Small(), ids()
+    patterns = {"rank_pattern": {"b": 2, "a|b": 4}, "alpha_pattern": {"b": 3, "a|b": 5}}
+    model = wrap(base, PCConfig(r=3, target_modules=["a", "b"], **patterns))
+    train(model, x)
+    model.save_pretrained(tmp_path)
+    assert off(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x)) < 1e-5
