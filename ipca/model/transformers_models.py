@@ -28,7 +28,7 @@ from ipca._dtensor import is_sharded_model
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import add_low_rank, check_extra_state
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
-from ipca.nn.offload import stored_value
+from ipca.nn.offload import stored_state_dict, stored_value
 from ipca.nn.quantized_linear import QuantizedLinearPC
 from ipca.nn.window_layer import WindowLayer
 
@@ -60,7 +60,7 @@ def _wrap_saving(cls: Any, method: str) -> None:
     save = getattr(cls, method)
 
     def fold(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        plain = plain_state_dict(model, state)
+        plain = plain_state_dict(model, {key: stored_value(model, key, value) for key, value in state.items()})
         state.clear()
         state.update(plain)
 
@@ -89,7 +89,7 @@ def _wrap_transformers(cls: Any, method: str) -> None:
         call = inspect.signature(save).bind(self, *args, **kwargs)
         folder, state = call.arguments["save_directory"], call.arguments.get("state_dict")
         check_can_fold(self, state)
-        state = self.state_dict() if state is None else state
+        state = stored_state_dict(self) if state is None else state
         plain = plain_state_dict(self, state)
         if _CHECKPOINT.fullmatch(Path(folder).name):
             plain[STATE] = _packed(training_state(self, state))
@@ -143,7 +143,7 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
     for name, layer in replaced_layers(model).items():
         if f"{name}.base_weight" not in state:
             continue
-        own = {key: stored_value(layer, key, state.pop(f"{name}.{key}")) for key in ("base_weight", *_FACTORS)}
+        own = {key: state.pop(f"{name}.{key}", getattr(layer, key)) for key in ("base_weight", *_FACTORS)}
         state.pop(f"{name}._extra_state", None)
         terms = [(layer.scaling, own["lora_B"], own["lora_A"])]
         if layer.form == "intact":
@@ -187,8 +187,7 @@ def training_state(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str,
     """What training changes and what it started from, of ``state_dict``: all but the frozen parameters."""
     factors = {f"{name}.{factor}" for name in replaced_layers(model) for factor in _FACTORS}
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - factors
-    kept = {key: value for key, value in state_dict.items() if isinstance(value, Tensor) and key not in frozen}
-    return {key: stored_value(model, key, value) for key, value in kept.items()}
+    return {key: value for key, value in state_dict.items() if isinstance(value, Tensor) and key not in frozen}
 
 
 def resumable_state(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, Tensor]:
