@@ -23,8 +23,10 @@ def with_stored_factors(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, A
     """Arguments of PEFT's ``save_pretrained`` for ``model``, with what an adapter holds read where it is offloaded."""
     if kwargs.get("state_dict") is not None or not any(is_offloaded(module) for module in model.modules()):
         return kwargs
-    state = model.state_dict()
-    own = {key for key in state if "lora_" in key or ".modules_to_save." in key}
+    state, getters = model.state_dict(), ("get_input_embeddings", "get_output_embeddings")
+    embeddings = [getattr(model, get)() for get in getters if hasattr(model, get)]  # which PEFT may save whole
+    paths = tuple(f"{name}." for name, module in model.named_modules() if any(module is layer for layer in embeddings))
+    own = {key for key in state if "lora_" in key or ".modules_to_save." in key or key.startswith(paths)}
     return {**kwargs, "state_dict": {k: stored_value(model, k, v) if k in own else v for k, v in state.items()}}
 
 

@@ -201,7 +201,12 @@ def test_an_adapter_for_an_offloaded_base_is_loaded_before_offloading(tmp_path, 
 @pytest.mark.parametrize("offload", [to_cpu, to_disk])
 @pytest.mark.parametrize(
     ("build", "options"),
-    [(llama, {}), (gpt2, {"target_modules": ["c_attn", "wpe"]}), (vit, {"target_modules": ["q_proj", "projection"]})],
+    [
+        (llama, {}),
+        (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+        (gpt2, {"target_modules": ["c_attn", "wpe"]}),
+        (vit, {"target_modules": ["q_proj", "projection"]}),
+    ],
 )
 def test_a_peft_model_is_offloaded(build, options, offload, tmp_path):
     peft = pytest.importorskip("peft")
