@@ -17,7 +17,9 @@ from ipca._dtensor import full
 from ipca.io.peft_format import PREFIX, WEIGHTS
 from ipca.model.report import Summary, account
 from ipca.peft.config import PCConfig
+from ipca.peft.guards import bypassed_layers, check_saved
 from ipca.peft.layers import WindowLora, null_components
+from ipca.peft.save_load import warn_bypassed
 
 
 def config_of(model: nn.Module, adapter_name: str) -> PCConfig:
@@ -68,10 +70,11 @@ def save_gathered(model: PeftModel, folder: str | os.PathLike[str], adapter_name
         adapter_name: which adapter.
 
     Raises:
-        TypeError, ValueError: as :func:`config_of`.
+        TypeError, ValueError: as :func:`config_of`, or stock PEFT would read another adapter from the files.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
     config = config_of(model, adapter_name)
+    check_saved(model, adapter_name)
     with gather_params_ctx([p for name, p in model.named_parameters() if f".{adapter_name}" in name]):
         state = get_peft_model_state_dict(model, adapter_name=adapter_name)
         tensors = {key: _gathered(tensor) for key, tensor in state.items()}
@@ -80,6 +83,7 @@ def save_gathered(model: PeftModel, folder: str | os.PathLike[str], adapter_name
     with staged_files(folder) as stage:
         save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
         _for_inference(model, config).save_pretrained(str(stage), auto_mapping_dict=_auto_mapping(model, config))
+    warn_bypassed(bypassed_layers(model, adapter_name))
 
 
 def _for_inference(model: PeftModel, config: PCConfig) -> PCConfig:

@@ -11,7 +11,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import nn
 
 import ipca
-from ipca.peft import PCConfig, prepare
+from ipca.peft import PCConfig, prepare, save_gathered
 from tests.helpers.models import snapshot
 from tests.helpers.peft_cases import off, randomize, train, wrap
 from tests.helpers.peft_models import CASES, Small, ids, llama
@@ -342,6 +342,7 @@ def test_transformers_that_misreads_experts_does_not_load_them(tmp_path, monkeyp
 def test_what_stock_peft_would_read_otherwise_is_refused_before_it_is_written(tmp_path):
     model = wrap(Small(), PCConfig(r=3, target_modules=["a", "b"]))
     model.peft_config["default"].target_modules = {"a"}  # as a program might that shares configurations
-    with pytest.raises(ValueError, match=r"would read another adapter than 'default' .*model\.b\.lora_A"):
-        model.save_pretrained(tmp_path / "new")
+    for save in (PeftModel.save_pretrained, save_gathered):
+        with pytest.raises(ValueError, match=r"would read another adapter than 'default' .*model\.b\.lora_A"):
+            save(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
