@@ -226,6 +226,8 @@ def test_stacks_of_offloaded_weights_are_refused_inside_peft(tmp_path):
     peft = pytest.importorskip("peft")
     model = mixture()[0]
     to_cpu(model, tmp_path)
+    before = snapshot(model)
     config = peft_config(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
     with pytest.raises(ValueError, match=r"experts.gate_up_proj: accelerate keeps this weight on the CPU or the disk"):
         peft.get_peft_model(model, config)
+    assert snapshot(model)[0] == before[0]  # accelerate exchanges the parameters whenever a layer runs
