@@ -259,7 +259,9 @@ def _common(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(quiet=False, fail=parser.error)
     if quiet:
-        parser.add_argument("--quiet", action="store_true", help="suppress everything but errors and --json output")
+        parser.add_argument(
+            "--quiet", action="store_true", help="suppress everything but errors, warnings and --json output"
+        )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

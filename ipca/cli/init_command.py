@@ -8,16 +8,15 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
 import ipca
 from ipca.cli.arguments import check_output_folder, find_folders
-from ipca.io.adapter_folder import SIDECAR, read_adapter
+from ipca.io.adapter_folder import SIDECAR
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
-from ipca.io.output_folder import check_output, is_adapter_file
+from ipca.io.output_folder import check_output
 from ipca.io.peft_format import LayerFormat, readable_config
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
@@ -211,20 +210,9 @@ def _check_folders(args: argparse.Namespace, work: WorkFolder) -> None:
     def resumes(held: set[str]) -> bool:
         if args.form == "residual":
             return work.ready or held <= {WORK, DONE}
-        return work.ready or held == {SIDECAR} or _is_untrained(out, held)
+        return work.ready or held == {SIDECAR}
 
     check_output(out, whole=args.form == "residual", overwrite=args.force, resumes=resumes, option="--force")
-
-
-def _is_untrained(out: Path, held: set[str]) -> bool:
-    """Whether all that ``out`` holds is an adapter before training, which may be made again."""
-    if not all(map(is_adapter_file, held)):
-        return False
-    try:
-        factors = list(read_adapter(out, modules_to_save=False).factors.values())
-    except (ValueError, FileNotFoundError):  # damaged, or not ours
-        return False
-    return all(torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0) for f in factors)
 
 
 def _cache(args: argparse.Namespace) -> SpectralCache | None:

@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ipca._atomic import check_writable
+from ipca.io.adapter_folder import read_adapter
 from ipca.io.model_folder import WEIGHT_ENDINGS
 
 TRUNCATION = "truncation.json"
@@ -25,7 +28,8 @@ def check_output(
 
     Args:
         folder: where files are to be written; need not exist.
-        whole: it must be new or empty; False: it must hold no weights and no adapter, other files may be there.
+        whole: it must be new or empty; False: it must hold no weights and no adapter, unless that is not trained yet.
+            Other files may be there.
         overwrite: all of it may be replaced.
         resumes: given the names of what must not be there, whether the command goes on from it.
         option: what the user gives to have it replaced.
@@ -38,7 +42,7 @@ def check_output(
     check_writable(target)
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
     held = names if whole else {name for name in names if is_weights(name)}
-    if not held or overwrite or resumes(held):
+    if not held or overwrite or resumes(held) or (not whole and _is_untrained(target, held)):
         return
     if whole:
         what = "is not empty; choose a new folder"
@@ -47,6 +51,17 @@ def check_output(
     else:
         what = f"holds {min(held)}; choose another folder"
     raise FileExistsError(f"{target} {what}. {option} replaces it.")
+
+
+def _is_untrained(folder: Path, held: set[str]) -> bool:
+    """Whether ``held``, the weights in ``folder``, are an adapter before training, which can be made again."""
+    if not all(map(is_adapter_file, held)):
+        return False
+    try:
+        factors = read_adapter(folder, modules_to_save=False).factors.values()
+    except (ValueError, OSError):  # damaged, or not ours
+        return False
+    return all(torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0) for f in factors)
 
 
 def is_adapter_file(name: str) -> bool:

@@ -64,6 +64,8 @@ def write_serve(
     excluded = _beside(names, [name for name, _ in model.named_modules()])
     config = dict(config)
     if isinstance(config["target_modules"], str):  # a regular expression, which SGLang refuses
+        parameters = config.get("target_parameters") or []
+        names = [name for name in names if f"{name}.weight" not in parameters]
         config |= {"target_modules": names, "exclude_modules": excluded}
     write_peft(folder, serving_factors(tensors, contents.layers, rank), config)
     return rank

@@ -199,6 +199,26 @@ def test_other_kinds_of_layers_in_stock_peft(name, tmp_path):
         assert relative(output(loaded, x), output(model, x)) < 1e-5
 
 
+def deepseek() -> transformers.DeepseekV2ForCausalLM:
+    """A dense and a mixture layer, whose projections PEFT takes for experts when it reads their names."""
+    torch.manual_seed(0)
+    heads = {"vocab_size": 60, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}
+    more = {"num_key_value_heads": 4, "q_lora_rank": None, "topk_group": 1, "n_group": 1, "first_k_dense_replace": 1}
+    sizes = SIZES | {"num_hidden_layers": 2}
+    return transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**sizes, **heads, **experts, **more)).eval()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "q_proj"], [*STACKS, "q_proj"]])
+def test_mixtures_in_stock_peft(targets, tmp_path):
+    x = torch.arange(20)[None]
+    patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 5.0}}
+    model = train(ipca.apply_pc(deepseek(), rank=2, targets=targets, progress=False, **patterns))
+    ipca.export(model, tmp_path, format="serve")
+    loaded = PeftModel.from_pretrained(deepseek(), tmp_path).eval()
+    torch.testing.assert_close(loaded(x).logits, model(x).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_rsLoRA_in_stock_peft(tmp_path):
     model, x = rslora(tmp_path / "peft"), torch.arange(20)[None]
     ipca.export(model, tmp_path / "out", format="serve")
