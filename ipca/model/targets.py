@@ -266,7 +266,8 @@ def _without_unfit(
     fit = []
     for target in targets:
         why = _unfit_reason(target, layers, paths, owners)
-        if why is None and not any(matches(pattern, target.name) for pattern in ranks):
+        named = _in_peft(layers, target.name) or any(matches(pattern, target.name) for pattern in ranks)
+        if why is None and not named:  # a layer of PEFT is refused below
             why = narrow_reason(target.window.rank, target.shape)
         if why is None:
             fit.append(target)
