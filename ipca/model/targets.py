@@ -220,7 +220,8 @@ def _matching(model: nn.Module, modules: dict[str, nn.Module], settings: Adapter
             if (_is_linear(module) or isinstance(module, nn.Linear)) and module is not head
         ]
         if not names:
-            raise ValueError(f"{type(model).__name__} has no linear layer to adapt.")
+            beside = f" beside its head, {few(heads)}, which trains whole; name others in targets" if heads else ""
+            raise ValueError(f"{type(model).__name__} has no linear layer to adapt{beside}.")
         return names
     patterns = (settings.targets,) if isinstance(settings.targets, str) else tuple(settings.targets)
     if not patterns:

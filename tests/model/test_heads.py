@@ -203,6 +203,12 @@ def test_modules_that_peft_would_save_with_a_head_train_too(tmp_path):
     assert right.isfinite().all()
 
 
+def test_a_model_whose_only_linear_layer_is_its_head_says_so():
+    config = T.PoolFormerConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"no linear layer to adapt beside its head, norm, classifier, which trains"):
+        ipca.apply_pc(T.PoolFormerForImageClassification(config), rank=2, progress=False)
+
+
 def test_parameters_of_the_model_itself_are_named():
     config = T.TapasConfig(**TINY, type_vocab_sizes=[3, 8, 8, 2, 2, 8, 8])
     with pytest.warns(UserWarning, match=r"output_weights, .* of TapasForQuestionAnswering stay frozen"):
