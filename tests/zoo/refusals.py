@@ -29,6 +29,8 @@ class Refusal(NamedTuple):
         return all(re.fullmatch(*pair) for pair in names) and re.search(self.message, row.text) is not None
 
 
+MAMBA = "mamba|mamba2|falcon_mamba|falcon_h1|nemotron_h"
+OUT_PROJ = "PEFT has no LoRA for the `out_proj` of these models and refuses it. Saving says so: exclude it, or merge."
 NOT_CALLED = "reads the weight and does not call the layer"
 REFUSALS = (
     Refusal(
@@ -37,6 +39,13 @@ REFUSALS = (
         NOT_CALLED,
         "The model reads a layer's weight and does not call the layer. Natively that is right; PEFT computes nothing "
         "there. Saving names the layers: exclude them, or merge.",
+    ),
+    Refusal(MAMBA, r"\w+\.\w+\.stock\w*", "told: PEFT cannot load", OUT_PROJ),
+    Refusal(
+        MAMBA,
+        r"\w+\.(\w+\.export_\w+|peft\.load_native_folder|cli\.residual)",
+        "Module 'out_proj' is incompatible with Mamba-based models",
+        OUT_PROJ,
     ),
     Refusal(
         ".*",

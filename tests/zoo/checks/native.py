@@ -234,8 +234,12 @@ def bfloat16(case: Case, way: Way) -> None:
     case.apply(way)
     plain = case.fresh().to(torch.bfloat16).requires_grad_(False)
     inputs = {name: to_bfloat16(name, value) for name, value in case.inputs.items()}
+    try:
+        wanted = run(plain, inputs)
+    except RuntimeError as error:
+        raise NotApplicableError("the base does not run in bfloat16") from error
     model = ipca.apply_pc(copy.deepcopy(plain), rank=RANK, progress=False, **case.selected(way))
-    assert_equal(run(model, inputs), run(plain, inputs))
+    assert_equal(run(model, inputs), wanted)
     ipca.save_adapter(model, case.folder / "bfloat16")
     assert_equal(run(ipca.load_adapter(plain, case.folder / "bfloat16"), inputs), run(model, inputs))
 
