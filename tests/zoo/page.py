@@ -136,7 +136,7 @@ def refusals(run: Iterable[tuple[Run, list[Row]]], letters: Mapping[str, str]) -
     refused: dict[str, list[Row]] = {reason: [] for reason in letters}
     for _, rows in run:
         for row in rows:
-            if (reason := verdict(row, rows)) in refused:
+            if ".lora." not in row.check and (reason := verdict(row, rows)) in refused:
                 refused[reason].append(row)
     if not refused:
         return "\n".join([*lines, "None."])
