@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import io
 import math
 import os
@@ -113,6 +114,7 @@ def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lam
 def environment(model: nn.Module) -> dict[str, Any]:
     """What the bits of a run depend on besides its settings."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "ipca": __version__}
+    versions["transformers"] = importlib.metadata.version("transformers")
     device = next(model.parameters()).device
     return {**versions, "device": device_name(device), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
