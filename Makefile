@@ -104,10 +104,7 @@ study-page: $(READY)
 	$(BIN)/python -m studies.window_position.page
 	$(BIN)/python -m studies.language.page
 
-study-zoo: $(READY)
-	nice $(BIN)/python -m tests.zoo --jobs $(WORKERS) $(ZOO)
-
-check: $(READY)
+study-check: $(READY)
 	$(BIN)/python -m studies.window_position.page --check
 	$(BIN)/python -m studies.language.page --check
 
