@@ -169,8 +169,9 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
         raise ValueError(f"{path / WEIGHTS} is not the file that {SIDECAR} was written with; save the adapter again.")
     wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
     factors = {name: _factors(name, layer, wrappers[name], tensors) for name, layer in layers.items()}
-    for name in layers:  # PEFT saves it with an adapted embedding; the layer's hash already identifies it
-        tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
+    for name in layers:  # PEFT saves it with an adapted embedding or head; the layer's hash already identifies it
+        for part in ("weight", "bias"):
+            tensors.pop(f"{PREFIX}{name}.base_layer.{part}", None)
     return AdapterFolder(layers, factors, _module_states(tensors, names) if modules_to_save else {})
 
 

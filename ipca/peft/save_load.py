@@ -197,8 +197,9 @@ def _own_fields(path: Path) -> dict[str, Any]:
 
 
 def _modules_to_save(weights: Path, layers: Mapping[str, SavedLayer]) -> list[str]:
-    """The modules whose tensors the file holds beside the layers' factors and base weights."""
-    ours = {f"{PREFIX}{path}.base_layer.weight" for path in layers}.union(*_keys(layers).values())
+    """The modules whose tensors the file holds beside the layers' factors and base layers."""
+    bases = {f"{PREFIX}{path}.base_layer.{part}" for path in layers for part in ("weight", "bias")}
+    ours = bases.union(*_keys(layers).values())
     with safe_open(str(weights), "pt") as file:
         others = set(file.keys()) - ours
     return sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in others})

@@ -105,6 +105,15 @@ def test_base_weights_that_peft_saves_with_an_embedding_do_no_harm(tmp_path):
     assert off(native(x).logits, model(x).logits) < 1e-6
 
 
+def test_the_bias_of_a_head_that_peft_saves_does_no_harm(tmp_path):
+    base = llama().eval()
+    base.lm_head = torch.nn.Linear(base.lm_head.in_features, base.lm_head.out_features)  # as Phi's
+    _, model, x = saved(tmp_path, base, target_modules=["lm_head"])
+    assert "base_model.model.lm_head.base_layer.bias" in load_file(tmp_path / WEIGHTS)
+    native = ipca.load_adapter(copy.deepcopy(base), tmp_path)
+    assert off(native(x).logits, model(x).logits) < 1e-6
+
+
 def test_a_matrix_is_pefts_alone(tmp_path):
     case = CASES["matrix"]
     base = case.build()
