@@ -220,8 +220,10 @@ def _matching(model: nn.Module, modules: dict[str, nn.Module], settings: Adapter
             if (_is_linear(module) or isinstance(module, nn.Linear)) and module is not head
         ]
         if not names:
-            beside = f" beside its head, {few(heads)}, which trains whole; name others in targets" if heads else ""
-            raise ValueError(f"{type(model).__name__} has no linear layer to adapt{beside}.")
+            beside = f" beside its head, {few(heads)}, which trains whole" if heads else ""
+            others = [name for name, module in free.items() if layer_kind(module) and not _is_linear(module)]
+            instead = f"; name layers of other kinds in targets, such as {few(others)}" if others else ""
+            raise ValueError(f"{type(model).__name__} has no linear layer to adapt{beside}{instead}.")
         return names
     patterns = (settings.targets,) if isinstance(settings.targets, str) else tuple(settings.targets)
     if not patterns:
