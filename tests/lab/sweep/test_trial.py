@@ -144,7 +144,8 @@ def test_a_window_in_a_null_space_has_no_matched_rate_and_says_so(tmp_path):
 
     options = {"lrs": (1e-3,), "seeds": 1, "methods": (), "comparisons": ("same", "sqrt-sigma"), "early": 2}
     task = replace(sweep_task.task(), build=build)
-    rows = sweep.run(task, tmp_path, windows=(0.0, 1.0), progress=False, report=False, **options)
+    with pytest.warns(UserWarning, match="components that are 0 in the window: 2 of 2 of out"):
+        rows = sweep.run(task, tmp_path, windows=(0.0, 1.0), progress=False, report=False, **options)
     statuses = {(row["method"], row["comparison"]): row["status"] for row in rows[1:]}
     assert statuses.pop(("1.0", "sqrt-sigma")).startswith("failed: out: the singular values it starts from are ")
     assert set(statuses.values()) == {"ok"}
