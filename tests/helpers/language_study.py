@@ -64,11 +64,11 @@ def study(work, design=DESIGN, **hashes):
     return Study(design, model(), texts(), Path(work), {"protocol": "p", "model": "m", **hashes}, progress=False)
 
 
-def main(folder):
+def main(folder, limit=None):
     torch.set_num_threads(1)
     folder = Path(folder)
     found = study(folder / "work")
-    collect(found, Rows(folder / "rows"), Runners(folder / "work"))
+    collect(found, Rows(folder / "rows"), Runners(folder / "work"), limit)
 
 
 if __name__ == "__main__":

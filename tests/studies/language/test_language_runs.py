@@ -38,6 +38,14 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The first runs of the small design."""
+    folder = tmp_path_factory.mktemp("begun")
+    language_study.main(folder, limit=3)
+    return folder
+
+
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -213,6 +221,7 @@ def test_the_order_is_balanced():
             assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.slow
 def test_what_was_made_is_not_made_again(uninterrupted):
     before = contents(uninterrupted)
     rows, runners = Rows(uninterrupted / "rows"), Runners(uninterrupted / "work")
@@ -224,28 +233,28 @@ def test_what_was_made_is_not_made_again(uninterrupted):
     assert "at work: nobody" in text
 
 
-def test_rows_of_another_protocol_model_or_text_are_not_mixed(uninterrupted):
-    rows = Rows(uninterrupted / "rows")
+def test_rows_of_another_protocol_model_or_text_are_not_mixed(begun):
+    rows = Rows(begun / "rows")
     with pytest.raises(ValueError, match="runs of another protocol, such as cpp-8-"):
-        check(study(uninterrupted / "work", protocol="other"), rows)
+        check(study(begun / "work", protocol="other"), rows)
     with pytest.raises(ValueError, match="another protocol and model"):
-        check(study(uninterrupted / "work", protocol="other", model="other"), rows)
-    changed = study(uninterrupted / "work")
+        check(study(begun / "work", protocol="other", model="other"), rows)
+    changed = study(begun / "work")
     changed.texts["cpp"].kept["samples"][0, 0] = VOCABULARY - 1
     with pytest.raises(ValueError, match="another text"):
         check(changed, rows)
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"task": "german"}\n'])
-def test_a_damaged_file_is_named(uninterrupted, tmp_path, damage):
+def test_a_damaged_file_is_named(begun, tmp_path, damage):
     rows = Rows(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "german-8-middle-1e-03-seed0.jsonl").write_text(damage)
     with pytest.raises(ValueError, match=r"german-8-middle-1e-03-seed0\.jsonl is damaged"):
         list(rows.runs())
-    other = next((uninterrupted / "rows" / "runs").glob("cpp*"))
+    other = next((begun / "rows" / "runs").glob("german-8-lora*"))
     (tmp_path / "runs" / "german-8-middle-1e-03-seed0.jsonl").write_bytes(other.read_bytes())
-    with pytest.raises(ValueError, match="holds the run cpp"):
+    with pytest.raises(ValueError, match="holds the run german-8-lora"):
         list(rows.runs())
 
 
