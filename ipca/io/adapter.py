@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,7 +93,8 @@ def save_adapter(
     """
     contents = collect_adapter(model)
     layers = {name: _saved(layer) for name, layer in contents.layers.items()}
-    check_output(folder, overwrite=overwrite, resumes=lambda held: _is_earlier(Path(folder), held, layers))
+    resumes = partial(_is_earlier, Path(folder), layers=layers)
+    write_once(model, partial(check_output, folder, overwrite=overwrite, resumes=resumes))
     config = readable_config(model, formats(contents), contents.modules_to_save, base_model)
     tensors = adapter_state(model, contents)
 

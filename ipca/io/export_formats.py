@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def export(
     if format == "residual":
         _check_quantized(model)
         check_not_offloaded(adapted_layers(model))
-    check_output(folder, whole=format == "residual", overwrite=overwrite)
+    write_once(model, partial(check_output, folder, whole=format == "residual", overwrite=overwrite))
     contents = collect_adapter(model)
     if format in ("serve", "mlx"):
         check_servable(contents)
