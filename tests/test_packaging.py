@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(command, folder, **environment):
-    environment = {**os.environ, "IPCA_BUILD_CUDA": "0", "IPCA_REPOSITORY_URL": "", **environment}
+    fixed = {"IPCA_BUILD_CUDA": "0", "IPCA_REPOSITORY_URL": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, **fixed, **environment}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 

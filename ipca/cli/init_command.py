@@ -196,6 +196,10 @@ def _account(
         lines.append(f"the whole model was loaded: {plan.loaded_whole}")
     if args.form == "residual":
         lines.append(f"residual base: {args.out / 'base'}   adapter: {args.out / 'adapter'}")
+        lines.append(
+            "not checked, as the model was not run: a layer whose weight the model reads without calling the layer "
+            "would compute with W_res alone; exclude such layers"
+        )
     else:
         lines.append(f"adapter: {args.out}")
     return record, "\n".join(lines)

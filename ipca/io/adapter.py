@@ -271,17 +271,13 @@ def _check_peft_fields(folder: Path) -> None:
     """Raise ValueError where PEFT has trained more than the factors and whole modules."""
     try:
         config = json.loads((folder / CONFIG).read_text())
-        trained = {name: config[name] for name, none in _ONLY_PEFT.items() if config.get(name) not in (None, none)}
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        TypeError,
-    ):  # missing or damaged, and not needed here
+        trained = [name for name, none in _ONLY_PEFT.items() if config.get(name) not in (None, none)]
+    except (OSError, ValueError, AttributeError):  # missing or damaged, and not needed here
         return
-    for name, value in trained.items():
+    if trained:
+        name = trained[0]
         raise ValueError(
-            f"{folder / CONFIG}: {name} is {value!r}, which only PEFT trains and holds; load the folder with "
+            f"{folder / CONFIG}: {name} is {config[name]!r}, which only PEFT trains and holds; load the folder with "
             "peft.PeftModel.from_pretrained, and merge it there with merge_and_unload()."
         )
 

@@ -412,9 +412,13 @@ def _report(lost: list[str], more: list[str], refusal: str, others: bool) -> Non
 
 
 @torch.no_grad()
-def bypassed_words(layers: Mapping[str, WindowLayer]) -> str:
-    """Words for trained layers that the model does not call, of which readers other than ipca see nothing, or none."""
-    found = [name for name, layer in layers.items() if layer.bypassed and not _unchanged(layer)]
+def bypassed_words(layers: Mapping[str, WindowLayer], *, residual: bool = False) -> str:
+    """Words for layers that the model does not call, whose adapter readers other than ipca leave out; empty for none.
+
+    Before training that changes nothing on the original base. ``residual``: the base is to hold ``W_res``, which is
+    wrong without the adapter from the start.
+    """
+    found = [name for name, layer in layers.items() if layer.bypassed and (residual or not _unchanged(layer))]
     if not found:
         return ""
     return (

@@ -16,7 +16,7 @@ import numpy as np
 
 from ipca.lab.statistics import LEVEL, holm
 from studies.language.design import ARMS, Design, Run, Scores, best_rate, grid
-from studies.language.frontier import Path, along_scale, along_training
+from studies.language.frontier import Curve, along_scale, along_training
 from studies.language.rows import Line, Rows
 
 METRIC = "kl_samples"
@@ -109,8 +109,8 @@ class Analysis:
         cells = set(self.design.cells())
         return {run: lines for run, lines in self.rows.runs() if (run.task, run.steps, run.arm) in cells}
 
-    def path(self, run: Run, metric: str = METRIC, *, training: bool = False) -> Path | None:
-        """Its path over λ, or over training."""
+    def curve(self, run: Run, metric: str = METRIC, *, training: bool = False) -> Curve | None:
+        """Its curve over λ, or over training."""
         lines = self.runs[run]
         return along_training(lines, metric) if training else along_scale(lines, metric, self.design.scales)
 
@@ -125,8 +125,8 @@ class Analysis:
         target = self.design.targets[task, steps][place]
         found: dict[float, dict[int, float | None]] = {}
         for run in self.of(task, steps, arm):
-            path = self.path(run, metric, training=training)
-            found.setdefault(run.rate, {})[run.seed] = None if path is None else path.when(target)
+            curve = self.curve(run, metric, training=training)
+            found.setdefault(run.rate, {})[run.seed] = None if curve is None else curve.when(target)
         return found
 
     def grid(self, task: str, steps: int, arm: str) -> tuple[float, ...]:
@@ -199,10 +199,10 @@ class Analysis:
         """The number of finer scales measured, and the largest relative error of the interpolation there."""
         errors = []
         for run, lines in self.runs.items():
-            path = self.path(run, metric)
-            for line in lines if path is not None else ():
-                if path is not None and line["scale"] in self.design.finer:
-                    read = float(np.interp(line["scale"], path.at, path.new if metric == "ce_new" else path.other))
+            curve = self.curve(run, metric)
+            for line in lines if curve is not None else ():
+                if curve is not None and line["scale"] in self.design.finer:
+                    read = float(np.interp(line["scale"], curve.at, curve.new if metric == "ce_new" else curve.other))
                     errors.append(abs(read / line[metric] - 1))
         return (len(errors), max(errors)) if errors else None
 

@@ -66,20 +66,20 @@ def _sheet(
 def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
     for arm in MAIN:
         chosen = analysis.rates(task, steps, arm)
-        paths = [
-            path
+        curves = [
+            curve
             for run in analysis.of(task, steps, arm)
-            if run.rate == chosen.get(run.seed) and (path := analysis.path(run)) is not None
+            if run.rate == chosen.get(run.seed) and (curve := analysis.curve(run)) is not None
         ]
-        if not paths:
+        if not curves:
             continue
-        style, start = _STYLES[arm], max(path.new[0] for path in paths)
-        end = max(path.lowest for path in paths)
+        style, start = _STYLES[arm], max(curve.new[0] for curve in curves)
+        end = max(curve.lowest for curve in curves)
         levels = np.linspace(start - _SMALLEST * (start - end), end, _POINTS)
-        values = np.array([[path.when(level) for path in paths] for level in levels], dtype=np.float64)
+        values = np.array([[curve.when(level) for curve in curves] for level in levels], dtype=np.float64)
         axis.plot(levels, values.mean(1), color=style.color, linestyle=style.dashes, label=ARMS[arm].title)
         axis.fill_between(levels, values.min(1), values.max(1), color=style.color, alpha=0.15, linewidth=0)
-        axis.annotate(f"n = {len(paths)}", (levels[-1], values[-1].mean()), fontsize=7, color=style.color)
+        axis.annotate(f"n = {len(curves)}", (levels[-1], values[-1].mean()), fontsize=7, color=style.color)
     for target in analysis.design.targets[task, steps]:
         axis.axvline(target, color="gray", linestyle=":", linewidth=0.8)
     axis.invert_xaxis()

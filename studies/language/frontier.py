@@ -15,7 +15,7 @@ _POINTS = 2001
 
 
 @dataclass(frozen=True)
-class Path:
+class Curve:
     """A run's cross-entropy on the new task, and another metric, as smooth functions of λ or of the step.
 
     Both are interpolated by PCHIP (Fritsch & Carlson, SIAM Journal on Numerical Analysis 17, 1980) through the
@@ -37,20 +37,20 @@ class Path:
         return float(self.new.min())
 
 
-def along_scale(lines: Iterable[Line], metric: str, scales: Sequence[float]) -> Path | None:
-    """The path of a run over λ from 0 to 1, through the measurements at ``scales``; None for one that diverged."""
+def along_scale(lines: Iterable[Line], metric: str, scales: Sequence[float]) -> Curve | None:
+    """The curve of a run over λ from 0 to 1, through the measurements at ``scales``; None for one that diverged."""
     lines = list(lines)
     final = max(line["step"] for line in lines)
     chosen = [line for line in lines if line["step"] in (0, final) and line["scale"] in (0.0, *scales)]
-    return _path(chosen, "scale", metric)
+    return _curve(chosen, "scale", metric)
 
 
-def along_training(lines: Iterable[Line], metric: str) -> Path | None:
-    """The path of a run over its steps, through the measurements at the checkpoints; None for one that diverged."""
-    return _path([line for line in lines if line["step"] == 0 or line["scale"] == 1.0], "step", metric)
+def along_training(lines: Iterable[Line], metric: str) -> Curve | None:
+    """The curve of a run over its steps, through the measurements at the checkpoints; None for one that diverged."""
+    return _curve([line for line in lines if line["step"] == 0 or line["scale"] == 1.0], "step", metric)
 
 
-def _path(lines: list[Line], variable: str, metric: str) -> Path | None:
+def _curve(lines: list[Line], variable: str, metric: str) -> Curve | None:
     from scipy.interpolate import PchipInterpolator  # takes a second to import
 
     if any(line["status"] != "ok" for line in lines):
@@ -58,4 +58,4 @@ def _path(lines: list[Line], variable: str, metric: str) -> Path | None:
     points = sorted((line[variable], line["ce_new"], line[metric]) for line in lines)
     x, new, other = np.array(points, dtype=np.float64).T
     at = np.linspace(x[0], x[-1], _POINTS)
-    return Path(at, PchipInterpolator(x, new)(at), PchipInterpolator(x, other)(at))
+    return Curve(at, PchipInterpolator(x, new)(at), PchipInterpolator(x, other)(at))

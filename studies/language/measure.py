@@ -1,4 +1,7 @@
-"""Measurements of a tuned model: cross-entropy on every text, and the divergence from the base on the kept ones."""
+"""Measurements of a tuned model: cross-entropy on every text, and the divergence from the base on the kept ones.
+
+The quantities are those of ``ipca.analysis.retention``, by token and without a second copy of the base in memory.
+"""
 
 from __future__ import annotations
 

@@ -32,10 +32,10 @@ def with_targets(reference: Rows) -> Design | None:
         return None
     targets = {}
     for run in REFERENCE:
-        path = along_scale(lines[run], "kl_samples", PLAN.scales)
-        if path is None:
+        curve = along_scale(lines[run], "kl_samples", PLAN.scales)
+        if curve is None:
             raise ValueError(f"{run.key} diverged and fixes no target")
-        first, second, third = (round(path.new[0] - share * (path.new[0] - path.lowest), 2) for share in SHARES)
+        first, second, third = (round(curve.new[0] - share * (curve.new[0] - curve.lowest), 2) for share in SHARES)
         targets[run.task, run.steps] = (first, second, third)
     return replace(PLAN, targets=targets)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import itertools
 import json
 import os
 import sys
@@ -95,10 +94,10 @@ def collect(study: Study, rows: Rows, runners: Runners, limit: int | None = None
         ValueError: the folder holds rows of another protocol or model.
     """
     check(study, rows)
-    for made in itertools.count():
-        if made == limit or not _make_next(study, rows, runners):
-            return made
-    raise AssertionError
+    made = 0
+    while made != limit and _make_next(study, rows, runners):
+        made += 1
+    return made
 
 
 def _make_next(study: Study, rows: Rows, runners: Runners) -> bool:
@@ -121,8 +120,8 @@ def grids(design: Design, rows: Rows) -> dict[tuple[str, int, str], tuple[float,
     for run, lines in rows.runs():
         cell = (run.task, run.steps, run.arm)
         if cell in scores:
-            path = along_scale(lines, "kl_samples", design.scales)
-            score = None if path is None else path.when(design.targets[run.task, run.steps][1])
+            curve = along_scale(lines, "kl_samples", design.scales)
+            score = None if curve is None else curve.when(design.targets[run.task, run.steps][1])
             scores[cell].setdefault(run.rate, {})[run.seed] = score
     return {cell: grid(cell[2], found) for cell, found in scores.items()}
 
@@ -144,7 +143,7 @@ def how_far(design: Design, rows: Rows, runners: Runners) -> str:
     """A table of complete and planned runs by length, task and arm, and the hours that remain."""
     planned = list(design.order(grids(design, rows)))
     lines = [f"{'steps':>5}  {'task':8}{'arm':22}{'runs':>9}   rates, each with its complete seeds"]
-    for steps, task, arm in sorted({(run.steps, run.task, run.arm) for run in planned}, key=_order(planned)):
+    for steps, task, arm in dict.fromkeys((run.steps, run.task, run.arm) for run in planned):
         cell = [run for run in planned if (run.steps, run.task, run.arm) == (steps, task, arm)]
         done = [run for run in cell if rows.has(run)]
         seeds = {rate: sum(run.rate == rate for run in done) for rate in sorted({run.rate for run in cell})}
@@ -172,7 +171,8 @@ def open_study(folder: Path | None, results: Path, work: Path, device: str) -> t
     model_hash = models.weights_sha256(base)[:12]
     work, rows = work / name, Rows(results / name)
     samples = rows.folder / "samples.json"
-    with Runners(work).claim("samples", wait=True):
+    runners = Runners(work)
+    with runners.claim("samples", wait=True):
         if not samples.exists():
             found = {"model": model_hash, "ids": draw_samples(base, _SEED_OF_SAMPLES).tolist()}
             rows.folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,6 @@ def open_study(folder: Path | None, results: Path, work: Path, device: str) -> t
     texts = task_texts(tokenize, archive_path(), torch.tensor(drawn["ids"]))
     study = Study(PLAN, base, texts, work, {"model": model_hash})
     reference = reference_of(rows)
-    runners = Runners(work)
     for wait in (False, True):  # first what nobody makes, then what others make
         for run in REFERENCE:
             with runners.claim(run.key, wait=wait) as mine:
@@ -222,13 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"{made} runs made; report them with: make study-page")
-
-
-def _order(planned: list[Run]) -> Any:
-    places: dict[tuple[int, str, str], int] = {}
-    for place, run in enumerate(planned):
-        places.setdefault((run.steps, run.task, run.arm), place)
-    return places.__getitem__
 
 
 def _lock(file: TextIO, wait: bool) -> bool:

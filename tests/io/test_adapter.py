@@ -290,6 +290,8 @@ def test_a_layer_that_the_model_reads_and_does_not_call_is_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ipca.save_adapter(model, tmp_path / "start")  # nothing has changed yet, which every reader computes
+    with pytest.raises(ValueError, match=r"^b: the model reads the weight"):  # W_res alone is wrong from the start
+        ipca.export(model, tmp_path / "out", format="residual")
     jitter(model)
     right = model(x)
     with pytest.warns(

@@ -65,11 +65,11 @@ def comparison(analysis, other, place=1):
 @pytest.mark.parametrize("along", [lambda lines: along_scale(lines, "kl_samples", SMALL.scales), None])
 def test_divergence_at_a_target(along):
     run = Run("german", 60, "middle", 1e-3, 0)
-    path = (along or (lambda lines: along_training(lines, "kl_samples")))(made_up(run, 0.3))
+    curve = (along or (lambda lines: along_training(lines, "kl_samples")))(made_up(run, 0.3))
     share = 1 - math.sqrt(1 - (BASE - 4.2) / GAIN)  # where BASE − GAIN (2λ − λ²) is 4.2
-    assert path.when(4.2) == pytest.approx(0.3 * share**2, rel=0.02)
-    assert path.when(BASE - GAIN - 0.01) is None
-    assert path.lowest == pytest.approx(BASE - GAIN)
+    assert curve.when(4.2) == pytest.approx(0.3 * share**2, rel=0.02)
+    assert curve.when(BASE - GAIN - 0.01) is None
+    assert curve.lowest == pytest.approx(BASE - GAIN)
 
 
 def test_a_target_that_is_only_reached_below_the_full_scale():
@@ -77,11 +77,11 @@ def test_a_target_that_is_only_reached_below_the_full_scale():
     run = Run("german", 60, "middle", 1e-3, 0)
     lines = made_up(run, 0.3)
     lines[-1]["ce_new"] = 4.6
-    path = along_scale(lines, "kl_samples", SMALL.scales)
-    assert path.when(4.0) < 0.3 * 0.75**2
+    curve = along_scale(lines, "kl_samples", SMALL.scales)
+    assert curve.when(4.0) < 0.3 * 0.75**2
 
 
-def test_a_diverged_run_has_no_path():
+def test_a_diverged_run_has_no_curve():
     lines = made_up(Run("german", 60, "middle", 1e-3, 0), 0.3)
     lines[-1]["status"] = "diverged"
     assert along_scale(lines, "kl_samples", SMALL.scales) is None

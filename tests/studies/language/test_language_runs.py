@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ipca.analysis import cross_entropy_rise, kl_to_base
 from studies.language import training
 from studies.language.arms import Tuned
 from studies.language.design import ARMS, MAIN, Run, Wave, waves
@@ -135,6 +136,21 @@ def test_measurements_are_cross_entropy_and_divergence(tmp_path):
         *("ce_new", "ce_samples", "ce_prose", "ce_other"),
         *("kl_samples", "kl_prose", "kl_other"),
     }
+
+
+def test_means_are_those_of_the_library(tmp_path):
+    found = study(tmp_path)
+    task = found.texts["german"]
+    other = copy.deepcopy(found.base)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight += 0.1
+    before, after = (Reference(found.base, task).measure(model).means() for model in (found.base, other))
+    for name, ids in {"new": task.new, **task.kept}.items():
+        batches = [{"input_ids": ids, "labels": ids}]
+        rise = cross_entropy_rise(other, found.base, batches)
+        assert after[f"ce_{name}"] - before[f"ce_{name}"] == pytest.approx(rise, abs=1e-6), name
+        if name in task.kept:
+            assert after[f"kl_{name}"] == pytest.approx(kl_to_base(other, found.base, batches), rel=1e-4), name
 
 
 def test_a_model_with_other_logits_is_refused(tmp_path):
