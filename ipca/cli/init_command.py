@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
@@ -17,9 +18,10 @@ from ipca.io.adapter_folder import SIDECAR
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
 from ipca.io.output_folder import check_output
-from ipca.io.peft_format import LayerFormat, readable_config
+from ipca.io.peft_format import NOT_CALLED, LayerFormat, readable_config
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import Target, find_modules_to_save, find_targets
+from ipca.model.targets import Target, few, find_modules_to_save, find_targets
+from ipca.model.weight_reads import weight_reads
 from ipca.nn.registry import get_layer
 from ipca.offline.adapter_files import write_adapter, write_residual
 from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
@@ -147,6 +149,19 @@ def _check_with_peft(plan: Plan, *, residual: bool) -> None:
     }
     whole = {name: model.get_submodule(name) for name in plan.modules_to_save}
     readable_config(model, layers, whole, others=residual)
+    reads = weight_reads(model, layers)
+    if reads.uncalled and residual:
+        raise ValueError(
+            f"{few(reads.uncalled)}: {NOT_CALLED}, and W_res alone is wrong; --exclude them, or use the default form."
+        )
+    if reads.uncalled:
+        warnings.warn(f"{few(reads.uncalled)}: {NOT_CALLED}; --exclude them, or use ipca itself.", stacklevel=2)
+    if reads.also_called and residual:
+        warnings.warn(
+            f"{few(reads.also_called)}: the model calls the layer or reads its weight, by device and settings; "
+            "where it reads, W_res alone is wrong; --exclude them, or use the default form.",
+            stacklevel=2,
+        )
 
 
 def _assemble(
@@ -196,10 +211,6 @@ def _account(
         lines.append(f"the whole model was loaded: {plan.loaded_whole}")
     if args.form == "residual":
         lines.append(f"residual base: {args.out / 'base'}   adapter: {args.out / 'adapter'}")
-        lines.append(
-            "not checked, as the model was not run: a layer whose weight the model reads without calling the layer "
-            "would compute with W_res alone; exclude such layers"
-        )
     else:
         lines.append(f"adapter: {args.out}")
     return record, "\n".join(lines)

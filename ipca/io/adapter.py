@@ -108,7 +108,7 @@ def save_adapter(
     if is_writer(model):
         warn_servers(folder)
         warn_moved_statistics(model, contents.modules_to_save)
-        words = bypassed_words(contents.layers)
+        words = bypassed_words(model, contents.layers)
         if words:
             warnings.warn(f"{words}. ipca.load_adapter and ipca merge read them right.", RuntimeWarning, stacklevel=2)
 

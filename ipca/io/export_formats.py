@@ -93,7 +93,7 @@ def export(
     contents = collect_adapter(model)
     if format in ("serve", "mlx"):
         check_servable(contents)
-    words = bypassed_words(contents.layers, residual=format == "residual")
+    words = bypassed_words(model, contents.layers, residual=format == "residual")
     if words:
         raise ValueError(f"{words}.")
     if format == "residual":

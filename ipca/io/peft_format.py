@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ipca._dtensor import full, gathered, is_sharded, is_writer, plain_type
 from ipca.io.peft_reader import Reading, has_peft, misreading_transformers, plain_copy, read_with_peft
 from ipca.model.targets import Target, few
+from ipca.model.weight_reads import weight_reads
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.nn.offload import stored_state_dict, stored_tensor
 from ipca.nn.window_layer import WindowLayer
@@ -356,6 +357,10 @@ _UNCHECKED = (
     "PEFT is not installed, so that it was not checked what PEFT makes of this adapter; run pip install "
     "'ipca-lora[peft]', or load the folder with ipca.load_adapter only."
 )
+NOT_CALLED = (
+    "the model reads the weight and does not call the layer, so that PEFT and servers, which change a layer's output, "
+    "leave its adapter out"
+)
 _INSTEAD = "exclude them, or call ipca.unload(model) and save the merged model"
 
 
@@ -412,19 +417,16 @@ def _report(lost: list[str], more: list[str], refusal: str, others: bool) -> Non
 
 
 @torch.no_grad()
-def bypassed_words(layers: Mapping[str, WindowLayer], *, residual: bool = False) -> str:
+def bypassed_words(model: nn.Module, layers: Mapping[str, WindowLayer], *, residual: bool = False) -> str:
     """Words for layers that the model does not call, whose adapter readers other than ipca leave out; empty for none.
 
     Before training that changes nothing on the original base. ``residual``: the base is to hold ``W_res``, which is
     wrong without the adapter from the start.
     """
-    found = [name for name, layer in layers.items() if layer.bypassed and (residual or not _unchanged(layer))]
-    if not found:
-        return ""
-    return (
-        f"{few(found)}: the model reads the weight and does not call the layer, so that PEFT and servers, which change "
-        f"a layer's output, leave its adapter out; {_INSTEAD}"
-    )
+    in_code = weight_reads(model, layers).uncalled
+    found = [n for n, layer in layers.items() if layer.bypassed or (n in in_code and not layer.was_called)]
+    found = [name for name in found if residual or not _unchanged(layers[name])]
+    return f"{few(found)}: {NOT_CALLED}; {_INSTEAD}" if found else ""
 
 
 def _unchanged(layer: WindowLayer) -> bool:

@@ -38,6 +38,7 @@ from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, matches
 from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
 from ipca.model.targets import few
+from ipca.model.weight_reads import weight_reads
 from ipca.nn.initialization import warn_null
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.peft.config import PCConfig
@@ -256,6 +257,8 @@ def install_guards() -> None:
             warn_unmatched(model, config, adapter_name)
             if not loaded:
                 warn_null(null_components(model, adapter_name))
+                layers = [path for path, layer in model.named_modules() if isinstance(layer, WindowLora)]
+                warn_bypassed(weight_reads(model, layers).uncalled, stacklevel=3)
             watch_statistics(model)
 
     @wraps(merge)

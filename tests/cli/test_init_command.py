@@ -10,13 +10,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2LMHeadModel,
     GPT2Model,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
+    WavLMConfig,
+    WavLMModel,
 )
 
 import ipca
@@ -291,3 +297,44 @@ def test_what_peft_refuses_is_said_before_anything_is_decomposed(tmp_path, capsy
     assert not (tmp_path / "out").exists()
     with pytest.warns(UserWarning, match=r"PEFT cannot load backbone\.layers\.0\.mixer\.out_proj"):
         assert main(command) == 0
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+READ = {
+    "attention": (
+        lambda: WavLMModel(
+            WavLMConfig(**SMALL, conv_dim=(8,), conv_stride=(4,), conv_kernel=(4,), num_feat_extract_layers=1)
+        ),
+        [r".*attention\.(k|out)_proj"],
+        "encoder.layers.0.attention.k_proj, encoder.layers.0.attention.out_proj: the model reads the weight",
+    ),
+    "a head": (
+        lambda: MobileBertForMaskedLM(
+            MobileBertConfig(**SMALL, intermediate_size=32, embedding_size=16, intra_bottleneck_size=16, vocab_size=97)
+        ),
+        [r"cls\.predictions\.dense"],
+        "cls.predictions.dense: the model reads the weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_layer_that_the_model_reads_and_does_not_call_is_named_before_anything_is_decomposed(kind, tmp_path, capsys):
+    build, targets, words = READ[kind]
+    build().save_pretrained(tmp_path / "model")
+    command = ["init", str(tmp_path / "model"), "--rank", "2", "--quiet", "-o", str(tmp_path / "out")]
+    assert main([*command, "--targets", *targets, "--form", "residual"]) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert "--exclude them, or use the default form" in said
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        assert main([*command, "--targets", *targets]) == 0
+
+
+def test_a_layer_that_the_model_may_read_instead_of_calling_it_is_named(tmp_path):
+    sizes = {**SMALL, "vocab_size": 97, "n_layer": 1, "n_head": 4}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained(tmp_path / "model")
+    command = ["init", str(tmp_path / "model"), "--rank", "2", "--quiet", "-o", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match=r"mlp\.dense_4h_to_h: the model calls the layer or reads its weight"):
+        assert main([*command, "--form", "residual"]) == 0

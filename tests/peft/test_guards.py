@@ -280,11 +280,13 @@ def mobilebert():
 BYPASSED = r"cls\.predictions\.dense: the model reads the weight and does not call the layer"
 
 
-def test_a_layer_that_the_model_does_not_call_is_named_when_it_is_saved(tmp_path):
-    model = get_peft_model(mobilebert(), PCConfig(r=2, target_modules=["predictions.dense", "query"]))
+def test_a_layer_that_the_model_does_not_call_is_named_at_once_and_when_it_is_saved(tmp_path):
+    with pytest.warns(RuntimeWarning, match=BYPASSED) as said:
+        model = get_peft_model(mobilebert(), PCConfig(r=2, target_modules=["predictions.dense", "query"]))
+    assert [each.category for each in said].count(RuntimeWarning) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        model.save_pretrained(tmp_path / "before")  # the model has not run, so that nothing is known
+        model.save_pretrained(tmp_path / "before")  # the model has not run
     model(input_ids=ids())
     with pytest.warns(RuntimeWarning, match=BYPASSED + ".* merging adds it; exclude it in exclude_modules"):
         model.save_pretrained(tmp_path)
