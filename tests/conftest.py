@@ -13,6 +13,25 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; to be said before triton is imported
 
+from tests.helpers import refusals
+
+pytest.raises = refusals.raises
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+        session.config.workeroutput["refusals"] = refusals.count
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    refusals.count += getattr(node, "workeroutput", {}).get("refusals", 0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if refusals.count:
+        terminalreporter.write_line(f"{refusals.count} models stood beside a refused call, and are as they were")
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

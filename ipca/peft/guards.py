@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -298,9 +299,14 @@ def install_guards() -> None:
 
     @wraps(save)
     def checked_save(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        chosen = kwargs.get("selected_adapters") or list(self.peft_config)
-        for name in chosen:
+        given = signature(save).bind(self, *args, **kwargs).arguments
+        for name in given.get("selected_adapters") or list(self.peft_config):
             if isinstance(self.peft_config.get(name), PCConfig):
+                if given.get("path_initial_model_for_weight_conversion") is not None:
+                    raise ValueError(
+                        f"the saved adapter of {name!r} fits the original base already; leave out "
+                        "path_initial_model_for_weight_conversion, which is for adapters that changed their base."
+                    )
                 check_saved(self, name)
         save(self, *args, **with_stored_factors(self, kwargs))
         for name, config in self.peft_config.items():

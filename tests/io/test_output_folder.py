@@ -184,8 +184,9 @@ def test_only_the_same_adapter_is_saved_again(change, folders, tmp_path):
     other = bert()
     with torch.no_grad():
         other.encoder.layer[0].attention.self.query.weight.add_(1e-3)
+    ipca.apply_pc(other, rank=4, targets="query", progress=False)
     with pytest.raises(FileExistsError, match="holds an adapter"):
-        ipca.save_adapter(ipca.apply_pc(other, rank=4, targets="query", progress=False), tmp_path / "out")
+        ipca.save_adapter(other, tmp_path / "out")
 
 
 def test_an_export_never_takes_the_place_of_a_checkpoint(tmp_path):

@@ -224,13 +224,12 @@ def test_bad_plain_weights_are_reported_and_nothing_changes():
 
 
 def test_missing_and_unexpected_keys_are_reported_as_by_nn_linear():
-    layer = LinearPC(8, 8, 2)
     with pytest.raises(RuntimeError, match=r'Missing key.*"bias"'):
-        layer.load_state_dict({"weight": torch.randn(8, 8)})
+        LinearPC(8, 8, 2).load_state_dict({"weight": torch.randn(8, 8)})
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"scale"'):
-        layer.load_state_dict({**nn.Linear(8, 8).state_dict(), "scale": torch.ones(1)})
+        LinearPC(8, 8, 2).load_state_dict({**nn.Linear(8, 8).state_dict(), "scale": torch.ones(1)})
     with pytest.raises(RuntimeError, match=r'Missing key.*"base_weight"'):
-        layer.load_state_dict({"bias": torch.randn(8)})
+        LinearPC(8, 8, 2).load_state_dict({"bias": torch.randn(8)})
 
 
 def test_record_in_the_state_dict_is_json():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import ipca
 from ipca.io.adapter_folder import SIDECAR
 from ipca.peft import PCConfig
+from tests.helpers.model_folders import contents
 from tests.helpers.models import snapshot
 from tests.helpers.peft_cases import off, output, saved, train, wrap
 from tests.helpers.peft_models import CASES, Small, ids, llama
@@ -225,8 +226,13 @@ def test_undoubled_weights_are_refused(tmp_path):
 
 def test_pefts_conversion_is_refused(tmp_path):
     _, model, _ = saved(tmp_path / "start")
-    with pytest.raises(RuntimeError, match=r"of rank 12 instead of 6.*leave out path_initial_model_for_weight_conv"):
-        model.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    before = contents(tmp_path / "start")
+    for arguments in ((True, None, "auto", True, str(tmp_path / "start")), ()):
+        named = {} if arguments else {"path_initial_model_for_weight_conversion": str(tmp_path / "start")}
+        with pytest.raises(ValueError, match="'default' fits the original base already; leave out path_initial_model"):
+            model.save_pretrained(tmp_path / "x", *arguments, **named)
+    assert contents(tmp_path / "start") == before
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_of_configuration_alone(tmp_path):
