@@ -21,6 +21,7 @@ import sys
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ipca._hashing import tensor_sha256
 from ipca.nn.offload import stored_tensor
@@ -96,7 +97,7 @@ class ExpertStack(nn.Module):
 
 def stack_names(module: nn.Module) -> list[str]:
     """The names of a module's own parameters that are stacks of two weights or more, one for each expert."""
-    if layer_kind(module) is not None:
+    if layer_kind(module) is not None or isinstance(module, ParametrizationList):
         return []
     return [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and len(p) > 1]
 

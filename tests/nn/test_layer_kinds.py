@@ -61,3 +61,4 @@ def test_stacks_are_three_dimensional_parameters_of_two_weights_or_more():
         module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
     assert stack_names(module) == ["two"]
     assert stack_names(nn.Conv1d(4, 4, 3)) == []
+    assert stack_names(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)).parametrizations.weight) == []

@@ -35,7 +35,7 @@ NOT_CALLED = "reads the weight and does not call the layer"
 REFUSALS = (
     Refusal(
         ".*",
-        r"\w+\.\w+\.(stock\w*|export_\w+|load_natively|load_native_folder)",
+        r"\w+\.\w+\.(stock\w*|export_\w+|load_natively|load_native_folder)|\w+\.cli\.residual",
         NOT_CALLED,
         "The model reads a layer's weight and does not call the layer. Natively that is right; PEFT computes nothing "
         "there. Saving names the layers: exclude them, or merge.",
@@ -60,10 +60,23 @@ REFUSALS = (
         "Servers take no head that trains whole; the message says to merge and serve the merged model.",
     ),
     Refusal(
-        "resnet|regnet|mobilenet_v2",
+        "resnet|regnet|mobilenet_v2|poolformer|encodec",
         r"linear\.(intact|residual|peft)\.apply|linear\.cli\.(inspect|init|residual)",
         "has no linear layer to adapt|No modules were targeted for adaptation",
         "A convolutional network has no linear layer but its head; its convolutions are adapted by name.",
+    ),
+    Refusal(
+        "ibert",
+        r"linear\.(intact|residual|peft)\.apply|linear\.cli\.(inspect|init|residual)",
+        "has no linear layer to adapt|No modules were targeted for adaptation",
+        "Its layers are of a class of its own, which quantizes while it trains; neither ipca nor PEFT adapts it.",
+    ),
+    Refusal(
+        "rwkv",
+        r".*",
+        "writing into it would change nothing",
+        "In evaluation the model divides weights of its own by powers of 2, into which an adapted layer refuses to be "
+        "written; set `config.rescale_every = 0`, which computes the same (rwkv_not_rescaled).",
     ),
     Refusal(
         "wav2vec2.*",

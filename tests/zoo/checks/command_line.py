@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import re
@@ -48,9 +49,9 @@ def base_folder(case: Case) -> Path:
 
 
 def base(case: Case, folder: Path | None = None) -> Any:
-    """The model of a folder."""
+    """The model of a folder, copied: in a mapped file weights lie at odd addresses, where products round otherwise."""
     model = type(case.plain).from_pretrained(folder or base_folder(case), dtype="auto")
-    return model.eval().requires_grad_(False)
+    return copy.deepcopy(model.eval().requires_grad_(False))
 
 
 def options(case: Case, way: Way) -> list[str]:

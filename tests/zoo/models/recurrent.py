@@ -29,6 +29,9 @@ RECURRENT = {
         mamba_chunk_size=4,
     ),
     "rwkv": model("RwkvForCausalLM", "RwkvConfig", attention_hidden_size=WIDTH, context_length=64),
+    "rwkv_not_rescaled": model(
+        "RwkvForCausalLM", "RwkvConfig", attention_hidden_size=WIDTH, context_length=64, rescale_every=0
+    ),
     "xlstm": model(
         "xLSTMForCausalLM",
         "xLSTMConfig",

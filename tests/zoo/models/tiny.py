@@ -150,8 +150,8 @@ def randomize(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
-            continue
+        if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or not weight.requires_grad:
+            continue  # tables of positions are computed again when a model is loaded
         inputs = len(weight) if type(module).__name__ == "Conv1D" else weight[0].numel()
         scale = 1 / math.sqrt(4 if isinstance(module, nn.Embedding) else inputs)
         weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
