@@ -42,6 +42,7 @@ from ipca.model.targets import few
 from ipca.model.weight_reads import weight_reads
 from ipca.nn.initialization import warn_null
 from ipca.nn.layer_kinds import EXPERTS
+from ipca.nn.offload import is_offloaded
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
 from ipca.peft.layers import WindowLora, null_components
@@ -194,6 +195,17 @@ def window_config(folder: str | os.PathLike[str], **kwargs: Any) -> PCConfig | N
     return PCConfig.from_pretrained(str(folder), **kwargs)
 
 
+def check_in_memory(model: nn.Module) -> None:
+    """Raise ValueError where accelerate offloads weights of ``model``: PEFT removes its hooks before it loads."""
+    away = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
+    if away is not None:
+        raise ValueError(
+            f"{away}: accelerate keeps its weight on the CPU or the disk, and PEFT, which loads an adapter onto such a "
+            "base, removes accelerate's hooks first. Load the base without offloading, load the adapter, and offload "
+            "then (accelerate.cpu_offload)."
+        )
+
+
 def check_load_in_transformers(folder: Any, *, is_trainable: bool, **kwargs: Any) -> None:
     """Raise ValueError where transformers' own ``load_adapter`` would train ``A0, B0`` too, or misread experts."""
     old = misreading_transformers()
@@ -295,6 +307,8 @@ def install_guards() -> None:
     ) -> Any:
         if is_trainable and config is None:
             config = window_config(model_id, **kwargs)
+        if isinstance(config, PCConfig):
+            check_in_memory(model)
         return start(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
 
     @wraps(save)

@@ -186,12 +186,12 @@ def test_an_adapter_for_an_offloaded_base_is_loaded_before_offloading(tmp_path, 
     model, plain, inputs = offloaded(tmp_path)
     tuned = move_factors(peft.get_peft_model(copy.deepcopy(plain), peft_config()))
     tuned.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(
-        RuntimeError, match=r"lora_A.default.weight holds no values: .* load the adapter, and offload then"
-    ):
-        peft.PeftModel.from_pretrained(
-            model, tmp_path / "adapter", config=PCConfig.from_pretrained(tmp_path / "adapter")
-        )
+    before, hooks = snapshot(model), [hasattr(module, "_hf_hook") for module in model.modules()]
+    for options in ({"config": PCConfig.from_pretrained(tmp_path / "adapter")}, {"is_trainable": True}):
+        with pytest.raises(ValueError, match=r"accelerate keeps its weight on .* load the adapter, and offload then"):
+            peft.PeftModel.from_pretrained(model, tmp_path / "adapter", **options)
+        assert snapshot(model) == before
+        assert [hasattr(module, "_hf_hook") for module in model.modules()] == hooks
     config = PCConfig.from_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter", config=config)  # the way out
     to_cpu(loaded, tmp_path)

@@ -45,8 +45,8 @@ def raises(*args: Any, **kwargs: Any) -> Any:
 
 
 def is_compared(value: Any) -> bool:
-    """Whether ``value`` is a model of plain tensors, and not too large."""
-    if not isinstance(value, nn.Module):
+    """Whether ``value`` is a model of plain tensors, which accelerate does not exchange, and not too large."""
+    if not isinstance(value, nn.Module) or any(hasattr(module, "_hf_hook") for module in value.modules()):
         return False
     tensors = [*value.parameters(), *value.buffers()]
     plain = all(type(t) in (torch.Tensor, nn.Parameter, nn.Buffer) and t.layout == torch.strided for t in tensors)

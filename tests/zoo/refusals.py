@@ -72,6 +72,12 @@ REFUSALS = (
         "Its layers are of a class of its own, which quantizes while it trains; neither ipca nor PEFT adapts it.",
     ),
     Refusal(
+        "reformer",
+        r"\w+\.\w+\.gradients",
+        r"make sure to use `model\.train\(\)`",
+        "The model itself has gradients in training mode only, and the check needs evaluation mode.",
+    ),
+    Refusal(
         "rwkv",
         r".*",
         "writing into it would change nothing",
