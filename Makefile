@@ -1,7 +1,7 @@
 # make demo        needs Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
 # make test        the fast tests
 # make test-slow   all other tests          make test-all   every test
-# make zoo         try everything on 223 tiny architectures and write docs/models.md: hours; an interrupted run resumes
+# make zoo         try everything on 224 tiny architectures and write docs/models.md: hours; an interrupted run resumes
 #                             ZOO=--stale again after a change, ZOO=--faulty what is not right, ZOO="llama vit" these
 # make servers     install mlx-lm, vLLM and llama.cpp beside us, and compare what they make of exported adapters;
 #                             writes docs/results/servers.md; SERVERS=mlx is one of them

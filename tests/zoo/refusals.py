@@ -40,6 +40,13 @@ REFUSALS = (
         "The model reads a layer's weight and does not call the layer. Natively that is right; PEFT computes nothing "
         "there. Saving names the layers: exclude them, or merge.",
     ),
+    Refusal(
+        ".*",
+        r"\w+\.cli\.residual",
+        "told: .*the model calls the layer or reads its weight, by device and settings",
+        "Where the model reads a layer's weight instead of calling the layer, `W_res` alone is wrong. Its code does "
+        "both: `ipca init` warns and names the layer; exclude it, or use the default form.",
+    ),
     Refusal(MAMBA, r"\w+\.\w+\.stock\w*", "told: PEFT cannot load", OUT_PROJ),
     Refusal(
         MAMBA,
@@ -76,6 +83,13 @@ REFUSALS = (
         r"\w+\.\w+\.gradients",
         r"make sure to use `model\.train\(\)`",
         "The model itself has gradients in training mode only, and the check needs evaluation mode.",
+    ),
+    Refusal(
+        "git",
+        r"\w+\.\w+\.training_mode",
+        "a leaf Variable that requires grad is being used in an in-place operation",
+        "For gradient checkpointing transformers lets the embeddings' output require gradients, and this model adds to "
+        "it in place. Stock LoRA fails alike.",
     ),
     Refusal(
         "rwkv",

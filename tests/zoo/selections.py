@@ -46,7 +46,10 @@ def named(model: nn.Module, rank: int) -> Selected | None:
         alone = owners[id(module.weight)] == 1 and places[id(module)] == 1
         return alone and min(matrix_shape(module, kind)) >= rank
 
-    names = [name for name, module in modules.items() if name and fits(module)]
+    def ends_others(name: str) -> bool:
+        return any(other.endswith(f".{name}") for other in modules)
+
+    names = [name for name, module in modules.items() if name and fits(module) and not ends_others(name)]
     if all(layer_kind(modules[name]) == "linear" for name in names):
         return None
     return Selected({"targets": names}, {"target_modules": names})

@@ -12,7 +12,7 @@ from torch import nn
 import ipca
 from ipca.model.apply import adapted_layers
 from ipca.peft import PCConfig
-from tests.zoo.case import RANK, TOL, Case, NotApplicableError, Way, once, trainable
+from tests.zoo.case import RANK, Case, NotApplicableError, Way, once, trainable
 from tests.zoo.checks.native import has_head
 from tests.zoo.outputs import assert_close, assert_equal, loss, run
 
@@ -44,14 +44,14 @@ def lora_load(case: Case, way: Way) -> None:
     model.save_pretrained(folder)
     again = PeftModel.from_pretrained(case.fresh(), folder).eval()
     shutil.rmtree(folder)
-    assert_close(run(again, case.inputs), wanted, TOL)
+    assert_close(run(again, case.inputs), wanted, case.tol)
 
 
 def lora_merge(case: Case, way: Way) -> None:
     """Stock LoRA merges."""
     model = copy.deepcopy(stock_lora(case, way))
     wanted = run(model, case.inputs)
-    assert_close(run(model.merge_and_unload(), case.inputs), wanted, TOL)
+    assert_close(run(model.merge_and_unload(), case.inputs), wanted, case.tol)
 
 
 def apply(case: Case, way: Way) -> str:
@@ -113,7 +113,7 @@ def load(case: Case, way: Way) -> None:
 def load_natively(case: Case, way: Way) -> None:
     """``ipca.load_adapter`` computes the same from the folder."""
     model = ipca.load_adapter(case.fresh(), case.save(way)).eval()
-    assert_close(run(model, case.inputs), case.train(way)[1], TOL, case.told[".".join(way)])
+    assert_close(run(model, case.inputs), case.train(way)[1], case.tol, case.told[".".join(way)])
 
 
 def load_native_folder(case: Case, way: Way) -> None:
@@ -121,10 +121,10 @@ def load_native_folder(case: Case, way: Way) -> None:
     native = Way(way.selection, "intact")
     folder = case.save(native)
     model = PeftModel.from_pretrained(case.fresh(), folder, config=PCConfig.from_pretrained(folder)).eval()
-    assert_close(run(model, case.inputs), case.train(native)[1], TOL, case.told[".".join(native)])
+    assert_close(run(model, case.inputs), case.train(native)[1], case.tol, case.told[".".join(native)])
 
 
 def merge(case: Case, way: Way) -> None:
     """``merge_and_unload`` gives a plain model that computes the same."""
     model, wanted = case.trained(way)
-    assert_close(run(model.merge_and_unload(), case.inputs), wanted, TOL)
+    assert_close(run(model.merge_and_unload(), case.inputs), wanted, case.tol)

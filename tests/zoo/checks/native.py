@@ -13,7 +13,7 @@ import ipca
 from ipca._hashing import tensor_sha256
 from ipca.model.apply import adapted_layers
 from ipca.nn.layer_kinds import to_matrix
-from tests.zoo.case import RANK, TOL, Case, NotApplicableError, Way, trainable, warned
+from tests.zoo.case import RANK, Case, NotApplicableError, Way, trainable, warned
 from tests.zoo.outputs import assert_close, assert_equal, difference, loss, run
 
 TASK = r"For\w*(Classification|QuestionAnswering|MultipleChoice)"
@@ -33,7 +33,7 @@ def apply(case: Case, way: Way) -> str:
 def start(case: Case, way: Way) -> None:
     """Before training the model computes what the base computes; in the intact form to the bit."""
     found = run(case.adapted(way), case.inputs)
-    assert_equal(found, case.wanted) if way.form == "intact" else assert_close(found, case.wanted, TOL)
+    assert_equal(found, case.wanted) if way.form == "intact" else assert_close(found, case.wanted, case.tol)
 
 
 def head(case: Case, way: Way) -> str:
@@ -59,7 +59,7 @@ def disabled(case: Case, way: Way) -> None:
     model = case.adapted(way)
     with ipca.disabled(model):
         found = run(model, case.inputs)
-    assert_equal(found, case.wanted) if way.form == "intact" else assert_close(found, case.wanted, TOL)
+    assert_equal(found, case.wanted) if way.form == "intact" else assert_close(found, case.wanted, case.tol)
 
 
 def gradients(case: Case, way: Way) -> None:
@@ -144,7 +144,7 @@ def load(case: Case, way: Way) -> None:
 def load_other_form(case: Case, way: Way) -> None:
     """Loaded in the other form it computes the same."""
     model = ipca.load_adapter(case.fresh(), case.save(way), form="residual" if way.form == "intact" else "intact")
-    assert_close(run(model.eval(), case.inputs), case.train(way)[1], TOL)
+    assert_close(run(model.eval(), case.inputs), case.train(way)[1], case.tol)
 
 
 def export_residual(case: Case, way: Way) -> None:
@@ -188,7 +188,7 @@ def save_pretrained(case: Case, way: Way) -> str:
         raise
     again = type(case.plain).from_pretrained(folder).eval()
     shutil.rmtree(folder)
-    assert_close(run(again, case.inputs), wanted, TOL)
+    assert_close(run(again, case.inputs), wanted, case.tol)
     return "loads"
 
 
@@ -196,7 +196,7 @@ def merge(case: Case, way: Way) -> None:
     """Merged it computes the same; unmerged the same bits as before."""
     model, wanted = case.trained(way)
     ipca.merge_adapter(model)
-    assert_close(run(model, case.inputs), wanted, TOL)
+    assert_close(run(model, case.inputs), wanted, case.tol)
     ipca.unmerge_adapter(model)
     assert_equal(run(model, case.inputs), wanted)
 
@@ -205,7 +205,7 @@ def unload(case: Case, way: Way) -> None:
     """Unloaded it is a plain model again, with the base's modules, that computes the same."""
     model, wanted = case.trained(way)
     model = ipca.unload(model)
-    assert_close(run(model, case.inputs), wanted, TOL)
+    assert_close(run(model, case.inputs), wanted, case.tol)
     types = [{name: type(module).__name__ for name, module in m.named_modules()} for m in (model, case.plain)]
     assert types[0] == types[1], "modules of other types"
     assert set(model.state_dict()) == set(case.plain.state_dict()), "other names in the state dict"
@@ -221,11 +221,11 @@ def unload_save(case: Case, way: Way) -> None:
     again = type(model).from_pretrained(folder).eval()
     found, wanted = run(again, case.inputs), run(model, case.inputs)
     shutil.rmtree(folder)
-    if difference(found, wanted) > TOL:
+    if difference(found, wanted) > case.tol:
         case.plain.save_pretrained(folder)
         plain = run(type(model).from_pretrained(folder).eval(), case.inputs)
         shutil.rmtree(folder)
-        assert difference(plain, case.wanted) > TOL, f"differs by {difference(found, wanted):.2g}"
+        assert difference(plain, case.wanted) > case.tol, f"differs by {difference(found, wanted):.2g}"
         raise NotApplicableError("the base does not survive its own save_pretrained")
 
 

@@ -155,6 +155,8 @@ def randomize(model: nn.Module) -> None:
         inputs = len(weight) if type(module).__name__ == "Conv1D" else weight[0].numel()
         scale = 1 / math.sqrt(4 if isinstance(module, nn.Embedding) else inputs)
         weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            weight[module.padding_idx] = 0  # as trained, and as some models set it when they are loaded
         if isinstance(bias, nn.Parameter) and bias.ndim == 1:
             bias.copy_(0.05 * torch.randn(bias.shape, generator=generator))
     for name, parameter in model.named_parameters():
