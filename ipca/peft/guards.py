@@ -182,6 +182,18 @@ def bypassed_layers(model: nn.Module, adapter: str) -> list[str]:
     return read if len(read) == len(layers) or any(layer.was_called for layer in layers) else []
 
 
+def merged_past_calls(model: LoraModel, adapters: Sequence[str] | None) -> list[str]:
+    """The layers that compute nothing of ``adapters``, by default the active ones, until these are merged."""
+    chosen = model.active_adapters if adapters is None else adapters
+    windows = [name for name in chosen if isinstance(model.peft_config.get(name), PCConfig)]
+    held = [p for p, m in model.model.named_modules() if isinstance(m, WindowLora) and any(map(m.holds, windows))]
+    found = {
+        *weight_reads(model.model, held).uncalled,
+        *(path for name in windows for path in bypassed_layers(model, name)),
+    }
+    return [path for path in held if path in found]
+
+
 def window_config(folder: str | os.PathLike[str], **kwargs: Any) -> PCConfig | None:
     """The configuration of a window in ``folder``, or a repository of the Hub; None where there is another adapter."""
     place = Path(folder, kwargs.get("subfolder") or "")
@@ -230,6 +242,7 @@ def install_guards() -> None:
     """Put the checks above before or after PEFT's functions, for the whole process."""
     swap, combine = hotswap.hotswap_adapter_from_state_dict, LoraModel.add_weighted_adapter
     merge, load = LoraModel.merge_adapter, PeftModel.load_adapter
+    unload = LoraModel.merge_and_unload
     start = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
     native_load = PeftAdapterMixin.load_adapter
     inject, save = LoraModel.inject_adapter, PeftModel.save_pretrained
@@ -277,7 +290,15 @@ def install_guards() -> None:
     @wraps(merge)
     def checked_merge(self: LoraModel, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         check_merge(self, adapter_names)
+        warn_bypassed(merged_past_calls(self, adapter_names))
         merge(self, adapter_names, *args, **kwargs)
+
+    @wraps(unload)
+    def checked_unload(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
+        warn_bypassed(
+            merged_past_calls(self, signature(unload).bind(self, *args, **kwargs).arguments.get("adapter_names"))
+        )
+        return unload(self, *args, **kwargs)
 
     @wraps(load)
     def resuming_load(
@@ -338,6 +359,7 @@ def install_guards() -> None:
     LoraModel.add_weighted_adapter = checked_combine  # type: ignore[method-assign]
     LoraModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]
     LoraModel.merge_adapter = checked_merge  # type: ignore[assignment,method-assign]
+    LoraModel.merge_and_unload = checked_unload  # type: ignore[assignment,method-assign]
     PeftAdapterMixin.load_adapter = checked_native_load  # type: ignore[method-assign]
     PeftModel.save_pretrained = checked_save  # type: ignore[method-assign]
     PeftModel.load_adapter = resuming_load  # type: ignore[method-assign]

@@ -290,6 +290,9 @@ def test_a_layer_that_the_model_does_not_call_is_named_at_once_and_when_it_is_sa
     model(input_ids=ids())
     with pytest.warns(RuntimeWarning, match=BYPASSED + ".* merging adds it; exclude it in exclude_modules"):
         model.save_pretrained(tmp_path)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.warns(RuntimeWarning, match=BYPASSED):
+            merge()
 
 
 def test_a_layer_that_the_model_does_not_call_is_named_when_it_is_loaded(tmp_path):

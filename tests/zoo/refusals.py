@@ -35,10 +35,10 @@ NOT_CALLED = "reads the weight and does not call the layer"
 REFUSALS = (
     Refusal(
         ".*",
-        r"\w+\.\w+\.(stock\w*|export_\w+|load_natively|load_native_folder)|\w+\.cli\.residual",
+        r"\w+\.\w+\.(stock\w*|export_\w+|load_natively|load_native_folder)|\w+\.(cli\.residual|peft\.merge)",
         NOT_CALLED,
         "The model reads a layer's weight and does not call the layer. Natively that is right; PEFT computes nothing "
-        "there. Saving names the layers: exclude them, or merge.",
+        "there, until it merges. Adapting, saving and merging name the layers: exclude them, or merge natively.",
     ),
     Refusal(
         ".*",
