@@ -78,7 +78,8 @@ def _called(cls: Any, words: frozenset[str]) -> frozenset[str]:
 def _methods(cls: Any) -> dict[str, Any]:
     if cls.__module__.startswith("torch."):
         return {}
-    return {name: inspect.unwrap(method) for name, method in inspect.getmembers(cls, inspect.isfunction)}
+    found = {name: inspect.unwrap(method) for name, method in inspect.getmembers(cls, inspect.isfunction)}
+    return {name: method for name, method in found.items() if inspect.isfunction(method)}
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Layers whose weight is read instead of called, as their model's source says and as they notice when it runs."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,6 +119,15 @@ def test_called(cls):
 @pytest.mark.parametrize(("cls", "name"), [(PassedOn, "a"), (Either, "a"), (Parent, "inner.a")])
 def test_read_and_called(cls, name):
     assert weight_reads(cls(), [name]) == WeightReads([], [name])
+
+
+def test_methods_that_wrap_what_is_no_function():
+    class Wrapping(Product):
+        def shown(self):
+            pass
+
+    Wrapping.shown.__wrapped__ = functools.partial(print)
+    assert weight_reads(Wrapping(), ["a"]) == WeightReads(["a"], [])
 
 
 def test_code_without_a_source():
