@@ -79,7 +79,9 @@ def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
         values = np.array([[curve.when(level) for curve in curves] for level in levels], dtype=np.float64)
         axis.plot(levels, values.mean(1), color=style.color, linestyle=style.dashes, label=ARMS[arm].title)
         axis.fill_between(levels, values.min(1), values.max(1), color=style.color, alpha=0.15, linewidth=0)
-        axis.annotate(f"n = {len(curves)}", (levels[-1], values[-1].mean()), fontsize=7, color=style.color)
+        seeds = f"{ARMS[arm].title}, n = {len(curves)}"
+        place = (0.97, 0.03 + 0.06 * MAIN.index(arm))
+        axis.annotate(seeds, place, xycoords="axes fraction", ha="right", fontsize=7, color=style.color)
     for target in analysis.design.targets[task, steps]:
         axis.axvline(target, color="gray", linestyle=":", linewidth=0.8)
     axis.invert_xaxis()
@@ -89,6 +91,7 @@ def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
 
 
 def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
+    rates = set()
     for arm in MAIN:
         style, points = _STYLES[arm], []
         for rate, by_seed in sorted(analysis.scores(task, steps, arm, 1).items()):
@@ -97,9 +100,12 @@ def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
                 points.append((rate, mean(reached), min(reached), max(reached)))
         if points:
             x, y, low, high = np.array(points).T
+            rates.update(x.tolist())
             axis.vlines(x, low, high, color=style.color, linewidth=1.0)
             axis.plot(x, y, marker=style.mark, color=style.color, linestyle=style.dashes, label=ARMS[arm].title)
     axis.set_xscale("log")
+    axis.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], minor=False)
+    axis.minorticks_off()
     logarithmic(axis)
     axis.set_xlabel("learning rate")
     axis.set_ylabel("KL(base ‖ tuned) on the base's samples")
