@@ -1,9 +1,12 @@
 """The bench of reading adapters, on a small model."""
 
+import pytest
+
 from bench import adapter_load
 from bench.rows import read_rows
 
 
+@pytest.mark.slow
 def test_it_measures_saving_reading_and_loading(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(adapter_load, "LAYERS", 2)
     monkeypatch.setattr(adapter_load, "RANK", 3)

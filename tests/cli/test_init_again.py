@@ -107,6 +107,7 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_does_nothing_twice(llama, tmp_path, monkeypatch, capsys):
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = ["init", str(llama), "--rank", "4", "--form", "residual", "-o", str(out)]

@@ -27,6 +27,7 @@ def test_shipped_kernels():
         pytest.fail("\n".join(problems), pytrace=False)
 
 
+@pytest.mark.slow
 def test_planted_faults_are_named(tmp_path):
     sources = shutil.copytree(SOURCES, tmp_path / "csrc")
     atomic = "\n#ifndef IPCA_HOST\natomicAdd(chains.beta, T(norm));\n#endif\n"

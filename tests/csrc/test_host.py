@@ -38,6 +38,7 @@ def test_as_pytorch(ran, i):
     assert complaints(CALLS[i], ran[2][i]) == []
 
 
+@pytest.mark.slow
 def test_as_pytorch_with_the_tiles_of_a_gpu(tmp_path):
     calls = csrc_data.full_size_cases()
     status, said, found = csrc_data.run(
@@ -89,6 +90,7 @@ FAULTS = {  # what: in which file, what stands there, what to write instead
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
 def test_a_planted_fault_is_seen(fault, tmp_path, ran):
     file, old, new = FAULTS[fault]
     csrc = shutil.copytree(csrc_data.CSRC, tmp_path / "csrc")

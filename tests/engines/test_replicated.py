@@ -23,6 +23,7 @@ def told(tmp_path_factory):
         ("accelerate", "intact", "accelerate"),
     ],
 )
+@pytest.mark.slow
 def test_losses_and_adapter_are_those_of_one_process(told, engine, form, saved, tmp_path):
     folder, facts = told
     model = launch.adapted(form)

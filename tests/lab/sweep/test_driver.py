@@ -102,6 +102,7 @@ def test_two_processes_give_the_same_bytes(swept, tmp_path):
     assert (tmp_path / "again" / "rows.csv").read_bytes() == (folder / "rows.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_gives_the_same_bytes(swept, tmp_path):
     folder, _ = swept
     out = tmp_path / "killed"

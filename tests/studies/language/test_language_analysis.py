@@ -115,6 +115,7 @@ def test_the_middle_window_moves_the_model_less(tmp_path):
     assert "against plain LoRA: diverges less from the base at equal cross-entropy, at all three targets" in text
 
 
+@pytest.mark.slow
 def test_the_opposite_and_equivalence(tmp_path):
     assert comparison(Analysis(SMALL, rows_of(tmp_path / "a", lora=0.5)), "lora").verdict == "higher"
     even = Analysis(SMALL, rows_of(tmp_path / "b", lora=0.75))
