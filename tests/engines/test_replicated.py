@@ -7,6 +7,8 @@ import pytest
 import ipca
 from tests.engines import launch
 
+pytestmark = pytest.mark.slow  # two processes of their own
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
@@ -23,7 +25,6 @@ def told(tmp_path_factory):
         ("accelerate", "intact", "accelerate"),
     ],
 )
-@pytest.mark.slow
 def test_losses_and_adapter_are_those_of_one_process(told, engine, form, saved, tmp_path):
     folder, facts = told
     model = launch.adapted(form)

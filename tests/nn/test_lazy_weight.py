@@ -580,7 +580,7 @@ class Reads(nn.Module):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_model_that_reads_a_weight_compiles_whole(form, backend):
     torch._dynamo.reset()
     model, x = Reads(form), torch.randn(5, 12)
