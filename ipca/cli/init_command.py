@@ -18,7 +18,7 @@ from ipca.io.adapter_folder import SIDECAR
 from ipca.io.checkpoint import Checkpoint
 from ipca.io.model_folder import copy_companions, load_with_missing, model_digest
 from ipca.io.output_folder import check_output
-from ipca.io.peft_format import NOT_CALLED, LayerFormat, readable_config
+from ipca.io.peft_format import NOT_CALLED, LayerFormat, readable_config, warn_of_reads
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, few, find_modules_to_save, find_targets
 from ipca.model.weight_reads import weight_reads
@@ -149,19 +149,15 @@ def _check_with_peft(plan: Plan, *, residual: bool) -> None:
     }
     whole = {name: model.get_submodule(name) for name in plan.modules_to_save}
     readable_config(model, layers, whole, others=residual)
-    reads = weight_reads(model, layers)
-    if reads.uncalled and residual:
+    uncalled = weight_reads(model, layers).uncalled
+    if uncalled and residual:
         raise ValueError(
-            f"{few(reads.uncalled)}: {NOT_CALLED}, and W_res alone is wrong; --exclude them, or use the default form."
+            f"{few(uncalled)}: {NOT_CALLED}, and W_res alone is wrong; --exclude them, or use the default form."
         )
-    if reads.uncalled:
-        warnings.warn(f"{few(reads.uncalled)}: {NOT_CALLED}; --exclude them, or use ipca itself.", stacklevel=2)
-    if reads.also_called and residual:
-        warnings.warn(
-            f"{few(reads.also_called)}: the model calls the layer or reads its weight, by device and settings; "
-            "where it reads, W_res alone is wrong; --exclude them, or use the default form.",
-            stacklevel=2,
-        )
+    if uncalled:
+        warnings.warn(f"{few(uncalled)}: {NOT_CALLED}; --exclude them, or use ipca itself.", stacklevel=2)
+    if residual:
+        warn_of_reads(model, layers, "--exclude them, or use the default form")
 
 
 def _assemble(

@@ -25,6 +25,7 @@ from ipca.io.peft_format import (
     bypassed_words,
     formats,
     readable_config,
+    warn_of_reads,
     write_peft,
 )
 from ipca.io.serving import (
@@ -97,6 +98,8 @@ def export(
     if words:
         raise ValueError(f"{words}.")
     if format == "residual":
+        unseen = [name for name, layer in contents.layers.items() if not layer.was_called]
+        warn_of_reads(model, unseen, "run the model once before exporting, exclude them, or export in another format")
         base_model = base_model or str(Path(folder).absolute() / "base")
     config = {} if format == "mlx" else _config(model, contents, format, rank, base_model)
     tensors = adapter_state(model, contents, doubled=format != "residual")

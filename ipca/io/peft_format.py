@@ -25,7 +25,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -361,6 +361,9 @@ NOT_CALLED = (
     "the model reads the weight and does not call the layer, so that PEFT and servers, which change a layer's output, "
     "leave its adapter out"
 )
+_MAY_READ = (
+    "the model calls the layer or reads its weight, by device and settings; where it reads, W_res alone is wrong"
+)
 _INSTEAD = "exclude them, or call ipca.unload(model) and save the merged model"
 
 
@@ -427,6 +430,13 @@ def bypassed_words(model: nn.Module, layers: Mapping[str, WindowLayer], *, resid
     found = [n for n, layer in layers.items() if layer.bypassed or (n in in_code and not layer.was_called)]
     found = [name for name in found if residual or not _unchanged(layers[name])]
     return f"{few(found)}: {NOT_CALLED}; {_INSTEAD}" if found else ""
+
+
+def warn_of_reads(model: nn.Module, names: Collection[str], instead: str) -> None:
+    """Warn of the layers ``names`` of which the residual base may be read alone; ``instead`` is what to do."""
+    found = weight_reads(model, names).also_called
+    if found:
+        warnings.warn(f"{few(found)}: {_MAY_READ}; {instead}.", stacklevel=3)
 
 
 def _unchanged(layer: WindowLayer) -> bool:

@@ -186,12 +186,10 @@ def merged_past_calls(model: LoraModel, adapters: Sequence[str] | None) -> list[
     """The layers that compute nothing of ``adapters``, by default the active ones, until these are merged."""
     chosen = model.active_adapters if adapters is None else adapters
     windows = [name for name in chosen if isinstance(model.peft_config.get(name), PCConfig)]
-    held = [p for p, m in model.model.named_modules() if isinstance(m, WindowLora) and any(map(m.holds, windows))]
-    found = {
-        *weight_reads(model.model, held).uncalled,
-        *(path for name in windows for path in bypassed_layers(model, name)),
-    }
-    return [path for path in held if path in found]
+    layers = {path: layer for path, layer in model.model.named_modules() if isinstance(layer, WindowLora)}
+    held = [path for path, layer in layers.items() if not layer.was_called and any(map(layer.holds, windows))]
+    ran = {path for name in windows for path in bypassed_layers(model, name)}
+    return [path for path in held if path in ran.union(weight_reads(model.model, held).uncalled)]
 
 
 def window_config(folder: str | os.PathLike[str], **kwargs: Any) -> PCConfig | None:

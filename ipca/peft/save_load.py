@@ -124,6 +124,11 @@ def doubled_layers(weights: Path, layers: Mapping[str, SavedLayer]) -> dict[str,
             experts = layer.shape[0] if len(layer.shape) == 3 else 1
             key, wanted = keys[path][0], 2 * layer.rank
             rank = file.get_slice(key).get_shape()[0] // experts
+            if rank > wanted:
+                raise RuntimeError(
+                    f"{weights} holds {key} of rank {rank} instead of {wanted}: another adapter than this PCConfig's. "
+                    "Save the model again, into a folder of its own."
+                )
             if rank < wanted:
                 raise RuntimeError(
                     f"{weights} holds {key} without its initial factor, so that the adapter would be wrong: it was "

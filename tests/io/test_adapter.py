@@ -310,6 +310,32 @@ def test_a_layer_that_the_model_reads_and_does_not_call_is_named(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+class Either(nn.Module):
+    """Calls ``a``, or reads its weight, as a setting says."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.reads = nn.Linear(8, 8), False
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.a.weight, self.a.bias) if self.reads else self.a(x)
+
+
+def test_a_layer_that_may_be_read_is_named_until_the_model_has_called_it(tmp_path):
+    model = ipca.apply_pc(Either(), rank=2, progress=False)
+    with pytest.warns(UserWarning, match=r"^a: the model calls the layer or reads its weight.*; run the model once"):
+        ipca.export(model, tmp_path / "unseen", format="residual")
+    model(torch.randn(3, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ipca.export(model, tmp_path / "called", format="residual")
+    model = ipca.apply_pc(Either(), rank=2, progress=False)
+    model.reads = True
+    model(torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"^a: the model reads the weight and does not call the layer"):
+        ipca.export(model, tmp_path / "read", format="residual")
+
+
 def test_a_layer_that_is_called_too_is_not_named(tmp_path):
     model = jitter(ipca.apply_pc(Tied(), rank=2, targets=["a", "c"], progress=False))
     model(torch.randn(3, 8))

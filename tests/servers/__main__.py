@@ -17,9 +17,9 @@ from tests.servers.servers import PAGE, SERVERS, TOLERANCE, measure, python_of, 
 def main() -> int:
     """1 if an adapter is computed otherwise than by the live model."""
     parser = argparse.ArgumentParser(prog="python -m tests.servers", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*SERVERS, []], help=f"of {', '.join(SERVERS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SERVERS)}; default: what is installed")
     names = parser.parse_args().names or [name for name in SERVERS if python_of(name)]
-    missing = [name for name in names if not python_of(name)]
+    missing = [name for name in names if name not in SERVERS or not python_of(name)]
     if missing or not names:
         parser.error(f"not installed: {', '.join(missing or SERVERS)}; make servers SERVERS=NAME installs one.")
     rows = []

@@ -83,7 +83,7 @@ def start(case: Case, way: Way) -> None:
 
 
 def gradients(case: Case, way: Way) -> None:
-    """Gradients are finite, and a factor without one is without one in stock LoRA too, or its weight is in the base.
+    """Gradients are finite; a factor has none only where stock LoRA's has none, or the weight in the base.
 
     Stock LoRA that trains everywhere computes another function, whose routers may choose other experts.
     """
