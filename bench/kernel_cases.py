@@ -1,7 +1,7 @@
 """Cases of the offline compilation: every kernel in every shipped configuration, with argument types.
 
-Each case is the most demanding of its kind: with frozen factors and dropout if the kernel supports them, rank 128 and
-rank 16, float32 factors on a bf16 weight.
+Each case is the most demanding of its kind: with dropout if the kernel supports it, 128 components and 16, float32
+factors on a bf16 weight.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ KERNELS = {
     "outer": _outer_kernel,
 }
 POINTERS = {  # w: the weight's dtype, f: a factor, always float32 here, p: a float32 partial sum
-    "linear": {"a": "w", "w": "w", "l": "w", "c": "f", "l0": "w", "c0": "f", "bias": "w", "out": "w"},
-    "few_tokens": {"x": "w", "w": "w", "a": "f", "b": "f", "a0": "f", "b0": "f", "bias": "w", "y": "w", "h": "w"},
-    "project": {"x": "w", "a": "f", "a0": "f", "h": "w", "h0": "w"},
-    "products": {"dy": "w", "b": "f", "b0": "f", "h": "w", "g": "p", "g0": "p", "db": "p", "dbias": "p"},
+    "linear": {"a": "w", "w": "w", "l": "w", "c": "f", "bias": "w", "out": "w"},
+    "few_tokens": {"x": "w", "w": "w", "d": "f", "e": "f", "bias": "w", "y": "w", "h": "w"},
+    "project": {"x": "w", "d": "f", "h": "w"},
+    "products": {"dy": "w", "e": "f", "h": "w", "g": "p", "db": "p", "dbias": "p"},
     "outer": {"g": "w", "x": "w", "out": "p"},
 }
 
@@ -59,10 +59,10 @@ class Case(NamedTuple):
 def shipped() -> Iterator[Case]:
     """Every case."""
     for (name, kind), configs in CONFIGS.items():
-        for config in configs:
+        for config in configs if name in KERNELS else ():
             ends = config == configs[0], config == configs[-1]
             for variant, archs, options in variants(name, kind, *ends):
-                hard = {"frozen": options["HAS_FROZEN"], "dropout": options["DROPOUT"], "tma": options["TMA"]}
+                hard = {"dropout": options["DROPOUT"], "tma": options["TMA"]}
                 fits = tuple(a for a in archs if config in fitting(name, kind, options["R"], LIMITS[a], **hard))
                 if fits:
                     args = arguments(name, kind, config, options)
@@ -84,37 +84,38 @@ def variants(name: str, kind: str, first: bool, last: bool) -> Iterator[tuple[st
     Small kernels have the light variant only for the first configuration; pointers on architectures with TMA are
     compiled only for the last.
     """
-    rank = {"products": FUSED_COMPONENTS // 2, "few_tokens": most_components_at_once(kind)}.get(name, 128)
-    light = {"R": 16, "HAS_FROZEN": False, "DROPOUT": False, "HAS_BIAS": False, "NEEDS_BIAS": False}
-    heavy = {"R": rank, "HAS_FROZEN": True, "DROPOUT": True, "HAS_BIAS": True, "NEEDS_BIAS": True}
+    rank = {"products": FUSED_COMPONENTS, "few_tokens": most_components_at_once(kind)}.get(name, 128)
+    light = {"R": 16, "S": 16, "DROPOUT": False, "HAS_BIAS": False, "NEEDS_BIAS": False}
+    heavy = {"R": rank, "S": rank, "DROPOUT": True, "HAS_BIAS": True, "NEEDS_BIAS": True}
     every = tuple(LIMITS)
     hows = ((False, "pointers, "), (True, "TMA, ")) if name == "linear" else ((False, ""),)
     for tma, how in hows if kind != "float32" else hows[:1]:
-        both = {"PRECISION": "tf32" if kind == "tf32" else "ieee", "TMA": tma}
-        forward = {**both, "ACCUMULATE": False, "ROWS_ARE_N": True}
+        both = {"PRECISION": "tf32" if kind == "tf32" else "ieee", "TMA": tma, "TMA_STORE": tma}
+        forward = {**both, "ROWS_ARE_N": True}
         archs = every[1:] if tma else (every if last or name != "linear" or kind == "float32" else every[:1])
         if first or name == "linear":
             yield f"{kind}, {how}r={light['R']}", archs, {**light, **forward}
         if name == "linear":
-            backward = {**both, "ACCUMULATE": True, "ROWS_ARE_N": False, "HAS_BIAS": False}
-            yield f"{kind}, {how}r={rank}, frozen factors", archs, {**heavy, **forward, "DROPOUT": False}
-            yield f"{kind}, {how}r={rank}, frozen factors, dropout, dx", archs, {**heavy, **backward}
+            backward = {**both, "ROWS_ARE_N": False, "HAS_BIAS": False}
+            yield f"{kind}, {how}r={rank}", archs, {**heavy, **forward, "DROPOUT": False}
+            yield f"{kind}, {how}r={rank}, dx", archs, {**heavy, **backward, "DROPOUT": False}
+            yield f"{kind}, {how}r={rank}, dropout, dx", archs, {**heavy, **backward}
         else:
-            yield f"{kind}, r={rank}, frozen factors, dropout", archs, {**heavy, **forward}
+            yield f"{kind}, r={rank}, dropout", archs, {**heavy, **forward}
 
 
 def arguments(name: str, kind: str, config: Config, options: dict[str, Any]) -> dict[str, Any]:
     """A value for every argument of the kernel, in order; unit strides are the constant 1, as in a launch."""
     kinds = {"w": "*bf16" if kind == "16-bit" else "*fp32", "f": "*fp32", "p": "*fp32"}
-    contiguous = {"linear": ("ak", "wk", "c0r", "cr") if options.get("ROWS_ARE_N") else ("ak", "wn", "cn", "c0n")}
-    unit = contiguous.get(name, ("xk", "wk", "ak", "a0k", "br", "b0r", "dyn", "ok"))
+    contiguous = {"linear": ("ak", "wk", "cr") if options.get("ROWS_ARE_N") else ("ak", "wn", "cn")}
+    unit = contiguous.get(name, ("xk", "wk", "dk", "er", "es", "dyn", "ok"))
     values: dict[str, Any] = {f"{pointer}_ptr": kinds[kind] for pointer, kind in POINTERS[name].items()}
     values |= {"seed_ptr": "*i64", "scaling": "fp32", "keep_scale": "fp32", "threshold": "i32", "rows_each": "i32"}
     values |= dict.fromkeys("MNK", "i32") | options | config._asdict()
-    values["SUBTILE"] = subtiles(config, kind, frozen=options["HAS_FROZEN"], dropout=options["DROPOUT"])
+    values["SUBTILE"] = subtiles(config, kind, dropout=options["DROPOUT"])
     R = options["R"]
     values["BLOCK_R"] = linear_rank_block(R, kind) if name == "linear" else padded_rank(R, config.BLOCK_R)
-    values["PROGRAMS"] = 132
+    values |= {"PROGRAMS": 132, "BLOCK_S": values["BLOCK_R"]}
     chosen = {}
     for argument in KERNELS[name].arg_names:
         stride = argument.removeprefix("stride_") if argument.startswith("stride_") else None

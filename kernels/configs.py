@@ -80,6 +80,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("outer", "tf32"): (Config(64, 0, 64, 8, 2), Config(32, 0, 64, 4, 2)),
     ("outer", "float32"): (Config(16, 0, 32, 4, 2),),
 }
+CONFIGS |= {("input_grad", kind): CONFIGS["linear", kind] for kind in ("16-bit", "tf32", "float32")}
 
 
 def arithmetic(x: Tensor) -> str:
@@ -96,19 +97,19 @@ def padded_rank(R: int, limit: int) -> int:
     return min(limit, max(16, 1 << (R - 1).bit_length()))
 
 
-def subtiles(config: Config, kind: str, *, frozen: bool, dropout: bool) -> int:
-    """The number of parts into which the linear kernel's epilogue cuts a tile's columns: few values a thread at once.
+def subtiles(config: Config, kind: str, *, dropout: bool) -> int:
+    """The number of parts in which the linear kernel stores a tile's columns: few values a thread at once.
 
-    Only the accumulator takes up to 128 registers; frozen factors need two more, dropout its random words.
+    The accumulator takes up to 128 registers; dropout needs another one, and its random words.
     """
-    if not (frozen or dropout):
+    if not dropout:
         return config.SUBTILE
-    values = 32 * config.num_warps * {"16-bit": 8 if dropout else 16, "tf32": 8, "float32": 4}[kind]
+    values = 32 * config.num_warps * {"16-bit": 8, "tf32": 8, "float32": 4}[kind]
     return min(8, max(config.SUBTILE, config.BLOCK_N // max(16, values // config.BLOCK_M)))
 
 
 def linear_rank_block(R: int, kind: str) -> int:
-    """The components that the linear kernel's epilogue multiplies at once: both operands pass through registers."""
+    """The components that the linear kernel adds at once: both operands pass through registers."""
     return padded_rank(R, 16 if kind == "float32" else 32)
 
 
@@ -122,15 +123,16 @@ def precision(x: Tensor) -> str:
     return "tf32" if arithmetic(x) == "tf32" else "ieee"
 
 
-def shared_bytes(kernel: str, config: Config, kind: str, R: int, pairs: int) -> int:
+def shared_bytes(kernel: str, config: Config, kind: str, R: int) -> int:
     """Shared memory that the pipelined tiles take: what a stage holds, times the stages; factors count as float32."""
     size = 2 if kind == "16-bit" else 4
     rank = padded_rank(R, config.BLOCK_R)
     M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     stage = {
         "linear": (M + N) * K * size,
-        "few_tokens": (M + N) * K * size + rank * pairs * K * 4,
-        "project": M * K * size + rank * pairs * K * 4,
+        "input_grad": (M + N) * K * size,
+        "few_tokens": (M + N) * K * size + rank * K * 4,
+        "project": M * K * size + rank * K * 4,
         "products": M * (N + rank) * size,
         "outer": M * (K + rank) * size,
     }[kernel]
@@ -145,34 +147,39 @@ class Limits(NamedTuple):
 
 
 def fitting(
-    kernel: str, kind: str, R: int, limits: Limits, *, frozen: bool, dropout: bool, tma: bool = False
+    kernel: str, kind: str, R: int, limits: Limits, *, dropout: bool = False, tma: bool = False
 ) -> tuple[Config, ...]:
     """The configurations that fit the device, and the registers with their epilogue; the smallest one if none does."""
     every = CONFIGS[kernel, kind]
-    return tuple(c for c in every if _fits(c, kernel, kind, R, limits, frozen, dropout, tma)) or every[-1:]
+    return tuple(config for config in every if _fits(config, kernel, kind, R, limits, dropout, tma)) or every[-1:]
 
 
-def _fits(
-    config: Config, kernel: str, kind: str, R: int, limits: Limits, frozen: bool, dropout: bool, tma: bool
-) -> bool:
-    if shared_bytes(kernel, config, kind, R, 1 + frozen) > limits.shared:
+def _fits(config: Config, kernel: str, kind: str, R: int, limits: Limits, dropout: bool, tma: bool) -> bool:
+    if shared_bytes(kernel, config, kind, R) > limits.shared:
         return False
-    if kernel != "linear":
+    if kernel not in ("linear", "input_grad"):
         return True
-    # Tensor memory: the accumulator and each low-rank product have columns of their own for the whole tile.
-    if limits.tensor_columns and (2 + frozen) * config.BLOCK_N > limits.tensor_columns:
+    # Tensor memory: the accumulator, and under dropout the low-rank product, have columns of their own.
+    if limits.tensor_columns and (1 + dropout) * config.BLOCK_N > limits.tensor_columns:
         return False
-    if limits.tensor_columns and frozen and dropout and config.BLOCK_M > 64:
-        return False
-    most = 128 * 128 * (32 if frozen or dropout else 64)  # addresses take registers, too
+    most = 128 * 128 * (32 if dropout else 64)  # addresses take registers, too
     return tma or most >= config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
 
 
 def untuned(kernel: str, fit: tuple[Config, ...], M: int, N: int, K: int, programs: int) -> Config:
-    """The first configuration, in the order above, with a tile for every multiprocessor; else that with most tiles."""
+    """A configuration for a shape that was never measured.
+
+    The first one, in the order above, whose tiles nearly fill the device once; else that with most tiles. ``outer``
+    splits its rows until the device is full, so that the first one always serves it; and with many components
+    ``project`` takes large tiles, as every tile reads all of the factor.
+    """
+    if kernel == "outer":
+        return fit[0]
+    if kernel == "project" and N >= 64:
+        return next((config for config in fit if config.BLOCK_M >= 64), fit[0])
 
     def tiles(config: Config) -> int:
-        wide = {"linear": config.BLOCK_N, "few_tokens": config.BLOCK_N, "products": config.BLOCK_N}.get(kernel)
-        return -(-M // config.BLOCK_M) * (1 if wide is None else -(-N // wide))
+        wide = kernel in ("linear", "input_grad", "few_tokens", "products")
+        return -(-M // config.BLOCK_M) * (-(-N // config.BLOCK_N) if wide else 1)
 
-    return next((config for config in fit if tiles(config) >= programs), max(fit, key=tiles))
+    return next((config for config in fit if tiles(config) >= 0.9 * programs), max(fit, key=tiles))

@@ -1,7 +1,7 @@
-"""y, h = the forward pass for few tokens in one kernel: x Wᵀ and x Aᵀ in one loop, then the low-rank part.
+"""y, h = the forward pass for few tokens in one kernel: x Wᵀ and z Dᵀ in one loop, then the low-rank part.
 
-x (M, K) | W (N, K) | A, A0 (R, K) | B, B0 (N, R) | y (M, N) | h (M, R).  Every program computes ``h`` of its rows anew,
-which costs R / BLOCK_N more arithmetic and saves a launch: with few tokens reading W takes all the time.
+x (M, K) | z = dropout(x) | W (N, K) | D (R, K) | E (N, R) | y (M, N) | h (M, R).  Every program computes ``h`` of its
+rows anew, which costs R / BLOCK_N more arithmetic and saves a launch: with few tokens reading W takes all the time.
 """
 
 import torch
@@ -19,7 +19,7 @@ MOST_TOKENS = 256
 
 
 def takes(x: Tensor, R: int) -> bool:
-    """Whether this kernel is used for ``x`` and a rank: few tokens for certain, and components that fit at once."""
+    """Whether this kernel is used for ``x`` and R components: few tokens for certain, and all components at once."""
     return bool(statically_known_true(x.shape[0] <= MOST_TOKENS)) and most_components_at_once(arithmetic(x)) >= R
 
 
@@ -27,10 +27,8 @@ def takes(x: Tensor, R: int) -> bool:
 def _few_tokens_kernel(
     x_ptr,
     w_ptr,
-    a_ptr,
-    b_ptr,
-    a0_ptr,
-    b0_ptr,
+    d_ptr,
+    e_ptr,
     bias_ptr,
     y_ptr,
     h_ptr,
@@ -42,19 +40,14 @@ def _few_tokens_kernel(
     stride_xk,
     stride_wn,
     stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    stride_a0r,
-    stride_a0k,
-    stride_b0n,
-    stride_b0r,
+    stride_dr,
+    stride_dk,
+    stride_en,
+    stride_er,
     scaling,
     threshold,
     keep_scale,
     R: tl.constexpr,
-    HAS_FROZEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -63,6 +56,7 @@ def _few_tokens_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    scaling, keep_scale = tl.cast(scaling, tl.float32), tl.cast(keep_scale, tl.float32)  # float64 from torch.compile
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -71,7 +65,6 @@ def _few_tokens_kernel(
     rows_w = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    h0 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for first_k in range(0, K, BLOCK_K):
@@ -79,82 +72,68 @@ def _few_tokens_kernel(
         mask_k = offs_k < K
         x = tl.load(rows_x + offs_k * stride_xk, mask=mask_m[:, None] & mask_k, other=0.0)
         w = tl.load(rows_w + offs_k * stride_wk, mask=mask_n[:, None] & mask_k, other=0.0)
-        a = tl.load(a_ptr + offs_r[:, None] * stride_ar + offs_k * stride_ak, mask=mask_r[:, None] & mask_k, other=0.0)
+        d = tl.load(d_ptr + offs_r[:, None] * stride_dr + offs_k * stride_dk, mask=mask_r[:, None] & mask_k, other=0.0)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
         if DROPOUT:
             x = dropped(x, seed, offs_m, first_k, threshold, keep_scale, BLOCK_M, BLOCK_K)
-        h = tl.dot(x, a.to(x.dtype).T, h, input_precision=PRECISION)
-        if HAS_FROZEN:
-            rows_a0 = a0_ptr + offs_r[:, None] * stride_a0r
-            a0 = tl.load(rows_a0 + offs_k * stride_a0k, mask=mask_r[:, None] & mask_k, other=0.0)
-            h0 = tl.dot(x, a0.to(x.dtype).T, h0, input_precision=PRECISION)
+        h = tl.dot(x, d.to(x.dtype).T, h, input_precision=PRECISION)
 
-    mask_b = mask_n[:, None] & mask_r[None, :]
-    rows_b = b_ptr + offs_n.to(tl.int64)[:, None] * stride_bn
-    b = tl.load(rows_b + offs_r[None, :] * stride_br, mask=mask_b, other=0.0)
+    rows_e = e_ptr + offs_n.to(tl.int64)[:, None] * stride_en
+    e = tl.load(rows_e + offs_r[None, :] * stride_er, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
     element = y_ptr.dtype.element_ty
-    low = tl.dot(h.to(element), b.to(element).T, input_precision=PRECISION)
-    if HAS_FROZEN:
-        rows_b0 = b0_ptr + offs_n.to(tl.int64)[:, None] * stride_b0n
-        b0 = tl.load(rows_b0 + offs_r[None, :] * stride_b0r, mask=mask_b, other=0.0)
-        low -= tl.dot(h0.to(element), b0.to(element).T, input_precision=PRECISION)
-    acc += scaling * low
+    h = h.to(element)
+    acc = tl.dot(h, (e.to(tl.float32) * scaling).to(element).T, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     rows_y = y_ptr + offs_m.to(tl.int64)[:, None] * N
     tl.store(rows_y + offs_n[None, :], acc.to(element), mask=mask_m[:, None] & mask_n[None, :])
     if tl.program_id(0) == 0:
         rows_h = h_ptr + offs_m.to(tl.int64)[:, None] * R
-        tl.store(rows_h + offs_r[None, :], h.to(element), mask=mask_m[:, None] & mask_r[None, :])
+        tl.store(rows_h + offs_r[None, :], h, mask=mask_m[:, None] & mask_r[None, :])
 
 
 def few_tokens(
     x: Tensor,
     weight: Tensor,
-    A: Tensor,
-    B: Tensor,
+    D: Tensor,
+    E: Tensor,
     bias: Tensor | None = None,
-    A0: Tensor | None = None,
-    B0: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
     *,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """``y (M, N)`` and ``h = z Aᵀ (M, R)``, of the dtype of ``x``, for ranks that :func:`takes` allows. Any strides."""
-    (M, K), N, R = x.shape, weight.shape[0], A.shape[0]
+    """``y = x Wᵀ + scaling · h Eᵀ + bias (M, N)`` and ``h = z Dᵀ (M, R)``, of the dtype of ``x``. Any strides.
+
+    For as many components as :func:`takes` allows.
+    """
+    (M, K), N, R = x.shape, weight.shape[0], D.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     h = torch.empty(M, R, dtype=x.dtype, device=x.device)
-    frozen_A, frozen_B = (A, B) if A0 is None or B0 is None else (A0, B0)
 
     def rerun() -> tuple[Tensor, Tensor]:
-        return few_tokens(x, weight, A, B, bias, A0, B0, seed, p, scaling=scaling)
+        return few_tokens(x, weight, D, E, bias, seed, p, scaling=scaling)
 
-    config = choose("few_tokens", x, N=N, K=K, R=R, frozen=A0 is not None, dropout=p > 0, rerun=rerun)
+    config = choose("few_tokens", x, N=N, K=K, R=R, dropout=p > 0, rerun=rerun)
     grid_of(_few_tokens_kernel, (triton.cdiv(N, config.BLOCK_N), triton.cdiv(M, config.BLOCK_M)))(
         x,
         weight,
-        A,
-        B,
-        frozen_A,
-        frozen_B,
-        x if bias is None else bias.contiguous(),
+        D,
+        E,
+        weight if bias is None else bias.contiguous(),
         y,
         h,
-        x if seed is None else seed,
+        weight if seed is None else seed,
         M,
         N,
         K,
         *x.stride(),
         *weight.stride(),
-        *A.stride(),
-        *B.stride(),
-        *frozen_A.stride(),
-        *frozen_B.stride(),
+        *D.stride(),
+        *E.stride(),
         scaling,
         *dropout_arguments(p),
         R=R,
-        HAS_FROZEN=A0 is not None,
         HAS_BIAS=bias is not None,
         DROPOUT=p > 0,
         PRECISION=precision(x),

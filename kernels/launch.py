@@ -43,11 +43,20 @@ def allow_descriptors() -> None:
 
 
 def descriptor_fits(tensor: Tensor) -> bool:
-    """Whether TMA can read the 2-D ``tensor``: rows contiguous, start and row stride multiples of 16 bytes."""
+    """Whether TMA can read the 2-D ``tensor``: rows contiguous, start and row stride multiples of 16 bytes.
+
+    While tracing only the offset within the storage is known, whose own start PyTorch aligns.
+    """
     stride, step = tensor.stride()
     return (
         step == 1
         and stride >= tensor.shape[1]
         and (stride * tensor.element_size()) % 16 == 0
-        and tensor.storage_offset() * tensor.element_size() % 16 == 0
+        and _start(tensor) % 16 == 0
     )
+
+
+def _start(tensor: Tensor) -> int:
+    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode(tensor) is not None:
+        return int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.data_ptr()

@@ -1,11 +1,11 @@
-"""out = a w + scaling · (l cᵀ − l0 c0ᵀ) + bias in one pass over w and out: forward, and input gradient.
+"""out = a w + scaling · l cᵀ + bias in one pass over w and out: forward, and input gradient.
 
-Forward, y = x Wᵀ + scaling · (h Bᵀ − h0 B0ᵀ) + bias:      a = x (M, K), w = Wᵀ, l = h (M, R), c = B (N, R).
-Input gradient, dx = dy W + mask ∘ (g A − g0 A0):          a = dy, w = W, l = g, c = Aᵀ; N and K change places.
+Forward, y = x Wᵀ + scaling · h Eᵀ + bias:       a = x (M, K), w = Wᵀ, l = h (M, R), c = E (N, R).
+Input gradient, dx = dy W + mask ∘ (g D):         a = dy, w = W, l = g, c = Dᵀ; N and K change places.
 
-A persistent grid walks the tiles of ``out (M, N)`` in groups of rows that share columns of ``w`` in the L2 cache. The
-low-rank part is added in the epilogue, a part of the tile's columns at a time: it needs an accumulator of its own,
-since only a difference of two equal products is exactly 0. Accumulates in fp32.
+A persistent grid walks the tiles of ``out (M, N)`` in groups of rows that share columns of ``w`` in the L2 cache. After
+the loop over K the low-rank product is added into the same fp32 accumulator. Only under dropout, whose mask covers the
+low-rank part and not the rest, it has one of its own, for a part of the tile's columns at a time.
 """
 
 import torch
@@ -20,7 +20,8 @@ from ipca.kernels.tuning import choose
 
 
 @triton.jit
-def low_rank(
+def _add_low_rank(
+    acc,
     l_ptr,
     c_ptr,
     offs_m,
@@ -29,72 +30,21 @@ def low_rank(
     N,
     stride_cn,
     stride_cr,
-    low,
+    scaling,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``low + l cᵀ`` for rows ``offs_m`` of ``l (M, R)``, contiguous, and rows ``offs_n`` of ``c (N, R)``."""
+    """``acc + scaling · l cᵀ`` for rows ``offs_m`` of ``l (M, R)``, contiguous, and rows ``offs_n`` of ``c (N, R)``."""
     for block in tl.range(0, tl.cdiv(R, BLOCK_R), num_stages=1):
         offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
         mask_r = offs_r[None, :] < R
         rows_l = l_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
         l = tl.load(rows_l, mask=(offs_m < M)[:, None] & mask_r, other=0.0)  # noqa: E741
         rows_c = c_ptr + offs_n.to(tl.int64)[:, None] * stride_cn + offs_r[None, :].to(tl.int64) * stride_cr
-        c = tl.load(rows_c, mask=(offs_n < N)[:, None] & mask_r, other=0.0)
-        low = tl.dot(l, c.to(l.dtype).T, low, input_precision=PRECISION)
-    return low
-
-
-@triton.jit
-def _store_columns(
-    acc,
-    l_ptr,
-    c_ptr,
-    l0_ptr,
-    c0_ptr,
-    bias_ptr,
-    out_ptr,
-    seed_ptr,
-    first_m,
-    first_n,
-    M,
-    N,
-    stride_cn,
-    stride_cr,
-    stride_c0n,
-    stride_c0r,
-    scaling,
-    threshold,
-    keep_scale,
-    R: tl.constexpr,
-    HAS_FROZEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Finish ``COLUMNS`` columns of a tile, from ``first_n`` on, and store them."""
-    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, COLUMNS)
-    low = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
-    low = low_rank(l_ptr, c_ptr, offs_m, offs_n, M, N, stride_cn, stride_cr, low, R, BLOCK_R, PRECISION)
-    if HAS_FROZEN:
-        low0 = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
-        low -= low_rank(l0_ptr, c0_ptr, offs_m, offs_n, M, N, stride_c0n, stride_c0r, low0, R, BLOCK_R, PRECISION)
-    if DROPOUT:
-        keep = kept(tl.load(seed_ptr), offs_m, first_n, threshold, BLOCK_M, COLUMNS)
-        low = tl.where(keep, low * keep_scale, 0.0)
-    acc += scaling * low
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    out = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    if ACCUMULATE:
-        acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        c = tl.load(rows_c, mask=(offs_n < N)[:, None] & mask_r, other=0.0).to(tl.float32) * scaling
+        acc = tl.dot(l, c.to(l.dtype).T, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -116,8 +66,6 @@ def _linear_kernel(
     w_ptr,
     l_ptr,
     c_ptr,
-    l0_ptr,
-    c0_ptr,
     bias_ptr,
     out_ptr,
     seed_ptr,
@@ -130,18 +78,15 @@ def _linear_kernel(
     stride_wk,
     stride_cn,
     stride_cr,
-    stride_c0n,
-    stride_c0r,
     scaling,
     threshold,
     keep_scale,
     R: tl.constexpr,
-    HAS_FROZEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,  # w is stored (N, K), as in the forward, or (K, N)
     TMA: tl.constexpr,
+    TMA_STORE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -151,12 +96,16 @@ def _linear_kernel(
     SUBTILE: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
+    scaling, keep_scale = tl.cast(scaling, tl.float32), tl.cast(keep_scale, tl.float32)  # float64 from torch.compile
+    COLUMNS: tl.constexpr = BLOCK_N // SUBTILE
     if TMA:
         a_tiles = tl.make_tensor_descriptor(a_ptr, [M, K], [stride_am, 1], [BLOCK_M, BLOCK_K])
         if ROWS_ARE_N:
             w_tiles = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
         else:
             w_tiles = tl.make_tensor_descriptor(w_ptr, [K, N], [stride_wk, 1], [BLOCK_K, BLOCK_N])
+    if TMA_STORE:
+        out_tiles = tl.make_tensor_descriptor(out_ptr, [M, N], [N, 1], [BLOCK_M, COLUMNS])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
         group, within = tile // (GROUP_M * tiles_n), tile % (GROUP_M * tiles_n)
@@ -180,7 +129,10 @@ def _linear_kernel(
                 mask_w = mask_k[:, None] & (offs_n < N)[None, :]
                 w = tl.load(columns_w + offs_k[:, None] * stride_wk, mask=mask_w, other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        COLUMNS: tl.constexpr = BLOCK_N // SUBTILE
+        if not DROPOUT:
+            acc = _add_low_rank(
+                acc, l_ptr, c_ptr, offs_m, offs_n, M, N, stride_cn, stride_cr, scaling, R, BLOCK_R, PRECISION
+            )
         if SUBTILE == 1:
             parts = (acc,)
         elif SUBTILE == 2:
@@ -191,70 +143,51 @@ def _linear_kernel(
             left, right = _halves(acc, BLOCK_M, BLOCK_N)
             parts = _quarters(left, BLOCK_M, BLOCK_N // 2) + _quarters(right, BLOCK_M, BLOCK_N // 2)
         for part in tl.static_range(SUBTILE):
-            _store_columns(
-                parts[part],
-                l_ptr,
-                c_ptr,
-                l0_ptr,
-                c0_ptr,
-                bias_ptr,
-                out_ptr,
-                seed_ptr,
-                first_m,
-                first_n + part * COLUMNS,
-                M,
-                N,
-                stride_cn,
-                stride_cr,
-                stride_c0n,
-                stride_c0r,
-                scaling,
-                threshold,
-                keep_scale,
-                R,
-                HAS_FROZEN,
-                HAS_BIAS,
-                DROPOUT,
-                ACCUMULATE,
-                PRECISION,
-                BLOCK_M,
-                COLUMNS,
-                BLOCK_R,
-            )
+            out, first = parts[part], first_n + part * COLUMNS
+            columns = first + tl.arange(0, COLUMNS)
+            if DROPOUT:
+                low = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+                low = _add_low_rank(
+                    low, l_ptr, c_ptr, offs_m, columns, M, N, stride_cn, stride_cr, scaling, R, BLOCK_R, PRECISION
+                )
+                keep = kept(tl.load(seed_ptr), offs_m, first, threshold, BLOCK_M, COLUMNS)
+                out += tl.where(keep, low * keep_scale, 0.0)
+            if HAS_BIAS:
+                out += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            if TMA_STORE:
+                out_tiles.store([first_m, first], out.to(out_ptr.dtype.element_ty))
+            else:
+                places = out_ptr + offs_m.to(tl.int64)[:, None] * N + columns[None, :]
+                mask = (offs_m < M)[:, None] & (columns < N)[None, :]
+                tl.store(places, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def linear(
     x: Tensor,
     weight: Tensor,
     h: Tensor,
-    B: Tensor,
-    h0: Tensor | None = None,
-    B0: Tensor | None = None,
+    E: Tensor,
     bias: Tensor | None = None,
     *,
     scaling: float,
     tma: bool | None = None,
 ) -> Tensor:
-    """``y = x Wᵀ + scaling · (h Bᵀ − h0 B0ᵀ) + bias``, of the dtype of ``x``; ``h, h0`` contiguous."""
-    return _launch(x, weight, True, h, B, h0, B0, bias, scaling, None, 0.0, None, tma)
+    """``y = x Wᵀ + scaling · h Eᵀ + bias``, of the dtype of ``x``; ``h`` contiguous."""
+    return _launch("linear", x, weight, h, E, bias, scaling, None, 0.0, tma)
 
 
 def input_grad(
     dy: Tensor,
     weight: Tensor,
     g: Tensor,
-    A: Tensor,
-    g0: Tensor | None = None,
-    A0: Tensor | None = None,
+    D: Tensor,
     seed: Tensor | None = None,
     p: float = 0.0,
     *,
-    out: Tensor | None = None,
     tma: bool | None = None,
 ) -> Tensor:
-    """``dx = dy W + mask ∘ (g A − g0 A0)``, of the dtype of ``dy``, added to ``out`` where that is given."""
-    frozen = None if A0 is None else A0.mT
-    return _launch(dy, weight.mT, False, g, A.mT, g0, frozen, None, 1.0, seed, p, out, tma)
+    """``dx = dy W + mask ∘ (g D)``, of the dtype of ``dy``; ``g`` contiguous."""
+    return _launch("input_grad", dy, weight.mT, g, D.mT, None, 1.0, seed, p, tma)
 
 
 def uses_descriptors(a: Tensor, w: Tensor) -> bool:
@@ -265,68 +198,60 @@ def uses_descriptors(a: Tensor, w: Tensor) -> bool:
 
 
 def _launch(
+    use: str,
     a: Tensor,
     w: Tensor,
-    rows_are_n: bool,
     low: Tensor,
     c: Tensor,
-    low0: Tensor | None,
-    c0: Tensor | None,
     bias: Tensor | None,
     scaling: float,
     seed: Tensor | None,
     p: float,
-    out: Tensor | None,
     tma: bool | None,
 ) -> Tensor:
     """Both uses of the kernel: ``w (N, K)`` as a view, stored so or transposed."""
-    (M, K), N, R = a.shape, w.shape[0], low.shape[1]
-    y = torch.empty(M, N, dtype=a.dtype, device=a.device) if out is None else out
+    (M, K), N, R, rows_are_n = a.shape, w.shape[0], low.shape[1], use == "linear"
+    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
     tma = uses_descriptors(a, w if rows_are_n else w.mT) if tma is None else tma
     if tma and a.is_cuda:
         allow_descriptors()
 
     def rerun() -> Tensor:
-        return _launch(a, w, rows_are_n, low, c, low0, c0, bias, scaling, seed, p, None, tma)
+        return _launch(use, a, w, low, c, bias, scaling, seed, p, tma)
 
-    config = choose("linear", a, N=N, K=K, R=R, frozen=low0 is not None, dropout=p > 0, tma=tma, rerun=rerun)
-    frozen = c if c0 is None else c0
+    config = choose(use, a, N=N, K=K, R=R, dropout=p > 0, tma=tma, rerun=rerun)
     count = programs(a.device)
     grid_of(_linear_kernel, (count,))(
         a,
         w,
         low,
         c,
-        low if low0 is None else low0,
-        frozen,
-        a if bias is None else bias.contiguous(),
-        y,
-        a if seed is None else seed,
+        w if bias is None else bias.contiguous(),
+        out,
+        w if seed is None else seed,
         M,
         N,
         K,
         *a.stride(),
         *w.stride(),
         *c.stride(),
-        *frozen.stride(),
         scaling,
         *dropout_arguments(p),
         R=R,
-        HAS_FROZEN=low0 is not None,
         HAS_BIAS=bias is not None,
         DROPOUT=p > 0,
-        ACCUMULATE=out is not None,
         ROWS_ARE_N=rows_are_n,
         TMA=tma,
+        TMA_STORE=tma and N * out.element_size() % 16 == 0,
         PRECISION=precision(a),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=linear_rank_block(R, arithmetic(a)),
         GROUP_M=config.GROUP_M,
-        SUBTILE=subtiles(config, arithmetic(a), frozen=low0 is not None, dropout=p > 0),
+        SUBTILE=subtiles(config, arithmetic(a), dropout=p > 0),
         PROGRAMS=count,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y
+    return out

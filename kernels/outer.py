@@ -25,6 +25,7 @@ def _outer_kernel(
     M,
     K,
     rows_each,
+    stride_gm,
     stride_xm,
     stride_xk,
     stride_or,
@@ -39,6 +40,7 @@ def _outer_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """A block of one split's partial: all the rows of the split, a block of columns, a block of components."""
+    keep_scale = tl.cast(keep_scale, tl.float32)  # float64 from torch.compile
     first_k, split = tl.program_id(0) * BLOCK_K, tl.program_id(1)
     offs_k = first_k + tl.arange(0, BLOCK_K)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -56,7 +58,7 @@ def _outer_kernel(
         if DROPOUT:
             z = dropped(z, seed, offs_m, first_k, threshold, keep_scale, BLOCK_M, BLOCK_K)
         mask_g = mask_m[:, None] & mask_r[None, :]
-        g = tl.load(g_ptr + offs_m64[:, None] * R + offs_r[None, :], mask=mask_g, other=0.0)
+        g = tl.load(g_ptr + offs_m64[:, None] * stride_gm + offs_r[None, :], mask=mask_g, other=0.0)
         acc = tl.dot(z.T, g, acc, input_precision=PRECISION)
     rows_out = out_ptr + split.to(tl.int64) * R * K + offs_k64[:, None] * stride_ok
     tl.store(rows_out + offs_r.to(tl.int64)[None, :] * stride_or, acc, mask=mask_k[:, None] & mask_r[None, :])
@@ -72,13 +74,13 @@ def outer(
     scaling: float = 1.0,
     transposed: bool = False,
 ) -> Tensor:
-    """``scaling · gᵀ z (R, K)`` as ``dtype``, or its transpose ``(K, R)``; ``g`` contiguous, ``x`` strided."""
+    """``scaling · gᵀ z (R, K)`` as ``dtype``, or its transpose ``(K, R)``; rows of ``g`` contiguous, ``x`` strided."""
     (M, K), R = x.shape, g.shape[1]
 
     def rerun() -> Tensor:
         return outer(g, x, dtype, seed, p, scaling=scaling, transposed=transposed)
 
-    config = choose("outer", x, N=R, K=K, R=R, frozen=False, dropout=p > 0, rerun=rerun)
+    config = choose("outer", x, N=R, K=K, R=R, dropout=p > 0, rerun=rerun)
     BLOCK_R = padded_rank(R, config.BLOCK_R)
     columns, blocks = triton.cdiv(K, config.BLOCK_K), triton.cdiv(R, BLOCK_R)
     splits, rows_each = split_rows(M, columns * blocks, config.BLOCK_M, x.device)
@@ -88,10 +90,11 @@ def outer(
         g,
         x,
         partial,
-        x if seed is None else seed,
+        partial if seed is None else seed,
         M,
         K,
         rows_each,
+        g.stride(0),
         *x.stride(),
         *((1, R) if transposed else (K, 1)),
         *dropout_arguments(p),

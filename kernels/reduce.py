@@ -12,6 +12,7 @@ BLOCK = 1024
 
 @triton.jit
 def _add_up_kernel(partial_ptr, out_ptr, numel, splits, scaling, BLOCK: tl.constexpr):
+    scaling = tl.cast(scaling, tl.float32)  # float64 from torch.compile
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -3,7 +3,7 @@
 A table holds ``device``, ``capability`` and two lists of rows ``[key, [M, N, K, R], found]``, ``M`` a power of two:
 
     list        key                                                        found
-    configs     kernel, "16-bit" | "tf32" | "float32", frozen, dropout     the fastest configuration, a Config
+    configs     kernel, "16-bit" | "tf32" | "float32", dropout             the fastest configuration, a Config
     backends    dtype such as "bfloat16", frozen, dropout, training        milliseconds by name of the backend
 
 ``frozen, dropout, training`` are booleans. Tables of the device itself, its cache and the shipped one, come before

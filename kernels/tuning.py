@@ -43,7 +43,6 @@ def choose(
     N: int,
     K: int,
     R: int,
-    frozen: bool,
     dropout: bool = False,
     tma: bool = False,
     rerun: Callable[[], object] | None,
@@ -57,11 +56,11 @@ def choose(
         return forced[1]
     N, K, R = int(N), int(K), int(R)  # weights are not dynamic
     kind = arithmetic(x)
-    of, shape = (kernel, kind, frozen, dropout), (bucket(x.shape[0]), N, K, R)
+    of, shape = (kernel, kind, dropout), (bucket(x.shape[0]), N, K, R)
     key = (x.device, tma, *of, *shape)
     if key in _chosen:
         return _chosen[key]
-    fit = fitting(kernel, kind, R, limits(x.device), frozen=frozen, dropout=dropout, tma=tma)
+    fit = fitting(kernel, kind, R, limits(x.device), dropout=dropout, tma=tma)
     if rerun is None or (autotunes(x) and not may_measure(x)):
         return look_up(fit, of, shape, x.device)
     _chosen[key] = measure(fit, of, shape, x.device, rerun) if autotunes(x) else look_up(fit, of, shape, x.device)

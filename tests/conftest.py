@@ -43,7 +43,7 @@ def kernel_masks(monkeypatch):
     """Dropout in plain PyTorch draws the masks of the kernels on a CPU too, to be compared with the interpreter."""
     from ipca.ops import dropout
 
-    monkeypatch.setattr(dropout, "keep_mask", dropout.kernel_mask)
+    monkeypatch.setattr(dropout, "cpu_mask", dropout.kernel_mask)
 
 
 @pytest.fixture

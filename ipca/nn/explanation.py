@@ -79,14 +79,13 @@ def _kernels(layer: LinearPC, x: Tensor, backend: str) -> tuple[str, ...]:
 
     x, weight = to_autocast(x, layer.base_weight)
     rows = x.detach().reshape(-1, x.shape[-1])
-    frozen, dropout = layer.form == "intact", bool(layer.dropout) and layer.training and not layer.is_disabled
-    R, (N, K) = layer.rank, weight.shape
-    hard: dict[str, bool] = {"frozen": frozen, "dropout": dropout}
-    if backend == "triton" and few_tokens.takes(rows, R):
-        return (f"few_tokens {config('few_tokens', rows, N=N, K=K, R=R, **hard, rerun=None).describe()}",)
-    project = f"project {config('project', rows, N=R, K=K, R=R, **hard, rerun=None).describe()}"
+    dropout = bool(layer.dropout) and layer.training and not layer.is_disabled
+    (N, K), S = weight.shape, layer.rank * (2 if layer.form == "intact" else 1)
+    if backend == "triton" and few_tokens.takes(rows, S):
+        return (f"few_tokens {config('few_tokens', rows, N=N, K=K, R=S, dropout=dropout, rerun=None).describe()}",)
+    project = f"project {config('project', rows, N=S, K=K, R=S, dropout=dropout, rerun=None).describe()}"
     if backend != "triton":
         return (project,)
     tma = linear.uses_descriptors(rows, weight)
-    large = config("linear", rows, N=N, K=K, R=R, frozen=frozen, dropout=False, tma=tma, rerun=None)
+    large = config("linear", rows, N=N, K=K, R=S, tma=tma, rerun=None)
     return project, f"linear {large.describe()}, {'TMA' if tma else 'pointers'}"

@@ -1,7 +1,7 @@
-"""Registration of ``ipca::pc_linear`` for CUDA as a ``triton_op``: torch.compile traces the kernels inside.
+"""``ipca::pc_linear`` for CUDA as a ``triton_op``: what torch.compile traces, down to the kernels inside.
 
 Importing this module loads triton. Backward is an op of its own: a kernel started in an autograd rule outside of an op
-would go through PyTorch's tracing machinery in eager mode, at about a millisecond a call.
+would go through PyTorch's tracing machinery. Eager mode takes :class:`ipca.ops.op.PCLinear` instead.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.library import triton_op
 
 from ipca._cache_folder import default_cache_folder
@@ -30,6 +31,66 @@ def _build() -> str:
 
 BUILD = _build()
 
-pc_linear_cuda_op: Any = triton_op("ipca::pc_linear_cuda", op.forward, mutates_args=())
-pc_linear_cuda_backward_op = triton_op("ipca::pc_linear_cuda_backward", op.backward, mutates_args=())
-pc_linear_cuda_op.register_autograd(op.autograd_rule(pc_linear_cuda_backward_op), setup_context=op.setup_context)
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    noise: Tensor | None,
+    scaling: float,
+    dropout: float,
+    backend: str,
+    build: str,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """``y (…, N)`` and ``z Aᵀ (…, R)``, see :func:`ipca.ops.op.forward`; ``build`` is for torch.compile's cache."""
+    layer = op.Layer(weight, A, B, bias, A0, B0, scaling)
+    return op.forward(x, layer, noise, dropout, backend, training)[:2]
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    noise: Tensor | None,
+    scaling: float,
+    dropout: float,
+    backend: str,
+    build: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients among ``dx, dW, dA, dB, dbias`` that ``needs`` selects."""
+    layer = op.Layer(weight, A, B, bias, A0, B0, scaling)
+    grads = op.backward(dy, x, h, layer, noise, dropout, backend, op.Needs(*needs))
+    return [grad for grad in grads if grad is not None]
+
+
+pc_linear_op: Any = triton_op("ipca::pc_linear", forward, mutates_args=())
+pc_linear_backward_op: Any = triton_op("ipca::pc_linear_backward", backward, mutates_args=())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, A, B, bias, A0, B0, noise, *ctx.settings, _ = inputs
+    ctx.save_for_backward(x, output[1], weight, A, B, bias, A0, B0, noise)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_rule(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:  # h has no gradient: it is an output for backward's sake
+        return (None,) * 13
+    needs = list(ctx.needs_input_grad[:5])
+    found = iter(pc_linear_backward_op(dy, *ctx.saved_tensors, *ctx.settings, needs))
+    return (*(next(found) if need else None for need in needs), *(None,) * 8)
+
+
+pc_linear_op.register_autograd(_autograd_rule, setup_context=_setup_context)

@@ -1,9 +1,10 @@
-"""Dropout with counter-based random numbers: a mask depends on a seed only, and backward draws it again.
+"""Dropout with counter-based random numbers: a mask depends on a seed only, so that kernels need not store it.
 
 Entry ``(m, k)`` of an ``(M, K)`` input is dropped where its 16 random bits are below ``threshold = round(65536 p)``.
-They come from Philox, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011):
-on a GPU Philox4x32-7 on row and column, as the kernels draw it in registers, see :mod:`ipca.kernels.dropout`; on a CPU
-NumPy's Philox4x64-10 in one stream, which is much faster there. A seed gives different masks on the two.
+On a GPU they come from Philox4x32-7 on row and column (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+2011), as the kernels draw it in registers, see :mod:`ipca.kernels.dropout`: the *noise* that the op takes is a seed,
+and backward draws the mask again. On a CPU drawing costs as much as a small product, so the noise is the mask itself,
+one byte an entry, drawn once a step by NumPy's SFC64. A seed gives different masks on the two.
 """
 
 from __future__ import annotations
@@ -16,36 +17,59 @@ _WORD = 0xFFFFFFFF
 _ROUNDS = 7
 
 
+def new_noise(x: Tensor, p: float, *, seed_only: bool) -> Tensor:
+    """What the op takes for dropout of ``x (…, K)``: a seed, or on a CPU the mask ``(M, K)``.
+
+    Args:
+        seed_only: a seed on a CPU too, for kernels in Triton's interpreter.
+    """
+    seed = new_seed(x.device)
+    return seed if x.is_cuda or seed_only else cpu_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p)
+
+
 def new_seed(device: torch.device) -> Tensor:
     """A seed, int64 ``(1,)`` on ``device``, from PyTorch's generator there."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def apply_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """``x (M, K)`` with entries dropped with probability ``p`` and the others scaled by ``1 / P(kept)``."""
+def apply_dropout(x: Tensor, noise: Tensor, p: float) -> Tensor:
+    """``x (M, K)`` with entries dropped with probability ``p`` and the others scaled by :func:`keep_scale`."""
+    return torch.where(keep_mask(x, noise, p), x * keep_scale(p), 0.0)
+
+
+def keep_scale(p: float) -> float:
+    """``1 / P(kept)`` for ``p`` in steps of 2⁻¹⁶; 0 where nothing is kept."""
     threshold = round(p * 65536)
-    if threshold == 65536:
-        return torch.zeros_like(x)
-    mask = keep_mask(seed, x.shape[0], x.shape[1], p)
-    return torch.where(mask, x * (65536 / (65536 - threshold)), 0.0)
+    return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
-def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The mask ``(M, K)``, True where an entry is kept."""
-    return (cpu_mask if seed.device.type == "cpu" else kernel_mask)(seed, M, K, p)
+def keep_mask(x: Tensor, noise: Tensor, p: float) -> Tensor:
+    """The mask of ``x (M, K)``, True where an entry is kept: ``noise`` itself, or drawn from the seed that it is."""
+    if noise.dtype == torch.bool:
+        return noise
+    return (cpu_mask if noise.device.type == "cpu" else kernel_mask)(noise, x.shape[0], x.shape[1], p)
 
 
 @torch.library.custom_op("ipca::cpu_mask", mutates_args=())
-def cpu_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The mask on a CPU; an op, because PyTorch cannot trace NumPy."""
-    words = np.random.Philox(key=int(seed)).random_raw((M * K + 3) // 4)
-    bits = words.astype("<u8", copy=False).view("<u2")[: M * K]
-    return torch.from_numpy(bits >= round(p * 65536)).view(M, K)
+def cpu_mask_op(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """:func:`cpu_mask` as an op."""
+    return _draw(seed, M, K, p)
 
 
-@cpu_mask.register_fake
+@cpu_mask_op.register_fake
 def _(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     return seed.new_empty(M, K, dtype=torch.bool)
+
+
+def cpu_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """The mask on a CPU; an op while tracing, because PyTorch cannot trace NumPy."""
+    return cpu_mask_op(seed, M, K, p) if torch.compiler.is_compiling() else _draw(seed, M, K, p)
+
+
+def _draw(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    words = np.random.SFC64(int(seed)).random_raw((M * K + 3) // 4)
+    bits = words.astype("<u8", copy=False).view("<u2")[: M * K]
+    return torch.from_numpy(bits >= round(p * 65536)).view(M, K)
 
 
 def kernel_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:

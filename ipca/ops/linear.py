@@ -1,49 +1,19 @@
-"""pc_linear: argument checks, autocast and the dropout seed around the op ``ipca::pc_linear``."""
+"""pc_linear: argument checks, autocast and the noise of dropout around the product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ipca._dtensor import is_sharded
-from ipca.ops import op, reference
+from ipca.ops import op, reference, torch_kernels
 from ipca.ops.backend import get_backend
-from ipca.ops.dropout import new_seed
-
-
-class _EagerPCLinear(torch.autograd.Function):
-    """The op in eager mode on a CPU, where dispatching a registered op costs as much as a small layer."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x, weight, A, B, bias, A0, B0, seed, scaling, dropout, backend, _, training = inputs
-        y, h, ctx.pair = op.forward_and_pair(
-            x, op.Layer(weight, A, B, bias, A0, B0, scaling), seed, dropout, backend, training
-        )
-        op.setup_context(ctx, inputs, (y, h))
-        return y, h
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return op.autograd_rule(partial(op.backward_from, ctx.pair))(ctx, *grads)
-
+from ipca.ops.dropout import new_noise
 
 # The C++ method: torch.autograd.Function.apply adds a binding of default arguments, which there are none of.
-_eager_pc_linear = super(torch.autograd.Function, _EagerPCLinear).apply
-
-pc_linear_op = torch.library.custom_op("ipca::pc_linear", op.forward, mutates_args=())
-
-
-@pc_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], A.shape[0])
-
-
-pc_linear_op.register_autograd(op.autograd_rule(op.backward), setup_context=op.setup_context)
+_apply = super(torch.autograd.Function, op.PCLinear).apply
 
 
 def pc_linear(
@@ -88,19 +58,34 @@ def pc_linear(
         A0, B0 = A0.detach(), B0.detach()
     if transformed():
         return _under_transform(x, weight, A, B, bias, A0, B0, scaling, dropout)
-    seed = new_seed(x.device) if dropout > 0 else None
-    run, build = _op_for(x)
-    settings = (scaling, dropout, get_backend(), build, torch.is_grad_enabled())
-    return run(x, weight, A, B, bias, A0, B0, seed, *settings)[0]
+    backend = get_backend()
+    seed_only = backend not in ("auto", "reference")
+    noise = new_noise(x, dropout, seed_only=seed_only) if dropout > 0 else None
+    if torch.compiler.is_compiling():
+        return _traced(x, op.Layer(weight, A, B, bias, A0, B0, scaling), noise, dropout, backend)
+    training = torch.is_grad_enabled()
+    y: Tensor = _apply(x, weight, A, B, bias, A0, B0, noise, scaling, dropout, backend, training)
+    return y
 
 
-def _op_for(x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
-    """The op for the device of ``x``, and its build hash; a CUDA tensor loads triton."""
-    if not x.is_cuda:
-        return (pc_linear_op if torch.compiler.is_compiling() else _eager_pc_linear), ""
+def _traced(x: Tensor, layer: op.Layer, noise: Tensor | None, dropout: float, backend: str) -> Tensor:
+    """What torch.compile gets: on CUDA the kernels, elsewhere the formula, which Inductor fuses with what is around."""
+    if x.is_cuda:
+        return _traced_on_cuda(x, layer, noise, dropout, backend)
+    op.check_backend(x, layer, dropout, backend)
+    with op.without_autocast(x):
+        if backend == "merged":
+            return torch_kernels.linear_merged(x, *layer)
+        return reference.pc_linear(x, *layer, noise, dropout)
+
+
+def _traced_on_cuda(x: Tensor, layer: op.Layer, noise: Tensor | None, dropout: float, backend: str) -> Tensor:
     from ipca.ops import cuda
 
-    return cuda.pc_linear_cuda_op, cuda.BUILD
+    *tensors, scaling = layer
+    settings = (scaling, dropout, backend, cuda.BUILD, torch.is_grad_enabled())
+    y: Tensor = cuda.pc_linear_op(x, *tensors, noise, *settings)[0]
+    return y
 
 
 def to_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
@@ -137,7 +122,7 @@ def _under_transform(
     if dropout > 0:
         raise RuntimeError("pc_linear has no dropout under torch.func transforms; call eval() or set dropout=0.")
     with torch.autocast(x.device.type, enabled=False):
-        return reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling)[0]
+        return reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling)
 
 
 def _check(

@@ -32,7 +32,7 @@ def draw(M, N, K, R, dtype=torch.float32, factors=None):
         B=normal(N, R, of=factors, scale=R**-0.5),
         B0=normal(N, R, of=factors, scale=R**-0.5),
         h=normal(M, R),
-        h0=normal(M, R),
+        g=normal(M, R),
     )
 
 

@@ -13,7 +13,7 @@ from ipca.kernels.configs import CONFIGS, Config, Limits, fitting, shared_bytes,
 
 H100 = Limits(232_448, 0)
 CUDA = torch.device("cuda", 0)
-EASY = {"frozen": False, "dropout": False, "tma": True}
+EASY = {"dropout": False, "tma": True}
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_what_does_not_fit_shared_memory_is_left_out(kernel, kind, R):
         fit = fitting(kernel, kind, R, Limits(shared, 0), **EASY)
         assert fit
         if len(fit) > 1:
-            assert all(shared_bytes(kernel, config, kind, R, 1) <= shared for config in fit)
+            assert all(shared_bytes(kernel, config, kind, R) <= shared for config in fit)
     assert set(fit) <= set(CONFIGS[kernel, kind])
 
 
@@ -68,10 +68,10 @@ def test_heavy_epilogues_and_tensor_memory_leave_wide_tiles_out():
     def widest(limits, **hard):
         return max(c.BLOCK_M * c.BLOCK_N for c in fitting("linear", "16-bit", 16, limits, **{**EASY, **hard}))
 
-    assert widest(H100) == widest(H100, frozen=True) == 128 * 256
-    assert widest(H100, frozen=True, tma=False) == 128 * 128
-    assert widest(Limits(232_448, 512)) == 128 * 256
-    assert widest(Limits(232_448, 512), frozen=True) == 128 * 128
+    assert widest(H100) == widest(H100, dropout=True) == 128 * 256
+    assert widest(H100, dropout=True, tma=False) == 128 * 128
+    assert widest(Limits(232_448, 512)) == widest(Limits(232_448, 512), dropout=True) == 128 * 256
+    assert widest(Limits(232_448, 256), dropout=True) == 128 * 128
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,10 @@ def test_an_unmeasured_shape_takes_the_first_configuration_that_fills_the_device
     assert untuned("linear", fit, 8192, 4096, 4096, 132) == fit[0]
     few = untuned("linear", fit, 64, 4096, 4096, 132)
     assert few.BLOCK_M * few.BLOCK_N < fit[0].BLOCK_M * fit[0].BLOCK_N
-    assert untuned("outer", CONFIGS["outer", "16-bit"], 16, 4096, 4096, 132) in CONFIGS["outer", "16-bit"]
+    assert untuned("linear", fit, 128 * 8, 256 * 15, 4096, 132) == fit[0], "120 tiles nearly fill 132 multiprocessors"
+    for M in (16, 1024, 8192):
+        assert untuned("outer", CONFIGS["outer", "16-bit"], M, 16, 4096, 132) == CONFIGS["outer", "16-bit"][0]
+    assert untuned("project", CONFIGS["project", "16-bit"], 8192, 128, 4096, 132).BLOCK_M >= 64
 
 
 def test_nothing_is_timed_unless_autotuning_is_on(gpu):
@@ -122,7 +125,7 @@ def test_a_shape_is_timed_once_and_kept_on_disk(gpu, monkeypatch):
 
 def test_the_nearest_row_of_the_closest_table_is_taken(gpu):
     own, other, older = (CONFIGS["linear", "16-bit"][i] for i in (2, 3, 4))
-    of = ["linear", "16-bit", False, False]
+    of = ["linear", "16-bit", False]
     (gpu / "shipped").mkdir()
 
     def ship(name, device, capability, config, shape=(8192, 4096, 4096, 16)):
@@ -146,9 +149,9 @@ def test_the_nearest_row_of_the_closest_table_is_taken(gpu):
 
 def test_a_row_that_does_not_fit_is_not_taken(gpu):
     wide = CONFIGS["linear", "16-bit"][0]
-    of = ["linear", "16-bit", True, False]
+    of = ["linear", "16-bit", True]
     tables.add_rows(tables.cache_file(CUDA), CUDA, configs=[[of, [8192, 4096, 4096, 16], list(wide)]])
-    chosen = choose(8192, frozen=True, tma=False)
+    chosen = choose(8192, dropout=True, tma=False)
     assert chosen != wide
     assert chosen in CONFIGS["linear", "16-bit"]
 
@@ -178,9 +181,7 @@ def test_many_writers_leave_a_whole_table(gpu):
     path = tables.cache_file(CUDA)
 
     def add(i):
-        tables.add_rows(
-            path, CUDA, configs=[[["linear", "16-bit", False, False], [i, i, i, i], list(Config(1, 1, 1, 1, 1))]]
-        )
+        tables.add_rows(path, CUDA, configs=[[["linear", "16-bit", False], [i, i, i, i], list(Config(1, 1, 1, 1, 1))]])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(64)))
@@ -189,7 +190,7 @@ def test_many_writers_leave_a_whole_table(gpu):
 
 
 def test_a_row_measured_again_replaces_the_first(gpu):
-    path, of = tables.cache_file(CUDA), ["linear", "16-bit", False, False]
+    path, of = tables.cache_file(CUDA), ["linear", "16-bit", False]
     for config in CONFIGS["linear", "16-bit"][:2]:
         tables.add_rows(path, CUDA, configs=[[of, [1, 1, 1, 1], list(config)]])
     assert tables.read(path)["configs"] == [[of, [1, 1, 1, 1], list(CONFIGS["linear", "16-bit"][1])]]
@@ -204,7 +205,7 @@ def test_shipped_tables_are_sound():
 
 def test_a_shape_measured_without_dropout_serves_with_it(gpu):
     config = CONFIGS["linear", "16-bit"][2]
-    row = [["linear", "16-bit", False, False], [8192, 4096, 4096, 16], list(config)]
+    row = [["linear", "16-bit", False], [8192, 4096, 4096, 16], list(config)]
     tables.add_rows(tables.cache_file(CUDA), CUDA, configs=[row])
     assert choose(8192, dropout=True) == config
 

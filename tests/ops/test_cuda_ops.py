@@ -27,7 +27,7 @@ def tensors(intact, *, bias=True):
 @pytest.fixture
 def _cuda_ops(monkeypatch):
     """Calls go to the ops of CUDA, on whatever device."""
-    monkeypatch.setattr(linear, "_op_for", lambda x: (cuda.pc_linear_cuda_op, cuda.BUILD))
+    monkeypatch.setattr(linear, "_traced", linear._traced_on_cuda)
 
 
 @FORMS
@@ -35,11 +35,19 @@ def _cuda_ops(monkeypatch):
 def test_opcheck(intact, M):
     W, A, B, bias, A0, B0, scaling = tensors(intact)
     x = torch.randn(M, K, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(cuda.pc_linear_cuda_op, (x, W, A, B, bias, A0, B0, None, scaling, 0.0, "reference", "", True))
+    torch.library.opcheck(cuda.pc_linear_op, (x, W, A, B, bias, A0, B0, None, scaling, 0.0, "reference", "", True))
     given = [t if t is None else t.detach() for t in (x, x @ A.mT, W, A, B, bias, A0, B0)]
     settings = (None, scaling, 0.0, "reference", "", [True, False, True, True, False])
     dy = torch.randn(M, N, device=DEVICE)
-    torch.library.opcheck(cuda.pc_linear_cuda_backward_op, (dy, *given, *settings))
+    torch.library.opcheck(cuda.pc_linear_backward_op, (dy, *given, *settings))
+
+
+@FORMS
+def test_opcheck_on_mixed_dtypes_and_strided_input(intact):
+    W, A, B, bias, A0, B0, scaling = tensors(intact)
+    x = torch.randn(K, 10, device=DEVICE, dtype=torch.bfloat16)[:, ::2].mT.requires_grad_()
+    given = (x, W.bfloat16(), A, B, bias.bfloat16(), A0, B0, None, scaling, 0.0, "reference", "", True)
+    torch.library.opcheck(cuda.pc_linear_op, given)
 
 
 @pytest.mark.slow

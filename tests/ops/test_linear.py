@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from ipca.ops import pc_linear, set_backend
-from ipca.ops.linear import pc_linear_op
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = pytest.mark.parametrize("intact", [False, True], ids=["residual", "intact"])
@@ -39,12 +38,6 @@ def call(t, **options):
     return pc_linear(t.x, t.weight, t.A, t.B, t.bias, scaling=SCALING, A0=t.A0, B0=t.B0, **options)
 
 
-def op_arguments(t, *, x=None, seed=None, dropout=0.0, backend="auto"):
-    """What the op itself takes."""
-    x = t.x if x is None else x
-    return (x, t.weight, t.A, t.B, t.bias, t.A0, t.B0, seed, SCALING, dropout, backend, "", True)
-
-
 def plain(t):
     """The formula as anybody would write it, with PyTorch's own autograd."""
     low = F.linear(F.linear(t.x, t.A.to(t.x.dtype)), t.B.to(t.x.dtype))
@@ -69,22 +62,6 @@ def assert_within_twice(got, other, exact):
 
 
 @FORMS
-@pytest.mark.parametrize(
-    ("M", "bias"), [((5,), True), ((5,), False), ((), True), ((2, 3), True), ((0,), True)], ids=str
-)
-def test_the_op_passes_opcheck(intact, M, bias):
-    t = inputs(M=M, intact=intact, bias=bias, dtype=torch.float32)
-    torch.library.opcheck(pc_linear_op, op_arguments(t))
-
-
-@FORMS
-def test_the_op_passes_opcheck_on_mixed_dtypes_and_strided_input(intact):
-    t = inputs(M=(5,), intact=intact, dtype=torch.bfloat16, factors=torch.float32)
-    x = torch.randn(29, 10, dtype=torch.bfloat16)[:, ::2].mT.requires_grad_()
-    torch.library.opcheck(pc_linear_op, op_arguments(t, x=x))
-
-
-@FORMS
 @pytest.mark.parametrize("M", [(3,), (), (2, 2), (0,)], ids=str)
 @pytest.mark.parametrize("trained", [TRAINED, ("x",), ("weight",), ("A",), ("B",), ("bias",), ("A", "B")], ids=str)
 def test_first_and_second_derivatives(intact, M, trained):
@@ -96,17 +73,6 @@ def test_first_and_second_derivatives(intact, M, trained):
 
     assert gradcheck(f, leaves)
     assert gradgradcheck(f, leaves)
-
-
-@FORMS
-def test_gradients_of_the_second_output(intact):
-    t = inputs(M=(3,), N=3, K=5, R=2, intact=intact, train=("x", "weight", "A", "B"))
-
-    def f(x, weight, A, B):
-        return pc_linear_op(x, weight, A, B, *op_arguments(t)[4:])
-
-    assert gradcheck(f, (t.x, t.weight, t.A, t.B))
-    assert gradcheck(lambda x, A: f(x, t.weight, A, t.B)[1], (t.x, t.A))
 
 
 @FORMS
