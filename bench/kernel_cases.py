@@ -84,9 +84,9 @@ def variants(name: str, kind: str, first: bool, last: bool) -> Iterator[tuple[st
     Small kernels have the light variant only for the first configuration; pointers on architectures with TMA are
     compiled only for the last.
     """
-    rank = {"products": FUSED_COMPONENTS, "few_tokens": most_components_at_once(kind)}.get(name, 128)
+    rank = {"products": FUSED_COMPONENTS // 2, "few_tokens": most_components_at_once(kind)}.get(name, 128)
     light = {"R": 16, "S": 16, "DROPOUT": False, "HAS_BIAS": False, "NEEDS_BIAS": False}
-    heavy = {"R": rank, "S": rank, "DROPOUT": True, "HAS_BIAS": True, "NEEDS_BIAS": True}
+    heavy = {"R": rank, "S": 2 * rank, "DROPOUT": True, "HAS_BIAS": True, "NEEDS_BIAS": True}
     every = tuple(LIMITS)
     hows = ((False, "pointers, "), (True, "TMA, ")) if name == "linear" else ((False, ""),)
     for tma, how in hows if kind != "float32" else hows[:1]:
@@ -114,8 +114,10 @@ def arguments(name: str, kind: str, config: Config, options: dict[str, Any]) -> 
     values |= dict.fromkeys("MNK", "i32") | options | config._asdict()
     values["SUBTILE"] = subtiles(config, kind, dropout=options["DROPOUT"])
     R = options["R"]
-    values["BLOCK_R"] = linear_rank_block(R, kind) if name == "linear" else padded_rank(R, config.BLOCK_R)
-    values |= {"PROGRAMS": 132, "BLOCK_S": values["BLOCK_R"]}
+    values["BLOCK_R"] = (
+        linear_rank_block(R, kind, tma=options["TMA"]) if name == "linear" else padded_rank(R, config.BLOCK_R)
+    )
+    values |= {"PROGRAMS": 132, "BLOCK_S": padded_rank(options["S"], config.BLOCK_R)}
     chosen = {}
     for argument in KERNELS[name].arg_names:
         stride = argument.removeprefix("stride_") if argument.startswith("stride_") else None

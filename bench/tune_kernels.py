@@ -57,7 +57,7 @@ def every_kernel(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: tor
             yield few_tokens(x, weight, D, E, scaling=1.0)
         h = project(x, D)
         yield linear(x, weight, h, E, scaling=1.0)
-        g = products(dy, h[:, :R].contiguous(), E, E.dtype, scaling=1.0)[0] if fuses(dy, E) else project(dy, E.mT)
+        g = products(dy, h[:, :R].contiguous(), E, E.dtype, scaling=1.0)[0] if fuses(dy, E, R) else project(dy, E.mT)
         yield input_grad(dy, weight, g, D)
         yield outer(g[:, :R], x, D.dtype)
     yield outer(h[:, :R], dy, E.dtype, transposed=True)

@@ -36,9 +36,9 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(64, 64, 64, 4, 3),
     ),
     ("linear", "tf32"): (
-        Config(128, 128, 32, 8, 3, SUBTILE=4),
+        Config(128, 128, 32, 8, 2, SUBTILE=4),
         Config(128, 64, 32, 8, 3, SUBTILE=2),
-        Config(64, 64, 32, 4, 3),
+        Config(64, 64, 64, 4, 2),
     ),
     ("linear", "float32"): (Config(32, 32, 16, 4, 2),),
     ("few_tokens", "16-bit"): (
@@ -57,7 +57,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(16, 0, 256, 4, 4),
         Config(64, 0, 128, 4, 4),
         Config(64, 0, 64, 4, 4),
-        Config(128, 0, 64, 8, 3),
+        Config(128, 0, 64, 8, 3, BLOCK_R=64),
         Config(32, 0, 32, 4, 3),
     ),
     ("project", "tf32"): (Config(32, 0, 64, 4, 3), Config(64, 0, 32, 8, 3), Config(16, 0, 32, 4, 2)),
@@ -104,18 +104,18 @@ def subtiles(config: Config, kind: str, *, dropout: bool) -> int:
     """
     if not dropout:
         return config.SUBTILE
-    values = 32 * config.num_warps * {"16-bit": 8, "tf32": 8, "float32": 4}[kind]
+    values = 32 * config.num_warps * {"16-bit": 8, "tf32": 4, "float32": 4}[kind]
     return min(8, max(config.SUBTILE, config.BLOCK_N // max(16, values // config.BLOCK_M)))
 
 
-def linear_rank_block(R: int, kind: str) -> int:
-    """The components that the linear kernel adds at once: both operands pass through registers."""
-    return padded_rank(R, 16 if kind == "float32" else 32)
+def linear_rank_block(R: int, kind: str, *, tma: bool) -> int:
+    """The components that the linear kernel adds at once: both operands pass through registers, beside addresses."""
+    return padded_rank(R, 32 if tma and kind != "float32" else 16)
 
 
 def most_components_at_once(kind: str) -> int:
     """The largest rank that the kernel for few tokens takes: it holds all of ``h``."""
-    return 32 if kind == "float32" else 128
+    return 16 if kind == "float32" else 128
 
 
 def precision(x: Tensor) -> str:
@@ -162,8 +162,8 @@ def _fits(config: Config, kernel: str, kind: str, R: int, limits: Limits, dropou
     # Tensor memory: the accumulator, and under dropout the low-rank product, have columns of their own.
     if limits.tensor_columns and (1 + dropout) * config.BLOCK_N > limits.tensor_columns:
         return False
-    most = 128 * 128 * (32 if dropout else 64)  # addresses take registers, too
-    return tma or most >= config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
+    # Without descriptors addresses take registers, too.
+    return tma or config.BLOCK_M * config.BLOCK_N * config.BLOCK_K <= 65_536 * config.num_warps
 
 
 def untuned(kernel: str, fit: tuple[Config, ...], M: int, N: int, K: int, programs: int) -> Config:

@@ -247,7 +247,7 @@ def _launch(
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
-        BLOCK_R=linear_rank_block(R, arithmetic(a)),
+        BLOCK_R=linear_rank_block(R, arithmetic(a), tma=tma),
         GROUP_M=config.GROUP_M,
         SUBTILE=subtiles(config, arithmetic(a), dropout=p > 0),
         PROGRAMS=count,

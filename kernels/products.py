@@ -16,13 +16,16 @@ from ipca.kernels.tuning import choose
 
 MOST_COMPONENTS = 64
 """Of ``E``: what :func:`products` takes."""
+_REGISTERS = 96
+"""Components of ``E`` and ``h`` together, padded, that fit the registers of a program."""
 
 
-def fuses(dy: Tensor, E: Tensor) -> bool:
+def fuses(dy: Tensor, E: Tensor, R: int) -> bool:
     """Whether :func:`products` pays: the partials of ``g``, written and read, are less than a second read of ``dy``."""
     N, S = E.shape
     config = choose("products", dy, N=N, K=0, R=S, rerun=None)
-    return S <= MOST_COMPONENTS and config.BLOCK_N * dy.element_size() >= 8 * S
+    fits = S <= MOST_COMPONENTS and padded_rank(S, MOST_COMPONENTS) + padded_rank(R, MOST_COMPONENTS) <= _REGISTERS
+    return fits and config.BLOCK_N * dy.element_size() >= 8 * S
 
 
 @triton.jit(do_not_specialize=["M", "rows_each"])  # they vary from step to step
@@ -85,7 +88,7 @@ def products(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``g = scaling · dy E``, ``dB = scaling · dyᵀ h`` as ``dtype``, and ``dbias = Σ dy`` if needed.
 
-    ``g`` and ``dbias`` have the dtype of ``dy``. ``E`` has at most ``MOST_COMPONENTS`` columns, ``h`` no more than it.
+    ``g`` and ``dbias`` have the dtype of ``dy``. As many columns of ``E`` and ``h`` as :func:`fuses` allows.
     """
     (M, N), S, R = dy.shape, E.shape[1], h.shape[1]
 

@@ -170,7 +170,7 @@ def _backward(
     dW = dy.mT @ x if needs.weight else None
     D, E = (A, B) if merged else (_pair(layer, x, choice) if pair is None else pair)
     needs_g = needs.A or (needs.x and not merged)
-    if needs_g and needs.B and _fuses(choice, dy, E):
+    if needs_g and needs.B and _fuses(choice, dy, E, len(A)):
         g, dB, dbias = products(dy, h, E, B.dtype, scaling=scaling, needs_bias=needs.bias)
     else:
         g = project(dy, E.mT, scaling=scaling) if needs_g else None
@@ -214,13 +214,13 @@ def _low_rank_kernels(choice: BackendChoice) -> tuple[Any, Any, Any]:
     return project, products, outer
 
 
-def _fuses(choice: BackendChoice, dy: Tensor, E: Tensor) -> bool:
+def _fuses(choice: BackendChoice, dy: Tensor, E: Tensor, R: int) -> bool:
     """Whether one kernel for all products pays; in PyTorch, which reads ``dy`` for each of them, it is no loss."""
     if not choice.low_rank_in_triton:
         return True
     from ipca.kernels.products import fuses
 
-    return fuses(dy, E)
+    return fuses(dy, E, R)
 
 
 def _large_kernels(choice: BackendChoice) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

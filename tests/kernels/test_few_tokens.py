@@ -29,7 +29,7 @@ def check(t, seed=None, p=0.0, layout="contiguous"):
         assert_within_twice(got, other, exact)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[3] <= 32], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[3] <= 16], ids=str)
 @pytest.mark.parametrize(("dtype", "factors"), PLACES, ids=str)
 def test_output_and_low_rank_input_are_as_exact_as_pytorch(shape, dtype, factors):
     check(draw(*shape, dtype, factors))
@@ -66,4 +66,4 @@ def test_which_inputs_it_takes():
     assert takes(x[:256], 16)
     assert not takes(x, 16)
     assert not takes(x[:5].half(), 129)
-    assert not takes(x[:5], 33)  # without matrix units
+    assert not takes(x[:5], 17)  # without matrix units

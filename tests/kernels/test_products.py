@@ -58,8 +58,8 @@ def test_the_same_bits_again():
 
 def test_one_read_is_taken_where_its_partials_cost_less_than_a_second():
     dy = torch.randn(2, 4096, dtype=torch.float16)
-    E = {S: torch.randn(4096, S) for S in (4, 16, 64, 65)}
+    E = {S: torch.randn(4096, S) for S in (4, 16, 32, 64, 65)}
     with force("products", CONFIGS["products", "16-bit"][0]):  # 256 columns of 2 bytes
-        assert [fuses(dy, E[S]) for S in (16, 64, 65)] == [True, True, False]
+        assert [fuses(dy, E[S], R) for S, R in ((32, 16), (64, 32), (64, 64), (65, 32))] == [True, True, False, False]
     with force("products", CONFIGS["products", "float32"][0]):
-        assert [fuses(dy.float(), E[S]) for S in (4, 16, 64)] == [True, True, False]
+        assert [fuses(dy.float(), E[S], 4) for S in (4, 16, 64)] == [True, True, False]
