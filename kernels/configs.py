@@ -163,7 +163,7 @@ def _fits(config: Config, kernel: str, kind: str, R: int, limits: Limits, dropou
     if limits.tensor_columns and (1 + dropout) * config.BLOCK_N > limits.tensor_columns:
         return False
     # Without descriptors addresses take registers, too.
-    return tma or config.BLOCK_M * config.BLOCK_N * config.BLOCK_K <= 65_536 * config.num_warps
+    return tma or 65_536 * config.num_warps >= config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
 
 
 def untuned(kernel: str, fit: tuple[Config, ...], M: int, N: int, K: int, programs: int) -> Config:
