@@ -13,7 +13,7 @@ from ipca.nn.initialization import one_of
 from ipca.nn.layer_kinds import LINEAR, build_layer, layer_kind, read_layer
 from ipca.nn.subclasses import restore, subclass_of
 from ipca.nn.window_layer import LayerOptions, ProductLayer
-from ipca.ops import pc_linear
+from ipca.ops.linear import pc_linear_of_layer
 from ipca.window import Window, as_window
 
 if TYPE_CHECKING:
@@ -110,9 +110,9 @@ class LinearPC(ProductLayer):
         """The output by one registered op, which selects the kernels."""
         if x.is_nested:  # of no shape that the op could take; nn.TransformerEncoder makes such from a padding mask
             return super().window_product(x, A, B, dropout)
-        A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
-        scaling = self.alpha / self.rank
-        return pc_linear(x, self.base_weight, A, B, self.bias, scaling=scaling, A0=A0, B0=B0, dropout=dropout)
+        held, scaling = self.held, self.alpha / self.rank
+        A0, B0 = (held("lora_A0"), held("lora_B0")) if self.form == "intact" else (None, None)
+        return pc_linear_of_layer(x, held("base_weight"), A, B, held("bias"), scaling, A0, B0, dropout)
 
     @classmethod
     def from_linear(

@@ -37,7 +37,7 @@ def stored_tensor(module: nn.Module, name: str) -> Any:
 
     The tensor is on the meta device where nobody keeps it.
     """
-    tensor = getattr(module, name, None)
+    tensor = module._parameters[name] if name in module._parameters else getattr(module, name, None)
     if isinstance(tensor, Tensor) and tensor.is_meta:
         return next((weights[name] for weights in weights_maps(module) if name in weights), tensor)
     return tensor

@@ -140,6 +140,13 @@ class WindowLayer(nn.Module):
 
     # -- weights
 
+    def held(self, name: str) -> Any:
+        """``getattr(self, name)`` of a parameter or buffer, which nn.Module finds only after a failed lookup."""
+        parameters = self._parameters
+        if name in parameters:
+            return parameters[name]
+        return self._buffers[name] if name in self._buffers else getattr(self, name)
+
     def as_matrix(self, weight: Tensor) -> Tensor:
         """``weight``, in the shape of ``base_weight``, as ``(…, out, in)``."""
         return weight
@@ -487,4 +494,4 @@ class ProductLayer(WindowLayer):
             if self.form == "intact":
                 return self.base_product(x)
             return self.window_product(x, self.lora_A0, self.lora_B0, 0.0)
-        return self.window_product(x, self.lora_A, self.lora_B, self.dropout if self.training else 0.0)
+        return self.window_product(x, self.held("lora_A"), self.held("lora_B"), self.dropout if self.training else 0.0)

@@ -24,6 +24,7 @@ BACKENDS = ("triton", "addmm", "merged", "reference")
 VARIABLE = "IPCA_BACKEND"
 
 _chosen: str | None = None
+_of_environment = os.environ.get(VARIABLE) or "auto"  # once: each lookup takes as long as a small product
 
 
 class LinearShape(NamedTuple):
@@ -60,7 +61,7 @@ def set_backend(name: str) -> str:
 
     Args:
         name: ``"auto"``, ``"triton"``, ``"addmm"``, ``"merged"`` or ``"reference"``. Without a call the environment
-            variable ``IPCA_BACKEND`` decides.
+            variable ``IPCA_BACKEND`` decides, as it was when ipca was imported.
 
     Returns:
         The name that was set before.
@@ -80,7 +81,7 @@ def set_backend(name: str) -> str:
 
 def get_backend() -> str:
     """The backend's name as set by :func:`set_backend` or by the environment, else ``"auto"``."""
-    return _chosen or _known(os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}")
+    return _chosen or _known(_of_environment, f"the environment variable {VARIABLE}")
 
 
 def _known(name: str, source: str) -> str:
@@ -131,7 +132,7 @@ def _has_triton() -> bool:
 def _measured_best(shape: LinearShape) -> BackendChoice:
     """The fastest backend at the nearest measured shape."""
     if shape.device.type != "cuda":
-        return off_cuda(shape.device)
+        return _off_cuda(shape)
     if shape.dtype == torch.float64:
         return BackendChoice("reference", False, "the kernels have no float64")
     why_not = unsupported_reason("triton", shape)
@@ -158,10 +159,28 @@ def _measured_best(shape: LinearShape) -> BackendChoice:
     return BackendChoice(best, best != "reference", f"measured at (M, N, K, R) = {row.shape} in {row.source}: {others}")
 
 
-@cache
-def off_cuda(device: torch.device) -> BackendChoice:
-    """The choice of ``"auto"`` on another device than CUDA, the same for every shape."""
-    return BackendChoice("reference", False, f"x is on {device}: the kernels are for CUDA")
+MERGE_OVERHEAD = 32
+"""Of making the weight of ``merged`` on a CPU, in multiplications an entry, for its memory; measured."""
+
+
+def _off_cuda(shape: LinearShape) -> BackendChoice:
+    """The choice of ``"auto"`` on another device than CUDA: PyTorch's products, merged where that is less work.
+
+    With many tokens the low-rank products take more multiplications than making ``W_eff`` once, which backward uses
+    again: ``(2 S − R) (K + N) M`` against ``(S + MERGE_OVERHEAD) K N``; without gradients ``S (K + N) M``.
+    """
+    M, N, K, R, S = shape.M, shape.N, shape.K, shape.R, shape.R * (2 if shape.frozen else 1)
+    where = f"x is on {shape.device}: the kernels are for CUDA"
+    saved = (2 * S - R if shape.training else S) * (K + N) * M
+    wide = shape.device.type == "cpu" and shape.dtype in (torch.float32, torch.float64)
+    if wide and not shape.dropout and not too_few_to_merge(M, N, K) and saved > (S + MERGE_OVERHEAD) * K * N:
+        return BackendChoice("merged", False, f"{where}, and with {M} rows one merged product is the least work")
+    return BackendChoice("reference", False, where)
+
+
+def too_few_to_merge(M: int, N: int, K: int) -> bool:
+    """Whether ``M`` rows are too few for ``merged`` on a CPU: its weight, saved for backward, is larger than ``x``."""
+    return M < N
 
 
 def linear_shape(x: Tensor, weight: Tensor, A: Tensor, A0: Any, dropout: float, training: bool) -> LinearShape:

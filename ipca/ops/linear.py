@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ipca._dtensor import is_sharded
 from ipca.ops import op, reference, torch_kernels
-from ipca.ops.backend import get_backend
+from ipca.ops.backend import choose, get_backend, linear_shape
 from ipca.ops.dropout import new_noise
+from ipca.ops.pair import one_pair
 
 # The C++ method: torch.autograd.Function.apply adds a binding of default arguments, which there are none of.
 _apply = super(torch.autograd.Function, op.PCLinear).apply
@@ -53,29 +55,61 @@ def pc_linear(
         RuntimeError: the backend set by name cannot run, or dropout under a ``torch.func`` transform.
     """
     _check(x, weight, A, B, bias, A0, B0, dropout)
-    x, weight, bias = to_autocast(x, weight, bias)
+    return pc_linear_of_layer(x, weight, A, B, bias, scaling, A0, B0, dropout)
+
+
+def pc_linear_of_layer(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """:func:`pc_linear` for a layer, whose plain tensors fit each other and need no check in each call."""
+    compiling = torch.compiler.is_compiling()
+    if compiling or type(A) is not nn.Parameter or type(x) is not Tensor or x.shape[-1] != weight.shape[1]:
+        _check(x, weight, A, B, bias, A0, B0, dropout)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = to_autocast(x, weight, bias)
     if A0 is not None and B0 is not None and (A0.requires_grad or B0.requires_grad):
         A0, B0 = A0.detach(), B0.detach()
     if transformed():
         return _under_transform(x, weight, A, B, bias, A0, B0, scaling, dropout)
     backend = get_backend()
-    seed_only = backend not in ("auto", "reference")
-    noise = new_noise(x, dropout, seed_only=seed_only) if dropout > 0 else None
-    if torch.compiler.is_compiling():
+    noise = new_noise(x, dropout, seed_only=backend not in ("auto", "reference")) if dropout > 0 else None
+    if compiling:
         return _traced(x, op.Layer(weight, A, B, bias, A0, B0, scaling), noise, dropout, backend)
-    training = torch.is_grad_enabled()
-    y: Tensor = _apply(x, weight, A, B, bias, A0, B0, noise, scaling, dropout, backend, training)
+    if not (torch.is_grad_enabled() and _require_grad(x, weight, A, B, bias)):
+        return op.forward(x, op.Layer(weight, A, B, bias, A0, B0, scaling), noise, dropout, backend, False)[0]
+    y: Tensor = _apply(x, weight, A, B, bias, A0, B0, noise, scaling, dropout, backend)
     return y
+
+
+def _require_grad(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> bool:
+    return (
+        A.requires_grad
+        or B.requires_grad
+        or x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
 
 
 def _traced(x: Tensor, layer: op.Layer, noise: Tensor | None, dropout: float, backend: str) -> Tensor:
     """What torch.compile gets: on CUDA the kernels, elsewhere the formula, which Inductor fuses with what is around."""
     if x.is_cuda:
         return _traced_on_cuda(x, layer, noise, dropout, backend)
-    op.check_backend(x, layer, dropout, backend)
+    if backend != "auto":
+        rows = x.reshape(-1, x.shape[-1])
+        choose(backend, linear_shape(rows, layer.weight, layer.A, layer.A0, dropout, True))  # raises if it cannot run
     with op.without_autocast(x):
         if backend == "merged":
-            return torch_kernels.linear_merged(x, *layer)
+            pair = one_pair(layer.A, layer.B, layer.A0, layer.B0)
+            return F.linear(x, torch_kernels.merged_weight(layer.weight, *pair, layer.scaling), layer.bias)
         return reference.pc_linear(x, *layer, noise, dropout)
 
 

@@ -4,9 +4,9 @@
     backward   g = scaling · dy E      dA = g_Aᵀ z      dB = scaling · dyᵀ (z Aᵀ)      dbias = Σ dy
                dx = dy W + mask ∘ (g D)
 
-x (M, K) | z = dropout(x) | h, g (M, S) | y, dy (M, N). ``D, E`` are the factors as one pair, see
-:mod:`ipca.ops.reference`: ``D = A, E = B``, S = R, or with a frozen pair ``D = [A − A0; A0], E = [B, B − B0]`` and
-S = 2 R. There ``g_A`` is the left half of ``g``, and ``z Aᵀ`` the sum of the halves of ``h``; no kernel knows the form.
+x (M, K) | z = dropout(x) | h, g (M, S) | y, dy (M, N). ``D, E`` are the factors as one pair, see :mod:`ipca.ops.pair`:
+``D = A, E = B``, S = R, or with a frozen pair ``D = [A − A0; A0], E = [B, B − B0]`` and S = 2 R. There ``g_A`` is the
+left half of ``g``, and ``z Aᵀ`` the sum of the halves of ``h``; no kernel knows the form.
 
 In eager mode this is one ``torch.autograd.Function``: dispatching a registered op costs as much as a small layer. While
 tracing for CUDA it is the body of a ``triton_op``, see :mod:`ipca.ops.cuda`.
@@ -16,18 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ipca.ops import reference, torch_kernels
-from ipca.ops.backend import BackendChoice, choose, linear_shape, off_cuda
-
-Pair = tuple[Tensor, Tensor]
-"""``D, E``."""
+from ipca.ops.backend import choose, linear_shape, too_few_to_merge
+from ipca.ops.pair import Pair, kept_pair, one_pair
 
 
 class Layer(NamedTuple):
@@ -42,6 +42,22 @@ class Layer(NamedTuple):
     scaling: float
 
 
+Kept = tuple[Tensor, ...]
+"""What forward has made and backward needs again: ``D, E``, of the backend ``merged`` its weight, or nothing."""
+
+
+class Plan(NamedTuple):
+    """What computes one call: the functions for its products, of Triton or of PyTorch."""
+
+    backend: str
+    in_triton: bool
+    project: Callable[..., Tensor]
+    products: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    outer: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
+    input_grad: Callable[..., Tensor]
+
+
 class Needs(NamedTuple):
     """The gradients that autograd needs."""
 
@@ -53,37 +69,37 @@ class Needs(NamedTuple):
 
 
 class PCLinear(torch.autograd.Function):
-    """The op in eager mode. Kept for backward: the inputs, ``z Aᵀ``, and on a CPU ``D, E`` and the mask of dropout."""
+    """The op in eager mode. Saved for backward: the inputs, ``z Aᵀ`` and what :func:`forward` keeps."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, A, B, bias, A0, B0, noise, scaling, p, backend, training = inputs
-        y, h, ctx.pair = forward(x, Layer(weight, A, B, bias, A0, B0, scaling), noise, p, backend, training)
+        x, weight, A, B, bias, A0, B0, noise, scaling, p, backend = inputs
+        y, h, kept = forward(x, Layer(weight, A, B, bias, A0, B0, scaling), noise, p, backend, True)
         ctx.settings = scaling, p, backend
-        ctx.save_for_backward(x, h, weight, A, B, bias, A0, B0, noise)
+        ctx.save_for_backward(x, h, weight, A, B, bias, A0, B0, noise, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, weight, A, B, bias, A0, B0, noise = ctx.saved_tensors
+        x, h, weight, A, B, bias, A0, B0, noise, *kept = ctx.saved_tensors
         scaling, p, backend = ctx.settings
         needs, layer = Needs(*ctx.needs_input_grad[:5]), Layer(weight, A, B, bias, A0, B0, scaling)
         if torch.is_grad_enabled():
             grads = differentiable_backward(dy, x, layer, noise, p, needs)
         else:
-            grads = backward(dy, x, h, layer, noise, p, backend, needs, ctx.pair)
-        return (*grads, *(None,) * 7)
+            grads = backward(dy, x, h, layer, noise, p, backend, needs, tuple(kept))
+        return (*grads, *(None,) * 6)
 
 
 def forward(
     x: Tensor, layer: Layer, noise: Tensor | None, p: float, backend: str, training: bool
-) -> tuple[Tensor, Tensor, Pair | None]:
-    """``y (…, N)``, ``z Aᵀ (…, R)``, and the pair ``D, E`` where it is worth keeping for :func:`backward`."""
+) -> tuple[Tensor, Tensor, Kept]:
+    """``y (…, N)``, and if ``training`` for :func:`backward`: ``z Aᵀ (…, R)`` and what it would compute anew."""
     rows = _rows(x)
-    choice = _choose(backend, rows, layer, p, training)
+    plan = _plan_for(backend, rows, layer, p, training)
     with _on_device_of(x):
-        y, h, pair = _forward(x, rows, layer, noise, p, choice)
-    return _shaped_like(x, y), _shaped_like(x, h), pair
+        y, h, kept = _forward(x, rows, layer, noise, p, plan, training)
+    return _shaped_like(x, y), _shaped_like(x, h) if training else h, kept
 
 
 def backward(
@@ -95,14 +111,14 @@ def backward(
     p: float,
     backend: str,
     needs: Needs,
-    pair: Pair | None = None,
+    kept: Kept = (),
 ) -> tuple[Tensor | None, ...]:
     """``dx, dW, dA, dB, dbias``, None where not needed."""
     rows = _rows(x)
-    choice = _choose(backend, rows, layer, p, True)
+    plan = _plan_for(backend, rows, layer, p, True)
     with _on_device_of(x):
-        dx, *grads = _backward(_rows(dy), rows, _rows(h), layer, noise, p, choice, needs, pair)
-    return (None if dx is None else dx.view(x.shape), *grads)
+        dx, *grads = _backward(_rows(dy), rows, _rows(h), layer, noise, p, plan, needs, kept)
+    return (dx if dx is None or x.ndim == 2 else dx.view(x.shape), *grads)
 
 
 def differentiable_backward(
@@ -117,32 +133,31 @@ def differentiable_backward(
     return tuple(next(found) if need else None for need in needs)
 
 
-def check_backend(x: Tensor, layer: Layer, p: float, backend: str) -> None:
-    """Raise RuntimeError if ``backend``, set by name, cannot run."""
-    _choose(backend, _rows(x), layer, p, True)
-
-
 def _forward(
-    given: Tensor, x: Tensor, layer: Layer, noise: Tensor | None, p: float, choice: BackendChoice
-) -> tuple[Tensor, Tensor, Pair | None]:
-    """``y``, ``z Aᵀ`` as rows, and ``D, E``; ``x (M, K)`` are the rows of ``given (…, K)``."""
+    given: Tensor, x: Tensor, layer: Layer, noise: Tensor | None, p: float, plan: Plan, training: bool
+) -> tuple[Tensor, Tensor, Kept]:
+    """``y``, ``z Aᵀ`` as rows, and what to keep; ``x (M, K)`` are the rows of ``given (…, K)``.
+
+    For the sake of the bits of nn.Linear PyTorch's products take ``given``, in the shape that the caller has.
+    """
     weight, A, bias, scaling = layer.weight, layer.A, layer.bias, layer.scaling
     if guard_or_false(x.shape[0] == 0):
-        return x.new_empty(0, weight.shape[0]), x.new_empty(0, A.shape[0]), None
-    project, linear = _low_rank_kernels(choice)[0], _large_kernels(choice)[0]
-    if choice.backend == "merged":
-        return torch_kernels.linear_merged(x, *layer), project(x, A, noise, p), None
-    D, E = pair = _pair(layer, x, choice)
-    if choice.backend == "triton":
+        return x.new_empty(0, weight.shape[0]), x.new_empty(0, A.shape[0]), ()
+    D, E = pair = _pair(layer, x, plan, training)
+    if plan.backend == "merged":
+        merged = torch_kernels.merged_weight(weight, D, E, scaling)
+        h = plan.project(x, A) if training else x.new_empty(0, 0)
+        y = _rows(F.linear(given, merged, bias))
+        return y, h, (merged,) if guard_or_false(x.shape[0] >= weight.shape[0]) else ()  # no more memory than x
+    if plan.backend == "triton":
         from ipca.kernels.few_tokens import few_tokens, takes
 
         if takes(x, D.shape[0]):
             y, h = few_tokens(x, weight, D, E, bias, noise, p, scaling=scaling)
             return y, _of_A(h, A), pair
-    h = project(x, D, noise, p)
-    # For the sake of the bits of nn.Linear the reference gets x in the shape that the caller has.
-    y = linear(given if choice.backend == "reference" else x, weight, h, E, bias, scaling=scaling)
-    return y, _of_A(h, A), pair
+    h = plan.project(x, D, noise, p)
+    y = plan.linear(given if plan.backend == "reference" else x, weight, h, E, bias, scaling=scaling)
+    return y, _of_A(h, A) if training else h, pair
 
 
 def _backward(
@@ -152,11 +167,11 @@ def _backward(
     layer: Layer,
     noise: Tensor | None,
     p: float,
-    choice: BackendChoice,
+    plan: Plan,
     needs: Needs,
-    pair: Pair | None,
+    kept: Kept,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    weight, A, B, bias, A0, B0, scaling = layer
+    weight, A, B, bias, *_, scaling = layer
     if guard_or_false(x.shape[0] == 0):
         given = (x, weight, A, B, bias)
         dx, dW, dA, dB, dbias = (
@@ -164,74 +179,77 @@ def _backward(
             for need, tensor in zip(needs, given, strict=True)
         )
         return dx, dW, dA, dB, dbias
-    merged = choice.backend == "merged"
-    project, products, outer = _low_rank_kernels(choice)
+    merged, R = plan.backend == "merged", A.shape[0]
     dx = g = dA = dB = dbias = None
     dW = dy.mT @ x if needs.weight else None
-    D, E = (A, B) if merged else (_pair(layer, x, choice) if pair is None else pair)
+    D, E = (A, B) if merged else kept or _pair(layer, x, plan, True)
     needs_g = needs.A or (needs.x and not merged)
-    if needs_g and needs.B and _fuses(choice, dy, E, len(A)):
-        g, dB, dbias = products(dy, h, E, B.dtype, scaling=scaling, needs_bias=needs.bias)
+    if needs_g and needs.B and _fuses(plan, dy, E, R):
+        g, dB, dbias = plan.products(dy, h, E, B.dtype, scaling=scaling, needs_bias=needs.bias)
     else:
-        g = project(dy, E.mT, scaling=scaling) if needs_g else None
-        dB = outer(h, dy, B.dtype, scaling=scaling, transposed=True) if needs.B else None
+        g = plan.project(dy, E.mT, scaling=scaling) if needs_g else None
+        dB = plan.outer(h, dy, B.dtype, scaling=scaling, transposed=True) if needs.B else None
         dbias = dy.sum(0) if needs.bias else None
     if needs.A:
-        dA = outer(g[:, : len(A)], x, A.dtype, noise, p)  # type: ignore[index]
+        dA = plan.outer(g[:, :R], x, A.dtype, noise, p)  # type: ignore[index]
     if needs.x and merged:
-        dx = dy @ torch_kernels.effective_weight(weight, A, B, A0, B0, scaling)
+        dx = dy @ (kept[0] if kept else torch_kernels.merged_weight(weight, *_pair(layer, x, plan, True), scaling))
     elif needs.x:
-        dx = _large_kernels(choice)[1](dy, weight, g, D, noise, p)
+        dx = plan.input_grad(dy, weight, g, D, noise, p)
     return dx, dW, dA, dB, dbias
 
 
-def _pair(layer: Layer, x: Tensor, choice: BackendChoice) -> Pair:
+def _pair(layer: Layer, x: Tensor, plan: Plan, training: bool) -> Pair:
     """``D, E``; in PyTorch cast to the dtype of ``x`` once, while the kernels cast as they read."""
-    D, E = reference.one_pair(layer.A, layer.B, layer.A0, layer.B0)
-    return (D, E) if choice.low_rank_in_triton else (D.to(x.dtype), E.to(x.dtype))
+    factors = layer.A, layer.B, layer.A0, layer.B0
+    if plan.in_triton:
+        return one_pair(*factors)
+    if not training and not x.is_cuda:
+        return kept_pair(*factors, x.dtype)
+    D, E = one_pair(*factors)
+    return (D, E) if D.dtype == x.dtype else (D.to(x.dtype), E.to(x.dtype))
 
 
 def _of_A(h: Tensor, A: Tensor) -> Tensor:
     """``z Aᵀ (M, R)`` of ``h = z Dᵀ``."""
-    R = A.shape[0]
-    return h if h.shape[1] == R else h[:, :R] + h[:, R:]
+    return h if h.shape[1] == A.shape[0] else torch.add(*h.chunk(2, dim=1))
 
 
-def _choose(backend: str, rows: Tensor, layer: Layer, p: float, training: bool) -> BackendChoice:
-    if backend == "auto" and not rows.is_cuda:  # once in forward and once in backward of every layer
-        return off_cuda(rows.device)
-    return choose(backend, linear_shape(rows, layer.weight, layer.A, layer.A0, p, training))
+def _plan_for(backend: str, rows: Tensor, layer: Layer, p: float, training: bool) -> Plan:
+    weight = layer.weight
+    if backend == "auto" and not rows.is_cuda and too_few_to_merge(rows.shape[0], *weight.shape):
+        return _plan("reference", False)  # without looking further: it takes as long as a small product
+    choice = choose(backend, linear_shape(rows, weight, layer.A, layer.A0, p, training))
+    return _plan(choice.backend, choice.low_rank_in_triton)
 
 
-def _low_rank_kernels(choice: BackendChoice) -> tuple[Any, Any, Any]:
-    """``project``, ``products`` and ``outer``."""
-    if not choice.low_rank_in_triton:
-        return torch_kernels.project, torch_kernels.products, torch_kernels.outer
-    from ipca.kernels.outer import outer
-    from ipca.kernels.products import products
-    from ipca.kernels.project import project
+@cache
+def _plan(backend: str, in_triton: bool) -> Plan:
+    by: Any = torch_kernels
+    if in_triton:
+        from ipca.kernels import outer, products, project
 
-    return project, products, outer
+        small = (project.project, products.products, outer.outer)
+    else:
+        small = (by.project, by.products, by.outer)
+    if backend == "triton":
+        from ipca.kernels import linear
+
+        large = (linear.linear, linear.input_grad)
+    elif backend == "addmm":
+        large = (by.linear_low_first, by.input_grad_low_first)
+    else:
+        large = (by.linear_base_first, by.input_grad_base_first)
+    return Plan(backend, in_triton, *small, *large)
 
 
-def _fuses(choice: BackendChoice, dy: Tensor, E: Tensor, R: int) -> bool:
+def _fuses(plan: Plan, dy: Tensor, E: Tensor, R: int) -> bool:
     """Whether one kernel for all products pays; in PyTorch, which reads ``dy`` for each of them, it is no loss."""
-    if not choice.low_rank_in_triton:
+    if not plan.in_triton:
         return True
     from ipca.kernels.products import fuses
 
     return fuses(dy, E, R)
-
-
-def _large_kernels(choice: BackendChoice) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """``linear`` and ``input_grad``."""
-    if choice.backend == "triton":
-        from ipca.kernels.linear import input_grad, linear
-
-        return linear, input_grad
-    if choice.backend == "addmm":
-        return torch_kernels.linear_low_first, torch_kernels.input_grad_low_first
-    return torch_kernels.linear_base_first, torch_kernels.input_grad_base_first
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -259,17 +277,19 @@ def _shaped_like(x: Tensor, rows: Tensor) -> Tensor:
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """A context for kernels: the device of ``x`` is current, and autocast is off, as the dtypes are settled."""
-    casts = without_autocast(x)
     if not x.is_cuda:
-        return casts
+        return without_autocast(x)
     stack = ExitStack()
     stack.enter_context(torch.cuda.device(x.device))
-    stack.enter_context(casts)
+    stack.enter_context(without_autocast(x))
     return stack
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which products on the device of ``x`` keep their tensors' dtypes."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()
+        return _AS_IT_IS
     return torch.autocast(x.device.type, enabled=False)
+
+
+_AS_IT_IS = nullcontext()

@@ -17,8 +17,8 @@ from ipca.ops.dropout import keep_mask, keep_scale
 
 def project(x: Tensor, D: Tensor, noise: Tensor | None = None, p: float = 0.0, *, scaling: float = 1.0) -> Tensor:
     """``scaling · z Dᵀ``."""
-    z, scale = _masked(x, noise, p)
-    return scaled(F.linear(z, D.to(x.dtype)), scaling * scale)
+    z, scale = (x, scaling) if noise is None else (_masked(x, noise, p), scaling * keep_scale(p))
+    return scaled(F.linear(z, _as(D, x.dtype)), scale)
 
 
 def products(
@@ -40,8 +40,8 @@ def outer(
     transposed: bool = False,
 ) -> Tensor:
     """``scaling · gᵀ z (R, K)``, or its transpose, as ``dtype``."""
-    z, scale = _masked(x, noise, p)
-    return scaled(z.mT @ g if transposed else g.mT @ z, scaling * scale).to(dtype)
+    z, scale = (x, scaling) if noise is None else (_masked(x, noise, p), scaling * keep_scale(p))
+    return _as(scaled(z.mT @ g if transposed else g.mT @ z, scale), dtype)
 
 
 def linear_base_first(
@@ -53,7 +53,7 @@ def linear_base_first(
     """
     y = F.linear(x, weight, bias)
     rows = y if y.ndim == 2 else y.reshape(-1, y.shape[-1])
-    return rows.addmm_(h, E.to(x.dtype).mT, alpha=scaling)
+    return rows.addmm_(h, _as(E, x.dtype).mT, alpha=scaling)
 
 
 def linear_low_first(
@@ -61,59 +61,48 @@ def linear_low_first(
 ) -> Tensor:
     """``y = scaling · h Eᵀ + bias``, then ``y += x Wᵀ``."""
     start, beta = (x.new_empty(()), 0.0) if bias is None else (bias, 1.0)
-    y = torch.addmm(start, h, E.to(x.dtype).mT, beta=beta, alpha=scaling)
+    y = torch.addmm(start, h, _as(E, x.dtype).mT, beta=beta, alpha=scaling)
     return y.addmm_(x, weight.mT)
 
 
-def linear_merged(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """``y = x W_effᵀ + bias`` with ``W_eff`` in the dtype of ``weight``."""
-    return F.linear(x, effective_weight(weight, A, B, A0, B0, scaling), bias)
-
-
-def effective_weight(
-    weight: Tensor, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, scaling: float
-) -> Tensor:
-    """``W + scaling · (B A − B0 A0)``, rounded once to the dtype of ``weight``."""
-    if A0 is None or B0 is None:
-        return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scaling)
-    wide = torch.promote_types(weight.dtype, torch.float32)  # a difference of products rounded to 16 bits loses them
-    A0, B0 = A0.to(A.dtype), B0.to(B.dtype)  # see reference.one_pair
-    low = (B.to(wide) @ A.to(wide)).sub_(B0.to(wide) @ A0.to(wide))
-    return weight.to(wide).add(scaled(low, scaling)).to(weight.dtype)
+def merged_weight(weight: Tensor, D: Tensor, E: Tensor, scaling: float) -> Tensor:
+    """``W_eff = W + scaling · E D``, of the dtype of ``weight``."""
+    return torch.addmm(weight, _as(E, weight.dtype), _as(D, weight.dtype), alpha=scaling)
 
 
 def input_grad_base_first(
     dy: Tensor, weight: Tensor, g: Tensor, D: Tensor, noise: Tensor | None = None, p: float = 0.0
 ) -> Tensor:
     """``dx = dy W``, then ``dx += mask ∘ (g D)``."""
-    dx, D = dy @ weight, D.to(dy.dtype)
+    dx, D = dy @ weight, _as(D, dy.dtype)
     if noise is None:
         return dx.addmm_(g, D)
-    return dx.addcmul_(g @ D, keep_mask(dx, noise, p).to(dx.dtype), value=keep_scale(p))
+    return dx.addcmul_(g @ D, _ones_where_kept(dx, noise, p), value=keep_scale(p))
 
 
 def input_grad_low_first(
     dy: Tensor, weight: Tensor, g: Tensor, D: Tensor, noise: Tensor | None = None, p: float = 0.0
 ) -> Tensor:
     """``dx = mask ∘ (g D)``, then ``dx += dy W``."""
-    low = g @ D.to(dy.dtype)
+    low = g @ _as(D, dy.dtype)
     if noise is not None:
-        low = scaled(low.mul_(keep_mask(low, noise, p)), keep_scale(p))
+        low = scaled(low.mul_(_ones_where_kept(low, noise, p)), keep_scale(p))
     return low.addmm_(dy, weight)
 
 
-def _masked(x: Tensor, noise: Tensor | None, p: float) -> tuple[Tensor, float]:
-    """``z`` but for its scale, which is left to a smaller tensor, and that scale."""
-    return (x, 1.0) if noise is None else (x * keep_mask(x, noise, p), keep_scale(p))
+def _masked(x: Tensor, noise: Tensor, p: float) -> Tensor:
+    """``z`` but for its scale, which is left to a smaller tensor."""
+    return _ones_where_kept(x, noise, p).mul_(x)
+
+
+def _ones_where_kept(x: Tensor, noise: Tensor, p: float) -> Tensor:
+    """The mask of ``x`` as numbers; PyTorch converts bytes eight times as fast as booleans."""
+    return keep_mask(x, noise, p).view(torch.uint8).to(x.dtype)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the call where it has that dtype."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def scaled(value: Tensor, scaling: float) -> Tensor:

@@ -21,7 +21,7 @@ from ipca.io.adapter_folder import SavedLayer, other_base, svd_record
 from ipca.io.peft_format import to_peft
 from ipca.nn.initialization import InitialFactors, count_null, initial_factors
 from ipca.nn.offload import execution_device, is_offloaded, stored_tensor
-from ipca.ops import pc_linear
+from ipca.ops.linear import pc_linear_of_layer
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
 from ipca.peft.records import LayerRecords
 
@@ -30,7 +30,6 @@ Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # A plain class when it runs, so that Python lets a stock layer take the class of one of ours.
 _Mixed = LoraLayer if TYPE_CHECKING else object
-_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _TERMS = (
     ("lower `start` or `rank`", "lower window or r, for one layer in window_pattern or rank_pattern"),
     ("lower `rank`", "lower r"),
@@ -89,7 +88,8 @@ class WindowLora(_Mixed):
 
     def owners(self, adapter: str) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
         """The modules of PEFT that hold ``A`` and ``B``, and the parameters' names there."""
-        return (self.lora_A[adapter], "weight"), (self.lora_B[adapter], "weight")
+        own: Any = self._modules  # where an attribute would be looked up after a failed search
+        return (own["lora_A"][adapter], "weight"), (own["lora_B"][adapter], "weight")
 
     def stored(self, initial: InitialFactors, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """``A0, B0`` in the shapes, the dtype and on the device of ``A, B``."""
@@ -326,35 +326,41 @@ class WindowLinear(WindowLora, lora.Linear):
         if fused is None:
             return super().forward(x, *args, **kwargs)
         self.note_call()
-        adapter, (A, B, A0, B0) = fused
-        base: Any = self.get_base_layer()
-        dropout = getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
-        weight = self.in_layout(base.weight)
-        return pc_linear(x, weight, A, B, base.bias, scaling=self.scaling[adapter], A0=A0, B0=B0, dropout=dropout)
+        return pc_linear_of_layer(x, *fused)
 
-    def _fused(self, x: Tensor) -> tuple[str, Pair] | None:
-        """The only active adapter and its factors, where a single op computes what PEFT's forward would.
+    def _fused(self, x: Tensor) -> tuple[Any, ...] | None:
+        """The other arguments of the one op that computes what PEFT's forward would, or None where none does.
 
-        Nothing that others have attached to the base layer or to the factors may be left out.
+        It takes one active adapter, and nothing that others have attached to the base layer or to the factors may be
+        left out. Modules are looked up in dictionaries: by attribute it takes as long as the products of a small layer.
         """
-        if self.disable_adapters or self.merged:
+        own: Any = self._modules
+        lora_A = own["lora_A"]
+        active = self._active_adapter
+        names = [name for name in ((active,) if isinstance(active, str) else active) if name in lora_A._modules]
+        if self._disable_adapters or self.merged_adapters or len(names) != 1:
             return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        pair = self.pairs(active[0]) if len(active) == 1 else None
-        if pair is None or any(factor.device != x.device for factor in pair):
+        name, base = names[0], own["base_layer"]
+        pair, device = self.pairs(name), x.device
+        if pair is None or any(factor.device != device for factor in pair):
             return None
-        base = self.get_base_layer()
-        called = (self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]], self.lora_dropout[active[0]])
-        plain = type(base) in (nn.Linear, Conv1D) and base is self.base_layer and type(base.weight.data) is Tensor
-        if not plain or any(is_watched(module) for module in called):
+        dropout = own["lora_dropout"]._modules[name]
+        called = (base, lora_A._modules[name], own["lora_B"]._modules[name], dropout)
+        weight = base._parameters.get("weight") if type(base) in (nn.Linear, Conv1D) else None
+        if type(weight) is not nn.Parameter or any(map(is_watched, called)):
             return None
-        fits = x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)
-        return (active[0], pair) if fits else None
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None
+        A, B, A0, B0 = pair
+        p = vars(dropout).get("p", 0.0) if self.training else 0.0
+        return self.in_layout(weight), A, B, base._parameters["bias"], self.scaling[name], A0, B0, p
 
 
-def is_watched(module: nn.Module) -> bool:
+def is_watched(module: Any) -> bool:
     """Whether hooks, or a ``forward`` of the instance, run when ``module`` is called."""
-    return "forward" in vars(module) or any(getattr(module, f"_{hooks}_hooks") for hooks in _HOOKS)
+    own = vars(module)
+    before, after = own["_forward_pre_hooks"], own["_forward_hooks"]
+    return bool("forward" in own or before or after or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 class WindowEmbedding(WindowLora, lora.Embedding):
