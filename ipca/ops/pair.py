@@ -10,6 +10,7 @@ digits: a difference of two products would lose them in rounding.
 from __future__ import annotations
 
 import weakref
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,6 @@ from torch import Tensor, nn
 
 Pair = tuple[Tensor, Tensor]
 """``D (S, K), E (N, S)``."""
-
-SAMPLES = 16
-"""Entries of a factor that are compared to see a change behind PyTorch's back."""
 
 
 def one_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> Pair:
@@ -37,8 +35,8 @@ def one_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> Pair
 class _Kept(NamedTuple):
     """A pair, and what shows that it is still that of its factors, whose memory ``factors`` holds.
 
-    A write through ``.data`` leaves a tensor's version as it is: ``seen`` are entries of ``A`` and ``B`` as they are,
-    ``copied`` as they were.
+    A write through ``.data`` leaves a tensor's version as it is: ``seen`` are entries of each component in ``A`` and
+    ``B`` as they are, ``copied`` as they were.
     """
 
     owner: weakref.ref[nn.Parameter]
@@ -58,7 +56,8 @@ _kept: dict[int, _Kept] = {}
 def kept_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype) -> Pair:
     """:func:`one_pair` on a CPU as ``dtype``, without gradients; as it was, if the factors are as they were.
 
-    The pair takes the memory of ``A, B, A0, B0`` once more, until a factor changes or ``A`` is gone.
+    The pair takes the memory of ``A, B, A0, B0`` once more, until a factor changes or ``A`` is gone. Any write that
+    PyTorch counts is seen, and one through ``.data`` if it changes a whole factor or component, not single entries.
     """
     if A0 is None or B0 is None or type(A) is not nn.Parameter:
         return _as(dtype, one_pair(A, B, A0, B0))
@@ -75,10 +74,17 @@ def kept_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, dtype:
         return D, E
     pair = D.mT.contiguous().mT, E  # the layouts in which the products of few rows are fastest
     key, held = id(A), tuple(factor.detach() for factor in factors)
-    seen = tuple(factor.view(-1)[:: factor.numel() // SAMPLES | 1] for factor in held[:2])
+    seen = _of_every_component(held[0], held[1])
     owner = weakref.ref(A, lambda _: _kept.pop(key, None))
     _kept[key] = _Kept(owner, state, held, seen, tuple(entries.clone() for entries in seen), pair)
     return pair
+
+
+def _of_every_component(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of a few entries, one of each row of ``A (R, K)`` and of each column of ``B (N, R)`` at least."""
+    (R, K), N = A.shape, B.shape[0]
+    rows = next(rows for rows in range(max(1, N // (R + 1)), 0, -1) if gcd(rows, R) == 1)
+    return A.view(-1)[:: K + 1], B.view(-1)[:: rows * (R + 1)]
 
 
 def _as(dtype: torch.dtype, pair: Pair) -> Pair:
