@@ -87,7 +87,8 @@ results: $(READY)
 	$(BIN)/python -m bench.adapter_load
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.pc_linear --device cpu --out bench/results
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.training --device cpu --out bench/results
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.training_t5
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.versus_peft
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.training_models
 	$(BIN)/python -m bench.bench_window_svd --device cpu --out bench/results
 	$(BIN)/python -m bench.quantized_start
 	$(BIN)/python -m bench.error_rates

@@ -31,7 +31,12 @@ from bench.timing import Call, Timing, measure, peak_mib, rotation, runner, save
 from ipca.nn import LinearPC, backends, explain
 
 MODES = ("forward", "backward", "full")
-MATRIX_PRODUCTS = {"forward": 1, "backward": 1, "full": 2}  # of a frozen linear layer, without a weight gradient
+MATRIX_PRODUCTS = {
+    "forward": 1,
+    "graph": 1,
+    "backward": 1,
+    "full": 2,
+}  # of a frozen linear layer, without a weight gradient
 BASELINES = {"ratio_linear": "linear", **{f"ratio_peft_{arm}": f"peft-{arm}" for arm in ARMS}}
 COLUMNS = (
     *("op", "mode", "M", "N", "K", "rank", "dtype", "form", "dropout", "provider", "backend", "compiled", "status"),
@@ -125,6 +130,8 @@ def call_of(mode: str, provider: Provider, sample: Sample) -> Call:
     """One call of ``mode``; its input requires a gradient, as in the middle of a network."""
     layer, x, dy = layer_call(provider, sample), sample.x, sample.dy
     wanted = [x, *trained(sample.layer(provider))]
+    if mode == "graph":
+        return lambda: layer(x)
     if mode == "full":
         return lambda: torch.autograd.grad(layer(x), wanted, dy)
     if mode == "backward":

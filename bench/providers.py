@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import ipca
+from ipca._hashing import tensor_sha256
 from ipca.nn import InitialFactors, LinearPC
 from ipca.nn.initialization import certify_init, default_adapter_dtype
 
@@ -61,6 +62,10 @@ class Provider:
     def backend(self) -> str | None:
         """The backend that is set while it runs."""
         return self.name.removeprefix("ipca-") if self.name.startswith("ipca-") else None
+
+
+IN_PEFT = Provider("PEFT with PCConfig", "intact")
+"""``ipca.peft.PCConfig``: PEFT's layers with our op."""
 
 
 def providers_for(cell: Cell) -> list[Provider]:
@@ -119,12 +124,18 @@ class Sample:
 
     def layer(self, provider: Provider) -> nn.Module:
         """The layer of ``provider``, in training mode; providers that only run it differently share it."""
-        key = provider.form or {"peft-autocast": "peft-default"}.get(provider.name, provider.name)
+        key = (
+            provider.name
+            if provider == IN_PEFT
+            else provider.form or {"peft-autocast": "peft-default"}.get(provider.name, provider.name)
+        )
         if key not in self.layers:
             self.layers[key] = self._build(key).train()
         return self.layers[key]
 
     def _build(self, key: str) -> nn.Module:
+        if key == IN_PEFT.name:
+            return self._moved(window_in_peft(self.weight, self.initial, self.cell.dropout))
         if key in FORMS:
             return self._moved(linear_pc(self.weight, self.initial, key, self.cell.dropout))
         residual = self.layer(Provider("ipca-auto", "residual")).base_weight
@@ -161,6 +172,19 @@ def linear_pc(weight: Tensor, initial: InitialFactors, form: str, dropout: float
     return LinearPC.from_factors(plain_linear(weight), initial, form=form, dropout=dropout)
 
 
+def window_in_peft(weight: Tensor, initial: InitialFactors, dropout: float) -> nn.Module:
+    """PEFT's layer on ``weight`` with a PCConfig and the factors ``initial``."""
+    from ipca.peft import PCConfig
+
+    rank = initial.window.rank
+    config = PCConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=["layer"])
+    digest = tensor_sha256(weight)
+    config.records.initial["layer"] = InitialFactors(
+        initial.A0, initial.B0, initial.window, digest, None, initial.certificate
+    )
+    return in_peft(plain_linear(weight), config)
+
+
 def plain_linear(weight: Tensor) -> nn.Linear:
     """A frozen ``nn.Linear`` without bias that shares the memory of ``weight``."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -171,9 +195,14 @@ def plain_linear(weight: Tensor) -> nn.Linear:
 def peft_lora(base: nn.Linear, rank: int, dropout: float, *, sixteen_bit: bool) -> nn.Module:
     """Stock PEFT's LoRA layer around the unchanged ``base``."""
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=["layer"])
+    return in_peft(base, config, autocast_adapter_dtype=not sixteen_bit)
+
+
+def in_peft(base: nn.Linear, config: LoraConfig, *, autocast_adapter_dtype: bool = True) -> nn.Module:
+    """PEFT's layer around the unchanged ``base``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the missing config of the model
-        model = get_peft_model(nn.ModuleDict({"layer": base}), config, autocast_adapter_dtype=not sixteen_bit)
+        model = get_peft_model(nn.ModuleDict({"layer": base}), config, autocast_adapter_dtype=autocast_adapter_dtype)
     return model.get_submodule("base_model.model.layer")
 
 

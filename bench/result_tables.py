@@ -101,6 +101,46 @@ def compiled_lines(rows: Sequence[Row]) -> list[str]:
     return [f"under torch.compile at {cell}, {over}: {', '.join(words)}" for cell, words in found.items()]
 
 
+def versus_peft_table(rows: Sequence[Row]) -> str:
+    """For training and decoding, each of our layers: cells, those slower than PEFT's default, and ratios to it."""
+    lines = [
+        "| threads | | layer | cells | slower by > 2 % | median of time / PEFT's | largest, and where |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
+    for row in rows:
+        if row["provider"] in ("linear", "peft-default") or row["N"] == "64":
+            continue
+        what = "decoding" if row["mode"] == "forward" else f"training, dropout {row['dropout']}"
+        ratio = float(row["ratio_peft_default"]) if row["status"] == "ok" else float("inf")
+        key = (row["device"].split()[-2], what, _layer_name(row))
+        groups.setdefault(key, []).append((ratio, f"{row['K']} → {row['N']}, M = {row['M']}, r = {row['rank']}"))
+    for (threads, what, name), found in groups.items():
+        slower, (worst, where) = sum(ratio > TIE for ratio, _ in found), max(found)
+        middle = median(ratio for ratio, _ in found)
+        lines.append(f"| {threads} | {what} | {name} | {len(found)} | {slower} | {middle:.2f} | {worst:.2f}, {where} |")
+    return "\n".join(lines)
+
+
+def overhead_table(rows: Sequence[Row]) -> str:
+    """Microseconds of a call of a layer 64 → 64 with one token."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["N"] == "64" and row["status"] == "ok":
+            name = row["provider"] if row["provider"] in ("linear", "peft-default") else _layer_name(row)
+            microseconds = f"{1e3 * float(row['median_ms']):.0f}"
+            found.setdefault((row["device"].split()[-2], row["mode"]), {})[name] = microseconds
+    names = list(next(iter(found.values()), {}))
+    lines = [f"| threads | µs of a call | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    modes = {"forward": "without gradients", "graph": "with a graph"}
+    lines += [f"| {threads} | {modes[mode]} | {' | '.join(of.values())} |" for (threads, mode), of in found.items()]
+    return "\n".join(lines)
+
+
+def _layer_name(row: Row) -> str:
+    return "PCConfig" if row["provider"] == "PEFT with PCConfig" else f"LinearPC, {row['form']}"
+
+
 def training_table(rows: Sequence[Row]) -> str:
     """A line for each provider: median throughput, peak memory, first and last loss, distance from PEFT's losses."""
     lines = [

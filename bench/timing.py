@@ -21,7 +21,7 @@ Setting = Callable[[], AbstractContextManager[None]]
 
 WARM_UP = 2
 LEAST_ROUNDS, MOST_ROUNDS = 7, 50
-REPLAY_SECONDS = 5e-4  # below this the events around a replay would be a significant part of it
+REPLAY_SECONDS = 5e-4  # below this the events around a replay, or reading a clock, would be a significant part of it
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,16 @@ def runner(
 
     Args:
         calls: one for each set of inputs.
-        expected_seconds: rough duration of one call; short calls are repeated within one run on a GPU.
+        expected_seconds: rough duration of one call; of a GPU; short calls are repeated within one run.
         setting: context of a run.
     """
     with setting():
         for call in [*calls] * WARM_UP:
             call()
-    passes = 1
+        began = time.perf_counter()
+        calls[0]()
+        took = time.perf_counter() - began
+    passes = max(1, math.ceil(REPLAY_SECONDS / max(took * len(calls), 1e-6)))
     if device.type == "cuda":
         passes = max(1, math.ceil(REPLAY_SECONDS / max(expected_seconds * len(calls), 1e-6)))
     repeated = [*calls] * passes

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.providers import Provider, linear_pc, plain_linear, random_factors
+from bench.providers import IN_PEFT, Provider, linear_pc, plain_linear, random_factors
 from bench.result_tables import training_table
 from bench.rows import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
 from bench.timing import synchronize
@@ -42,8 +42,6 @@ COLUMNS = (
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative tolerance of losses to the first provider; bf16 factors and activations round at every step."""
-IN_PEFT = Provider("PEFT with PCConfig", "intact")
-"""``ipca.peft.PCConfig``: PEFT's layers with our op."""
 
 
 @dataclass(frozen=True)
