@@ -67,7 +67,8 @@ class Case:
 
 def _t5() -> nn.Module:
     sizes: Any = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 8}
-    config: Any = T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, dropout_rate=0.0, **sizes)
+    sizes |= {"decoder_start_token_id": 0, "dropout_rate": 0.0}
+    config: Any = T5Config(vocab_size=VOCABULARY, **sizes)
     return T5ForConditionalGeneration(config)
 
 

@@ -166,12 +166,13 @@ MERGE_OVERHEAD = 32
 def _off_cuda(shape: LinearShape) -> BackendChoice:
     """The choice of ``"auto"`` on another device than CUDA: PyTorch's products, merged where that is less work.
 
-    With many tokens the low-rank products take more multiplications than making ``W_eff`` once, which backward uses
-    again: ``(2 S − R) (K + N) M`` against ``(S + MERGE_OVERHEAD) K N``; without gradients ``S (K + N) M``.
+    With many tokens the low-rank products of forward and backward take more multiplications than making ``W_eff``,
+    which backward uses again: ``(2 S − R) (K + N) M`` against ``(S + MERGE_OVERHEAD) K N``. The choice is the same
+    without gradients, and so are the bits.
     """
     M, N, K, R, S = shape.M, shape.N, shape.K, shape.R, shape.R * (2 if shape.frozen else 1)
     where = f"x is on {shape.device}: the kernels are for CUDA"
-    saved = (2 * S - R if shape.training else S) * (K + N) * M
+    saved = (2 * S - R) * (K + N) * M
     wide = shape.device.type == "cpu" and shape.dtype in (torch.float32, torch.float64)
     if wide and not shape.dropout and not too_few_to_merge(M, N, K) and saved > (S + MERGE_OVERHEAD) * K * N:
         return BackendChoice("merged", False, f"{where}, and with {M} rows one merged product is the least work")

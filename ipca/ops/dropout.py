@@ -9,12 +9,20 @@ one byte an entry, drawn once a step by NumPy's SFC64. A seed gives different ma
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
 _ROUNDS = 7
+_KEY = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+# One generator, set to its seed in each call: making one takes as long as drawing the mask of a small layer.
+_generator = np.random.SFC64(0)
+_state: Any = _generator.state
+_lock = threading.Lock()
 
 
 def new_noise(x: Tensor, p: float, *, seed_only: bool) -> Tensor:
@@ -67,7 +75,11 @@ def cpu_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
 
 
 def _draw(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    words = np.random.SFC64(int(seed)).random_raw((M * K + 3) // 4)
+    with _lock:
+        _state["state"]["state"][:] = int(seed), *_KEY, 1
+        _generator.state = _state
+        _generator.random_raw(12, output=False)  # as SFC64's own seeding, until every word depends on it
+        words = _generator.random_raw((M * K + 3) // 4)
     bits = words.astype("<u8", copy=False).view("<u2")[: M * K]
     return torch.from_numpy(bits >= round(p * 65536)).view(M, K)
 

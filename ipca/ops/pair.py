@@ -69,10 +69,9 @@ def kept_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, dtype:
     kept = _kept.get(id(A))
     if kept is not None and kept.fits(A, state):
         return kept.pair
-    D, E = _as(dtype, one_pair(*factors))
+    pair = _as(dtype, one_pair(*factors))
     if not (A.is_contiguous() and B.is_contiguous()):
-        return D, E
-    pair = D.mT.contiguous().mT, E  # the layouts in which the products of few rows are fastest
+        return pair
     key, held = id(A), tuple(factor.detach() for factor in factors)
     seen = _of_every_component(held[0], held[1])
     owner = weakref.ref(A, lambda _: _kept.pop(key, None))
