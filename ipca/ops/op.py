@@ -177,7 +177,7 @@ def _backward(
         dB = outer(h, dy, B.dtype, scaling=scaling, transposed=True) if needs.B else None
         dbias = dy.sum(0) if needs.bias else None
     if needs.A:
-        dA = outer(g[:, : len(A)], x, A.dtype, noise, p)  # type: ignore[index]
+        dA = outer(g.narrow(1, 0, len(A)), x, A.dtype, noise, p)  # type: ignore[union-attr]
     if needs.x and merged:
         dx = dy @ torch_kernels.effective_weight(weight, A, B, A0, B0, scaling)
     elif needs.x:
@@ -194,7 +194,7 @@ def _pair(layer: Layer, x: Tensor, choice: BackendChoice) -> Pair:
 def _of_A(h: Tensor, A: Tensor) -> Tensor:
     """``z Aᵀ (M, R)`` of ``h = z Dᵀ``."""
     R = A.shape[0]
-    return h if h.shape[1] == R else h[:, :R] + h[:, R:]
+    return h if h.shape[1] == R else h.narrow(1, 0, R) + h.narrow(1, R, R)
 
 
 def _choose(backend: str, rows: Tensor, layer: Layer, p: float, training: bool) -> BackendChoice:
@@ -237,15 +237,13 @@ def _large_kernels(choice: BackendChoice) -> tuple[Callable[..., Tensor], Callab
 def _rows(x: Tensor) -> Tensor:
     """``x (…, K)`` as ``(M, K)``.
 
-    By strides where they allow it: behind a ``reshape`` Inductor writes what it has not yet computed once for every
-    argument of a kernel.
+    While tracing by strides where they allow it: else Inductor writes what it has not yet computed once for every
+    kernel that reads it.
     """
-    if x.ndim == 2:
-        return x
     K = x.shape[-1]
-    if x.is_contiguous() and isinstance(x, FunctionalTensor):
+    if isinstance(x, FunctionalTensor) and x.is_contiguous():
         return torch.as_strided(x, (x.numel() // K, K), (K, 1), x.storage_offset())
-    return x.reshape(-1, K)
+    return x if x.ndim == 2 else x.reshape(-1, K)
 
 
 def _shaped_like(x: Tensor, rows: Tensor) -> Tensor:
