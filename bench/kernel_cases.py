@@ -107,7 +107,7 @@ def variants(name: str, kind: str, first: bool, last: bool) -> Iterator[tuple[st
     for tma, how in hows if kind != "float32" else hows[:1]:
         both = {"PRECISION": "tf32" if kind == "tf32" else "ieee", "TMA": tma, "TMA_STORE": tma}
         forward = {**both, "ROWS_ARE_N": True}
-        aligned = tuple(arch for arch in every if arch >= 90)
+        aligned = tuple(arch for arch in every if 90 <= arch < 120)
         both_ways = last or name != "linear" or kind == "float32"
         archs = aligned if tma else tuple(arch for arch in every if both_ways or arch not in aligned)
         if first or name == "linear":

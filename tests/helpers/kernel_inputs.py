@@ -61,7 +61,7 @@ def every_configuration(*kernels):
 @contextmanager
 def configured(kernel, kind, config, R, **hard):
     """Within it ``kernel`` runs as ``config`` says; yields the dtype of ``kind``. Skips what the device cannot hold."""
-    old = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9
+    old = DEVICE == "cuda" and not 9 <= torch.cuda.get_device_capability()[0] < 12
     if (old and hard.get("tma")) or config not in fitting(kernel, kind, R, limits(torch.device(DEVICE)), **hard):
         pytest.skip(f"{config.describe()} {hard or ''} is not for this device")
     before = torch.get_float32_matmul_precision()
