@@ -42,9 +42,10 @@ def forward_and_backward(backend, dropout):
 
 
 @pytest.fixture(scope="module", params=[("triton", 0.0), ("triton", 0.1), ("addmm", 0.0), ("addmm", 0.1)], ids=str)
-def written(request):
+def written(request, tmp_path_factory):
     """Backend, and the code of forward and backward."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _start, ("", "")) as pool:
+    start = str(tmp_path_factory.mktemp("triton")), ""
+    with ProcessPoolExecutor(1, get_context("spawn"), _start, start) as pool:
         return request.param[0], *pool.submit(forward_and_backward, *request.param).result()
 
 
