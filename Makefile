@@ -14,7 +14,8 @@
 # make study-page, make study-check            write, or check, the studies' pages
 # make gpu OUT=folder         on a machine with a GPU: tests, memory checker, tuning, benches; run again to resume
 # make study-gpu OUT=folder   on a machine with a GPU: the study with larger models; run again until it is complete
-# make kernels     compile every kernel for sm_80, sm_90 and sm_100 without a GPU; registers, spills, shared memory
+# make kernels     compile every kernel for sm_80, sm_90 and sm_100 without a GPU, with the oldest, the tested and the newest
+#                             triton; registers, spills, shared memory; what did not change is not compiled again
 #
 # On Linux, pip's torch is the CUDA build, several gigabytes. For the small CPU build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -34,6 +35,7 @@ OUT ?= gpu-out
 WORKERS ?= 2
 STUDY_THREADS ?= 1
 SERVERS ?= mlx vllm llama_cpp
+TRITONS := 3.6.0 3.7.1 3.9.0
 
 # `make test` and `make test-slow` share the suite between them; plain `pytest` runs all of it.
 SLOW := slow or zoo or gpu
@@ -131,9 +133,13 @@ study-gpu: export TQDM_MININTERVAL := 10
 study-gpu:
 	timeout -s KILL 520 $(STUDY_GPU) || { [ $$? -eq 137 ] && $(STUDY_GPU) --status; }
 
-kernels: $(READY)
-	$(BIN)/python -m bench.kernel_report
+kernels: $(READY) $(TRITONS:%=.tritons/%/.ready)
+	$(BIN)/python -m bench.kernel_report $(TRITONS:%=.tritons/%)
 	$(BIN)/python -m bench.csrc_report
+
+.tritons/%/.ready: | $(READY)
+	$(PIP) install -q --upgrade --no-deps --target $(@D) triton==$*
+	touch $@
 
 # Without the CUDA extension, whose build takes minutes: its first use compiles it for the GPU at hand. IPCA_BUILD_CUDA=1 builds it here.
 $(READY): pyproject.toml $(wildcard constraints*.txt) Makefile

@@ -27,7 +27,17 @@ from ipca.kernels.products import _products_kernel
 from ipca.kernels.project import _project_kernel
 from ipca.kernels.reduce import _add_up_kernel
 
-LIMITS = {80: Limits(166_912, 0), 90: Limits(232_448, 0), 100: Limits(232_448, 512)}
+LIMITS = {
+    80: Limits(166_912, 0),
+    86: Limits(101_376, 0),
+    89: Limits(101_376, 0),
+    90: Limits(232_448, 0),
+    100: Limits(232_448, 512),
+    103: Limits(232_448, 512),
+    120: Limits(101_376, 0),
+}
+COMPILED = (80, 90, 100)
+SMALL = (86, 89, 120)  # their code is that of others, their limits are not: only the ends of what fits
 KERNELS = {
     "linear": _linear_kernel,
     "few_tokens": _few_tokens_kernel,
@@ -62,8 +72,7 @@ def shipped() -> Iterator[Case]:
         for config in configs if name in KERNELS else ():
             ends = config == configs[0], config == configs[-1]
             for variant, archs, options in variants(name, kind, *ends):
-                hard = {"dropout": options["DROPOUT"], "tma": options["TMA"]}
-                fits = tuple(a for a in archs if config in fitting(name, kind, options["R"], LIMITS[a], **hard))
+                fits = tuple(a for a in archs if _fits(name, kind, config, a, options))
                 if fits:
                     args = arguments(name, kind, config, options)
                     yield Case(KERNELS[name], name, variant, config, args, fits, kind != "float32")
@@ -75,7 +84,13 @@ def shipped() -> Iterator[Case]:
         "scaling": "fp32",
         "BLOCK": 1024,
     }
-    yield Case(_add_up_kernel, "reduce", "bf16", Config(0, 0, 0, 4, 1), args, tuple(LIMITS), False)
+    yield Case(_add_up_kernel, "reduce", "bf16", Config(0, 0, 0, 4, 1), args, COMPILED, False)
+
+
+def _fits(name: str, kind: str, config: Config, arch: int, options: dict[str, Any]) -> bool:
+    hard = {"dropout": options["DROPOUT"], "tma": options["TMA"]}
+    fit = fitting(name, kind, options["R"], LIMITS[arch], **hard)
+    return config in (fit if arch in COMPILED else (fit[0], fit[-1]))
 
 
 def variants(name: str, kind: str, first: bool, last: bool) -> Iterator[tuple[str, tuple[int, ...], dict[str, Any]]]:
@@ -87,12 +102,14 @@ def variants(name: str, kind: str, first: bool, last: bool) -> Iterator[tuple[st
     rank = {"products": FUSED_COMPONENTS // 2, "few_tokens": most_components_at_once(kind)}.get(name, 128)
     light = {"R": 16, "S": 16, "DROPOUT": False, "HAS_BIAS": False, "NEEDS_BIAS": False}
     heavy = {"R": rank, "S": 2 * rank, "DROPOUT": True, "HAS_BIAS": True, "NEEDS_BIAS": True}
-    every = tuple(LIMITS)
+    every = (*COMPILED, *SMALL) if kind == "16-bit" else COMPILED
     hows = ((False, "pointers, "), (True, "TMA, ")) if name == "linear" else ((False, ""),)
     for tma, how in hows if kind != "float32" else hows[:1]:
         both = {"PRECISION": "tf32" if kind == "tf32" else "ieee", "TMA": tma, "TMA_STORE": tma}
         forward = {**both, "ROWS_ARE_N": True}
-        archs = every[1:] if tma else (every if last or name != "linear" or kind == "float32" else every[:1])
+        aligned = tuple(arch for arch in every if 90 <= arch < 120)
+        both_ways = last or name != "linear" or kind == "float32"
+        archs = aligned if tma else tuple(arch for arch in every if both_ways or arch not in aligned)
         if first or name == "linear":
             yield f"{kind}, {how}r={light['R']}", archs, {**light, **forward}
         if name == "linear":

@@ -1,8 +1,10 @@
 """Registers, spills, shared memory and matrix instructions of every shipped kernel, compiled without a GPU.
 
-    python -m bench.kernel_report
+    python -m bench.kernel_report .tritons/3.6.0 .tritons/3.9.0
 
-Writes bench/results/kernels.csv; exits with 1 if a kernel violates a limit.
+Each folder holds a version of Triton (``pip install --target``); `make kernels` makes those of the oldest, the tested
+and the newest one. Writes bench/results/kernels.csv after each, and compiles only what is not in it; exits with 1 if a
+kernel violates a limit.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 
 from bench.offline import Compiled, Row, compile_all
@@ -18,7 +21,7 @@ from bench.offline import Compiled, Row, compile_all
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.csv"
 COLUMNS = (
     *("kernel", "variant", "config", "arch"),
-    *("registers", "spills", "smem", "tmem", "matrix", "tma", "triton", "digest"),
+    *("registers", "spills", "smem", "tmem", "after loop", "matrix", "tma", "triton", "digest"),
 )
 
 
@@ -29,10 +32,10 @@ def record(row: Row, triton: str) -> dict[str, str]:
     return {**dict.fromkeys(COLUMNS, "-"), **named, **made, "triton": triton, "digest": row.digest}
 
 
-def read_records() -> list[dict[str, str]]:
-    """The rows of the table."""
+def read_records(triton: str | None = None) -> list[dict[str, str]]:
+    """The rows of the table, or those of one version of Triton."""
     with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [line for line in csv.DictReader(file) if triton in (None, line["triton"])]
 
 
 def recorded(record: Mapping[str, str]) -> Compiled | None:
@@ -40,8 +43,9 @@ def recorded(record: Mapping[str, str]) -> Compiled | None:
     if record["registers"] == "-":
         return None
     registers, spills, smem, tmem = (int(record[name]) for name in ("registers", "spills", "smem", "tmem"))
+    after_loop = None if record["after loop"] == "-" else int(record["after loop"])
     loads = "UTMALDG" if record["tma"] == "yes" else ""
-    return Compiled(registers, spills, smem, tmem, f"{record['matrix']} {loads}")
+    return Compiled(registers, spills, smem, tmem, after_loop, f"{record['matrix']} {loads}")
 
 
 def numbers(made: Compiled) -> dict[str, str]:
@@ -51,6 +55,7 @@ def numbers(made: Compiled) -> dict[str, str]:
         "spills": str(made.spills),
         "smem": str(made.shared),
         "tmem": str(made.tensor_memory),
+        "after loop": "-" if made.after_loop is None else str(made.after_loop),
         "matrix": " ".join(sorted(made.matrix_instructions)) or "none",
         "tma": "yes" if made.uses_tma else "no",
     }
@@ -66,20 +71,33 @@ def print_table(records: list[dict[str, str]]) -> None:
 
 def main() -> int:
     """Compile, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tritons", nargs="+", metavar="folder", help="a version of Triton")
     parser.add_argument("--workers", type=int, default=2, help="parallel compilers (default: 2)")
-    rows = compile_all(workers=parser.parse_args().workers)
-    import triton
-
-    records = [record(row, triton.__version__) for row in rows]
-    print_table(records)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-    problems = [problem for row in rows for problem in row.problems()]
-    sys.stderr.writelines(f"{problem}\n" for problem in problems)
+    given = parser.parse_args()
+    versions = {folder: version_in(folder) for folder in given.tritons}
+    table = [line for line in read_records() if line["triton"] in versions.values()]
+    problems = []
+    for folder, version in versions.items():
+        known = {line["digest"]: made for line in table if line["triton"] == version and (made := recorded(line))}
+        rows = compile_all(workers=given.workers, known=known, triton=folder)
+        records = [record(row, version) for row in rows]
+        print_table(records)
+        table = [line for line in table if line["triton"] != version] + records
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+        problems += [f"triton {version} | {problem}\n" for row in rows for problem in row.problems()]
+    sys.stderr.writelines(problems)
     return int(bool(problems))
+
+
+def version_in(folder: str) -> str:
+    """The version of Triton that ``folder`` holds."""
+    for found in distributions(name="triton", path=[folder]):
+        return found.version
+    raise SystemExit(f"{folder} holds no triton: run `make kernels`.")
 
 
 if __name__ == "__main__":

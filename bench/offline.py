@@ -2,7 +2,7 @@
 
 A stub of Triton's driver reports the architecture; ``warmup`` then specializes a kernel as a launch would and stops
 before loading it. ptxas and cuobjdump are those bundled with Triton. Triton is imported inside functions, since a
-worker has to leave interpreter mode first.
+worker has to leave interpreter mode first, and may take another version.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import io
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,6 +31,7 @@ TENSOR_MEMORY_LIMIT = 512
 """Columns of tensor memory of an sm_100 multiprocessor. A kernel that needs more compiles silently to a trap."""
 
 SHIPPED = "bench.kernel_cases:shipped"
+MATRIX_INSTRUCTION = re.compile(r"\b(?:UTC)?[HIQDOF]G?MMA\b")
 INTEGERS = {"i32": 16, "i64": 1 << 40}  # values for a launch: the value determines the type, and 16 divides it
 
 
@@ -39,18 +41,28 @@ class CompileFailure(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel: ``spills`` in bytes of local memory per thread, ``tensor_memory`` in columns."""
+    """A compiled kernel.
+
+    ``spills`` in bytes of local memory a thread, ``tensor_memory`` in columns; ``after_loop`` see
+    :func:`instructions_after_loop`.
+    """
 
     registers: int
     spills: int
     shared: int
     tensor_memory: int
+    after_loop: int | None
     sass: str = field(repr=False)
 
     @property
     def matrix_instructions(self) -> frozenset[str]:
         """Such as ``{"HMMA"}`` (sm_80), ``{"HGMMA"}`` (sm_90), ``{"UTCHMMA"}`` (sm_100)."""
-        return frozenset(re.findall(r"\b(?:UTC)?[HIQDOF]G?MMA\b", self.sass))
+        return frozenset(MATRIX_INSTRUCTION.findall(self.sass))
+
+    @property
+    def float64_instructions(self) -> frozenset[str]:
+        """Arithmetic in float64, and conversions to it."""
+        return frozenset(re.findall(r"\bD(?:ADD|MUL|FMA)\b|\b\w2F\.F64\S*", self.sass))
 
     @property
     def uses_tma(self) -> bool:
@@ -62,8 +74,8 @@ class Compiled:
 class Row:
     """One case on one architecture: the compiled kernel, or the ``error``.
 
-    ``digest`` is a hash of all inputs: the source of the kernel and of what it calls, arguments, configuration,
-    architecture, and the version of Triton, which includes the assembler.
+    ``digest`` is a hash of all inputs but the version of Triton, which includes the assembler: the source of the kernel
+    and of what it calls, arguments, configuration, architecture.
     """
 
     kernel: str
@@ -114,7 +126,8 @@ def compile_kernel(
         kernel: a ``@triton.jit`` function.
         args: a value for every argument. A type, ``"*bf16"``, ``"i32"``, ``"fp32"``, stands for some value of it. A
             number, ``None`` or a ``tl.constexpr`` argument's value is passed on: a stride of 1 becomes a constant.
-        arch: 80, 90 or 100.
+            ``"fp64"`` is what torch.compile makes of a Python float; a launch makes it ``"fp32"``.
+        arch: compute capability times 10, such as 90.
         num_warps, num_stages: as in the launch.
         divisible_by_16: the pointers and integers, given as types, that 16 divides; by default all of them.
 
@@ -139,25 +152,58 @@ def compile_kernel(
     driver.set_active(_Driver(arch))
     with _messages() as messages:
         try:
-            made = kernel.warmup(**values, num_warps=num_warps, num_stages=num_stages, grid=(1,))
+            options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+            made = kernel.warmup(**values, **options, grid=(1,))
+            if "fp64" in args.values():
+                made = _with_float64(made.src, args, arch, options)
         except Exception as error:
             raise CompileFailure(messages(error)) from error
         finally:
             driver._active = before  # `reset_active` would look for a GPU
     registers, spills, sass = _disassemble(made.asm["cubin"])
-    return Compiled(registers, spills, made.metadata.shared, made.metadata.tmem_size or 0, sass)
+    shared, columns = made.metadata.shared, made.metadata.tmem_size or 0
+    return Compiled(registers, spills, shared, columns, instructions_after_loop(sass), sass)
 
 
-def compile_all(source: str = SHIPPED, workers: int = 2, known: Mapping[str, Compiled] | None = None) -> list[Row]:
+def _with_float64(source: Any, args: Mapping[str, Any], arch: int, options: dict[str, Any]) -> Any:
+    """What was launched, compiled again with float64 where ``args`` say so."""
+    from triton import compile
+    from triton.compiler import ASTSource
+
+    signature = source.signature | {name: kind for name, kind in args.items() if kind == "fp64"}
+    again = ASTSource(source.fn, signature, source.constants, source.attrs)
+    return compile(again, target=_Driver(arch).get_current_target(), options=options)
+
+
+def instructions_after_loop(sass: str) -> int | None:
+    """The instructions behind the main loop in the code, without padding; None where no loop multiplies matrices.
+
+    A loop goes from the target of a branch backward to that branch. The main loop is the first one that holds a matrix
+    instruction and no other loop: that over K. What follows runs once a tile: the epilogue, and in a persistent kernel
+    the way to the next tile.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*?) *;", sass)]
+    branches = ((at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for at, text in code)
+    loops = [(int(to[1], 16), at) for at, to in branches if to and int(to[1], 16) < at]
+    for first, last in sorted(loops):
+        inner = any(first <= start and end < last for start, end in loops)
+        if not inner and any(first <= at <= last and MATRIX_INSTRUCTION.search(text) for at, text in code):
+            return sum(at > last and not text.startswith("NOP") for at, text in code)
+    return None
+
+
+def compile_all(
+    source: str = SHIPPED, workers: int = 2, known: Mapping[str, Compiled] | None = None, triton: str = ""
+) -> list[Row]:
     """Compile every case of ``source`` for each of its architectures, ``workers`` at a time.
 
     ``source`` is ``"module:function"`` or ``"path.py:function"``. The function yields cases with the fields of
     :class:`bench.kernel_cases.Case`, and ``args`` as for :func:`compile_kernel`. Cases whose digest is in ``known``
-    are not compiled again.
+    are not compiled again. ``triton`` is a folder that has another version than the installed one.
     """
     known = known or {}
     with tempfile.TemporaryDirectory() as cache_dir:
-        with _pool(workers, cache_dir) as pool:
+        with _pool(workers, cache_dir, triton) as pool:
             rows = pool.submit(_uncompiled, source).result()
             done = {
                 i: replace(row, compiled=known[row.digest]) for i, (*_, row) in enumerate(rows) if row.digest in known
@@ -172,7 +218,7 @@ def compile_all(source: str = SHIPPED, workers: int = 2, known: Mapping[str, Com
         for i, (case, arch, row) in enumerate(rows):
             if i not in done:
                 done[i] = replace(row, error="the compiler's process crashed")
-                with _pool(1, cache_dir) as pool, contextlib.suppress(BrokenProcessPool):
+                with _pool(1, cache_dir, triton) as pool, contextlib.suppress(BrokenProcessPool):
                     done[i] = pool.submit(_compile_case, source, case, arch, row).result()
     return [done[i] for i in range(len(rows))]
 
@@ -209,7 +255,7 @@ def _stand_in(kind: str, divisible: bool) -> Any:
     """A value that a launch specializes to the type ``kind``."""
     if kind.startswith("*"):
         return _Pointer(kind[1:], 0 if divisible else 8)
-    return 1.5 if kind == "fp32" else INTEGERS[kind] + (not divisible)
+    return 1.5 if kind in ("fp32", "fp64") else INTEGERS[kind] + (not divisible)
 
 
 @contextlib.contextmanager
@@ -253,12 +299,15 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
     return registers, stack + local, text
 
 
-def _pool(workers: int, cache_dir: str) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, get_context("spawn"), _start, (cache_dir,))
+def _pool(workers: int, cache_dir: str, triton: str) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start, (cache_dir, triton))
 
 
-def _start(cache_dir: str) -> None:
-    """Use an empty cache, and leave interpreter mode, in which the tests may run."""
+def _start(cache_dir: str, triton: str) -> None:
+    """Use an empty cache and the given Triton, and leave interpreter mode, in which the tests may run."""
+    if triton:
+        assert "triton" not in sys.modules
+        sys.path.insert(0, triton)
     os.environ["TRITON_CACHE_DIR"] = cache_dir
     os.environ.pop("TRITON_INTERPRET", None)
 
@@ -286,10 +335,8 @@ def _uncompiled(source: str) -> list[tuple[int, int, Row]]:
 
 
 def _digest(case: Any, arch: int) -> str:
-    import triton
-
     kernel = getattr(case.kernel, "cache_key", None)
-    options = case.args, case.config.num_warps, case.config.num_stages, arch, triton.__version__
+    options = case.args, case.config.num_warps, case.config.num_stages, arch
     return hashlib.sha256(repr((kernel, *options)).encode()).hexdigest()[:16]
 
 

@@ -1,9 +1,10 @@
-"""Kernel launch: captured where PyTorch traces, with an allocator where descriptors are made."""
+"""Kernel launch: captured where PyTorch traces, elsewhere with its options and with memory for descriptors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from contextvars import copy_context
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,11 +13,25 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 INTERPRETED_PROGRAMS = 4
+_KEYS = torch._C._TorchDispatchModeKey
+_TRACERS = (_KEYS.FUNCTIONAL, _KEYS.PROXY, _KEYS.FAKE)
 
 
-def grid_of(kernel: Any, grid: tuple[Any, ...]) -> Callable[..., Any]:
-    """``kernel[grid]``, visible to torch.compile; the interpreter's kernels cannot be captured."""
-    return (torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel)[grid]
+def grid_of(kernel: Any, grid: tuple[Any, ...], *, descriptors: bool = False) -> Callable[..., Any]:
+    """``kernel[grid]``; ``descriptors`` gives Triton memory for those that the kernel makes.
+
+    While tracing it is what ``wrap_triton`` makes of it, which takes no ``enable_fp_fusion``; outside of a trace that
+    would only cost time. The allocator is set within a copy of the context, so that a user's own one stays.
+    """
+    if isinstance(kernel, JITFunction) and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
+        return torch.library.wrap_triton(kernel)[grid]
+    launch = partial(kernel[grid], enable_fp_fusion=True)
+    return partial(copy_context().run, _with_allocator, launch) if descriptors else launch
+
+
+def _with_allocator(launch: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    return launch(*args, **options)
 
 
 def dropout_arguments(p: float) -> tuple[int, float]:
@@ -31,15 +46,6 @@ def programs(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def allow_descriptors() -> None:
-    """Give Triton memory for descriptors made on the device; a thread has its own setting, and backward its thread."""
-
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device="cuda")
-
-    triton.set_allocator(allocate)
 
 
 def descriptor_fits(tensor: Tensor) -> bool:

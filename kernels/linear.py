@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ipca.kernels.configs import arithmetic, linear_rank_block, precision, subtiles
 from ipca.kernels.dropout import kept
-from ipca.kernels.launch import allow_descriptors, descriptor_fits, dropout_arguments, grid_of, programs
+from ipca.kernels.launch import descriptor_fits, dropout_arguments, grid_of, programs
 from ipca.kernels.tuning import choose
 
 
@@ -191,8 +191,11 @@ def input_grad(
 
 
 def uses_descriptors(a: Tensor, w: Tensor) -> bool:
-    """Whether TMA loads the two operands: Hopper or newer, matrix units in use, and both aligned."""
-    if not a.is_cuda or torch.cuda.get_device_capability(a.device)[0] < 9 or arithmetic(a) == "float32":
+    """Whether TMA loads the two operands: compute capability 9 to 11, matrix units in use, and both aligned.
+
+    Those of 12 multiply as those of 8 do; with descriptors some of their kernels spill.
+    """
+    if not a.is_cuda or not 9 <= torch.cuda.get_device_capability(a.device)[0] < 12 or arithmetic(a) == "float32":
         return False
     return descriptor_fits(a) and descriptor_fits(w)
 
@@ -213,15 +216,13 @@ def _launch(
     (M, K), N, R, rows_are_n = a.shape, w.shape[0], low.shape[1], use == "linear"
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
     tma = uses_descriptors(a, w if rows_are_n else w.mT) if tma is None else tma
-    if tma and a.is_cuda:
-        allow_descriptors()
 
     def rerun() -> Tensor:
         return _launch(use, a, w, low, c, bias, scaling, seed, p, tma)
 
     config = choose(use, a, N=N, K=K, R=R, dropout=p > 0, tma=tma, rerun=rerun)
     count = programs(a.device)
-    grid_of(_linear_kernel, (count,))(
+    grid_of(_linear_kernel, (count,), descriptors=tma and a.is_cuda)(
         a,
         w,
         low,

@@ -7,7 +7,7 @@ A table holds ``device``, ``capability`` and two lists of rows ``[key, [M, N, K,
     backends    dtype such as "bfloat16", frozen, dropout, training        milliseconds by name of the backend
 
 ``frozen, dropout, training`` are booleans. Tables of the device itself, its cache and the shipped one, come before
-those of another device of the same architecture.
+those of another device of the same architecture. A row further than ``FURTHEST`` from a shape says nothing of it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from ipca._cache_folder import default_cache_folder
 
 SHIPPED = Path(__file__).parent / "measured"
+FURTHEST = 4.0  # octaves, such as 16 times as many tokens
 
 
 class Row(NamedTuple):
@@ -90,13 +91,16 @@ def add_rows(path: Path, device: torch.device, **rows: list[Any]) -> None:
 
 @cache
 def nearest(kind: str, of: tuple[Any, ...], shape: tuple[int, int, int, int], device: torch.device) -> Row | None:
-    """The row of ``kind`` about ``of`` whose shape is closest in octaves, of another device only if this has none."""
+    """The row of ``kind`` about ``of`` whose shape is closest, at most ``FURTHEST`` octaves away, or None.
+
+    Of another device only if this one has none as close.
+    """
     for tables in tables_for(device):
         rows = [
             Row(of, tuple(row[1]), row[2], table["source"])
             for table in tables
             for row in table[kind]
-            if tuple(row[0]) == of
+            if tuple(row[0]) == of and octaves(row[1], shape) <= FURTHEST
         ]
         if rows:
             return min(rows, key=lambda row: octaves(row.shape, shape))

@@ -90,9 +90,9 @@ def kernel_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     Entry ``(m, k)`` reads half ``k % 2`` of word ``k % 8 // 2`` of Philox4x32-7 at counter ``(k // 8, m, 0, 0)``.
     """
     columns = torch.arange((K + 7) // 8, device=seed.device).expand(M, -1)
-    rows = torch.arange(M, device=seed.device)[:, None].expand_as(columns)
+    rows = torch.arange(M, device=seed.device).unsqueeze(1).expand_as(columns)
     words = torch.stack(_philox(seed, columns, rows), dim=-1)
-    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(M, 8 * columns.shape[1])[:, :K]
+    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(M, 8 * columns.shape[1]).narrow(1, 0, K)
     return bits >= round(p * 65536)
 
 

@@ -191,7 +191,7 @@ def _backward(
         dB = plan.outer(h, dy, B.dtype, scaling=scaling, transposed=True) if needs.B else None
         dbias = dy.sum(0) if needs.bias else None
     if needs.A:
-        dA = plan.outer(g[:, :R], x, A.dtype, noise, p)  # type: ignore[index]
+        dA = plan.outer(g.narrow(1, 0, R), x, A.dtype, noise, p)  # type: ignore[union-attr]
     if needs.x and merged:
         dx = dy @ (kept[0] if kept else torch_kernels.merged_weight(weight, *_pair(layer, x, plan, True), scaling))
     elif needs.x:
@@ -255,15 +255,13 @@ def _fuses(plan: Plan, dy: Tensor, E: Tensor, R: int) -> bool:
 def _rows(x: Tensor) -> Tensor:
     """``x (…, K)`` as ``(M, K)``.
 
-    By strides where they allow it: behind a ``reshape`` Inductor writes what it has not yet computed once for every
-    argument of a kernel.
+    While tracing by strides where they allow it: else Inductor writes what it has not yet computed once for every
+    kernel that reads it.
     """
-    if x.ndim == 2:
-        return x
     K = x.shape[-1]
-    if x.is_contiguous() and isinstance(x, FunctionalTensor):
+    if isinstance(x, FunctionalTensor) and x.is_contiguous():
         return torch.as_strided(x, (x.numel() // K, K), (K, 1), x.storage_offset())
-    return x.reshape(-1, K)
+    return x if x.ndim == 2 else x.reshape(-1, K)
 
 
 def _shaped_like(x: Tensor, rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ipca.ops.dropout import keep_mask, keep_scale
 
@@ -59,7 +60,9 @@ def linear_base_first(
 def linear_low_first(
     x: Tensor, weight: Tensor, h: Tensor, E: Tensor, bias: Tensor | None = None, *, scaling: float
 ) -> Tensor:
-    """``y = scaling · h Eᵀ + bias``, then ``y += x Wᵀ``."""
+    """``y = scaling · h Eᵀ + bias``, then ``y += x Wᵀ``; while tracing a sum, as an ``addmm_`` in a graph copies y."""
+    if isinstance(x, FunctionalTensor):
+        return F.linear(x, weight, bias) + F.linear(h, (scaling * E).to(x.dtype))
     start, beta = (x.new_empty(()), 0.0) if bias is None else (bias, 1.0)
     y = torch.addmm(start, h, _as(E, x.dtype).mT, beta=beta, alpha=scaling)
     return y.addmm_(x, weight.mT)
@@ -83,11 +86,11 @@ def input_grad_base_first(
 def input_grad_low_first(
     dy: Tensor, weight: Tensor, g: Tensor, D: Tensor, noise: Tensor | None = None, p: float = 0.0
 ) -> Tensor:
-    """``dx = mask ∘ (g D)``, then ``dx += dy W``."""
+    """``dx = mask ∘ (g D)``, then ``dx += dy W``; while tracing a sum."""
     low = g @ _as(D, dy.dtype)
     if noise is not None:
         low = scaled(low.mul_(_ones_where_kept(low, noise, p)), keep_scale(p))
-    return low.addmm_(dy, weight)
+    return dy @ weight + low if isinstance(dy, FunctionalTensor) else low.addmm_(dy, weight)
 
 
 def _masked(x: Tensor, noise: Tensor, p: float) -> Tensor:

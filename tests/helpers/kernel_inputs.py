@@ -5,6 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from triton.runtime import interpreter
+
+from ipca.kernels.configs import CONFIGS, fitting
+from ipca.kernels.tuning import force, limits
+
+if triton.__version__.startswith("3.6."):  # its interpreter takes arrays of one entry for integers, NumPy 2.4 does not
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_index(tensor, scope):
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_index
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.gpu
@@ -34,6 +48,29 @@ def draw(M, N, K, R, dtype=torch.float32, factors=None):
         h=normal(M, R),
         g=normal(M, R),
     )
+
+
+def every_configuration(*kernels):
+    """Parameters ``kernel, kind, config``."""
+    cases = [(kernel, kind, config) for (kernel, kind), configs in CONFIGS.items() for config in configs]
+    return pytest.mark.parametrize(
+        ("kernel", "kind", "config"), [case for case in cases if case[0] in kernels], ids=str
+    )
+
+
+@contextmanager
+def configured(kernel, kind, config, R, **hard):
+    """Within it ``kernel`` runs as ``config`` says; yields the dtype of ``kind``. Skips what the device cannot hold."""
+    old = DEVICE == "cuda" and not 9 <= torch.cuda.get_device_capability()[0] < 12
+    if (old and hard.get("tma")) or config not in fitting(kernel, kind, R, limits(torch.device(DEVICE)), **hard):
+        pytest.skip(f"{config.describe()} {hard or ''} is not for this device")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        with force(kernel, config):
+            yield {"16-bit": torch.bfloat16 if DEVICE == "cuda" else torch.float16}.get(kind, torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def wide(*tensors):

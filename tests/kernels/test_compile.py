@@ -1,15 +1,22 @@
 """Every kernel that ships compiles for the GPUs it is meant for, without one; the gate says so where one does not."""
 
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import triton
 import triton.language as tl
 
+from bench.kernel_cases import COMPILED, SMALL, shipped
 from bench.kernel_report import read_records, record, recorded
-from bench.offline import SHIPPED, Compiled, Row, compile_all
+from bench.offline import SHIPPED, Compiled, Row, compile_all, instructions_after_loop
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
+"""Of Triton: the oldest, the tested and the newest."""
 
 
 @pytest.mark.slow
@@ -18,17 +25,46 @@ def test_shipped_kernels():
 
     One test, as it may take minutes: pytest-xdist would have every worker compile for its share of several.
     """
-    table = read_records()
-    again = {(line["kernel"], line["arch"]): line["digest"] for line in table}.values()
+    table = read_records(triton.__version__)
+    main = [line for line in table if line["arch"] in [f"sm_{arch}" for arch in COMPILED]]
+    again = {(line["kernel"], line["arch"]): line["digest"] for line in main}.values()
     known = {line["digest"]: recorded(line) for line in table if line["digest"] not in again}
-    shipped = compile_all(SHIPPED, known={digest: made for digest, made in known.items() if made})
-    assert shipped
-    problems = [problem for row in shipped for problem in row.problems()]
+    found = compile_all(SHIPPED, known={digest: made for digest, made in known.items() if made})
+    assert found
+    problems = [problem for row in found for problem in row.problems()]
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
-    assert [row for row in shipped if row.compiled.uses_tma != ("TMA" in row.variant)] == []
-    if table[0]["triton"] == triton.__version__:
-        assert [record(row, triton.__version__) for row in shipped] == table, "run `make kernels` and commit its table"
+    assert [row for row in found if row.compiled.uses_tma != ("TMA" in row.variant)] == []
+    if table:
+        assert [record(row, triton.__version__) for row in found] == table, "run `make kernels` and commit its table"
+    digests = [row.digest for row in found]
+    for version in VERSIONS:
+        assert [line["digest"] for line in read_records(version)] == digests, "run `make kernels` and commit its table"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_spills_in_any_version(version):
+    table = read_records(version)
+    assert {line["arch"] for line in table} == {f"sm_{arch}" for arch in (*COMPILED, *SMALL)}
+    assert {line["spills"] for line in table} == {"0"}
+
+
+def test_the_versions_are_those_of_the_package():
+    assert f'"triton>={VERSIONS[0].removesuffix(".0")};' in (ROOT / "pyproject.toml").read_text()
+    assert f"triton=={VERSIONS[0]}\n" in (ROOT / "constraints-oldest.txt").read_text()
+    assert f"triton=={VERSIONS[1]}\n" in (ROOT / "constraints.txt").read_text()
+    assert f"TRITONS := {' '.join(VERSIONS)}\n" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_two_programs_of_products_share_a_multiprocessor(version):
+    """Those of a plain layer's first choice on sm_90, which has 228 KiB and keeps one of them for each program."""
+    (line,) = [
+        line
+        for line in read_records(version)
+        if (line["kernel"], line["variant"], line["arch"]) == ("products", "16-bit, r=16", "sm_90")
+    ]
+    assert 2 * (int(line["smem"]) + 1024) <= 228 * 1024
 
 
 @pytest.mark.slow
@@ -47,6 +83,31 @@ def test_a_line_of_the_table_says_what_was_compiled(found):
         assert record(replace(row, compiled=recorded(line)), triton.__version__) == line
     (broken,) = rows_of(found, "broken")
     assert recorded(record(broken, triton.__version__)) is None
+
+
+def traced():
+    """A case of each kernel that takes Python floats, with and without dropout, where torch.compile types them."""
+    cases = {}
+    for case in shipped():
+        if "fp32" in case.args.values() and "16-bit, pointers" not in case.variant:
+            float64 = {name: "fp64" if kind == "fp32" else kind for name, kind in case.args.items()}
+            cases.setdefault((case.name, case.args.get("DROPOUT")), case._replace(args=float64, archs=(90,)))
+    return cases.values()
+
+
+@pytest.mark.slow
+def test_no_kernel_computes_in_float64_under_torch_compile():
+    """Inductor types a Python float as float64: it is narrowed once, before anything is computed with it."""
+    rows = compile_all(f"{__file__}:traced")
+    assert {row.kernel for row in rows} == {"linear", "few_tokens", "project", "outer", "reduce"}
+    assert [row.error for row in rows if row.error] == []
+    assert {row.kernel: row.compiled.float64_instructions for row in rows if row.compiled.float64_instructions} == {}
+
+
+@triton.jit
+def _scaled(x_ptr, y_ptr, scaling, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs) * scaling)
 
 
 @triton.jit
@@ -111,6 +172,9 @@ def good():
 
 def planted():
     yield from good()
+    for scaling in ("fp32", "fp64"):
+        args = {"x_ptr": "*fp32", "y_ptr": "*fp32", "scaling": scaling, "BLOCK": 128}
+        yield case(_scaled, f"scaled in {scaling}", args, 90)
     yield product("unknown stride", 80, 128, 128, 64, 8, 3, stride_k="i32")
     yield product("exact", 80, 64, 64, 32, 4, 2)
     yield product("spilling", 80, 128, 256, 32, 4, 3)
@@ -140,8 +204,27 @@ def test_a_good_kernel_passes_with_the_matrix_instructions_of_its_architecture(f
 
 def test_a_stride_of_one_is_folded_into_the_kernel_as_a_launch_does(found):
     # Only then are 8 neighboring numbers known to lie together, to be copied at once.
-    assert "LDGSTS.E.BYPASS.128" in rows_of(found, "good")[0].compiled.sass
-    assert "LDGSTS.E.BYPASS.128" not in rows_of(found, "unknown stride")[0].compiled.sass
+    copies = re.compile(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128")
+    assert copies.search(rows_of(found, "good")[0].compiled.sass)
+    assert not copies.search(rows_of(found, "unknown stride")[0].compiled.sass)
+
+
+def test_instructions_after_the_loop():
+    code = ["MOV R1", "HMMA R4", "BRA 0x10", "HMMA R4", "@P0 BRA 0x30", "STG R4", "@P1 BRA 0x00", "EXIT", "NOP"]
+    sass = "\n".join(f"        /*{16 * i:04x}*/    {text} ;   /* 0x0 */" for i, text in enumerate(code))
+    assert instructions_after_loop(sass) == 5  # of the first of two loops within a third
+    assert instructions_after_loop(sass.replace("HMMA", "FFMA")) is None
+
+
+def test_instructions_after_the_loop_of_a_compiled_kernel(found):
+    for row in rows_of(found, "good"):
+        assert 0 < row.compiled.after_loop < row.compiled.sass.count(";")
+    assert rows_of(found, "copy")[0].compiled.after_loop is None
+
+
+def test_float64_is_seen(found):
+    assert rows_of(found, "scaled in fp32")[0].compiled.float64_instructions == set()
+    assert "DMUL" in rows_of(found, "scaled in fp64")[0].compiled.float64_instructions
 
 
 @pytest.mark.parametrize(
@@ -166,7 +249,7 @@ def test_a_bad_kernel_is_named_with_its_fault(found, variant, arch, words):
 
 def test_limits_hold_to_the_byte():
     def of(arch, shared):
-        return Row("linear", "16-bit", "", arch, True, Compiled(128, 0, shared, 0, "HMMA.16816"))
+        return Row("linear", "16-bit", "", arch, True, Compiled(128, 0, shared, 0, None, "HMMA.16816"))
 
     assert not of(80, 166_912).problems()
     assert of(80, 166_913).problems()

@@ -2,11 +2,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ipca.kernels.configs import CONFIGS
 from ipca.kernels.few_tokens import few_tokens, takes
-from ipca.kernels.tuning import force
 from ipca.ops.dropout import apply_dropout, new_seed
-from tests.helpers.kernel_inputs import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
+from tests.helpers.kernel_inputs import (
+    LAYOUTS,
+    PLACES,
+    SHAPES,
+    assert_within_twice,
+    configured,
+    draw,
+    every_configuration,
+    poisoned,
+    strided,
+    wide,
+)
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
 
@@ -55,10 +64,10 @@ def test_factors_at_their_start_leave_exactly_the_product_with_the_weight():
     assert torch.equal(y, base)
 
 
-@pytest.mark.parametrize("config", CONFIGS["few_tokens", "16-bit"], ids=str)
-def test_every_configuration_computes_the_same(config):
-    with force("few_tokens", config):
-        check(draw(70, 80, 300, 9, torch.float16, torch.float32))
+@every_configuration("few_tokens")
+def test_every_configuration_computes_the_same(kernel, kind, config):
+    with configured(kernel, kind, config, R=9) as dtype:
+        check(draw(70, 80, 300, 9, dtype, torch.float32))
 
 
 def test_which_inputs_it_takes():

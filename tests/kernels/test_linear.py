@@ -8,11 +8,14 @@ from ipca.kernels.linear import input_grad, linear
 from ipca.kernels.tuning import force
 from ipca.ops.dropout import apply_dropout, new_seed
 from tests.helpers.kernel_inputs import (
+    DEVICE,
     LAYOUTS,
     PLACES,
     SHAPES,
     assert_within_twice,
+    configured,
     draw,
+    every_configuration,
     on_gpu,
     poisoned,
     strided,
@@ -82,6 +85,7 @@ def test_descriptors_read_the_same(dtype):
         lambda: torch.empty(16).expand(8, 16),
         lambda: torch.empty(64).as_strided((8, 16), (4, 1)),
         lambda: torch.empty(8, 16, 4)[:, :, 1],
+        lambda: torch.frombuffer(bytearray(264), dtype=torch.float16, offset=8)[:128].view(8, 16),
     ],
 )
 def test_what_descriptors_cannot_read(tensor):
@@ -130,13 +134,24 @@ def test_the_gradient_of_what_dropout_dropped_is_that_of_the_base(p):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", sorted({c for k, v in CONFIGS.items() if k[0] == "linear" for c in v}), ids=str)
-def test_every_configuration_computes_the_same(config):
-    t = draw(300, 290, 72, 9)
-    with force("linear", config):
-        check_forward(t, tma=False)
-    with force("input_grad", config):
-        check_grad(t, tma=False)
+@every_configuration("linear", "input_grad")
+@TMA
+def test_every_configuration_computes_the_same(kernel, kind, config, tma):
+    if tma and kind == "float32":
+        pytest.skip("never with descriptors")
+    with configured(kernel, kind, config, R=9, tma=tma) as dtype:
+        t = draw(300, 288, 72, 9, dtype)
+        (check_forward if kernel == "linear" else check_grad)(t, tma=tma)
+
+
+@on_gpu
+@TMA
+def test_tf32_keeps_10_bits(tma):
+    with configured("linear", "tf32", CONFIGS["linear", "tf32"][1], R=4, tma=tma):
+        x = torch.full((64, 64), 1 + 2**-13, device=DEVICE)
+        nothing = torch.zeros(64, 4, device=DEVICE)
+        y = linear(x, torch.eye(64, device=DEVICE), nothing, nothing, scaling=1.0, tma=tma)
+    assert torch.equal(y, torch.ones_like(x))
 
 
 def test_tiles_in_groups_cover_everything_once():

@@ -1,12 +1,21 @@
 import pytest
 import torch
 
-from ipca.kernels.configs import CONFIGS
 from ipca.kernels.outer import outer
 from ipca.kernels.reduce import add_up, split_rows
-from ipca.kernels.tuning import force
 from ipca.ops.dropout import apply_dropout, new_seed
-from tests.helpers.kernel_inputs import DEVICE, LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided
+from tests.helpers.kernel_inputs import (
+    DEVICE,
+    LAYOUTS,
+    PLACES,
+    SHAPES,
+    assert_within_twice,
+    configured,
+    draw,
+    every_configuration,
+    poisoned,
+    strided,
+)
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
 
@@ -39,10 +48,10 @@ def test_dropout_is_that_of_pytorch(p):
     check(t, torch.float32, seed=new_seed(t.x.device), p=p)
 
 
-@pytest.mark.parametrize("config", CONFIGS["outer", "16-bit"], ids=str)
-def test_every_configuration_computes_the_same(config):
-    with force("outer", config):
-        check(draw(300, 8, 300, 9, torch.float16), torch.float32)
+@every_configuration("outer")
+def test_every_configuration_computes_the_same(kernel, kind, config):
+    with configured(kernel, kind, config, R=9) as dtype:
+        check(draw(300, 8, 300, 9, dtype), torch.float32)
 
 
 def test_the_same_bits_again():

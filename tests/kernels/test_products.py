@@ -4,7 +4,18 @@ import torch
 from ipca.kernels.configs import CONFIGS
 from ipca.kernels.products import MOST_COMPONENTS, fuses, products
 from ipca.kernels.tuning import force
-from tests.helpers.kernel_inputs import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
+from tests.helpers.kernel_inputs import (
+    LAYOUTS,
+    PLACES,
+    SHAPES,
+    assert_within_twice,
+    configured,
+    draw,
+    every_configuration,
+    poisoned,
+    strided,
+    wide,
+)
 
 SCALING = 0.7
 PAIRS = pytest.mark.parametrize("pairs", [1, 2], ids=["residual", "intact"])
@@ -44,10 +55,10 @@ def test_without_bias():
 
 
 @PAIRS
-@pytest.mark.parametrize("config", CONFIGS["products", "16-bit"], ids=str)
-def test_every_configuration_computes_the_same(config, pairs):
-    with force("products", config):
-        check(draw(150, 300, 1, 9, torch.float16, torch.float32), pairs)
+@every_configuration("products")
+def test_every_configuration_computes_the_same(kernel, kind, config, pairs):
+    with configured(kernel, kind, config, R=9 * pairs) as dtype:
+        check(draw(150, 300, 1, 9, dtype, torch.float32), pairs)
 
 
 def test_the_same_bits_again():

@@ -3,7 +3,18 @@ import torch.nn.functional as F
 
 from ipca.kernels.project import project
 from ipca.ops.dropout import apply_dropout, new_seed
-from tests.helpers.kernel_inputs import LAYOUTS, PLACES, SHAPES, assert_within_twice, draw, poisoned, strided, wide
+from tests.helpers.kernel_inputs import (
+    LAYOUTS,
+    PLACES,
+    SHAPES,
+    assert_within_twice,
+    configured,
+    draw,
+    every_configuration,
+    poisoned,
+    strided,
+    wide,
+)
 
 pytestmark = pytest.mark.usefixtures("kernel_masks")
 
@@ -25,6 +36,14 @@ def test_strided_operands(layout, factor_layout):
     with poisoned():
         h = project(strided(t.x, layout), strided(t.A, factor_layout))
     assert_within_twice(h, t.x @ t.A.mT, t.x.double() @ t.A.double().mT)
+
+
+@every_configuration("project")
+def test_every_configuration_computes_the_same(kernel, kind, config):
+    with configured(kernel, kind, config, R=40) as dtype:
+        t = draw(150, 8, 300, 40, dtype)
+        h = project(t.x, t.A)
+    assert_within_twice(h, F.linear(t.x, t.A), t.x.double() @ t.A.double().mT)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.9, 1.0])

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench.kernel_cases import LIMITS
 from ipca.kernels import tables, tuning
 from ipca.kernels.configs import CONFIGS, Config, Limits, fitting, shared_bytes, untuned
 
@@ -145,6 +147,50 @@ def test_the_nearest_row_of_the_closest_table_is_taken(gpu):
     tables.add_rows(tables.cache_file(CUDA), CUDA, configs=[[of, [256, 4096, 4096, 16], list(other)]])
     assert choose(256) == other  # measured on this very machine
     assert choose(8192) == own  # but far from there, the shipped row of the same device is closer
+
+
+def test_a_row_too_far_away_is_no_measurement(gpu):
+    config = CONFIGS["linear", "16-bit"][2]
+    row = [["linear", "16-bit", False], [8192, 4096, 4096, 16], list(config)]
+    tables.add_rows(tables.cache_file(CUDA), CUDA, configs=[row])
+    assert tables.octaves([8192, 4096], [512, 4096]) == tables.FURTHEST
+    for M, found in ((512, config), (256, untuned("linear", CONFIGS["linear", "16-bit"], 256, 4096, 4096, 132))):
+        tuning._chosen.clear()
+        assert choose(M) == found
+        assert (tables.nearest("configs", ("linear", "16-bit", False), (M, 4096, 4096, 16), CUDA) is None) == (M == 256)
+
+
+def test_forward_and_input_gradient_have_rows_of_their_own(gpu):
+    for kernel, i in (("linear", 2), ("input_grad", 4)):
+        row = [[kernel, "16-bit", False], [8192, 4096, 4096, 16], list(CONFIGS[kernel, "16-bit"][i])]
+        tables.add_rows(tables.cache_file(CUDA), CUDA, configs=[row])
+    assert [choose(8192, kernel) for kernel in ("linear", "input_grad")] == [
+        CONFIGS["linear", "16-bit"][i] for i in (2, 4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arch", "shared", "columns"),
+    [(80, 163, 0), (86, 99, 0), (89, 99, 0), (90, 227, 0), (100, 227, 512), (103, 227, 512), (120, 99, 0)],
+)
+def test_the_limits_of_a_device(monkeypatch, arch, shared, columns):
+    from triton.runtime import driver
+
+    found = SimpleNamespace(utils=SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": shared << 10}))
+    monkeypatch.setattr(driver, "_active", found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10))
+    assert tuning.limits(CUDA) == Limits(shared << 10, columns) == LIMITS[arch]
+
+
+@pytest.mark.parametrize("arch", [86, 89, 120])
+@pytest.mark.parametrize("tma", [False, True])
+def test_what_a_card_with_99_kib_is_offered(arch, tma):
+    for (kernel, kind), every in CONFIGS.items():
+        fit = fitting(kernel, kind, 16, LIMITS[arch], tma=tma)
+        assert all(shared_bytes(kernel, config, kind, 16) <= 99 << 10 for config in fit)
+        assert fit[-1] == every[-1]
+    wide = CONFIGS["linear", "16-bit"][0]
+    assert wide not in fitting("linear", "16-bit", 16, LIMITS[arch], tma=tma)
 
 
 def test_a_row_that_does_not_fit_is_not_taken(gpu):
