@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,10 +15,24 @@ from triton.runtime.jit import JITFunction
 
 INTERPRETED_PROGRAMS = 4
 
+_compiles_only: ContextVar[bool] = ContextVar("_compiles_only", default=False)
+
 
 def grid_of(kernel: Any, grid: tuple[Any, ...]) -> Callable[..., Any]:
     """``kernel[grid]``, visible to torch.compile; the interpreter's kernels cannot be captured."""
+    if _compiles_only.get():
+        return partial(kernel.warmup, grid=grid)
     return (torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel)[grid]
+
+
+@contextmanager
+def compile_only() -> Iterator[None]:
+    """Within the block launches compile their kernel, beside each other under ``triton.AsyncCompileMode``."""
+    token = _compiles_only.set(True)
+    try:
+        yield
+    finally:
+        _compiles_only.reset(token)
 
 
 def dropout_arguments(p: float) -> tuple[int, float]:
