@@ -58,6 +58,11 @@ def allow_descriptors() -> None:
     triton.set_allocator(allocate)
 
 
+def has_descriptors(device: torch.device) -> bool:
+    """Whether kernels load by TMA: compute capability 9 to 11; those of 12 multiply as those of 8 do."""
+    return device.type == "cuda" and 9 <= torch.cuda.get_device_capability(device)[0] < 12
+
+
 def descriptor_fits(tensor: Tensor) -> bool:
     """Whether TMA can read the 2-D ``tensor``: rows contiguous, start and row stride multiples of 16 bytes.
 

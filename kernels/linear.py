@@ -15,7 +15,14 @@ from torch import Tensor
 
 from ipca.kernels.configs import arithmetic, linear_rank_block, precision, subtiles
 from ipca.kernels.dropout import kept
-from ipca.kernels.launch import allow_descriptors, descriptor_fits, dropout_arguments, grid_of, programs
+from ipca.kernels.launch import (
+    allow_descriptors,
+    descriptor_fits,
+    dropout_arguments,
+    grid_of,
+    has_descriptors,
+    programs,
+)
 from ipca.kernels.tuning import choose
 
 
@@ -191,8 +198,8 @@ def input_grad(
 
 
 def uses_descriptors(a: Tensor, w: Tensor) -> bool:
-    """Whether TMA loads the two operands: Hopper or newer, matrix units in use, and both aligned."""
-    if not a.is_cuda or torch.cuda.get_device_capability(a.device)[0] < 9 or arithmetic(a) == "float32":
+    """Whether TMA loads the two operands: the device has it, matrix units are in use, and both are aligned."""
+    if not has_descriptors(a.device) or arithmetic(a) == "float32":
         return False
     return descriptor_fits(a) and descriptor_fits(w)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ipca.kernels import tuning
 from ipca.kernels.configs import Config, fitting, most_components_at_once
 from ipca.kernels.few_tokens import few_tokens
+from ipca.kernels.launch import has_descriptors
 from ipca.kernels.linear import input_grad, linear
 from ipca.kernels.outer import outer
 from ipca.kernels.products import products
@@ -102,8 +103,7 @@ def cases(device: torch.device, arithmetics: Sequence[str] = tuple(DTYPES)) -> l
 
 def _cases_of(family: Family, kind: str, device: torch.device) -> Iterator[Case]:
     """Dtypes share the configurations, and two shapes of one rank share a compilation where there are few."""
-    has_tma = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
-    if family.tma and (kind == "float32" or not has_tma):
+    if family.tma and (kind == "float32" or (device.type == "cuda" and not has_descriptors(device))):
         return
     # Triton's interpreter takes bfloat16 for raw bits.
     dtypes = [dtype for dtype in DTYPES[kind] if device.type == "cuda" or dtype != torch.bfloat16]

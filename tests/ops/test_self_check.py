@@ -71,8 +71,9 @@ def test_descriptors_are_checked_where_there_are_some(gpu, monkeypatch):
         return {case.arithmetic for case in check_cases.cases(PRETENDED) if case.family.tma}
 
     assert tma() == {"16-bit", "tf32"}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert tma() == set()
+    for other in ((8, 6), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, other=other: other)
+        assert tma() == set()
 
 
 def break_kernel(monkeypatch, name, spoil):
