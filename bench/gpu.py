@@ -180,8 +180,9 @@ def tune(out: Path, seconds: float) -> None:
 
     names = ("M", "N", "K", "rank", "dtype")
     cells = list(dict.fromkeys(tuple(getattr(cell, name) for name in names) for cell in cells_for("cuda")))
-    path = out / cache_file(torch.device("cuda")).name
-    tune_grid([dict(zip(names, cell, strict=True)) for cell in cells], path, seconds)
+    device = torch.device("cuda")
+    path = out / cache_file(device).name
+    tune_grid([dict(zip(names, cell, strict=True)) for cell in cells], path, device, seconds)
 
 
 def choose_backends(out: Path, seconds: float) -> None:
@@ -193,7 +194,8 @@ def choose_backends(out: Path, seconds: float) -> None:
     from ipca.kernels.tables import cache_file
 
     cells = [cell for cell in cells_for("cuda") if not cell.compiled]
-    measure_backends(cells, out / cache_file(torch.device("cuda")).name, seconds)
+    device = torch.device("cuda")
+    measure_backends(cells, out / cache_file(device).name, device, seconds)
 
 
 def summarize(out: Path) -> None:

@@ -161,6 +161,21 @@ def load(device: int, capability: tuple[int, int]) -> ModuleType | None:
         return None
 
 
+def state() -> str:
+    """Whether the extension is there, or what it would take, in words."""
+    if wanted() is False:
+        return "turned off by IPCA_BUILD_CUDA=0"
+    try:
+        if _installed():
+            return "built with the package"
+        if built := next(_build_folder().glob(f"{source_hash()}-sm_*/_C{SUFFIX}"), None):
+            return f"built before: {built}"
+        check_tools()
+    except CannotBuild as error:
+        return f"not built, and cannot be. Missing: {error}"
+    return f"not built; {toolkit()}/bin/nvcc compiles it at its first use on a GPU"
+
+
 def _installed() -> ModuleType | None:
     """The extension that was built with the package, if it is of these sources."""
     path = HERE / f"_C{SUFFIX}"
@@ -173,8 +188,7 @@ def _cached(arch: int) -> ModuleType:
 
     Compiled in a temporary folder and moved into place: processes that start together never see half a file.
     """
-    root = Path(os.environ.get("IPCA_BUILD_DIR") or Path.home() / ".cache" / "ipca" / "extension")
-    path = root / f"{source_hash()}-sm_{arch}" / f"_C{SUFFIX}"
+    path = _build_folder() / f"{source_hash()}-sm_{arch}" / f"_C{SUFFIX}"
     if not path.is_file():
         check_tools()
         print(f"ipca: compiling CUDA kernels for sm_{arch}, once, into {path.parent} …", file=sys.stderr, flush=True)
@@ -188,6 +202,10 @@ def _cached(arch: int) -> ModuleType:
                 f"a folder to build in ({error}). Set IPCA_BUILD_DIR to one that can be written."
             ) from error
     return _import(path)
+
+
+def _build_folder() -> Path:
+    return Path(os.environ.get("IPCA_BUILD_DIR") or Path.home() / ".cache" / "ipca" / "extension")
 
 
 def _import(path: Path) -> ModuleType:

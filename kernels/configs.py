@@ -85,7 +85,12 @@ CONFIGS |= {("input_grad", kind): CONFIGS["linear", kind] for kind in ("16-bit",
 
 def arithmetic(x: Tensor) -> str:
     """The matrix instructions for rows like those of ``x``: ``"16-bit"``, ``"tf32"`` or ``"float32"`` (none)."""
-    if x.element_size() == 2:
+    return arithmetic_of(x.element_size())
+
+
+def arithmetic_of(itemsize: int) -> str:
+    """:func:`arithmetic` of a dtype with so many bytes."""
+    if itemsize == 2:
         return "16-bit"
     precision = torch.backends.cuda.matmul.fp32_precision
     precision = getattr(torch.backends, "fp32_precision", "none") if precision == "none" else precision

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ipca.kernels.configs import arithmetic, linear_rank_block, precision, subtiles
 from ipca.kernels.dropout import kept
-from ipca.kernels.launch import descriptor_fits, dropout_arguments, grid_of, programs
+from ipca.kernels.launch import descriptor_fits, dropout_arguments, grid_of, has_descriptors, programs
 from ipca.kernels.tuning import choose
 
 
@@ -191,11 +191,8 @@ def input_grad(
 
 
 def uses_descriptors(a: Tensor, w: Tensor) -> bool:
-    """Whether TMA loads the two operands: compute capability 9 to 11, matrix units in use, and both aligned.
-
-    Those of 12 multiply as those of 8 do; with descriptors some of their kernels spill.
-    """
-    if not a.is_cuda or not 9 <= torch.cuda.get_device_capability(a.device)[0] < 12 or arithmetic(a) == "float32":
+    """Whether TMA loads the two operands: the device has it, matrix units are in use, and both are aligned."""
+    if not has_descriptors(a.device) or arithmetic(a) == "float32":
         return False
     return descriptor_fits(a) and descriptor_fits(w)
 

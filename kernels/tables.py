@@ -1,17 +1,20 @@
 """Measured rows for a device, shipped in ``kernels/measured/*.json`` and cached on disk; the nearest one is used.
 
-A table holds ``device``, ``capability`` and two lists of rows ``[key, [M, N, K, R], found]``, ``M`` a power of two:
+A table holds ``device``, ``capability`` and three lists of rows ``[key, [M, N, K, R], found]``, ``M`` a power of two:
 
     list        key                                                        found
     configs     kernel, "16-bit" | "tf32" | "float32", dropout             the fastest configuration, a Config
     backends    dtype such as "bfloat16", frozen, dropout, training        milliseconds by name of the backend
+    checks      :func:`versions`, and no shape                             the fault in each arithmetic, "" if none
 
 ``frozen, dropout, training`` are booleans. Tables of the device itself, its cache and the shipped one, come before
 those of another device of the same architecture. A row further than ``FURTHEST`` from a shape says nothing of it.
+``checks`` are what ``ipca doctor`` found.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -23,9 +26,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ipca._cache_folder import default_cache_folder
+from ipca._version import __version__
 
 SHIPPED = Path(__file__).parent / "measured"
 FURTHEST = 4.0  # octaves, such as 16 times as many tokens
+LISTS = ("configs", "backends", "checks")
 
 
 class Row(NamedTuple):
@@ -71,20 +76,28 @@ def read(path: Path) -> dict[str, Any]:
         assert isinstance(table["capability"], list)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path} is not a tuning table ({error!r}); delete it to measure anew.") from error
-    return {"configs": [], "backends": [], **table, "source": path.name}
+    return {**dict.fromkeys(LISTS, ()), **table, "source": path.name, "shipped": path.parent == SHIPPED}
 
 
 def add_rows(path: Path, device: torch.device, **rows: list[Any]) -> None:
-    """Append ``configs`` or ``backends`` rows to a table, made where it is missing, in one atomic step."""
-    table = read(path) if path.exists() else {"configs": [], "backends": []}
-    table |= {"device": torch.cuda.get_device_name(device), "capability": [*torch.cuda.get_device_capability(device)]}
-    for name, new in rows.items():
-        keys = [row[:-1] for row in new]
-        table[name] = [row for row in table[name] if row[:-1] not in keys] + new
-    table.pop("source", None)
+    """Append ``configs``, ``backends`` or ``checks`` to a table, made where it is missing, in one atomic step."""
+    table = read(path) if path.exists() else dict.fromkeys(LISTS, ())
+    keys = {name: [row[:-1] for row in new] for name, new in rows.items()}
+    kept = {name: [row for row in table[name] if row[:-1] not in keys.get(name, ())] for name in LISTS}
+    _write(path, device, {name: kept[name] + rows.get(name, []) for name in LISTS})
+
+
+def drop_rows(path: Path, device: torch.device, shapes: list[list[int]]) -> None:
+    """Drop the rows of these shapes from a table, in one atomic step."""
+    table = read(path)
+    _write(path, device, {name: [row for row in table[name] if row[1] not in shapes] for name in LISTS})
+
+
+def _write(path: Path, device: torch.device, lists: dict[str, Any]) -> None:
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(table, file)
+        json.dump({"device": name, "capability": [*capability], **lists}, file)
     os.replace(file.name, path)
     forget()
 
@@ -107,10 +120,40 @@ def nearest(kind: str, of: tuple[Any, ...], shape: tuple[int, int, int, int], de
     return None
 
 
+@cache
+def checked(device: torch.device) -> dict[str, str]:
+    """The fault of each arithmetic of ``device`` that was checked with these versions, an empty text where it passed.
+
+    A shipped row counts under every driver: what runs was compiled by Triton.
+    """
+    driver, *others = versions()
+    for table in tables_for(device)[0]:
+        for (row_driver, *row_others), _, found in table["checks"]:
+            if row_others == others and (row_driver == driver or table["shipped"]):
+                return dict(found)
+    return {}
+
+
+def versions() -> list[str]:
+    """The versions that a check holds for: the driver's, as the CUDA version it supports, torch, triton and ipca."""
+    import triton  # not above: a table can be read without it
+
+    return [driver_version(), str(torch.__version__), triton.__version__, __version__]
+
+
+@cache
+def driver_version() -> str:
+    """The CUDA version that the driver supports, such as ``"13.0"``."""
+    number = ctypes.c_int()
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+
 def forget() -> None:
     """Read the tables anew at the next look-up."""
-    _tables_for.cache_clear()
-    nearest.cache_clear()
+    for known in (_tables_for, nearest, checked):
+        known.cache_clear()
 
 
 def octaves(one: Any, other: Any) -> float:

@@ -76,7 +76,7 @@ def drawn(monkeypatch):
     return figures
 
 
-ON_A_GPU = ("tests/kernels/", "tests/ops/test_backends.py", "tests/ops/test_cuda_ops.py")
+ON_A_GPU = ("tests/kernels/", *(f"tests/ops/test_{name}.py" for name in ("backends", "cuda_ops", "self_check")))
 """What runs on a GPU where there is one, and in Triton's interpreter elsewhere; the offline compiler needs neither."""
 
 

@@ -14,8 +14,8 @@ import pytest
 import ipca
 
 LEVELS = {
-    "_cache_folder": -1,
-    **dict.fromkeys(("window", "_hashing", "_version", "_extension", "_C", "kernels"), 0),
+    **dict.fromkeys(("_cache_folder", "_version"), -1),
+    **dict.fromkeys(("window", "_hashing", "_extension", "_C", "kernels"), 0),
     **dict.fromkeys(("_atomic", "_dtensor"), 0.5),
     **dict.fromkeys(("svd", "ops"), 1),
     "nn": 2,

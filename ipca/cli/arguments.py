@@ -24,14 +24,18 @@ _EXAMPLES = (
     "ipca cache list --cache path/to/cache",
     "ipca cache verify --remove",
     "ipca cache prune --max-bytes 10G --older-than 30d",
+    "ipca doctor",
+    "ipca doctor --json",
+    "ipca tune path/to/model --rank 16 64 --tokens 1 4096",
+    "ipca tune --shapes 4096x4096 11008x4096 --form intact",
     "ipca completion bash > ~/.local/share/bash-completion/completions/ipca",
     "ipca sweep task.py --windows 0.0 0.25 0.5 0.75 1.0 --lrs 5e-4 1e-3 2e-3 --seeds 5 --workers 2 -o sweep-out",
     "ipca demo --text vaderSentiment-3.3.2.tar.gz -o demo-out",
 )
 _NOTES = """
 A model is a folder that transformers' save_pretrained wrote. Models and adapters may be ids on the Hugging Face Hub.
-Exit status: 0 done, 1 the input is wrong or the command failed (the last line on stderr says why), 2 wrong usage,
-130 Ctrl-C."""
+Exit status: 0 done, 1 the input is wrong or the command failed (the last line on stderr says why) or doctor found a
+fault, 2 wrong usage, 130 Ctrl-C."""
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -42,6 +46,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.fail("--format truncated needs --rank" if args.rank is None else "--rank is only for --format truncated")
     if args.command == "cache" and args.action == "prune" and args.max_bytes is None and args.older_than is None:
         args.fail("choose what to delete: --max-bytes, --older-than, or both")
+    if args.command == "tune" and (args.model is None) == (args.shapes is None):
+        args.fail("give a model's folder or --shapes, one of them")
     if args.command == "sweep" and args.comparisons and "same" not in args.comparisons:
         args.fail("--comparisons must include same")
     for name in ("windows", "lrs", "methods", "comparisons") if args.command == "sweep" else ():
@@ -90,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
     _export(commands.add_parser("export", help="write an adapter for programs without ipca"))
     _convert(commands.add_parser("convert", help="convert a stock PEFT LoRA that trains a window into an ipca adapter"))
     _cache(commands.add_parser("cache", help="list, verify or prune a cache of decompositions"))
+    _doctor(commands.add_parser("doctor", help="check the installation, and Triton's kernels on this machine's GPU"))
+    _tune(commands.add_parser("tune", help="measure the fastest backends and kernels for a model on this GPU"))
     _completion(commands.add_parser("completion", help="print a completion script for a shell"))
     _sweep(
         commands.add_parser("sweep", help="windows × learning rates × seeds beside LoRA and controls, with a report")
@@ -186,6 +194,35 @@ def _cache(add: argparse.ArgumentParser) -> None:
         action.add_argument("--cache", type=Path, metavar="DIR", help="default: $IPCA_CACHE, else ~/.cache/ipca")
 
 
+def _doctor(add: argparse.ArgumentParser) -> None:
+    _common(add)
+
+
+def _tune(add: argparse.ArgumentParser) -> None:
+    _common(add)
+    _model(add, optional=True)
+    add.add_argument(
+        "--shapes", nargs="+", type=matrix_shape, metavar="OUTxIN", help="shapes of weights instead of a model's"
+    )
+    add.add_argument(
+        "--rank", nargs="+", type=positive_int, default=[16], help="ranks, for the weights that take them (default 16)"
+    )
+    add.add_argument(
+        "--tokens",
+        nargs="+",
+        type=positive_int,
+        default=[1, 1024, 8192],
+        metavar="M",
+        help="tokens of a batch (default 1 1024 8192); the nearest one serves others",
+    )
+    add.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the model's, or bfloat16)"
+    )
+    add.add_argument("--form", choices=("intact", "residual", "both"), default="both", help="(default both)")
+    add.add_argument("--dropout", type=probability, default=0.0, metavar="P", help="(default 0)")
+    add.add_argument("--force", action="store_true", help="measure again what was measured before")
+
+
 def _sweep(add: argparse.ArgumentParser) -> None:
     _common(add)
     add.add_argument("task", type=Path, metavar="TASK.py", help="a file whose task() returns an ipca.lab.sweep.Task")
@@ -257,7 +294,7 @@ def _demo(add: argparse.ArgumentParser) -> None:
 def _common(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
     _with_examples(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.set_defaults(quiet=False, fail=parser.error)
+    parser.set_defaults(quiet=False, fail=parser.error, status=0)
     if quiet:
         parser.add_argument(
             "--quiet", action="store_true", help="suppress everything but errors, warnings and --json output"
@@ -277,9 +314,10 @@ def _model(
     parser: argparse.ArgumentParser,
     *,
     adapter: bool = False,
+    optional: bool = False,
     help: str = "a Hugging Face model: a folder or its id on the Hub",
 ) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help=help)
+    parser.add_argument("model", type=Path, nargs="?" if optional else None, metavar="MODEL_DIR", help=help)
     parser.add_argument(
         "--class",
         dest="model_class",
@@ -338,6 +376,25 @@ def positive_number(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
+
+
+def probability(text: str) -> float:
+    """``"0.05"`` as a float of at least 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text!r}")
+    return value
+
+
+def matrix_shape(text: str) -> tuple[int, int]:
+    """``"11008x4096"`` as ``(out, in)``."""
+    found = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be the sizes of a weight such as 11008x4096, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def window_start(text: str) -> str:

@@ -15,15 +15,17 @@ from ipca._atomic import check_writable, staged_files, staged_folder
 from ipca._cache_folder import default_cache_folder
 from ipca.analysis import draw_spectra, spectrum
 from ipca.cli.arguments import check_output_folder, find_folders, parser
+from ipca.cli.doctor_command import doctor
 from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
+from ipca.cli.tune_command import tune
 from ipca.io.adapter_folder import SIDECAR, OtherBaseError, OtherModelError, read_adapter
 from ipca.io.model_folder import copy_companions, example_class, load_model, load_with_missing
 from ipca.io.output_folder import check_output, is_weights
 from ipca.io.peft_format import WEIGHTS
 from ipca.svd.cache import CacheEntry, SpectralCache
 
-__all__ = ["cache", "completion", "convert", "demo", "export", "init", "inspect", "merge", "sweep"]
+__all__ = ["cache", "completion", "convert", "demo", "doctor", "export", "init", "inspect", "merge", "sweep", "tune"]
 
 Record = dict[str, object]
 

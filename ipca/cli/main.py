@@ -17,7 +17,10 @@ _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line; returns the exit status.
+
+    0 is done, 1 an error or a failed check, 2 wrong usage, 130 Ctrl-C.
+    """
     args = parse_arguments(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without σ and ‖ is no error
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"ipca: error: {_one_line(error)}", file=sys.stderr)
         return 1
-    return 0
+    return int(args.status)
 
 
 def _elsewhere(as_json: bool, quiet: bool) -> io.TextIOBase:

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,16 @@ def read_with_peft(
     read = {key: scaling for key, scaling in scalings.items() if key not in ignored}
     scaled = [key for key, scaling in read.items() if not math.isclose(_scaling(model, key), scaling, rel_tol=1e-6)]
     return Reading(ignored, missing, tuple(scaled))
+
+
+def output_in_peft(base: nn.Module, folder: Path, x: Tensor) -> Tensor:
+    """What stock PEFT computes from ``x`` with the adapter in ``folder`` on ``base``, which it changes."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # about a base without a transformers configuration
+        y: Tensor = PeftModel.from_pretrained(base, str(folder)).eval()(x)
+        return y
 
 
 def _scaling(model: nn.Module, key: str) -> float:

@@ -8,12 +8,14 @@
 | ``reference`` | the library's matrix product, then the low-rank part on top | every device |
 
 The first three take Triton's kernels for the low-rank products where those run, ``reference`` is PyTorch throughout.
+``"auto"`` takes a Triton kernel only where ``ipca doctor`` has found the kernels right on this device.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ VARIABLE = "IPCA_BACKEND"
 
 _chosen: str | None = None
 _of_environment = os.environ.get(VARIABLE) or "auto"  # once: each lookup takes as long as a small product
+_warned: set[torch.device] = set()
 
 
 class LinearShape(NamedTuple):
@@ -135,7 +138,7 @@ def _measured_best(shape: LinearShape) -> BackendChoice:
         return _off_cuda(shape)
     if shape.dtype == torch.float64:
         return BackendChoice("reference", False, "the kernels have no float64")
-    why_not = unsupported_reason("triton", shape)
+    why_not = unsupported_reason("triton", shape) or _unchecked_reason(shape)
     if why_not:
         return BackendChoice("addmm", False, why_not)
     from ipca.kernels import tables, tuning
@@ -147,7 +150,7 @@ def _measured_best(shape: LinearShape) -> BackendChoice:
         device = torch.cuda.get_device_name(shape.device)
         # The library's own product is the safer guess; for dropout its backward needs a mask in PyTorch, which is slow.
         name = "triton" if shape.dropout else "addmm"
-        return BackendChoice(name, True, f"no backend was measured on {device} or its kind; `make gpu` measures")
+        return BackendChoice(name, True, f"no backend was measured on {device} or its kind; `ipca tune` measures")
     rounds = shape.frozen and shape.dtype.itemsize == 2  # W + Δ rounds back to W where Δ is small
     times: dict[str, float] = {
         name: ms
@@ -157,6 +160,25 @@ def _measured_best(shape: LinearShape) -> BackendChoice:
     best = min(times, key=lambda name: times[name])
     others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
     return BackendChoice(best, best != "reference", f"measured at (M, N, K, R) = {row.shape} in {row.source}: {others}")
+
+
+def _unchecked_reason(shape: LinearShape) -> str:
+    """The reason why ``"auto"`` leaves Triton's kernels aside on this device, or an empty text; warns of it once."""
+    from ipca.kernels import configs, tables
+
+    kind = configs.arithmetic_of(shape.dtype.itemsize)
+    fault = tables.checked(shape.device).get(kind)
+    if fault == "":
+        return ""
+    device = torch.cuda.get_device_name(shape.device)
+    if fault is None:
+        reason = f"Triton's {kind} kernels are not checked on {device} with these versions; run `ipca doctor`"
+    else:
+        reason = f"`ipca doctor` found a fault in Triton's {kind} kernels on {device}: {fault}"
+    if shape.device not in _warned:
+        _warned.add(shape.device)
+        warnings.warn(f"PyTorch's products run instead of fused kernels: {reason}.", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 MERGE_OVERHEAD = 32

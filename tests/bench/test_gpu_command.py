@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import ipca
 from bench import backend_table, gpu, pc_linear
 from bench.providers import Cell, Provider, Sample
 from ipca.kernels import tables
+from ipca.ops import check_cases, self_check
 
 
 def python(code, **options):
@@ -113,36 +113,13 @@ def test_the_steps_name_files_and_options_that_exist(tmp_path, monkeypatch, caps
 CELL = Cell(300, 512, 256, rank=8, dropout=0.1)
 
 
-def timed(backend, form, mode, ms, status="ok"):
-    return {"provider": f"ipca-{backend}", "form": form, "mode": mode, "status": status, "median_ms": ms}
-
-
-def test_the_table_gets_a_row_for_each_form_and_mode_of_what_ran(tmp_path):
-    rows = [
-        timed("triton", "residual", "full", "1.5"),
-        timed("addmm", "residual", "full", "2.0"),
-        timed("merged", "residual", "full", "", "refused: dropout"),
-        timed("addmm", "intact", "forward", "0.5"),
-    ]
-    made = backend_table.table_rows(CELL, rows)
-    assert made == [
-        [["bfloat16", False, True, True], [512, 512, 256, 8], {"triton": 1.5, "addmm": 2.0}],
-        [["bfloat16", True, True, False], [512, 512, 256, 8], {"addmm": 0.5}],
-    ]
-    path = tmp_path / "table.json"
-    assert not backend_table.known(CELL, path)
-    path.write_text(json.dumps({"device": "some GPU", "capability": [9, 0], "backends": made}))
-    assert backend_table.known(CELL, path)
-    for change in ({"M": 600}, {"rank": 16}, {"dropout": 0.0}, {"dtype": "float32"}):
-        assert not backend_table.known(replace(CELL, **change), path)
-
-
 @pytest.mark.gpu
 def test_auto_takes_the_backend_that_was_measured_fastest(tmp_path, monkeypatch):
     monkeypatch.setenv("IPCA_CACHE", str(tmp_path))
     device = torch.device("cuda")
     path = tables.cache_file(device)
-    backend_table.measure_backends([CELL], path, seconds=60)
+    self_check.store(device, dict.fromkeys(check_cases.DTYPES, ""))
+    assert backend_table.measure_backends([CELL], path, device, seconds=60)
     rows = {tuple(row[0]): row[2] for row in tables.read(path)["backends"]}
     assert len(rows) == 4
     sample = Sample(CELL, device, 0)

@@ -76,6 +76,20 @@ def test_a_wrapper_on_the_path_is_no_toolkit(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_toolkit")
+def test_the_state_without_a_toolkit(monkeypatch):
+    assert _extension.state().startswith("not built, and cannot be. Missing: a CUDA toolkit (CUDA_HOME is not set;")
+    monkeypatch.setenv("IPCA_BUILD_CUDA", "0")
+    assert _extension.state() == "turned off by IPCA_BUILD_CUDA=0"
+
+
+@pytest.mark.slow
+def test_the_state_before_and_after_a_build(stand_in):
+    assert _extension.state() == f"not built; {stand_in}/cuda/bin/nvcc compiles it at its first use on a GPU"
+    _extension._cached(90)
+    assert _extension.state().startswith(f"built before: {stand_in}/builds/")
+
+
+@pytest.mark.usefixtures("no_toolkit")
 def test_no_toolkit_is_said_with_all_that_was_tried():
     words = r"CUDA_HOME is not set; nvcc is not on PATH; the usual place, .*/nowhere, has no bin/nvcc and no include/"
     with pytest.raises(CannotBuild, match=words):

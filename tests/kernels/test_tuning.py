@@ -12,6 +12,7 @@ import torch
 from bench.kernel_cases import LIMITS
 from ipca.kernels import tables, tuning
 from ipca.kernels.configs import CONFIGS, Config, Limits, fitting, shared_bytes, untuned
+from ipca.kernels.launch import compile_only, grid_of
 
 H100 = Limits(232_448, 0)
 CUDA = torch.device("cuda", 0)
@@ -254,6 +255,22 @@ def test_a_shape_measured_without_dropout_serves_with_it(gpu):
     row = [["linear", "16-bit", False], [8192, 4096, 4096, 16], list(config)]
     tables.add_rows(tables.cache_file(CUDA), CUDA, configs=[row])
     assert choose(8192, dropout=True) == config
+
+
+def test_a_launch_can_compile_and_run_nothing():
+    done = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: done.append(("run", grid, args))
+
+        def warmup(self, *args, grid, **options):
+            done.append(("compiled", grid, args))
+
+    with compile_only():
+        grid_of(Kernel(), (2,))(1)
+    grid_of(Kernel(), (2,))(1)
+    assert done == [("compiled", (2,), (1,)), ("run", (2,), (1,))]
 
 
 def test_what_cannot_be_measured_now_is_measured_later(gpu, monkeypatch):

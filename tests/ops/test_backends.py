@@ -260,6 +260,7 @@ def measured(monkeypatch):
         tables.forget()
 
     monkeypatch.setattr(backends, "_triton_unsupported", lambda problem: "")
+    monkeypatch.setattr(backends, "_unchecked_reason", lambda problem: "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
     yield says
     tables.forget()
@@ -295,5 +296,5 @@ def test_auto_on_a_device_that_nobody_measured(measured):
     measured(False, False, MILLISECONDS)
     found = best(8192, frozen=True)
     assert (found.backend, found.low_rank_in_triton) == ("addmm", True)
-    assert "no backend was measured on Test GPU or its kind; `make gpu` measures" in found.reason
+    assert "no backend was measured on Test GPU or its kind; `ipca tune` measures" in found.reason
     assert best(8192, frozen=True, dropout=True).backend == "triton"
