@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.grid import Cell
 from bench.pc_linear import bench_modes
-from bench.providers import BACKENDS, FORMS, Cell, Provider
+from bench.providers import BACKENDS, FORMS, Provider
 from bench.rows import Row
 from bench.timing import side_stream
 from ipca.kernels import tables
@@ -26,17 +27,22 @@ SECONDS = 0.3
 """Time for the rounds of one mode of one cell."""
 
 
-def measure_backends(cells: Iterable[Cell], path: Path, seconds: float) -> None:
-    """Add the rows of every cell that ``path`` lacks; none is started after ``seconds``."""
-    device = torch.device("cuda")
+def measure_backends(
+    cells: Iterable[Cell], path: Path, device: torch.device, seconds: float, rounds: float = SECONDS
+) -> bool:
+    """Add the rows of every cell that ``path`` lacks, ``rounds`` seconds a mode; whether all are there.
+
+    None is started after ``seconds``.
+    """
     deadline = time.perf_counter() + seconds
     ours = [Provider(f"ipca-{backend}", form) for form in FORMS for backend in BACKENDS if backend != "auto"]
     with side_stream(device):
         for cell in tqdm([cell for cell in cells if not known(cell, path)], desc="Backends", unit="cell"):
             if time.perf_counter() > deadline:
-                return
-            rows = bench_modes(cell, device, SECONDS, ours, tuple(MODES))
+                return False
+            rows = bench_modes(cell, device, rounds, ours, tuple(MODES))
             tables.add_rows(path, device, backends=table_rows(cell, rows))
+    return True
 
 
 def table_rows(cell: Cell, rows: Iterable[Row]) -> list[list[Any]]:

@@ -21,15 +21,14 @@ from ipca.kernels.products import fuses, products
 from ipca.kernels.project import project
 
 
-def tune_grid(cells: Iterable[Mapping[str, Any]], path: Path, seconds: float) -> None:
-    """Time every candidate of every kernel at each cell, for ``seconds``.
+def tune_grid(cells: Iterable[Mapping[str, Any]], path: Path, device: torch.device, seconds: float) -> bool:
+    """Time every candidate of every kernel at each cell, for ``seconds``; whether all of them were reached.
 
     Args:
         cells: ``M``, ``N``, ``K``, ``rank`` and ``dtype`` (a torch dtype name) of each.
         path: the table, named by :func:`tables.cache_file`; its existing rows are not measured again.
         seconds: no kernel is started after this time.
     """
-    device = torch.device("cuda")
     os.environ |= {"IPCA_AUTOTUNE": "1", "IPCA_CACHE": str(path.parent)}
     assert tables.cache_file(device) == path
     deadline = time.monotonic() + seconds
@@ -38,7 +37,8 @@ def tune_grid(cells: Iterable[Mapping[str, Any]], path: Path, seconds: float) ->
         with set_wrap_triton_enabled(False):  # outside an op the launch would be traced, and the trace timed
             for _ in every_kernel(*shape, getattr(torch, cell["dtype"]), device):
                 if time.monotonic() > deadline:
-                    return
+                    return False
+    return True
 
 
 def every_kernel(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> Iterator[object]:
@@ -50,14 +50,14 @@ def every_kernel(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: tor
     def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=of, device=device)
 
-    x, dy, weight = random(M, K), random(M, N), random(N, K)
+    x, dy, weight, h_A = random(M, K), random(M, N), random(N, K), random(M, R)
     for S in (R, 2 * R):
         D, E = random(S, K, of=torch.float32), random(N, S, of=torch.float32)  # as in LinearPC
         if takes(x, S):
             yield few_tokens(x, weight, D, E, scaling=1.0)
         h = project(x, D)
         yield linear(x, weight, h, E, scaling=1.0)
-        g = products(dy, h[:, :R].contiguous(), E, E.dtype, scaling=1.0)[0] if fuses(dy, E, R) else project(dy, E.mT)
+        g = products(dy, h_A, E, E.dtype, scaling=1.0)[0] if fuses(dy, E, R) else project(dy, E.mT)
         yield input_grad(dy, weight, g, D)
-        yield outer(g[:, :R], x, D.dtype)
-    yield outer(h[:, :R], dy, E.dtype, transposed=True)
+        yield outer(g.narrow(1, 0, R), x, D.dtype)
+    yield outer(h_A, dy, E.dtype, transposed=True)

@@ -171,6 +171,7 @@ def test_tuning_measures_and_keeps(tmp_path, monkeypatch):
     monkeypatch.setenv("IPCA_CACHE", str(tmp_path))
     monkeypatch.setenv("IPCA_AUTOTUNE", "1")
     path = tables.cache_file(torch.device("cuda"))
-    tune_grid([{"M": 64, "N": 64, "K": 64, "rank": 8, "dtype": "bfloat16"}], path, 60)
+    cell = {"M": 64, "N": 64, "K": 64, "rank": 8, "dtype": "bfloat16"}
+    assert tune_grid([cell], path, torch.device("cuda"), 60)
     kernels = {row[0][0] for row in tables.read(path)["configs"]}
-    assert kernels == {"few_tokens", "project", "linear", "products", "outer"}
+    assert kernels == {"few_tokens", "project", "linear", "input_grad", "products", "outer"}

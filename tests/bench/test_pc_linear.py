@@ -12,8 +12,8 @@ import ipca
 from bench import checks, timing
 from bench import pc_linear as bench
 from bench import rows as bench_rows
-from bench.grid import cells_for
-from bench.providers import FORMS, Cell, Provider, Sample, active, layer_call, providers_for
+from bench.grid import Cell, cells_for
+from bench.providers import FORMS, Provider, Sample, active, layer_call, providers_for
 
 CPU = torch.device("cpu")
 CELL = Cell(24, 40, 32, rank=4, dtype="float32")
