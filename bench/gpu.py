@@ -65,12 +65,12 @@ SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 """Most of the tests' time is kernel compilation, which pytest-xdist spreads over several cores."""
 STEPS = (
     body("environment", 45),
-    Step("doctor", ("-m", "ipca", "doctor", "--json"), 75),
+    Step("doctor", ("-m", "ipca", "doctor", "--json"), 100),
     body("goal-tune", 75),
     body("goal-backends", 60),
     body("goal-cell", 60),
     body("eager", 60),
-    body("compile", 90),
+    body("compile", 75),
     body("sizes", 120),
     body("tests", 120),
     Step("extension", ("-m", "ipca._extension"), 90),
