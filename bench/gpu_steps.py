@@ -111,17 +111,14 @@ def first_launch(run: Run) -> dict[str, Any]:
 
     from ipca.kernels.project import project
 
-    compiled = [0]
-
-    def count(*_: Any, **__: Any) -> None:
-        compiled[0] += 1
-
     def kernels() -> int:
         return sum(1 for _ in Path(knobs.cache.dir).rglob("*.cubin"))
 
-    x, D = (torch.zeros(rows, goal(run).K, device=run.device) for rows in (goal(run).M, goal(run).rank))
+    cell = goal(run)
+    x = torch.zeros(cell.M, cell.K, dtype=cell.torch_dtype, device=run.device)
+    D = torch.zeros(cell.rank, cell.K, device=run.device)
     before, began = kernels(), time.perf_counter()
-    project(x.to(torch.bfloat16), D)
+    project(x, D)
     if x.is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
@@ -155,14 +152,18 @@ def measure_cells(run: Run, cells: Sequence[Cell]) -> int:
 
 
 def whole_cells(run: Run, cells: Sequence[Cell]) -> int:
-    """Tuning, backends and benchmark of one cell after the other; ends with the first that is not complete."""
-    worst = 0
+    """Tuning, backends and benchmark, cell by cell until time would run out; ends with a cell that is not complete."""
+    worst, longest = 0, 0.0
     for cell in cells:
+        began = time.monotonic()
+        if run.seconds < longest:
+            return UNFINISHED
         for part in (tune, choose_backends, measure_cells):
             code = part(run, [cell])
             if code not in (0, 1):
                 return code
             worst = max(worst, code)
+        longest = max(longest, time.monotonic() - began)
     return worst
 
 
@@ -218,11 +219,15 @@ def training(run: Run) -> int:
     """A few training steps of TinyLlama's shape: PEFT's default, ours, and ours within PEFT."""
     from bench.providers import Provider
     from bench.result_tables import training_table
-    from bench.training import BILLION, IN_PEFT, SMALL, run_training
+    from bench.training import BILLION, IN_PEFT, SMALL, providers_of, run_training
 
     settings = replace(SMALL, hidden=32, intermediate=48, layers=1, vocabulary=64, length=8, steps=2)
     settings = settings if run.dry else replace(BILLION, steps=8)
-    arms = (Provider("peft-default"), Provider("ipca-auto", "residual"), IN_PEFT)
+    arms = [
+        who
+        for who in providers_of(settings)
+        if who in (Provider("peft-default"), Provider("ipca-auto", "residual"), IN_PEFT)
+    ]
     rows = run_training(settings, run.csv("training"), run.device, run.seconds, arms)
     if not rows or int(rows[-1]["step"]) < settings.steps - 1:
         return UNFINISHED
