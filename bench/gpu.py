@@ -64,7 +64,7 @@ PYTEST = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
 SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 """Most of the tests' time is kernel compilation, which pytest-xdist spreads over several cores."""
 STEPS = (
-    body("environment", 45),
+    body("environment", 60),
     Step("doctor", ("-m", "ipca", "doctor", "--json"), 100),
     body("goal-tune", 75),
     body("goal-backends", 60),
