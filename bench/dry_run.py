@@ -43,6 +43,7 @@ def pretend() -> None:
         (tables, "tables_for", own),
         (tuning, "autotunes", lambda x: os.environ.get("IPCA_AUTOTUNE") == "1"),
         (triton.testing, "do_bench", once),
+        (triton.testing, "do_bench_cudagraph", once),
     ]
     for module, name, value in changes:
         setattr(module, name, value)
