@@ -12,7 +12,8 @@
 # make study-language         add runs to docs/results/language.md's study, for as long as the machine is free; resumes
 #                             STUDY=--how-far, --pause, --resume, "--gpu --model folder"; STUDY_THREADS=1 a runner
 # make study-page, make study-check            write, or check, the studies' pages
-# make gpu OUT=folder         on a machine with a GPU: tests, memory checker, tuning, benches; run again to resume
+# make gpu OUT=folder         on a machine with a GPU: checks, tuning, benches, tests, memory checker; run again to resume
+# make gpu-dry-run            every step of it on a CPU, at tiny shapes: no measurements
 # make study-gpu OUT=folder   on a machine with a GPU: the study with larger models; run again until it is complete
 # make kernels     compile every kernel for sm_80, sm_90 and sm_100 without a GPU, with the oldest, the tested and the newest
 #                             triton; registers, spills, shared memory; what did not change is not compiled again
@@ -41,7 +42,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) IPCA_PEFT_WHEELS=$(PEFT_WHEELS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all zoo servers check format report results study study-language study-page study-check gpu study-gpu kernels clean
+.PHONY: demo test test-slow test-all zoo servers check format report results study study-language study-page study-check gpu gpu-dry-run study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -124,6 +125,9 @@ study-check: $(READY)
 # PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT)
+
+gpu-dry-run: $(READY)
+	$(BIN)/python -m bench.gpu --dry-run --out $(OUT)/dry-run
 
 # Needs scikit-learn too, except for STUDY=G2; STUDY="G1 --seeds 2" is less. A call is killed after 520 s; the next resumes.
 STUDY_GPU = $(PYTHON) -m studies.window_position.run --gpu --out $(OUT)/study --results $(OUT)/study-results $(STUDY)

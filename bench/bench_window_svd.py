@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import ipca
-from bench.pc_linear import DEVICE_LOST, DeviceLostError
+from bench.pc_linear import DEVICE_LOST, UNFINISHED, DeviceLostError
 from bench.rows import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug, version
 from bench.svd_grid import FORCED, OURS, Cell, Task, grid, must_show, quick_grid, tasks
 from bench.svd_initialize import initializer, model_of, worst
@@ -149,8 +149,8 @@ def failure(task: Task, device: torch.device, error: Exception) -> str:
     return status
 
 
-def run_grid(cells: Iterable[Cell], path: Path, device: torch.device, seconds: float) -> None:
-    """Measure what ``path`` lacks for this device and commit, cell by cell, until the time is up."""
+def run_grid(cells: Iterable[Cell], path: Path, device: torch.device, seconds: float) -> bool:
+    """Measure what ``path`` lacks for this device and commit, until the time is up; whether nothing is left."""
     about_run = facts(device)
     done = {row_key(row) for row in same_run(read_rows(path), about_run["device"], about_run["commit"])}
     left = [(cell, wanted) for cell in cells if (wanted := [*missing(cell, device, done)])]
@@ -160,7 +160,7 @@ def run_grid(cells: Iterable[Cell], path: Path, device: torch.device, seconds: f
         began, work = time.perf_counter(), cell.m * cell.n * cell.d * len(wanted)
         if began + rate * work >= deadline:
             bar.write(f"out of time: {len(left) - bar.n} of {len(left)} cells are left for another call")
-            return
+            return False
         bar.set_postfix_str(cell.name)
         try:
             rows = bench_cell(cell, wanted, device)
@@ -175,6 +175,7 @@ def run_grid(cells: Iterable[Cell], path: Path, device: torch.device, seconds: f
         rate = max(rate, (time.perf_counter() - began) / work)
         if cell.batch > 1:
             matrix.cache_clear()  # gigabytes
+    return True
 
 
 def missing(cell: Cell, device: torch.device, done: set[tuple[str, ...]]) -> Iterator[Task]:
@@ -202,8 +203,28 @@ def warn_of_threads(device: torch.device) -> None:
         print(f"the machine is busy, its load {os.getloadavg()[0]:.1f}: wait until it is not", file=sys.stderr)
 
 
+def measure_cells(cells: Iterable[Cell], out: Path, device: torch.device, seconds: float, claims: bool = False) -> int:
+    """Run the cells into the CSV file of ``device`` in ``out``, print its tables or its ``claims``; the exit status.
+
+    1 where one of ours was wrong or anything failed, else that of :mod:`bench.pc_linear`.
+    """
+    path, about_run = out / f"window_svd_{slug(device_name(device))}.csv", facts(device)
+    try:
+        complete = run_grid(cells, path, device, seconds)
+    except DeviceLostError as error:
+        print(f"the device answers no more after {error}; call again to go on with what is left", file=sys.stderr)
+        return DEVICE_LOST
+    rows = same_run(read_rows(path), about_run["device"], about_run["commit"])
+    tables = [window_table(rows), "", initialize_table(rows), "", *against(rows)]
+    print("\n".join([*(must_show_lines(rows) if claims else tables), str(path)]))
+    bad = [row for row in rows if row["status"].startswith(("wrong", "failed"))]
+    for row in bad:
+        print(" ".join(row[name] for name in (*KEY, "status")), file=sys.stderr)
+    return 1 if bad else 0 if complete else UNFINISHED
+
+
 def main() -> int:
-    """Run the grid; 1 where one of ours was wrong or anything failed."""
+    """Run the grid; the exit status of :func:`measure_cells`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file; default bench/results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -217,25 +238,9 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     warn_of_threads(device)
-    path = args.out / f"window_svd_{slug(device_name(device))}.csv"
     cells = quick_grid() if args.quick else must_show() if args.must_show else grid(args.device)
-    try:
-        run_grid([cell for cell in cells if all(word in cell.name for word in args.only)], path, device, args.seconds)
-    except DeviceLostError as error:
-        print(f"the device answers no more after {error}; call again to go on with what is left", file=sys.stderr)
-        return DEVICE_LOST
-    about_run = facts(device)
-    rows = same_run(read_rows(path), about_run["device"], about_run["commit"])
-    lines = (
-        must_show_lines(rows)
-        if args.must_show
-        else [window_table(rows), "", initialize_table(rows), "", *against(rows)]
-    )
-    print("\n".join([*lines, str(path)]))
-    bad = [row for row in rows if row["status"].startswith(("wrong", "failed"))]
-    for row in bad:
-        print(" ".join(row[name] for name in (*KEY, "status")), file=sys.stderr)
-    return int(bool(bad))
+    wanted = [cell for cell in cells if all(word in cell.name for word in args.only)]
+    return measure_cells(wanted, args.out, device, args.seconds, claims=args.must_show)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """All checks and benchmarks that need a GPU, in one command with a time limit; interrupted runs resume.
 
     python -m bench.gpu --out DIR
+    python -m bench.gpu --dry-run --out DIR    without a GPU: every step, at tiny shapes, by Triton's interpreter
 
-Environment, CUDA extension, tests, memory checker, tuning, choice of backends, benchmarks and a summary. Each step is a
-process with its own time limit, so that one that hangs or fails does not use up the time of the others. DIR gets at
-most eight files: state.json, environment.json, log.txt, summary.txt, the tuning table and three CSV files, from which
-bench/report.py draws the figures.
+The most important figures come first: correctness, then the goal cell of the fused linear, then what varies around it,
+then the rest. Each step is a process with its own time limit, so that one that hangs or fails does not use up the time
+of the others; a step that is done is not run again, one that is not gets its time once a call. See bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -25,226 +25,227 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+DRY_RUN = "dry run"
+"""The name of the device in every row and file of a dry run."""
 SUMMARY_SECONDS = 15
 """Reserved for the summary."""
+START_SECONDS = 15
+"""Time a process needs to start and end, in addition to its ``{seconds}``."""
+AGAIN, UNFINISHED = 3, 4
+"""Exit statuses of a step: the device was lost, and a new process can resume; or time is up, and rows are left."""
+Entry = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Step:
-    """``arguments`` of the interpreter, with ``{seconds}`` and ``{out}`` filled in.
+    """``arguments`` of the interpreter, with ``{seconds}`` and ``{out}`` filled in, and its maximum time in seconds.
 
-    ``limit`` is its maximum time in seconds, ``keep`` the time it must leave for later steps. A step that ``resumes``
-    is run by every call: it determines itself what is left to do.
+    ``before`` are the words before the interpreter; without the program that they name the step is skipped.
     """
 
     name: str
     arguments: tuple[str, ...]
     limit: float
-    keep: float = 0.0
-    resumes: bool = False
     before: tuple[str, ...] = ()
 
 
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-SELF = ("-m", "bench.gpu")
-GRID, TRAINING = ("-m", "bench.pc_linear"), ("-m", "bench.training")
-WINDOWS = ("-m", "bench.bench_window_svd")
+
+
+def body(name: str, limit: float, tool: str = "") -> Step:
+    """A step of bench/gpu_steps.py, under a ``tool`` of compute-sanitizer."""
+    before = (*SANITIZER, tool) if tool else ()
+    arguments = ("-m", "bench.gpu_steps", name, "--out", "{out}", "--seconds", "{seconds}")
+    return Step(tool or name, arguments, limit, before)
+
+
+NATIVE = "tests/svd/test_inner_loops.py"
 PYTEST = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
-NATIVE_ON_GPU = (*PYTEST, "-k", "on_a_gpu", "tests/svd/test_inner_loops.py")
-ON_GPU = ("--device", "cuda", "--out", "{out}", "--seconds", "{seconds}")
 SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 """Most of the tests' time is kernel compilation, which pytest-xdist spreads over several cores."""
 STEPS = (
-    Step("environment", (*SELF, "--environment", "--out", "{out}"), 60),
-    # The CUDA extension of the window SVD: compiled for this GPU and loaded, then tested against its references.
-    Step("extension", ("-m", "ipca._extension"), 150),
-    Step("native", (*PYTEST, "tests/svd/test_inner_loops.py"), 120),
-    Step("window_svd", (*WINDOWS, *ON_GPU), 150, resumes=True),
-    Step("tests", (*PYTEST, *SIDE_BY_SIDE, "tests"), 300),
-    Step("memcheck", (*SELF, "--sanitize-case"), 60, before=(*SANITIZER, "memcheck")),
-    Step("tune", (*SELF, "--tune", "--out", "{out}", "--seconds", "{seconds}"), 100, resumes=True),
-    Step("backends", (*SELF, "--backends", "--out", "{out}", "--seconds", "{seconds}"), 75, resumes=True),
-    Step("pc_linear", (*GRID, *ON_GPU), 10_000, keep=90, resumes=True),
-    Step("training", (*TRAINING, *ON_GPU), 150, resumes=True),
-    Step("racecheck", (*SELF, "--sanitize-case"), 60, before=(*SANITIZER, "racecheck")),
-    Step("native memcheck", NATIVE_ON_GPU, 90, before=(*SANITIZER, "memcheck")),
-    Step("native racecheck", NATIVE_ON_GPU, 90, before=(*SANITIZER, "racecheck", "--kernel-regex", "kns=ipca")),
+    body("environment", 60),
+    Step("doctor", ("-m", "ipca", "doctor", "--json"), 100),
+    body("goal-tune", 75),
+    body("goal-backends", 60),
+    body("goal-cell", 60),
+    body("eager", 60),
+    body("compile", 75),
+    body("sizes", 120),
+    body("tests", 120),
+    Step("extension", ("-m", "ipca._extension"), 90),
+    Step("native", (*PYTEST, NATIVE), 60),
+    body("training", 90),
+    body("window-svd", 90),
+    body("sanitized", 60),
+    body("sanitized", 60, "memcheck"),
+    body("sanitized", 60, "racecheck"),
+    Step("native memcheck", (*PYTEST, "-k", "on_a_gpu", NATIVE), 90, (*SANITIZER, "memcheck")),
+    Step(
+        "native racecheck",
+        (*PYTEST, "-k", "on_a_gpu", NATIVE),
+        90,
+        (*SANITIZER, "racecheck", "--kernel-regex", "kns=ipca"),
+    ),
+    Step("other tests", (*PYTEST, *SIDE_BY_SIDE, "tests", "--ignore=tests/kernels", "--ignore=tests/ops"), 200),
+    body("grid", 10_000),
 )
-START_SECONDS = 15
-"""Time a process needs to start and end, in addition to its ``{seconds}``."""
-AGAIN = 3
-"""The exit status of a benchmark that lost the device and can resume in a new process."""
+DRY = {
+    "extension": ("-m", "pytest", "-p", "no:cacheprovider", "tests/csrc/test_extension.py"),
+    "native": ("-m", "pytest", "-p", "no:cacheprovider", "-k", "not on_a_gpu and not slow", NATIVE),
+    "other tests": ("-m", "pytest", "-p", "no:cacheprovider", "tests/test_window.py"),
+}
+"""Arguments in a dry run, where those of the step need a GPU."""
 
 
-def run_all(steps: tuple[Step, ...], out: Path, seconds: float) -> int:
-    """Run every unfinished step; return 1 if any has failed, now or before."""
+def steps_of(dry_run: bool) -> tuple[Step, ...]:
+    """All steps; in a dry run those of this package at a tiny scale."""
+    if not dry_run:
+        return STEPS
+    return tuple(
+        Step(
+            step.name,
+            DRY.get(step.name, (*step.arguments, *["--dry-run"] * ("bench.gpu_steps" in step.arguments))),
+            max(step.limit, 300),
+            step.before,
+        )
+        for step in STEPS
+    )
+
+
+def run_all(steps: tuple[Step, ...], out: Path, seconds: float, environment: dict[str, str] | None = None) -> int:
+    """Run every step that is not done, once; return 1 if any has failed, now or before."""
     deadline = time.monotonic() + seconds - SUMMARY_SECONDS
     state = read_state(out)
     for step in steps:
-        if state.get(step.name, {}).get("status") == "done" and not step.resumes:
+        if state.get(step.name, {}).get("status") == "done":
             continue
-        left = min(step.limit, deadline - time.monotonic() - step.keep)
-        state[step.name] = run_step(step, out, left)
-        (out / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        state[step.name] = run_step(step, out, min(step.limit, deadline - time.monotonic()), environment or {})
+        write_text(out / "state.json", json.dumps(state, indent=1))
+        summarize(out)
     return int(any(entry["status"] == "failed" for entry in state.values()))
 
 
-def read_state(out: Path) -> dict[str, dict[str, str]]:
+def read_state(out: Path) -> dict[str, Entry]:
     """The state left by earlier calls."""
     path = out / "state.json"
-    state: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
+    state: dict[str, Entry] = json.loads(path.read_text()) if path.exists() else {}
     return state
 
 
-def run_step(step: Step, out: Path, seconds: float) -> dict[str, str]:
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by ``text`` and a newline, whole or not at all."""
+    aside = path.with_suffix(".new")
+    aside.write_text(text + "\n")
+    os.replace(aside, path)
+
+
+def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> Entry:
     """Run one step with its output in log.txt; if it fails, print the end of the log."""
     if step.before and not shutil.which(step.before[0]):
-        return report(step, "skipped", f"{step.before[0]} is not on PATH")
+        return report(step, "skipped", 0.0, f"{step.before[0]} is not on PATH")
     began = time.monotonic()
     while True:
         left = seconds - (time.monotonic() - began)
         if left < START_SECONDS:
-            return report(step, "no time", "left for another call")
+            return report(step, "no time", time.monotonic() - began, "left for another call")
         fill = {"out": str(out), "seconds": str(int(left - START_SECONDS))}
         command = [*step.before, sys.executable, *(argument.format(**fill) for argument in step.arguments)]
-        code = bounded(command, out, left)
-        if code != AGAIN or not step.resumes:
+        code = bounded(command, out, left, environment)
+        if code != AGAIN:
             break
-    took = f"{time.monotonic() - began:.0f} s"
-    if code == 0:
-        return report(step, "done", took)
+    took = time.monotonic() - began
+    if code in (0, UNFINISHED):
+        return report(step, "unfinished" if code else "done", took, "the rest is left for another call" if code else "")
     print((out / "log.txt").read_text(errors="replace")[-2000:])
-    return report(step, "failed", f"stopped after {took}" if code is None else f"exit {code} after {took}")
+    return report(step, "failed", took, "out of time" if code is None else f"exit {code}")
 
 
-def report(step: Step, status: str, words: str) -> dict[str, str]:
+def report(step: Step, status: str, seconds: float, words: str) -> Entry:
     """The entry for state.json; also printed."""
-    print(f"{step.name}: {status}, {words}", flush=True)
-    return {"status": status, "words": words}
+    entry = {"status": status, "seconds": f"{seconds:.1f}", "words": words}
+    print(line(step.name, entry), flush=True)
+    return entry
 
 
-def bounded(command: list[str], out: Path, seconds: float) -> int | None:
+def line(name: str, entry: Entry) -> str:
+    """A line of the table of steps."""
+    return f"{name:<18}{entry['status']:<12}{entry['seconds']:>7} s  {entry['words']}".rstrip()
+
+
+def bounded(command: list[str], out: Path, seconds: float, environment: dict[str, str]) -> int | None:
     """The exit status; None if the command and all of its children had to be killed."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    environment |= {"PYTHONUNBUFFERED": "1", "IPCA_CACHE": str(out), "TQDM_MININTERVAL": "10"}
+    given = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    given |= {"PYTHONUNBUFFERED": "1", "IPCA_CACHE": str(out), "TQDM_MININTERVAL": "10"}
+    if (out / "triton-cache").is_dir():
+        given["TRITON_CACHE_DIR"] = str(out / "triton-cache")
     with (out / "log.txt").open("a") as log:
         log.write(f"\n===== {' '.join(command)}\n")
         log.flush()
-        options: Any = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, start_new_session=True, **options)
+        options: Any = {"cwd": ROOT, "env": given | environment, "stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, **options)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def write_environment(out: Path) -> None:
-    """Write device, driver, versions and commit to environment.json."""
-    import torch
-
-    from bench.rows import facts
-
-    found = {**facts(torch.device("cuda")), "cuda": torch.version.cuda or "", "platform": platform.platform()}
-    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
-    found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    (out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+def die_with_parent() -> None:
+    """On Linux, have the kernel kill this process when its parent is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def sanitize_case() -> None:
-    """Forward and backward of the Triton kernels at odd shapes, small enough for a memory checker."""
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # otherwise an overrun could stay within a larger cached block
-    import torch
-
-    from bench.checks import results
-    from bench.providers import FORMS, Cell, Provider, Sample, active, layer_call, trained
-
-    cells = [Cell(33, 65, 97, rank=5, dropout=0.1), Cell(1, 128, 72), Cell(130, 64, 256, rank=24, dropout=0.1)]
-    for cell in cells:
-        sample = Sample(cell, torch.device("cuda"), seed=0)
-        for provider in (Provider("ipca-triton", form) for form in FORMS):
-            parameters = trained(sample.layer(provider))
-            with active(provider):
-                found = results(layer_call(provider, sample), sample.x, sample.dy, parameters)
-            assert all(torch.isfinite(value).all() for value in found.values()), (cell, provider)
-
-
-def tune(out: Path, seconds: float) -> None:
-    """Measure the configurations for every shape of the grid, in its order, into the table that the benchmarks use."""
-    import torch
-
-    from bench.grid import cells_for
-    from bench.tune_kernels import tune_grid
-    from ipca.kernels.tables import cache_file
-
-    names = ("M", "N", "K", "rank", "dtype")
-    cells = list(dict.fromkeys(tuple(getattr(cell, name) for name in names) for cell in cells_for("cuda")))
-    device = torch.device("cuda")
-    path = out / cache_file(device).name
-    tune_grid([dict(zip(names, cell, strict=True)) for cell in cells], path, device, seconds)
-
-
-def choose_backends(out: Path, seconds: float) -> None:
-    """Time our backends against each other, so that the benchmarks have a table for the backend "auto"."""
-    import torch
-
-    from bench.backend_table import measure_backends
-    from bench.grid import cells_for
-    from ipca.kernels.tables import cache_file
-
-    cells = [cell for cell in cells_for("cuda") if not cell.compiled]
-    device = torch.device("cuda")
-    measure_backends(cells, out / cache_file(device).name, device, seconds)
-
-
-def summarize(out: Path) -> None:
-    """Print and write the tables."""
-    from bench import svd_tables
+def summarize(out: Path) -> str:
+    """The tables; also written to summary.txt."""
+    from bench import single_layer, svd_tables
     from bench.result_tables import against, compiled_lines, goal_line, latest, pc_linear_table, training_table
     from bench.rows import read_rows
 
-    lines = [f"{name}: {entry['status']}, {entry['words']}" for name, entry in read_state(out).items()]
+    lines = ["A dry run: no figure below is a measurement.", ""] if any(out.glob("*_dry-run.csv")) else []
+    lines += [line(name, entry) for name, entry in read_state(out).items()]
+    for path in out.glob("pc_linear_*.csv"):
+        rows = latest(read_rows(path))
+        lines += ["", goal_line(rows), "", pc_linear_table(rows), "", *against(rows), *compiled_lines(rows)]
+    for path in out.glob("single_layer_*.csv"):
+        lines += ["", *single_layer.table(latest(read_rows(path)))]
+    for path in out.glob("training_*.csv"):
+        lines += ["", training_table(read_rows(path))]
     for path in out.glob("window_svd_*.csv"):
         rows = latest(read_rows(path))
         lines += ["", svd_tables.window_table(rows), "", *svd_tables.against(rows)]
-    for path in out.glob("training_*.csv"):
-        lines += ["", training_table(read_rows(path))]
-    for path in out.glob("pc_linear_*.csv"):
-        rows = latest(read_rows(path))
-        lines += ["", pc_linear_table(rows), "", *against(rows), *compiled_lines(rows), "", goal_line(rows)]
     text = "\n".join(lines)
-    (out / "summary.txt").write_text(text + "\n")
-    print(f"\n{text}")
+    write_text(out / "summary.txt", text)
+    return text
 
 
 def main() -> int:
-    """Run all steps, or a single one."""
+    """Run all steps; return 1 if any has failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results (default: gpu-out)")
-    parser.add_argument("--seconds", type=float, default=520, help="limit for all steps together (default: 520)")
-    for name in ("environment", "sanitize-case", "tune", "backends"):
-        parser.add_argument(f"--{name}", action="store_true", help="run only this step, in this process")
+    parser.add_argument("--seconds", type=float, help="limit for all steps together (default: 520; none for a dry run)")
+    parser.add_argument("--dry-run", action="store_true", help="every step, tiny and without a GPU; no measurements")
     args = parser.parse_args()
+    import torch
+
+    if not args.dry_run and not torch.cuda.is_available():
+        sys.exit("bench.gpu needs a CUDA device, and torch sees none here; --dry-run needs none.")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if args.environment:
-        write_environment(out)
-    elif args.sanitize_case:
-        sanitize_case()
-    elif args.tune:
-        tune(out, args.seconds)
-    elif args.backends:
-        choose_backends(out, args.seconds)
-    else:
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit("bench.gpu needs a CUDA device, and torch sees none here.")
-        failed = run_all(STEPS, out, args.seconds)
-        summarize(out)
-        return failed
-    return 0
+    found = out / "environment.json"
+    if found.exists() and ((device := json.loads(found.read_text())["device"]) == DRY_RUN) != args.dry_run:
+        sys.exit(f"{out} holds the results of {device}; name another folder with --out.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    seconds = args.seconds or (float("inf") if args.dry_run else 520)
+    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if args.dry_run else {}
+    try:
+        return run_all(steps_of(args.dry_run), out, seconds, environment)
+    finally:
+        print(f"\n{summarize(out)}")
 
 
 if __name__ == "__main__":

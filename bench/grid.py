@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from bench.providers import Cell
+import torch
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 """``N, K`` of GPU cells: attention and both feed-forward layers of LLaMA-2-7B, the wider one of LLaMA-3-8B."""
@@ -14,6 +14,25 @@ DROPOUT = 0.05
 
 CellShape = tuple[int, tuple[int, int], int, float]
 """``M, (N, K), rank, dropout``."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem: ``x (M, K)``, ``weight (N, K)``. ``compiled``: its rows are those of torch.compile."""
+
+    M: int
+    N: int
+    K: int
+    rank: int = 16
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+    compiled: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
 
 def cells_for(device: str) -> list[Cell]:

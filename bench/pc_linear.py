@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.checks import check, truth_of
-from bench.grid import cells_for
-from bench.providers import ARMS, FORMS, Cell, Provider, Sample, active, layer_call, providers_for, trained
+from bench.grid import Cell, cells_for
+from bench.providers import ARMS, FORMS, Provider, Sample, active, layer_call, providers_for, trained
 from bench.result_tables import pc_linear_table
 from bench.rows import FACTS, RESULTS, Row, append_rows, device_name, facts, read_rows, same_run, slug
 from bench.timing import Call, Timing, measure, peak_mib, rotation, runner, saved_mib, side_stream, synchronize
@@ -46,8 +46,8 @@ COLUMNS = (
 SECONDS = {"cuda": 1.0, "cpu": 3.0}
 """Time for the rounds of one mode of one cell."""
 EXPECTED_FLOPS = 6e14  # of a GPU, to estimate how many short calls fit into one replay
-DEVICE_LOST = 3
-"""Exit status after which another call resumes with the next cell."""
+DEVICE_LOST, UNFINISHED = 3, 4
+"""Exit statuses after which another call resumes: with the next cell, or with those that time did not allow."""
 SMALL = Cell(64, 256, 256, dtype="float32")
 """The cell that pytest-benchmark runs."""
 
@@ -191,8 +191,10 @@ def failure(provider: Provider, device: torch.device, error: Exception) -> str:
     return status
 
 
-def run_grid(cells: Iterable[Cell], path: Path, device: torch.device, seconds: float, **options: Any) -> None:
-    """Measure every cell that ``path`` lacks for this device and commit, until time runs out."""
+def run_grid(
+    cells: Iterable[Cell], path: Path, device: torch.device, seconds: float, rounds: float | None = None
+) -> bool:
+    """Measure every cell that ``path`` lacks for this device and commit, until time runs out; whether all are there."""
     about_run = facts(device)
     done = {cell_key(row) for row in same_run(read_rows(path), about_run["device"], about_run["commit"])}
     left = [cell for cell in cells if cell_key(vars(cell)) not in done]
@@ -203,16 +205,17 @@ def run_grid(cells: Iterable[Cell], path: Path, device: torch.device, seconds: f
         began = time.perf_counter()
         if began + longest[cell.compiled] >= deadline:
             bar.write(f"out of time: {len(left) - bar.n} of {len(left)} cells are left for another call")
-            return
+            return False
         bar.set_postfix_str(f"M={cell.M} {cell.N}x{cell.K} r={cell.rank}")
         try:
-            rows = bench_cell(cell, device, **options)
+            rows = bench_cell(cell, device, rounds)
         except DeviceLostError as error:
             row = new_row(cell, "full", *error.args) | {"compiled": int(cell.compiled)} | about_run
             append_rows(path, [row], COLUMNS)
             raise
         append_rows(path, [row | about_run for row in rows], COLUMNS)
         longest[cell.compiled] = max(longest[cell.compiled], time.perf_counter() - began)
+    return True
 
 
 def cell_key(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -245,8 +248,29 @@ def test_full(benchmark: Any, provider: Provider) -> None:
         benchmark(call_of("full", provider, sample))
 
 
+def measure_cells(cells: Sequence[Cell], out: Path, device: torch.device, seconds: float, **options: Any) -> int:
+    """Run the cells into the CSV file of ``device`` in ``out`` and print them; the exit status.
+
+    1 if a provider was wrong or failed, :data:`DEVICE_LOST`, or :data:`UNFINISHED`.
+    """
+    path, about_run = out / f"pc_linear_{slug(device_name(device))}.csv", facts(device)
+    try:
+        with side_stream(device):
+            complete = run_grid(cells, path, device, seconds, **options)
+    except DeviceLostError as error:
+        print(f"the device no longer responds after {error}; call again to resume with the next cell", file=sys.stderr)
+        return DEVICE_LOST
+    of = {cell_key(vars(cell)) for cell in cells}
+    rows = [row for row in same_run(read_rows(path), about_run["device"], about_run["commit"]) if cell_key(row) in of]
+    print(f"{pc_linear_table(rows)}\n{path}")
+    bad = [row for row in rows if row["status"].startswith(("wrong", "failed"))]
+    for row in bad:
+        print(" ".join(row[name] for name in ("mode", "M", "N", "K", "provider", "form", "status")), file=sys.stderr)
+    return 1 if bad else 0 if complete else UNFINISHED
+
+
 def main() -> int:
-    """Run the grid; return 1 if a provider was wrong or failed."""
+    """Run the grid; the exit status of :func:`measure_cells`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file (default: bench/results)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -254,21 +278,7 @@ def main() -> int:
         "--seconds", type=float, default=float("inf"), help="stop before the first cell that would exceed this"
     )
     args = parser.parse_args()
-    device = torch.device(args.device)
-    path = args.out / f"pc_linear_{slug(device_name(device))}.csv"
-    try:
-        with side_stream(device):
-            run_grid(cells_for(args.device), path, device, args.seconds)
-    except DeviceLostError as error:
-        print(f"the device no longer responds after {error}; call again to resume with the next cell", file=sys.stderr)
-        return DEVICE_LOST
-    about_run = facts(device)
-    rows = same_run(read_rows(path), about_run["device"], about_run["commit"])
-    print(f"{pc_linear_table(rows)}\n{path}")
-    bad = [row for row in rows if row["status"].startswith(("wrong", "failed"))]
-    for row in bad:
-        print(" ".join(row[name] for name in ("mode", "M", "N", "K", "provider", "form", "status")), file=sys.stderr)
-    return int(bool(bad))
+    return measure_cells(cells_for(args.device), args.out, torch.device(args.device), args.seconds)
 
 
 if __name__ == "__main__":

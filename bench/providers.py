@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import ipca
+from bench.grid import Cell
 from ipca._hashing import tensor_sha256
 from ipca.nn import InitialFactors, LinearPC
 from ipca.nn.initialization import certify_init, default_adapter_dtype
@@ -29,25 +30,6 @@ ARMS = ("bf16", "autocast", "default")
 """The arms of PEFT."""
 
 Layer = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One problem: ``x (M, K)``, ``weight (N, K)``. ``compiled``: its rows are those of torch.compile."""
-
-    M: int
-    N: int
-    K: int
-    rank: int = 16
-    dropout: float = 0.0
-    dtype: str = "bfloat16"
-    compiled: bool = False
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
 
 
 @dataclass(frozen=True)
@@ -219,7 +201,7 @@ def layer_call(provider: Provider, sample: Sample) -> Layer:
         return call
 
     def autocast(x: Tensor) -> Tensor:
-        with torch.autocast(sample.device.type, torch.bfloat16):
+        with torch.autocast(sample.device.type, sample.cell.torch_dtype):
             return call(x)
 
     return autocast

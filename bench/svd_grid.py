@@ -7,6 +7,7 @@ tall one, and three windows of the other spectra; at 4096 three windows of one m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.svd_matrices import MINILM
@@ -115,13 +116,19 @@ def cpu_grid() -> list[Cell]:
     return cells
 
 
+def stacks(d: int = 4096, rank: int = 64, batches: Sequence[int] = (1, 8, 32)) -> list[Cell]:
+    """One window of a square matrix and of stacks of it, by ours and the yardstick: what a model's layers cost."""
+    one = Cell(d, d, "outliers", rank, ("middle",), rounds=1, only=(OURS, YARDSTICK))
+    return [replace(one, batch=batch) for batch in batches]
+
+
 def gpu_grid() -> list[Cell]:
     """Three shapes of LLaMA models, single and in stacks of 32, and all the projections of LLaMA-2-7B."""
     shapes = ((4096, 4096), (11008, 4096), (14336, 4096))
     single = [Cell(m, n, "outliers", 64, NAMED, rounds=2) for m, n in shapes]
-    stacks = [replace(cell, batch=32, rounds=1) for cell in single]
+    many = [replace(cell, batch=32, rounds=1) for cell in single]
     llama = [Cell(m, n, "outliers", 64, ("middle",), "llama-2-7b", count, rounds=1) for m, n, count in LLAMA]
-    return [single[0], stacks[0], *llama, *single[1:], *stacks[1:]]
+    return [single[0], many[0], *llama, *single[1:], *many[1:]]
 
 
 def quick_grid() -> list[Cell]:

@@ -222,15 +222,17 @@ def row_of(run: Run, first: Run, number: int, seconds: float, settings: Settings
     }
 
 
-def run_training(settings: Settings, path: Path, device: torch.device, seconds: float) -> list[dict[str, str]]:
-    """Train every provider and overwrite ``path``, unless it holds a complete run of this device and commit."""
+def run_training(
+    settings: Settings, path: Path, device: torch.device, seconds: float, who: Sequence[Provider] = ()
+) -> list[dict[str, str]]:
+    """Train ``who``, by default all, and overwrite ``path``, unless it has a complete run of this device and commit."""
     deadline = time.perf_counter() + seconds
     about_run = facts(device)
     found = same_run(read_rows(path), about_run["device"], about_run["commit"])
     if found and int(found[-1]["step"]) == settings.steps - 1:
         return found
     path.unlink(missing_ok=True)
-    runs = [build(provider, settings, device) for provider in providers_of(settings)]
+    runs = [build(provider, settings, device) for provider in who or providers_of(settings)]
     for rows in steps(runs, settings, device, deadline):
         append_rows(path, [row | about_run for row in rows], COLUMNS)
     return read_rows(path)

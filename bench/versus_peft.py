@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from bench.pc_linear import COLUMNS, bench_modes
-from bench.providers import IN_PEFT, Cell, Provider
+from bench.grid import Cell
+from bench.providers import IN_PEFT, Provider
 from bench.result_tables import versus_peft_table
 from bench.rows import RESULTS, append_rows, facts, read_rows, same_run
 

@@ -12,8 +12,8 @@ import ipca
 from bench import checks, timing
 from bench import pc_linear as bench
 from bench import rows as bench_rows
-from bench.grid import cells_for
-from bench.providers import FORMS, Cell, Provider, Sample, active, layer_call, providers_for
+from bench.grid import Cell, cells_for
+from bench.providers import FORMS, Provider, Sample, active, layer_call, providers_for
 
 CPU = torch.device("cpu")
 CELL = Cell(24, 40, 32, rank=4, dtype="float32")
@@ -163,7 +163,7 @@ def grid_of(monkeypatch, count, seconds=0.0):
     """``count`` cells, and the list of those that are measured, each in ``seconds`` and one row."""
     measured = []
 
-    def one_row(cell, device):
+    def one_row(cell, device, rounds):
         measured.append(cell)
         time.sleep(seconds)
         return [bench.new_row(cell, "full", PEFT, "ok")]
@@ -175,8 +175,8 @@ def grid_of(monkeypatch, count, seconds=0.0):
 def test_a_second_call_measures_what_is_missing(monkeypatch, tmp_path):
     cells, measured = grid_of(monkeypatch, 3)
     path = tmp_path / "new" / "rows.csv"
-    bench.run_grid(cells[:2], path, CPU, seconds=60)
-    bench.run_grid(cells, path, CPU, seconds=60)
+    assert bench.run_grid(cells[:2], path, CPU, seconds=60)
+    assert bench.run_grid(cells, path, CPU, seconds=60)
     assert measured == cells
     rows = bench_rows.read_rows(path)
     assert [row["M"] for row in rows] == ["8", "16", "24"]
@@ -203,10 +203,17 @@ def test_cells_with_and_without_compilation_are_not_taken_for_each_other(monkeyp
 
 def test_the_deadline_stops_before_a_cell_that_would_pass_it(monkeypatch, tmp_path):
     cells, measured = grid_of(monkeypatch, 3, seconds=0.2)
-    bench.run_grid(cells, tmp_path / "rows.csv", CPU, seconds=0)
+    assert not bench.run_grid(cells, tmp_path / "rows.csv", CPU, seconds=0)
     assert measured == []
-    bench.run_grid(cells, tmp_path / "rows.csv", CPU, seconds=0.3)
+    assert not bench.run_grid(cells, tmp_path / "rows.csv", CPU, seconds=0.3)
     assert measured == cells[:1]
+
+
+def test_the_exit_status_says_that_cells_are_left(monkeypatch, tmp_path):
+    cells, measured = grid_of(monkeypatch, 2)
+    assert bench.measure_cells(cells, tmp_path, CPU, 0) == bench.UNFINISHED
+    assert bench.measure_cells(cells, tmp_path, CPU, 60) == 0
+    assert measured == cells
 
 
 def test_a_lost_device_is_recorded_and_the_next_call_goes_on(monkeypatch, tmp_path):
