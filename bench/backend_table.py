@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ipca.device import tune
 from ipca.kernels import tables
-from ipca.ops import tune
 
 SECONDS = 0.02
 """Time for the repetitions of one backend."""

@@ -217,9 +217,9 @@ def run_tests(run: Run, file: str, path: Path) -> int:
 
 def training(run: Run) -> int:
     """A few training steps of TinyLlama's shape: PEFT's default, ours, and ours within PEFT."""
-    from bench.providers import Provider
+    from bench.providers import IN_PEFT, Provider
     from bench.result_tables import training_table
-    from bench.training import BILLION, IN_PEFT, SMALL, providers_of, run_training
+    from bench.training import BILLION, SMALL, providers_of, run_training
 
     settings = replace(SMALL, hidden=32, intermediate=48, layers=1, vocabulary=64, length=8, steps=2)
     settings = settings if run.dry else replace(BILLION, steps=8)

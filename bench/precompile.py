@@ -84,7 +84,7 @@ def precompile(cells: Sequence[Cell], arch: int, multiprocessors: int) -> int:
     """Compile the kernels of the cells into Triton's cache; their number."""
     import torch
 
-    from ipca.ops.tune import every_kernel
+    from ipca.device.tune import every_kernel
     from ipca.kernels import tuning
 
     hashes: set[str] = set()

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ipca.device.tune import Cell, measure_configs
 from ipca.kernels import tables
-from ipca.ops.tune import Cell, measure_configs
 
 
 def tune_grid(cells: Iterable[Mapping[str, Any]], path: Path, device: torch.device, seconds: float) -> bool:

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.pc_linear import COLUMNS, bench_modes
 from bench.grid import Cell
+from bench.pc_linear import COLUMNS, bench_modes
 from bench.providers import IN_PEFT, Provider
 from bench.result_tables import versus_peft_table
 from bench.rows import RESULTS, append_rows, facts, read_rows, same_run

@@ -150,8 +150,18 @@ def driver_version() -> str:
     return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
+_forgotten = 0
+
+
+def readings() -> int:
+    """A number that another reading of the tables raises, for what is derived from them."""
+    return _forgotten
+
+
 def forget() -> None:
     """Read the tables anew at the next look-up."""
+    global _forgotten
+    _forgotten += 1
     for known in (_tables_for, nearest, checked):
         known.cache_clear()
 

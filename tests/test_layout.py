@@ -18,6 +18,7 @@ LEVELS = {
     **dict.fromkeys(("window", "_hashing", "_extension", "_C", "kernels"), 0),
     **dict.fromkeys(("_atomic", "_dtensor"), 0.5),
     **dict.fromkeys(("svd", "ops"), 1),
+    "device": 2,
     "nn": 2,
     "model": 4,
     "io": 5,

@@ -162,7 +162,7 @@ def check_kernels(gpu: Record, *, progress: bool) -> Record:
     if version("triton") is None:
         return {**record, "skipped": "triton is not installed"}
     try:
-        from ipca.ops import check_cases, self_check
+        from ipca.device import check_cases, self_check
     except ImportError as error:
         return {**record, "faults": {"triton": f"it cannot be imported: {error}"}}
     check_writable(default_cache_folder())

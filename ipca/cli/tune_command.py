@@ -19,7 +19,7 @@ from ipca.nn.layer_kinds import LINEAR, is_quantized
 from ipca.ops.backend import BACKENDS, LinearShape, choose
 
 if TYPE_CHECKING:
-    from ipca.ops.tune import Cell
+    from ipca.device.tune import Cell
 
 Record = dict[str, Any]
 Shapes = Counter[tuple[int, int]]
@@ -34,7 +34,7 @@ def tune(args: argparse.Namespace) -> tuple[Record, str]:
         )
     if importlib.util.find_spec("triton") is None:
         raise ImportError("ipca tune measures Triton's kernels; run: pip install triton")
-    from ipca.ops import tune as measurement
+    from ipca.device import tune as measurement
 
     device = torch.device("cuda", torch.cuda.current_device())
     shapes, dtype = Counter(args.shapes), "bfloat16"
@@ -82,7 +82,7 @@ def model_shapes(folder: Path, model_class: str | None, rank: int) -> tuple[Shap
 
 def _row(cell: Cell, form: str, mode: str, device: torch.device) -> Record:
     """What was measured at a cell, and what ``"auto"`` takes there."""
-    from ipca.ops.tune import MODES, known
+    from ipca.device.tune import MODES, known
 
     M, N, K, R, dtype, dropout = cell
     shape = LinearShape(device, getattr(torch, dtype), M, N, K, R, form == "intact", dropout > 0, MODES[mode])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ def choose(name: str, shape: LinearShape) -> BackendChoice:
         RuntimeError: a backend set by name cannot run.
     """
     if name == "auto":
-        return _measured_best(shape)
+        return _on_cuda(shape) if shape.device.type == "cuda" else _off_cuda(shape)
     why_not = unsupported_reason(name, shape)
     if why_not:
         raise RuntimeError(f"backend {name!r} cannot run {shape}: {why_not}. Call ipca.set_backend('auto').")
@@ -132,18 +132,25 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _measured_best(shape: LinearShape) -> BackendChoice:
-    """The fastest backend at the nearest measured shape."""
-    if shape.device.type != "cuda":
-        return _off_cuda(shape)
+def _on_cuda(shape: LinearShape) -> BackendChoice:
+    """The fastest backend at the nearest measured shape, found once for each power of two of ``M``."""
+    from ipca.kernels import configs, tables, tuning
+
+    arithmetic = configs.arithmetic_of(shape.dtype.itemsize)
+    return _measured_best(shape._replace(M=tuning.bucket(shape.M)), arithmetic, tables.readings())
+
+
+@lru_cache(maxsize=4096)
+def _measured_best(shape: LinearShape, arithmetic: str, readings: int) -> BackendChoice:
+    """By the tables as they were at the last of so many ``readings``."""
     if shape.dtype == torch.float64:
         return BackendChoice("reference", False, "the kernels have no float64")
-    why_not = unsupported_reason("triton", shape) or _unchecked_reason(shape)
+    why_not = unsupported_reason("triton", shape) or _unchecked_reason(shape.device, arithmetic)
     if why_not:
         return BackendChoice("addmm", False, why_not)
-    from ipca.kernels import tables, tuning
+    from ipca.kernels import tables
 
-    sizes = (tuning.bucket(shape.M), shape.N, shape.K, shape.R)
+    sizes = (shape.M, shape.N, shape.K, shape.R)
     of = (str(shape.dtype).removeprefix("torch."), shape.frozen, shape.dropout, shape.training)
     row = tables.nearest("backends", of, sizes, shape.device)
     if row is None:
@@ -162,21 +169,20 @@ def _measured_best(shape: LinearShape) -> BackendChoice:
     return BackendChoice(best, best != "reference", f"measured at (M, N, K, R) = {row.shape} in {row.source}: {others}")
 
 
-def _unchecked_reason(shape: LinearShape) -> str:
+def _unchecked_reason(where: torch.device, kind: str) -> str:
     """The reason why ``"auto"`` leaves Triton's kernels aside on this device, or an empty text; warns of it once."""
-    from ipca.kernels import configs, tables
+    from ipca.kernels import tables
 
-    kind = configs.arithmetic_of(shape.dtype.itemsize)
-    fault = tables.checked(shape.device).get(kind)
+    fault = tables.checked(where).get(kind)
     if fault == "":
         return ""
-    device = torch.cuda.get_device_name(shape.device)
+    device = torch.cuda.get_device_name(where)
     if fault is None:
         reason = f"Triton's {kind} kernels are not checked on {device} with these versions; run `ipca doctor`"
     else:
         reason = f"`ipca doctor` found a fault in Triton's {kind} kernels on {device}: {fault}"
-    if shape.device not in _warned:
-        _warned.add(shape.device)
+    if where not in _warned:
+        _warned.add(where)
         warnings.warn(f"PyTorch's products run instead of fused kernels: {reason}.", RuntimeWarning, stacklevel=2)
     return reason
 

@@ -18,8 +18,8 @@ from bench import backend_table, gpu, pc_linear
 from bench.grid import Cell
 from bench.providers import Provider, Sample
 from bench.rows import read_rows
+from ipca.device import check_cases, self_check
 from ipca.kernels import tables
-from ipca.ops import check_cases, self_check
 
 
 def python(code, **options):

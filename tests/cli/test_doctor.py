@@ -13,8 +13,8 @@ import torch
 import ipca
 from ipca.cli import doctor_checks, doctor_command
 from ipca.cli.main import main
+from ipca.device import check_cases, self_check
 from ipca.kernels import tables
-from ipca.ops import check_cases, self_check
 from tests.helpers.pretend_cuda import DEVICE, NAME, pretend_cuda
 
 CPU = torch.device("cpu")
@@ -183,8 +183,8 @@ def test_an_old_gpu_is_skipped(gpu, capsys, monkeypatch):
 
 @pytest.mark.usefixtures("quick", "gpu")
 def test_a_broken_triton_is_a_fault(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipca.ops.self_check", None)
-    monkeypatch.delattr(ipca.ops, "self_check")
+    monkeypatch.setitem(sys.modules, "ipca.device.self_check", None)
+    monkeypatch.delattr(ipca.device, "self_check")
     assert "FAILED          triton: it cannot be imported: " in doctor(capsys, status=1)
 
 

@@ -7,9 +7,10 @@ import torch
 
 from ipca.cli.main import main
 from ipca.cli.tune_command import model_shapes
+from ipca.device import check_cases, self_check
+from ipca.device import tune as measurement
 from ipca.kernels import tables, tuning
-from ipca.ops import backend, check_cases, self_check
-from ipca.ops import tune as measurement
+from ipca.ops import backend
 from tests.helpers.pretend_cuda import DEVICE, NAME, pretend_cuda, without_kernels
 
 SHAPE = ("--shapes", "512x256", "--tokens", "300", "--quiet")

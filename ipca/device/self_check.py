@@ -22,9 +22,9 @@ from torch._library.triton import set_wrap_triton_enabled
 from tqdm import tqdm
 from triton import AsyncCompileMode
 
+from ipca.device.check_cases import Case, draw, run_kernel, run_pytorch
 from ipca.kernels import tables
 from ipca.kernels.launch import compile_only
-from ipca.ops.check_cases import Case, draw, run_kernel, run_pytorch
 
 ALLOWANCE = {"16-bit": 2.0**-21, "tf32": 2.0**-9, "float32": 2.0**-21}
 """Root mean square error, relative to that of the result, that is always allowed."""

@@ -10,9 +10,10 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 import ipca
+from ipca.device import check_cases, self_check
 from ipca.kernels import tables, tuning
 from ipca.kernels.configs import CONFIGS, fitting
-from ipca.ops import backend, check_cases, cuda, pc_linear, self_check
+from ipca.ops import backend, cuda, pc_linear
 from tests.helpers.kernel_inputs import DEVICE
 from tests.helpers.pretend_cuda import DEVICE as PRETENDED
 from tests.helpers.pretend_cuda import NAME, pretend_cuda, without_kernels
