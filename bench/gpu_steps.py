@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # a step imports what it needs: a process starts in a second 
     import torch
 
     from bench.grid import Cell
+    from ipca.device import tune
 
 TEST_COLUMNS = ("file", "status", "seconds", "words", "commit")
 WORKERS = 4
@@ -53,13 +54,6 @@ class Run:
     def seconds(self) -> float:
         """What is left."""
         return self.deadline - time.monotonic()
-
-    @property
-    def table(self) -> Path:
-        """The tuning table, which the backend ``"auto"`` reads."""
-        from ipca.kernels.tables import cache_file
-
-        return self.out / cache_file(self.device).name
 
     def csv(self, name: str) -> Path:
         from bench.rows import device_name, slug
@@ -125,23 +119,26 @@ def first_launch(run: Run) -> dict[str, Any]:
     return {"first_launch_s": round(seconds, 3), "kernels_in_cache": before, "kernels_compiled": kernels() - before}
 
 
-def tune(run: Run, cells: Sequence[Cell]) -> int:
-    """Measure the kernels' configurations into the table."""
-    from bench.tune_kernels import tune_grid
+def problems(cells: Sequence[Cell]) -> list[tune.Cell]:
+    """The cells as the measurement of tables takes them."""
+    from ipca.device.tune import Cell
 
-    names = ("M", "N", "K", "rank", "dtype")
-    wanted = list(dict.fromkeys(tuple(getattr(cell, name) for name in names) for cell in cells))
-    shapes = [dict(zip(names, cell, strict=True)) for cell in wanted]
-    return 0 if tune_grid(shapes, run.table, run.device, run.seconds) else UNFINISHED
+    found = [Cell(cell.M, cell.N, cell.K, cell.rank, cell.dtype, cell.dropout) for cell in cells]
+    return list(dict.fromkeys(found))
+
+
+def configurations(run: Run, cells: Sequence[Cell]) -> int:
+    """Measure the kernels' configurations into the table."""
+    from ipca.device.tune import measure_configs
+
+    return 0 if measure_configs(problems(cells), run.device, seconds=run.seconds) else UNFINISHED
 
 
 def choose_backends(run: Run, cells: Sequence[Cell]) -> int:
     """Time our backends against each other, which is the table of the backend ``"auto"``."""
-    from bench.backend_table import SECONDS, measure_backends
+    from ipca.device.tune import measure_backends
 
-    rounds = 0.01 if run.dry else SECONDS
-    eager = [cell for cell in cells if not cell.compiled]
-    return 0 if measure_backends(eager, run.table, run.device, run.seconds, rounds) else UNFINISHED
+    return 0 if measure_backends(problems(cells), run.device, seconds=run.seconds) else UNFINISHED
 
 
 def measure_cells(run: Run, cells: Sequence[Cell]) -> int:
@@ -158,7 +155,7 @@ def whole_cells(run: Run, cells: Sequence[Cell]) -> int:
         began = time.monotonic()
         if run.seconds < longest:
             return UNFINISHED
-        for part in (tune, choose_backends, measure_cells):
+        for part in (configurations, choose_backends, measure_cells):
             code = part(run, [cell])
             if code not in (0, 1):
                 return code
@@ -278,7 +275,7 @@ def rest(run: Run) -> int:
 
 BODIES: dict[str, Callable[[Run], int]] = {
     "environment": environment,
-    "goal-tune": lambda run: tune(run, [goal(run)]),
+    "goal-tune": lambda run: configurations(run, [goal(run)]),
     "goal-backends": lambda run: choose_backends(run, [goal(run)]),
     "goal-cell": lambda run: measure_cells(run, [goal(run)]),
     "eager": eager,
@@ -300,6 +297,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, by Triton's interpreter")
     args = parser.parse_args()
+    os.environ["IPCA_CACHE"] = str(args.out.resolve())  # the tables
     if args.dry_run:
         from bench.dry_run import pretend
 

@@ -1,11 +1,12 @@
 """A Triton cache for the first run on a GPU, compiled without one.
 
-    python -m bench.precompile --out DIR [--arch 90] [--multiprocessors 132] [--ranks 16 ...] [--triton FOLDER]
+    python -m bench.precompile --out DIR [--ranks 16 ...] [--checks] [--arch 90 --multiprocessors 132] [--triton FOLDER]
 
-Compiles every kernel of the goal cell in every configuration that fits the GPU, for both forms, as tune_kernels.py and
-the layer launch them. On the GPU, bench/gpu.py takes DIR where it lies as ``triton-cache`` in its own ``--out``;
-elsewhere set TRITON_CACHE_DIR. A launch finds a kernel there only if these are the same: kernel sources, architecture,
-number of multiprocessors, and the very files of triton, which differ between its versions and those of Python.
+Compiles every kernel of the goal cell in every configuration that fits the GPU, for both forms, as ``ipca tune`` and
+the layer launch them, and those of ``ipca doctor``. On the GPU, bench/gpu.py takes DIR where it lies as
+``triton-cache`` in its own ``--out``; elsewhere set TRITON_CACHE_DIR. A launch finds a kernel there only if these are
+the same: kernel sources, architecture, number of multiprocessors, and the very files of triton, which differ between
+its versions and those of Python.
 """
 
 from __future__ import annotations
@@ -80,14 +81,16 @@ def pretended_gpu(arch: int, multiprocessors: int, launch: Callable[..., object]
         yield
 
 
-def precompile(cells: Sequence[Cell], arch: int, multiprocessors: int) -> int:
-    """Compile the kernels of the cells into Triton's cache; their number."""
+def precompile(cells: Sequence[Cell], arch: int, multiprocessors: int, *, checks: bool) -> int:
+    """Compile the kernels of the cells, and of ``ipca doctor`` if ``checks``, into Triton's cache; their number."""
     import torch
+    from tqdm import tqdm
 
-    from ipca.device.tune import every_kernel
+    from ipca.device import check_cases, self_check, tune
     from ipca.kernels import tuning
 
     hashes: set[str] = set()
+    device = torch.device("cuda", 0)
 
     def compiled(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
         hashes.add(kernel.warmup(*args, grid=grid, **options).hash)
@@ -98,12 +101,12 @@ def precompile(cells: Sequence[Cell], arch: int, multiprocessors: int) -> int:
                 rerun()
         return tuning.look_up(fit, of, shape, device)
 
-    os.environ["IPCA_AUTOTUNE"] = "1"
     with pretended_gpu(arch, multiprocessors, compiled), patch.object(tuning, "measure", every_one):
-        for cell in cells:
-            shape = (cell.M, cell.N, cell.K, cell.rank)
-            for _ in every_kernel(*shape, cell.torch_dtype, torch.device("cuda", 0)):
-                print(f"rank {cell.rank}: {len(hashes)} kernels", flush=True)
+        shapes = [tune.Cell(cell.M, cell.N, cell.K, cell.rank, cell.dtype) for cell in cells]
+        tune.measure_configs(shapes, device)
+        for case in tqdm(check_cases.cases(device) if checks else [], desc="Checks", unit="case"):
+            with self_check._multiplying(case.arithmetic):
+                check_cases.run_kernel(case, check_cases.draw(case, device))
     return len(hashes)
 
 
@@ -111,6 +114,7 @@ def main() -> int:
     """Compile, and print the number of kernels, seconds and size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the cache's folder")
+    parser.add_argument("--checks", action="store_true", help="the kernels of ipca doctor, too")
     parser.add_argument("--arch", type=int, choices=MULTIPROCESSORS, default=90, help="architecture (default: 90)")
     parser.add_argument("--multiprocessors", type=int, help="of the GPU (default: the largest of its architecture)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16], help="(default: 16)")
@@ -126,7 +130,7 @@ def main() -> int:
     from bench.grid import cells_for
 
     cells = [replace(cells_for("cuda")[0], rank=rank) for rank in args.ranks]
-    count = precompile(cells, args.arch, args.multiprocessors or MULTIPROCESSORS[args.arch])
+    count = precompile(cells, args.arch, args.multiprocessors or MULTIPROCESSORS[args.arch], checks=args.checks)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     python = ".".join(map(str, sys.version_info[:2]))
     print(

@@ -164,14 +164,13 @@ def test_autocast_gives_the_dtype_of_a_linear_layer():
 
 
 def test_tuning_measures_and_keeps(tmp_path, monkeypatch):
-    from bench.tune_kernels import tune_grid
+    from ipca.device.tune import Cell, measure_configs
     from ipca.kernels import tables, tuning
 
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setenv("IPCA_CACHE", str(tmp_path))
     monkeypatch.setenv("IPCA_AUTOTUNE", "1")
     path = tables.cache_file(torch.device("cuda"))
-    cell = {"M": 64, "N": 64, "K": 64, "rank": 8, "dtype": "bfloat16"}
-    assert tune_grid([cell], path, torch.device("cuda"), 60)
+    assert measure_configs([Cell(64, 64, 64, 8)], torch.device("cuda"), seconds=60)
     kernels = {row[0][0] for row in tables.read(path)["configs"]}
     assert kernels == {"few_tokens", "project", "linear", "input_grad", "products", "outer"}

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import ipca
-from bench import backend_table, gpu, pc_linear
+from bench import gpu, pc_linear
 from bench.grid import Cell
 from bench.providers import Provider, Sample
 from bench.rows import read_rows
-from ipca.device import check_cases, self_check
+from ipca.device import check_cases, self_check, tune
 from ipca.kernels import tables
 
 
@@ -211,7 +211,8 @@ def test_auto_takes_the_backend_that_was_measured_fastest(tmp_path, monkeypatch)
     device = torch.device("cuda")
     path = tables.cache_file(device)
     self_check.store(device, dict.fromkeys(check_cases.DTYPES, ""))
-    assert backend_table.measure_backends([CELL], path, device, seconds=60)
+    problem = tune.Cell(CELL.M, CELL.N, CELL.K, CELL.rank, CELL.dtype, CELL.dropout)
+    assert tune.measure_backends([problem], device, seconds=60)
     rows = {tuple(row[0]): row[2] for row in tables.read(path)["backends"]}
     assert len(rows) == 4
     sample = Sample(CELL, device, 0)
