@@ -40,7 +40,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(128, 64, 32, 8, 3, SUBTILE=2),
         Config(64, 64, 64, 4, 2),
     ),
-    ("linear", "float32"): (Config(32, 32, 16, 4, 3),),
+    ("linear", "float32"): (Config(32, 32, 32, 4, 3),),
     ("few_tokens", "16-bit"): (
         Config(16, 32, 256, 8, 4),
         Config(16, 64, 128, 4, 4),
@@ -51,7 +51,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(16, 32, 32, 4, 3),
     ),
     ("few_tokens", "tf32"): (Config(16, 32, 64, 4, 3), Config(32, 64, 32, 4, 3), Config(16, 32, 32, 4, 2)),
-    ("few_tokens", "float32"): (Config(16, 32, 16, 4, 2), Config(16, 16, 16, 2, 2)),
+    ("few_tokens", "float32"): (Config(16, 32, 32, 8, 2), Config(16, 16, 16, 2, 2)),
     ("project", "16-bit"): (
         Config(32, 0, 128, 4, 4),
         Config(16, 0, 256, 4, 4),
