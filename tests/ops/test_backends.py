@@ -260,7 +260,7 @@ def measured(monkeypatch):
         tables.forget()
 
     monkeypatch.setattr(backends, "_triton_unsupported", lambda problem: "")
-    monkeypatch.setattr(backends, "_unchecked_reason", lambda problem: "")
+    monkeypatch.setattr(backends, "_unchecked_reason", lambda device, kind: "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
     yield says
     tables.forget()

@@ -162,7 +162,7 @@ def test_compiled_equals_eager_without_recompiling(intact, autocast, dropout):
         dy = torch.randn_like(y)
         grads = (torch.autograd.grad(out, (x, A, B), dy) for out in (y, want))
         for got, wanted in ((y, want), *zip(*grads, strict=True)):
-            bound = 4 * torch.finfo(y.dtype).eps * wanted.abs().max()
+            bound = 8 * torch.finfo(y.dtype).eps * wanted.abs().max()  # each is within 4 of the exact value
             assert (got - wanted).abs().max() <= bound
     assert counter.frame_count == 1
 
