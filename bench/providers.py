@@ -79,7 +79,7 @@ class Sample:
     """Random inputs of a cell, determined by ``seed``, and the layers on its weight, built on first use.
 
     ``x`` and ``dy`` have the scale of activations and gradients; the low-rank branch has the scale of a window, and its
-    trained factors differ from the initial ones.
+    trained factors are about half their size away from the initial ones.
     """
 
     cell: Cell
@@ -93,7 +93,7 @@ class Sample:
         self.weight = self._random(N, K, K**-0.5)
         self.x = self._random(M, K, 1.0).requires_grad_()
         self.dy = self._random(M, N, 1.0)
-        self.A, self.B = self._random(r, K, K**-0.5), self._random(N, r, N**-0.5)
+        self.moved = self._random(r, K, K**-0.5), self._random(N, r, N**-0.5)
 
     def _random(self, rows: int, columns: int, scale: float) -> Tensor:
         dtype = self.cell.torch_dtype
@@ -129,8 +129,9 @@ class Sample:
 
     @torch.no_grad()
     def _moved(self, layer: nn.Module) -> nn.Module:
-        for parameter, value in zip(trained(layer), (self.A, self.B), strict=True):
-            parameter.copy_(value)
+        start = (self.initial.A0, self.initial.B0)
+        for parameter, initial, moved in zip(trained(layer), start, self.moved, strict=True):
+            parameter.copy_(initial + moved / 2)
         return layer
 
 

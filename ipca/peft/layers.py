@@ -341,8 +341,11 @@ class WindowLinear(WindowLora, lora.Linear):
         if self._disable_adapters or self.merged_adapters or len(names) != 1:
             return None
         name, base = names[0], own["base_layer"]
-        pair, device = self.pairs(name), x.device
-        if pair is None or any(factor.device != device for factor in pair):
+        pair = self.pairs(name)
+        if pair is None:
+            return None
+        A, B, A0, B0 = pair
+        if not A.device == B.device == A0.device == B0.device == x.device:
             return None
         dropout = own["lora_dropout"]._modules[name]
         called = (base, lora_A._modules[name], own["lora_B"]._modules[name], dropout)
@@ -351,7 +354,6 @@ class WindowLinear(WindowLora, lora.Linear):
             return None
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None
-        A, B, A0, B0 = pair
         p = vars(dropout).get("p", 0.0) if self.training else 0.0
         return self.in_layout(weight), A, B, base._parameters["bias"], self.scaling[name], A0, B0, p
 
