@@ -112,8 +112,8 @@ def versus_peft_section(path: Path) -> str:
     rows = latest(read_rows(path))
     about = (
         "float32. Times are medians of paired rounds; ratios up to 1.02 are ties. For rank r the intact form takes "
-        "10 r products a token and entry where LoRA takes 6 r, or one of `K × N` for all tokens: where r is a large "
-        "part of the width and tokens are few, it must be slower."
+        "multiplications for 10 r (K + N) / 2 entries a token where LoRA takes them for 6 r (K + N) / 2, beside 2 K N for "
+        "both: where r is a large part of the width, it must be slower; merged layers have the plain price."
     )
     machine = measured_on(rows[0]).replace(rows[0]["device"], rows[0]["device"].split(",")[0])
     tables = [versus_peft_table(rows), overhead_table(rows)]

@@ -100,7 +100,7 @@ def choose(name: str, shape: LinearShape) -> BackendChoice:
         RuntimeError: a backend set by name cannot run.
     """
     if name == "auto":
-        return _on_cuda(shape) if shape.device.type == "cuda" else _off_cuda(shape)
+        return _on_cuda(shape) if shape.device.type == "cuda" else off_cuda(shape.device)
     why_not = unsupported_reason(name, shape)
     if why_not:
         raise RuntimeError(f"backend {name!r} cannot run {shape}: {why_not}. Call ipca.set_backend('auto').")
@@ -187,29 +187,10 @@ def _unchecked_reason(where: torch.device, kind: str) -> str:
     return reason
 
 
-MERGE_OVERHEAD = 32
-"""Of making the weight of ``merged`` on a CPU, in multiplications an entry, for its memory; measured."""
-
-
-def _off_cuda(shape: LinearShape) -> BackendChoice:
-    """The choice of ``"auto"`` on another device than CUDA: PyTorch's products, merged where that is less work.
-
-    With many tokens the low-rank products of forward and backward take more multiplications than making ``W_eff``,
-    which backward uses again: ``(2 S − R) (K + N) M`` against ``(S + MERGE_OVERHEAD) K N``. The choice is the same
-    without gradients, and so are the bits.
-    """
-    M, N, K, R, S = shape.M, shape.N, shape.K, shape.R, shape.R * (2 if shape.frozen else 1)
-    where = f"x is on {shape.device}: the kernels are for CUDA"
-    saved = (2 * S - R) * (K + N) * M
-    wide = shape.device.type == "cpu" and shape.dtype in (torch.float32, torch.float64)
-    if wide and not shape.dropout and not too_few_to_merge(M, N, K) and saved > (S + MERGE_OVERHEAD) * K * N:
-        return BackendChoice("merged", False, f"{where}, and with {M} rows one merged product is the least work")
-    return BackendChoice("reference", False, where)
-
-
-def too_few_to_merge(M: int, N: int, K: int) -> bool:
-    """Whether ``M`` rows are too few for ``merged`` on a CPU: its weight, saved for backward, is larger than ``x``."""
-    return M < N
+@cache
+def off_cuda(device: torch.device) -> BackendChoice:
+    """The choice of ``"auto"`` on another device than CUDA, the same for every shape."""
+    return BackendChoice("reference", False, f"x is on {device}: the kernels are for CUDA")
 
 
 def linear_shape(x: Tensor, weight: Tensor, A: Tensor, A0: Any, dropout: float, training: bool) -> LinearShape:

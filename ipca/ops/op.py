@@ -26,7 +26,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ipca.ops import reference, torch_kernels
-from ipca.ops.backend import choose, linear_shape, too_few_to_merge
+from ipca.ops.backend import choose, linear_shape, off_cuda
 from ipca.ops.pair import Pair, kept_pair, one_pair
 
 
@@ -216,10 +216,10 @@ def _of_A(h: Tensor, A: Tensor) -> Tensor:
 
 
 def _plan_for(backend: str, rows: Tensor, layer: Layer, p: float, training: bool) -> Plan:
-    weight = layer.weight
-    if backend == "auto" and not rows.is_cuda and too_few_to_merge(rows.shape[0], *weight.shape):
-        return _plan("reference", False)  # without looking further: it takes as long as a small product
-    choice = choose(backend, linear_shape(rows, weight, layer.A, layer.A0, p, training))
+    if backend == "auto" and not rows.is_cuda:  # once in forward and once in backward of every layer
+        choice = off_cuda(rows.device)
+    else:
+        choice = choose(backend, linear_shape(rows, layer.weight, layer.A, layer.A0, p, training))
     return _plan(choice.backend, choice.low_rank_in_triton)
 
 

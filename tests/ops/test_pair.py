@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ipca
 from ipca.nn import LinearPC
 from ipca.ops import pair, pc_linear
 from tests.ops.test_backends import inputs
@@ -149,8 +150,10 @@ def test_a_layer_follows_its_training(mode):
 
 @pytest.mark.parametrize("M", [24, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_many_rows_on_a_cpu_are_merged_and_start_with_the_bits_of_the_plain_layer(M, dtype):
+@pytest.mark.parametrize("backend", ["auto", "merged"])
+def test_a_layer_starts_with_the_bits_of_the_plain_one(M, dtype, backend):
     torch.manual_seed(0)
+    ipca.set_backend(backend)
     plain = nn.Linear(33, 40, dtype=dtype).requires_grad_(False)
     layer, x = LinearPC.from_linear(plain, rank=5), torch.randn(2, M // 2, 33, dtype=dtype)
     for mode in (torch.no_grad, torch.enable_grad):
