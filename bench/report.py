@@ -111,9 +111,9 @@ def versus_peft_section(path: Path) -> str:
     """Training, decoding and calls of small layers, against stock LoRA."""
     rows = latest(read_rows(path))
     about = (
-        "float32. Times are medians of paired rounds; ratios up to 1.02 are ties. For rank r the intact form takes "
-        "multiplications for 10 r (K + N) / 2 entries a token where LoRA takes them for 6 r (K + N) / 2, beside 2 K N for "
-        "both: where r is a large part of the width, it must be slower; merged layers have the plain price."
+        "float32. Times are medians of paired rounds; ratios up to 1.02 are ties. Beside the 2 K N multiplications of the "
+        "frozen weight, a training step takes 3 r (K + N) a token for LoRA and for the residual form, and 5 r (K + N) for "
+        "the intact one: where r is a large part of the width, that must be slower. A merged layer has the plain price."
     )
     machine = measured_on(rows[0]).replace(rows[0]["device"], rows[0]["device"].split(",")[0])
     tables = [versus_peft_table(rows), overhead_table(rows)]

@@ -33,8 +33,8 @@ class LinearPC(ProductLayer):
 
     with ``W_base = base_weight`` and ``z = dropout(x)``. ``A`` and ``B`` start at ``A0`` and ``B0`` and are trained;
     all else is frozen. Before training the layer computes ``x Wᵀ + bias``: in the intact form to the bit with the
-    backends ``reference``, the default of a CPU, dropout or not, and ``merged`` (others may round ``x Wᵀ`` otherwise); in
-    the residual form up to the rounding of ``W_base`` and of the two products, unless dropout thins out the window's
+    backends ``reference``, the default of a CPU, dropout or not, and ``merged`` (others may round ``x Wᵀ`` otherwise);
+    in the residual form up to the rounding of ``W_base`` and of the two products, unless dropout thins out the window's
     part in training mode.
 
     Used like ``nn.Linear`` in a model's own code: a new layer draws a random weight as ``nn.Linear`` does and takes its
