@@ -45,7 +45,7 @@ def two_products(layer: LinearPC, x: Tensor) -> Tensor:
 
 def error(found: Tensor, exact: Tensor) -> float:
     """Relative, in the Frobenius norm."""
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
 def rows_of(dtype: torch.dtype) -> list[Row]:

@@ -49,6 +49,9 @@ def benchmarks_page(results: Path) -> str:
         pc_linear_section(results),
         "## Every small layer against PEFT's default, on a CPU",
         versus_peft_section(results / "versus_peft_cpu.csv"),
+        "## Digits of the trained change",
+        "The intact form after its factors have moved a little: relative errors against float64 (Frobenius).",
+        change_error_section(results / "change_error.csv"),
         "## Training steps",
         "Whole training steps of a LLaMA-shaped model with all linear layers of its blocks adapted.",
         training_section(results),
@@ -111,13 +114,30 @@ def versus_peft_section(path: Path) -> str:
     """Training, decoding and calls of small layers, against stock LoRA."""
     rows = latest(read_rows(path))
     about = (
-        "float32. Times are medians of paired rounds; ratios up to 1.02 are ties. Beside the 2 K N multiplications of the "
-        "frozen weight, a training step takes 3 r (K + N) a token for LoRA and for the residual form, and 5 r (K + N) for "
-        "the intact one: where r is a large part of the width, that must be slower. A merged layer has the plain price."
+        "float32. Times are medians of paired rounds; ratios up to 1.02 are ties. Beside the 2 K N multiplications of "
+        "the frozen weight, a training step takes 3 r (K + N) a token for LoRA and for the residual form, and "
+        "5 r (K + N) for the intact one: where r is a large part of the width, that must be slower. A merged layer has "
+        "the plain price."
     )
     machine = measured_on(rows[0]).replace(rows[0]["device"], rows[0]["device"].split(",")[0])
     tables = [versus_peft_table(rows), overhead_table(rows)]
     return "\n\n".join([*tables, f"{machine} {about} Rows: `bench/results/{path.name}`."])
+
+
+def change_error_section(path: Path) -> str:
+    """Errors of output, change and gradients, as the formula is written and in one product."""
+    rows = read_rows(path)
+    lines = [
+        "| weight | factors moved by | computed as | output | `y − base` | dx, dA, dB | base's bits at the start |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in rows:
+        gradients = f"{row['dx']}, {row['dA']}, {row['dB']}"
+        cells = [row["dtype"], f"{float(row['moved']):.2%}", row["computed"], row["output"], row["change"], gradients]
+        lines.append(f"| {' | '.join([*cells, row['bits']])} |")
+    about = "Factors in float32, moved by a share of their standard deviation. *Two products*: `x Aᵀ Bᵀ − x A0ᵀ B0ᵀ`."
+    versions = f"torch {rows[0]['torch']}, {rows[0]['device']}"
+    return "\n".join(lines) + f"\n\n{about} {versions}. Rows: `bench/results/{path.name}`."
 
 
 def small_models_section(path: Path) -> str:
