@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         unload,
         unmerge_adapter,
     )
+    from ipca.nn import explain
     from ipca.ops import set_backend
     from ipca.svd import SpectralCache, window_svd
     from ipca.window import Window
@@ -65,6 +66,7 @@ __all__ = [
     "adapter_parameters",
     "apply_pc",
     "disabled",
+    "explain",
     "export",
     "import_peft",
     "load_adapter",
@@ -99,6 +101,7 @@ _HOMES = {
         "unload",
         "unmerge_adapter",
     ),
+    "ipca.nn": ("explain",),
     "ipca.ops": ("set_backend",),
     "ipca.svd": ("SpectralCache", "window_svd"),
     "ipca.window": ("Window",),
