@@ -57,7 +57,7 @@ def benchmarks_page(results: Path) -> str:
         training_section(results),
         "## Training steps of small models",
         "Random weights, float32; the fewer tokens, the more does the time per layer decide, not the products.",
-        small_models_section(results / "training_models_cpu.csv"),
+        small_models_section(results / "small_models_cpu.csv"),
         "## Window SVD",
         "One window of singular components against full and partial decompositions.",
         window_svd_section(results),

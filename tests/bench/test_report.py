@@ -141,7 +141,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         "apply_memory.csv",
         "adapter_load.csv",
         "quantized_start.csv",
-        "training_models_cpu.csv",
+        "small_models_cpu.csv",
         "versus_peft_cpu.csv",
     ):
         shutil.copy(report.RESULTS / name, results)

@@ -1,6 +1,6 @@
 """Training steps of small models on a CPU: ``ipca`` and a ``PCConfig`` beside stock PEFT's LoRA.
 
-    python -m bench.training_models --out bench/results
+    python -m bench.small_models --out bench/results
 
 The fewer tokens a step has, the more do Python, autograd and the dispatcher decide. T5 also reads ``wo.weight.dtype``
 in every forward, which must not compute a weight. The models take their steps in turn, in an order that changes; a
@@ -170,12 +170,12 @@ def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and write ``training_models_cpu.csv`` anew, with one thread and with two."""
+    """Measure and write ``small_models_cpu.csv`` anew, with one thread and with two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=40)
     arguments = parser.parse_args()
-    file = arguments.out / "training_models_cpu.csv"
+    file = arguments.out / "small_models_cpu.csv"
     file.unlink(missing_ok=True)
     for threads in (1, 2):
         torch.set_num_threads(threads)
