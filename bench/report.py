@@ -114,7 +114,7 @@ def versus_peft_section(path: Path) -> str:
     """Training, decoding and calls of small layers, against stock LoRA."""
     rows = latest(read_rows(path))
     about = (
-        "float32. Times are medians of paired rounds; ratios up to 1.02 are ties. Beside the 2 K N multiplications of "
+        "Times are medians of paired rounds; ratios up to 1.02 are ties. Beside the 2 K N multiplications of "
         "the frozen weight, a training step takes 3 r (K + N) a token for LoRA and for the residual form, and "
         "5 r (K + N) for the intact one: where r is a large part of the width, that must be slower. A merged layer has "
         "the plain price."
