@@ -282,11 +282,11 @@ def test_the_gpu_grid_begins_with_the_goal_and_names_every_cell_once():
 
 
 def test_inputs_are_random_and_come_from_the_seed():
-    one, again, other = (Sample(CELL, CPU, seed) for seed in (0, 0, 1))
-    for name in ("x", "dy", "weight", "A", "B"):
-        value = getattr(one, name)
-        assert torch.equal(value, getattr(again, name))
-        assert not torch.equal(value, getattr(other, name))
+    samples = [Sample(CELL, CPU, seed) for seed in (0, 0, 1)]
+    drawn = [(sample.x, sample.dy, sample.weight, *sample.moved) for sample in samples]
+    for value, again, other in zip(*drawn, strict=True):
+        assert torch.equal(value, again)
+        assert not torch.equal(value, other)
         assert value.count_nonzero() == value.numel()
 
 

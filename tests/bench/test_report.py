@@ -136,14 +136,8 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path):
 def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, capsys):
     results, pages = tmp_path / "bench" / "results", tmp_path / "docs" / "results"
     results.mkdir(parents=True)
-    for name in (
-        "demo.csv",
-        "apply_memory.csv",
-        "adapter_load.csv",
-        "quantized_start.csv",
-        "small_models_cpu.csv",
-        "versus_peft_cpu.csv",
-    ):
+    names = ("demo", "apply_memory", "adapter_load", "quantized_start", "small_models_cpu", "versus_peft_cpu")
+    for name in (*(f"{name}.csv" for name in names), "change_error.csv"):
         shutil.copy(report.RESULTS / name, results)
     written(results, layer_rows({OURS[0]: 1.1}))
     monkeypatch.setattr(report, "ROOT", tmp_path)
