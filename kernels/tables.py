@@ -18,7 +18,7 @@ import ctypes
 import json
 import math
 import os
-import tempfile
+import secrets
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,9 +96,12 @@ def drop_rows(path: Path, device: torch.device, shapes: list[list[int]]) -> None
 def _write(path: Path, device: torch.device, lists: dict[str, Any]) -> None:
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump({"device": name, "capability": [*capability], **lists}, file)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        temporary.write_text(json.dumps({"device": name, "capability": [*capability], **lists}), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     forget()
 
 

@@ -9,6 +9,7 @@ is two epsilons, 2⁻⁹.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ class Check(NamedTuple):
     lost: bool = False
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON, which has no NaN: None where nothing was measured."""
         return {
             "kernel": self.case.family.name,
             "arithmetic": self.case.arithmetic,
@@ -49,8 +50,8 @@ class Check(NamedTuple):
             "shape": list(self.case.shape),
             "dropout": self.case.dropout,
             "config": self.case.config.describe(),
-            "error": self.error,
-            "bound": self.bound,
+            "error": _finite(self.error),
+            "bound": _finite(self.bound),
             "seconds": self.seconds,
             "problem": self.problem,
         }
@@ -146,6 +147,10 @@ def store(device: torch.device, verdict: dict[str, str]) -> None:
 
 def _rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -28,6 +28,7 @@ from ipca.nn.layer_kinds import read_layer, to_matrix
 from ipca.nn.lazy_weight import make_lazy_weight, raise_read_only
 from ipca.nn.subclasses import Subclass
 from ipca.ops.op import without_autocast
+from ipca.ops.pair import drop_kept_pair
 from ipca.svd.result import SVDReport
 from ipca.window import Window
 
@@ -391,6 +392,7 @@ class WindowLayer(nn.Module):
             lists[-1].append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return
         self.unmerge()
+        drop_kept_pair(self.lora_A0)  # load_state_dict may swap it for another tensor
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
         if initial is not None and not self.lora_A.is_meta:
             self._record_init(initial)

@@ -153,17 +153,17 @@ def _measured_best(shape: LinearShape, arithmetic: str, readings: int) -> Backen
     sizes = (shape.M, shape.N, shape.K, shape.R)
     of = (str(shape.dtype).removeprefix("torch."), shape.frozen, shape.dropout, shape.training)
     row = tables.nearest("backends", of, sizes, shape.device)
-    if row is None:
+    rounds = shape.frozen and shape.dtype.itemsize == 2  # W + Δ rounds back to W where Δ is small
+    times: dict[str, float] = {
+        name: ms
+        for name, ms in (row.found.items() if row else ())
+        if not unsupported_reason(name, shape) and not (rounds and name == "merged")
+    }
+    if row is None or not times:
         device = torch.cuda.get_device_name(shape.device)
         # The library's own product is the safer guess; for dropout its backward needs a mask in PyTorch, which is slow.
         name = "triton" if shape.dropout else "addmm"
         return BackendChoice(name, True, f"no backend was measured on {device} or its kind; `ipca tune` measures")
-    rounds = shape.frozen and shape.dtype.itemsize == 2  # W + Δ rounds back to W where Δ is small
-    times: dict[str, float] = {
-        name: ms
-        for name, ms in row.found.items()
-        if not unsupported_reason(name, shape) and not (rounds and name == "merged")
-    }
     best = min(times, key=lambda name: times[name])
     others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
     return BackendChoice(best, best != "reference", f"measured at (M, N, K, R) = {row.shape} in {row.source}: {others}")

@@ -32,7 +32,7 @@ def new_noise(x: Tensor, p: float, *, seed_only: bool) -> Tensor:
         seed_only: a seed on a CPU too, for kernels in Triton's interpreter.
     """
     seed = new_seed(x.device)
-    return seed if x.is_cuda or seed_only else cpu_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p)
+    return seed if seed_only or x.device.type != "cpu" else cpu_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p)
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -70,8 +70,9 @@ def _(seed: Tensor, M: int, K: int, p: float) -> Tensor:
 
 
 def cpu_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The mask on a CPU; an op while tracing, because PyTorch cannot trace NumPy."""
-    return cpu_mask_op(seed, M, K, p) if torch.compiler.is_compiling() else _draw(seed, M, K, p)
+    """The mask on a CPU; an op while tracing and under dispatch modes, because PyTorch cannot trace NumPy."""
+    as_op = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return cpu_mask_op(seed, M, K, p) if as_op else _draw(seed, M, K, p)
 
 
 def _draw(seed: Tensor, M: int, K: int, p: float) -> Tensor:

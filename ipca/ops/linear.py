@@ -73,7 +73,7 @@ def pc_linear_of_layer(
     compiling = torch.compiler.is_compiling()
     if compiling or type(A) is not nn.Parameter or type(x) is not Tensor or x.shape[-1] != weight.shape[1]:
         _check(x, weight, A, B, bias, A0, B0, dropout)
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, bias = to_autocast(x, weight, bias)
     if A0 is not None and B0 is not None and (A0.requires_grad or B0.requires_grad):
         A0, B0 = A0.detach(), B0.detach()
@@ -155,7 +155,7 @@ def _under_transform(
         )
     if dropout > 0:
         raise RuntimeError("pc_linear has no dropout under torch.func transforms; call eval() or set dropout=0.")
-    with torch.autocast(x.device.type, enabled=False):
+    with op.without_autocast(x):
         return reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling)
 
 

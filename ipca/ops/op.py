@@ -124,11 +124,16 @@ def backward(
 def differentiable_backward(
     dy: Tensor, x: Tensor, layer: Layer, noise: Tensor | None, p: float, needs: Needs
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients by the reference, to be differentiated again."""
+    """The same gradients by the reference, to be differentiated again.
+
+    They are with respect to views: an input that is computed from another, as ``A`` may be from ``x``, is a constant to
+    the other's gradient.
+    """
     weight, A, B, bias, A0, B0, scaling = layer
     with torch.enable_grad(), _on_device_of(x):
-        y = reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling, noise, p)
-    wanted = [t for t, need in zip((x, weight, A, B, bias), needs, strict=True) if need and t is not None]
+        views = [tensor if tensor is None else tensor.view_as(tensor) for tensor in (x, weight, A, B, bias)]
+        y = reference.pc_linear(*views, A0=A0, B0=B0, scaling=scaling, noise=noise, p=p)  # type: ignore[misc,arg-type]
+    wanted = [view for view, need in zip(views, needs, strict=True) if need and view is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
 

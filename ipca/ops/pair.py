@@ -36,54 +36,73 @@ class _Kept(NamedTuple):
     """A pair, and what shows that it is still that of its factors, whose memory ``factors`` holds.
 
     A write through ``.data`` leaves a tensor's version as it is: ``seen`` are entries of each component in ``A`` and
-    ``B`` as they are, ``copied`` as they were.
+    ``B`` as they are, ``copied`` as they were. The owner is ``A0``: PyTorch swaps no tensor that has a weak reference,
+    and ``A`` is what it swaps (``torch.utils.swap_tensors``).
     """
 
-    owner: weakref.ref[nn.Parameter]
+    owner: weakref.ref[Tensor]
     state: tuple[object, ...]
     factors: tuple[Tensor, ...]
     seen: tuple[Tensor, ...]
     copied: tuple[Tensor, ...]
     pair: Pair
 
-    def fits(self, A: Tensor, state: tuple[object, ...]) -> bool:
-        return self.owner() is A and self.state == state and all(map(torch.equal, self.seen, self.copied))
+    def fits(self, A0: Tensor, state: tuple[object, ...]) -> bool:
+        return self.owner() is A0 and self.state == state and all(map(torch.equal, self.seen, self.copied))
 
 
+LEAST_SEEN = 128
 _kept: dict[int, _Kept] = {}
 
 
 def kept_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype) -> Pair:
     """:func:`one_pair` on a CPU as ``dtype``, without gradients; as it was, if the factors are as they were.
 
-    The pair takes the memory of ``A, B, A0, B0`` once more, until a factor changes or ``A`` is gone. Any write that
-    PyTorch counts is seen, and one through ``.data`` if it changes a whole factor or component, not single entries.
+    The pair takes the memory of ``A, B, A0, B0`` once more, until a factor changes or ``A0`` is gone. Any write that
+    PyTorch counts is seen, and one through ``.data`` if it changes all of ``A`` or ``B`` or a component of theirs, not
+    single entries, nor ``A0`` or ``B0`` alone. Nothing is kept of tensors without values, nor under a dispatch mode,
+    which makes tensors of its own kind.
     """
-    if A0 is None or B0 is None or type(A) is not nn.Parameter:
+    if A0 is None or B0 is None or type(A) is not nn.Parameter or A.is_meta or torch._C._len_torch_dispatch_stack():
         return _as(dtype, one_pair(A, B, A0, B0))
     factors = (A, B, A0, B0)
     try:
         state = (dtype, *[factor._version for factor in factors], *[factor.data_ptr() for factor in factors])
     except RuntimeError:  # a tensor made in inference mode has no version
         return _as(dtype, one_pair(*factors))
-    kept = _kept.get(id(A))
-    if kept is not None and kept.fits(A, state):
+    kept = _kept.get(id(A0))
+    if kept is not None and kept.fits(A0, state):
         return kept.pair
-    pair = _as(dtype, one_pair(*factors))
     if not (A.is_contiguous() and B.is_contiguous()):
-        return pair
-    key, held = id(A), tuple(factor.detach() for factor in factors)
+        return _as(dtype, one_pair(*factors))
+    key, held = id(A0), tuple(factor.detach() for factor in factors)
     seen = _of_every_component(held[0], held[1])
-    owner = weakref.ref(A, lambda _: _kept.pop(key, None))
-    _kept[key] = _Kept(owner, state, held, seen, tuple(entries.clone() for entries in seen), pair)
-    return pair
+    copied = tuple(entries.clone() for entries in seen)  # before the pair: another thread may write
+    owner = weakref.ref(A0, lambda _: _kept.pop(key, None))
+    _kept[key] = kept = _Kept(owner, state, held, seen, copied, _as(dtype, one_pair(*factors)))
+    return kept.pair
+
+
+def drop_kept_pair(A0: Tensor) -> None:
+    """Forget the pair kept for ``A0``, and the weak reference to it."""
+    _kept.pop(id(A0), None)
 
 
 def _of_every_component(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a few entries, one of each row of ``A (R, K)`` and of each column of ``B (N, R)`` at least."""
-    (R, K), N = A.shape, B.shape[0]
-    rows = next(rows for rows in range(max(1, N // (R + 1)), 0, -1) if gcd(rows, R) == 1)
-    return A.view(-1)[:: K + 1], B.view(-1)[:: rows * (R + 1)]
+    """Views of some entries, spread over ``A (R, K)`` and ``B (N, R)``: at least one of each component."""
+    R = max(1, A.shape[0])
+    return _spread(A, A.numel() // R), _spread(B, B.numel() // R)
+
+
+def _spread(factor: Tensor, length: int) -> Tensor:
+    """About ``LEAST_SEEN`` entries or more, in steps that meet every row and column in turn.
+
+    Args:
+        length: of a component, which a step is shorter than.
+    """
+    longest = max(1, min(factor.numel() // LEAST_SEEN, 5 * length // 8))
+    step = next(step for step in range(longest, 0, -1) if gcd(step, factor.shape[1]) == 1)
+    return factor.view(-1)[::step]
 
 
 def _as(dtype: torch.dtype, pair: Pair) -> Pair:

@@ -14,6 +14,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ipca._hashing import tensor_sha256
@@ -349,13 +350,18 @@ class WindowLinear(WindowLora, lora.Linear):
             return None
         dropout = own["lora_dropout"]._modules[name]
         called = (base, lora_A._modules[name], own["lora_B"]._modules[name], dropout)
-        weight = base._parameters.get("weight") if type(base) in (nn.Linear, Conv1D) else None
-        if type(weight) is not nn.Parameter or any(map(is_watched, called)):
+        known = all(type(module) in types for module, types in zip(called, _FUSED, strict=True))
+        weight = base._parameters.get("weight") if known else None
+        if type(weight) is not nn.Parameter or any(map(is_watched, called)) or _has_any_global_hook():
             return None
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None
-        p = vars(dropout).get("p", 0.0) if self.training else 0.0
+        p = vars(dropout).get("p", 0.0) if dropout.training else 0.0
         return self.in_layout(weight), A, B, base._parameters["bias"], self.scaling[name], A0, B0, p
+
+
+_FUSED = (nn.Linear, Conv1D), (nn.Linear,), (nn.Linear,), (nn.Dropout, nn.Identity)
+"""Types of the base, of ``lora_A``, ``lora_B`` and ``lora_dropout`` that the op computes; subclasses may differ."""
 
 
 def is_watched(module: Any) -> bool:

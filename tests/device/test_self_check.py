@@ -123,6 +123,7 @@ def test_a_crash_ends_its_family_only(monkeypatch):
     todo = [*small("products"), *small("products"), *small("project")]
     found = run(todo)
     assert [bool(check.problem) for check in found] == [True, False]
+    assert json.dumps([check.record() for check in found], allow_nan=False)
     assert "OutOfResources: out of resource: shared memory" in self_check.faults(todo, found)["float32"]
 
 

@@ -234,6 +234,8 @@ def test_many_writers_leave_a_whole_table(gpu):
         list(pool.map(add, range(64)))
     assert len(tables.read(path)["configs"]) >= 1
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    (path.parent / "plain").touch()
+    assert path.stat().st_mode == (path.parent / "plain").stat().st_mode  # for all who share the folder
 
 
 def test_a_row_measured_again_replaces_the_first(gpu):

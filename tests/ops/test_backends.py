@@ -290,6 +290,8 @@ def test_auto_takes_nothing_that_cannot_run_or_loses_updates(measured):
     assert best(8192, dropout=True).backend == "triton"
     measured(True, False, MILLISECONDS)
     assert best(8192, frozen=True).backend == "triton"  # W + Δ rounded to bfloat16 is W where Δ is small
+    measured(True, False, {(8192, 4096, 4096, 16): {"merged": 0.9}})  # the others raised as they were measured
+    assert best(8192, frozen=True).backend == "addmm"
 
 
 def test_auto_on_a_device_that_nobody_measured(measured):

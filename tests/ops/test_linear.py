@@ -76,6 +76,21 @@ def test_first_and_second_derivatives(intact, M, trained):
 
 
 @FORMS
+@pytest.mark.parametrize("what", ["factors from x", "x is the weight"])
+def test_second_derivatives_of_inputs_that_depend_on_each_other(intact, what):
+    t = inputs(M=(4,), N=4, K=5, R=2, intact=intact)
+
+    def derivatives(function):
+        x = t.x.detach().requires_grad_()
+        own = {"A": x[:2] * 2} if what == "factors from x" else {"weight": x}
+        y = function(SimpleNamespace(**{**vars(t), "x": x, **own}))
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(derivatives(call), derivatives(plain), rtol=1e-10, atol=1e-10)
+
+
+@FORMS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("M", [(13,), (), (2, 7), (1, 1)], ids=str)
 @pytest.mark.parametrize("sizes", [(17, 29, 5), (1, 1, 1), (64, 130, 33), (3, 2, 9)], ids=str)

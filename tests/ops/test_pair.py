@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ipca.nn import LinearPC
 from ipca.ops import backend as backends
@@ -80,17 +81,27 @@ def test_a_kept_pair_is_made_anew_when_a_frozen_factor_has_changed(which):
     torch.testing.assert_close(E.double() @ D.double(), change(*given), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("N", [1, 4, 5, 6, 40, 64, 97])
-@pytest.mark.parametrize("R", [1, 2, 4, 5, 6, 15, 16])
+@pytest.mark.parametrize("N", [1, 4, 5, 6, 40, 64, 97, 4096])
+@pytest.mark.parametrize("R", [1, 2, 4, 5, 6, 15, 16, 48])
 @torch.no_grad()
 def test_every_component_is_looked_at(N, R):
-    if min(N, 33) < R:
-        return
     A, B, *_ = factors(R, N)
     for factor, seen in zip((A, B), pair._of_every_component(A, B), strict=True):
         for i in range(R):
             before = seen.clone()
             (factor[i] if factor is A else factor[:, i]).add_(1)
+            assert not torch.equal(seen, before)
+
+
+@pytest.mark.parametrize("R", [4, 16, 128])
+@torch.no_grad()
+def test_every_eighth_of_the_inputs_and_outputs_is_looked_at(R):
+    A, B, *_ = factors(R, 768, 1024)
+    for factor, seen in zip((A.mT, B), pair._of_every_component(A, B), strict=True):
+        assert len(seen) <= 4 * max(R, pair.LEAST_SEEN)
+        for part in factor.chunk(8):
+            before = seen.clone()
+            part.add_(1)
             assert not torch.equal(seen, before)
 
 
@@ -105,11 +116,45 @@ def test_pairs_go_with_their_factors():
     given = factors()
     with torch.no_grad():
         pair.kept_pair(*given, torch.float32)
-    held, key = len(pair._kept), id(given[0])
+    held, key = len(pair._kept), id(given[2])
     assert key in pair._kept
     del given
     gc.collect()
     assert len(pair._kept) < held
+
+
+@pytest.mark.parametrize("swap", [torch.utils.swap_tensors, "to", "load_state_dict"], ids=["a factor", "to", "load"])
+def test_factors_may_be_swapped(swap, monkeypatch):
+    """As PEFT's hot-swap and ``set_swap_module_params_on_conversion`` do, which fails where a weak reference is."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    layer, x = LinearPC.from_linear(nn.Linear(24, 40), rank=4).eval(), torch.randn(3, 24)
+    with torch.no_grad():
+        layer(x)
+        if swap == "to":
+            layer, x = layer.double(), x.double()
+        elif swap == "load_state_dict":
+            layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()})
+        else:
+            swap(layer.lora_A, nn.Parameter(layer.lora_A * 2))
+        torch.testing.assert_close(layer(x), x @ layer.effective_weight().mT + layer.bias, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_kept_of_fake_tensors():
+    layer, x = LinearPC.from_linear(nn.Linear(24, 40), rank=4, dropout=0.5), torch.randn(3, 24)
+    for mode in (torch.no_grad, torch.enable_grad):
+        for _ in range(2):
+            with mode(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+                assert layer(fake.from_tensor(x)).shape == (3, 40)
+            with mode():
+                assert torch.isfinite(layer(x)).all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_model_without_values_gives_shapes(mode):
+    layer = LinearPC.from_linear(nn.Linear(24, 40), rank=4, dropout=0.5).to("meta")
+    for _ in range(2):
+        with mode():
+            assert layer(torch.empty(3, 24, device="meta")).shape == (3, 40)
 
 
 def test_nothing_is_kept_of_factors_made_in_inference_mode():

@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from ipca.model.heads import find_heads
 from ipca.peft import PCConfig
@@ -109,6 +111,33 @@ def test_nothing_attached_is_left_out(way):
         (base if way == "forward hook" else factor).register_forward_hook(lambda *_: calls.append(1))
     model(x)
     assert calls == [1]
+
+
+def test_hooks_on_every_module_run():
+    model, x, calls = wrap(Small()), ids(), []
+    hook = register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        model(x)
+    finally:
+        hook.remove()
+    assert {model.base_model.model.a.get_base_layer(), *model.base_model.model.a.lora_A.children()} <= set(calls)
+
+
+def test_dropout_follows_its_own_module():
+    """Its mode, as Monte-Carlo dropout sets it in a model that is evaluated, and what it is replaced with."""
+    model, x = wrap(Small(), lora_dropout=0.5).eval(), ids()
+    train(model, x)
+    model.eval()
+    layer, y = model.base_model.model.a, model(x)
+    layer.lora_dropout.train()
+    assert not torch.equal(model(x), model(x))
+    model.train()
+    model.base_model.model.b.lora_dropout.eval()
+    layer.lora_dropout.eval()
+    assert torch.equal(model(x), y)
+    layer.lora_dropout["default"] = nn.Threshold(0.0, 0.0)
+    assert off(model(x), watched(model)(x)) < 1e-6
+    assert off(model(x), y) > 1e-4
 
 
 def test_random_factors_on_request():
