@@ -74,6 +74,7 @@ def read(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(table["device"], str)
         assert isinstance(table["capability"], list)
+        assert all(len(row) == 3 for name in LISTS for row in table.get(name, []))
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path} is not a tuning table ({error!r}); delete it to measure anew.") from error
     return {**dict.fromkeys(LISTS, ()), **table, "source": path.name, "shipped": path.parent == SHIPPED}

@@ -351,6 +351,7 @@ class WindowLinear(WindowLora, lora.Linear):
         dropout = own["lora_dropout"]._modules[name]
         called = (base, lora_A._modules[name], own["lora_B"]._modules[name], dropout)
         known = all(type(module) in types for module, types in zip(called, _FUSED, strict=True))
+        known = known and type(base).forward is _FORWARDS[type(base)]
         weight = base._parameters.get("weight") if known else None
         if type(weight) is not nn.Parameter or any(map(is_watched, called)) or _has_any_global_hook():
             return None
@@ -362,6 +363,10 @@ class WindowLinear(WindowLora, lora.Linear):
 
 _FUSED = (nn.Linear, Conv1D), (nn.Linear,), (nn.Linear,), (nn.Dropout, nn.Identity)
 """Types of the base, of ``lora_A``, ``lora_B`` and ``lora_dropout`` that the op computes; subclasses may differ."""
+
+
+_FORWARDS: dict[type[nn.Module], Any] = {base: base.forward for base in _FUSED[0]}
+"""What the op computes in their place, unless somebody has replaced it on the class."""
 
 
 def is_watched(module: Any) -> bool:

@@ -215,10 +215,11 @@ def test_a_symbolic_number_of_tokens_counts_as_many():
     assert tuning.bucket(M) == tuning.UNKNOWN_M
 
 
-def test_a_broken_table_is_named(gpu):
+@pytest.mark.parametrize("text", ["[1, 2", '{"device": "GPU", "capability": [9, 0], "backends": [[1]]}'])
+def test_a_broken_table_is_named(gpu, text):
     path = tables.cache_file(CUDA)
     path.parent.mkdir()
-    path.write_text("[1, 2")
+    path.write_text(text)
     tables.forget()
     with pytest.raises(ValueError, match=r"test-gpu-80gb\.json is not a tuning table .* delete it to measure anew"):
         choose(8192)

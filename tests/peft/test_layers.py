@@ -123,6 +123,14 @@ def test_hooks_on_every_module_run():
     assert {model.base_model.model.a.get_base_layer(), *model.base_model.model.a.lora_A.children()} <= set(calls)
 
 
+def test_a_forward_replaced_on_the_class_runs(monkeypatch):
+    model, x = wrap(Small()), ids()
+    before = model(x)
+    own = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * own(self, x))
+    assert off(model(x), before) > 1e-2
+
+
 def test_dropout_follows_its_own_module():
     """Its mode, as Monte-Carlo dropout sets it in a model that is evaluated, and what it is replaced with."""
     model, x = wrap(Small(), lora_dropout=0.5).eval(), ids()
