@@ -60,9 +60,13 @@ def doctor(args: argparse.Namespace) -> tuple[Record, str]:
         "cache": cache_state(default_cache_folder()),
         "extras": {name: extra_state(name) for name in EXTRAS},
     }
-    found = [Check("versions", 0.0, outdated(REQUIRED)), *run_checks(progress=not args.quiet)]
+    unwritable = record["cache"]["problem"]
+    found = [Check("versions", 0.0, outdated(REQUIRED)), Check("the cache can be written", 0.0, unwritable)]
+    found += run_checks(progress=not args.quiet)
     record["checks"] = [check._asdict() for check in found]
-    record["kernels"] = [check_kernels(gpu, progress=not args.quiet) for gpu in _one_of_each(record["gpus"])]
+    # Where nothing can be kept, "auto" would not learn what a minute of checks found.
+    checked = [] if unwritable else _one_of_each(record["gpus"])
+    record["kernels"] = [check_kernels(gpu, progress=not args.quiet) for gpu in checked]
     faults = [fault for kernels in record["kernels"] for fault in kernels["faults"].values()]
     record["failed"] = sum(bool(problem) for problem in (*(check.problem for check in found), *faults))
     args.status = int(record["failed"] > 0)
@@ -144,7 +148,7 @@ def cache_state(folder: Path) -> Record:
         check_writable(folder)
         problem = ""
     except OSError as error:
-        problem = str(error)
+        problem = f"{str(error).rstrip('.')}; set IPCA_CACHE to another folder"
     files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     return {"folder": str(folder), "bytes": sum(path.stat().st_size for path in files), "problem": problem}
 
@@ -165,7 +169,6 @@ def check_kernels(gpu: Record, *, progress: bool) -> Record:
         from ipca.device import check_cases, self_check
     except ImportError as error:
         return {**record, "faults": {"triton": f"it cannot be imported: {error}"}}
-    check_writable(default_cache_folder())
     device, began = torch.device("cuda", gpu["index"]), time.perf_counter()
     with torch.cuda.device(device):
         todo = check_cases.cases(device)
@@ -211,7 +214,7 @@ def _machine_lines(record: Record) -> list[tuple[str, str]]:
         for gpu in record["gpus"]
     ] or [("GPU", record["gpu_note"] or "none that torch sees")]
     size = f"{cache['bytes'] / 2**20:.1f} MiB"
-    usable = f"{cache['problem']}; set IPCA_CACHE to another folder" if cache["problem"] else "writable"
+    usable = cache["problem"] or "writable"
     return [*lines, ("CUDA extension", record["cuda_extension"]), ("cache", f"{cache['folder']}, {size}, {usable}")]
 
 
