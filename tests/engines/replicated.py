@@ -54,4 +54,5 @@ facts = {form: ddp(form) for form in ("intact", "residual")}
 facts["accelerate"] = accelerated()
 facts["fsdp1"] = [fsdp1(None), fsdp1(ModuleWrapPolicy({launch.Block}))]
 (folder / f"{rank}.json").write_text(json.dumps(facts))
+dist.barrier()  # neither ends while the other still talks to it
 dist.destroy_process_group()

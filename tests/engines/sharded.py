@@ -113,4 +113,5 @@ facts["cast"] = cast(model)
 facts["mixed_precision"] = mixed_precision()
 facts["tensor_parallel"] = tensor_parallel()
 (folder / f"{rank}.json").write_text(json.dumps(facts))
+dist.barrier()  # neither ends while the other still talks to it
 dist.destroy_process_group()

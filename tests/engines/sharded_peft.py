@@ -56,4 +56,5 @@ facts["ddp"] = launch.losses(replicated, launch.peft_optimizer(model), range(4),
 save_gathered(model, folder / "ddp")
 facts["wrapper"] = launch.raised(lambda: save_gathered(replicated, folder / "wrapper"))
 (folder / f"{rank}.json").write_text(json.dumps(facts))
+dist.barrier()  # neither ends while the other still talks to it
 dist.destroy_process_group()
