@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipca._atomic import write_atomic
+
 ROOT = Path(__file__).resolve().parent.parent
 DRY_RUN = "dry run"
 """The name of the device in every row and file of a dry run."""
@@ -121,7 +123,7 @@ def run_all(steps: tuple[Step, ...], out: Path, seconds: float, environment: dic
         if state.get(step.name, {}).get("status") == "done":
             continue
         state[step.name] = run_step(step, out, min(step.limit, deadline - time.monotonic()), environment or {})
-        write_text(out / "state.json", json.dumps(state, indent=1))
+        write_atomic(out / "state.json", json.dumps(state, indent=1).encode())
         summarize(out)
     return int(any(entry["status"] == "failed" for entry in state.values()))
 
@@ -131,13 +133,6 @@ def read_state(out: Path) -> dict[str, Entry]:
     path = out / "state.json"
     state: dict[str, Entry] = json.loads(path.read_text()) if path.exists() else {}
     return state
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by ``text`` and a newline, whole or not at all."""
-    aside = path.with_suffix(".new")
-    aside.write_text(text + "\n")
-    os.replace(aside, path)
 
 
 def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> Entry:
@@ -219,7 +214,7 @@ def summarize(out: Path) -> str:
         rows = latest(read_rows(path))
         lines += ["", svd_tables.window_table(rows), "", *svd_tables.against(rows)]
     text = "\n".join(lines)
-    write_text(out / "summary.txt", text)
+    write_atomic(out / "summary.txt", f"{text}\n".encode())
     return text
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 TENSOR_MEMORY_LIMIT = 512
@@ -149,7 +150,7 @@ def compile_kernel(
             value = _stand_in(value, divisible_by_16 is None or parameter.name in divisible_by_16)
         values[parameter.name] = value
     before = driver._active
-    driver.set_active(_Driver(arch))
+    driver.set_active(Driver(arch))
     with _messages() as messages:
         try:
             options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
@@ -172,7 +173,7 @@ def _with_float64(source: Any, args: Mapping[str, Any], arch: int, options: dict
 
     signature = source.signature | {name: kind for name, kind in args.items() if kind == "fp64"}
     again = ASTSource(source.fn, signature, source.constants, source.attrs)
-    return compile(again, target=_Driver(arch).get_current_target(), options=options)
+    return compile(again, target=Driver(arch).get_current_target(), options=options)
 
 
 def instructions_after_loop(sass: str) -> int | None:
@@ -223,7 +224,7 @@ def compile_all(
     return [done[i] for i in range(len(rows))]
 
 
-class _Driver:
+class Driver:
     """Stub of Triton's driver for a launch; every architecture is its own device."""
 
     def __init__(self, arch: int) -> None:
@@ -239,6 +240,24 @@ class _Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def cuda_answers(facts: SimpleNamespace) -> dict[str, Any]:
+    """Stand-ins for what :mod:`torch.cuda` is asked before a kernel runs: one device, with ``facts`` as its properties.
+
+    Args:
+        facts: ``name``, ``major``, ``minor``, ``multi_processor_count``, and others that are asked for.
+    """
+    return {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda device=None: facts.name,
+        "get_device_capability": lambda device=None: (facts.major, facts.minor),
+        "get_device_properties": lambda device=None: facts,
+        "is_current_stream_capturing": lambda: False,
+        "device": lambda device: contextlib.nullcontext(),
+    }
 
 
 class _Pointer:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def pretended_gpu(arch: int, multiprocessors: int, launch: Callable[..., object]
     from triton.runtime.driver import driver
 
     from bench.kernel_cases import LIMITS
-    from bench.offline import _Driver
+    from bench.offline import Driver, cuda_answers
     from ipca.kernels import tuning
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
@@ -60,19 +60,14 @@ def pretended_gpu(arch: int, multiprocessors: int, launch: Callable[..., object]
 
             return run
 
-    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    major, minor = divmod(arch, 10)
+    facts = SimpleNamespace(name=f"sm_{arch}", major=major, minor=minor, multi_processor_count=multiprocessors)
     changes: dict[Any, dict[str, Any]] = {
-        torch.cuda: {
-            "get_device_properties": lambda device=None: properties,
-            "get_device_capability": lambda device=None: divmod(arch, 10),
-            "get_device_name": lambda device=None: f"sm_{arch}",
-            "is_current_stream_capturing": lambda: False,
-            "device": lambda device: nullcontext(),
-        },
+        torch.cuda: cuda_answers(facts),
         torch.library: {"wrap_triton": Launcher},
         fake_tensor: {"init_gpu_context": lambda device: None},
         tuning: {"limits": lambda device: LIMITS[arch], "may_measure": lambda x: True},
-        driver: {"_active": _Driver(arch)},
+        driver: {"_active": Driver(arch)},
     }
     with ExitStack() as stack:
         for module, values in changes.items():

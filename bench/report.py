@@ -119,7 +119,7 @@ def versus_peft_section(path: Path) -> str:
         "5 r (K + N) for the intact one: where r is a large part of the width, that must be slower. A merged layer has "
         "the plain price."
     )
-    machine = measured_on(rows[0]).replace(rows[0]["device"], rows[0]["device"].split(",")[0])
+    machine = measured_on(rows[0], threads=False)
     tables = [versus_peft_table(rows), overhead_table(rows)]
     return "\n\n".join([*tables, f"{machine} {about} Rows: `bench/results/{path.name}`."])
 
@@ -154,7 +154,7 @@ def small_models_section(path: Path) -> str:
         what = f"{row['model']}, {row['batch']} × {row['length']}"
         cells = [what, row["device"].split()[-2], name, row["step_ms"], f"{row['ratio']} ({quartiles})"]
         lines += [f"| {' | '.join([*cells, row['read_dtype_us']])} |"]
-    machine = measured_on(first).replace(first["device"], first["device"].split(",")[0])
+    machine = measured_on(first, threads=False)
     about = f"Rank {first['rank']}, {first['rounds']} rounds."
     return "\n".join(lines) + f"\n\n{machine} {about} Rows: `bench/results/{path.name}`."
 
@@ -227,10 +227,11 @@ def gpu_note(results: Path, bench: str) -> list[str]:
     return [] if any(not path.stem.endswith("_cpu") for path in device_files(results, bench)) else [NO_GPU]
 
 
-def measured_on(row: Row) -> str:
-    """Device and versions, as a sentence."""
+def measured_on(row: Row, *, threads: bool = True) -> str:
+    """Device and versions, as a sentence; without the number of ``threads`` where a table has that."""
+    device = row["device"] if threads else row["device"].split(",")[0]
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton") if row[name])
-    return f"**{row['device']}**, {row['dtype']}; {versions}, PEFT {row['peft']}, Python {row['python']}."
+    return f"**{device}**, {row['dtype']}; {versions}, PEFT {row['peft']}, Python {row['python']}."
 
 
 def main() -> int:

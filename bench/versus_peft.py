@@ -14,8 +14,10 @@ pairing and columns as in :mod:`bench.pc_linear`:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -56,18 +58,16 @@ def main() -> None:
         torch.set_num_threads(threads)
         about = facts(device)
         done = {key_of(row) for row in same_run(read_rows(path), about["device"], about["commit"])}
-        names = ("mode", "M", "N", "K", "rank", "dropout")
         for cell, mode in tqdm(cells(), desc=f"Cells, threads={threads}", unit="cell"):
-            key = tuple(str(mode if name == "mode" else getattr(cell, name)) for name in names)
-            if key not in done:
+            if key_of({**vars(cell), "mode": mode}) not in done:
                 rows = bench_modes(cell, device, SECONDS, PROVIDERS, (mode,))
                 append_rows(path, [row | about for row in rows], COLUMNS)
     print(f"{versus_peft_table(read_rows(path))}\n{path}")
 
 
-def key_of(row: dict[str, str]) -> tuple[str, ...]:
-    """The identity of a row's cell."""
-    return tuple(row[name] for name in ("mode", "M", "N", "K", "rank", "dropout"))
+def key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The identity of a cell and its mode, from a row or from the cell's fields."""
+    return tuple(str(row[name]) for name in ("mode", "M", "N", "K", "rank", "dropout"))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import ctypes
 import json
 import math
 import os
-import secrets
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ipca._atomic import write_atomic
 from ipca._cache_folder import default_cache_folder
 from ipca._version import __version__
 
@@ -97,12 +97,7 @@ def drop_rows(path: Path, device: torch.device, shapes: list[list[int]]) -> None
 def _write(path: Path, device: torch.device, lists: dict[str, Any]) -> None:
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        temporary.write_text(json.dumps({"device": name, "capability": [*capability], **lists}), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, json.dumps({"device": name, "capability": [*capability], **lists}).encode())
     forget()
 
 

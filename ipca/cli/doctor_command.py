@@ -64,7 +64,7 @@ def doctor(args: argparse.Namespace) -> tuple[Record, str]:
     found = [Check("versions", 0.0, outdated(REQUIRED)), Check("the cache can be written", 0.0, unwritable)]
     found += run_checks(progress=not args.quiet)
     record["checks"] = [check._asdict() for check in found]
-    # Where nothing can be kept, "auto" would not learn what a minute of checks found.
+    # Where nothing can be kept, "auto" would not learn what the checks found.
     checked = [] if unwritable else _one_of_each(record["gpus"])
     record["kernels"] = [check_kernels(gpu, progress=not args.quiet) for gpu in checked]
     faults = [fault for kernels in record["kernels"] for fault in kernels["faults"].values()]

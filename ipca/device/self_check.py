@@ -3,8 +3,8 @@
 A kernel passes where its error is at most twice that of PyTorch's product in the same arithmetic, both measured against
 float64 as the root mean square over the entries: one wrong entry among ten thousand is far above it. Where PyTorch
 happens to be nearly exact, four rounding errors of float32, relative to the result, are allowed. tf32 has 10 bits
-behind the point, and a matrix unit may truncate where cuBLAS rounds, which is 2.6 times the error: there the allowance
-is two epsilons, 2⁻⁹.
+behind the point, and a matrix unit may truncate where cuBLAS rounds, whose error is smaller and has no sign: there the
+allowance is two epsilons, 2⁻⁹.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ipca.nn.linear import LinearPC
 from ipca.ops import BACKENDS
 from ipca.ops.backend import LinearShape, choose, get_backend, linear_shape, unsupported_reason
-from ipca.ops.linear import to_autocast, transformed
+from ipca.ops.linear import to_autocast, trains, transformed
+from ipca.ops.op import Layer
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ def _shape_of_call(layer: LinearPC, x: Tensor) -> LinearShape:
         raise TypeError(f"expected a LinearPC, got {type(layer).__name__}; take one from a model's modules().")
     if x.shape[-1] != layer.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, but the layer takes {layer.in_features}.")
-    x, weight = to_autocast(x, layer.base_weight)
-    rows = x.detach().reshape(-1, x.shape[-1])
-    frozen = layer.lora_A0 if layer.form == "intact" else None
+    x, weight, bias = to_autocast(x, layer.base_weight, layer.bias)
+    A0, B0 = (layer.lora_A0, layer.lora_B0) if layer.form == "intact" else (None, None)
+    tensors = Layer(weight, layer.lora_A, layer.lora_B, bias, A0, B0, layer.scaling)
     dropout = layer.dropout if layer.training and not layer.is_disabled else 0.0
-    return linear_shape(rows, weight, layer.lora_A, frozen, dropout, torch.is_grad_enabled())
+    return linear_shape(x, weight, layer.lora_A, A0, dropout, trains(x, tensors))
 
 
 def _kernels(layer: LinearPC, x: Tensor, backend: str) -> tuple[str, ...]:

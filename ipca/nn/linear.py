@@ -14,6 +14,7 @@ from ipca.nn.layer_kinds import LINEAR, build_layer, layer_kind, read_layer
 from ipca.nn.subclasses import restore, subclass_of
 from ipca.nn.window_layer import LayerOptions, ProductLayer
 from ipca.ops.linear import pc_linear_of_layer
+from ipca.ops.op import Layer
 from ipca.window import Window, as_window
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class LinearPC(ProductLayer):
             return super().window_product(x, A, B, dropout)
         held, scaling = self.held, self.alpha / self.rank
         A0, B0 = (held("lora_A0"), held("lora_B0")) if self.form == "intact" else (None, None)
-        return pc_linear_of_layer(x, held("base_weight"), A, B, held("bias"), scaling, A0, B0, dropout)
+        return pc_linear_of_layer(x, Layer(held("base_weight"), A, B, held("bias"), A0, B0, scaling), dropout)
 
     @classmethod
     def from_linear(

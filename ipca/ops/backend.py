@@ -194,6 +194,6 @@ def off_cuda(device: torch.device) -> BackendChoice:
 
 
 def linear_shape(x: Tensor, weight: Tensor, A: Tensor, A0: Any, dropout: float, training: bool) -> LinearShape:
-    """The :class:`LinearShape` of one call, with ``x`` as rows."""
-    (N, K), M = weight.shape, x.shape[0]
-    return LinearShape(x.device, x.dtype, M, N, K, A.shape[0], A0 is not None, dropout > 0, training)
+    """The :class:`LinearShape` of one call with ``x (…, K)``."""
+    N, K = weight.shape
+    return LinearShape(x.device, x.dtype, x.numel() // K, N, K, A.shape[0], A0 is not None, dropout > 0, training)

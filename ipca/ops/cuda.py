@@ -49,7 +49,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``y (…, N)`` and ``z Aᵀ (…, R)``, see :func:`ipca.ops.op.forward`; ``build`` is for torch.compile's cache."""
     layer = op.Layer(weight, A, B, bias, A0, B0, scaling)
-    return op.forward(x, layer, noise, dropout, backend, training)[:2]
+    return op.forward(x, layer, noise, dropout, op.plan_for(backend, x, layer, dropout, training), training)[:2]
 
 
 def backward(
@@ -71,7 +71,8 @@ def backward(
 ) -> list[Tensor]:
     """The gradients among ``dx, dW, dA, dB, dbias`` that ``needs`` selects."""
     layer = op.Layer(weight, A, B, bias, A0, B0, scaling)
-    grads = op.backward(dy, x, h, layer, noise, dropout, backend, op.Needs(*needs))
+    plan = op.plan_for(backend, x, layer, dropout, True)
+    grads = op.backward(dy, x, h, layer, noise, dropout, plan, op.Needs(*needs))
     return [grad for grad in grads if grad is not None]
 
 

@@ -12,6 +12,7 @@ from ipca._dtensor import is_sharded
 from ipca.ops import op, reference, torch_kernels
 from ipca.ops.backend import choose, get_backend, linear_shape
 from ipca.ops.dropout import new_noise
+from ipca.ops.op import Layer
 from ipca.ops.pair import one_pair
 
 # The C++ method: torch.autograd.Function.apply adds a binding of default arguments, which there are none of.
@@ -54,58 +55,49 @@ def pc_linear(
         ValueError: the shapes do not fit, only one of ``A0, B0`` is given, or ``dropout`` is not in [0, 1].
         RuntimeError: the backend set by name cannot run, or dropout under a ``torch.func`` transform.
     """
-    _check(x, weight, A, B, bias, A0, B0, dropout)
-    return pc_linear_of_layer(x, weight, A, B, bias, scaling, A0, B0, dropout)
+    layer = Layer(weight, A, B, bias, A0, B0, scaling)
+    _check(x, layer, dropout)
+    return pc_linear_of_layer(x, layer, dropout)
 
 
-def pc_linear_of_layer(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """:func:`pc_linear` for a layer, whose plain tensors fit each other and need no check in each call."""
+def pc_linear_of_layer(x: Tensor, layer: Layer, dropout: float) -> Tensor:
+    """:func:`pc_linear` of a module's tensors: on a CPU plain ones are checked by the products themselves."""
     compiling = torch.compiler.is_compiling()
-    if compiling or type(A) is not nn.Parameter or type(x) is not Tensor or x.shape[-1] != weight.shape[1]:
-        _check(x, weight, A, B, bias, A0, B0, dropout)
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = to_autocast(x, weight, bias)
+    plain = type(x) is Tensor and type(layer.A) is nn.Parameter
+    if compiling or x.is_cuda or not plain or x.shape[-1] != layer.weight.shape[1]:
+        _check(x, layer, dropout)
+    weight, A, B, bias, A0, B0, scaling = layer
+    x, weight, bias = to_autocast(x, weight, bias)
     if A0 is not None and B0 is not None and (A0.requires_grad or B0.requires_grad):
         A0, B0 = A0.detach(), B0.detach()
+    layer = Layer(weight, A, B, bias, A0, B0, scaling)
     if transformed():
-        return _under_transform(x, weight, A, B, bias, A0, B0, scaling, dropout)
+        return _under_transform(x, layer, dropout)
     backend = get_backend()
     noise = new_noise(x, dropout, seed_only=backend not in ("auto", "reference")) if dropout > 0 else None
     if compiling:
-        return _traced(x, op.Layer(weight, A, B, bias, A0, B0, scaling), noise, dropout, backend)
-    if not (torch.is_grad_enabled() and _require_grad(x, weight, A, B, bias)):
-        return op.forward(x, op.Layer(weight, A, B, bias, A0, B0, scaling), noise, dropout, backend, False)[0]
-    y: Tensor = _apply(x, weight, A, B, bias, A0, B0, noise, scaling, dropout, backend)
+        return _traced(x, layer, noise, dropout, backend)
+    training = trains(x, layer)
+    plan = op.plan_for(backend, x, layer, dropout, training)
+    if not training:
+        return op.forward(x, layer, noise, dropout, plan, False)[0]
+    y: Tensor = _apply(x, *layer, noise, dropout, plan)
     return y
 
 
-def _require_grad(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> bool:
-    return (
-        A.requires_grad
-        or B.requires_grad
-        or x.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    )
+def trains(x: Tensor, layer: Layer) -> bool:
+    """Whether the product takes part in a graph for gradients."""
+    bias_trains = layer.bias is not None and layer.bias.requires_grad
+    others = x.requires_grad or layer.weight.requires_grad or bias_trains
+    return torch.is_grad_enabled() and (layer.A.requires_grad or layer.B.requires_grad or others)
 
 
-def _traced(x: Tensor, layer: op.Layer, noise: Tensor | None, dropout: float, backend: str) -> Tensor:
+def _traced(x: Tensor, layer: Layer, noise: Tensor | None, dropout: float, backend: str) -> Tensor:
     """What torch.compile gets: on CUDA the kernels, elsewhere the formula, which Inductor fuses with what is around."""
     if x.is_cuda:
         return _traced_on_cuda(x, layer, noise, dropout, backend)
     if backend != "auto":
-        rows = x.reshape(-1, x.shape[-1])
-        choose(backend, linear_shape(rows, layer.weight, layer.A, layer.A0, dropout, True))  # raises if it cannot run
+        choose(backend, linear_shape(x, layer.weight, layer.A, layer.A0, dropout, True))  # raises if it cannot run
     with op.without_autocast(x):
         if backend == "merged":
             pair = one_pair(layer.A, layer.B, layer.A0, layer.B0)
@@ -113,7 +105,7 @@ def _traced(x: Tensor, layer: op.Layer, noise: Tensor | None, dropout: float, ba
         return reference.pc_linear(x, *layer, noise, dropout)
 
 
-def _traced_on_cuda(x: Tensor, layer: op.Layer, noise: Tensor | None, dropout: float, backend: str) -> Tensor:
+def _traced_on_cuda(x: Tensor, layer: Layer, noise: Tensor | None, dropout: float, backend: str) -> Tensor:
     from ipca.ops import cuda
 
     *tensors, scaling = layer
@@ -136,17 +128,7 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _under_transform(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
+def _under_transform(x: Tensor, layer: Layer, dropout: float) -> Tensor:
     """The reference, which ``torch.func`` can transform."""
     if get_backend() not in ("auto", "reference"):
         raise RuntimeError(
@@ -156,27 +138,18 @@ def _under_transform(
     if dropout > 0:
         raise RuntimeError("pc_linear has no dropout under torch.func transforms; call eval() or set dropout=0.")
     with op.without_autocast(x):
-        return reference.pc_linear(x, weight, A, B, bias, A0, B0, scaling)
+        return reference.pc_linear(x, *layer)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    dropout: float,
-) -> None:
+def _check(x: Tensor, layer: Layer, dropout: float) -> None:
     """Raise for arguments that do not fit, before anything is computed."""
-    if any(is_sharded(tensor) for tensor in (x, weight, A, B, bias, A0, B0)):
+    weight, A, B, bias, A0, B0, _ = layer
+    if any(map(is_sharded, (x, weight, A, B, bias, A0, B0))):
         raise TypeError(
             "pc_linear got a DTensor. A layer sharded by fully_shard computes within the forward pass of the module "
             "that was wrapped: call that module. Tensor parallel plans cannot shard an adapted layer: leave it out."
         )
-    N, K = weight.shape
-    R = A.shape[0]
+    (N, K), R = weight.shape, A.shape[0]
     if x.shape[-1] != K:
         raise ValueError(f"x has {x.shape[-1]} features, but weight {(N, K)} takes {K}.")
     if A.shape != (R, K) or B.shape != (N, R):

@@ -42,6 +42,7 @@ class Layer(NamedTuple):
     scaling: float
 
 
+_AS_IT_IS = nullcontext()
 Kept = tuple[Tensor, ...]
 """What forward has made and backward needs again: ``D, E``, of the backend ``merged`` its weight, or nothing."""
 
@@ -73,30 +74,29 @@ class PCLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, A, B, bias, A0, B0, noise, scaling, p, backend = inputs
-        y, h, kept = forward(x, Layer(weight, A, B, bias, A0, B0, scaling), noise, p, backend, True)
-        ctx.settings = scaling, p, backend
-        ctx.save_for_backward(x, h, weight, A, B, bias, A0, B0, noise, *kept)
+        x, weight, A, B, bias, A0, B0, scaling, noise, p, plan = inputs
+        y, h, kept = forward(x, Layer(weight, A, B, bias, A0, B0, scaling), noise, p, plan, True)
+        ctx.settings = scaling, p, plan
+        ctx.save_for_backward(x, h, noise, weight, A, B, bias, A0, B0, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, weight, A, B, bias, A0, B0, noise, *kept = ctx.saved_tensors
-        scaling, p, backend = ctx.settings
+        x, h, noise, weight, A, B, bias, A0, B0, *kept = ctx.saved_tensors
+        scaling, p, plan = ctx.settings
         needs, layer = Needs(*ctx.needs_input_grad[:5]), Layer(weight, A, B, bias, A0, B0, scaling)
         if torch.is_grad_enabled():
             grads = differentiable_backward(dy, x, layer, noise, p, needs)
         else:
-            grads = backward(dy, x, h, layer, noise, p, backend, needs, tuple(kept))
+            grads = backward(dy, x, h, layer, noise, p, plan, needs, tuple(kept))
         return (*grads, *(None,) * 6)
 
 
 def forward(
-    x: Tensor, layer: Layer, noise: Tensor | None, p: float, backend: str, training: bool
+    x: Tensor, layer: Layer, noise: Tensor | None, p: float, plan: Plan, training: bool
 ) -> tuple[Tensor, Tensor, Kept]:
     """``y (…, N)``, and if ``training`` for :func:`backward`: ``z Aᵀ (…, R)`` and what it would compute anew."""
     rows = _rows(x)
-    plan = _plan_for(backend, rows, layer, p, training)
     with _on_device_of(x):
         y, h, kept = _forward(x, rows, layer, noise, p, plan, training)
     return _shaped_like(x, y), _shaped_like(x, h) if training else h, kept
@@ -109,13 +109,12 @@ def backward(
     layer: Layer,
     noise: Tensor | None,
     p: float,
-    backend: str,
+    plan: Plan,
     needs: Needs,
     kept: Kept = (),
 ) -> tuple[Tensor | None, ...]:
-    """``dx, dW, dA, dB, dbias``, None where not needed."""
+    """``dx, dW, dA, dB, dbias``, None where not needed; what is ``kept`` is of a forward by the same ``plan``."""
     rows = _rows(x)
-    plan = _plan_for(backend, rows, layer, p, True)
     with _on_device_of(x):
         dx, *grads = _backward(_rows(dy), rows, _rows(h), layer, noise, p, plan, needs, kept)
     return (dx if dx is None or x.ndim == 2 else dx.view(x.shape), *grads)
@@ -159,7 +158,7 @@ def _forward(
 
         if takes(x, D.shape[0]):
             y, h = few_tokens(x, weight, D, E, bias, noise, p, scaling=scaling)
-            return y, _of_A(h, A), pair
+            return y, _of_A(h, A) if training else h, pair
     h = plan.project(x, D, noise, p)
     y = plan.linear(given if plan.backend == "reference" else x, weight, h, E, bias, scaling=scaling)
     return y, _of_A(h, A) if training else h, pair
@@ -220,11 +219,16 @@ def _of_A(h: Tensor, A: Tensor) -> Tensor:
     return h if h.shape[1] == A.shape[0] else torch.add(*h.chunk(2, dim=1))
 
 
-def _plan_for(backend: str, rows: Tensor, layer: Layer, p: float, training: bool) -> Plan:
-    if backend == "auto" and not rows.is_cuda:  # once in forward and once in backward of every layer
-        choice = off_cuda(rows.device)
+def plan_for(backend: str, x: Tensor, layer: Layer, p: float, training: bool) -> Plan:
+    """The plan for ``x (…, K)``.
+
+    Raises:
+        RuntimeError: a backend set by name cannot run.
+    """
+    if backend == "auto" and not x.is_cuda:  # in every call of every layer: the shape does not matter
+        choice = off_cuda(x.device)
     else:
-        choice = choose(backend, linear_shape(rows, layer.weight, layer.A, layer.A0, p, training))
+        choice = choose(backend, linear_shape(x, layer.weight, layer.A, layer.A0, p, training))
     return _plan(choice.backend, choice.low_rank_in_triton)
 
 
@@ -293,6 +297,3 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return _AS_IT_IS
     return torch.autocast(x.device.type, enabled=False)
-
-
-_AS_IT_IS = nullcontext()

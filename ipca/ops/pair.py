@@ -52,6 +52,7 @@ class _Kept(NamedTuple):
 
 
 LEAST_SEEN = 128
+"""Entries of a factor that are compared at least, if it has so many."""
 _kept: dict[int, _Kept] = {}
 
 

@@ -99,7 +99,7 @@ def _masked(x: Tensor, noise: Tensor, p: float) -> Tensor:
 
 
 def _ones_where_kept(x: Tensor, noise: Tensor, p: float) -> Tensor:
-    """The mask of ``x`` as numbers; PyTorch converts bytes eight times as fast as booleans."""
+    """The mask of ``x`` as numbers; PyTorch converts bytes faster than booleans."""
     return keep_mask(x, noise, p).view(torch.uint8).to(x.dtype)
 
 

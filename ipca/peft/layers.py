@@ -23,6 +23,7 @@ from ipca.io.peft_format import to_peft
 from ipca.nn.initialization import InitialFactors, count_null, initial_factors
 from ipca.nn.offload import execution_device, is_offloaded, stored_tensor
 from ipca.ops.linear import pc_linear_of_layer
+from ipca.ops.op import Layer
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
 from ipca.peft.records import LayerRecords
 
@@ -329,8 +330,8 @@ class WindowLinear(WindowLora, lora.Linear):
         self.note_call()
         return pc_linear_of_layer(x, *fused)
 
-    def _fused(self, x: Tensor) -> tuple[Any, ...] | None:
-        """The other arguments of the one op that computes what PEFT's forward would, or None where none does.
+    def _fused(self, x: Tensor) -> tuple[Layer, float] | None:
+        """The tensors and the dropout of the one op that computes what PEFT's forward would; None where none does.
 
         It takes one active adapter, and nothing that others have attached to the base layer or to the factors may be
         left out. Modules are looked up in dictionaries: by attribute it takes as long as the products of a small layer.
@@ -358,7 +359,7 @@ class WindowLinear(WindowLora, lora.Linear):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None
         p = vars(dropout).get("p", 0.0) if dropout.training else 0.0
-        return self.in_layout(weight), A, B, base._parameters["bias"], self.scaling[name], A0, B0, p
+        return Layer(self.in_layout(weight), A, B, base._parameters["bias"], A0, B0, self.scaling[name]), p
 
 
 _FUSED = (nn.Linear, Conv1D), (nn.Linear,), (nn.Linear,), (nn.Dropout, nn.Identity)

@@ -9,6 +9,7 @@ import triton
 from triton.runtime import interpreter
 
 from ipca.kernels.configs import CONFIGS, fitting
+from ipca.kernels.launch import has_descriptors
 from ipca.kernels.tuning import force, limits
 
 if triton.__version__.startswith("3.6."):  # its interpreter takes arrays of one entry for integers, NumPy 2.4 does not
@@ -61,8 +62,9 @@ def every_configuration(*kernels):
 @contextmanager
 def configured(kernel, kind, config, R, **hard):
     """Within it ``kernel`` runs as ``config`` says; yields the dtype of ``kind``. Skips what the device cannot hold."""
-    old = DEVICE == "cuda" and not 9 <= torch.cuda.get_device_capability()[0] < 12
-    if (old and hard.get("tma")) or config not in fitting(kernel, kind, R, limits(torch.device(DEVICE)), **hard):
+    device = torch.device(DEVICE)
+    without_tma = device.type == "cuda" and not has_descriptors(device)
+    if (without_tma and hard.get("tma")) or config not in fitting(kernel, kind, R, limits(device), **hard):
         pytest.skip(f"{config.describe()} {hard or ''} is not for this device")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")

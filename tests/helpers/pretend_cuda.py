@@ -1,11 +1,12 @@
 """A CUDA device that answers what is asked before a kernel runs. No kernel runs on it."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 from torch._subclasses import fake_tensor
 
+from bench.offline import cuda_answers
 from ipca.kernels import few_tokens, linear, outer, products, project, reduce, tables, tuning
 from ipca.kernels.configs import Limits
 from ipca.ops import backend
@@ -19,16 +20,7 @@ FACTS = SimpleNamespace(
 
 def pretend_cuda(monkeypatch, tmp_path):
     """Pretend an H100-like device with a cache of its own and no shipped table; returns the folder of its cache."""
-    for name, answer in {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "get_device_name": lambda device=None: NAME,
-        "get_device_capability": lambda device=None: (FACTS.major, FACTS.minor),
-        "get_device_properties": lambda device=None: FACTS,
-        "is_current_stream_capturing": lambda: False,
-        "device": lambda device: nullcontext(),
-    }.items():
+    for name, answer in cuda_answers(FACTS).items():
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(tuning, "limits", lambda device: Limits(232_448, 0))
     monkeypatch.setattr(tuning, "_chosen", {})

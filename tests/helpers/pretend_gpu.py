@@ -3,7 +3,6 @@
 For a process of its own: functions of torch and Triton are replaced for good, and Triton must not interpret.
 """
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +17,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses import fake_tensor
 
 from bench.kernel_cases import LIMITS
-from bench.offline import _Driver
+from bench.offline import Driver, cuda_answers
 
 MODE = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
 MULTIPROCESSORS = 132
@@ -27,27 +26,16 @@ MULTIPROCESSORS = 132
 def pretend(arch=90):
     """Let torch and Triton find one device of compute capability ``arch / 10``."""
     major, minor = divmod(arch, 10)
-    properties = SimpleNamespace(
+    facts = SimpleNamespace(
         name="pretended", gcnArchName="", major=major, minor=minor, multi_processor_count=MULTIPROCESSORS
     )
-    answers = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_name": "pretended",
-        "get_device_capability": (major, minor),
-        "get_device_properties": properties,
-        "is_current_stream_capturing": False,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": None,
-        "device": nullcontext(),
-    }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    rng = {"get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_: None}
+    for name, answer in (cuda_answers(facts) | rng).items():
+        setattr(torch.cuda, name, answer)
     fake_tensor.init_gpu_context = lambda device: None
     rest = [None] * (len(DeviceProperties._fields) - 4)
     DeviceProperties.create = classmethod(lambda cls, device: cls("cuda", 0, MULTIPROCESSORS, arch, *rest))
-    driver = _Driver(arch)
+    driver = Driver(arch)
     driver.utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": LIMITS[arch].shared})
     driver.get_active_torch_device = lambda: torch.device("cuda", 0)
     triton.runtime.driver.set_active(driver)

@@ -59,8 +59,9 @@ def main():
         for frozen in ((None, None), (tensor(rank, cell.K), tensor(cell.N, rank))):
             layer = op.Layer(weight, A, B, None, *frozen, 1.0)
             for backend in ("triton", "addmm"):
-                h = op.forward(x, layer, None, 0.0, backend, True)[1]
-                op.backward(dy, x, h, layer, None, 0.0, backend, op.Needs(True, False, True, True, False))
+                plan = op.plan_for(backend, x, layer, 0.0, True)
+                h = op.forward(x, layer, None, 0.0, plan, True)[1]
+                op.backward(dy, x, h, layer, None, 0.0, plan, op.Needs(True, False, True, True, False))
     print(len(launched), cubins() - before)
 
 

@@ -13,6 +13,7 @@ from bench.kernel_cases import LIMITS
 from ipca.kernels import tables, tuning
 from ipca.kernels.configs import CONFIGS, Config, Limits, fitting, shared_bytes, untuned
 from ipca.kernels.launch import compile_only, grid_of
+from tests.helpers.pretend_cuda import pretend_cuda
 
 H100 = Limits(232_448, 0)
 CUDA = torch.device("cuda", 0)
@@ -22,16 +23,7 @@ EASY = {"dropout": False, "tma": True}
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A device that answers what the tuner asks, with a cache of its own and no shipped table."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU 80GB")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning, "limits", lambda device: H100)
-    monkeypatch.setattr(tuning, "programs", lambda device: 132)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setenv("IPCA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("IPCA_AUTOTUNE", raising=False)
-    tables.forget()
+    pretend_cuda(monkeypatch, tmp_path)
     yield tmp_path
     tables.forget()
 

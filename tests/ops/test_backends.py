@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ipca
-from ipca.ops import BACKENDS, pc_linear, reference
+from ipca.ops import BACKENDS, op, pc_linear, reference
 from ipca.ops import backend as backends
 from ipca.ops.dropout import new_seed
 from tests.helpers.kernel_inputs import DEVICE, DTYPES, assert_within_twice, draw, poisoned, strided, wide
@@ -231,6 +231,19 @@ def test_triton_without_a_gpu(monkeypatch):
         RuntimeError, match=r"'triton' cannot run .* it needs a CUDA device, x is on cpu\. Call ipca\.set_b"
     ):
         pc_linear(x, W, A, B)
+
+
+@FORMS
+def test_backward_computes_as_forward_did_whatever_auto_would_take_by_then(monkeypatch, intact):
+    t = inputs(90, intact=intact)
+    want = torch.autograd.grad(call(t), leaves(t), t.dy)
+    merged = backends.BackendChoice("merged", False, "")
+    for before, after in ((op.off_cuda, lambda device: merged), (lambda device: merged, op.off_cuda)):
+        monkeypatch.setattr(op, "off_cuda", before)
+        y = call(t)
+        monkeypatch.setattr(op, "off_cuda", after)
+        for got, other in zip(torch.autograd.grad(y, leaves(t), t.dy), want, strict=True):
+            torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-4)
 
 
 def test_names_and_the_environment(monkeypatch):
