@@ -102,23 +102,28 @@ def compiled_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def versus_peft_table(rows: Sequence[Row]) -> str:
-    """For training and decoding, each of our layers: cells, those slower than PEFT's default, and ratios to it."""
-    lines = [
-        "| threads | | layer | cells | slower by > 2 % | median of time / PEFT's | largest, and where |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
+    """Our layers in training and decoding by rank: cells slower than PEFT's default, by threads, and ratios to it.
+
+    A cell whose layer was not timed, because it was wrong or failed, counts as slower.
+    """
+    groups: dict[tuple[str, str, str], list[tuple[float, str, str]]] = {}
     for row in rows:
         if row["provider"] in ("linear", "peft-default") or row["N"] == "64":
             continue
-        what = "decoding" if row["mode"] == "forward" else f"training, dropout {row['dropout']}"
+        what = "decoding" if row["mode"] == "forward" else "training"
         ratio = float(row["ratio_peft_default"]) if row["status"] == "ok" else float("inf")
-        key = (row["device"].split()[-2], what, _layer_name(row))
-        groups.setdefault(key, []).append((ratio, f"{row['K']} → {row['N']}, M = {row['M']}, r = {row['rank']}"))
-    for (threads, what, name), found in groups.items():
-        slower, (worst, where) = sum(ratio > TIE for ratio, _ in found), max(found)
-        middle = median(ratio for ratio, _ in found)
-        lines.append(f"| {threads} | {what} | {name} | {len(found)} | {slower} | {middle:.2f} | {worst:.2f}, {where} |")
+        where = f"{row['K']} → {row['N']}, M = {row['M']}"
+        groups.setdefault((what, row["rank"], _layer_name(row)), []).append((ratio, where, _threads(row)))
+    threads = sorted({_threads(row) for row in rows})
+    counts = "".join(f" {count} thread{'s' * (count != '1')}: slower by > 2 % |" for count in threads)
+    lines = [f"| | rank | layer |{counts} median of time / PEFT's | largest, and where |"]
+    lines += [f"|---|---|---|{'---|' * len(threads)}---|---|"]
+    for key, found in groups.items():
+        of = [[ratio for ratio, _, count in found if count == own] for own in threads]
+        slower = [f"{sum(ratio > TIE for ratio in ratios)} of {len(ratios)}" for ratios in of]
+        worst, where, count = max(found)
+        middle = median(ratio for ratio, *_ in found)
+        lines.append(f"| {' | '.join([*key, *slower, f'{middle:.2f}', f'{worst:.2f}, {where}, threads = {count}'])} |")
     return "\n".join(lines)
 
 
@@ -129,12 +134,16 @@ def overhead_table(rows: Sequence[Row]) -> str:
         if row["N"] == "64" and row["status"] == "ok":
             name = row["provider"] if row["provider"] in ("linear", "peft-default") else _layer_name(row)
             microseconds = f"{1e3 * float(row['median_ms']):.0f}"
-            found.setdefault((row["device"].split()[-2], row["mode"]), {})[name] = microseconds
+            found.setdefault((_threads(row), row["mode"]), {})[name] = microseconds
     names = list(next(iter(found.values()), {}))
     lines = [f"| threads | µs of a call | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
     modes = {"forward": "without gradients", "graph": "with a graph"}
     lines += [f"| {threads} | {modes[mode]} | {' | '.join(of.values())} |" for (threads, mode), of in found.items()]
     return "\n".join(lines)
+
+
+def _threads(row: Row) -> str:
+    return row["device"].split()[-2]
 
 
 def _layer_name(row: Row) -> str:

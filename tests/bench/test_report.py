@@ -113,6 +113,22 @@ def test_the_goal_in_one_line(tmp_path):
     assert tables.goal_line([]) == "goal: not measured"
 
 
+def test_the_table_against_peft_counts_what_is_slower_and_what_is_wrong():
+    def row(provider, form, threads, ratio, status="ok", M="64"):
+        cell = {"mode": "full", "M": M, "N": "256", "K": "1024", "rank": "8", "device": f"cpu x, {threads} threads"}
+        return {**cell, "provider": provider, "form": form, "ratio_peft_default": ratio, "status": status}
+
+    rows = [row("linear", "", 1, "0.5"), row("peft-default", "", 1, "1.0")]
+    rows += [row("ipca-auto", "intact", 1, "1.02"), row("ipca-auto", "intact", 1, "1.03", M="128")]
+    rows += [row("ipca-auto", "intact", 2, "0.90"), row("PEFT with PCConfig", "intact", 2, "", "wrong: dA")]
+    table = tables.versus_peft_table(rows).splitlines()
+    assert table[0].startswith("| | rank | layer | 1 thread: slower by > 2 % | 2 threads: slower by > 2 % |")
+    assert table[2:] == [
+        "| training | 8 | LinearPC, intact | 1 of 2 | 0 of 1 | 1.02 | 1.03, 1024 → 256, M = 128, threads = 1 |",
+        "| training | 8 | PCConfig | 0 of 0 | 1 of 1 | inf | inf, 1024 → 256, M = 64, threads = 2 |",
+    ]
+
+
 def test_the_training_table(tmp_path):
     rows = training_rows("peft-default", "", [10.0, 8.0, 7.0], 0.5)
     rows += training_rows("ipca-auto", "residual", [10.0, 8.0, 7.007], 0.25)
