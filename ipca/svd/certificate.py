@@ -13,6 +13,10 @@ Where a path estimates the window's neighbors, the thresholds lie a quarter of t
 the window than ``n eps σ₁²``, the rounding error of the Gram matrix; a factorization whose own error could reach the
 window does not count. So a window that cuts a tie, or lies so low that these errors hide it, is never proven by
 accident: it is left uncertified.
+
+A path that reduces the Gram matrix to a tridiagonal one ``T``, or knows all its eigenvalues, counts on these. By Weyl's
+inequality an eigenvalue moves by no more than the distance of ``T`` from the Gram matrix, so the thresholds move away
+from the window by that distance as well.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ipca.svd.ldlt import count_above
-from ipca.svd.matrix_batch import MatrixBatch
+from ipca.svd.matrix_batch import Counts, MatrixBatch
 from ipca.svd.random_vectors import norm_bound, probes
 
 _EPS = torch.finfo(torch.float64).eps
@@ -53,7 +57,13 @@ def orthogonality(U: Tensor, V: Tensor) -> Tensor:
 
 
 def certify(
-    G: Tensor, S: Tensor, rho: Tensor, sigma1: Tensor, start: int, neighbors: Tensor | None = None
+    G: Tensor,
+    S: Tensor,
+    rho: Tensor,
+    sigma1: Tensor,
+    start: int,
+    neighbors: Tensor | None = None,
+    counts: Counts | None = None,
 ) -> list[Proof]:
     """Prove that ``S`` holds the singular values ``[start, start + r)`` of the matrices whose Gram matrices are ``G``.
 
@@ -64,17 +74,22 @@ def certify(
         sigma1: ``(batch,)``.
         start: the index that ``S[:, 0]`` claims to have.
         neighbors: ``(batch, 2)``, estimates of the values at ``start − 1`` and ``start + r``, none by default.
+        counts: in place of factorizations of ``G``.
     """
     n, end = G.shape[-1], start + S.shape[1]
     delta = torch.maximum(4 * rho, 1e-9 * sigma1)
-    rounding = n * _EPS * sigma1.square()
+    rounding = n * _EPS * sigma1.square() + (0 if counts is None else counts.error)
+
+    def above(x2: Tensor, room: Tensor) -> Tensor:
+        return count_above(G, x2, room) if counts is None else counts.above(x2)
+
     words: list[list[str]] = [[] for _ in S]
     failed: list[str | None] = [None for _ in S]
     if start > 0:
         nearest = (S[:, 0] + delta).square() + rounding
         x2 = nearest if neighbors is None else torch.maximum(nearest, _toward(S[:, 0], neighbors[:, 0]))
-        counts = count_above(G, x2, room=x2 - (S[:, 0] + rho).square())
-        for i, count in enumerate(counts.tolist()):
+        found = above(x2, room=x2 - (S[:, 0] + rho).square())
+        for i, count in enumerate(found.tolist()):
             words[i].append(f"{count} above")
             if count != start:
                 failed[i] = f"{count} singular values lie above the window, not {start}"
@@ -83,8 +98,8 @@ def certify(
         nearest = low.square() - rounding
         y2 = nearest if neighbors is None else torch.minimum(nearest, _toward(S[:, -1], neighbors[:, 1]))
         hidden = (low <= 0) | (low.square() <= 2 * rounding)
-        counts = count_above(G, y2, room=(S[:, -1] - rho).square() - y2)
-        for i, (count, too_low) in enumerate(zip(counts.tolist(), hidden.tolist(), strict=True)):
+        found = above(y2, room=(S[:, -1] - rho).square() - y2)
+        for i, (count, too_low) in enumerate(zip(found.tolist(), hidden.tolist(), strict=True)):
             words[i].append(f"{count} through")
             if too_low and failed[i] is None:
                 level = (S[i, -1] / sigma1[i]).item()

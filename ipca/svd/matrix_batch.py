@@ -20,6 +20,7 @@ from torch import Tensor
 from ipca.svd.inner_loops import lanczos_step_
 from ipca.svd.ldlt import LDLT, factorize_shifted
 from ipca.svd.random_vectors import DENSITY, KRYLOV, POWER, normal
+from ipca.svd.tridiagonal import Tridiagonal
 
 _ROWS, _COLUMNS = 256, 512
 _POWER_STEPS = 16
@@ -35,11 +36,26 @@ class Candidate:
         neighbors: ``(batch, 2)``; estimates of the singular values next to the window, above (infinity where the
             window starts the spectrum) and below (0 where it ends it). None where they are not known.
         polish: one more step of the path's iteration on ``V``, where the path has one.
+        counts: the path's own inertia counts, where it has them; ``V`` is then good to rounding.
     """
 
     V: Tensor
     neighbors: Tensor | None
     polish: Callable[[Tensor], Tensor] | None = None
+    counts: Counts | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Inertia counts of matrices near ``WᵀW``.
+
+    Attributes:
+        above: how many eigenvalues lie above thresholds ``(batch,)``.
+        error: ``(batch,)``; a bound on the distance of the matrices from ``WᵀW`` as it was multiplied.
+    """
+
+    above: Callable[[Tensor], Tensor]
+    error: Tensor
 
 
 class MatrixBatch:
@@ -76,6 +92,11 @@ class MatrixBatch:
         for name in ("gram", "gram32", "sigma1"):
             if name in self.__dict__:
                 part.__dict__[name] = self.__dict__[name][rows]
+        if "tridiagonal" in self.__dict__:
+            part.__dict__["tridiagonal"] = [self.tridiagonal[i] for i in rows]
+        if "eigh" in self.__dict__:
+            values, vectors = self.eigh
+            part.__dict__["eigh"] = values[rows], vectors[rows]
         return part
 
     def dense(self) -> Tensor:
@@ -127,12 +148,29 @@ class MatrixBatch:
     @cached_property
     def sigma1(self) -> Tensor:
         """``(batch,)``; a lower bound of the largest singular value, usually within a few percent."""
+        if "tridiagonal" in self.__dict__:
+            return torch.stack([T.largest for T in self.tridiagonal]).clamp_min(0).sqrt()
+        if "eigh" in self.__dict__:
+            return self.eigh[0][:, 0].clamp_min(0).sqrt()
         G = self.gram if "gram" in self.__dict__ else self.gram32
         v = normal(self.seed, POWER, (self.n, 1), G.dtype).to(G.device).expand(self.size, -1, -1)
         for _ in range(_POWER_STEPS):
             v = G @ (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny))
         self.flops += 2 * _POWER_STEPS * self.n**2
         return v.norm(dim=1)[:, 0].double().sqrt() * (1 - 1e-5)  # float32 may round upward
+
+    @cached_property
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """All eigenvalues ``(batch, n)`` of ``WᵀW``, descending, and its eigenvectors ``(batch, n, n)``."""
+        self.flops += 9 * self.n**3
+        values, vectors = torch.linalg.eigh(self.gram)
+        return values.flip(-1), vectors.flip(-1)
+
+    @cached_property
+    def tridiagonal(self) -> list[Tridiagonal]:
+        """``WᵀW = Q T Qᵀ`` of each matrix, on the CPU."""
+        self.flops += 4 / 3 * self.n**3
+        return [Tridiagonal.of(G, self.seed) for G in self.gram]
 
     @cached_property
     def density(self) -> Density:
