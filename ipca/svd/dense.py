@@ -23,24 +23,24 @@ def tridiagonal(batch: MatrixBatch, window: range, tol: float) -> Candidate:
     values, V = (torch.stack(part) for part in zip(*pairs, strict=True))
     batch.flops += 4 * n**2 * len(wider)
 
-    def above(x2: Tensor) -> Tensor:
-        return torch.tensor([T.count_above(x) for T, x in zip(reduced, x2.tolist(), strict=True)])
+    def above(x2: list[float]) -> list[int]:
+        return [T.count_above(x) for T, x in zip(reduced, x2, strict=True)]
 
-    error = values.new_tensor([T.error for T in reduced])
     inside = slice(window.start - wider.start, window.stop - wider.start)
-    return Candidate(V[..., inside], _neighbors(values, inside), counts=Counts(above, error))
+    return Candidate(V[..., inside], _neighbors(values, inside), counts=Counts(above, [T.error for T in reduced]))
 
 
 def gram_eigh(batch: MatrixBatch, window: range, tol: float) -> Candidate:
     """The window's right singular vectors from all eigenvectors of ``WᵀW``; ``tol`` is that of LAPACK."""
+    n = batch.n
     values, V = batch.eigh
-    inside = slice(window.start, window.stop)
 
-    def above(x2: Tensor) -> Tensor:
-        return (values > x2[:, None]).sum(1)
+    def above(x2: list[float]) -> list[int]:
+        return (values > values.new_tensor(x2)[:, None]).sum(1).tolist()
 
-    error = 4 * batch.n * _EPS * values[:, 0]
-    return Candidate(V[..., inside], _neighbors(values, inside), counts=Counts(above, error))
+    counts = Counts(above, (4 * n * _EPS * values[:, 0]).tolist())
+    ascending = V[..., n - window.stop : n - window.start]
+    return Candidate(ascending.flip(-1), _neighbors(values, slice(window.start, window.stop)), counts=counts)
 
 
 def _neighbors(values: Tensor, inside: slice) -> Tensor:

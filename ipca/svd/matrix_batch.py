@@ -9,7 +9,7 @@ Source: Lin, Saad & Yang, "Approximating spectral densities of large matrices", 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -17,12 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ipca.svd import lapack
 from ipca.svd.inner_loops import lanczos_step_
 from ipca.svd.ldlt import LDLT, factorize_shifted
 from ipca.svd.random_vectors import DENSITY, KRYLOV, POWER, normal
 from ipca.svd.tridiagonal import Tridiagonal
 
 _ROWS, _COLUMNS = 256, 512
+_KEPT = 2**20
+"""Entries of a matrix that is kept in float64, and not widened for every product."""
 _POWER_STEPS = 16
 STEPS, CHAINS = 32, 16
 
@@ -50,12 +53,12 @@ class Counts:
     """Inertia counts of matrices near ``WᵀW``.
 
     Attributes:
-        above: how many eigenvalues lie above thresholds ``(batch,)``.
-        error: ``(batch,)``; a bound on the distance of the matrices from ``WᵀW`` as it was multiplied.
+        above: how many eigenvalues lie above a threshold for each matrix.
+        error: a bound for each on its distance from ``WᵀW`` as it was multiplied, in the spectral norm.
     """
 
-    above: Callable[[Tensor], Tensor]
-    error: Tensor
+    above: Callable[[list[float]], list[int]]
+    error: list[float]
 
 
 class MatrixBatch:
@@ -72,14 +75,15 @@ class MatrixBatch:
         flops: the operations counted so far, for one matrix of the batch.
     """
 
-    def __init__(self, W: Tensor, seed: int = 0) -> None:
+    def __init__(self, W: Tensor, seed: int = 0, largest: Tensor | None = None) -> None:
         assert W.ndim == 3
         assert W.shape[1] >= W.shape[2]
         self.W, self.seed, self.flops = W, seed, 0.0
         self.size, self.m, self.n = W.shape
-        self.largest = largest_entry(W).double()
+        self.largest = (largest_entry(W) if largest is None else largest).double()
         power = torch.ldexp(torch.ones_like(self.largest), torch.frexp(self.largest).exponent - 1)
         self.scale = torch.where(self.largest > 0, power, 1.0)
+        self._blocks: Sequence[Tensor] | None = None
 
     def part(self, rows: list[int]) -> MatrixBatch:
         """The matrices at the indices ``rows``, with what is known of them."""
@@ -88,7 +92,7 @@ class MatrixBatch:
         part = object.__new__(MatrixBatch)
         part.W, part.seed, part.flops = self.W[rows], self.seed, self.flops
         part.size, part.m, part.n = part.W.shape
-        part.largest, part.scale = self.largest[rows], self.scale[rows]
+        part.largest, part.scale, part._blocks = self.largest[rows], self.scale[rows], None
         for name in ("gram", "gram32", "sigma1"):
             if name in self.__dict__:
                 part.__dict__[name] = self.__dict__[name][rows]
@@ -105,7 +109,8 @@ class MatrixBatch:
 
     def matmul(self, V: Tensor) -> Tensor:
         """``W V (batch, m, k)`` for ``V (batch, n, k)``."""
-        return torch.cat([block @ V for block in self._row_blocks()], dim=1)
+        parts = [block @ V for block in self._row_blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def rmatmul(self, U: Tensor) -> Tensor:
         """``Wᵀ U (batch, n, k)`` for ``U (batch, m, k)``."""
@@ -119,17 +124,34 @@ class MatrixBatch:
         n = self.n
         G = torch.empty(self.size, n, n, dtype=dtype, device=self.W.device)
         columns = [slice(j, min(j + _COLUMNS, n)) for j in range(0, n, _COLUMNS)]
+        by_lapack = dtype == torch.float64 and G.device.type == "cpu" and lapack.available("dsyrk")
         for i, block in enumerate(self._row_blocks(dtype)):
+            if by_lapack:
+                for rows, product in zip(block, G, strict=True):
+                    lapack.add_gram_(product, rows, beta=float(i > 0))
+                continue
             for c in columns:
                 G[:, c.start :, c].baddbmm_(block[:, :, c.start :].mT, block[:, :, c], beta=int(i > 0))
+        if by_lapack:
+            upper = torch.ones(n, n, dtype=torch.bool).triu(1)
+            return torch.where(upper, G.mT, G)
         for c in columns:
             G[:, c, c.stop :] = G[:, c.stop :, c].mT
         return G
 
-    def _row_blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
+    def _row_blocks(self, dtype: torch.dtype = torch.float64) -> Iterable[Tensor]:
         """``W / scale`` in blocks ``(batch, rows, n)``."""
-        for rows in self.W.split(_ROWS, dim=1):
-            yield rows.to(torch.float64, copy=True).div_(self.scale[:, None, None]).to(dtype)
+        return (block.to(dtype) for block in self._widened())
+
+    def _widened(self) -> Iterable[Tensor]:
+        """The same in float64; those of a small matrix are kept."""
+        if self.W[0].numel() > _KEPT:
+            return (
+                rows.to(torch.float64, copy=True).div_(self.scale[:, None, None]) for rows in self.W.split(_ROWS, 1)
+            )
+        if self._blocks is None:
+            self._blocks = self.dense().split(_ROWS, dim=1)
+        return self._blocks
 
     @cached_property
     def gram(self) -> Tensor:
@@ -149,7 +171,7 @@ class MatrixBatch:
     def sigma1(self) -> Tensor:
         """``(batch,)``; a lower bound of the largest singular value, usually within a few percent."""
         if "tridiagonal" in self.__dict__:
-            return torch.stack([T.largest for T in self.tridiagonal]).clamp_min(0).sqrt()
+            return torch.tensor([max(T.largest(), 0.0) ** 0.5 for T in self.tridiagonal], dtype=torch.float64)
         if "eigh" in self.__dict__:
             return self.eigh[0][:, 0].clamp_min(0).sqrt()
         G = self.gram if "gram" in self.__dict__ else self.gram32
@@ -161,16 +183,16 @@ class MatrixBatch:
 
     @cached_property
     def eigh(self) -> tuple[Tensor, Tensor]:
-        """All eigenvalues ``(batch, n)`` of ``WᵀW``, descending, and its eigenvectors ``(batch, n, n)``."""
+        """All eigenvalues ``(batch, n)`` of ``WᵀW``, descending, and its eigenvectors ``(batch, n, n)``, ascending."""
         self.flops += 9 * self.n**3
         values, vectors = torch.linalg.eigh(self.gram)
-        return values.flip(-1), vectors.flip(-1)
+        return values.flip(-1), vectors
 
     @cached_property
     def tridiagonal(self) -> list[Tridiagonal]:
         """``WᵀW = Q T Qᵀ`` of each matrix, on the CPU."""
         self.flops += 4 / 3 * self.n**3
-        return [Tridiagonal.of(G, self.seed) for G in self.gram]
+        return [Tridiagonal(G, self.seed) for G in self.gram]
 
     @cached_property
     def density(self) -> Density:

@@ -54,7 +54,8 @@ class Thresholds:
         bottom_aspect: the largest m / d there; the spectrum of a taller matrix ends far from the shift 0.
         interior_share: the largest rank for these, as a share of ``d``.
         tridiagonal_from: smallest ``d`` for the tridiagonal path, None for no such path.
-        tridiagonal_share: the largest rank for it, as a share of ``d``.
+        tridiagonal_share, tridiagonal_wide: the largest rank for it, as a share of ``d`` that is reached at this ``d``
+            and grows up to it: LAPACK's eigenvectors by index are its slowest part where matrices are small.
         eigh: whether the rest goes to the eigendecomposition of the Gram matrix, and not to the full SVD.
     """
 
@@ -66,14 +67,15 @@ class Thresholds:
     interior_share: float
     tridiagonal_from: int | None
     tridiagonal_share: float
+    tridiagonal_wide: int
     eigh: bool
 
 
 THRESHOLDS = {
     # From timings of every path at d from 64 to 2048 on one core; bench/bench_window_svd.py forces each path again.
-    "cpu": Thresholds(768, 1 / 32, 2048, 1536, 1.2, 1 / 8, 192, 1 / 8, eigh=True),
+    "cpu": Thresholds(768, 1 / 32, 2048, 1536, 1.2, 1 / 8, 192, 1 / 3, 512, eigh=True),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
-    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None, 0.0, eigh=False),
+    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None, 0.0, 0, eigh=False),
 }
 
 
@@ -89,7 +91,8 @@ def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
     if narrow and d >= limits.interior_from:
         paths.append("interior")
     least = limits.tridiagonal_from
-    if least is not None and d >= least and rank <= limits.tridiagonal_share * d and available():
+    share = limits.tridiagonal_share * min(1, d / max(limits.tridiagonal_wide, 1))
+    if least is not None and d >= least and rank <= share * d and available():
         paths.append("tridiagonal")
     elif limits.eigh:
         paths.append("gram_eigh")
@@ -171,16 +174,21 @@ def _triplets(batch: MatrixBatch, candidate: Candidate, tol: float) -> tuple[Ten
     batch.flops += 4 * batch.m * batch.n * V.shape[-1]
     if candidate.counts is not None:
         X = batch.matmul(V)
-        S = X.norm(dim=1)
-        if bool((S[:, 1:] <= S[:, :-1]).all() and (S[:, -1] > 0).all()):
-            U = X / S[:, None]
-            rho = (batch.rmatmul(U) - V * S[:, None]).norm(dim=(1, 2))
-            eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
-            orthogonality = torch.maximum((U.mT @ U - eye).norm(dim=(1, 2)), (V.mT @ V - eye).norm(dim=(1, 2)))
-            if bool((torch.maximum(rho / batch.sigma1, orthogonality) <= tol / 10).all()):
-                return U, S, V, rho, orthogonality
+        S = torch.linalg.vector_norm(X, dim=1)
+        U = X / S[:, None]
+        rho = torch.linalg.vector_norm(batch.rmatmul(U) - V * S[:, None], dim=(1, 2))
+        skew = torch.linalg.vector_norm(_minus_identity_(torch.cat([U.mT @ U, V.mT @ V])), dim=(1, 2))
+        orthogonality = skew.reshape(2, -1).amax(0)
+        good = (rho <= tol / 10 * batch.sigma1) & (orthogonality <= tol / 10)  # not where S is 0
+        if bool(good.all()) and bool((S[:, 1:] <= S[:, :-1]).all()):
+            return U, S, V, rho, orthogonality
     U, S, V, WV = rayleigh_ritz(batch, V)
     return U, S, V, certificate.residual(batch, U, S, V, WV), certificate.orthogonality(U, V)
+
+
+def _minus_identity_(X: Tensor) -> Tensor:
+    X.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return X
 
 
 def rayleigh_ritz(batch: MatrixBatch, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
