@@ -79,7 +79,7 @@ def certify(
     """
     n, end = G.shape[-1], start + S.shape[1]
     if neighbors is None:
-        neighbors = torch.full((len(S), 2), torch.inf)
+        neighbors = S.new_full((len(S), 2), torch.inf)
     errors = [0.0] * len(S) if counts is None else counts.error
     each = [x.tolist() for x in (S[:, 0], S[:, -1], rho, sigma1, neighbors)]
     x2, x2_room, y2, y2_room, too_low = ([] for _ in range(5))

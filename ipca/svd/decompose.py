@@ -87,7 +87,7 @@ def singular_values(W: Tensor) -> Tensor:
 
 
 def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> Tensor:
-    """``max|W|`` of each matrix, ``(L,)``; an error unless ``W`` is non-empty, finite, floating, of ``dims`` dimensions."""
+    """``max|W|`` of each matrix ``(L,)``; raises unless ``W`` is finite, floating, not empty and fits ``dims``."""
     if not isinstance(W, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(W).__name__}.")
     if W.dtype not in FLOAT_DTYPES:

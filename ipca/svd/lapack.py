@@ -25,7 +25,7 @@ def routine(name: str) -> Callable[..., None] | None:
     """The routine ``name``, or None where SciPy does not export it with 32-bit integers.
 
     Arguments are those of Fortran without ``info``: text as bytes, integers as int, or as ``c_int`` where they are
-    returned, float64 numbers as ``c_double``, arrays as NumPy's. The rows of an array are the columns of LAPACK's matrix.
+    returned, float64 numbers as ``c_double``, arrays as NumPy's; the rows of an array are LAPACK's columns.
 
     Raises (the routine):
         LinAlgError: ``info`` is not 0.

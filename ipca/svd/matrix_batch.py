@@ -109,11 +109,14 @@ class MatrixBatch:
 
     def matmul(self, V: Tensor) -> Tensor:
         """``W V (batch, m, k)`` for ``V (batch, n, k)``."""
-        parts = [block @ V for block in self._row_blocks()]
+        parts = [torch.bmm(block, V) for block in self._row_blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def rmatmul(self, U: Tensor) -> Tensor:
         """``Wᵀ U (batch, n, k)`` for ``U (batch, m, k)``."""
+        if self.m <= _ROWS:
+            (block,) = self._row_blocks()
+            return torch.bmm(block.mT, U)
         out = torch.zeros(self.size, self.n, U.shape[2], dtype=torch.float64, device=self.W.device)
         for block, rows in zip(self._row_blocks(), U.split(_ROWS, dim=1), strict=True):
             out.baddbmm_(block.mT, rows)
@@ -133,8 +136,8 @@ class MatrixBatch:
             for c in columns:
                 G[:, c.start :, c].baddbmm_(block[:, :, c.start :].mT, block[:, :, c], beta=int(i > 0))
         if by_lapack:
-            upper = torch.ones(n, n, dtype=torch.bool).triu(1)
-            return torch.where(upper, G.mT, G)
+            G.tril_()
+            return G.add_(G.tril(-1).mT)
         for c in columns:
             G[:, c, c.stop :] = G[:, c.stop :, c].mT
         return G
@@ -171,9 +174,9 @@ class MatrixBatch:
     def sigma1(self) -> Tensor:
         """``(batch,)``; a lower bound of the largest singular value, usually within a few percent."""
         if "tridiagonal" in self.__dict__:
-            return torch.tensor([max(T.largest(), 0.0) ** 0.5 for T in self.tridiagonal], dtype=torch.float64)
+            return self.largest.new_tensor([max(T.largest(), 0.0) ** 0.5 for T in self.tridiagonal])
         if "eigh" in self.__dict__:
-            return self.eigh[0][:, 0].clamp_min(0).sqrt()
+            return self.eigh[0][:, -1].clamp_min(0).sqrt()
         G = self.gram if "gram" in self.__dict__ else self.gram32
         v = normal(self.seed, POWER, (self.n, 1), G.dtype).to(G.device).expand(self.size, -1, -1)
         for _ in range(_POWER_STEPS):
@@ -183,10 +186,9 @@ class MatrixBatch:
 
     @cached_property
     def eigh(self) -> tuple[Tensor, Tensor]:
-        """All eigenvalues ``(batch, n)`` of ``WᵀW``, descending, and its eigenvectors ``(batch, n, n)``, ascending."""
+        """The eigenvalues ``(batch, n)`` and eigenvectors ``(batch, n, n)`` of ``WᵀW``, ascending."""
         self.flops += 9 * self.n**3
-        values, vectors = torch.linalg.eigh(self.gram)
-        return values.flip(-1), vectors
+        return torch.linalg.eigh(self.gram)
 
     @cached_property
     def tridiagonal(self) -> list[Tridiagonal]:

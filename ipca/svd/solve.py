@@ -21,6 +21,9 @@ from ipca.svd.matrix_batch import Candidate, MatrixBatch
 from ipca.svd.shift_invert import bottom, interior
 from ipca.svd.tridiagonal import available
 
+_DIRECT = 1e-10
+"""Residual and orthogonality up to which ``U = W V / S`` is as good as Rayleigh–Ritz would make it."""
+
 
 def full_svd(batch: MatrixBatch, window: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``U (batch, m, r), S (batch, r), V (batch, n, r)`` of the window, and the whole spectra ``(batch, n)``.
@@ -73,7 +76,7 @@ class Thresholds:
 
 THRESHOLDS = {
     # From timings of every path at d from 64 to 2048 on one core; bench/bench_window_svd.py forces each path again.
-    "cpu": Thresholds(768, 1 / 32, 2048, 1536, 1.2, 1 / 8, 192, 1 / 3, 512, eigh=True),
+    "cpu": Thresholds(768, 1 / 32, 2048, 1536, 1.2, 1 / 8, 128, 1 / 3, 512, eigh=True),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
     "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None, 0.0, 0, eigh=False),
 }
@@ -144,9 +147,9 @@ def _try_path(path: str, batch: MatrixBatch, window: range, tol: float) -> list[
 
 def _judge(path: str, batch: MatrixBatch, window: range, tol: float, candidate: Candidate) -> list[Solution | None]:
     """The solutions within ``tol`` and proven, None for the other matrices."""
-    U, S, V, rho, orthogonality = _triplets(batch, candidate, tol)
-    error = torch.maximum(rho / batch.sigma1, orthogonality)
-    if not bool((error <= tol).any()):
+    U, S, V, rho, orthogonality = _triplets(batch, candidate)
+    errors = torch.maximum(rho / batch.sigma1, orthogonality).tolist()
+    if not min(errors) <= tol:
         return [None] * batch.size  # no result that a proof would pay for
     if path == "top" and window.start == 0 and candidate.neighbors is not None:
         batch.flops += batch.n**3 / 3
@@ -160,35 +163,42 @@ def _judge(path: str, batch: MatrixBatch, window: range, tol: float, candidate: 
         )
     return [
         Solution(U[i], S[i], V[i], path, e, proof, batch.flops) if e <= tol and proof.certified else None
-        for i, (e, proof) in enumerate(zip(error.tolist(), proofs, strict=True))
+        for i, (e, proof) in enumerate(zip(errors, proofs, strict=True))
     ]
 
 
-def _triplets(batch: MatrixBatch, candidate: Candidate, tol: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``U, S, V`` on the space of the candidate, their residuals and orthogonality ``(batch,)``.
+def _triplets(batch: MatrixBatch, candidate: Candidate) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``U, S, V`` on the space of the candidate, their residuals and their orthogonality ``(batch,)``.
 
-    Vectors that are good to rounding need no Rayleigh–Ritz: ``U = W V / S``, unless a small ``S`` has lost its digits in
-    the Gram matrix. Frobenius norms bound the spectral ones there.
+    Vectors that are good to rounding need no Rayleigh–Ritz: ``U = W V / S``. Where that leaves too much, as small
+    values lose digits in the Gram matrix, those of ``(W V)ᵀ W V`` on the window's own scale come first. Frobenius norms
+    bound the spectral ones.
     """
     V = candidate.V
     batch.flops += 4 * batch.m * batch.n * V.shape[-1]
     if candidate.counts is not None:
         X = batch.matmul(V)
-        S = torch.linalg.vector_norm(X, dim=1)
-        U = X / S[:, None]
-        rho = torch.linalg.vector_norm(batch.rmatmul(U) - V * S[:, None], dim=(1, 2))
-        skew = torch.linalg.vector_norm(_minus_identity_(torch.cat([U.mT @ U, V.mT @ V])), dim=(1, 2))
-        orthogonality = skew.reshape(2, -1).amax(0)
-        good = (rho <= tol / 10 * batch.sigma1) & (orthogonality <= tol / 10)  # not where S is 0
-        if bool(good.all()) and bool((S[:, 1:] <= S[:, :-1]).all()):
-            return U, S, V, rho, orthogonality
-    U, S, V, WV = rayleigh_ritz(batch, V)
+        for rotated in (False, True):
+            if rotated:
+                Q = torch.linalg.eigh(torch.bmm(X.mT, X))[1].flip(-1)
+                X, V = torch.bmm(X, Q), torch.bmm(V, Q)
+            S = torch.linalg.vector_norm(X, dim=1)
+            if not all(row == sorted(row, reverse=True) for row in S.tolist()):
+                continue
+            U = X / S[:, None]
+            rho = torch.linalg.vector_norm(batch.rmatmul(U) - V * S[:, None], dim=(1, 2))
+            orthogonality = torch.maximum(_skew(U), _skew(V))
+            if bool((torch.maximum(rho / batch.sigma1, orthogonality) <= _DIRECT).all()):  # False where S holds 0
+                return U, S, V, rho, orthogonality
+    U, S, V, WV = rayleigh_ritz(batch, candidate.V)
     return U, S, V, certificate.residual(batch, U, S, V, WV), certificate.orthogonality(U, V)
 
 
-def _minus_identity_(X: Tensor) -> Tensor:
+def _skew(U: Tensor) -> Tensor:
+    """``‖UᵀU − I‖_F`` for each matrix of a batch."""
+    X = torch.bmm(U.mT, U)
     X.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return X
+    return torch.linalg.vector_norm(X, dim=(1, 2))
 
 
 def rayleigh_ritz(batch: MatrixBatch, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

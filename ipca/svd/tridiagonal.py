@@ -47,14 +47,14 @@ class Tridiagonal:
         assert self._error is not None
         return self._error
 
-    def eigenpairs(self, wanted: range) -> tuple[Tensor, Tensor]:
-        """The eigenvalues ``(k,)`` of ``T`` and eigenvectors ``(n, k)`` of ``G`` at the indices ``wanted``, descending.
+    def eigenpairs(self, wanted: range) -> tuple[list[float], Tensor]:
+        """The eigenvalues of ``T``, ascending, and eigenvectors ``(n, k)`` of ``G``, descending, at ``wanted``.
 
         Raises:
             LinAlgError: no convergence.
         """
         values, vectors = self._solve(b"V", wanted)
-        return torch.from_numpy(values).flip(0), torch.from_numpy(self._rotate(vectors)).flip(0).mT
+        return values.tolist(), torch.from_numpy(self._rotate(vectors)).flip(0).mT
 
     def largest(self) -> float:
         """The largest eigenvalue of ``T``."""

@@ -5,8 +5,9 @@ import torch
 
 from ipca import Window, window_svd
 from ipca.svd import certificate, ldlt, solve
+from ipca.svd.dense import tridiagonal
 from ipca.svd.matrix_batch import MatrixBatch
-from ipca.svd.solve import lapack_range, rayleigh_ritz
+from ipca.svd.solve import rayleigh_ritz
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
@@ -52,7 +53,7 @@ def orthogonality(U, V):
 
 def found_range(batch, start, rank):
     """``U, S, V`` by the range solver."""
-    candidate = lapack_range(batch, range(start, start + rank), 1e-6)
+    candidate = tridiagonal(batch, range(start, start + rank), 1e-6)
     return [part[0] for part in rayleigh_ritz(batch, candidate.V)[:3]]
 
 
@@ -223,29 +224,29 @@ def test_left_vectors_of_a_null_space_show_in_the_residual():
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_a_range_solver_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift):
+def test_a_tridiagonal_path_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift):
     S = falling()
     W = matrix(S)[0]
     want = window_svd(W, Window(START, RANK))
     monkeypatch.setitem(
         solve.PATHS,
-        "range",
-        lambda P, window, tol: lapack_range(P, range(window.start + shift, window.stop + shift), tol),
+        "tridiagonal",
+        lambda P, window, tol: tridiagonal(P, range(window.start + shift, window.stop + shift), tol),
     )
     found = window_svd(W, Window(START, RANK))
-    assert (want.report.path, found.report.path) == ("range", "full")
+    assert (want.report.path, found.report.path) == ("tridiagonal", "full")
     assert found.report.certified
     assert (found.S - S[START : START + RANK]).abs().max() <= 10 * EPS * M * S[0]
 
 
 @pytest.mark.parametrize("noise", [1e-5, 1e-2])
-def test_a_range_solver_that_misses_tol_falls_back_to_the_full_svd(monkeypatch, noise):
+def test_a_tridiagonal_path_that_misses_tol_falls_back_to_the_full_svd(monkeypatch, noise):
     def noisy(batch, window, tol):
-        found = lapack_range(batch, window, tol)
+        found = tridiagonal(batch, window, tol)
         V = found.V + noise * torch.randn(found.V.shape, dtype=F64)
         return replace(found, V=torch.linalg.qr(V)[0])
 
-    monkeypatch.setitem(solve.PATHS, "range", noisy)
+    monkeypatch.setitem(solve.PATHS, "tridiagonal", noisy)
     report = window_svd(matrix(falling())[0], Window(START, RANK)).report
     assert (report.path, report.certified) == ("full", True)
     assert report.residual <= 10 * EPS * M
