@@ -164,14 +164,19 @@ def test_several_windows_share_the_gram_matrix_and_the_density(only):
 @pytest.mark.parametrize(
     ("device", "d", "window", "paths"),  # of a square matrix
     [
-        ("cpu", 255, range(9), []),
-        ("cpu", 1024, range(300), []),
+        ("cpu", 1, range(1), ["gram_eigh"]),
+        ("cpu", 127, range(9), ["gram_eigh"]),
         ("cpu", 384, range(9), ["tridiagonal"]),
-        ("cpu", 2048, range(16), ["top", "interior", "tridiagonal"]),
+        ("cpu", 384, range(97), ["gram_eigh"]),
+        ("cpu", 1024, range(300), ["tridiagonal"]),
+        ("cpu", 1024, range(400), ["gram_eigh"]),
         ("cpu", 1024, range(1, 33), ["tridiagonal"]),
+        ("cpu", 2048, range(16), ["top", "interior", "tridiagonal"]),
         ("cpu", 4096, range(2016, 2080), ["interior", "tridiagonal"]),
         ("cpu", 2048, range(2032, 2048), ["bottom", "interior", "tridiagonal"]),
         ("cpu", 2048, range(100, 400), ["tridiagonal"]),
+        ("cuda", 255, range(9), []),
+        ("cuda", 1024, range(300), []),
         ("cuda", 4096, range(2016, 2080), ["interior"]),
         ("cuda", 4096, range(4080, 4096), ["bottom", "interior"]),
     ],
@@ -182,6 +187,11 @@ def test_the_plan(device, d, window, paths):
 
 def test_the_end_of_a_tall_spectrum_lies_inside():
     assert plan("cpu", 5632, 2048, range(2032, 2048)) == ["interior", "tridiagonal"]
+
+
+def test_the_plan_where_scipy_exports_no_tridiagonal_routines(monkeypatch):
+    monkeypatch.setattr(solve, "available", lambda: False)
+    assert plan("cpu", 384, 384, range(9)) == ["gram_eigh"]
 
 
 def test_full_size_matrices_take_the_planned_path():
