@@ -43,13 +43,13 @@ def routine(name: str) -> Callable[..., None] | None:
     count = signature.count(b"*")
     function = ctypes.CFUNCTYPE(None, *[c_void_p] * count)(get_pointer(exported[name], signature))
 
-    def call(*arguments: Any) -> None:
+    def checked(*arguments: Any) -> None:
         info = c_int(0)
         function(*map(_pointer, (*arguments, info)[:count]))
         if info.value:
             raise np.linalg.LinAlgError(f"LAPACK's {name} ended with info={info.value}")
 
-    return call
+    return checked
 
 
 def available(*names: str) -> bool:
@@ -57,27 +57,30 @@ def available(*names: str) -> bool:
     return all(routine(name) for name in names)
 
 
+def call(name: str, *arguments: Any) -> None:
+    """Call a routine that is known to be there."""
+    function = routine(name)
+    assert function is not None
+    function(*arguments)
+
+
 def with_workspace(name: str, *arguments: Any) -> None:
     """Call a routine whose last arguments are a workspace and its size, with as much as it asks for."""
-    call = routine(name)
-    assert call is not None
     size = np.empty(1)
-    call(*arguments, size, -1)
+    call(name, *arguments, size, -1)
     work = np.empty(int(size[0]))
-    call(*arguments, work, work.size)
+    call(name, *arguments, work, work.size)
 
 
 def add_gram_(G: Tensor, A: Tensor, beta: float) -> None:
     """``G = beta G + Aᵀ A`` for float64 ``A (m, n)`` on the CPU: the lower triangle of ``G (n, n)``."""
-    call = routine("dsyrk")
-    assert call is not None
     if 1 not in A.stride():
         A = A.contiguous()
     (m, n), by_rows = A.shape, A.stride(1) == 1
     step = max(A.stride(0 if by_rows else 1), n if by_rows else m)
     kind = b"N" if by_rows else b"T"
     one, times = ctypes.c_double(1.0), ctypes.c_double(beta)
-    call(b"U", kind, n, m, one, A.numpy(), step, times, G.numpy(), G.stride(0))
+    call("dsyrk", b"U", kind, n, m, one, A.numpy(), step, times, G.numpy(), G.stride(0))
 
 
 def _pointer(value: Any) -> Any:

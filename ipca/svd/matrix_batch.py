@@ -125,7 +125,7 @@ class MatrixBatch:
     def multiply_gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """``Wᵀ W (batch, n, n)``, multiplied in ``dtype``: the lower triangle is computed, the upper one copied."""
         n = self.n
-        G = torch.empty(self.size, n, n, dtype=dtype, device=self.W.device)
+        G = torch.zeros(self.size, n, n, dtype=dtype, device=self.W.device)
         columns = [slice(j, min(j + _COLUMNS, n)) for j in range(0, n, _COLUMNS)]
         by_lapack = dtype == torch.float64 and G.device.type == "cpu" and lapack.available("dsyrk")
         for i, block in enumerate(self._row_blocks(dtype)):
@@ -136,8 +136,9 @@ class MatrixBatch:
             for c in columns:
                 G[:, c.start :, c].baddbmm_(block[:, :, c.start :].mT, block[:, :, c], beta=int(i > 0))
         if by_lapack:
-            G.tril_()
-            return G.add_(G.tril(-1).mT)
+            G = G + G.mT
+            G.diagonal(dim1=-2, dim2=-1).div_(2)
+            return G
         for c in columns:
             G[:, c, c.stop :] = G[:, c.stop :, c].mT
         return G

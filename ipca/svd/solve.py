@@ -56,10 +56,8 @@ class Thresholds:
         bottom_from: the same at the end of the spectrum.
         bottom_aspect: the largest m / d there; the spectrum of a taller matrix ends far from the shift 0.
         interior_share: the largest rank for these, as a share of ``d``.
-        tridiagonal_from: smallest ``d`` for the tridiagonal path, None for no such path.
-        tridiagonal_share, tridiagonal_wide: the largest rank for it, as a share of ``d`` that is reached at this ``d``
-            and grows up to it: LAPACK's eigenvectors by index are its slowest part where matrices are small.
-        eigh: whether the rest goes to the eigendecomposition of the Gram matrix, and not to the full SVD.
+        tridiagonal_from: smallest ``d`` for the tridiagonal path, below which all eigenvectors of the Gram matrix are
+            found at once; None where neither is there.
     """
 
     top_from: int
@@ -69,16 +67,13 @@ class Thresholds:
     bottom_aspect: float
     interior_share: float
     tridiagonal_from: int | None
-    tridiagonal_share: float
-    tridiagonal_wide: int
-    eigh: bool
 
 
 THRESHOLDS = {
     # From timings of every path at d from 64 to 2048 on one core; bench/bench_window_svd.py forces each path again.
-    "cpu": Thresholds(768, 1 / 32, 2048, 1536, 1.2, 1 / 8, 128, 1 / 3, 512, eigh=True),
+    "cpu": Thresholds(768, 1 / 32, 2048, 1536, 1.2, 1 / 8, 128),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
-    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None, 0.0, 0, eigh=False),
+    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None),
 }
 
 
@@ -93,12 +88,8 @@ def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
         paths.append("bottom")
     if narrow and d >= limits.interior_from:
         paths.append("interior")
-    least = limits.tridiagonal_from
-    share = limits.tridiagonal_share * min(1, d / max(limits.tridiagonal_wide, 1))
-    if least is not None and d >= least and rank <= share * d and available():
-        paths.append("tridiagonal")
-    elif limits.eigh:
-        paths.append("gram_eigh")
+    if limits.tridiagonal_from is not None:
+        paths.append("tridiagonal" if d >= limits.tridiagonal_from and available() else "gram_eigh")
     return paths
 
 

@@ -10,22 +10,25 @@ Source: Demmel, "Applied Numerical Linear Algebra", section 5.3.4, lemma 5.3.
 from __future__ import annotations
 
 from ctypes import c_int
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ipca.svd import lapack
+from ipca.svd.lapack import available as exported
+from ipca.svd.lapack import call, with_workspace
 from ipca.svd.random_vectors import PROBE_COUNT, PROBES, norm_bound, normal
 
+_NARROW = 1 / 6
+"""Share of the eigenvectors up to which finding them by index is faster than all of them by divide and conquer."""
 _TINY = 1e-300
 """In place of a pivot of 0, which counts as not positive."""
 
 
 def available() -> bool:
     """Whether SciPy exports the routines."""
-    return lapack.available("dsytrd", "dstemr", "dormtr")
+    return exported("dsytrd", "dstemr", "dstedc", "dormtr")
 
 
 class Tridiagonal:
@@ -36,7 +39,7 @@ class Tridiagonal:
         self.G, self.seed = G, seed
         self.reflectors = G.numpy().copy()
         self.diagonal, self.beside, self.tau = np.empty(n), np.empty(n - 1), np.empty(n - 1)
-        lapack.with_workspace("dsytrd", b"L", n, self.reflectors, n, self.diagonal, self.beside, self.tau)
+        with_workspace("dsytrd", b"L", n, self.reflectors, n, self.diagonal, self.beside, self.tau)
         self._error: float | None = None
 
     @property
@@ -53,12 +56,12 @@ class Tridiagonal:
         Raises:
             LinAlgError: no convergence.
         """
-        values, vectors = self._solve(b"V", wanted)
+        values, vectors = self._solve(wanted)
         return values.tolist(), torch.from_numpy(self._rotate(vectors)).flip(0).mT
 
     def largest(self) -> float:
         """The largest eigenvalue of ``T``."""
-        return float(self._solve(b"N", range(1))[0][0])
+        return float(self._by_index(b"N", range(1))[0][0])
 
     def count_above(self, threshold: float) -> int:
         """How many eigenvalues of ``T`` lie above ``threshold``."""
@@ -71,19 +74,35 @@ class Tridiagonal:
                 pivot = -_TINY
         return count
 
-    def _solve(self, job: bytes, wanted: range) -> tuple[np.ndarray, np.ndarray]:
-        """Eigenvalues ``(k,)`` and eigenvectors ``(k, n)`` of ``T``, ascending; for the job N no eigenvectors."""
+    def _solve(self, wanted: range) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues ``(k,)`` and eigenvectors ``(k, n)`` of ``T``, ascending."""
+        n = len(self.diagonal)
+        if len(wanted) <= _NARROW * n:
+            return self._by_index(b"V", wanted)
+        values, vectors = self._all
+        part = slice(n - wanted.stop, n - wanted.start)
+        return values[part], vectors[part].copy()
+
+    @cached_property
+    def _all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every eigenvalue and eigenvector of ``T``, ascending, by divide and conquer."""
+        n = len(self.diagonal)
+        values, e, vectors = self.diagonal.copy(), self.beside.copy(), np.empty((n, n))
+        work, integers = np.empty(1 + 4 * n + n * n), np.empty(3 + 5 * n, np.intc)
+        call("dstedc", b"I", n, values, e, vectors, n, work, work.size, integers, integers.size)
+        return values, vectors
+
+    def _by_index(self, job: bytes, wanted: range) -> tuple[np.ndarray, np.ndarray]:
+        """Some of them by LAPACK's robust representations; for the job N no eigenvectors."""
         n, k = len(self.diagonal), len(wanted)
         values, vectors = np.empty(n), np.empty((k if job == b"V" else 0, n))
         d, e = self.diagonal.copy(), np.append(self.beside, 0.0)  # overwritten
         work, integers, support, found = np.empty(18 * n), np.empty(10 * n, np.intc), np.empty(2 * k, np.intc), c_int()
         first, last = n - wanted.stop + 1, n - wanted.start  # LAPACK counts upward, from 1
         unused, accurate = np.zeros(1), c_int(1)
-        solve = lapack.routine("dstemr")
-        assert solve is not None
-        solve(
-            *(job, b"I", n, d, e, unused, unused, first, last, found, values, vectors, n, k, support, accurate),
-            *(work, work.size, integers, integers.size),
+        call(
+            *("dstemr", job, b"I", n, d, e, unused, unused, first, last, found, values, vectors, n, k, support),
+            *(accurate, work, work.size, integers, integers.size),
         )
         if found.value != k:
             raise np.linalg.LinAlgError(f"LAPACK's dstemr found {found.value} eigenvalues, not {k}")
@@ -102,7 +121,7 @@ class Tridiagonal:
             Ty[:, :-1] += self.beside * y[:, 1:]
             Ty[:, 1:] += self.beside * y[:, :-1]
             rows = np.concatenate([rows, y, Ty])
-        lapack.with_workspace("dormtr", b"L", b"L", b"N", n, len(rows), self.reflectors, n, self.tau, rows, n)
+        with_workspace("dormtr", b"L", b"L", b"N", n, len(rows), self.reflectors, n, self.tau, rows, n)
         if measure:
             Qy, QTy = torch.from_numpy(rows[k:]).chunk(2)
             self._error = norm_bound((Qy @ self.G - QTy).mT[None]).item()

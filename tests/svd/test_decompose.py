@@ -15,9 +15,9 @@ PATHS = {"gram_eigh": (75, 64), "tridiagonal": (257, 300)}
 
 @pytest.mark.parametrize(
     ("d", "rank", "path"),
-    [(127, 8, "gram_eigh"), (128, 10, "tridiagonal"), (192, 24, "tridiagonal"), (192, 25, "gram_eigh")],
+    [(127, 8, "gram_eigh"), (128, 10, "tridiagonal"), (128, 128, "tridiagonal")],
 )
-def test_the_path_follows_size_and_share(d, rank, path):
+def test_the_path_follows_the_size(d, rank, path):
     assert window_svd(torch.randn(d, d + 3), Window.middle(rank)).report.path == path
 
 
