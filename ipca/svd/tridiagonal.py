@@ -61,6 +61,8 @@ class Tridiagonal:
 
     def largest(self) -> float:
         """The largest eigenvalue of ``T``."""
+        if "_all" in self.__dict__:
+            return float(self._all[0][-1])
         return float(self._by_index(b"N", range(1))[0][0])
 
     def count_above(self, threshold: float) -> int:

@@ -168,7 +168,7 @@ def test_weights_that_are_not_installed_are_left_out_in_words(monkeypatch, tmp_p
 def test_one_path_by_force_and_the_plan_as_before():
     plan = solving.plan
     W = svd_matrices.matrix(64, 64, "gaussian", CPU, 1)
-    for path in ("top", "interior", "bottom", "range", "full"):
+    for path in ("top", "interior", "bottom", "tridiagonal", "gram_eigh", "full"):
         window = ipca.Window("minor" if path == "bottom" else "principal", 8).resolve(64)
         (found,) = svd_providers.forced(path, W, window)
         assert found.report.path == path
@@ -180,7 +180,7 @@ def test_a_path_that_is_not_good_enough_is_refused(monkeypatch):
         candidate = exact(batch, window, tol)
         return replace(candidate, V=candidate.V.roll(1, dims=1))
 
-    exact = solving.PATHS["range"]
+    exact = solving.PATHS["tridiagonal"]
     monkeypatch.setitem(solving.PATHS, "interior", poor)
     W = svd_matrices.matrix(64, 64, "gaussian", CPU, 1)
     with pytest.raises(svd_providers.Refused, match="so that full ran"):

@@ -243,7 +243,7 @@ def test_what_is_done_is_said(llama, tmp_path, capsys):
     assert init(llama, tmp_path / "out", "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["layers"] == 14
-    assert record["paths"] == {"full": 14}
+    assert record["paths"] == {"gram_eigh": 14}
     assert record["worst_residual"] < 1e-12
     assert record["uncertified"] == {}
     assert (record["finished_before"], record["from_cache"], record["loaded_whole"]) == (0, 0, None)

@@ -55,7 +55,7 @@ def test_the_window_of_a_matrix_of_any_shape(shape, rule):
     rank = min(6, d)
     W = matrix(*shape, falling(*shape))
     found = window_svd(W, Window(rule, rank))
-    assert found.report.path == ("tridiagonal" if d >= 128 else "gram_eigh")
+    assert found.report.path == ("tridiagonal" if d >= 192 else "gram_eigh")
     assert found.report.certified
     assert found.report.residual <= rounding(*shape)
     assert_window_of(found, W, {"principal": 0, "middle": (d - rank) // 2, "minor": d - rank}[rule], rank)
@@ -66,7 +66,7 @@ def test_a_window_of_full_rank_rebuilds_the_matrix(shape):
     d = min(shape)
     W = torch.randn(shape)
     found = window_svd(W, Window(0, d))
-    assert (found.report.path, found.report.certified) == ("tridiagonal" if d >= 128 else "gram_eigh", True)
+    assert (found.report.path, found.report.certified) == ("tridiagonal" if d >= 192 else "gram_eigh", True)
     assert_window_of(found, W, 0, d)
     rebuilt = (found.U * found.S) @ found.Vh
     assert (rebuilt - W).norm() <= torch.finfo(torch.float32).eps * max(shape) * W.norm()
