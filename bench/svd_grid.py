@@ -166,4 +166,6 @@ def _providers(cell: Cell, window: str, device: str) -> list[str]:
     if large and on_cpu:
         return names
     names += ["ipca-top"] * (window == "principal") + ["ipca-interior"] + ["ipca-bottom"] * (window == "minor")
-    return names + ["ipca-range"] * on_cpu + ["ipca-full"] * (on_cpu and (middle or cell.d < 1024))
+    return (
+        names + ["ipca-tridiagonal", "ipca-gram_eigh"] * on_cpu + ["ipca-full"] * (on_cpu and (middle or cell.d < 1024))
+    )

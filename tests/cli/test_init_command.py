@@ -250,8 +250,8 @@ def test_what_is_done_is_said(llama, tmp_path, capsys):
     assert init(llama, tmp_path / "text") == 0
     captured = capsys.readouterr()
     assert "14 layers adapted" in captured.out
-    assert re.search(r"14 layers in \d+\.\d s: 14 by full", captured.out)
-    assert "full=14" in captured.err  # the bar
+    assert re.search(r"14 layers in \d+\.\d s: 14 by gram_eigh", captured.out)
+    assert "gram_eigh=14" in captured.err  # the bar
 
 
 def test_uncertified_layers_are_named(tmp_path, capsys):
