@@ -70,8 +70,8 @@ class Thresholds:
 
 
 THRESHOLDS = {
-    # From timings of every path at d from 64 to 2048 on one core; bench/bench_window_svd.py forces each path again.
-    "cpu": Thresholds(768, 1 / 32, 2048, 1536, 1.2, 1 / 8, 192),
+    # From timings of every path at d from 64 to 3072 on one core; bench/bench_window_svd.py forces each path again.
+    "cpu": Thresholds(768, 1 / 32, 3072, 2048, 1.2, 1 / 8, 192),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
     "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None),
 }

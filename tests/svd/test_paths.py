@@ -170,9 +170,11 @@ def test_several_windows_share_the_gram_matrix_and_the_density(only):
         ("cpu", 384, range(384), ["tridiagonal"]),
         ("cpu", 1024, range(300), ["tridiagonal"]),
         ("cpu", 1024, range(1, 33), ["tridiagonal"]),
-        ("cpu", 2048, range(16), ["top", "interior", "tridiagonal"]),
+        ("cpu", 2048, range(16), ["top", "tridiagonal"]),
         ("cpu", 4096, range(2016, 2080), ["interior", "tridiagonal"]),
-        ("cpu", 2048, range(2032, 2048), ["bottom", "interior", "tridiagonal"]),
+        ("cpu", 2048, range(2032, 2048), ["bottom", "tridiagonal"]),
+        ("cpu", 4096, range(16), ["top", "interior", "tridiagonal"]),
+        ("cpu", 4096, range(4080, 4096), ["bottom", "interior", "tridiagonal"]),
         ("cpu", 2048, range(100, 400), ["tridiagonal"]),
         ("cuda", 255, range(9), []),
         ("cuda", 1024, range(300), []),
@@ -185,7 +187,7 @@ def test_the_plan(device, d, window, paths):
 
 
 def test_the_end_of_a_tall_spectrum_lies_inside():
-    assert plan("cpu", 5632, 2048, range(2032, 2048)) == ["interior", "tridiagonal"]
+    assert plan("cpu", 11008, 4096, range(4080, 4096)) == ["interior", "tridiagonal"]
 
 
 def test_the_plan_where_scipy_exports_no_tridiagonal_routines(monkeypatch):
