@@ -24,7 +24,7 @@ LINES = {
     ("peft-default", ""): ("PEFT, default", "tab:brown", "--"),
 }
 """Label, color and line style by provider and form."""
-PATHS = {"top": "^", "interior": "o", "bottom": "v", "range": "s", "full": "x"}
+PATHS = {"top": "^", "interior": "o", "bottom": "v", "range": "s", "tridiagonal": "D", "gram_eigh": "p", "full": "x"}
 """Marker by path of the window SVD."""
 
 

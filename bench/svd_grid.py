@@ -17,7 +17,7 @@ NAMED = ("principal", "middle", "minor")
 RANKS = (64, 16, 128)
 OURS, YARDSTICK, EIGH = "ipca", "torch.linalg.svd", "torch.linalg.eigh"
 RANGE, LOWRANK = "scipy.linalg.eigh", "torch.svd_lowrank"
-FORCED = {f"ipca-{path}": path for path in ("top", "interior", "bottom", "range", "full")}
+FORCED = {f"ipca-{path}": path for path in ("top", "interior", "bottom", "tridiagonal", "gram_eigh", "full")}
 PEFT = {"peft-pissa": "principal", "peft-pissa_niter_4": "principal", "peft-mica": "minor"}
 """PEFT's initializations and the window that each of them takes."""
 SQUARE, WIDE = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj")
@@ -166,4 +166,6 @@ def _providers(cell: Cell, window: str, device: str) -> list[str]:
     if large and on_cpu:
         return names
     names += ["ipca-top"] * (window == "principal") + ["ipca-interior"] + ["ipca-bottom"] * (window == "minor")
-    return names + ["ipca-range"] * on_cpu + ["ipca-full"] * (on_cpu and (middle or cell.d < 1024))
+    return (
+        names + ["ipca-tridiagonal", "ipca-gram_eigh"] * on_cpu + ["ipca-full"] * (on_cpu and (middle or cell.d < 1024))
+    )

@@ -13,17 +13,22 @@ Where a path estimates the window's neighbors, the thresholds lie a quarter of t
 the window than ``n eps σ₁²``, the rounding error of the Gram matrix; a factorization whose own error could reach the
 window does not count. So a window that cuts a tie, or lies so low that these errors hide it, is never proven by
 accident: it is left uncertified.
+
+A path that reduces the Gram matrix to a tridiagonal one ``T``, or knows all its eigenvalues, counts on these. By Weyl's
+inequality an eigenvalue moves by no more than the distance of ``T`` from the Gram matrix, so the thresholds move away
+from the window by that distance as well.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ipca.svd.ldlt import count_above
-from ipca.svd.matrix_batch import MatrixBatch
+from ipca.svd.matrix_batch import Counts, MatrixBatch
 from ipca.svd.random_vectors import norm_bound, probes
 
 _EPS = torch.finfo(torch.float64).eps
@@ -53,7 +58,13 @@ def orthogonality(U: Tensor, V: Tensor) -> Tensor:
 
 
 def certify(
-    G: Tensor, S: Tensor, rho: Tensor, sigma1: Tensor, start: int, neighbors: Tensor | None = None
+    G: Tensor,
+    S: Tensor,
+    rho: Tensor,
+    sigma1: Tensor,
+    start: int,
+    neighbors: Tensor | None = None,
+    counts: Counts | None = None,
 ) -> list[Proof]:
     """Prove that ``S`` holds the singular values ``[start, start + r)`` of the matrices whose Gram matrices are ``G``.
 
@@ -64,35 +75,45 @@ def certify(
         sigma1: ``(batch,)``.
         start: the index that ``S[:, 0]`` claims to have.
         neighbors: ``(batch, 2)``, estimates of the values at ``start − 1`` and ``start + r``, none by default.
+        counts: in place of factorizations of ``G``.
     """
     n, end = G.shape[-1], start + S.shape[1]
-    delta = torch.maximum(4 * rho, 1e-9 * sigma1)
-    rounding = n * _EPS * sigma1.square()
+    if neighbors is None:
+        neighbors = S.new_full((len(S), 2), torch.inf)
+    errors = [0.0] * len(S) if counts is None else counts.error
+    each = [x.tolist() for x in (S[:, 0], S[:, -1], rho, sigma1, neighbors)]
+    x2, x2_room, y2, y2_room, too_low = ([] for _ in range(5))
+    for first, last, off, largest, (before, behind), error in zip(*each, errors, strict=True):
+        delta = max(4 * off, 1e-9 * largest)
+        rounding = n * _EPS * largest**2 + error
+        x2.append(max((first + delta) ** 2 + rounding, _toward(first, before)))
+        x2_room.append(x2[-1] - (first + off) ** 2)
+        y2.append(min((last - delta) ** 2 - rounding, _toward(last, behind)))
+        y2_room.append((last - off) ** 2 - y2[-1])
+        hidden = last <= delta or (last - delta) ** 2 <= 2 * rounding
+        too_low.append(
+            f"the window ends at {last / largest:.1e} of the largest singular value, too low to count" * hidden
+        )
+
+    def above(thresholds: list[float], room: list[float]) -> list[int]:
+        if counts is not None:
+            return counts.above(thresholds)
+        return count_above(G, sigma1.new_tensor(thresholds), sigma1.new_tensor(room)).tolist()
+
     words: list[list[str]] = [[] for _ in S]
-    failed: list[str | None] = [None for _ in S]
+    failed = [""] * len(S)
     if start > 0:
-        nearest = (S[:, 0] + delta).square() + rounding
-        x2 = nearest if neighbors is None else torch.maximum(nearest, _toward(S[:, 0], neighbors[:, 0]))
-        counts = count_above(G, x2, room=x2 - (S[:, 0] + rho).square())
-        for i, count in enumerate(counts.tolist()):
+        for i, count in enumerate(above(x2, x2_room)):
             words[i].append(f"{count} above")
             if count != start:
                 failed[i] = f"{count} singular values lie above the window, not {start}"
     if end < n:
-        low = S[:, -1] - delta
-        nearest = low.square() - rounding
-        y2 = nearest if neighbors is None else torch.minimum(nearest, _toward(S[:, -1], neighbors[:, 1]))
-        hidden = (low <= 0) | (low.square() <= 2 * rounding)
-        counts = count_above(G, y2, room=(S[:, -1] - rho).square() - y2)
-        for i, (count, too_low) in enumerate(zip(counts.tolist(), hidden.tolist(), strict=True)):
+        for i, count in enumerate(above(y2, y2_room)):
             words[i].append(f"{count} through")
-            if too_low and failed[i] is None:
-                level = (S[i, -1] / sigma1[i]).item()
-                failed[i] = f"the window ends at {level:.1e} of the largest singular value, too low to count"
-            elif count != end and failed[i] is None:
-                failed[i] = f"{count} singular values lie above the window's end, not {end}"
-    proofs = [Proof(True, "inertia: " + (", ".join(w) or "every component")) for w in words]
-    return [proof if f is None else Proof(False, f) for proof, f in zip(proofs, failed, strict=True)]
+            wrong = f"{count} singular values lie above the window's end, not {end}" if count != end else ""
+            failed[i] = failed[i] or too_low[i] or wrong
+    proofs = ("inertia: " + (", ".join(w) or "every component") for w in words)
+    return [Proof(not f, f or proof) for f, proof in zip(failed, proofs, strict=True)]
 
 
 def certify_first(batch: MatrixBatch, G: Tensor, S: Tensor, V: Tensor, rho: Tensor, neighbor: Tensor) -> list[Proof]:
@@ -143,14 +164,13 @@ def certify_full(spectrum: Tensor, start: int, rank: int, d: int, m: int) -> Pro
     return Proof(True, "full SVD: no tie at the window's edges")
 
 
-def _toward(edge: Tensor, neighbor: Tensor) -> Tensor:
+def _toward(edge: float, neighbor: float) -> float:
     """A quarter of the way from ``edge`` to ``neighbor``, in squares; ``edge`` where the neighbor is unknown.
 
     Away from the window, as a factorization near one of its values loses digits. Not halfway, as a neighbor's Ritz
     value that has not converged may be too far away: a quarter leaves the true one three quarters to be nearer.
     """
-    known = torch.where(neighbor.isfinite(), neighbor, edge).square()
-    return edge.square() + (known - edge.square()) / 4
+    return edge**2 + (neighbor**2 - edge**2) / 4 if math.isfinite(neighbor) else edge**2
 
 
 def _spectral_norm(X: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def window_svd(
             ``tol`` is below what float64 can give.
         RuntimeError: the full SVD itself missed ``tol``.
     """
-    check_matrix(W, dims=(2, 3))
+    largest = check_matrix(W, dims=(2, 3))
     windows = [window] if isinstance(window, Window) else list(window) if isinstance(window, Sequence) else []
     if not windows or not all(isinstance(each, Window) for each in windows):
         raise TypeError(f"window must be a Window, for example Window.middle(16), or several; got {window!r}.")
@@ -71,7 +71,7 @@ def window_svd(
         raise TypeError(f"dtype must be a 16-, 32- or 64-bit float, got {dtype!r}.")
     stack = W.detach() if W.ndim == 3 else W.detach()[None]
     work = partial(_decompose_batch, windows=windows, tol=bound, dtype=dtype, seed=seed)
-    rows = [row for part in _map_parts(work, stack, windows) for row in part]
+    rows = [row for part in _map_parts(work, stack, largest, windows) for row in part]
     found = [_stacked([row[k] for row in rows], W.device) for k in range(len(windows))]
     if W.ndim == 2:
         found = [each[0] for each in found]
@@ -86,8 +86,8 @@ def singular_values(W: Tensor) -> Tensor:
     return (torch.linalg.svdvals(tall.dense()) * tall.scale[:, None])[0].cpu()
 
 
-def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> None:
-    """Raise unless ``W`` is a non-empty, finite, floating tensor with one of ``dims`` dimensions."""
+def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> Tensor:
+    """``max|W|`` of each matrix ``(L,)``; raises unless ``W`` is finite, floating, not empty and fits ``dims``."""
     if not isinstance(W, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(W).__name__}.")
     if W.dtype not in FLOAT_DTYPES:
@@ -99,8 +99,10 @@ def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> None:
         raise ValueError(f"expected {wanted} with at least one entry, got shape {tuple(W.shape)}.")
     if W.is_meta:
         raise ValueError("the tensor is on the meta device and holds no values; load the weights first.")
-    if not bool(torch.isfinite(largest_entry(W if W.ndim == 3 else W[None])).all()):
+    largest = largest_entry((W if W.ndim == 3 else W[None]).detach())
+    if not bool(torch.isfinite(largest).all()):
         raise ValueError("the tensor holds NaN or Inf.")
+    return largest
 
 
 def tolerance(tol: float | str) -> float:
@@ -115,29 +117,35 @@ def tolerance(tol: float | str) -> float:
 
 
 def _map_parts(
-    work: Callable[[Tensor], list[list[WindowSVD]]], W: Tensor, windows: Sequence[Window]
+    work: Callable[[tuple[Tensor, Tensor]], list[list[WindowSVD]]],
+    W: Tensor,
+    largest: Tensor,
+    windows: Sequence[Window],
 ) -> Iterable[list[list[WindowSVD]]]:
     """Call ``work`` for parts of ``W (L, m, n)``: on a GPU batches that fit into its memory, on a CPU single matrices.
 
     A CPU gains nothing from a batch, as one matrix fills a core.
     """
-    on = W if W.device.type in ("cpu", "cuda") else W.cpu()  # other devices have no float64
-    if on.device.type == "cpu":
-        return thread_map(work, on.split(1), [workspace(W.shape[1:])] * len(on)) if len(on) > 1 else [work(on)]
+    if W.device.type not in ("cpu", "cuda"):  # other devices have no float64
+        W, largest = W.cpu(), largest.cpu()
+    if W.device.type == "cpu":
+        parts = list(zip(W.split(1), largest.split(1), strict=True))
+        return thread_map(work, parts, [workspace(W.shape[1:])] * len(W)) if len(W) > 1 else map(work, parts)
     together = 1  # where the spectrum decides, each matrix has its window at another index
     if not any(window.needs_spectrum for window in windows):
-        together = max(1, int(_SHARE * torch.cuda.mem_get_info(on.device)[0] / workspace(W.shape[1:])))
-    return map(work, on.split(together))
+        together = max(1, int(_SHARE * torch.cuda.mem_get_info(W.device)[0] / workspace(W.shape[1:])))
+    return map(work, zip(W.split(together), largest.split(together), strict=True))
 
 
 def _decompose_batch(
-    W: Tensor, windows: Sequence[Window], tol: float, dtype: torch.dtype, seed: int
+    part: tuple[Tensor, Tensor], windows: Sequence[Window], tol: float, dtype: torch.dtype, seed: int
 ) -> list[list[WindowSVD]]:
-    """Each window of each matrix of the batch ``W``: one row for each matrix."""
+    """Each window of each matrix of a batch ``W``, given with its ``max|W|``: one row for each matrix."""
+    W, largest = part
     transposed = W.shape[1] < W.shape[2]
     rows: list[list[WindowSVD]] = [[] for _ in W]
     with torch.autocast(W.device.type, enabled=False):  # it would multiply in 16 bits
-        batch = MatrixBatch(W.mT if transposed else W, seed)
+        batch = MatrixBatch(W.mT if transposed else W, seed, largest)
         spectrum = torch.linalg.svdvals(batch.dense())[0] if any(w.needs_spectrum for w in windows) else None
         for window in windows:
             began, batch.flops = time.perf_counter(), 0.0

@@ -9,7 +9,7 @@ Source: Lin, Saad & Yang, "Approximating spectral densities of large matrices", 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -17,11 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ipca.svd import lapack
 from ipca.svd.inner_loops import lanczos_step_
 from ipca.svd.ldlt import LDLT, factorize_shifted
 from ipca.svd.random_vectors import DENSITY, KRYLOV, POWER, normal
+from ipca.svd.tridiagonal import Tridiagonal
 
 _ROWS, _COLUMNS = 256, 512
+_KEPT = 2**20
+"""Entries of a matrix that is kept in float64, and not widened for every product."""
 _POWER_STEPS = 16
 STEPS, CHAINS = 32, 16
 
@@ -35,11 +39,26 @@ class Candidate:
         neighbors: ``(batch, 2)``; estimates of the singular values next to the window, above (infinity where the
             window starts the spectrum) and below (0 where it ends it). None where they are not known.
         polish: one more step of the path's iteration on ``V``, where the path has one.
+        counts: the path's own inertia counts, where it has them; ``V`` is then good to rounding.
     """
 
     V: Tensor
     neighbors: Tensor | None
     polish: Callable[[Tensor], Tensor] | None = None
+    counts: Counts | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Inertia counts of matrices near ``WᵀW``.
+
+    Attributes:
+        above: how many eigenvalues lie above a threshold for each matrix.
+        error: a bound for each on its distance from ``WᵀW`` as it was multiplied, in the spectral norm.
+    """
+
+    above: Callable[[list[float]], list[int]]
+    error: list[float]
 
 
 class MatrixBatch:
@@ -56,14 +75,15 @@ class MatrixBatch:
         flops: the operations counted so far, for one matrix of the batch.
     """
 
-    def __init__(self, W: Tensor, seed: int = 0) -> None:
+    def __init__(self, W: Tensor, seed: int = 0, largest: Tensor | None = None) -> None:
         assert W.ndim == 3
         assert W.shape[1] >= W.shape[2]
         self.W, self.seed, self.flops = W, seed, 0.0
         self.size, self.m, self.n = W.shape
-        self.largest = largest_entry(W).double()
+        self.largest = (largest_entry(W) if largest is None else largest).double()
         power = torch.ldexp(torch.ones_like(self.largest), torch.frexp(self.largest).exponent - 1)
         self.scale = torch.where(self.largest > 0, power, 1.0)
+        self._blocks: Sequence[Tensor] | None = None
 
     def part(self, rows: list[int]) -> MatrixBatch:
         """The matrices at the indices ``rows``, with what is known of them."""
@@ -72,10 +92,15 @@ class MatrixBatch:
         part = object.__new__(MatrixBatch)
         part.W, part.seed, part.flops = self.W[rows], self.seed, self.flops
         part.size, part.m, part.n = part.W.shape
-        part.largest, part.scale = self.largest[rows], self.scale[rows]
+        part.largest, part.scale, part._blocks = self.largest[rows], self.scale[rows], None
         for name in ("gram", "gram32", "sigma1"):
             if name in self.__dict__:
                 part.__dict__[name] = self.__dict__[name][rows]
+        if "tridiagonal" in self.__dict__:
+            part.__dict__["tridiagonal"] = [self.tridiagonal[i] for i in rows]
+        if "eigh" in self.__dict__:
+            values, vectors = self.eigh
+            part.__dict__["eigh"] = values[rows], vectors[rows]
         return part
 
     def dense(self) -> Tensor:
@@ -84,10 +109,14 @@ class MatrixBatch:
 
     def matmul(self, V: Tensor) -> Tensor:
         """``W V (batch, m, k)`` for ``V (batch, n, k)``."""
-        return torch.cat([block @ V for block in self._row_blocks()], dim=1)
+        parts = [torch.bmm(block, V) for block in self._row_blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def rmatmul(self, U: Tensor) -> Tensor:
         """``Wᵀ U (batch, n, k)`` for ``U (batch, m, k)``."""
+        if self.m <= _ROWS:
+            (block,) = self._row_blocks()
+            return torch.bmm(block.mT, U)
         out = torch.zeros(self.size, self.n, U.shape[2], dtype=torch.float64, device=self.W.device)
         for block, rows in zip(self._row_blocks(), U.split(_ROWS, dim=1), strict=True):
             out.baddbmm_(block.mT, rows)
@@ -96,19 +125,37 @@ class MatrixBatch:
     def multiply_gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """``Wᵀ W (batch, n, n)``, multiplied in ``dtype``: the lower triangle is computed, the upper one copied."""
         n = self.n
-        G = torch.empty(self.size, n, n, dtype=dtype, device=self.W.device)
+        G = torch.zeros(self.size, n, n, dtype=dtype, device=self.W.device)
         columns = [slice(j, min(j + _COLUMNS, n)) for j in range(0, n, _COLUMNS)]
+        by_lapack = dtype == torch.float64 and G.device.type == "cpu" and lapack.available("dsyrk")
         for i, block in enumerate(self._row_blocks(dtype)):
+            if by_lapack:
+                for rows, product in zip(block, G, strict=True):
+                    lapack.add_gram_(product, rows, beta=float(i > 0))
+                continue
             for c in columns:
                 G[:, c.start :, c].baddbmm_(block[:, :, c.start :].mT, block[:, :, c], beta=int(i > 0))
+        if by_lapack:
+            G = G + G.mT
+            G.diagonal(dim1=-2, dim2=-1).div_(2)
+            return G
         for c in columns:
             G[:, c, c.stop :] = G[:, c.stop :, c].mT
         return G
 
-    def _row_blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
+    def _row_blocks(self, dtype: torch.dtype = torch.float64) -> Iterable[Tensor]:
         """``W / scale`` in blocks ``(batch, rows, n)``."""
-        for rows in self.W.split(_ROWS, dim=1):
-            yield rows.to(torch.float64, copy=True).div_(self.scale[:, None, None]).to(dtype)
+        return (block.to(dtype) for block in self._widened())
+
+    def _widened(self) -> Iterable[Tensor]:
+        """The same in float64; those of a small matrix are kept."""
+        if self.W[0].numel() > _KEPT:
+            return (
+                rows.to(torch.float64, copy=True).div_(self.scale[:, None, None]) for rows in self.W.split(_ROWS, 1)
+            )
+        if self._blocks is None:
+            self._blocks = self.dense().split(_ROWS, dim=1)
+        return self._blocks
 
     @cached_property
     def gram(self) -> Tensor:
@@ -127,12 +174,28 @@ class MatrixBatch:
     @cached_property
     def sigma1(self) -> Tensor:
         """``(batch,)``; a lower bound of the largest singular value, usually within a few percent."""
+        if "tridiagonal" in self.__dict__:
+            return self.largest.new_tensor([max(T.largest(), 0.0) ** 0.5 for T in self.tridiagonal])
+        if "eigh" in self.__dict__:
+            return self.eigh[0][:, -1].clamp_min(0).sqrt()
         G = self.gram if "gram" in self.__dict__ else self.gram32
         v = normal(self.seed, POWER, (self.n, 1), G.dtype).to(G.device).expand(self.size, -1, -1)
         for _ in range(_POWER_STEPS):
             v = G @ (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny))
         self.flops += 2 * _POWER_STEPS * self.n**2
         return v.norm(dim=1)[:, 0].double().sqrt() * (1 - 1e-5)  # float32 may round upward
+
+    @cached_property
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """The eigenvalues ``(batch, n)`` and eigenvectors ``(batch, n, n)`` of ``WᵀW``, ascending."""
+        self.flops += 9 * self.n**3
+        return torch.linalg.eigh(self.gram)
+
+    @cached_property
+    def tridiagonal(self) -> list[Tridiagonal]:
+        """``WᵀW = Q T Qᵀ`` of each matrix, on the CPU."""
+        self.flops += 4 / 3 * self.n**3
+        return [Tridiagonal(G, self.seed) for G in self.gram]
 
     @cached_property
     def density(self) -> Density:

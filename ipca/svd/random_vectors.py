@@ -13,7 +13,7 @@ from torch import Tensor
 
 POWER, DENSITY, KRYLOV, PROBES = range(4)
 """Purposes of random vectors."""
-_PROBES = 16
+PROBE_COUNT = 16
 
 
 def normal(seed: int, purpose: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -25,7 +25,7 @@ def normal(seed: int, purpose: int, shape: tuple[int, ...], dtype: torch.dtype) 
 
 def probes(G: Tensor, seed: int) -> Tensor:
     """Standard normal columns ``(batch, n, 16)`` in float64, their entries representable in the dtype of ``G``."""
-    x = normal(seed, PROBES, (G.shape[-1], _PROBES), torch.float64).to(G.device, G.dtype).double()
+    x = normal(seed, PROBES, (G.shape[-1], PROBE_COUNT), torch.float64).to(G.device, G.dtype).double()
     return x.expand(len(G), -1, -1)
 
 

@@ -14,8 +14,8 @@ class SVDReport:
     """Report on the decomposition of one matrix.
 
     Attributes:
-        path: ``"interior"``, ``"top"`` or ``"bottom"`` (block Krylov), ``"range"`` (LAPACK's range solver) or
-            ``"full"`` (float64 SVD).
+        path: ``"interior"``, ``"top"`` or ``"bottom"`` (block Krylov), ``"tridiagonal"`` or ``"gram_eigh"`` (LAPACK on
+            the Gram matrix), or ``"full"`` (float64 SVD).
         window: the resolved window, its start an index.
         residual: ``max(‖W V − U S‖₂, ‖Wᵀ U − V S‖₂, σ₁ ‖UᵀU − I‖₂, σ₁ ‖VᵀV − I‖₂) / σ₁``, in float64, before
             rounding to the dtype that is returned.

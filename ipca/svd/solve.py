@@ -10,15 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from ipca.svd import certificate
 from ipca.svd.certificate import Proof
+from ipca.svd.dense import gram_eigh, tridiagonal
 from ipca.svd.krylov import orthonormalize, top, top_gram
 from ipca.svd.matrix_batch import Candidate, MatrixBatch
 from ipca.svd.shift_invert import bottom, interior
+from ipca.svd.tridiagonal import available
+
+_DIRECT = 1e-10
+"""Residual and orthogonality up to which ``U = W V / S`` is as good as Rayleigh–Ritz would make it."""
 
 
 def full_svd(batch: MatrixBatch, window: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,29 +36,12 @@ def full_svd(batch: MatrixBatch, window: range) -> tuple[Tensor, Tensor, Tensor,
     return U[..., part].clone(), S[:, part].clone(), Vh[:, part].mT.clone(), S
 
 
-def lapack_range(batch: MatrixBatch, window: range, tol: float) -> Candidate:
-    """The window's right singular vectors by LAPACK's range eigensolver, on the CPU; ``tol`` is that of LAPACK."""
-    n = batch.n
-    wider = range(max(window.start - 1, 0), min(window.stop + 1, n))
-    indices = (n - wider.stop, n - wider.start - 1)  # LAPACK counts upward
-    vectors, neighbors = [], []
-    for G in batch.gram:
-        values, V = scipy.linalg.eigh(G.numpy(), subset_by_index=indices, driver="evr", check_finite=False)
-        sigma = torch.from_numpy(values).clamp_min(0).sqrt().flip(0)
-        above = sigma[0] if wider.start < window.start else sigma.new_tensor(torch.inf)
-        below = sigma[-1] if wider.stop > window.stop else sigma.new_tensor(0.0)
-        inside = slice(window.start - wider.start, window.stop - wider.start)
-        vectors.append(torch.from_numpy(V).flip(1)[:, inside])
-        neighbors.append(torch.stack([above, below]))
-    batch.flops += 4 / 3 * n**3 + 4 * n**2 * len(wider)
-    return Candidate(torch.stack(vectors), torch.stack(neighbors))
-
-
 PATHS: dict[str, Callable[[MatrixBatch, range, float], Candidate | None]] = {
     "top": top,
     "interior": interior,
     "bottom": bottom,
-    "range": lapack_range,
+    "tridiagonal": tridiagonal,
+    "gram_eigh": gram_eigh,
 }
 
 
@@ -63,41 +50,36 @@ class Thresholds:
     """Sizes at which the paths of a class of devices meet.
 
     Attributes:
-        full_below: smallest ``d`` that is not left to the full SVD.
-        full_share: ranks above this share of ``d`` are.
         top_from: smallest ``d`` for block Krylov at the start of the spectrum.
         top_share: the share of ``d`` before which such a window ends.
         interior_from: smallest ``d`` for inverse block Krylov inside the spectrum.
         bottom_from: the same at the end of the spectrum.
         bottom_aspect: the largest m / d there; the spectrum of a taller matrix ends far from the shift 0.
         interior_share: the largest rank for these, as a share of ``d``.
-        lapack: whether the range solver is there.
+        tridiagonal_from: smallest ``d`` for the tridiagonal path, below which all eigenvectors of the Gram matrix are
+            found at once; None where neither is there.
     """
 
-    full_below: int
-    full_share: float
     top_from: int
     top_share: float
     interior_from: int
     bottom_from: int
     bottom_aspect: float
     interior_share: float
-    lapack: bool
+    tridiagonal_from: int | None
 
 
 THRESHOLDS = {
-    # From timings of every path at d from 256 to 2048 on 2 cores; bench/bench_window_svd.py forces each path again.
-    "cpu": Thresholds(256, 1 / 4, 768, 1 / 32, 1536, 768, 1.2, 1 / 8, lapack=True),
+    # From timings of every path at d from 64 to 3072 on one core; bench/bench_window_svd.py forces each path again.
+    "cpu": Thresholds(768, 1 / 32, 3072, 2048, 1.2, 1 / 8, 192),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
-    "cuda": Thresholds(256, 1 / 4, 256, 1 / 32, 256, 256, 1.2, 1 / 4, lapack=False),
+    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None),
 }
 
 
 def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
     """The paths to try in turn for an ``(m, d)`` matrix, ``m >= d``, before the full SVD."""
     limits, rank = THRESHOLDS[device_type], len(window)
-    if d < limits.full_below or rank > limits.full_share * d:
-        return []
     paths = []
     narrow = rank <= limits.interior_share * d
     if d >= limits.top_from and window.stop <= limits.top_share * d:
@@ -106,8 +88,8 @@ def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
         paths.append("bottom")
     if narrow and d >= limits.interior_from:
         paths.append("interior")
-    if limits.lapack:
-        paths.append("range")
+    if limits.tridiagonal_from is not None:
+        paths.append("tridiagonal" if d >= limits.tridiagonal_from and available() else "gram_eigh")
     return paths
 
 
@@ -156,23 +138,58 @@ def _try_path(path: str, batch: MatrixBatch, window: range, tol: float) -> list[
 
 def _judge(path: str, batch: MatrixBatch, window: range, tol: float, candidate: Candidate) -> list[Solution | None]:
     """The solutions within ``tol`` and proven, None for the other matrices."""
-    U, S, V, WV = rayleigh_ritz(batch, candidate.V)
-    rho = certificate.residual(batch, U, S, V, WV)
-    error = torch.maximum(rho / batch.sigma1, certificate.orthogonality(U, V))
-    batch.flops += 4 * batch.m * batch.n * len(window)
-    if not bool((error <= tol).any()):
+    U, S, V, rho, orthogonality = _triplets(batch, candidate)
+    errors = torch.maximum(rho / batch.sigma1, orthogonality).tolist()
+    if not min(errors) <= tol:
         return [None] * batch.size  # no result that a proof would pay for
     if path == "top" and window.start == 0 and candidate.neighbors is not None:
         batch.flops += batch.n**3 / 3
         G = top_gram(batch, tol)
         proofs = certificate.certify_first(batch, G, S, V, rho, candidate.neighbors[:, 1])
     else:
-        batch.flops += ((window.start > 0) + (window.stop < batch.n)) * batch.n**3 / 3
-        proofs = certificate.certify(batch.gram, S, rho, batch.sigma1, window.start, candidate.neighbors)
+        if candidate.counts is None:
+            batch.flops += ((window.start > 0) + (window.stop < batch.n)) * batch.n**3 / 3
+        proofs = certificate.certify(
+            batch.gram, S, rho, batch.sigma1, window.start, candidate.neighbors, candidate.counts
+        )
     return [
         Solution(U[i], S[i], V[i], path, e, proof, batch.flops) if e <= tol and proof.certified else None
-        for i, (e, proof) in enumerate(zip(error.tolist(), proofs, strict=True))
+        for i, (e, proof) in enumerate(zip(errors, proofs, strict=True))
     ]
+
+
+def _triplets(batch: MatrixBatch, candidate: Candidate) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``U, S, V`` on the space of the candidate, their residuals and their orthogonality ``(batch,)``.
+
+    Vectors that are good to rounding need no Rayleigh–Ritz: ``U = W V / S``. Where that leaves too much, as small
+    values lose digits in the Gram matrix, those of ``(W V)ᵀ W V`` on the window's own scale come first. Frobenius norms
+    bound the spectral ones.
+    """
+    V = candidate.V
+    batch.flops += 4 * batch.m * batch.n * V.shape[-1]
+    if candidate.counts is not None:
+        X = batch.matmul(V)
+        for rotated in (False, True):
+            if rotated:
+                Q = torch.linalg.eigh(torch.bmm(X.mT, X))[1].flip(-1)
+                X, V = torch.bmm(X, Q), torch.bmm(V, Q)
+            S = torch.linalg.vector_norm(X, dim=1)
+            if not all(row == sorted(row, reverse=True) for row in S.tolist()):
+                continue
+            U = X / S[:, None]
+            rho = torch.linalg.vector_norm(batch.rmatmul(U) - V * S[:, None], dim=(1, 2))
+            orthogonality = torch.maximum(_skew(U), _skew(V))
+            if bool((torch.maximum(rho / batch.sigma1, orthogonality) <= _DIRECT).all()):  # False where S holds 0
+                return U, S, V, rho, orthogonality
+    U, S, V, WV = rayleigh_ritz(batch, candidate.V)
+    return U, S, V, certificate.residual(batch, U, S, V, WV), certificate.orthogonality(U, V)
+
+
+def _skew(U: Tensor) -> Tensor:
+    """``‖UᵀU − I‖_F`` for each matrix of a batch."""
+    X = torch.bmm(U.mT, U)
+    X.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return torch.linalg.vector_norm(X, dim=(1, 2))
 
 
 def rayleigh_ritz(batch: MatrixBatch, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -40,12 +40,12 @@ def test_every_window_and_provider_has_a_row_of_the_schema(tiny):
         assert row["torch"] == torch.__version__
         assert row["scipy"]
     ours = by_task(rows)["middle", OURS]
-    assert (ours["path"], ours["start"], ours["index_errors"], ours["certified"]) == ("full", "28", "0", "1")
+    assert (ours["path"], ours["start"], ours["index_errors"], ours["certified"]) == ("gram_eigh", "28", "0", "1")
     assert float(ours["residual"]) < 1e-6
     assert float(ours["flops"]) > 0
     assert float(ours["best_s"]) <= float(ours["median_s"])
     assert int(ours["rounds"]) >= TINY.rounds
-    assert by_task(rows)["middle", "ipca-full"]["status"] == "refused: ipca has chosen this path"
+    assert by_task(rows)["middle", "ipca-gram_eigh"]["status"] == "refused: ipca has chosen this path"
     assert {row["path"] for row in rows if row["provider"] == "ipca-interior"} == {"interior"}
 
 
@@ -168,7 +168,7 @@ def test_weights_that_are_not_installed_are_left_out_in_words(monkeypatch, tmp_p
 def test_one_path_by_force_and_the_plan_as_before():
     plan = solving.plan
     W = svd_matrices.matrix(64, 64, "gaussian", CPU, 1)
-    for path in ("top", "interior", "bottom", "range", "full"):
+    for path in ("top", "interior", "bottom", "tridiagonal", "gram_eigh", "full"):
         window = ipca.Window("minor" if path == "bottom" else "principal", 8).resolve(64)
         (found,) = svd_providers.forced(path, W, window)
         assert found.report.path == path
@@ -180,7 +180,7 @@ def test_a_path_that_is_not_good_enough_is_refused(monkeypatch):
         candidate = exact(batch, window, tol)
         return replace(candidate, V=candidate.V.roll(1, dims=1))
 
-    exact = solving.PATHS["range"]
+    exact = solving.PATHS["tridiagonal"]
     monkeypatch.setitem(solving.PATHS, "interior", poor)
     W = svd_matrices.matrix(64, 64, "gaussian", CPU, 1)
     with pytest.raises(svd_providers.Refused, match="so that full ran"):
@@ -275,7 +275,7 @@ def test_a_gpu_decomposes_all_projections_of_the_model():
     for cell in cells:
         names = {name for _, name in svd_grid.tasks(cell, "cuda")}
         assert {OURS, YARDSTICK} <= names
-        assert not names & {svd_grid.RANGE, "ipca-range", "ipca-full"}
+        assert not names & {svd_grid.RANGE, "ipca-tridiagonal", "ipca-gram_eigh", "ipca-full"}
         assert cell.batch == 1 or names == {OURS, YARDSTICK}
 
 
@@ -299,7 +299,7 @@ def test_the_claims_alone_are_printed_with_both_ratios(command, capsys):
     assert code == 0
     assert len(rows) == 2 + 6
     said = capsys.readouterr().out
-    assert "window_svd 96 × 64, middle, r=8, full: " in said
+    assert "window_svd 96 × 64, middle, r=8, gram_eigh: " in said
     assert "initialize 4 × 64 × 64, 2 × 96 × 64, minor, r=4" in said
     assert said.count("of the best") == 4
     assert said.count("; 0 indices wrong") == 4
@@ -338,7 +338,7 @@ def written(folder, rows, name="window_svd_cpu.csv"):
 
 
 def test_the_readme_says_times_ratios_and_accuracy(tmp_path, tiny):
-    rows = window_rows({OURS: 0.4, svd_grid.EIGH: 1.2, svd_grid.RANGE: 0.6, "ipca-range": 0.7})
+    rows = window_rows({OURS: 0.4, svd_grid.EIGH: 1.2, svd_grid.RANGE: 0.6, "ipca-tridiagonal": 0.7})
     rows += window_rows({OURS: 0.5}, d=1024) + [row for row in tiny if row["op"] == "initialize"]
     written(tmp_path, [{**row, "commit": "new"} for row in rows])
     text = report.window_svd_section(tmp_path)
@@ -362,7 +362,9 @@ def test_without_a_file_the_readme_says_so(tmp_path):
 
 
 def test_what_speaks_against_us_is_named(tmp_path):
-    rows = window_rows({OURS: 1.5, "ipca-range": 1.2}) + window_rows({OURS: 1.01, "ipca-top": 1.0}, window="minor")
+    rows = window_rows({OURS: 1.5, "ipca-tridiagonal": 1.2}) + window_rows(
+        {OURS: 1.01, "ipca-top": 1.0}, window="minor"
+    )
     rows += window_rows({OURS: 1.2}, d=1024, certified=0)
     rows += window_rows({"ipca-top": ""}, window="principal", status="wrong: off")[1:]
     lines = svd_tables.against(written(tmp_path, rows), most=1)
@@ -370,7 +372,7 @@ def test_what_speaks_against_us_is_named(tmp_path):
         "window_svd is slower than torch.linalg.svd by over 2 % in 2 of 3 windows: "
         "2048 × 2048 outliers middle r=64 (1.50), …",
         "window_svd is on a path that is slower than another by over 10 % in 1 of 2 windows: "
-        "2048 × 2048 outliers middle r=64: interior, not range (1.25)",
+        "2048 × 2048 outliers middle r=64: interior, not tridiagonal (1.25)",
         "indices not proven: 1024 × 1024 outliers middle r=64",
         "ipca-top at 2048 × 2048 outliers principal r=64: wrong: off",
     ]

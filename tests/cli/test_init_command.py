@@ -243,15 +243,15 @@ def test_what_is_done_is_said(llama, tmp_path, capsys):
     assert init(llama, tmp_path / "out", "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["layers"] == 14
-    assert record["paths"] == {"full": 14}
+    assert record["paths"] == {"gram_eigh": 14}
     assert record["worst_residual"] < 1e-12
     assert record["uncertified"] == {}
     assert (record["finished_before"], record["from_cache"], record["loaded_whole"]) == (0, 0, None)
     assert init(llama, tmp_path / "text") == 0
     captured = capsys.readouterr()
     assert "14 layers adapted" in captured.out
-    assert re.search(r"14 layers in \d+\.\d s: 14 by full", captured.out)
-    assert "full=14" in captured.err  # the bar
+    assert re.search(r"14 layers in \d+\.\d s: 14 by gram_eigh", captured.out)
+    assert "gram_eigh=14" in captured.err  # the bar
 
 
 def test_uncertified_layers_are_named(tmp_path, capsys):

@@ -5,8 +5,9 @@ import torch
 
 from ipca import Window, window_svd
 from ipca.svd import certificate, ldlt, solve
+from ipca.svd.dense import tridiagonal
 from ipca.svd.matrix_batch import MatrixBatch
-from ipca.svd.solve import lapack_range, rayleigh_ritz
+from ipca.svd.solve import rayleigh_ritz
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
@@ -50,9 +51,9 @@ def orthogonality(U, V):
     return certificate.orthogonality(U[None], V[None]).item()
 
 
-def found_range(batch, start, rank):
-    """``U, S, V`` by the range solver."""
-    candidate = lapack_range(batch, range(start, start + rank), 1e-6)
+def found_by_index(batch, start, rank):
+    """``U, S, V`` by the tridiagonal path."""
+    candidate = tridiagonal(batch, range(start, start + rank), 1e-6)
     return [part[0] for part in rayleigh_ritz(batch, candidate.V)[:3]]
 
 
@@ -97,7 +98,7 @@ def test_counting_leaves_the_matrix_alone():
 @pytest.mark.parametrize("start", [0, 1, START, N - RANK - 1, N - RANK])
 def test_the_right_window_is_certified_by_counts(start):
     _, batch, *_ = matrix(falling())
-    relative, certified, words = judge(batch, *found_range(batch, start, RANK), start=start)
+    relative, certified, words = judge(batch, *found_by_index(batch, start, RANK), start=start)
     assert relative <= 10 * EPS * M
     assert certified
     assert (f"{start} above" in words) is (start > 0)
@@ -106,13 +107,13 @@ def test_the_right_window_is_certified_by_counts(start):
 
 def test_all_components_need_no_count():
     _, batch, *_ = matrix(falling())
-    assert judge(batch, *found_range(batch, 0, N), start=0)[1:] == (True, "inertia: every component")
+    assert judge(batch, *found_by_index(batch, 0, N), start=0)[1:] == (True, "inertia: every component")
 
 
 @pytest.mark.parametrize("shift", [-START, -1, 1, 2, N - START - RANK])
 def test_the_components_of_another_window_are_not_certified(shift):
     _, batch, *_ = matrix(falling())
-    relative, certified, words = judge(batch, *found_range(batch, START + shift, RANK))
+    relative, certified, words = judge(batch, *found_by_index(batch, START + shift, RANK))
     assert relative <= 10 * EPS * M
     assert not certified
     if shift > -START:
@@ -185,8 +186,8 @@ def test_a_tie_across_an_edge_is_not_certified(start, value):
         [torch.linspace(3, 2, START), torch.full((RANK,), value), value * torch.linspace(0.9, 0.1, N - START - RANK)]
     )
     _, batch, *_ = matrix(S.double())
-    assert judge(batch, *found_range(batch, START, RANK))[1]
-    assert not judge(batch, *found_range(batch, start, RANK), start=start)[1]
+    assert judge(batch, *found_by_index(batch, START, RANK))[1]
+    assert not judge(batch, *found_by_index(batch, start, RANK), start=start)[1]
 
 
 @pytest.mark.parametrize("edge", [START, START + RANK])
@@ -208,7 +209,7 @@ def test_a_window_below_the_noise_of_the_gram_matrix_is_not_certified(level):
     S = falling()
     S[START:] = level * torch.linspace(1, 0.5, N - START)
     _, batch, *_ = matrix(S)
-    _, certified, words = judge(batch, *found_range(batch, START, RANK))
+    _, certified, words = judge(batch, *found_by_index(batch, START, RANK))
     assert not certified
     assert words.endswith("of the largest singular value, too low to count")
 
@@ -217,35 +218,35 @@ def test_left_vectors_of_a_null_space_show_in_the_residual():
     S = falling()
     S[START:] = 0
     _, batch, *_ = matrix(S)
-    relative, certified, _ = judge(batch, *found_range(batch, START, RANK))
+    relative, certified, _ = judge(batch, *found_by_index(batch, START, RANK))
     assert relative > 1e-6
     assert not certified
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_a_range_solver_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift):
+def test_a_path_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift):
     S = falling()
     W = matrix(S)[0]
     want = window_svd(W, Window(START, RANK))
     monkeypatch.setitem(
         solve.PATHS,
-        "range",
-        lambda P, window, tol: lapack_range(P, range(window.start + shift, window.stop + shift), tol),
+        "tridiagonal",
+        lambda P, window, tol: tridiagonal(P, range(window.start + shift, window.stop + shift), tol),
     )
     found = window_svd(W, Window(START, RANK))
-    assert (want.report.path, found.report.path) == ("range", "full")
+    assert (want.report.path, found.report.path) == ("tridiagonal", "full")
     assert found.report.certified
     assert (found.S - S[START : START + RANK]).abs().max() <= 10 * EPS * M * S[0]
 
 
 @pytest.mark.parametrize("noise", [1e-5, 1e-2])
-def test_a_range_solver_that_misses_tol_falls_back_to_the_full_svd(monkeypatch, noise):
+def test_a_tridiagonal_path_that_misses_tol_falls_back_to_the_full_svd(monkeypatch, noise):
     def noisy(batch, window, tol):
-        found = lapack_range(batch, window, tol)
+        found = tridiagonal(batch, window, tol)
         V = found.V + noise * torch.randn(found.V.shape, dtype=F64)
         return replace(found, V=torch.linalg.qr(V)[0])
 
-    monkeypatch.setitem(solve.PATHS, "range", noisy)
+    monkeypatch.setitem(solve.PATHS, "tridiagonal", noisy)
     report = window_svd(matrix(falling())[0], Window(START, RANK)).report
     assert (report.path, report.certified) == ("full", True)
     assert report.residual <= 10 * EPS * M

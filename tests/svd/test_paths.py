@@ -56,7 +56,7 @@ def assert_window(found, W, S, start, rank, tol=1e-6):
 
 CASES = [
     ("top", 0, 9), ("top", 3, 5), ("interior", 100, 9), ("interior", 0, 9), ("interior", 291, 9), ("interior", 137, 33),
-    ("bottom", 291, 9), ("range", 100, 9),
+    ("bottom", 291, 9), ("tridiagonal", 100, 9),
 ]  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_a_path_finds_the_window_or_leaves_it_to_the_full_svd(only, path, start,
     assert found.report.path == path or (hard and found.report.path == "full")
 
 
-@pytest.mark.parametrize(("path", "start"), [("top", 0), ("interior", 100), ("bottom", 291), ("range", 100)])
+@pytest.mark.parametrize(("path", "start"), [("top", 0), ("interior", 100), ("bottom", 291), ("tridiagonal", 100)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_dtypes_and_a_wide_matrix(only, path, start, dtype):
     W = matrix(290, 300, spectrum("exponential", 290) * 3)[:, :].to(dtype)
@@ -123,18 +123,18 @@ def test_a_path_that_is_off_by_one_is_found_out(monkeypatch, path, shift):
     assert_window(found, W, S, start, 9)
 
 
-@pytest.mark.parametrize("path", ["top", "interior", "bottom", "range"])
+@pytest.mark.parametrize("path", ["top", "interior", "bottom", "tridiagonal"])
 @pytest.mark.parametrize("S", [torch.cat([torch.ones(40), torch.zeros(260)]), torch.ones(300)], ids=["rank 40", "ties"])
 def test_ties_and_null_spaces_are_left_to_the_full_svd_without_a_proof(only, path, S):
     W = matrix(300, 300, S.double())
-    start = {"top": 0, "interior": 100, "bottom": 291, "range": 100}[path]
+    start = {"top": 0, "interior": 100, "bottom": 291, "tridiagonal": 100}[path]
     only(path)
     found = window_svd(W, Window(start, 9))
     assert (found.report.path, found.report.certified) == ("full", False)
     assert found.report.residual <= 1e-12
 
 
-@pytest.mark.parametrize("path", ["interior", "range"])
+@pytest.mark.parametrize("path", ["interior", "tridiagonal"])
 def test_a_window_inside_the_range_of_a_rank_deficient_matrix(only, path):
     S = torch.cat([torch.linspace(2, 1, 80), torch.zeros(220)]).double()
     W = matrix(300, 300, S)
@@ -164,14 +164,20 @@ def test_several_windows_share_the_gram_matrix_and_the_density(only):
 @pytest.mark.parametrize(
     ("device", "d", "window", "paths"),  # of a square matrix
     [
-        ("cpu", 255, range(9), []),
-        ("cpu", 1024, range(300), []),
-        ("cpu", 384, range(9), ["range"]),
-        ("cpu", 2048, range(16), ["top", "interior", "range"]),
-        ("cpu", 1024, range(1, 33), ["range"]),
-        ("cpu", 4096, range(2016, 2080), ["interior", "range"]),
-        ("cpu", 2048, range(2032, 2048), ["bottom", "interior", "range"]),
-        ("cpu", 2048, range(100, 400), ["range"]),
+        ("cpu", 1, range(1), ["gram_eigh"]),
+        ("cpu", 191, range(9), ["gram_eigh"]),
+        ("cpu", 384, range(9), ["tridiagonal"]),
+        ("cpu", 384, range(384), ["tridiagonal"]),
+        ("cpu", 1024, range(300), ["tridiagonal"]),
+        ("cpu", 1024, range(1, 33), ["tridiagonal"]),
+        ("cpu", 2048, range(16), ["top", "tridiagonal"]),
+        ("cpu", 4096, range(2016, 2080), ["interior", "tridiagonal"]),
+        ("cpu", 2048, range(2032, 2048), ["bottom", "tridiagonal"]),
+        ("cpu", 4096, range(16), ["top", "interior", "tridiagonal"]),
+        ("cpu", 4096, range(4080, 4096), ["bottom", "interior", "tridiagonal"]),
+        ("cpu", 2048, range(100, 400), ["tridiagonal"]),
+        ("cuda", 255, range(9), []),
+        ("cuda", 1024, range(300), []),
         ("cuda", 4096, range(2016, 2080), ["interior"]),
         ("cuda", 4096, range(4080, 4096), ["bottom", "interior"]),
     ],
@@ -181,7 +187,12 @@ def test_the_plan(device, d, window, paths):
 
 
 def test_the_end_of_a_tall_spectrum_lies_inside():
-    assert plan("cpu", 5632, 2048, range(2032, 2048)) == ["interior", "range"]
+    assert plan("cpu", 11008, 4096, range(4080, 4096)) == ["interior", "tridiagonal"]
+
+
+def test_the_plan_where_scipy_exports_no_tridiagonal_routines(monkeypatch):
+    monkeypatch.setattr(solve, "available", lambda: False)
+    assert plan("cpu", 384, 384, range(9)) == ["gram_eigh"]
 
 
 def test_full_size_matrices_take_the_planned_path():
@@ -237,7 +248,7 @@ def test_a_batch_solves_each_matrix_and_falls_back_for_one_alone(monkeypatch, na
         assert one.error <= 1e-6
 
 
-HARD = [("top", 0), ("interior", 130), ("bottom", 291), ("range", 130)]
+HARD = [("top", 0), ("interior", 130), ("bottom", 291), ("tridiagonal", 130)]
 
 
 @pytest.mark.parametrize(("path", "start"), HARD)
@@ -265,7 +276,7 @@ def test_one_outlier_hides_no_component(only, path, start):
     assert (found.S[-1] - S[start + 8]).abs() <= between or found.report.path == "full"
 
 
-@pytest.mark.parametrize("path", ["top", "interior", "bottom", "range"])
+@pytest.mark.parametrize("path", ["top", "interior", "bottom", "tridiagonal"])
 def test_the_zero_matrix_is_left_to_the_full_svd(only, path):
     only(path)
     found = window_svd(torch.zeros(300, 280), Window.middle(4))

@@ -1,0 +1,91 @@
+"""BLAS and LAPACK without the GIL: the function pointers that SciPy exports to Cython, called through ctypes.
+
+SciPy's own wrappers of these routines hold the GIL, so that matrices in threads would wait for each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from ctypes import byref, c_char_p, c_int, c_void_p, py_object
+from functools import cache
+from typing import Any
+
+import numpy as np
+from scipy.linalg import cython_blas, cython_lapack
+from torch import Tensor
+
+_KNOWN = re.compile(r"void \(((char|int|double|__pyx_t_\w+_d) \*(, |(?=\))))+\)")
+"""Signatures that are safe to call: 32-bit integers and float64, everything by pointer."""
+
+
+@cache
+def routine(name: str) -> Callable[..., None] | None:
+    """The routine ``name``, or None where SciPy does not export it with 32-bit integers.
+
+    Arguments are those of Fortran without ``info``: text as bytes, integers as int, or as ``c_int`` where they are
+    returned, float64 numbers as ``c_double``, arrays as NumPy's; the rows of an array are LAPACK's columns.
+
+    Raises (the routine):
+        LinAlgError: ``info`` is not 0.
+    """
+    exported = {**getattr(cython_blas, "__pyx_capi__", {}), **getattr(cython_lapack, "__pyx_capi__", {})}
+    if name not in exported:
+        return None
+    api: Any = ctypes.pythonapi
+    get_name, get_pointer = api.PyCapsule_GetName, api.PyCapsule_GetPointer
+    get_name.restype, get_name.argtypes = c_char_p, [py_object]
+    get_pointer.restype, get_pointer.argtypes = c_void_p, [py_object, c_char_p]
+    signature = get_name(exported[name])
+    if not _KNOWN.fullmatch(signature.decode()):
+        return None
+    count = signature.count(b"*")
+    function = ctypes.CFUNCTYPE(None, *[c_void_p] * count)(get_pointer(exported[name], signature))
+
+    def checked(*arguments: Any) -> None:
+        info = c_int(0)
+        function(*map(_pointer, (*arguments, info)[:count]))
+        if info.value:
+            raise np.linalg.LinAlgError(f"LAPACK's {name} ended with info={info.value}")
+
+    return checked
+
+
+def available(*names: str) -> bool:
+    """Whether all of these routines are there."""
+    return all(routine(name) for name in names)
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a routine that is known to be there."""
+    function = routine(name)
+    assert function is not None
+    function(*arguments)
+
+
+def with_workspace(name: str, *arguments: Any) -> None:
+    """Call a routine whose last arguments are a workspace and its size, with as much as it asks for."""
+    size = np.empty(1)
+    call(name, *arguments, size, -1)
+    work = np.empty(int(size[0]))
+    call(name, *arguments, work, work.size)
+
+
+def add_gram_(G: Tensor, A: Tensor, beta: float) -> None:
+    """``G = beta G + Aᵀ A`` for float64 ``A (m, n)`` on the CPU: the lower triangle of ``G (n, n)``."""
+    if 1 not in A.stride():
+        A = A.contiguous()
+    (m, n), by_rows = A.shape, A.stride(1) == 1
+    step = max(A.stride(0 if by_rows else 1), n if by_rows else m)
+    kind = b"N" if by_rows else b"T"
+    one, times = ctypes.c_double(1.0), ctypes.c_double(beta)
+    call("dsyrk", b"U", kind, n, m, one, A.numpy(), step, times, G.numpy(), G.stride(0))
+
+
+def _pointer(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.ctypes.data
+    if isinstance(value, int):
+        return byref(c_int(value))
+    return value if isinstance(value, bytes) else byref(value)

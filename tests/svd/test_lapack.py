@@ -1,0 +1,67 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import cython_lapack
+
+from ipca.svd import lapack
+
+
+def test_a_routine_that_scipy_does_not_export_is_none():
+    assert lapack.routine("dnothing") is None
+    assert lapack.available("dsytrd", "dstemr", "dormtr", "dsyrk")
+    assert not lapack.available("dsytrd", "dnothing")
+
+
+def test_a_routine_with_other_types_is_not_called(monkeypatch):
+    monkeypatch.setitem(cython_lapack.__pyx_capi__, "made_up", cython_lapack.__pyx_capi__["cgetrf"])
+    assert lapack.routine("made_up") is None
+
+
+def test_an_error_of_lapack_is_raised():
+    call, one = lapack.routine("dsterf"), np.ones(1)
+    call(1, one, one)
+    with pytest.raises(np.linalg.LinAlgError, match="dsterf ended with info=-1"):
+        call(-1, one, one)
+
+
+@pytest.mark.parametrize(
+    "layout", ["rows", "columns", "part of rows", "part of columns", "strided", "a row", "a column"]
+)
+def test_the_gram_matrix_of_any_layout(layout):
+    A = {
+        "rows": lambda: torch.randn(9, 7),
+        "columns": lambda: torch.randn(7, 9).mT,
+        "part of rows": lambda: torch.randn(9, 20)[:, 3:10],
+        "part of columns": lambda: torch.randn(7, 30).mT[4:13],
+        "strided": lambda: torch.randn(18, 14)[::2, ::2],
+        "a row": lambda: torch.randn(1, 7),
+        "a column": lambda: torch.randn(9, 1),
+    }[layout]().double()
+    G = torch.full((A.shape[1], A.shape[1]), torch.nan, dtype=torch.float64)
+    lapack.add_gram_(G, A, beta=0.0)
+    torch.testing.assert_close(G.tril(), (A.mT @ A).tril(), rtol=1e-14, atol=1e-14)
+    lapack.add_gram_(G, A, beta=1.0)
+    torch.testing.assert_close(G.tril(), 2 * (A.mT @ A).tril(), rtol=1e-14, atol=1e-14)
+
+
+def test_another_thread_runs_during_a_call():
+    n, counted, running = 700, 0, threading.Event()
+    A = np.random.default_rng(0).standard_normal((n, n))
+    A += A.T
+    done = threading.Event()
+
+    def work():
+        d, e, tau = np.empty(n), np.empty(n - 1), np.empty(n - 1)
+        running.set()
+        lapack.with_workspace("dsytrd", b"L", n, A, n, d, e, tau)
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    running.wait()
+    while not done.is_set():
+        counted += 1
+    worker.join()
+    assert counted > 1000  # a held GIL lets through a handful before and after the call
