@@ -22,13 +22,16 @@ from the window by that distance as well.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ipca.svd.eigensolvers import Eigensolver
 from ipca.svd.ldlt import count_above
-from ipca.svd.matrix_batch import Counts, MatrixBatch
+from ipca.svd.matrix_batch import MatrixBatch
 from ipca.svd.random_vectors import norm_bound, probes
 
 _EPS = torch.finfo(torch.float64).eps
@@ -39,6 +42,19 @@ class Proof(NamedTuple):
 
     certified: bool
     words: str
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One matrix's window ``U (m, r), S (r,), V (n, r)`` in units of ``W / scale``, its error, and its proof."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    path: str
+    error: float
+    proof: Proof
+    flops: float
 
 
 def residual(batch: MatrixBatch, U: Tensor, S: Tensor, V: Tensor, WV: Tensor | None = None) -> Tensor:
@@ -58,13 +74,7 @@ def orthogonality(U: Tensor, V: Tensor) -> Tensor:
 
 
 def certify(
-    G: Tensor,
-    S: Tensor,
-    rho: Tensor,
-    sigma1: Tensor,
-    start: int,
-    neighbors: Tensor | None = None,
-    counts: Counts | None = None,
+    G: Tensor, S: Tensor, rho: Tensor, sigma1: Tensor, start: int, neighbors: Tensor | None = None
 ) -> list[Proof]:
     """Prove that ``S`` holds the singular values ``[start, start + r)`` of the matrices whose Gram matrices are ``G``.
 
@@ -75,45 +85,87 @@ def certify(
         sigma1: ``(batch,)``.
         start: the index that ``S[:, 0]`` claims to have.
         neighbors: ``(batch, 2)``, estimates of the values at ``start − 1`` and ``start + r``, none by default.
-        counts: in place of factorizations of ``G``.
     """
     n, end = G.shape[-1], start + S.shape[1]
     if neighbors is None:
         neighbors = S.new_full((len(S), 2), torch.inf)
-    errors = [0.0] * len(S) if counts is None else counts.error
     each = [x.tolist() for x in (S[:, 0], S[:, -1], rho, sigma1, neighbors)]
-    x2, x2_room, y2, y2_room, too_low = ([] for _ in range(5))
-    for first, last, off, largest, (before, behind), error in zip(*each, errors, strict=True):
-        delta = max(4 * off, 1e-9 * largest)
-        rounding = n * _EPS * largest**2 + error
-        x2.append(max((first + delta) ** 2 + rounding, _toward(first, before)))
-        x2_room.append(x2[-1] - (first + off) ** 2)
-        y2.append(min((last - delta) ** 2 - rounding, _toward(last, behind)))
-        y2_room.append((last - off) ** 2 - y2[-1])
-        hidden = last <= delta or (last - delta) ** 2 <= 2 * rounding
-        too_low.append(
-            f"the window ends at {last / largest:.1e} of the largest singular value, too low to count" * hidden
-        )
+    edges = [
+        _edges(first, last, off, largest, n * _EPS * largest**2, before, behind)
+        for first, last, off, largest, (before, behind) in zip(*each, strict=True)
+    ]
 
-    def above(thresholds: list[float], room: list[float]) -> list[int]:
-        if counts is not None:
-            return counts.above(thresholds)
+    def count(thresholds: list[float], room: list[float]) -> list[int]:
         return count_above(G, sigma1.new_tensor(thresholds), sigma1.new_tensor(room)).tolist()
 
-    words: list[list[str]] = [[] for _ in S]
-    failed = [""] * len(S)
+    above: Sequence[int | None] = [None] * len(S)
+    through = above
     if start > 0:
-        for i, count in enumerate(above(x2, x2_room)):
-            words[i].append(f"{count} above")
-            if count != start:
-                failed[i] = f"{count} singular values lie above the window, not {start}"
+        above = count(
+            [e.upper for e in edges],
+            [e.upper - (f + off) ** 2 for e, f, off in zip(edges, each[0], each[2], strict=True)],
+        )
     if end < n:
-        for i, count in enumerate(above(y2, y2_room)):
-            words[i].append(f"{count} through")
-            wrong = f"{count} singular values lie above the window's end, not {end}" if count != end else ""
-            failed[i] = failed[i] or too_low[i] or wrong
-    proofs = ("inertia: " + (", ".join(w) or "every component") for w in words)
-    return [Proof(not f, f or proof) for f, proof in zip(failed, proofs, strict=True)]
+        through = count(
+            [e.lower for e in edges],
+            [(f - off) ** 2 - e.lower for e, f, off in zip(edges, each[1], each[2], strict=True)],
+        )
+    return [_verdict(range(start, end), *each) for each in zip(edges, above, through, strict=True)]
+
+
+def certify_counts(solver: Eigensolver, values: list[float], rho: float, sigma1: float, start: int, n: int) -> Proof:
+    """Prove the same of one matrix by the counts of an eigensolver of its Gram matrix.
+
+    Args:
+        solver: of ``WᵀW (n, n)``.
+        values: the ``r`` singular values, descending.
+        rho, sigma1, start: as in :func:`certify`.
+        n: the length of the spectrum.
+    """
+    end = start + len(values)
+    edges = _edges(values[0], values[-1], rho, sigma1, n * _EPS * sigma1**2 + solver.error)
+    above = solver.count_above(edges.upper) if start > 0 else None
+    through = solver.count_above(edges.lower) if end < n else None
+    return _verdict(range(start, end), edges, above, through)
+
+
+class _Edges(NamedTuple):
+    """Thresholds on either side of a window, in squares, and whether rounding hides the lower one."""
+
+    upper: float
+    lower: float
+    hidden: str
+
+
+def _edges(
+    first: float,
+    last: float,
+    rho: float,
+    sigma1: float,
+    rounding: float,
+    before: float = math.inf,
+    behind: float = math.inf,
+) -> _Edges:
+    """For a window from ``first`` down to ``last``, between the estimated neighbors ``before`` and ``behind``."""
+    delta = max(4 * rho, 1e-9 * sigma1)
+    hidden = last <= delta or (last - delta) ** 2 <= 2 * rounding
+    return _Edges(
+        max((first + delta) ** 2 + rounding, _toward(first, before)),
+        min((last - delta) ** 2 - rounding, _toward(last, behind)),
+        f"the window ends at {last / sigma1:.1e} of the largest singular value, too low to count" * hidden,
+    )
+
+
+def _verdict(window: range, edges: _Edges, above: int | None, through: int | None) -> Proof:
+    """The proof from the counts at the two thresholds, None at an end of the spectrum."""
+    if above not in (None, window.start):
+        return Proof(False, f"{above} singular values lie above the window, not {window.start}")
+    if through is not None and edges.hidden:
+        return Proof(False, edges.hidden)
+    if through not in (None, window.stop):
+        return Proof(False, f"{through} singular values lie above the window's end, not {window.stop}")
+    words = [f"{above} above"] * (above is not None) + [f"{through} through"] * (through is not None)
+    return Proof(True, "inertia: " + (", ".join(words) or "every component"))
 
 
 def certify_first(batch: MatrixBatch, G: Tensor, S: Tensor, V: Tensor, rho: Tensor, neighbor: Tensor) -> list[Proof]:

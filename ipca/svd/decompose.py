@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -72,9 +73,8 @@ def window_svd(
     stack = W.detach() if W.ndim == 3 else W.detach()[None]
     work = partial(_decompose_batch, windows=windows, tol=bound, dtype=dtype, seed=seed)
     rows = [row for part in _map_parts(work, stack, largest, windows) for row in part]
-    found = [_stacked([row[k] for row in rows], W.device) for k in range(len(windows))]
-    if W.ndim == 2:
-        found = [each[0] for each in found]
+    found = rows[0] if W.ndim == 2 else [_stacked([row[k] for row in rows]) for k in range(len(windows))]
+    found = [_on_device(each, W.device) for each in found]
     return found[0] if isinstance(window, Window) else found
 
 
@@ -100,7 +100,7 @@ def check_matrix(W: Tensor, dims: tuple[int, ...] = (2,)) -> Tensor:
     if W.is_meta:
         raise ValueError("the tensor is on the meta device and holds no values; load the weights first.")
     largest = largest_entry((W if W.ndim == 3 else W[None]).detach())
-    if not bool(torch.isfinite(largest).all()):
+    if not all(map(math.isfinite, largest.tolist())):
         raise ValueError("the tensor holds NaN or Inf.")
     return largest
 
@@ -129,8 +129,10 @@ def _map_parts(
     if W.device.type not in ("cpu", "cuda"):  # other devices have no float64
         W, largest = W.cpu(), largest.cpu()
     if W.device.type == "cpu":
+        if len(W) == 1:
+            return [work((W, largest))]
         parts = list(zip(W.split(1), largest.split(1), strict=True))
-        return thread_map(work, parts, [workspace(W.shape[1:])] * len(W)) if len(W) > 1 else map(work, parts)
+        return thread_map(work, parts, [workspace(W.shape[1:])] * len(W))
     together = 1  # where the spectrum decides, each matrix has its window at another index
     if not any(window.needs_spectrum for window in windows):
         together = max(1, int(_SHARE * torch.cuda.mem_get_info(W.device)[0] / workspace(W.shape[1:])))
@@ -170,12 +172,21 @@ def _result(U: Tensor, S: Tensor, V: Tensor, report: SVDReport, dtype: torch.dty
     """The factors in ``dtype``, signed so that the largest entry of each row of ``Vh`` is positive."""
     sign = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
     S = S.to(dtype)
-    if not torch.isfinite(S).all():
+    if not math.isfinite(S[0].item()):
         cure = "scale the matrix down" if dtype == torch.float64 else "pass dtype=torch.float64"
         raise ValueError(f"the singular values overflow {dtype}; {cure}.")
-    return WindowSVD((U * sign).to(dtype), S, (V * sign).mT.to(dtype), (report,))
+    signed_U, signed_Vh = U.new_empty(U.shape, dtype=dtype), V.new_empty(V.mT.shape, dtype=dtype)
+    torch.mul(U, sign, out=signed_U)
+    torch.mul(V.mT, sign.mT, out=signed_Vh)
+    return WindowSVD(signed_U, S, signed_Vh, (report,))
 
 
-def _stacked(found: list[WindowSVD], device: torch.device) -> WindowSVD:
-    U, S, Vh = (torch.stack([getattr(one, name) for one in found]).to(device) for name in ("U", "S", "Vh"))
+def _stacked(found: list[WindowSVD]) -> WindowSVD:
+    U, S, Vh = (torch.stack([getattr(one, name) for one in found]) for name in ("U", "S", "Vh"))
     return WindowSVD(U, S, Vh, tuple(report for one in found for report in one.reports))
+
+
+def _on_device(found: WindowSVD, device: torch.device) -> WindowSVD:
+    if found.S.device == device:
+        return found
+    return WindowSVD(found.U.to(device), found.S.to(device), found.Vh.to(device), found.reports)

@@ -147,6 +147,18 @@ def _neighbors(sigma: Tensor, edges: slice) -> Tensor:
     return torch.stack([above, below], dim=1)
 
 
+def rayleigh_ritz(batch: MatrixBatch, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best ``U, S, V`` and their ``W V`` within the space that the orthonormal columns of ``V (batch, n, r)`` span.
+
+    On ``W`` itself: the Gram matrix squares the condition number, so that small singular values lose digits. This wins
+    those of ``S`` and ``U`` back, and the residual shows what is left.
+    """
+    X = batch.matmul(V)
+    Q = orthonormalize(X)
+    U, S, Rh = torch.linalg.svd(Q.mT @ X)
+    return Q @ U, S, V @ Rh.mT, X @ Rh.mT
+
+
 def orthonormalize(X: Tensor, against: Tensor | None = None) -> Tensor:
     """An orthonormal basis of the columns of ``X (batch, n, p)``, orthogonal to those of ``against (batch, n, q)``.
 

@@ -19,6 +19,10 @@ from torch import Tensor
 _KNOWN = re.compile(r"void \(((char|int|double|__pyx_t_\w+_d) \*(, |(?=\))))+\)")
 """Signatures that are safe to call: 32-bit integers and float64, everything by pointer."""
 
+_ONE = ctypes.c_double(1.0)
+_WORKSPACES: dict[tuple[object, ...], int] = {}
+"""Sizes by routine and dimensions."""
+
 
 @cache
 def routine(name: str) -> Callable[..., None] | None:
@@ -66,26 +70,36 @@ def call(name: str, *arguments: Any) -> None:
 
 def with_workspace(name: str, *arguments: Any) -> None:
     """Call a routine whose last arguments are a workspace and its size, with as much as it asks for."""
-    size = np.empty(1)
-    call(name, *arguments, size, -1)
-    work = np.empty(int(size[0]))
+    key = name, *(each for each in arguments if not isinstance(each, np.ndarray))
+    if key not in _WORKSPACES:
+        size = np.empty(1)
+        call(name, *arguments, size, -1)
+        _WORKSPACES[key] = int(size[0])
+    work = np.empty(_WORKSPACES[key])
     call(name, *arguments, work, work.size)
 
 
-def add_gram_(G: Tensor, A: Tensor, beta: float) -> None:
-    """``G = beta G + Aᵀ A`` for float64 ``A (m, n)`` on the CPU: the lower triangle of ``G (n, n)``."""
+def add_gram_(G: Tensor, A: Tensor) -> None:
+    """``G += Aᵀ A`` for float64 ``A (m, n)`` on the CPU: the upper triangle of ``G (n, n)``."""
     if 1 not in A.stride():
         A = A.contiguous()
     (m, n), by_rows = A.shape, A.stride(1) == 1
     step = max(A.stride(0 if by_rows else 1), n if by_rows else m)
     kind = b"N" if by_rows else b"T"
-    one, times = ctypes.c_double(1.0), ctypes.c_double(beta)
-    call("dsyrk", b"U", kind, n, m, one, A.numpy(), step, times, G.numpy(), G.stride(0))
+    call("dsyrk", b"L", kind, n, m, _ONE, A.numpy(), step, _ONE, G.numpy(), G.stride(0))
+
+
+def multiply_rows(rows: np.ndarray, G: Tensor) -> np.ndarray:
+    """``rows G (k, n)`` for the symmetric float64 ``G (n, n)`` whose upper triangle is read."""
+    product = np.empty_like(rows)
+    (k, n), zero = rows.shape, ctypes.c_double(0.0)
+    call("dsymm", b"L", b"L", n, k, _ONE, G.numpy(), n, rows, n, zero, product, n)
+    return product
 
 
 def _pointer(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return value.ctypes.data
+        return value.__array_interface__["data"][0]
     if isinstance(value, int):
         return byref(c_int(value))
     return value if isinstance(value, bytes) else byref(value)

@@ -9,7 +9,8 @@ Source: Lin, Saad & Yang, "Approximating spectral densities of large matrices", 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ipca.svd import lapack
+from ipca.svd.eigensolvers import FullEigh, Tridiagonal
 from ipca.svd.inner_loops import lanczos_step_
 from ipca.svd.ldlt import LDLT, factorize_shifted
 from ipca.svd.random_vectors import DENSITY, KRYLOV, POWER, normal
-from ipca.svd.tridiagonal import Tridiagonal
 
 _ROWS, _COLUMNS = 256, 512
 _KEPT = 2**20
@@ -39,26 +40,11 @@ class Candidate:
         neighbors: ``(batch, 2)``; estimates of the singular values next to the window, above (infinity where the
             window starts the spectrum) and below (0 where it ends it). None where they are not known.
         polish: one more step of the path's iteration on ``V``, where the path has one.
-        counts: the path's own inertia counts, where it has them; ``V`` is then good to rounding.
     """
 
     V: Tensor
     neighbors: Tensor | None
     polish: Callable[[Tensor], Tensor] | None = None
-    counts: Counts | None = None
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Inertia counts of matrices near ``WᵀW``.
-
-    Attributes:
-        above: how many eigenvalues lie above a threshold for each matrix.
-        error: a bound for each on its distance from ``WᵀW`` as it was multiplied, in the spectral norm.
-    """
-
-    above: Callable[[list[float]], list[int]]
-    error: list[float]
 
 
 class MatrixBatch:
@@ -81,9 +67,7 @@ class MatrixBatch:
         self.W, self.seed, self.flops = W, seed, 0.0
         self.size, self.m, self.n = W.shape
         self.largest = (largest_entry(W) if largest is None else largest).double()
-        power = torch.ldexp(torch.ones_like(self.largest), torch.frexp(self.largest).exponent - 1)
-        self.scale = torch.where(self.largest > 0, power, 1.0)
-        self._blocks: Sequence[Tensor] | None = None
+        self.scale = self.largest.new_tensor([_power_of_two(x) for x in self.largest.tolist()])
 
     def part(self, rows: list[int]) -> MatrixBatch:
         """The matrices at the indices ``rows``, with what is known of them."""
@@ -92,70 +76,72 @@ class MatrixBatch:
         part = object.__new__(MatrixBatch)
         part.W, part.seed, part.flops = self.W[rows], self.seed, self.flops
         part.size, part.m, part.n = part.W.shape
-        part.largest, part.scale, part._blocks = self.largest[rows], self.scale[rows], None
+        part.largest, part.scale = self.largest[rows], self.scale[rows]
         for name in ("gram", "gram32", "sigma1"):
             if name in self.__dict__:
                 part.__dict__[name] = self.__dict__[name][rows]
-        if "tridiagonal" in self.__dict__:
-            part.__dict__["tridiagonal"] = [self.tridiagonal[i] for i in rows]
-        if "eigh" in self.__dict__:
-            values, vectors = self.eigh
-            part.__dict__["eigh"] = values[rows], vectors[rows]
         return part
 
     def dense(self) -> Tensor:
         """``W / scale (batch, m, n)`` as one float64 tensor."""
-        return self.W.to(torch.float64, copy=True).div_(self.scale[:, None, None])
+        return self._widened(self.W)
 
     def matmul(self, V: Tensor) -> Tensor:
-        """``W V (batch, m, k)`` for ``V (batch, n, k)``."""
-        parts = [torch.bmm(block, V) for block in self._row_blocks()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        """``W V (batch, m, k)`` for ``V (batch, n, k)``; the columns of the product are contiguous."""
+        if self._kept is not None:
+            return torch.bmm(V.mT, self._kept.mT).mT
+        return torch.cat([torch.bmm(V.mT, block.mT) for block in self._row_blocks()], dim=2).mT
 
     def rmatmul(self, U: Tensor) -> Tensor:
-        """``Wᵀ U (batch, n, k)`` for ``U (batch, m, k)``."""
-        if self.m <= _ROWS:
-            (block,) = self._row_blocks()
-            return torch.bmm(block.mT, U)
-        out = torch.zeros(self.size, self.n, U.shape[2], dtype=torch.float64, device=self.W.device)
-        for block, rows in zip(self._row_blocks(), U.split(_ROWS, dim=1), strict=True):
-            out.baddbmm_(block.mT, rows)
-        return out
+        """``Wᵀ U (batch, n, k)`` for ``U (batch, m, k)``; the columns of the product are contiguous."""
+        if self._kept is not None:
+            return torch.bmm(U.mT, self._kept).mT
+        out = torch.zeros(self.size, U.shape[2], self.n, dtype=torch.float64, device=self.W.device)
+        for block, columns in zip(self._row_blocks(), U.mT.split(_ROWS, dim=2), strict=True):
+            out.baddbmm_(columns, block)
+        return out.mT
 
     def multiply_gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """``Wᵀ W (batch, n, n)``, multiplied in ``dtype``: the lower triangle is computed, the upper one copied."""
+        """``Wᵀ W (batch, n, n)``, multiplied in ``dtype``: one triangle is computed, the other one copied."""
+        if dtype == torch.float64 and self.W.device.type == "cpu" and lapack.available("dsyrk"):
+            G = self.gram_triangle + self.gram_triangle.mT
+            G.diagonal(dim1=-2, dim2=-1).div_(2)
+            return G
         n = self.n
         G = torch.zeros(self.size, n, n, dtype=dtype, device=self.W.device)
         columns = [slice(j, min(j + _COLUMNS, n)) for j in range(0, n, _COLUMNS)]
-        by_lapack = dtype == torch.float64 and G.device.type == "cpu" and lapack.available("dsyrk")
         for i, block in enumerate(self._row_blocks(dtype)):
-            if by_lapack:
-                for rows, product in zip(block, G, strict=True):
-                    lapack.add_gram_(product, rows, beta=float(i > 0))
-                continue
             for c in columns:
                 G[:, c.start :, c].baddbmm_(block[:, :, c.start :].mT, block[:, :, c], beta=int(i > 0))
-        if by_lapack:
-            G = G + G.mT
-            G.diagonal(dim1=-2, dim2=-1).div_(2)
-            return G
         for c in columns:
             G[:, c, c.stop :] = G[:, c.stop :, c].mT
         return G
 
-    def _row_blocks(self, dtype: torch.dtype = torch.float64) -> Iterable[Tensor]:
-        """``W / scale`` in blocks ``(batch, rows, n)``."""
-        return (block.to(dtype) for block in self._widened())
+    @cached_property
+    def gram_triangle(self) -> Tensor:
+        """The upper triangle of :attr:`gram`, on a CPU; what lies below is 0, or the same."""
+        if "gram" in self.__dict__ or not lapack.available("dsyrk"):
+            return self.gram
+        self.flops += self.m * self.n**2
+        G = torch.zeros(self.size, self.n, self.n, dtype=torch.float64, device=self.W.device)
+        for block in self._row_blocks():
+            for product, rows in zip(G, block, strict=True):
+                lapack.add_gram_(product, rows)
+        return G
 
-    def _widened(self) -> Iterable[Tensor]:
-        """The same in float64; those of a small matrix are kept."""
-        if self.W[0].numel() > _KEPT:
-            return (
-                rows.to(torch.float64, copy=True).div_(self.scale[:, None, None]) for rows in self.W.split(_ROWS, 1)
-            )
-        if self._blocks is None:
-            self._blocks = self.dense().split(_ROWS, dim=1)
-        return self._blocks
+    def _row_blocks(self, dtype: torch.dtype = torch.float64) -> Iterable[Tensor]:
+        """``W / scale`` in blocks ``(batch, rows, n)``; a small matrix is one."""
+        if self._kept is not None:
+            return [self._kept.to(dtype)]
+        return (self._widened(rows).to(dtype) for rows in self.W.split(_ROWS, 1))
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        return rows / self.scale[:, None, None]  # which is float64
+
+    @cached_property
+    def _kept(self) -> Tensor | None:
+        """``W / scale`` of a small matrix in float64, kept instead of widened for every product."""
+        return self.dense() if self.m * self.n <= _KEPT else None
 
     @cached_property
     def gram(self) -> Tensor:
@@ -174,10 +160,6 @@ class MatrixBatch:
     @cached_property
     def sigma1(self) -> Tensor:
         """``(batch,)``; a lower bound of the largest singular value, usually within a few percent."""
-        if "tridiagonal" in self.__dict__:
-            return self.largest.new_tensor([max(T.largest(), 0.0) ** 0.5 for T in self.tridiagonal])
-        if "eigh" in self.__dict__:
-            return self.eigh[0][:, -1].clamp_min(0).sqrt()
         G = self.gram if "gram" in self.__dict__ else self.gram32
         v = normal(self.seed, POWER, (self.n, 1), G.dtype).to(G.device).expand(self.size, -1, -1)
         for _ in range(_POWER_STEPS):
@@ -186,16 +168,16 @@ class MatrixBatch:
         return v.norm(dim=1)[:, 0].double().sqrt() * (1 - 1e-5)  # float32 may round upward
 
     @cached_property
-    def eigh(self) -> tuple[Tensor, Tensor]:
-        """The eigenvalues ``(batch, n)`` and eigenvectors ``(batch, n, n)`` of ``WᵀW``, ascending."""
+    def eigh(self) -> list[FullEigh]:
+        """All eigenvectors of ``WᵀW`` of each matrix, on the CPU."""
         self.flops += 9 * self.n**3
-        return torch.linalg.eigh(self.gram)
+        return [FullEigh(G) for G in self.gram_triangle]
 
     @cached_property
     def tridiagonal(self) -> list[Tridiagonal]:
         """``WᵀW = Q T Qᵀ`` of each matrix, on the CPU."""
         self.flops += 4 / 3 * self.n**3
-        return [Tridiagonal(G, self.seed) for G in self.gram]
+        return [Tridiagonal(G, self.seed) for G in self.gram_triangle]
 
     @cached_property
     def density(self) -> Density:
@@ -215,10 +197,16 @@ class MatrixBatch:
         return factorize_shifted(self.gram, shift)
 
 
+def _power_of_two(x: float) -> float:
+    """The one at or below ``x > 0``; 1 for 0."""
+    return math.ldexp(1.0, math.frexp(x)[1] - 1) if x > 0 else 1.0
+
+
 def largest_entry(W: Tensor) -> Tensor:
     """``max|W|`` of each matrix of ``W (batch, m, n)``, without a copy of it; NaN or Inf where it holds one."""
     # not by torch.stack, which autocast on a CPU refuses for float16
-    return reduce(torch.maximum, (rows.abs().amax((1, 2)) for rows in W.split(_ROWS, dim=1)))
+    blocks = W.split(_ROWS, dim=1) if W.shape[1] > _ROWS else [W]
+    return reduce(torch.maximum, (rows.abs().amax((1, 2)) for rows in blocks))
 
 
 @dataclass(frozen=True)

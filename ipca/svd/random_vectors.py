@@ -14,6 +14,7 @@ from torch import Tensor
 POWER, DENSITY, KRYLOV, PROBES = range(4)
 """Purposes of random vectors."""
 PROBE_COUNT = 16
+_FACTORS = {16: 3.0, 8: 8.0}
 
 
 def normal(seed: int, purpose: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -30,9 +31,10 @@ def probes(G: Tensor, seed: int) -> Tensor:
 
 
 def norm_bound(EX: Tensor) -> Tensor:
-    """``(batch,)``: a bound on ``‖E‖₂`` from ``E X (batch, m, 16)`` for standard normal columns ``X``.
+    """``(batch,)``: a bound on ``‖E‖₂`` from ``E X (batch, m, k)`` for standard normal columns ``X``, 8 or 16 of them.
 
-    The mean of ``‖E x‖²`` is ``‖E‖_F²``; three times its root is returned. Sixteen columns find a third of ``‖E‖_F`` or
-    less once in a million times where ``E`` has rank 1, and more rarely yet elsewhere.
+    The mean of ``‖E x‖²`` is ``‖E‖_F²``; its root is returned times 8 or 3. That eight columns find an eighth of
+    ``‖E‖_F`` or less, or sixteen a third, happens less than once in two hundred thousand times where ``E`` has rank 1,
+    and more rarely yet elsewhere.
     """
-    return 3 * EX.square().sum(1).mean(1).sqrt()
+    return _FACTORS[EX.shape[-1]] * EX.square().sum(1).mean(1).sqrt()

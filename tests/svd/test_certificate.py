@@ -1,13 +1,11 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca.svd import certificate, ldlt, solve
-from ipca.svd.dense import tridiagonal
+from ipca.svd import certificate, ldlt
+from ipca.svd.eigensolvers import Tridiagonal
+from ipca.svd.krylov import rayleigh_ritz
 from ipca.svd.matrix_batch import MatrixBatch
-from ipca.svd.solve import rayleigh_ritz
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
@@ -52,9 +50,9 @@ def orthogonality(U, V):
 
 
 def found_by_index(batch, start, rank):
-    """``U, S, V`` by the tridiagonal path."""
-    candidate = tridiagonal(batch, range(start, start + rank), 1e-6)
-    return [part[0] for part in rayleigh_ritz(batch, candidate.V)[:3]]
+    """``U, S, V`` by index from the tridiagonal form."""
+    V = batch.tridiagonal[0].eigenvectors(range(start, start + rank)).mT
+    return [part[0] for part in rayleigh_ritz(batch, V[None])[:3]]
 
 
 def count(G, threshold, room=1e-6):
@@ -228,10 +226,9 @@ def test_a_path_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift):
     S = falling()
     W = matrix(S)[0]
     want = window_svd(W, Window(START, RANK))
-    monkeypatch.setitem(
-        solve.PATHS,
-        "tridiagonal",
-        lambda P, window, tol: tridiagonal(P, range(window.start + shift, window.stop + shift), tol),
+    right = Tridiagonal.eigenvectors
+    monkeypatch.setattr(
+        Tridiagonal, "eigenvectors", lambda T, wanted: right(T, range(wanted.start + shift, wanted.stop + shift))
     )
     found = window_svd(W, Window(START, RANK))
     assert (want.report.path, found.report.path) == ("tridiagonal", "full")
@@ -241,12 +238,13 @@ def test_a_path_off_by_one_falls_back_to_the_full_svd(monkeypatch, shift):
 
 @pytest.mark.parametrize("noise", [1e-5, 1e-2])
 def test_a_tridiagonal_path_that_misses_tol_falls_back_to_the_full_svd(monkeypatch, noise):
-    def noisy(batch, window, tol):
-        found = tridiagonal(batch, window, tol)
-        V = found.V + noise * torch.randn(found.V.shape, dtype=F64)
-        return replace(found, V=torch.linalg.qr(V)[0])
+    right = Tridiagonal.eigenvectors
 
-    monkeypatch.setitem(solve.PATHS, "tridiagonal", noisy)
+    def noisy(T, wanted):
+        V = right(T, wanted).mT
+        return torch.linalg.qr(V + noise * torch.randn(V.shape, dtype=F64))[0].mT
+
+    monkeypatch.setattr(Tridiagonal, "eigenvectors", noisy)
     report = window_svd(matrix(falling())[0], Window(START, RANK)).report
     assert (report.path, report.certified) == ("full", True)
     assert report.residual <= 10 * EPS * M

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca.svd import certificate, solve
+from ipca.svd import dense, solve
+from ipca.svd.eigensolvers import FullEigh, Tridiagonal
 from ipca.svd.matrix_batch import MatrixBatch
 
 F64 = torch.float64
@@ -146,19 +147,19 @@ def test_several_windows_share_the_reduction(path):
 @pytest.mark.parametrize("shift", [-1, 1])
 @pytest.mark.parametrize("start", [1, 60, D - 9])
 def test_an_index_off_by_one_is_found_out_by_the_counts(path, start, shift, monkeypatch):
-    right, S = solve.PATHS[path], STEPS.double()
+    solver, S = {"tridiagonal": Tridiagonal, "gram_eigh": FullEigh}[path], STEPS.double()
+    right, honest = solver.eigenvectors, dense.certify_counts
     judged = []
 
-    def wrong(batch, window, tol):
-        return right(batch, range(window.start + shift, window.stop + shift), tol)
+    def wrong(self, wanted):
+        return right(self, range(wanted.start + shift, wanted.stop + shift))
 
     def certify(*arguments):
-        judged.extend(honest(*arguments))
-        return judged
+        judged.append(honest(*arguments))
+        return judged[-1]
 
-    honest = certificate.certify
-    monkeypatch.setattr(certificate, "certify", certify)
-    monkeypatch.setitem(solve.PATHS, path, wrong)
+    monkeypatch.setattr(dense, "certify_counts", certify)
+    monkeypatch.setattr(solver, "eigenvectors", wrong)
     W = matrix(D, D, S)
     found = window_svd(W, Window(start, 8))
     assert [proof.certified for proof in judged] == [False]
@@ -206,7 +207,7 @@ def test_a_routine_that_does_not_converge_leaves_the_window_to_the_full_svd(monk
     def fail(*_):
         raise torch.linalg.LinAlgError("no convergence")
 
-    for name in PATHS:
-        monkeypatch.setitem(solve.PATHS, name, fail)
+    for solver in (Tridiagonal, FullEigh):
+        monkeypatch.setattr(solver, "eigenvectors", fail)
     found = window_svd(torch.randn(D, D), Window.middle(8))
     assert (found.report.path, found.report.certified) == ("full", True)

@@ -39,11 +39,18 @@ def test_the_gram_matrix_of_any_layout(layout):
         "a row": lambda: torch.randn(1, 7),
         "a column": lambda: torch.randn(9, 1),
     }[layout]().double()
-    G = torch.full((A.shape[1], A.shape[1]), torch.nan, dtype=torch.float64)
-    lapack.add_gram_(G, A, beta=0.0)
-    torch.testing.assert_close(G.tril(), (A.mT @ A).tril(), rtol=1e-14, atol=1e-14)
-    lapack.add_gram_(G, A, beta=1.0)
-    torch.testing.assert_close(G.tril(), 2 * (A.mT @ A).tril(), rtol=1e-14, atol=1e-14)
+    G = torch.zeros(A.shape[1], A.shape[1], dtype=torch.float64)
+    lapack.add_gram_(G, A)
+    torch.testing.assert_close(G, (A.mT @ A).triu(), rtol=1e-14, atol=1e-14)
+    lapack.add_gram_(G, A)
+    torch.testing.assert_close(G, 2 * (A.mT @ A).triu(), rtol=1e-14, atol=1e-14)
+
+
+def test_rows_times_a_symmetric_matrix_of_which_one_triangle_is_known():
+    G = torch.randn(7, 7, dtype=torch.float64)
+    rows = np.random.default_rng(0).standard_normal((3, 7))
+    product = lapack.multiply_rows(rows, G)
+    torch.testing.assert_close(torch.from_numpy(product), torch.from_numpy(rows) @ (G.triu() + G.triu(1).mT))
 
 
 def test_another_thread_runs_during_a_call():
