@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from ipca.svd.parallel import TOGETHER, thread_map, workspace
 from ipca.svd.result import WindowSVD
 from ipca.window import Window
 
+Result = TypeVar("Result")
 UnquantizedWeights = Mapping[str, Tensor] | Callable[[str], Tensor]
 """The weight ``(out, in)`` that a quantized layer had before, by the layer's path."""
 _STACK = 32
@@ -232,11 +233,7 @@ def _decompose(
                 targets[i], settings, matrix, window_of(targets[i], settings, matrix.weight, cache=cache)
             )
 
-    rooms = {i: workspace(targets[i].shape[-2:], [targets[i].window]) for i in single}
-    large = [i for i in single if 2 * rooms[i] > TOGETHER]  # one after another, with all threads
-    small = sorted(set(single) - set(large), key=lambda i: -cost(targets[i]))  # the last ones leave threads idle
-    for group in (large, small):
-        yield from zip(group, thread_map(one, group, [rooms[i] for i in group]), strict=True)
+    yield from map_targets(one, {i: targets[i] for i in single})
     weights = {i: read_layer(modules[i], targets[i].kind)[0] for i in sorted(batched)}
     for group in _groups(weights, targets):
         first = targets[group[0]]
@@ -246,6 +243,19 @@ def _decompose(
             with naming(targets[i].name):
                 matrix = SourceMatrix(weights[i], "weight", None)
                 yield i, split_window(targets[i], settings, matrix, found[place])
+
+
+def map_targets(work: Callable[[int], Result], targets: Mapping[int, Target]) -> Iterator[tuple[int, Result]]:
+    """Each target's index and ``work(index)``; raises whatever ``work`` raises.
+
+    Large ones come first, one after another with all threads, then the others side by side, the costliest first, as the
+    last ones leave threads idle.
+    """
+    rooms = {i: workspace(target.shape[-2:], [target.window]) for i, target in targets.items()}
+    large = [i for i in targets if 2 * rooms[i] > TOGETHER]
+    small = sorted(targets.keys() - set(large), key=lambda i: (-cost(targets[i]), i))
+    for group in (large, small):
+        yield from zip(group, thread_map(work, group, [rooms[i] for i in group]), strict=True)
 
 
 def _can_batch(target: Target, module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ipca._hashing import tensor_sha256
 from ipca.io.adapter_folder import SavedLayer
 from ipca.model.apply import install, train_only_adapter
-from ipca.model.decompose import SourceMatrix, cost, naming, partition, split_window, window_of
+from ipca.model.decompose import SourceMatrix, cost, map_targets, naming, partition, split_window, window_of
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
 from ipca.nn.initialization import InitCertificate, InitialFactors, count_null
@@ -55,7 +55,7 @@ def decompose_layers(
 
     Args:
         targets: what to adapt, the same in every process.
-        device: where to decompose; one layer at a time is moved there.
+        device: where to decompose; one layer at a time is moved to a GPU.
         progress: show a progress bar, only in the first process.
 
     Returns:
@@ -73,13 +73,17 @@ def decompose_layers(
         total=len(targets), initial=len(done), desc="Window SVD", unit="layer", disable=not (progress and ranks.is_main)
     )
 
+    def one(index: int) -> str:
+        return _decompose(source, targets[index], settings, work, index, device, cache)
+
     def show() -> None:
         bar.n = work.count()
         bar.refresh()
 
+    mine = {pending[k]: targets[pending[k]] for k in partition(costs, ranks.size)[ranks.rank]}
     with bar:
-        for k in partition(costs, ranks.size)[ranks.rank]:
-            paths[_decompose(source, targets[pending[k]], settings, work, pending[k], device, cache)] += 1
+        for _, path in map_targets(one, mine) if device == "cpu" else ((index, one(index)) for index in mine):
+            paths[path] += 1
             bar.set_postfix(paths, refresh=False)
             show()
         ranks.barrier(show)

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cython_blas, cython_lapack
 from torch import Tensor
 
 _KNOWN = re.compile(r"void \(((char|int|double|__pyx_t_\w+_d) \*(, |(?=\))))+\)")
@@ -41,6 +40,8 @@ def routine(name: str) -> Callable[..., None] | None:
     Raises (the routine):
         LinAlgError: ``info`` is not 0.
     """
+    from scipy.linalg import cython_blas, cython_lapack  # slow to import, and only needed here
+
     exported = {**getattr(cython_blas, "__pyx_capi__", {}), **getattr(cython_lapack, "__pyx_capi__", {})}
     if name not in exported:
         return None
@@ -90,6 +91,8 @@ def one_thread() -> Iterator[None]:
 @cache
 def _thread_calls() -> tuple[Callable[[], int], Callable[[int], None]] | None:
     """The functions that read and set the number of threads, where SciPy's LAPACK is an OpenBLAS with its own pool."""
+    from scipy.linalg import cython_lapack
+
     library = ctypes.CDLL(cython_lapack.__file__)
     for prefix in ("scipy_openblas", "openblas"):  # in SciPy's own wheels, and elsewhere
         names = [f"{prefix}_{what}" for what in ("get_parallel", "get_num_threads", "set_num_threads")]

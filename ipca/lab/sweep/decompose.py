@@ -17,10 +17,11 @@ from ipca.lab.baselines.adapt import needed_windows
 from ipca.model.calibration import AUTO, auto_windows, without_auto
 from ipca.model.decompose import decompose_targets, precision, source_matrix
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import find_modules_to_save, find_targets
+from ipca.model.targets import Target, find_modules_to_save, find_targets
 from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache, window_svd
 from ipca.svd.cache import cache_key
+from ipca.svd.parallel import thread_map, workspace
 from ipca.window import Window
 
 Run = tuple[str, int]
@@ -63,15 +64,23 @@ def cache_windows(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`.
     """
-    for name, windows in tqdm(needed.items(), desc="Window SVD", unit="layer", disable=not progress):
-        weight = source_matrix(get_layer(model, name), name, None).weight
-        if weight.ndim != 2:
-            continue
+
+    def one(name: str) -> None:
+        weight, windows = source_matrix(get_layer(model, name), name, None).weight, needed[name]
         options = precision(settings, weight)
         keys = [cache_key(weight, window, **options) for window in windows]
-        if windows and not all((cache.folder / key.file_name).exists() for key in keys):
+        if not all((cache.folder / key.file_name).exists() for key in keys):
             for key, found in zip(keys, window_svd(weight, windows, **options), strict=True):
                 cache.put(key, found)
+
+    rooms = {}
+    for name, windows in needed.items():
+        shape = Target.of(name, get_layer(model, name), Window.middle(1), 1.0).shape
+        if windows and len(shape) == 2:
+            rooms[name] = workspace(shape, windows)
+    done = thread_map(one, [*rooms], [*rooms.values()])
+    for _ in tqdm(done, total=len(rooms), desc="Window SVD", unit="layer", disable=not progress):
+        pass
 
 
 def auto_settings(
