@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ipca.svd.lapack import available as exported
 from ipca.svd.lapack import call, multiply_rows, with_workspace
-from ipca.svd.random_vectors import PROBES, norm_bound, normal
+from ipca.svd.random_vectors import PROBES, normal, probe_bound
 
 _NARROW = 1 / 7
 """Share of the eigenvectors up to which finding them by index is faster than all of them by divide and conquer."""
@@ -169,7 +169,7 @@ class Tridiagonal:
         with_workspace("dormtr", b"L", b"L", b"N", n, len(rows), self.reflectors, n, self.tau, rows, n)
         if measure:
             Qy, QTy = np.split(rows[k:], 2)
-            self._error = norm_bound(torch.from_numpy(multiply_rows(Qy, self.G) - QTy).mT[None]).item()
+            self._error = probe_bound(torch.from_numpy(multiply_rows(Qy, self.G) - QTy).mT[None]).item()
         return rows[:k]
 
 

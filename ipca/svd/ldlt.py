@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ipca.svd.inner_loops import PANEL, ldlt_panel_
-from ipca.svd.random_vectors import norm_bound, probes
+from ipca.svd.random_vectors import probe_bound, probes
 
 _BLOCK = 256
 _EPS = torch.finfo(torch.float64).eps
@@ -108,7 +108,7 @@ def count_above(G: Tensor, threshold: Tensor, room: Tensor, seed: int = 0) -> Te
     counts, unsure = factor.positive, ~(factor.error <= room)
     if bool(unsure.any()):
         x = probes(G, seed)
-        unsure &= ~(norm_bound(G @ x - threshold[:, None, None] * x - factor.multiply(x)) <= room)
+        unsure &= ~(probe_bound(G @ x - threshold[:, None, None] * x - factor.multiply(x)) <= room)
     del factor  # its memory is wanted again
     for i in torch.nonzero(unsure)[:, 0].tolist():
         counts[i] = count_above_pivoted(G[i], threshold[i])

@@ -19,7 +19,7 @@ from ipca.svd import certificate
 from ipca.svd.certificate import Solution
 from ipca.svd.dense import gram_eigh, tridiagonal
 from ipca.svd.eigensolvers import tridiagonal_available
-from ipca.svd.krylov import rayleigh_ritz, top, top_gram
+from ipca.svd.krylov import rayleigh_ritz, top
 from ipca.svd.matrix_batch import Candidate, MatrixBatch
 from ipca.svd.shift_invert import bottom, interior
 
@@ -132,9 +132,7 @@ def _judge(path: str, batch: MatrixBatch, window: range, tol: float, candidate: 
     if not min(errors) <= tol:
         return [None] * batch.size  # no result that a proof would pay for
     if path == "top" and window.start == 0 and candidate.neighbors is not None:
-        batch.flops += batch.n**3 / 3
-        G = top_gram(batch, tol)
-        proofs = certificate.certify_first(batch, G, S, V, rho, candidate.neighbors[:, 1])
+        proofs = certificate.certify_first(batch, S, V, rho, candidate.neighbors[:, 1], tol)
     else:
         batch.flops += ((window.start > 0) + (window.stop < batch.n)) * batch.n**3 / 3
         proofs = certificate.certify(batch.gram, S, rho, batch.sigma1, window.start, candidate.neighbors)
