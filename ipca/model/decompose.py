@@ -44,13 +44,17 @@ class SourceMatrix(NamedTuple):
     digest: str | None
 
 
-def source_matrix(module: nn.Module, name: str, unquantized_weights: UnquantizedWeights | None = None) -> SourceMatrix:
+def source_matrix(
+    module: nn.Module, name: str, unquantized_weights: UnquantizedWeights | None = None, kind: str | None = None
+) -> SourceMatrix:
     """A layer's own weight; for a quantized layer the unquantized weight where it is given, else the dequantized one.
+
+    ``kind`` as for :func:`ipca.nn.layer_kinds.read_layer`.
 
     Raises:
         TypeError, ValueError: as :func:`ipca.nn.quantized_linear.quantized_source`, or a callable's own.
     """
-    kind = layer_kind(module)
+    kind = kind or layer_kind(module)
     if not is_quantized(kind):
         return SourceMatrix(read_layer(module, kind)[0], "weight", None)
     found = None
@@ -145,15 +149,20 @@ def decompose_targets(
     cache: SpectralCache | None,
     progress: bool,
     unquantized_weights: UnquantizedWeights | None = None,
+    share: bool = True,
 ) -> list[InitialFactors]:
-    """The initial factors of every target, in order; under an initialized process group each rank computes a share.
+    """The initial factors of every target, in order.
+
+    Under an initialized process group each rank computes a part of them, or with ``share=False`` all, without waiting
+    for another rank.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd` or :func:`factors_from_svd`, with the layer's
             name; on every rank.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
-    mine = partition([cost(target) for target in targets], world)[rank]
+    world = world if share else 1
+    mine = partition([cost(target) for target in targets], world)[rank % world]
     bar = tqdm(total=len(mine), desc="Window SVD", unit="layer", disable=not progress or rank > 0)
     made: dict[int, InitialFactors] = {}
     paths: Counter[str] = Counter()
@@ -218,7 +227,7 @@ def _decompose(
 
     def one(i: int) -> InitialFactors:
         with naming(targets[i].name):
-            matrix = source_matrix(modules[i], targets[i].name, unquantized_weights)
+            matrix = source_matrix(modules[i], targets[i].name, unquantized_weights, targets[i].kind)
             return split_window(
                 targets[i], settings, matrix, window_of(targets[i], settings, matrix.weight, cache=cache)
             )

@@ -56,6 +56,8 @@ class PCConfig(LoraConfig):
         window_pattern: exceptions, ``{pattern: window}``, matched as PEFT matches ``rank_pattern``. A key that matches
             no adapted layer gives a warning.
         tol: tolerance of the decomposition, see :func:`ipca.window_svd`.
+        cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
+        progress: show a progress bar while the layers are decomposed.
         lora_alpha: default such that the scaling is 1: ``r``, or ``√r`` with ``use_rslora``.
         modules_to_save: more modules to train whole; the model's head is added, as in :func:`ipca.apply_pc`.
         init_lora_weights: True, or False for random ``A`` and ``B`` (for debugging, as in PEFT).
@@ -79,6 +81,8 @@ class PCConfig(LoraConfig):
     window: Any = field(default="middle", metadata={"help": "Where the window starts", "is_lora_variant": True})
     window_pattern: dict[str, Any] = field(default_factory=dict, metadata={"help": "{pattern: window}"})
     tol: Any = field(default="default", metadata={"help": "Tolerance of the decomposition"})
+    cache: Any = field(default=None, metadata={"help": "A folder of windows decomposed before"})
+    progress: bool = field(default=True, metadata={"help": "Show a progress bar while the layers are decomposed"})
 
     def __post_init__(self) -> None:
         self._set_windows()

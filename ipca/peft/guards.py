@@ -6,6 +6,7 @@
 | ``LoraModel.add_weighted_adapter`` | refused: it combines only ``A, B`` |
 | ``LoraModel.inject_adapter`` | adapters named like modules are refused, unmatched window patterns named, heads added |
 | the same | "all-linear" leaves out what no window fits; where it raises, the model is as it was |
+| the same | the weights of all layers are decomposed together once PEFT has made these; in ``MixedModel`` too |
 | ``LoraModel.merge_adapter`` | refused for some of several active adapters: PEFT would leave out the others |
 | ``PeftModel.save_pretrained`` | refused where stock PEFT would read another adapter; what it loses is named |
 | ``PeftModel.from_pretrained``, ``load_adapter`` | with ``is_trainable=True`` a window trains on as with its PCConfig |
@@ -27,6 +28,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraModel, PeftModel, get_peft_model_state_dict
+from peft.tuners import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, hotswap
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
 from ipca.peft.layers import WindowLora, null_components
 from ipca.peft.offload import with_stored_factors
+from ipca.peft.preparation import start
 from ipca.peft.save_load import warn_bypassed
 from ipca.peft.selection import all_or_nothing, leave_out
 
@@ -241,7 +244,7 @@ def install_guards() -> None:
     swap, combine = hotswap.hotswap_adapter_from_state_dict, LoraModel.add_weighted_adapter
     merge, load = LoraModel.merge_adapter, PeftModel.load_adapter
     unload = LoraModel.merge_and_unload
-    start = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    from_pretrained = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
     native_load = PeftAdapterMixin.load_adapter
     inject, save = LoraModel.inject_adapter, PeftModel.save_pretrained
 
@@ -258,7 +261,9 @@ def install_guards() -> None:
         combine(self, adapters, *args, **kwargs)
 
     @wraps(inject)
-    def checked_inject(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def checked_inject(
+        self: LoraModel | MixedModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         check_names(model, self.peft_config)
         config = self.peft_config[adapter_name]
         loaded = isinstance(config, PCConfig) and bool(config.records.saved)
@@ -270,6 +275,8 @@ def install_guards() -> None:
         try:
             with undone:
                 inject(self, model, adapter_name, *args, **kwargs)
+                if isinstance(config, PCConfig):
+                    start(model, adapter_name, config)
         except ValueError as error:
             targets = config.target_modules if isinstance(config, PCConfig) else None
             patterns = [targets] if isinstance(targets, str) else sorted(targets or ())
@@ -313,7 +320,7 @@ def install_guards() -> None:
         return loaded
 
     @classmethod
-    @wraps(start)
+    @wraps(from_pretrained)
     def resuming_start(
         cls: Any,
         model: nn.Module,
@@ -328,7 +335,7 @@ def install_guards() -> None:
             config = window_config(model_id, **kwargs)
         if isinstance(config, PCConfig):
             check_in_memory(model)
-        return start(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
+        return from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
 
     @wraps(save)
     def checked_save(self: PeftModel, *args: Any, **kwargs: Any) -> None:
@@ -355,7 +362,7 @@ def install_guards() -> None:
 
     hotswap.hotswap_adapter_from_state_dict = checked_swap
     LoraModel.add_weighted_adapter = checked_combine  # type: ignore[method-assign]
-    LoraModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]
+    LoraModel.inject_adapter = MixedModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]
     LoraModel.merge_adapter = checked_merge  # type: ignore[assignment,method-assign]
     LoraModel.merge_and_unload = checked_unload  # type: ignore[assignment,method-assign]
     PeftAdapterMixin.load_adapter = checked_native_load  # type: ignore[method-assign]

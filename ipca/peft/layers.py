@@ -98,12 +98,34 @@ class WindowLora(_Mixed):
         return initial.A0.to(A), initial.B0.to(B)
 
     def init_adapter(self, adapter: str, config: Any) -> None:
+        """Have a new adapter start from the initial factors that the records of its configuration hold for this layer.
+
+        Where they hold none, the layer waits: :func:`ipca.peft.preparation.start` decomposes the weights of all waiting
+        layers together, once PEFT has made these.
+
+        Raises:
+            ValueError: the records belong to another base weight; the message begins with the layer's path.
+        """
+        (in_A, name_A), (in_B, name_B) = self.owners(adapter)
+        A, B, records = in_A.get_parameter(name_A), in_B.get_parameter(name_B), config.records
+        if A.is_meta or self.base_parameter().is_meta:  # low_cpu_mem_usage: a file is about to be loaded
+            if self._known_base(records) and not self.base_parameter().is_meta:
+                self._check_base(records, self.base_sha256())
+            A0, B0 = torch.empty_like(A, device="meta"), torch.empty_like(B, device="meta")
+            self._register(adapter, records, A0, B0)
+        elif self.path in records.initial:
+            self.set_initial(adapter, config)
+        else:
+            records.waiting.append(self)
+
+    def set_initial(self, adapter: str, config: Any, found: InitialFactors | None = None) -> None:
         """Set ``A = A0`` and ``B = B0``, the window of the base weight, and keep ``A0, B0`` beside them.
 
         Args:
             adapter: its name; PEFT has made its ``A, B``.
             config: its :class:`ipca.peft.PCConfig`, whose records give initial factors that are known already, and
                 take the record that is saved.
+            found: the initial factors of this base weight; default those in the records, or decomposed here.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`, or the initial factors in the records
@@ -111,33 +133,36 @@ class WindowLora(_Mixed):
         """
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
         A, B = in_A.get_parameter(name_A), in_B.get_parameter(name_B)
-        if A.is_meta or self.base_parameter().is_meta:  # low_cpu_mem_usage: a file is about to be loaded
-            if self._known_base(config.records) and not self.base_parameter().is_meta:
-                self._check_base(config.records, self.base_sha256())
-            A0, B0 = torch.empty_like(A, device="meta"), torch.empty_like(B, device="meta")
-        else:
-            with gather_params_ctx(self.base_parameter()):
-                A0, B0 = self.stored(self._initial_factors(adapter, config, A.dtype), A.detach(), B.detach())
-            if config.init_lora_weights:
-                with torch.no_grad():
-                    A.copy_(A0)
-                    B.copy_(B0)
+        with gather_params_ctx(self.base_parameter()):
+            initial = self._initial_factors(adapter, config, A.dtype, found)
+            A0, B0 = self.stored(initial, A.detach(), B.detach())
+        if config.init_lora_weights:
+            with torch.no_grad():
+                A.copy_(A0)
+                B.copy_(B0)
+        self._register(adapter, config.records, A0, B0)
+
+    def _register(self, adapter: str, records: LayerRecords, A0: Tensor, B0: Tensor) -> None:
+        (in_A, name_A), (in_B, name_B) = self.owners(adapter)
         # two models may share a config: the one that is saved puts its own record back as its state dict is made
-        saved = config.records.saved
+        saved = records.saved
         on_save = partial(operator.setitem, saved, self.path, saved[self.path]) if self.path in saved else None
         experts = getattr(self, "num_experts", 1)
         register_initial(in_A, name_A, "A", A0, experts=experts, on_save=on_save)
         register_initial(in_B, name_B, "B", B0, experts=experts, on_save=on_save)
 
-    def _initial_factors(self, adapter: str, config: Any, dtype: torch.dtype) -> InitialFactors:
-        """The layer's ``A0, B0`` from the records, or decomposed now; its record to save is made as well."""
+    def _initial_factors(
+        self, adapter: str, config: Any, dtype: torch.dtype, found: InitialFactors | None
+    ) -> InitialFactors:
+        """The layer's ``A0, B0``: ``found``, from the records, or decomposed; its record to save is made as well."""
         records: LayerRecords = config.records
-        rank, scaling, matrix, digest = self.r[adapter], self.scaling[adapter], self.base_matrix(), self.base_sha256()
+        rank, scaling = self.r[adapter], self.scaling[adapter]
+        digest = self.base_sha256() if found is None else found.base_sha256
         self._check_base(records, digest)
-        initial = records.initial.pop(self.path, None)
+        initial = found or records.initial.pop(self.path, None)
         if initial is None:
+            matrix, window = self.base_matrix(), config.window_of(self.path, rank)
             check_rank(self.path, rank, matrix.shape)
-            window = config.window_of(self.path, rank)
             try:
                 options = {"scaling": scaling, "form": "intact", "adapter_dtype": dtype, "tol": config.tol}
                 initial = initial_factors(matrix, window, digest=digest, **options)
@@ -145,7 +170,7 @@ class WindowLora(_Mixed):
                 raise type(error)(f"{self.path}: {in_peft_terms(error)}") from None
         records.saved[self.path] = SavedLayer(
             kind=self.kind,
-            shape=tuple(matrix.shape),
+            shape=(*initial.B0.shape[:-1], initial.A0.shape[-1]),
             start=initial.window.index,
             rank=rank,
             alpha=scaling * rank,

@@ -1,11 +1,11 @@
-"""Decomposition of the base weights of a whole model before PEFT changes it: checked, in parallel, cached."""
+"""Decomposition of the base weights of a whole model at once, by hand or as PEFT adapts it: in parallel, cached."""
 
 from __future__ import annotations
 
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,7 @@ from ipca.model.apply import check_inference_mode
 from ipca.model.decompose import UnquantizedWeights, decompose_targets
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
+from ipca.nn.initialization import InitialFactors
 from ipca.nn.layer_kinds import matrix_shape, stack_names
 from ipca.nn.offload import weights_maps
 from ipca.nn.registry import get_layer
@@ -41,18 +42,19 @@ def prepare(
     >>> model = peft.get_peft_model(model, prepare(model, config))
 
     Required where stock LoRA adapters are on the layers already: PEFT's own layers refuse a window, and here they are
-    turned into layers that take one. Optional otherwise; recommended for large models: PEFT has each layer decomposed
-    as it replaces it, without a progress bar, and an error in the tenth layer leaves nine replaced. Here nothing
-    changes before every decomposition is done, and layers are decomposed as by :func:`ipca.apply_pc`: in batches on a
-    GPU, in parallel on a CPU, shared among the ranks of a process group.
+    turned into layers that take one. Optional otherwise: PEFT's own functions decompose the layers as this does, in
+    batches on a GPU, in parallel on a CPU. This function also takes the weights of quantized layers from before, shares
+    the work among the ranks of a process group, all of which must call it, refuses tied weights, and changes nothing
+    before every decomposition is done.
 
     Args:
         model: the base, or a PeftModel that is to get another adapter; unchanged but for the class of stock LoRA
             layers that ``config`` targets.
         config: the layers and their windows; it keeps the initial factors until PEFT creates the layers.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
+            Default: that of ``config``.
         unquantized_weights: for quantized layers the weights they had before, see :func:`ipca.apply_pc`.
-        progress: show a progress bar.
+        progress: show a progress bar, where that of ``config`` is True too.
 
     Returns:
         ``config`` itself.
@@ -67,22 +69,57 @@ def prepare(
     check_inference_mode()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     trial = _trial(base, config)
-    targets = _targets(trial, config)
-    store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
-    try:
-        initial = decompose_targets(
-            trial,
-            list(targets.values()),
-            AdapterSettings(tol=config.tol),
-            cache=store,
-            unquantized_weights=_by_path(unquantized_weights),
-            progress=progress,
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(in_peft_terms(error).replace(_INSIDE, "")) from None
+    layers = [layer for layer in trial.modules() if isinstance(layer, WindowLora) and layer.holds(_ADAPTER)]
+    _check_untied(trial, layers)
+    targets = _targets(trial, _ADAPTER, config, layers)
+    initial = _decompose(
+        trial,
+        targets.values(),
+        config,
+        cache=config.cache if cache is None else cache,
+        progress=progress and config.progress,
+        unquantized_weights=_by_path(unquantized_weights),
+    )
     admit_windows(base, set(targets))
     config.records.initial = dict(zip(targets, initial, strict=True))
     return config
+
+
+def start(model: nn.Module, adapter: str, config: PCConfig) -> None:
+    """Decompose the weights of all layers of ``model`` that wait for the initial factors of ``adapter``, and set these.
+
+    Every rank of a process group decomposes all of them: PEFT's functions may be called on one rank only. Under
+    DeepSpeed ZeRO-3, where the weights are gathered one by one, they are decomposed one by one.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`, before the first factor is set; the message
+            begins with the layer's path.
+    """
+    waiting, config.records.waiting = config.records.waiting, []
+    whole = [layer for layer in waiting if not hasattr(layer.base_parameter(), "ds_id")]
+    targets = _targets(model, adapter, config, whole)
+    found: dict[str, InitialFactors] = {}
+    if targets:
+        options: Any = {"cache": config.cache, "progress": config.progress, "share": False}
+        found = dict(zip(targets, _decompose(model, targets.values(), config, **options), strict=True))
+    for layer in waiting:
+        layer.set_initial(adapter, config, found.get(layer.path))
+
+
+def _decompose(
+    model: nn.Module,
+    targets: Iterable[Target],
+    config: PCConfig,
+    *,
+    cache: SpectralCache | str | os.PathLike[str] | None,
+    **options: Any,
+) -> list[InitialFactors]:
+    """:func:`decompose_targets` with errors in the words of a PCConfig."""
+    store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
+    try:
+        return decompose_targets(model, list(targets), AdapterSettings(tol=config.tol), cache=store, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(in_peft_terms(error).replace(_INSIDE, "")) from None
 
 
 def _by_path(unquantized_weights: UnquantizedWeights | None) -> UnquantizedWeights | None:
@@ -106,32 +143,37 @@ def _trial(base: nn.Module, config: PCConfig) -> nn.Module:
             parameter.requires_grad_(trains)
 
 
-def _targets(trial: nn.Module, config: PCConfig) -> dict[str, Target]:
-    """The layers of ``trial`` to decompose, by their paths in the base; single parameters are left for PEFT.
-
-    Raises:
-        ValueError: a weight is tied to another module's, or has too few singular values.
-    """
-    targets = {}
-    owners = Counter(id(p) for _, p in trial.named_parameters(remove_duplicate=False))
-    for name, layer in trial.named_modules():
-        if not (isinstance(layer, WindowLora) and layer.holds(_ADAPTER)):
-            continue
-        base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
+def _check_untied(model: nn.Module, layers: Iterable[WindowLora]) -> None:
+    """Raise ValueError where the weight of one of ``layers`` is tied to another module's."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for layer in layers:
         if owners[id(layer.base_parameter())] > 1:
             raise ValueError(
                 f"{layer.path}: its weight is tied to another module's, which merging would change too; exclude it, or "
                 "untie them."
             )
-        while trial.get_submodule(name) is not base:
+
+
+def _targets(model: nn.Module, adapter: str, config: PCConfig, layers: Iterable[WindowLora]) -> dict[str, Target]:
+    """The base layers to decompose for an adapter of ``layers``, by the paths that these have in the base.
+
+    Single parameters are left out; they have no module of their own.
+
+    Raises:
+        ValueError: a weight has too few singular values.
+    """
+    targets, names = {}, {module: name for name, module in model.named_modules()}
+    for layer in layers:
+        name, base, rank = names[layer], layer.get_base_layer(), layer.r[adapter]
+        while model.get_submodule(name) is not base:
             name += _INSIDE
         if isinstance(layer, ParamWrapper) and layer.kind != "linear":
             if layer.parameter_name not in stack_names(base):
                 check_rank(layer.path, rank, layer.base_matrix().shape)
                 continue
             name += f".{layer.parameter_name}"
-        shape = matrix_shape(get_layer(trial, name), layer.kind)
+        shape = matrix_shape(get_layer(model, name), layer.kind)
         check_rank(layer.path, rank, shape)
-        window, alpha = config.window_of(layer.path, rank), layer.scaling[_ADAPTER] * rank
+        window, alpha = config.window_of(layer.path, rank), layer.scaling[adapter] * rank
         targets[layer.path] = Target(name, layer.kind, shape, window, alpha, "intact", config.lora_dropout)
     return targets

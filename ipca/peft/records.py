@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ipca.io.adapter_folder import AdapterFolder, Factors, SavedLayer
 from ipca.nn.initialization import InitCertificate, InitialFactors
@@ -16,11 +17,13 @@ class LayerRecords:
     :meth:`ipca.peft.layers.WindowLora.init_adapter`.
 
     Attributes:
+        waiting: layers that have no initial factors yet, in the order in which PEFT has made them.
         initial: factors that were prepared or read from a file; a layer takes its own out.
         base_sha256: hashes of the base weights that an adapter read from a file belongs to.
         saved: what ``ipca.json`` holds of each layer.
     """
 
+    waiting: list[Any] = field(default_factory=list)
     initial: dict[str, InitialFactors] = field(default_factory=dict)
     base_sha256: dict[str, str] = field(default_factory=dict)
     saved: dict[str, SavedLayer] = field(default_factory=dict)

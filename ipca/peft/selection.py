@@ -109,4 +109,5 @@ def all_or_nothing(model: nn.Module, adapter: str, config: PCConfig) -> Iterator
         for parameter, required in trains.items():
             parameter.requires_grad_(required)
         config.records.initial, config.records.saved = before
+        config.records.waiting.clear()
         raise

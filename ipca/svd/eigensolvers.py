@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from ctypes import c_double, c_int
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ipca.svd.lapack import available as exported
 from ipca.svd.lapack import call, multiply_rows, with_workspace
+from ipca.svd.lazy import lazy_property
 from ipca.svd.random_vectors import PROBES, normal, probe_bound
 
 _NARROW = 1 / 7
@@ -128,7 +129,7 @@ class Tridiagonal:
             return self._by_index(wanted)
         return self._all[1][n - wanted.stop : n - wanted.start].copy()
 
-    @cached_property
+    @lazy_property
     def _all(self) -> tuple[np.ndarray, np.ndarray]:
         """Every eigenvalue and eigenvector of ``T``, ascending, by divide and conquer."""
         n = len(self.diagonal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ipca.svd import lapack
 from ipca.svd.eigensolvers import FullEigh, Tridiagonal
 from ipca.svd.lanczos import CHAINS, STEPS, Density, spectral_density
+from ipca.svd.lazy import lazy_property
 from ipca.svd.ldlt import LDLT, factorize_shifted
 from ipca.svd.random_vectors import KRYLOV, POWER, normal
 
@@ -108,7 +109,7 @@ class MatrixBatch:
             G[:, c, c.stop :] = G[:, c.stop :, c].mT
         return G
 
-    @cached_property
+    @lazy_property
     def gram_triangle(self) -> Tensor:
         """The upper triangle of :attr:`gram`, on a CPU; what lies below is 0, or the same."""
         if "gram" in self.__dict__ or not lapack.available("dsyrk"):
@@ -129,25 +130,25 @@ class MatrixBatch:
     def _widened(self, rows: Tensor) -> Tensor:
         return rows / self.scale[:, None, None]  # which is float64
 
-    @cached_property
+    @lazy_property
     def _kept(self) -> Tensor | None:
         """``W / scale`` of a small matrix in float64, kept instead of widened for every product."""
         return self.dense() if self.m * self.n <= _KEPT else None
 
-    @cached_property
+    @lazy_property
     def single(self) -> Tensor:
         """``W / scale (batch, m, n)`` in float32, which holds 16- and 32-bit weights as they are."""
         if self.W.dtype == torch.float64:
             return self.dense().float()
         return self.W.float() / self.scale.float()[:, None, None]
 
-    @cached_property
+    @lazy_property
     def gram(self) -> Tensor:
         """``Wᵀ W (batch, n, n)`` in float64."""
         self.flops += self.m * self.n**2
         return self.multiply_gram()
 
-    @cached_property
+    @lazy_property
     def gram32(self) -> Tensor:
         """The same in float32: a copy where :attr:`gram` is known, else at half its cost."""
         if "gram" in self.__dict__:
@@ -155,7 +156,7 @@ class MatrixBatch:
         self.flops += self.m * self.n**2
         return self.multiply_gram(torch.float32)
 
-    @cached_property
+    @lazy_property
     def sigma1(self) -> Tensor:
         """``(batch,)``; a lower bound of the largest singular value, usually within a few percent."""
         G = self.gram if "gram" in self.__dict__ else self.gram32
@@ -165,19 +166,19 @@ class MatrixBatch:
         self.flops += 2 * _POWER_STEPS * self.n**2
         return v.norm(dim=1)[:, 0].double().sqrt() * (1 - 1e-5)  # float32 may round upward
 
-    @cached_property
+    @lazy_property
     def eigh(self) -> list[FullEigh]:
         """All eigenvectors of ``WᵀW`` of each matrix, on the CPU."""
         self.flops += 9 * self.n**3
         return [FullEigh(G) for G in self.gram_triangle]
 
-    @cached_property
+    @lazy_property
     def tridiagonal(self) -> list[Tridiagonal]:
         """``WᵀW = Q T Qᵀ`` of each matrix, on the CPU."""
         self.flops += 4 / 3 * self.n**3
         return [Tridiagonal(G, self.seed) for G in self.gram_triangle]
 
-    @cached_property
+    @lazy_property
     def density(self) -> Density:
         """The distribution of the singular values; float32 is enough for a first guess of a shift."""
         self.flops += 2 * STEPS * CHAINS * self.n**2

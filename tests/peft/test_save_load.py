@@ -74,7 +74,8 @@ def test_training_goes_on_as_if_never_stopped(name, dtype, options, tmp_path, mo
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     train(model, x, optimizer=optimizer)
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(ipca.nn.initialization, "window_svd", lambda *_, **__: pytest.fail("decomposed"))
+    for module in (ipca.nn.initialization, ipca.svd.cache):
+        monkeypatch.setattr(module, "window_svd", lambda *_, **__: pytest.fail("decomposed"))
     with pytest.raises(pytest.fail.Exception):
         wrap(base, PCConfig(r=2, **case.options))
     again = resume(base, tmp_path, **options).eval()
