@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cython_blas, cython_lapack
 from torch import Tensor
 
 _KNOWN = re.compile(r"void \(((char|int|double|__pyx_t_\w+_d) \*(, |(?=\))))+\)")
@@ -34,6 +33,8 @@ def routine(name: str) -> Callable[..., None] | None:
     Raises (the routine):
         LinAlgError: ``info`` is not 0.
     """
+    from scipy.linalg import cython_blas, cython_lapack  # slow to import, and only needed here
+
     exported = {**getattr(cython_blas, "__pyx_capi__", {}), **getattr(cython_lapack, "__pyx_capi__", {})}
     if name not in exported:
         return None
