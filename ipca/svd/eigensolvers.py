@@ -72,7 +72,7 @@ class FullEigh:
 
 def tridiagonal_available() -> bool:
     """Whether SciPy exports the routines."""
-    return exported("dsytrd", "dstemr", "dstedc", "dormtr", "dstebz", "dsymm")
+    return exported("dsytrd", "dstemr", "dstedc", "dormtr", "dstebz", "dsterf", "dsymm")
 
 
 class Tridiagonal:
@@ -111,6 +111,12 @@ class Tridiagonal:
             *(values, integers, integers[n:], work, integers[2 * n :]),
         )
         return float(values[0]) - 2 * bound.value
+
+    def values(self) -> Tensor:
+        """All eigenvalues ``(n,)``, descending."""
+        values, e = self.diagonal.copy(), self.beside.copy()
+        call("dsterf", len(values), values, e)
+        return torch.from_numpy(values).flip(0)
 
     def count_above(self, threshold: float) -> int:
         count, pivot = 0, 1.0

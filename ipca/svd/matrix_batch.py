@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ipca.svd import lapack
-from ipca.svd.eigensolvers import FullEigh, Tridiagonal
+from ipca.svd.eigensolvers import FullEigh, Tridiagonal, tridiagonal_available
 from ipca.svd.lanczos import CHAINS, STEPS, Density, spectral_density
 from ipca.svd.lazy import lazy_property
 from ipca.svd.ldlt import LDLT, factorize_shifted
@@ -177,6 +177,16 @@ class MatrixBatch:
         """``WᵀW = Q T Qᵀ`` of each matrix, on the CPU."""
         self.flops += 4 / 3 * self.n**3
         return [Tridiagonal(G, self.seed) for G in self.gram_triangle]
+
+    def spectrum(self) -> Tensor:
+        """All singular values ``(batch, n)``, descending, those below 1e-4 σ₁ to no more than 1e-8 σ₁.
+
+        That is enough for the rules of windows, as such values are a share of 1e-8 of the energy. On a CPU by
+        :attr:`tridiagonal`, which the window may need next.
+        """
+        if self.W.device.type == "cpu" and tridiagonal_available():
+            return torch.stack([T.values() for T in self.tridiagonal]).clamp_min_(0).sqrt_()
+        return torch.linalg.svdvals(self.dense())
 
     @lazy_property
     def density(self) -> Density:

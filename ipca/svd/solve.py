@@ -7,6 +7,7 @@ gets accepted is left to the full SVD.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +52,8 @@ class Thresholds:
     """Sizes at which the paths of a class of devices meet.
 
     Attributes:
-        top_from: smallest ``d`` for block Krylov at the start of the spectrum.
+        top_from: smallest ``d`` for block Krylov at the start of the spectrum, of a square matrix; √(m / d) times this
+            of a taller one.
         top_share: the share of ``d`` before which such a window ends.
         interior_from: smallest ``d`` for inverse block Krylov inside the spectrum.
         bottom_from: the same at the end of the spectrum.
@@ -83,11 +85,11 @@ def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
     limits, rank = THRESHOLDS[device_type], len(window)
     paths = []
     narrow = rank <= limits.interior_share * d
-    if d >= limits.top_from and window.stop <= limits.top_share * d:
+    if d >= limits.top_from * math.sqrt(m / d) and window.stop <= limits.top_share * d:
         paths.append("top")
     elif narrow and window.stop == d and d >= limits.bottom_from and m <= limits.bottom_aspect * d:
         paths.append("bottom")
-    if narrow and d >= limits.interior_from:
+    if narrow and d >= limits.interior_from and (paths != ["top"] or limits.tridiagonal_from is None):
         paths.append("interior")
     if limits.tridiagonal_from is not None:
         paths.append("tridiagonal" if d >= limits.tridiagonal_from and tridiagonal_available() else "gram_eigh")

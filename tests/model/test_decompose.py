@@ -127,7 +127,7 @@ def test_the_bar_counts_layers_and_names_paths(capsys):
     shown = capsys.readouterr().err
     assert "Window SVD: 100%" in shown
     assert "3/3" in shown
-    assert "full=3" in shown
+    assert "gram_eigh=3" in shown
 
 
 @pytest.mark.parametrize("folder", ["", True])
