@@ -23,7 +23,7 @@ from ipca.nn.quantization import quantized_sha256
 from ipca.nn.quantized_linear import quantized_source
 from ipca.nn.registry import get_layer
 from ipca.svd.cache import SpectralCache, cached_window_svd
-from ipca.svd.parallel import thread_map, workspace
+from ipca.svd.parallel import TOGETHER, thread_map, workspace
 from ipca.svd.result import WindowSVD
 from ipca.window import Window
 
@@ -232,7 +232,11 @@ def _decompose(
                 targets[i], settings, matrix, window_of(targets[i], settings, matrix.weight, cache=cache)
             )
 
-    yield from zip(single, thread_map(one, single, [workspace(targets[i].shape[-2:]) for i in single]), strict=True)
+    rooms = {i: workspace(targets[i].shape[-2:], [targets[i].window]) for i in single}
+    large = [i for i in single if 2 * rooms[i] > TOGETHER]  # one after another, with all threads
+    small = sorted(set(single) - set(large), key=lambda i: -cost(targets[i]))  # the last ones leave threads idle
+    for group in (large, small):
+        yield from zip(group, thread_map(one, group, [rooms[i] for i in group]), strict=True)
     weights = {i: read_layer(modules[i], targets[i].kind)[0] for i in sorted(batched)}
     for group in _groups(weights, targets):
         first = targets[group[0]]

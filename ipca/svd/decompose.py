@@ -11,6 +11,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ipca.svd.lapack import one_thread
 from ipca.svd.matrix_batch import MatrixBatch, largest_entry
 from ipca.svd.parallel import thread_map, workspace
 from ipca.svd.result import SVDReport, WindowSVD
@@ -132,10 +133,10 @@ def _map_parts(
         if len(W) == 1:
             return [work((W, largest))]
         parts = list(zip(W.split(1), largest.split(1), strict=True))
-        return thread_map(work, parts, [workspace(W.shape[1:])] * len(W))
+        return thread_map(work, parts, [workspace(W.shape[1:], windows)] * len(W))
     together = 1  # where the spectrum decides, each matrix has its window at another index
     if not any(window.needs_spectrum for window in windows):
-        together = max(1, int(_SHARE * torch.cuda.mem_get_info(W.device)[0] / workspace(W.shape[1:])))
+        together = max(1, int(_SHARE * torch.cuda.mem_get_info(W.device)[0] / workspace(W.shape[1:], windows)))
     return map(work, zip(W.split(together), largest.split(together), strict=True))
 
 
@@ -146,7 +147,7 @@ def _decompose_batch(
     W, largest = part
     transposed = W.shape[1] < W.shape[2]
     rows: list[list[WindowSVD]] = [[] for _ in W]
-    with torch.autocast(W.device.type, enabled=False):  # it would multiply in 16 bits
+    with torch.autocast(W.device.type, enabled=False), one_thread():  # autocast would multiply in 16 bits
         batch = MatrixBatch(W.mT if transposed else W, seed, largest)
         spectrum = batch.spectrum()[0] if any(w.needs_spectrum for w in windows) else None
         for window in windows:

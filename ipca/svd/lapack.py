@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_int, c_void_p, py_object
 from functools import cache
 from typing import Any
@@ -19,6 +21,11 @@ _KNOWN = re.compile(r"void \(((char|int|double|__pyx_t_\w+_d) \*(, |(?=\))))+\)"
 """Signatures that are safe to call: 32-bit integers and float64, everything by pointer."""
 
 _ONE = ctypes.c_double(1.0)
+_PTHREADS = 1
+"""``openblas_get_parallel()`` of a build with threads of its own; one for OpenMP may share PyTorch's."""
+_LOCK = threading.Lock()
+_BEFORE: list[int] = []
+"""For each block of :func:`one_thread` that has not ended, the number of threads before the first."""
 _WORKSPACES: dict[tuple[object, ...], int] = {}
 """Sizes by routine and dimensions."""
 
@@ -55,6 +62,42 @@ def routine(name: str) -> Callable[..., None] | None:
             raise np.linalg.LinAlgError(f"LAPACK's {name} ended with info={info.value}")
 
     return checked
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have SciPy's OpenBLAS compute in the calling thread within the block, in the whole process.
+
+    Its threads and PyTorch's spin while they wait for work: with both pools at the width of the machine they keep each
+    other from it. Another BLAS than an OpenBLAS with threads of its own is left as it is.
+    """
+    calls = _thread_calls()
+    if calls is None:
+        yield
+        return
+    get_threads, set_threads = calls
+    with _LOCK:
+        _BEFORE.append(_BEFORE[-1] if _BEFORE else get_threads())
+        set_threads(1)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            before = _BEFORE.pop()
+            if not _BEFORE:
+                set_threads(before)
+
+
+@cache
+def _thread_calls() -> tuple[Callable[[], int], Callable[[int], None]] | None:
+    """The functions that read and set the number of threads, where SciPy's LAPACK is an OpenBLAS with its own pool."""
+    library = ctypes.CDLL(cython_lapack.__file__)
+    for prefix in ("scipy_openblas", "openblas"):  # in SciPy's own wheels, and elsewhere
+        names = [f"{prefix}_{what}" for what in ("get_parallel", "get_num_threads", "set_num_threads")]
+        if all(hasattr(library, name) for name in names):
+            get_parallel, get_threads, set_threads = (getattr(library, name) for name in names)
+            return (get_threads, set_threads) if get_parallel() == _PTHREADS else None
+    return None
 
 
 def available(*names: str) -> bool:

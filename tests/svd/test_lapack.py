@@ -1,10 +1,13 @@
+import ctypes
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import cython_lapack
 
+from ipca import Window, window_svd
 from ipca.svd import lapack
 
 
@@ -51,6 +54,59 @@ def test_rows_times_a_symmetric_matrix_of_which_one_triangle_is_known():
     rows = np.random.default_rng(0).standard_normal((3, 7))
     product = lapack.multiply_rows(rows, G)
     torch.testing.assert_close(torch.from_numpy(product), torch.from_numpy(rows) @ (G.triu() + G.triu(1).mT))
+
+
+@pytest.fixture
+def openblas():
+    """The functions that read and set the threads of SciPy's OpenBLAS, and two threads for one test."""
+    calls = lapack._thread_calls()
+    if calls is None:
+        pytest.skip("needs a SciPy with an OpenBLAS of its own threads")
+    before = calls[0]()
+    calls[1](2)
+    yield calls
+    calls[1](before)
+
+
+def test_openblas_has_one_thread_until_the_last_block_ends(openblas):
+    threads, _ = openblas
+    first, second = lapack.one_thread(), lapack.one_thread()
+    first.__enter__()
+    second.__enter__()
+    assert threads() == 1
+    first.__exit__(None, None, None)  # as in another thread, which ends first
+    assert threads() == 1
+    second.__exit__(None, None, None)
+    assert threads() == 2
+    with pytest.raises(ValueError, match="within"), lapack.one_thread():
+        raise ValueError("within")
+    assert threads() == 2
+
+
+def test_openblas_has_one_thread_in_every_decomposition(openblas, monkeypatch):
+    threads, seen, plain = openblas[0], [], lapack.routine
+
+    def noted(name):
+        seen.append(threads())
+        return plain(name)
+
+    monkeypatch.setattr(lapack, "routine", noted)
+    for W in (torch.randn(160, 150), torch.randn(3, 150, 160)):
+        window_svd(W, Window.middle(4))
+    assert set(seen) == {1}
+    assert threads() == 2
+
+
+@pytest.mark.parametrize("library", [object(), SimpleNamespace(openblas_get_parallel=lambda: 2)], ids=["MKL", "OpenMP"])
+def test_another_blas_keeps_its_threads(library, monkeypatch):
+    for name in ("openblas_get_num_threads", "openblas_set_num_threads"):
+        if isinstance(library, SimpleNamespace):
+            setattr(library, name, lambda *_: pytest.fail("called"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    lapack._thread_calls.cache_clear()
+    with lapack.one_thread():
+        pass
+    lapack._thread_calls.cache_clear()
 
 
 def test_another_thread_runs_during_a_call():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ipca import Window, window_svd
-from ipca.svd.parallel import TOGETHER, thread_map
+from ipca.svd.parallel import TOGETHER, thread_map, workspace
 
 
 @pytest.fixture
@@ -68,6 +68,29 @@ def test_an_error_comes_at_its_turn_and_ends_the_rest(threads):
     assert results == [0, 1]
     assert len(began) < 6
     assert torch.get_num_threads() == 2
+
+
+def test_a_long_item_keeps_no_other_worker_waiting(threads):
+    threads(2)
+    last = threading.Event()
+
+    def work(i):
+        if i == 0:
+            assert last.wait(timeout=30)
+        if i == 5:
+            last.set()
+        return i
+
+    assert list(thread_map(work, range(6), [1.0] * 6)) == list(range(6))
+
+
+def test_the_workspace_grows_with_the_rank_and_with_the_matrix_where_its_spectrum_decides():
+    narrow, wide = workspace((1024, 1024), [Window.middle(16)]), workspace((1024, 1024), [Window.middle(256)])
+    assert 3 * 8 * 1024**2 < narrow < 4 * 8 * 1024**2
+    assert wide > 5.6 * 8 * 1024**2
+    assert workspace((1024, 1024), [Window.middle(16), Window.minor(256)]) == wide
+    assert workspace((64, 4096), [Window.middle(16)]) < 8 * 64 * 4096 * 2
+    assert workspace((64, 4096), [Window("energy=0.9", 16)]) >= 8 * 64 * 4096 * 2
 
 
 def test_nothing_to_do():
