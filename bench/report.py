@@ -64,7 +64,7 @@ def benchmarks_page(results: Path) -> str:
         "## Memory of `apply_pc`",
         "Peak memory above the model, in units of the largest layer in float64.",
         memory_section(results / "apply_memory.csv"),
-        "## Saving and loading adapters",
+        "## Loading adapters",
         "An adapter for all linear layers of the shapes of Llama-3.2-1B.",
         adapter_section(results / "adapter_load.csv"),
         "## Windows of quantized weights",
@@ -160,14 +160,18 @@ def small_models_section(path: Path) -> str:
 
 
 def adapter_section(path: Path) -> str:
-    """Seconds to save and load an adapter."""
+    """Seconds to load an adapter, beside PEFT."""
     rows = read_rows(path)
     first = rows[0]
-    lines = ["| operation | seconds, median | best |", "|---|---|---|"]
-    lines += [f"| {row['op']} | {row['median_s']} | {row['best_s']} |" for row in rows]
+    lines = ["| operation | base | device | seconds, median | quartiles | ratio to PEFT |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row['op']} | {row['dtype']} | {row['device']} | {row['median_s']} | {row['q25_s']}–{row['q75_s']} "
+        f"| {row['ratio']} |"
+        for row in rows
+    ]
     about = f"{first['layers']} layers, rank {first['rank']}, a file of {first['file_mib']} MiB"
-    machine = f"{first['device']}, torch {first['torch']}"
-    return "\n".join(lines) + f"\n\n{about}; {first['runs']} runs on {machine}. Rows: `bench/results/{path.name}`."
+    machine = f"torch {first['torch']}, PEFT {first['peft']}"
+    return "\n".join(lines) + f"\n\n{about}; {first['rounds']} rounds, {machine}. Rows: `bench/results/{path.name}`."
 
 
 def pc_linear_section(results: Path) -> str:
