@@ -19,7 +19,7 @@ from bench.svd_grid import OURS, Cell
 from bench.svd_providers import Call, Provider
 from bench.timing import Timing, synchronize
 
-SECONDS, MOST_ROUNDS = 0.3, 5
+SECONDS, MOST_ROUNDS = 0.3, 25
 """For the rounds of one provider in one window; ours and the yardstick take part in ``Cell.rounds`` at the least."""
 
 

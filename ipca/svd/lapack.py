@@ -91,6 +91,8 @@ def one_thread() -> Iterator[None]:
 @cache
 def _thread_calls() -> tuple[Callable[[], int], Callable[[int], None]] | None:
     """The functions that read and set the number of threads, where SciPy's LAPACK is an OpenBLAS with its own pool."""
+    from scipy.linalg import cython_lapack
+
     library = ctypes.CDLL(cython_lapack.__file__)
     for prefix in ("scipy_openblas", "openblas"):  # in SciPy's own wheels, and elsewhere
         names = [f"{prefix}_{what}" for what in ("get_parallel", "get_num_threads", "set_num_threads")]

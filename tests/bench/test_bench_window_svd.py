@@ -10,9 +10,10 @@ from bench import plots, report, svd_grid, svd_initialize, svd_matrices, svd_pro
 from bench import rows as facts
 from bench.svd_grid import OURS, YARDSTICK, Cell
 from ipca.svd import solve as solving
+from ipca.svd.eigensolvers import Tridiagonal
 
 CPU = torch.device("cpu")
-TINY = Cell(96, 64, "outliers", 8, rounds=2)
+TINY = Cell(96, 64, "outliers", 16, rounds=2)
 MODEL = Cell(96, 64, "outliers", 4, svd_grid.NAMED, "initialize", rounds=1)
 
 
@@ -40,13 +41,13 @@ def test_every_window_and_provider_has_a_row_of_the_schema(tiny):
         assert row["torch"] == torch.__version__
         assert row["scipy"]
     ours = by_task(rows)["middle", OURS]
-    assert (ours["path"], ours["start"], ours["index_errors"], ours["certified"]) == ("gram_eigh", "28", "0", "1")
+    assert (ours["path"], ours["start"], ours["index_errors"], ours["certified"]) == ("gram_eigh", "24", "0", "1")
     assert float(ours["residual"]) < 1e-6
     assert float(ours["flops"]) > 0
     assert float(ours["best_s"]) <= float(ours["median_s"])
     assert int(ours["rounds"]) >= TINY.rounds
     assert by_task(rows)["middle", "ipca-gram_eigh"]["status"] == "refused: ipca has chosen this path"
-    assert {row["path"] for row in rows if row["provider"] == "ipca-interior"} == {"interior"}
+    assert {row["path"] for row in rows if row["provider"] == "ipca-interior" and row["path"]} == {"interior"}
 
 
 def test_what_computes_all_components_is_timed_once_and_judged_in_every_window(tiny):
@@ -61,10 +62,14 @@ def test_rivals_that_are_exact_say_so_and_a_sketch_does_not(tiny):
     rows = by_task(row for row in tiny if row["op"] == "window_svd")
     for name in (YARDSTICK, svd_grid.EIGH, svd_grid.RANGE):
         assert {rows[window, name]["status"] for window in svd_grid.WINDOWS} == {"ok"}
-    assert rows["0.25", svd_grid.LOWRANK]["median_s"]
+    for name in (svd_grid.LOWRANK, svd_grid.RANDOMIZED, svd_grid.ARPACK, svd_grid.PROPACK):
+        assert rows["principal", name]["median_s"]
+        assert ("middle", name) not in rows
+    assert {rows["principal", name]["status"] for name in (svd_grid.ARPACK, svd_grid.PROPACK)} == {"ok"}
     sketch = svd_matrices.Accuracy(0.1, 1.5, 3)
     assert bench.verdict(svd_grid.LOWRANK, sketch, 8) == "inexact: 3 of 8 are other components"
-    assert rows["middle", svd_grid.LOWRANK]["status"].startswith("refused: the window ends beyond d / 2")
+    with pytest.raises(svd_providers.Refused, match="the window ends beyond d / 2"):
+        svd_providers.provider(svd_grid.LOWRANK, torch.zeros(1, 4, 4), ipca.Window(1, 2))
 
 
 def test_whole_models_get_the_windows_that_they_ask_for(tiny):
@@ -103,7 +108,7 @@ def test_a_second_call_measures_what_is_missing_and_nothing_else(monkeypatch, tm
 
 def test_the_deadline_stops_before_a_cell_that_would_pass_it(tmp_path, capsys):
     assert run([TINY, MODEL], tmp_path / "none.csv", seconds=-1) == []
-    cells = [replace(TINY, windows=("middle",)), replace(TINY, m=10**6, windows=("middle",))]
+    cells = [replace(TINY, windows=("middle",)), replace(TINY, m=10**7, windows=("middle",))]
     rows = run(cells, tmp_path / "one.csv", seconds=30)
     assert {row["m"] for row in rows} == {"96"}
     assert "out of time: 1 of 2 cells are left" in capsys.readouterr().out
@@ -116,8 +121,8 @@ def test_ours_is_judged_before_anything_is_timed(monkeypatch, tmp_path):
     window_svd = ipca.window_svd
     monkeypatch.setattr(ipca, "window_svd", shifted)
     rows = by_task(run([replace(TINY, windows=("middle",), only=(OURS, YARDSTICK))], tmp_path / "window_svd_cpu.csv"))
-    assert rows["middle", OURS]["status"] == "wrong: 8 of 8 are other components"
-    assert (rows["middle", OURS]["index_errors"], rows["middle", OURS]["median_s"]) == ("8", "")
+    assert rows["middle", OURS]["status"] == "wrong: 16 of 16 are other components"
+    assert (rows["middle", OURS]["index_errors"], rows["middle", OURS]["median_s"]) == ("16", "")
     assert rows["middle", YARDSTICK]["median_s"]
 
 
@@ -176,15 +181,14 @@ def test_one_path_by_force_and_the_plan_as_before():
 
 
 def test_a_path_that_is_not_good_enough_is_refused(monkeypatch):
-    def poor(batch, window, tol):
-        candidate = exact(batch, window, tol)
-        return replace(candidate, V=candidate.V.roll(1, dims=1))
+    def poor(solver, wanted):
+        return exact(solver, wanted).roll(1, dims=1)
 
-    exact = solving.PATHS["tridiagonal"]
-    monkeypatch.setitem(solving.PATHS, "interior", poor)
+    exact = Tridiagonal.eigenvectors
+    monkeypatch.setattr(Tridiagonal, "eigenvectors", poor)
     W = svd_matrices.matrix(64, 64, "gaussian", CPU, 1)
     with pytest.raises(svd_providers.Refused, match="so that full ran"):
-        svd_providers.forced("interior", W, ipca.Window(20, 8))
+        svd_providers.forced("tridiagonal", W, ipca.Window(20, 8))
 
 
 def test_stacks_are_decomposed_whole_and_their_yardstick_is_multiplied(monkeypatch, tmp_path):
@@ -263,9 +267,10 @@ def test_the_grid_has_every_row_once_and_the_claims_first():
     assert len(rows) == len(set(rows))
     claims = [key for cell in svd_grid.must_show() for key in keys(cell)]
     assert set(claims) <= {key for cell in cells[:4] for key in keys(cell)}
-    small = {(c.m, c.spectrum, c.rank) for c in cells if c.n == 384}
-    spectra = ("outliers", "gaussian", "heavy")
-    assert small >= {(m, s, r) for m in (384, 1032) for s in spectra for r in (16, 64, 128)}
+    found = {(c.m, c.n, c.rank) for c in cells if c.spectrum == "outliers" and c.windows == svd_grid.WINDOWS}
+    for d in svd_grid.SIZES:
+        assert found >= {(m, d, r) for m in (d, 4 * d) for r in (8, 16, 64, d // 4) if r <= d // 2}
+    assert {c.rank for c in cells if c.spectrum == "minilm query"} == {8, 16, 64, 96}
 
 
 def test_a_gpu_decomposes_all_projections_of_the_model():
@@ -299,7 +304,7 @@ def test_the_claims_alone_are_printed_with_both_ratios(command, capsys):
     assert code == 0
     assert len(rows) == 2 + 6
     said = capsys.readouterr().out
-    assert "window_svd 96 × 64, middle, r=8, gram_eigh: " in said
+    assert "window_svd 96 × 64, middle, r=16, gram_eigh: " in said
     assert "initialize 4 × 64 × 64, 2 × 96 × 64, minor, r=4" in said
     assert said.count("of the best") == 4
     assert said.count("; 0 indices wrong") == 4
@@ -307,7 +312,7 @@ def test_the_claims_alone_are_printed_with_both_ratios(command, capsys):
 
 def test_the_command_picks_cells_and_says_by_its_status_whether_all_were_right(command, monkeypatch, capsys):
     assert command("--only", "nothing") == (0, [])
-    code, rows = command("--only", "96x64", "r=8")
+    code, rows = command("--only", "96x64", "r=16")
     assert (code, {row["op"] for row in rows}) == (0, {"window_svd"})
     assert "| PEFT pissa |" not in capsys.readouterr().out
     code, rows = command("--quick")
