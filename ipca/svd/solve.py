@@ -61,6 +61,8 @@ class Thresholds:
         interior_share: the largest rank for these, as a share of ``d``.
         tridiagonal_from: smallest ``d`` for the tridiagonal path, below which all eigenvectors of the Gram matrix are
             found at once; None where neither is there.
+        tridiagonal_narrow_from: the ``d`` from which it is faster for the narrowest windows, and for one component more
+            with every two rows.
     """
 
     top_from: int
@@ -70,13 +72,14 @@ class Thresholds:
     bottom_aspect: float
     interior_share: float
     tridiagonal_from: int | None
+    tridiagonal_narrow_from: int
 
 
 THRESHOLDS = {
     # From timings of every path at d from 64 to 3072 on one core; bench/bench_window_svd.py forces each path again.
-    "cpu": Thresholds(768, 1 / 32, 3072, 2048, 1.2, 1 / 8, 144),
+    "cpu": Thresholds(768, 1 / 32, 3072, 2048, 1.2, 1 / 8, 192, 112),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
-    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None),
+    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None, 0),
 }
 
 
@@ -92,7 +95,8 @@ def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
     if narrow and d >= limits.interior_from and (paths != ["top"] or limits.tridiagonal_from is None):
         paths.append("interior")
     if limits.tridiagonal_from is not None:
-        paths.append("tridiagonal" if d >= limits.tridiagonal_from and tridiagonal_available() else "gram_eigh")
+        reduced = d >= limits.tridiagonal_from or 2 * rank <= d - limits.tridiagonal_narrow_from
+        paths.append("tridiagonal" if reduced and tridiagonal_available() else "gram_eigh")
     return paths
 
 
