@@ -27,9 +27,9 @@ from bench.result_tables import (
 )
 from bench.rows import RESULTS, ROOT, read_rows
 from bench.svd_grid import OPS
+from bench.svd_tables import FIRST, FIRST_LEGEND, first_table, initialize_table, window_table
 from bench.svd_tables import LEGEND as WINDOW_LEGEND
 from bench.svd_tables import against as windows_against
-from bench.svd_tables import initialize_table, window_table
 from ipca.lab.demo.run import markdown_table
 
 NO_GPU = "No GPU has been measured yet; the following results are from a CPU."
@@ -213,6 +213,8 @@ def window_svd_section(results: Path) -> str:
             raise ValueError(f"{path.name} has rows of {', '.join(sorted(unknown))}, which no table would show.")
         lines = "\n".join(f"- {line}" for line in windows_against(rows, most=3))
         parts += [f"{measured_on(rows[0])} Rows: `bench/results/{path.name}`.", window_table(rows)]
+        if any(row["provider"] in FIRST for row in rows):
+            parts += [FIRST_LEGEND, first_table(rows)]
         if any(row["op"] == "initialize" for row in rows):
             parts += ["A whole model of linear layers gets its adapter:", initialize_table(rows)]
         parts += [lines]
