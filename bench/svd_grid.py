@@ -1,7 +1,8 @@
 """The cells of the window SVD's bench, the most important first, as a deadline may cut the rest.
 
 On a CPU five windows of square and 4:1 matrices with outliers, d from 64 to 4096, of rank 8, 16, 64 and d / 4, and of
-half the components up to d = 1024; a model's weights; other spectra at 384, 1024 and 2048.
+half the components up to d = 1024; from 3072 on tall ones only of rank 64; a model's weights; other spectra at 384,
+1024 and 2048.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from bench.svd_matrices import MINILM
 WINDOWS = ("principal", "0.25", "middle", "0.75", "minor")
 NAMED = ("principal", "middle", "minor")
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-SMALL_RANKS, ASPECT = (8, 16, 64), 4
+SMALL_RANKS, ASPECT, HUGE = (8, 16, 64), 4, 3072
 OURS, YARDSTICK, EIGH = "ipca", "torch.linalg.svd", "torch.linalg.eigh"
 RANGE, LOWRANK = "scipy.linalg.eigh", "torch.svd_lowrank"
 EXACT = (YARDSTICK, EIGH, RANGE)
@@ -85,7 +86,7 @@ class Cell:
 
 
 INITIALIZE = Cell(5632, 2048, "outliers", 16, NAMED, "initialize")
-MIDDLE, LARGE = Cell(2048, 2048, "outliers", 64, rounds=5), Cell(4096, 4096, "outliers", 64, rounds=2)
+MIDDLE, LARGE = Cell(2048, 2048, "outliers", 64), Cell(4096, 4096, "outliers", 64, rounds=2)
 PRINCIPAL = replace(MIDDLE, rank=16)
 
 
@@ -111,8 +112,9 @@ def cpu_grid() -> list[Cell]:
     cells: list[Cell] = []
     for d in SIZES:
         ranks = [rank for rank in sorted({*SMALL_RANKS, d // 4, d // 2 if d <= 1024 else 8}) if rank <= d // 2]
-        rounds = 3 if d < 2048 else 1
-        cells += [Cell(m, d, "outliers", rank, rounds=rounds) for m in (d, ASPECT * d) for rank in ranks]
+        for m in (d, ASPECT * d):
+            few = [64] if d >= HUGE and m > d else ranks
+            cells += [Cell(m, d, "outliers", rank, rounds=3 if d < 2048 else 1) for rank in few]
     for spectrum in ("gaussian", "heavy"):
         cells += [Cell(d, d, spectrum, rank) for d in (384, 1024) for rank in (16, 64)]
         cells += [Cell(2048, 2048, spectrum, 64, NAMED, rounds=1)]
@@ -149,8 +151,8 @@ def tall(d: int) -> int:
 def tasks(cell: Cell, device: str) -> list[Task]:
     """Every window and provider of ``cell``. What does not depend on the window is timed once for all of them.
 
-    Left out for their time: the paths that were not chosen, except at rank 16 up to d = 2048; our full SVD above 512;
-    in stacks all but ours.
+    Left out for their time: the paths that were not chosen, except at rank 16 up to d = 2048; our full SVD above 512,
+    the eigendecomposition from 3072 on; in stacks all but ours.
     """
     if cell.op == "initialize":
         found = [(window, OURS) for window in cell.windows] + [(window, name) for name, window in PEFT.items()]
@@ -164,8 +166,9 @@ def _providers(cell: Cell, window: str, device: str) -> list[str]:
     if cell.batch > 1:
         return names
     on_cpu, first = device == "cpu", window == "principal"
-    if on_cpu or window == "middle" or cell.d < 4096:
-        names += [EIGH] + [RANGE] * on_cpu
+    if cell.d < HUGE or (not on_cpu and (window == "middle" or cell.d < 4096)):
+        names += [EIGH]
+    names += [RANGE] * on_cpu
     names += [LOWRANK] * (first or not on_cpu) + [RANDOMIZED, ARPACK, PROPACK] * (on_cpu and first)
     if on_cpu and (cell.rank != 16 or cell.d > 2048):
         return names

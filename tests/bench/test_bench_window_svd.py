@@ -269,7 +269,8 @@ def test_the_grid_has_every_row_once_and_the_claims_first():
     assert set(claims) <= {key for cell in cells[:4] for key in keys(cell)}
     found = {(c.m, c.n, c.rank) for c in cells if c.spectrum == "outliers" and c.windows == svd_grid.WINDOWS}
     for d in svd_grid.SIZES:
-        assert found >= {(m, d, r) for m in (d, 4 * d) for r in (8, 16, 64, d // 4) if r <= d // 2}
+        shapes = {(m, d, r) for m in (d, 4 * d) for r in (8, 16, 64, d // 4) if r <= d // 2}
+        assert found >= {(m, d, r) for m, d, r in shapes if d < 3072 or m == d or r == 64}
     assert {c.rank for c in cells if c.spectrum == "minilm query"} == {8, 16, 64, 96}
 
 

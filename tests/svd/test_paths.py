@@ -293,3 +293,27 @@ def test_the_zero_matrix_is_left_to_the_full_svd(only, path):
     found = window_svd(torch.zeros(300, 280), Window.middle(4))
     assert (found.report.path, found.report.certified) == ("full", False)
     assert not found.S.any()
+
+
+def test_a_stack_of_rank_deficient_matrices_is_solved_one_by_one():
+    ranks = [60, 20, 0]
+    W = torch.stack([matrix(90, 80, torch.cat([torch.linspace(2, 1, r), torch.zeros(80 - r)]).double()) for r in ranks])
+    found = window_svd(W, Window(8, 8))
+    assert [report.certified for report in found.reports] == [True, True, False]
+    assert [report.path for report in found.reports] == ["gram_eigh", "gram_eigh", "full"]
+    for one, each in zip(W, found.S, strict=True):
+        assert (each - torch.linalg.svdvals(one)[8:16]).abs().max() <= 1e-12
+    beyond = window_svd(W, Window(40, 8))
+    assert [report.certified for report in beyond.reports] == [True, False, False]
+    assert beyond.report.residual <= 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "path"), [(0, "top"), (4000, "interior")])
+def test_a_layer_of_8192_rows(start, path):
+    W = torch.randn(8192, 8192).div_(90)
+    W[:, :64] *= torch.linspace(12, 3, 64)
+    found = window_svd(W.bfloat16(), Window(start, 8))
+    assert (found.report.path, found.report.certified) == (path, True)
+    W = W.bfloat16().double()
+    assert torch.linalg.matrix_norm(W @ found.Vh.double().mT - found.U.double() * found.S.double()) <= 1e-5 * found.S[0]
