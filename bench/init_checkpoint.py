@@ -2,9 +2,9 @@
 
     python -m bench.init_checkpoint
 
-Writes bench/results/init_checkpoint.csv. One process on one core, then two on a core each, as torchrun starts them,
-then one that is killed at its first finished matrix and started again. Random weights have no gap in their spectrum,
-which is the hard case of the decomposition.
+Writes bench/results/init_checkpoint.csv. One process on one core, two on a core each, as torchrun starts them, one
+that is killed at its first finished matrix and started again; all must write the same factors. Random weights have no
+gap in their spectrum, which is the hard case of the decomposition.
 """
 
 from __future__ import annotations
@@ -39,7 +39,18 @@ SHAPES = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
-COMMAND = [sys.executable, "-c", "import sys; from ipca.cli.main import main; sys.exit(main())"]
+RUNS = (("intact", "init", 1), ("intact", "init", 2), ("intact", "killed and resumed", 1), ("residual", "init", 1))
+"""Form, what is done, number of processes; the first of a form is what the others are compared with."""
+COMMAND = """
+import sys, time
+from pathlib import Path
+from ipca.cli.main import main
+status = main()
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")), time.process_time())
+sys.exit(status)
+"""
+"""``ipca``, and in a last line its peak memory in KiB, which wait4 mixes with the parent's, and CPU seconds."""
 COLUMNS = (
     *("op", "form", "window", "rank", "layers", "matrices", "processes", "finished_before", "seconds"),
     *("layer_s", "svd_s", "cpu_s", "peak_mib", "largest_mib", "limit_mib", "speedup", "cpu_speedup", *FACTS),
@@ -78,7 +89,7 @@ def start(arguments: Sequence[str], rank: int, size: int, core: int) -> subproce
     """Process ``rank`` of ``size`` of ``ipca init``, on one core."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    command = ["taskset", "--cpu-list", str(core), *COMMAND, "init", *arguments]
+    command = ["taskset", "--cpu-list", str(core), sys.executable, "-c", COMMAND, "init", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -87,15 +98,15 @@ def run(arguments: Sequence[str], processes: int) -> dict[str, Any]:
     began = time.perf_counter()
     cores = sorted(os.sched_getaffinity(0))
     started = [start(arguments, rank, processes, cores[rank % len(cores)]) for rank in range(processes)]
-    assert started[0].stdout is not None
-    record = json.loads(started[0].stdout.read())
-    used = [os.wait4(process.pid, 0) for process in started]
-    assert not any(status for _, status, _ in used), "ipca init failed"
+    printed = [process.communicate()[0].splitlines() for process in started]
+    seconds = time.perf_counter() - began
+    assert not any(process.returncode for process in started), "ipca init failed"
+    peaks, cpu = zip(*(map(float, lines[-1].split()) for lines in printed), strict=True)
     return {
-        **record,
-        "seconds": time.perf_counter() - began,
-        "cpu_s": max(usage.ru_utime + usage.ru_stime for *_, usage in used),
-        "peak_mib": max(usage.ru_maxrss for *_, usage in used) / 1024,
+        **json.loads("".join(printed[0][:-1])),
+        "seconds": seconds,
+        "cpu_s": max(cpu),
+        "peak_mib": max(peaks) / 1024,
     }
 
 
@@ -112,8 +123,7 @@ def kill_at_first(arguments: Sequence[str], out: Path) -> None:
 def main() -> int:
     """Measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=1, help="of the model (default: 1)")
-    parser.add_argument("--forms", nargs="+", default=["intact", "residual"], help="(default: both)")
+    parser.add_argument("--layers", type=int, default=2, help="of the model (default: 2)")
     parser.add_argument("--rank", type=int, default=16, help="(default: 16)")
     parser.add_argument("--window", default="middle", help="(default: middle)")
     parser.add_argument("--out", type=Path, default=RESULTS / "init_checkpoint.csv", help="CSV file, overwritten")
@@ -125,21 +135,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         place = Path(name)
         write_checkpoint(place / "model", args.layers)
-        for form in args.forms:
-            alone: dict[str, Any] = {}
-            for op, processes in (("init", 1), ("init", 2), ("killed and resumed", 1)):
-                out = place / f"{form}-{op}-{processes}"
-                options = ["--window", args.window, "--rank", str(args.rank), "--form", form]
-                arguments = [str(place / "model"), *options, "--json", "-o", str(out)]
-                if op != "init":
-                    kill_at_first(arguments, out)
-                found = run(arguments, processes)
-                alone = alone or {**found, "files": adapter_bytes(out)}
-                assert adapter_bytes(out) == alone["files"], "not the bytes of one process"
-                row = row_of(found, alone, args) | {"op": op, "form": form, "processes": processes}
-                append_rows(args.out, [row], COLUMNS)
-                print({name: row[name] for name in COLUMNS[: -len(FACTS)]}, flush=True)
-                shutil.rmtree(out)
+        alone: dict[str, dict[str, Any]] = {}
+        for form, op, processes in RUNS:
+            out = place / "out"
+            options = ["--window", args.window, "--rank", str(args.rank), "--form", form]
+            arguments = [str(place / "model"), *options, "--json", "-o", str(out)]
+            if op != "init":
+                kill_at_first(arguments, out)
+            found = run(arguments, processes)
+            found["files"] = adapter_bytes(out)
+            first = alone.setdefault(form, found)
+            assert found["files"] == first["files"], "the factors are not those of one process"
+            row = row_of(found, first, args) | {"op": op, "form": form, "processes": processes}
+            append_rows(args.out, [row], COLUMNS)
+            print({name: row[name] for name in COLUMNS[: -len(FACTS)]}, flush=True)
+            shutil.rmtree(out)
     return 0
 
 
