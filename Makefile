@@ -88,6 +88,7 @@ results: $(READY)
 	cp demo-out/demo.csv demo-out/demo.png bench/results/
 	$(BIN)/python -m bench.apply_memory
 	$(BIN)/python -m bench.adapter_load
+	$(BIN)/python -m bench.init_checkpoint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.pc_linear --device cpu --out bench/results
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.training --device cpu --out bench/results
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.versus_peft

@@ -67,6 +67,9 @@ def benchmarks_page(results: Path) -> str:
         "## Loading adapters",
         "An adapter for all linear layers of the shapes of Llama-3.2-1B.",
         adapter_section(results / "adapter_load.csv"),
+        "## `ipca init` of a large checkpoint",
+        "A random checkpoint in bfloat16 with layers of the shapes of LLaMA-2-7B, in shards.",
+        init_section(results / "init_checkpoint.csv"),
         "## Windows of quantized weights",
         "Overlap of the window of `W` with that of `Q(W)`: `‖V_wᵀ V'_w‖_F² / rank` of their right singular vectors; 1 "
         "if they span the same subspace, rank / d by chance.",
@@ -172,6 +175,29 @@ def adapter_section(path: Path) -> str:
     about = f"{first['layers']} layers, rank {first['rank']}, a file of {first['file_mib']} MiB"
     machine = f"torch {first['torch']}, PEFT {first['peft']}"
     return "\n".join(lines) + f"\n\n{about}; {first['rounds']} rounds, {machine}. Rows: `bench/results/{path.name}`."
+
+
+def init_section(path: Path) -> str:
+    """Time and memory of ``ipca init``."""
+    rows = read_rows(path)
+    first = rows[0]
+    lines = ["| run | form | processes | matrices | seconds | CPU | over one process: wall, CPU | peak, MiB |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        made = int(row["matrices"]) - int(row["finished_before"])
+        gain = f"{row['speedup']}, {row['cpu_speedup']}" if row["speedup"] else ""
+        times = (row["seconds"], row["cpu_s"], gain)
+        lines.append(
+            f"| {' | '.join([row['op'], row['form'], row['processes'], str(made), *times, row['peak_mib']])} |"
+        )
+    size = "1 layer" if first["layers"] == "1" else f"{first['layers']} layers"
+    about = (
+        f"{size} of the model, window {first['window']}, rank {first['rank']}; a core and a thread for each process. "
+        "Seconds from start to end, imports included; CPU seconds and peak of the process that has most. The largest "
+        f"weight takes {first['largest_mib']} MiB; 4 of it and 1 GiB are {first['limit_mib']} MiB."
+    )
+    machine = f"{first['device'].split(',')[0]}, torch {first['torch']}"
+    return "\n".join(lines) + f"\n\n{about} {machine}. Rows: `bench/results/{path.name}`."
 
 
 def pc_linear_section(results: Path) -> str:

@@ -152,7 +152,15 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path):
 def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, capsys):
     results, pages = tmp_path / "bench" / "results", tmp_path / "docs" / "results"
     results.mkdir(parents=True)
-    names = ("demo", "apply_memory", "adapter_load", "quantized_start", "small_models_cpu", "versus_peft_cpu")
+    names = (
+        "demo",
+        "apply_memory",
+        "adapter_load",
+        "quantized_start",
+        "small_models_cpu",
+        "versus_peft_cpu",
+        "init_checkpoint",
+    )
     for name in (*(f"{name}.csv" for name in names), "change_error.csv"):
         shutil.copy(report.RESULTS / name, results)
     written(results, layer_rows({OURS[0]: 1.1}))
