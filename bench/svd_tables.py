@@ -60,11 +60,9 @@ def first_table(rows: Sequence[Row]) -> str:
     for problem in problems(rows):
         own = problem.get(OURS)
         if own and own["median_s"] and _d(problem) >= FIRST_FROM and any(name in problem for name in FIRST):
-            rivals = [_time_and_angle(problem.get(name), own) for name in FIRST]
-            about = (
-                f"{own['matrices']} | {own['spectrum']} | {own['rank']} | {_seconds(own)} | {float(own['angle']):.0e}"
-            )
-            lines.append(f"| {about} | {' | '.join(rivals)} |")
+            about = [own["matrices"], own["spectrum"], own["rank"], _seconds(own), f"{float(own['angle']):.0e}"]
+            about += [_time_and_angle(problem.get(name), own) for name in FIRST]
+            lines.append(f"| {' | '.join(about)} |")
     return "\n".join(lines)
 
 
