@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from ipca.nn.quantized_linear import RESIDUAL
 from ipca.nn.registry import named_layers
 from ipca.nn.window_layer import WindowLayer
 from ipca.svd.decompose import check_matrix
+from ipca.svd.parallel import thread_map
 from ipca.window import Window
 
 TIED = (
@@ -344,8 +347,9 @@ def validate_targets(
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     reasons: dict[str, list[str]] = {}
     whole = tuple(f"{name}." for name in modules_to_save)
-    for target in targets:
-        why = _unsupported_reason(target, layers, paths, owners, values)
+    check = partial(_unsupported_reason, modules=layers, paths=paths, owners=owners, values=values)
+    rooms = [4.0 * math.prod(target.shape) if target.quantized else 1.0 for target in targets]
+    for target, why in zip(targets, thread_map(check, targets, rooms), strict=True):
         if f"{target.name}.".startswith(whole):
             why = "PEFT would save it whole, with a module in whose name its own ends; exclude one of them"
         if why:
