@@ -93,7 +93,6 @@ def operations(model: nn.Module, folders: dict[str, Path]) -> Operations:
         BASELINE: lambda: PeftModel.from_pretrained(model, intact),
         "load_adapter, intact": lambda: ipca.load_adapter(model, intact),
         "load_adapter, residual": lambda: ipca.load_adapter(model, residual),
-        "load_adapter, intact as residual": lambda: ipca.load_adapter(model, intact, form="residual"),
         "read_adapter": lambda: read_adapter(intact),
         "safetensors load_file": lambda: load_file(intact / WEIGHTS),
     }
