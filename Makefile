@@ -94,6 +94,7 @@ results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.versus_peft
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.small_models
 	$(BIN)/python -m bench.bench_window_svd --device cpu --out bench/results
+	$(BIN)/python -m bench.start
 	$(BIN)/python -m bench.quantized_start
 	$(BIN)/python -m bench.change_error
 	$(BIN)/python -m bench.error_rates

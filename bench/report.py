@@ -61,6 +61,9 @@ def benchmarks_page(results: Path) -> str:
         "## Window SVD",
         "One window of singular components against full and partial decompositions.",
         window_svd_section(results),
+        "## Starting from singular vectors",
+        "Seconds until a model with random weights has its adapter, beside PEFT's own starts of that kind.",
+        start_table(results / "start_cpu.csv"),
         "## Memory of `apply_pc`",
         "Peak memory above the model, in units of the largest layer in float64.",
         memory_section(results / "apply_memory.csv"),
@@ -159,6 +162,27 @@ def small_models_section(path: Path) -> str:
         lines += [f"| {' | '.join([*cells, row['read_dtype_us']])} |"]
     machine = measured_on(first, threads=False)
     about = f"Rank {first['rank']}, {first['rounds']} rounds."
+    return "\n".join(lines) + f"\n\n{machine} {about} Rows: `bench/results/{path.name}`."
+
+
+def start_table(path: Path) -> str:
+    """Seconds until a model is adapted, on a quiet machine and beside a busy process."""
+    rows = read_rows(path)
+    busy = {(row["model"], row["provider"], row["window"]): row for row in rows if row["beside"] != "nothing"}
+    lines = ["| model, layers adapted | start | window | s | over `pissa` (quartiles) | beside a busy process, s | × |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in (row for row in rows if row["beside"] == "nothing"):
+        beside = busy.get((row["model"], row["provider"], row["window"]), {"seconds": "–", "over_quiet": "–"})
+        ratio = f"{row['ratio']} ({row['ratio_low']} … {row['ratio_high']})"
+        cells = [f"{row['model']}, {row['layers']}", row["provider"], row["window"], row["seconds"], ratio]
+        lines.append(f"| {' | '.join([*cells, beside['seconds'], beside['over_quiet']])} |")
+    about = (
+        "`pissa` and `pissa_niter_16`: PEFT's `init_lora_weights`, of which the second finds the principal window by a "
+        "randomized SVD without a proof. Times are medians of rounds in which all take their turn. The busy process "
+        "has two threads that multiply; a program that gets half of two cores takes twice its time."
+    )
+    rounds = ", ".join(dict.fromkeys(row["rounds"] for row in rows))
+    machine = f"{measured_on(rows[0])} Rank {rows[0]['rank']}; {rounds} rounds."
     return "\n".join(lines) + f"\n\n{machine} {about} Rows: `bench/results/{path.name}`."
 
 
