@@ -39,7 +39,7 @@ class Lane:
 
 
 def clock(device: torch.device) -> str:
-    """``"cpu"`` where one thread computes, whose time does not depend on what else the machine does; else ``"wall"``."""
+    """``"cpu"`` where one thread computes, whose time other processes change little; else ``"wall"``."""
     return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 

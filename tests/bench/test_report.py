@@ -159,11 +159,8 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         "quantized_start",
         "small_models_cpu",
         "versus_peft_cpu",
-<<<<<<< HEAD
         "init_checkpoint",
-=======
         "start_cpu",
->>>>>>> 9b1eefbed3f16cc6200deb3e1ddb76456d0019f2
     )
     for name in (*(f"{name}.csv" for name in names), "change_error.csv"):
         shutil.copy(report.RESULTS / name, results)
