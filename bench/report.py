@@ -65,8 +65,8 @@ def benchmarks_page(results: Path) -> str:
         "Peak memory above the model, in units of the largest layer in float64.",
         memory_section(results / "apply_memory.csv"),
         "## Loading adapters",
-        "An adapter for linear layers of the shapes of Llama-3.2-1B, 7 in each of 16 layers, beside stock PEFT, which checks "
-        "neither its file nor the base.",
+        "An adapter for linear layers of the shapes of Llama-3.2-1B, 7 in each of 16 layers, beside stock PEFT, which "
+        "checks neither its file nor the base.",
         adapter_section(results / "adapter_load.csv"),
         "## `ipca init` of a large checkpoint",
         "A random checkpoint in bfloat16 with layers of the shapes of LLaMA-2-7B, in shards.",
