@@ -33,7 +33,7 @@ from ipca.nn.initialization import certify_init
 from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import set_layer
 
-RANK, LAYERS, HIDDEN, INTERMEDIATE, KEYS = 16, 16, 2048, 8192, 8 * 64
+RANK, HIDDEN, INTERMEDIATE, KEYS = 16, 2048, 8192, 8 * 64
 SHAPES = {
     "q_proj": (HIDDEN, HIDDEN),
     "k_proj": (HIDDEN, KEYS),
@@ -46,15 +46,15 @@ SHAPES = {
 DTYPES = (torch.bfloat16, torch.float32)
 THREADS = (1, 2)
 BASELINE = "PeftModel.from_pretrained"
-COLUMNS = ("op", "dtype", "layers", "rank", "file_mib", "median_s", "q25_s", "q75_s", "ratio", "rounds", *FACTS)
+COLUMNS = ("op", "dtype", "matrices", "rank", "file_mib", "median_s", "q25_s", "q75_s", "ratio", "rounds", *FACTS)
 Operations = dict[str, Callable[[], object]]
 
 
-def blocks(dtype: torch.dtype) -> nn.Module:
-    """The linear layers of the model, with their paths; 1.9 GiB in bfloat16."""
+def blocks(dtype: torch.dtype, layers: int) -> nn.Module:
+    """The linear layers of ``layers`` layers of the model, with their paths; of all 16 1.9 GiB in bfloat16."""
     model, decoder = nn.Module(), nn.Module()
     decoder.layers = nn.ModuleList()
-    for _ in range(LAYERS):
+    for _ in range(layers):
         block = nn.ModuleDict()
         for name, (inner, out) in SHAPES.items():
             block[name] = nn.Linear(inner, out, bias=False, dtype=dtype)
@@ -113,10 +113,10 @@ def measure(model: nn.Module, found: Operations, rounds: int) -> dict[str, list[
     return {op: taken[1:] for op, taken in seconds.items()}
 
 
-def rows_of(dtype: torch.dtype, rounds: int) -> list[Row]:
+def rows_of(dtype: torch.dtype, layers: int, rounds: int) -> list[Row]:
     """The rows of a model of ``dtype``, for every number of threads."""
     rows: list[Row] = []
-    model = blocks(dtype)
+    model = blocks(dtype, layers)
     plain = linear_layers(model)
     with tempfile.TemporaryDirectory() as name:
         folders = {form: Path(name) / form for form in ("intact", "residual")}
@@ -130,7 +130,7 @@ def rows_of(dtype: torch.dtype, rounds: int) -> list[Row]:
             seconds = measure(model, operations(model, folders), rounds)
             for op, taken in seconds.items():
                 low, median, high = np.quantile(taken, (0.25, 0.5, 0.75))
-                row = {"op": op, "dtype": str(dtype).removeprefix("torch."), "layers": len(plain), "rank": RANK}
+                row = {"op": op, "dtype": str(dtype).removeprefix("torch."), "matrices": len(plain), "rank": RANK}
                 row |= {"file_mib": f"{size:.1f}", "rounds": rounds}
                 row |= {"median_s": f"{median:.3f}", "q25_s": f"{low:.3f}", "q75_s": f"{high:.3f}"}
                 row["ratio"] = f"{np.median(np.divide(taken, seconds[BASELINE])):.2f}"
@@ -142,10 +142,11 @@ def rows_of(dtype: torch.dtype, rounds: int) -> list[Row]:
 def main() -> int:
     """Measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16, help="of the model (default: all 16)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--out", type=Path, default=RESULTS / "adapter_load.csv", help="CSV file, overwritten")
     args = parser.parse_args()
-    rows = [row for dtype in DTYPES for row in rows_of(dtype, args.rounds)]
+    rows = [row for dtype in DTYPES for row in rows_of(dtype, args.layers, args.rounds)]
     args.out.unlink(missing_ok=True)
     append_rows(args.out, rows, COLUMNS)
     return 0
