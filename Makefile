@@ -87,7 +87,8 @@ results: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out --seeds 3
 	cp demo-out/demo.csv demo-out/demo.png bench/results/
 	$(BIN)/python -m bench.apply_memory
-	$(BIN)/python -m bench.adapter_load
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.adapter_load --layers 4
+	$(BIN)/python -m bench.init_checkpoint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.pc_linear --device cpu --out bench/results
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.training --device cpu --out bench/results
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.versus_peft

@@ -27,7 +27,7 @@ from bench.svd_grid import FORCED, OURS, Cell, Task, grid, must_show, quick_grid
 from bench.svd_initialize import initializer, model_of, worst
 from bench.svd_matrices import Accuracy, Found, accuracy, matrix, truth
 from bench.svd_providers import Provider, Refused, provider
-from bench.svd_race import Lane, first_call, race, times
+from bench.svd_race import Lane, clock, first_call, race, times
 from bench.svd_tables import against, initialize_table, must_show_lines, window_table
 from bench.timing import synchronize
 
@@ -36,7 +36,7 @@ COLUMNS = (
     *("op", "m", "n", "batch", "matrices", "dtype", "spectrum", "rank", "window", "start"),
     *("provider", "path", "status"),
     *("median_s", "p20_s", "p80_s", "best_s", "rounds", "scaled_by", "yardstick", "ratio", "ratio_best", "peak_mib"),
-    *("residual", "angle", "index_errors", "certified", "flops", "waiting", "scipy", *FACTS),
+    *("residual", "angle", "index_errors", "certified", "flops", "clock", "waiting", "scipy", *FACTS),
 )
 ALLOWED = 1e-6 + 4 * torch.finfo(torch.float32).eps
 """Residual of ours: its own tolerance, and the rounding of what it returns to float32."""
@@ -110,6 +110,7 @@ def first_run(subject: Subject, task: Task, lanes: dict[Task, Lane]) -> tuple[La
     columns = {
         "path": found.path,
         "status": status,
+        "clock": clock(subject.device),
         "residual": f"{right.residual:.2e}",
         "angle": f"{right.angle:.2e}",
         "index_errors": right.index_errors,

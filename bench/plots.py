@@ -1,7 +1,7 @@
 """Figures of the benchmarks' CSV files.
 
 For pc_linear: time over that of a bare ``nn.Linear`` against tokens, one panel per shape. For window_svd: time over
-that of a full float32 SVD against the position of the window, one panel per rank.
+that of a full float32 SVD against d, one panel per rank.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.result_tables import Row, latest
+from bench.svd_grid import OURS, SMALL_RANKS, WINDOWS
 from ipca.analysis.figures import picture
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ LINES = {
     ("peft-default", ""): ("PEFT, default", "tab:brown", "--"),
 }
 """Label, color and line style by provider and form."""
-PATHS = {"top": "^", "interior": "o", "bottom": "v", "range": "s", "tridiagonal": "D", "gram_eigh": "p", "full": "x"}
-"""Marker by path of the window SVD."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -65,43 +64,44 @@ def _panel(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw_windows(rows: Sequence[Row], path: Path) -> None:
-    """Draw the chosen path on square matrices with outliers, a line per d; nothing if there are none."""
+    """Draw time over that of the full SVD against d, a panel for each rank, a line for each window of either shape."""
     rows = [row for row in latest(rows) if _window_shown(row)]
     if not rows:
         return
-    ranks = sorted({int(row["rank"]) for row in rows})
-    about = f"{rows[0]['device']}, {rows[0]['dtype']}, square, noise with 32 large components; lower is better"
-    with picture(path, (3.4 * len(ranks), 3.4)) as figure:
-        axes = figure.subplots(1, len(ranks), squeeze=False, sharey=True)[0]
-        for axis, rank in zip(axes, ranks, strict=True):
-            _window_panel(axis, [row for row in rows if int(row["rank"]) == rank])
-            axis.set_title(f"rank {rank}", fontsize=10)
-        axes[0].set_ylabel("one window,\ntime / torch.linalg.svd")
-        axes[0].set_ylim(bottom=0)
-        for name, marker in PATHS.items():
-            if any(row["path"] == name for row in rows):
-                axes[-1].plot([], [], marker, color="black", label=f"path {name}")
-        for axis in axes:
-            axis.legend(fontsize=7)
+    panels = {f"rank {rank}": [row for row in rows if int(row["rank"]) == rank] for rank in SMALL_RANKS}
+    panels["rank d / 4"] = [row for row in rows if 4 * int(row["rank"]) == int(row["n"])]
+    panels = {title: shown for title, shown in panels.items() if shown}
+    about = f"{rows[0]['device']}, {rows[0]['dtype']}, noise with 32 large components; lower is better"
+    with picture(path, (3.4 * len(panels), 3.6)) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, (title, shown) in zip(axes, panels.items(), strict=True):
+            _window_panel(axis, shown)
+            axis.set_title(title, fontsize=10)
+        axes[0].set_ylabel("one window, one matrix:\ntime / torch.linalg.svd")
+        axes[0].set_yscale("log")
+        axes[0].set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
+        axes[0].legend(fontsize=7)
         figure.suptitle(about, fontsize=10)
 
 
 def _window_shown(row: Row) -> bool:
-    single = row["op"] == "window_svd" and row["batch"] == "1" and row["m"] == row["n"]
-    return single and row["provider"] == "ipca" and row["spectrum"] == "outliers" and bool(row["ratio"])
+    single = row["op"] == "window_svd" and row["batch"] == "1"
+    return single and row["provider"] == OURS and row["spectrum"] == "outliers" and bool(row["ratio"])
 
 
 def _window_panel(axis: Axes, rows: Sequence[Row]) -> None:
-    for number, d in enumerate(sorted({int(row["n"]) for row in rows})):
-        points = sorted(
-            (int(row["start"]) / (d - int(row["rank"])), float(row["ratio"]), row["path"])
-            for row in rows
-            if int(row["n"]) == d
-        )
-        color = f"C{number}"
-        axis.plot([x for x, _, _ in points], [y for _, y, _ in points], color=color, label=f"d = {d}")
-        for x, y, name in points:
-            axis.plot(x, y, PATHS.get(name, "*"), color=color, markersize=5)
-    axis.set_xticks([0, 0.5, 1], ["principal", "middle", "minor"])
+    for number, window in enumerate(WINDOWS):
+        for line, tall in (("o-", False), ("^:", True)):
+            points = sorted(
+                (int(row["n"]), float(row["ratio"]))
+                for row in rows
+                if row["window"] == window and (row["m"] != row["n"]) is tall
+            )
+            label = f"{window}{', 4 : 1' * tall}" if number == 0 or not tall else None
+            axis.plot(*zip(*points, strict=True), line, color=f"C{number}", label=label, markersize=3, linewidth=1)
+    sizes = sorted({int(row["n"]) for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(d) for d in sizes], fontsize=7, rotation=45)
+    axis.set_xlabel("d, the shorter side")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.grid(alpha=0.3)

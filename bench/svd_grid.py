@@ -1,8 +1,8 @@
 """The cells of the window SVD's bench, the most important first, as a deadline may cut the rest.
 
-On a CPU the full cross of square and tall matrices, spectra, ranks and windows at d = 384 and at 1024, there
-``"heavy"`` only square and at rank 64. At 2048 all ranks and windows of a square matrix with outliers, rank 64 of a
-tall one, and three windows of the other spectra; at 4096 three windows of one matrix.
+On a CPU five windows of square and 4:1 matrices with outliers, d from 64 to 4096, of rank 8, 16, 64 and d / 4, and of
+half the components up to d = 1024; from 3072 on tall ones only of rank 64; a model's weights; other spectra at 384,
+1024 and 2048.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from bench.svd_matrices import MINILM
 
 WINDOWS = ("principal", "0.25", "middle", "0.75", "minor")
 NAMED = ("principal", "middle", "minor")
-RANKS = (64, 16, 128)
+SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+SMALL_RANKS, ASPECT, HUGE = (8, 16, 64), 4, 3072
 OURS, YARDSTICK, EIGH = "ipca", "torch.linalg.svd", "torch.linalg.eigh"
 RANGE, LOWRANK = "scipy.linalg.eigh", "torch.svd_lowrank"
+EXACT = (YARDSTICK, EIGH, RANGE)
+"""Rivals that find any window to full accuracy."""
+RANDOMIZED, ARPACK, PROPACK = "sklearn.randomized_svd", "scipy.svds arpack", "scipy.svds propack"
 FORCED = {f"ipca-{path}": path for path in ("top", "interior", "bottom", "tridiagonal", "gram_eigh", "full")}
 PEFT = {"peft-pissa": "principal", "peft-pissa_niter_4": "principal", "peft-mica": "minor"}
 """PEFT's initializations and the window that each of them takes."""
@@ -82,7 +86,7 @@ class Cell:
 
 
 INITIALIZE = Cell(5632, 2048, "outliers", 16, NAMED, "initialize")
-MIDDLE, LARGE = Cell(2048, 2048, "outliers", 64, rounds=5), Cell(4096, 4096, "outliers", 64, NAMED, rounds=4)
+MIDDLE, LARGE = Cell(2048, 2048, "outliers", 64), Cell(4096, 4096, "outliers", 64, rounds=2)
 PRINCIPAL = replace(MIDDLE, rank=16)
 
 
@@ -104,16 +108,18 @@ def must_show() -> list[Cell]:
 
 def cpu_grid() -> list[Cell]:
     """The grid that the module's docstring describes."""
-    spectra = ("outliers", "gaussian", "heavy")
-    cells = [MIDDLE, PRINCIPAL, LARGE, INITIALIZE, replace(MIDDLE, rank=128, rounds=3)]
-    cells += [Cell(2048, 2048, spectrum, 64, NAMED) for spectrum in spectra[1:]]
-    cells += [Cell(2048, 2048, "gaussian", 16, ("principal",)), Cell(tall(2048), 2048, "outliers", 64)]
-    for d in (1024, 384):
-        cheap = spectra[:2] if d == 1024 else spectra
-        cells += [Cell(m, d, spectrum, rank) for m in (d, tall(d)) for spectrum in cheap for rank in RANKS]
-    cells += [Cell(1024, 1024, "heavy", 64)]
-    cells += [Cell(1536 if "inter" in name else 384, 384, name, rank) for name in MINILM for rank in RANKS]
-    return cells
+    claims = [MIDDLE, PRINCIPAL, LARGE, INITIALIZE]
+    cells: list[Cell] = []
+    for d in SIZES:
+        ranks = [rank for rank in sorted({*SMALL_RANKS, d // 4, d // 2 if d <= 1024 else 8}) if rank <= d // 2]
+        for m in (d, ASPECT * d):
+            few = [64] if d >= HUGE and m > d else ranks
+            cells += [Cell(m, d, "outliers", rank, rounds=3 if d < 2048 else 1) for rank in few]
+    for spectrum in ("gaussian", "heavy"):
+        cells += [Cell(d, d, spectrum, rank) for d in (384, 1024) for rank in (16, 64)]
+        cells += [Cell(2048, 2048, spectrum, 64, NAMED, rounds=1)]
+    cells += [Cell(1536 if "inter" in name else 384, 384, name, rank) for name in MINILM for rank in (*SMALL_RANKS, 96)]
+    return claims + [cell for cell in cells if cell.name not in {claim.name for claim in claims}]
 
 
 def stacks(d: int = 4096, rank: int = 64, batches: Sequence[int] = (1, 8, 32)) -> list[Cell]:
@@ -145,8 +151,8 @@ def tall(d: int) -> int:
 def tasks(cell: Cell, device: str) -> list[Task]:
     """Every window and provider of ``cell``. What does not depend on the window is timed once for all of them.
 
-    Left out for their time: the paths that were not chosen, the eigendecomposition and the range solver in all but the
-    middle window of 4096; our full SVD in all but the middle window of 1024 and more; in stacks all but ours.
+    Left out for their time: the paths that were not chosen, except at rank 16 up to d = 2048; our full SVD above 512,
+    the eigendecomposition from 3072 on; in stacks all but ours.
     """
     if cell.op == "initialize":
         found = [(window, OURS) for window in cell.windows] + [(window, name) for name, window in PEFT.items()]
@@ -159,13 +165,12 @@ def _providers(cell: Cell, window: str, device: str) -> list[str]:
     names = [OURS, YARDSTICK]
     if cell.batch > 1:
         return names
-    on_cpu, middle, large = device == "cpu", window == "middle", cell.d >= 4096
-    if middle or not large:
-        names += [EIGH] + [RANGE] * on_cpu
-    names += [LOWRANK]
-    if large and on_cpu:
+    on_cpu, first = device == "cpu", window == "principal"
+    if cell.d < HUGE or (not on_cpu and (window == "middle" or cell.d < 4096)):
+        names += [EIGH]
+    names += [RANGE] * on_cpu
+    names += [LOWRANK] * (first or not on_cpu) + [RANDOMIZED, ARPACK, PROPACK] * (on_cpu and first)
+    if on_cpu and (cell.rank != 16 or cell.d > 2048):
         return names
-    names += ["ipca-top"] * (window == "principal") + ["ipca-interior"] + ["ipca-bottom"] * (window == "minor")
-    return (
-        names + ["ipca-tridiagonal", "ipca-gram_eigh"] * on_cpu + ["ipca-full"] * (on_cpu and (middle or cell.d < 1024))
-    )
+    names += ["ipca-top"] * first + ["ipca-interior"] + ["ipca-bottom"] * (window == "minor")
+    return names + ["ipca-tridiagonal", "ipca-gram_eigh"] * on_cpu + ["ipca-full"] * (on_cpu and cell.d <= 512)

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-OUTLIERS = 32
+OUTLIERS, _LARGE = 32, 1536
 MINILM = {
     "minilm query": "encoder.layer.3.attention.self.query.weight",
     "minilm key": "encoder.layer.3.attention.self.key.weight",
@@ -102,13 +102,13 @@ def minilm() -> dict[str, Tensor]:
 def truth(m: int, n: int, spectrum: str, device: torch.device, batch: int) -> Truth:
     """Of the first matrix of :func:`matrix`, by a float64 SVD.
 
-    On a GPU, where that takes minutes, by the eigenvectors of the float64 Gram matrix: what this squares away matters
-    from about 1e-7 of the largest singular value downwards, where none of these spectra has a window.
+    Of large matrices, where that takes minutes, by the eigenvectors of the float64 Gram matrix: what this squares away
+    matters from about 1e-7 of the largest singular value downwards, where none of these spectra has a window.
     """
     W = matrix(m, n, spectrum, device, batch)[0].double()
     if W.shape[0] < W.shape[1]:
         W = W.mT
-    if device.type == "cuda":
+    if device.type == "cuda" or W.shape[1] >= _LARGE:
         squares, V = torch.linalg.eigh(W.mT @ W)
         return Truth(V.flip(1), math.sqrt(squares[-1].item()))
     _, S, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -4,7 +4,7 @@ A provider is asked for a window of ``W (m, n)``, float32. ``torch.linalg.svd``,
 float64 Gram matrix, compute all components whatever the window, so that they are timed once for all windows of a cell;
 what takes the window out of them, and from the eigenvectors to ``U``, is not in their time. ``scipy.linalg.eigh``
 computes a range of that Gram matrix's eigenvectors; ``torch.svd_lowrank`` all components up to the window's end, from a
-random sketch.
+random sketch. SciPy's ``svds`` and scikit-learn's ``randomized_svd`` find the first components.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 from unittest.mock import patch
 
 import scipy.linalg
+import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
 import ipca
-from bench.svd_grid import EIGH, FORCED, LOWRANK, OURS, RANGE, YARDSTICK
+from bench.svd_grid import ARPACK, EIGH, FORCED, LOWRANK, OURS, PROPACK, RANDOMIZED, RANGE, YARDSTICK
 from bench.svd_matrices import Found
 from ipca.svd import solve as solving
 
@@ -59,6 +60,12 @@ def provider(name: str, W: Tensor, window: ipca.Window) -> Provider:
         return Provider(lambda: partial(torch.linalg.svd, first, full_matrices=False), _cut_svd, True, len(W))
     if name == LOWRANK and stop > min(m, n) / 2:
         raise Refused("the window ends beyond d / 2, where a sketch of as many columns costs more than a full SVD")
+    if name in (RANDOMIZED, ARPACK, PROPACK):
+        if not window.rank < min(m, n):
+            raise Refused("it finds fewer than all components")
+        solver = () if name == RANDOMIZED else (name.split()[1],)
+        call = partial(scipy_svds if solver else sklearn_randomized, first, window.rank, *solver)
+        return Provider(lambda: call, lambda found, _: found)
     if name == LOWRANK:
         return Provider(lambda: partial(torch.svd_lowrank, first, q=stop, niter=POWER_ITERATIONS), _cut_lowrank)
     assert m >= n
@@ -108,6 +115,22 @@ def scipy_range(W: Tensor, window: ipca.Window) -> Found:
     V, S = torch.from_numpy(vectors).flip(1), torch.from_numpy(squares).flip(0).clamp_min(0).sqrt()
     flops = m * n**2 + 4 / 3 * n**3 + 4 * n**2 * window.rank
     return Found((W.double() @ V / S).float(), S.float(), V.float(), flops=flops)
+
+
+def scipy_svds(W: Tensor, rank: int, solver: str) -> Found:
+    """The first components by SciPy's iterative solvers, in their default accuracy."""
+    U, S, Vh = scipy.sparse.linalg.svds(W.numpy(), k=rank, solver=solver, random_state=0)
+    order = S.argsort()[::-1].copy()  # which svds does not promise
+    U, S, V = (torch.from_numpy(each.copy()) for each in (U[:, order], S[order], Vh[order].T))
+    return Found(U, S, V)
+
+
+def sklearn_randomized(W: Tensor, rank: int) -> Found:
+    """The first components by a seeded random sketch with six power iterations."""
+    from sklearn.utils.extmath import randomized_svd
+
+    U, S, Vh = randomized_svd(W.numpy(), rank, n_iter=6, random_state=0)
+    return Found(torch.from_numpy(U), torch.from_numpy(S), torch.from_numpy(Vh).mT)
 
 
 def _gram(W: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from bench.svd_grid import OURS, Cell
 from bench.svd_providers import Call, Provider
 from bench.timing import Timing, synchronize
 
-SECONDS, MOST_ROUNDS = 0.3, 5
+SECONDS, MOST_ROUNDS = 0.3, 25
 """For the rounds of one provider in one window; ours and the yardstick take part in ``Cell.rounds`` at the least."""
 
 
@@ -38,11 +38,21 @@ class Lane:
         return Timing(tuple(seconds * self.entrant.scaled_by for seconds in self.times[:rounds]))
 
 
+def clock(device: torch.device) -> str:
+    """``"cpu"`` where one thread computes, whose time other processes change little; else ``"wall"``."""
+    return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+
+
+def now(device: torch.device) -> float:
+    """Seconds on that clock."""
+    return time.process_time() if clock(device) == "cpu" else time.perf_counter()
+
+
 def first_call(call: Call, device: torch.device) -> tuple[Any, float, float | None]:
     """The call's result, its seconds, and its peak memory in MiB: None on a CPU, where it is not counted."""
     if device.type != "cuda":
-        began = time.perf_counter()
-        return call(), time.perf_counter() - began, None
+        began = now(device)
+        return call(), now(device) - began, None
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -66,10 +76,10 @@ def race(lanes: Sequence[tuple[str, Lane]], cell: Cell, device: torch.device) ->
                 lane = lanes[i][1]
                 call = lane.entrant.prepare()
                 synchronize(device)
-                began = time.perf_counter()
+                began = now(device)
                 result = call()
                 synchronize(device)
-                lane.times.append(time.perf_counter() - began)
+                lane.times.append(now(device) - began)
                 del call, result
 
 

@@ -204,27 +204,37 @@ print(json.dumps([*found, sorted(set(sys.modules) - before), torch.cuda.is_initi
     names, used, cuda_started = json.loads(done.stdout)
     roots = {name.split(".")[0] for name in names}
     assert "ipca" in roots
-    assert roots & {"torch", "scipy", "triton", "transformers", "peft", "matplotlib", "kernels"} == set()
+    assert roots & {"torch", "scipy", "sympy", "triton", "transformers", "peft", "matplotlib", "kernels"} == set()
     assert "ipca.cli" not in names
     assert "ipca.lab" not in names
     used = {name.split(".")[0] for name in used}
-    assert "scipy" in used
-    assert used & {"triton", "transformers", "peft", "matplotlib", "kernels"} == set()
+    assert "safetensors" in used
+    assert used & {"scipy", "sympy", "triton", "transformers", "peft", "matplotlib", "kernels"} == set()
     assert not cuda_started
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["sweep", "--help"], ["init", "--rank", "0"], []])
-def test_help_and_wrong_usage_do_not_import_torch(words):
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        *(([command, "--help"], 0) for command in ("init", "inspect", "sweep", "cache", "doctor", "demo")),
+        (["completion", "bash"], 0),
+        (["init", "--rank", "0"], 2),
+        ([], 2),
+    ],
+)
+def test_help_completion_and_wrong_usage_do_not_import_torch(words, status):
     code = f"""
 import sys
 from ipca.cli.main import main
 try:
-    main({words!r})
+    status = main({words!r})
 except SystemExit as stop:
-    print(stop.code, sorted({{name.split(".")[0] for name in sys.modules}} & {{"torch", "numpy", "transformers"}}))
+    status = stop.code
+print(status, sorted({{name.split(".")[0] for name in sys.modules}} & {{"torch", "numpy", "transformers"}}))
 """
     done = run_python(code)
-    status = 0 if done.stdout and "--rank" not in words and words else 2
     assert done.stdout.splitlines()[-1] == f"{status} []", done.stderr
 
 

@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import ipca
 from ipca._atomic import check_writable, staged_files, staged_folder
 from ipca._cache_folder import default_cache_folder
 from ipca.analysis import draw_spectra, spectrum
-from ipca.cli.arguments import check_output_folder, find_folders, parser
+from ipca.cli.arguments import check_output_folder, find_folders
 from ipca.cli.doctor_command import doctor
 from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
@@ -25,7 +24,7 @@ from ipca.io.output_folder import check_output, is_weights
 from ipca.io.peft_format import WEIGHTS
 from ipca.svd.cache import CacheEntry, SpectralCache
 
-__all__ = ["cache", "completion", "convert", "demo", "doctor", "export", "init", "inspect", "merge", "sweep", "tune"]
+__all__ = ["cache", "convert", "demo", "doctor", "export", "init", "inspect", "merge", "sweep", "tune"]
 
 Record = dict[str, object]
 
@@ -259,25 +258,3 @@ def demo(args: argparse.Namespace) -> tuple[Record, str]:
     check_output(args.out, whole=True, overwrite=args.force, resumes=OUTPUTS.issuperset, option="--force")
     sizes = {"seeds": args.seeds, "steps": args.steps, "sentences": args.sentences}
     return run_demo(args.text, args.out, **sizes, overwrite=args.force), ""
-
-
-def completion(args: argparse.Namespace) -> tuple[Record, str]:
-    """The completion script for ``args.shell``, made from the parser."""
-    try:
-        import shtab
-    except ImportError:
-        raise ImportError("completion scripts are made by shtab; run: pip install 'ipca-lora[hf]'") from None
-    top = parser()
-    _complete_paths(top, shtab.FILE)
-    script = shtab.complete(top, shell=args.shell)
-    return {"shell": args.shell, "script": script}, script
-
-
-def _complete_paths(add: argparse.ArgumentParser, files: Any) -> None:
-    """Mark every argument that is a path, in the way shtab expects."""
-    for action in add._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                _complete_paths(command, files)
-        elif action.type is Path:
-            action.complete = files  # type: ignore[attr-defined]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ipca.cli.arguments import parse_arguments
+from ipca.cli.completion_command import completion
 
 # Exceptions that commands raise on purpose, with a message for users; any other is shown with its type.
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
@@ -25,10 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without σ and ‖ is no error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        from ipca.cli import commands
-
         with _short_warnings(args.debug), contextlib.redirect_stdout(_elsewhere(args.json, args.quiet)):
-            record, text = getattr(commands, args.command)(args)
+            record, text = _command(args.command)(args)
         if args.json and record is not None:
             print(json.dumps(record, indent=2), flush=True)
         elif text and not args.quiet:
@@ -45,6 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ipca: error: {_one_line(error)}", file=sys.stderr)
         return 1
     return int(args.status)
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], tuple[Any, str]]:
+    if name == "completion":  # a shell may ask for it at each start: no torch
+        return completion
+    from ipca.cli import commands
+
+    command: Callable[[argparse.Namespace], tuple[Any, str]] = getattr(commands, name)
+    return command
 
 
 def _elsewhere(as_json: bool, quiet: bool) -> io.TextIOBase:

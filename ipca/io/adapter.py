@@ -245,6 +245,7 @@ def _saved(layer: WindowLayer) -> SavedLayer:
         base_sha256=layer.base_sha256,
         report=layer.svd_report,
         bypassed=layer.bypassed,
+        certificate=layer.certificate,
     )
 
 
@@ -351,5 +352,8 @@ def _initial_factors(
     if check_base and layer.base_sha256 and digest != layer.base_sha256:
         raise OtherBaseError(other_base(target.name, layer.base_sha256, digest))
     A0, B0 = factors.A0.to(weight.device), factors.B0.to(weight.device)
-    certificate = certify_init(weight, A0, B0, scaling=target.scaling, form=target.form)
+    same = check_base and layer.base_sha256 is not None and target.form == layer.form == "residual"
+    certificate = layer.init_certificate() if same else None  # of these very bits
+    if certificate is None:
+        certificate = certify_init(weight, A0, B0, scaling=target.scaling, form=target.form)
     return InitialFactors(A0, B0, target.window, digest, layer.report(), certificate)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ipca._version import __version__
 from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, from_peft, split_factor, wrappers_around
-from ipca.nn.initialization import check_options
+from ipca.nn.initialization import InitCertificate, check_options
 from ipca.nn.layer_kinds import EXPERTS
 from ipca.svd import SVDReport
 from ipca.window import Window
@@ -30,7 +30,8 @@ SIDECAR = "ipca.json"
 class SavedLayer:
     """The record of one layer in ``ipca.json``; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``.
 
-    ``bypassed`` is that of :class:`ipca.nn.WindowLayer`.
+    ``svd`` and ``certificate`` are the fields of :class:`ipca.svd.SVDReport` without the window, and of
+    :class:`ipca.nn.InitCertificate`, where they are known; ``bypassed`` is that of :class:`ipca.nn.WindowLayer`.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class SavedLayer:
     base_sha256: str | None
     svd: dict[str, Any] | None
     bypassed: bool = False
+    certificate: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -57,10 +59,13 @@ class SavedLayer:
         base_sha256: str | None,
         report: SVDReport | None,
         bypassed: bool = False,
+        certificate: InitCertificate | None = None,
     ) -> SavedLayer:
-        """The record of a layer whose ``window`` is resolved, with the ``report`` of its decomposition if known."""
+        """The record of a layer whose ``window`` is resolved, with what is known of its decomposition and start."""
         svd = None if report is None else svd_record(report)
-        return cls(kind, tuple(shape), window.index, window.rank, alpha, form, dropout, base_sha256, svd, bypassed)
+        start = None if certificate is None else asdict(certificate)
+        place = window.index, window.rank
+        return cls(kind, tuple(shape), *place, alpha, form, dropout, base_sha256, svd, bypassed, start)
 
     @property
     def window(self) -> Window:
@@ -69,6 +74,10 @@ class SavedLayer:
     def report(self) -> SVDReport | None:
         """The report of the decomposition the factors came from."""
         return None if self.svd is None else SVDReport(window=self.window, **self.svd)
+
+    def init_certificate(self) -> InitCertificate | None:
+        """The certificate of the start, in ``form`` and on the base weight that has the hash."""
+        return None if self.certificate is None else InitCertificate(**self.certificate)
 
 
 class Factors(NamedTuple):
@@ -230,6 +239,7 @@ def _layer(values: dict[str, Any]) -> SavedLayer:
     layer.window.resolve(min(layer.shape[-2:]))
     check_options(form=layer.form, dropout=layer.dropout, alpha=layer.alpha)
     layer.report()
+    layer.init_certificate()
     return layer
 
 

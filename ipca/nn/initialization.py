@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -15,12 +15,14 @@ from torch import Tensor
 from ipca._dtensor import full
 from ipca._hashing import tensor_sha256
 from ipca.svd.decompose import window_svd
+from ipca.svd.parallel import thread_map
 from ipca.svd.result import SVDReport, WindowSVD
 from ipca.window import Window
 
 T = TypeVar("T")
 FORMS = ("intact", "residual")
-_ROWS = 256
+_ENTRIES = 2**17
+"""Of a block of rows on a CPU: a megabyte in float64, which the cache of its core holds through all steps."""
 _NULL = 1e-8
 """Singular values up to this share of ``‖W‖_F`` are 0 up to the rounding of their decomposition."""
 
@@ -243,13 +245,15 @@ def measure_init(weight: Tensor, base: Tensor, A0: Tensor, B0: Tensor, *, scalin
     The sums are float64, whose own rounding only matters beside a float64 weight: ``base`` and the sum here are off by
     at most ``(rank + 2) eps scaling |B0| |A0|`` each, in every entry.
     """
-    largest = error = norm = 0.0
-    for rows, effective in wide_blocks(base, [(scaling, B0, A0)]):
+
+    def norms(rows: Rows, effective: Tensor) -> tuple[float, float, float]:
         pretrained = weight[rows].to(effective.dtype)
-        difference = effective - pretrained
-        largest = max(largest, difference.abs().max().item())
-        error = math.hypot(error, difference.norm().item())
-        norm = math.hypot(norm, pretrained.norm().item())
+        difference = effective.sub_(pretrained)
+        return pretrained.norm().item(), difference.norm().item(), difference.abs_().max().item()
+
+    found = _each_block(norms, base, [(scaling, B0, A0)])
+    norm, error = (math.hypot(*parts) for parts in ([block[0] for block in found], [block[1] for block in found]))
+    largest = max((block[2] for block in found), default=0.0)
     info = torch.finfo(weight.dtype)
     subnormal = math.sqrt(weight.numel()) * info.smallest_normal * info.eps
     sums = 2 * (A0.shape[-2] + 2) * torch.finfo(torch.float64).eps * scaling * _norm(B0) * _norm(A0)
@@ -270,28 +274,36 @@ def add_low_rank(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype | Non
     """
     weight, terms = full(weight), [(c, full(B), full(A)) for c, B, A in terms]
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    for rows, block in wide_blocks(weight, terms):
-        out[rows] = block
+    _each_block(lambda rows, block: out[rows].copy_(block), weight, terms)
     return out
 
 
-@torch.no_grad()
-def wide_blocks(weight: Tensor, terms: Sequence[Term]) -> Iterator[tuple[Rows, Tensor]]:
-    """Blocks of rows of ``weight + Σ c · B A`` in float64 (float32 where the device has none), and their places."""
-    if weight.ndim == 3:
-        for i, matrix in enumerate(weight):
-            for rows, block in wide_blocks(matrix, [(c, B[i], A[i]) for c, B, A in terms]):
-                assert isinstance(rows, slice)
-                yield (i, rows), block
-        return
+def _each_block(use: Callable[[Rows, Tensor], T], weight: Tensor, terms: Sequence[Term]) -> list[T]:
+    """``use(rows, block)`` for all blocks of rows of ``weight (…, out, in) + Σ c · B A``, in order of the rows.
+
+    A block is float64 (float32 where the device has none). On a CPU each thread has a share of them.
+    """
+    *stack, out, inner = weight.shape
+    on_cpu = weight.device.type == "cpu"
+    step = max(1, (_ENTRIES if on_cpu else 32 * _ENTRIES) // max(1, inner))
+    slices = [slice(start, start + step) for start in range(0, out, step)]
+    places: list[Rows] = [(i, rows) for i in range(stack[0]) for rows in slices] if stack else [*slices]
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     A_wide = [A.to(wide) for _, _, A in terms]
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
+
+    @torch.no_grad()
+    def run(share: Sequence[Rows]) -> list[T]:
+        return [use(rows, block_of(rows)) for rows in share]
+
+    def block_of(rows: Rows) -> Tensor:
         block = weight[rows].to(wide, copy=True)
         for (c, B, _), A in zip(terms, A_wide, strict=True):
-            block.addmm_(B[rows].to(wide), A, alpha=c)
-        yield rows, block
+            block.addmm_(B[rows].to(wide), A[rows[0]] if isinstance(rows, tuple) else A, alpha=c)
+        return block
+
+    size = max(1, math.ceil(len(places) / (torch.get_num_threads() if on_cpu else 1)))
+    shares = [places[start : start + size] for start in range(0, len(places), size)]
+    return [result for results in thread_map(run, shares, [8 * _ENTRIES] * len(shares)) for result in results]
 
 
 class LayerRecord(NamedTuple):

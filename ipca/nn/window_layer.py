@@ -456,6 +456,7 @@ class WindowLayer(nn.Module):
             return
         change = [(self.scaling, B0, A0), (-self.scaling, self.lora_B0.to(B0.device), self.lora_A0.to(A0.device))]
         new.copy_(part_like(self.as_weight(add_low_rank(base, change, dtype=new.dtype)), new))
+        self.certificate = None
 
 
 class ProductLayer(WindowLayer):

@@ -16,7 +16,7 @@ from ipca.model.apply import install, train_only_adapter
 from ipca.model.decompose import SourceMatrix, cost, map_targets, naming, partition, split_window, window_of
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
-from ipca.nn.initialization import InitCertificate, InitialFactors, count_null
+from ipca.nn.initialization import InitialFactors, count_null
 from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import get_layer
 from ipca.offline.ranks import Ranks
@@ -35,7 +35,6 @@ class FinishedLayer:
     index: int
     target: Target
     saved: SavedLayer
-    certificate: InitCertificate
     adapter_dtype: torch.dtype
     null: tuple[int, int]
 
@@ -102,8 +101,10 @@ def install_layers(
         factors = work.read_layer(layer.index)[1]
         device = get_layer(model, layer.target.name).get_parameter("weight").device
         A0, B0, saved = factors["A0"].to(device), factors["B0"].to(device), layer.saved
+        certificate = saved.init_certificate()
         assert saved.base_sha256 is not None
-        return InitialFactors(A0, B0, saved.window, saved.base_sha256, saved.report(), layer.certificate)
+        assert certificate is not None
+        return InitialFactors(A0, B0, saved.window, saved.base_sha256, saved.report(), certificate)
 
     install(model, ((layer.target, initial(layer)) for layer in layers))
     train_only_adapter(model, modules_to_save)
@@ -137,15 +138,13 @@ def _decompose(
         dropout=target.dropout,
         base_sha256=initial.base_sha256,
         report=initial.svd,
+        certificate=initial.certificate,
     )
-    record = {"layer": asdict(saved), "certificate": asdict(initial.certificate)}
-    work.write_layer(index, record, {"A0": initial.A0, "B0": initial.B0})
+    work.write_layer(index, asdict(saved), {"A0": initial.A0, "B0": initial.B0})
     return initial.svd.path
 
 
 def _finished(work: WorkFolder, index: int, target: Target) -> FinishedLayer:
     record, tensors = work.read_layer(index)
-    values = record["layer"]
-    saved = SavedLayer(**{**values, "shape": tuple(values["shape"])})
-    certificate, null = InitCertificate(**record["certificate"]), count_null(tensors["B0"])
-    return FinishedLayer(index, target, saved, certificate, tensors["A0"].dtype, null)
+    saved = SavedLayer(**{**record, "shape": tuple(record["shape"])})
+    return FinishedLayer(index, target, saved, tensors["A0"].dtype, count_null(tensors["B0"]))

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ipca.ops import reference, torch_kernels
 from ipca.ops.backend import choose, linear_shape, off_cuda
@@ -145,14 +144,14 @@ def _forward(
     For the sake of the bits of nn.Linear PyTorch's products take ``given``, in the shape that the caller has.
     """
     weight, A, bias, scaling = layer.weight, layer.A, layer.bias, layer.scaling
-    if guard_or_false(x.shape[0] == 0):
+    if _holds(x.shape[0] == 0):
         return x.new_empty(0, weight.shape[0]), x.new_empty(0, A.shape[0]), ()
     D, E = pair = _pair(layer, x, plan, training)
     if plan.backend == "merged":
         merged = torch_kernels.merged_weight(weight, D, E, scaling)
         h = plan.project(x, A) if training else x.new_empty(0, 0)
         y = _rows(F.linear(given, merged, bias))
-        return y, h, (merged,) if guard_or_false(x.shape[0] >= weight.shape[0]) else ()  # no more memory than x
+        return y, h, (merged,) if _holds(x.shape[0] >= weight.shape[0]) else ()  # no more memory than x
     if plan.backend == "triton":
         from ipca.kernels.few_tokens import few_tokens, takes
 
@@ -176,7 +175,7 @@ def _backward(
     kept: Kept,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     weight, A, B, bias, *_, scaling = layer
-    if guard_or_false(x.shape[0] == 0):
+    if _holds(x.shape[0] == 0):
         given = (x, weight, A, B, bias)
         dx, dW, dA, dB, dbias = (
             torch.zeros_like(tensor) if need and tensor is not None else None
@@ -259,6 +258,15 @@ def _fuses(plan: Plan, dy: Tensor, E: Tensor, R: int) -> bool:
     from ipca.kernels.products import fuses
 
     return fuses(dy, E, R)
+
+
+def _holds(condition: bool | torch.SymBool) -> bool:
+    """Whether ``condition`` on sizes holds; False where tracing does not know the sizes."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, which eager mode does not need
+
+    return guard_or_false(condition)
 
 
 def _rows(x: Tensor) -> Tensor:

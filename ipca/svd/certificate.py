@@ -30,11 +30,17 @@ import torch
 from torch import Tensor
 
 from ipca.svd.eigensolvers import Eigensolver
+from ipca.svd.krylov import in_single_precision
+from ipca.svd.lanczos import CHAINS, norm_bound, norm_bound_steps
 from ipca.svd.ldlt import count_above
 from ipca.svd.matrix_batch import MatrixBatch
-from ipca.svd.random_vectors import norm_bound, probes
+from ipca.svd.random_vectors import probe_bound, probes
 
 _EPS = torch.finfo(torch.float64).eps
+_SLACK = 1e-4
+"""For rounding in float32, relative to a norm."""
+_PRODUCTS = 4
+"""Share of ``n`` columns, as a divisor, whose products cost about what a Gram matrix and its factorization do."""
 
 
 class Proof(NamedTuple):
@@ -168,40 +174,68 @@ def _verdict(window: range, edges: _Edges, above: int | None, through: int | Non
     return Proof(True, "inertia: " + (", ".join(words) or "every component"))
 
 
-def certify_first(batch: MatrixBatch, G: Tensor, S: Tensor, V: Tensor, rho: Tensor, neighbor: Tensor) -> list[Proof]:
-    """Prove the same for the windows ``[0, r)`` by one Cholesky factorization, in float32 where ``G`` is float32.
+def certify_first(batch: MatrixBatch, S: Tensor, V: Tensor, rho: Tensor, neighbor: Tensor, tol: float) -> list[Proof]:
+    """Prove the same for the windows ``[0, r)``: at most ``r`` singular values reach the window's end.
 
-    If ``y² I − WᵀW + V diag(2 S²) Vᵀ`` is positive definite, at most ``r`` singular values reach ``y``, as the last
-    term has rank ``r``; the residual says that at least ``r`` do if ``y <= S_last − ρ``. Here ``y²`` is moved down by
-    what ``G`` can be off from ``WᵀW``, measured, and by the factorization's own error.
+    Where a gap lies behind the window, by a bound on ``‖W − W V Vᵀ‖₂``, see :func:`_norm_behind`. Else by one Cholesky
+    factorization, in float32 where ``tol`` is above its rounding: if ``y² I − WᵀW + V diag(2 S²) Vᵀ`` is positive
+    definite, at most ``r`` singular values reach ``y``, as the last term has rank ``r``. Here ``y²`` is moved down by
+    what the Gram matrix can be off from ``WᵀW``, measured, and by the factorization's own error. The residual says that
+    at least ``r`` values reach ``y`` if ``y <= S_last − ρ``.
 
     Args:
-        batch, G: the matrices, and ``WᵀW (batch, n, n)``.
+        batch: the matrices.
         S, V: ``(batch, r)`` and ``(batch, n, r)``, the singular values and right singular vectors.
         rho: ``(batch,)``, the residuals.
         neighbor: ``(batch,)``, an estimate of the value at ``r``.
+        tol: of the window.
     """
-    r, dtype = S.shape[1], G.dtype
-    lowest = (S[:, -1] - torch.maximum(4 * rho, 1e-9 * batch.sigma1)).clamp_min(0).square()
-    y2 = torch.minimum(lowest, (S[:, -1].square() + neighbor.square()) / 2)
+    r, single = S.shape[1], in_single_precision(batch, tol)
+    lowest = (S[:, -1] - torch.maximum(4 * rho, 1e-9 * batch.sigma1)).clamp_min(0)
+    proven = Proof(True, f"inertia: {r} through")
+    if single and bool((_norm_behind(batch, V, neighbor, lowest) <= lowest).all()):
+        return [proven] * len(S)
+    batch.flops += batch.n**3 / 3
+    G = batch.gram32 if single else batch.gram
+    y2 = torch.minimum(lowest.square(), (S[:, -1].square() + neighbor.square()) / 2)
     largest = y2 + 2 * S[:, 0].square()  # entry of M: its factorization is off by √n eps of it
-    error = gram_error(batch, G) + G.shape[-1] ** 0.5 * torch.finfo(dtype).eps * largest
-    M = torch.baddbmm(G, (V * (2 * S.square())[:, None]).to(dtype), V.mT.to(dtype), beta=-1)
-    M.diagonal(dim1=-2, dim2=-1).add_((y2 - error).to(dtype)[:, None])
-    definite = torch.linalg.cholesky_ex(M).info == 0
+    error = gram_error(batch, G) + G.shape[-1] ** 0.5 * torch.finfo(G.dtype).eps * largest
+    M = torch.baddbmm(G, (V * (2 * S.square())[:, None]).to(G.dtype), V.mT.to(G.dtype), beta=-1)
+    M.diagonal(dim1=-2, dim2=-1).add_((y2 - error).to(G.dtype)[:, None])
     return [
-        Proof(True, f"inertia: {r} through")
-        if proven
+        proven
+        if definite
         else Proof(False, f"it is not proven that no more than {r} singular values reach the window's end")
-        for proven in definite.tolist()
+        for definite in (torch.linalg.cholesky_ex(M).info == 0).tolist()
     ]
 
 
+def _norm_behind(batch: MatrixBatch, V: Tensor, neighbor: Tensor, limit: Tensor) -> Tensor:
+    """``(batch,)``: a bound on ``‖W − W V Vᵀ‖₂``, and so on the singular value at ``r``, as ``W V Vᵀ`` has rank ``r``.
+
+    By :func:`~ipca.svd.lanczos.norm_bound`, with as many steps as can show it below ``limit`` where ``neighbor``, an
+    estimate, is right. Infinity where that takes more products than a Gram matrix and its factorization cost.
+    """
+    room = 1 - ((1 + _SLACK) * neighbor / limit).square().amax().item()
+    steps = norm_bound_steps(batch.n, 0.9 * room) if room > 0 else batch.n
+    if steps * CHAINS > batch.n / _PRODUCTS:
+        return torch.full_like(limit, torch.inf)
+    W, P = batch.single, V.mT.float()
+
+    def multiply(rows: Tensor) -> Tensor:
+        rows = torch.bmm(torch.bmm(rows - torch.bmm(torch.bmm(rows, P.mT), P), W.mT), W)
+        return rows - torch.bmm(torch.bmm(rows, P.mT), P)
+
+    batch.flops += 4 * batch.m * batch.n * CHAINS * steps
+    rounding = torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W).double() * (W.dtype != batch.W.dtype)
+    return norm_bound(multiply, W, steps, batch.seed).sqrt() * (1 + _SLACK) + rounding
+
+
 def gram_error(batch: MatrixBatch, G: Tensor) -> Tensor:
-    """``(batch,)``: a bound on ``‖G − WᵀW‖₂`` by :func:`~ipca.svd.random_vectors.norm_bound`."""
+    """``(batch,)``: a bound on ``‖G − WᵀW‖₂`` by :func:`~ipca.svd.random_vectors.probe_bound`."""
     x = probes(G, batch.seed)
     product = torch.cat([rows.double() @ x for rows in G.split(512, dim=1)], dim=1)
-    return norm_bound(product - batch.rmatmul(batch.matmul(x)))
+    return probe_bound(product - batch.rmatmul(batch.matmul(x)))
 
 
 def certify_full(spectrum: Tensor, start: int, rank: int, d: int, m: int) -> Proof:

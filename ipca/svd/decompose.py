@@ -149,7 +149,7 @@ def _decompose_batch(
     rows: list[list[WindowSVD]] = [[] for _ in W]
     with torch.autocast(W.device.type, enabled=False), one_thread():  # autocast would multiply in 16 bits
         batch = MatrixBatch(W.mT if transposed else W, seed, largest)
-        spectrum = torch.linalg.svdvals(batch.dense())[0] if any(w.needs_spectrum for w in windows) else None
+        spectrum = batch.spectrum()[0] if any(w.needs_spectrum for w in windows) else None
         for window in windows:
             began, batch.flops = time.perf_counter(), 0.0
             resolved = window.resolve(batch.n, spectrum)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ipca.svd.lapack import available as exported
 from ipca.svd.lapack import call, multiply_rows, with_workspace
 from ipca.svd.lazy import lazy_property
-from ipca.svd.random_vectors import PROBES, norm_bound, normal
+from ipca.svd.random_vectors import PROBES, normal, probe_bound
 
 _NARROW = 1 / 7
 """Share of the eigenvectors up to which finding them by index is faster than all of them by divide and conquer."""
@@ -72,7 +72,7 @@ class FullEigh:
 
 def tridiagonal_available() -> bool:
     """Whether SciPy exports the routines."""
-    return exported("dsytrd", "dstemr", "dstedc", "dormtr", "dstebz", "dsymm")
+    return exported("dsytrd", "dstemr", "dstedc", "dormtr", "dstebz", "dsterf", "dsymm")
 
 
 class Tridiagonal:
@@ -111,6 +111,12 @@ class Tridiagonal:
             *(values, integers, integers[n:], work, integers[2 * n :]),
         )
         return float(values[0]) - 2 * bound.value
+
+    def values(self) -> Tensor:
+        """All eigenvalues ``(n,)``, descending."""
+        values, e = self.diagonal.copy(), self.beside.copy()
+        call("dsterf", len(values), values, e)
+        return torch.from_numpy(values).flip(0)
 
     def count_above(self, threshold: float) -> int:
         count, pivot = 0, 1.0
@@ -170,7 +176,7 @@ class Tridiagonal:
         with_workspace("dormtr", b"L", b"L", b"N", n, len(rows), self.reflectors, n, self.tau, rows, n)
         if measure:
             Qy, QTy = np.split(rows[k:], 2)
-            self._error = norm_bound(torch.from_numpy(multiply_rows(Qy, self.G) - QTy).mT[None]).item()
+            self._error = probe_bound(torch.from_numpy(multiply_rows(Qy, self.G) - QTy).mT[None]).item()
         return rows[:k]
 
 

@@ -6,6 +6,7 @@ that lie outermost converge first. ``Z = M Q`` is kept, so that residuals cost o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,44 +17,66 @@ from ipca.svd.inner_loops import scaled_cholesky
 from ipca.svd.matrix_batch import Candidate, MatrixBatch
 
 Operator = Callable[[Tensor], Tensor]
-_WIDTH, _BLOCKS = 16, 40
+_WIDTH = 16
+_SHARE = 4
+"""Of ``n``, as a divisor: the columns from which another path is cheaper."""
+_FAR = math.log(100)
+"""Of the error over the tolerance: what another step of iteration would not mend."""
+_LOOK = 48
+"""Columns of the basis that show σ₁ to a few percent."""
 _FLOOR = 1e-3
 """Neighbors closer than this share of ``tol`` are not worth more work: the certificate decides."""
 _PASSES = 6
 _BENIGN = 10.0
 
 
-def top(batch: MatrixBatch, window: range, tol: float) -> Candidate:
-    """The window's right singular vectors by block Krylov with ``WᵀW``; cheap where the window starts early."""
+def top(batch: MatrixBatch, window: range, tol: float) -> Candidate | None:
+    """The window's right singular vectors by block Krylov with ``WᵀW``; None where no gap helps it to converge."""
     n, products = batch.n, 0
-    G = top_gram(batch, tol)
+    single = in_single_precision(batch, tol)
+    if single:
+        operator, dtype, cost = gram_operator(batch.single), torch.float32, 4 * batch.m * n
+    else:
+        operator, dtype, cost = batch.gram.matmul, torch.float64, 2 * n**2
 
     def multiply(X: Tensor) -> Tensor:
         nonlocal products
         products += X.shape[-1]
-        return G @ X
+        return operator(X)
 
     def measure(pairs: RitzPairs) -> tuple[Tensor, Tensor]:
         sigma = pairs.values.clamp_min(0).sqrt()
         return sigma, pairs.residuals / sigma
 
     wanted = range(window.start - (window.start > 0), min(window.stop + 1, n))
-    places = -1 - torch.arange(wanted.start, wanted.stop, device=G.device).expand(batch.size, -1)
+    places = -1 - torch.arange(wanted.start, wanted.stop, device=batch.W.device).expand(batch.size, -1)
     width = min(n, _WIDTH)
-    krylov = Krylov(multiply, batch.random_columns(width, G.dtype), min(n, _BLOCKS * width + 4 * window.stop))
+    krylov = Krylov(multiply, batch.random_columns(width, dtype), min(n, max(n // _SHARE, 8 * width + 4 * window.stop)))
+    if single:
+        while krylov.size < _LOOK and krylov.grow():
+            pass
+        batch.sigma1 = krylov.largest().sqrt() * (1 - 1e-5)  # float32 may round upward
     edges = slice(window.start - wanted.start, window.stop - wanted.start)
-    V, neighbors = krylov.converge(places, measure, edges, tol * batch.sigma1, first=3 * window.stop)
-    batch.flops += (2 * n**2 + 6 * n * krylov.size) * products
+    found = krylov.converge(places, measure, edges, tol * batch.sigma1, first=3 * window.stop)
+    batch.flops += (cost + 6 * n * krylov.size) * products
+    if found is None:
+        return None
+    V, neighbors = found
     return Candidate(orthonormalize(V.double()), neighbors, lambda V: orthonormalize(batch.rmatmul(batch.matmul(V))))
 
 
-def top_gram(batch: MatrixBatch, tol: float) -> Tensor:
-    """``WᵀW`` for the first components: in float32 where ``tol`` is above its rounding, on a CPU.
+def in_single_precision(batch: MatrixBatch, tol: float) -> bool:
+    """Whether the first components are found in float32: on a CPU, where ``tol`` is above its rounding.
 
     Squaring costs little here: an error of ``eps σ₁²`` in ``WᵀW`` is one of ``eps σ₁`` in singular values near σ₁. A
     GPU multiplies float64 as fast as float32, and its faster TF32 would not do.
     """
-    return batch.gram32 if tol >= 1e-6 and batch.W.device.type == "cpu" else batch.gram
+    return tol >= 1e-6 and batch.W.device.type == "cpu"
+
+
+def gram_operator(W: Tensor) -> Operator:
+    """``X ↦ Wᵀ W X`` for ``W (batch, m, n)``, without ``WᵀW``."""
+    return lambda X: torch.bmm(torch.bmm(X.mT, W.mT), W).mT
 
 
 @dataclass(frozen=True)
@@ -85,10 +108,13 @@ class Krylov:
         self.size = 0
         self._append(orthonormalize(start))
 
-    def grow(self) -> None:
-        """Add the next block."""
+    def grow(self) -> bool:
+        """Add the next block, or say by False that there is no room for it."""
+        if self.size + self.width > self.basis.shape[2]:
+            return False
         seen = self.basis[:, :, : self.size]
         self._append(orthonormalize(self.images[:, :, self.size - self.width : self.size], seen))
+        return True
 
     def _append(self, block: Tensor) -> None:
         new = slice(self.size, self.size + self.width)
@@ -97,6 +123,10 @@ class Krylov:
         self.images[:, :, new] = image
         self.size = new.stop
         self.projected[:, : self.size, new] = self.basis[:, :, : self.size].mT @ image
+
+    def largest(self) -> Tensor:
+        """``(batch,)``: the largest Ritz value, which no eigenvalue of the operator that is largest falls below."""
+        return torch.linalg.eigvalsh(self.projected[:, : self.size, : self.size].double(), UPLO="U")[:, -1]
 
     def ritz(self, wanted: Tensor) -> RitzPairs:
         """The pairs at the indices ``wanted (batch, k)``, ascending: 0 is the smallest value, −1 the largest."""
@@ -111,7 +141,7 @@ class Krylov:
 
     def converge(
         self, wanted: Tensor, measure: Measure, edges: slice, tol: Tensor, first: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
         """Grow until the pairs ``wanted`` are good, or the basis is full.
 
         Args:
@@ -124,21 +154,36 @@ class Krylov:
 
         Returns:
             The window's vectors ``(batch, n, r)``, and the values ``(batch, 2)`` of its neighbors: the one above, or
-            infinity, and the one below, or 0.
+            infinity, and the one below, or 0. None where every matrix would be far from good in a full basis.
         """
-        look = first
+        look, grown = first, True
+        misses: list[tuple[int, float]] = []
         while True:
-            full = self.size + self.width > self.basis.shape[2]
-            if full or self.size >= look:
+            if (full := not grown) or self.size >= look:
                 pairs = self.ritz(wanted)
                 sigma, error = measure(pairs)
                 gaps = sigma[:, :-1] - sigma[:, 1:]
                 inside = [gaps[:, i] for i in (edges.start - 1, edges.stop - 1) if 0 <= i < gaps.shape[1]]
                 target = torch.stack([tol, *(g.abs() / 10 for g in inside)]).amin(0).clamp_min(_FLOOR * tol)
-                if full or bool((error[:, edges].amax(1) <= target).all()):
+                worst = error[:, edges].amax(1)
+                misses.append((self.size, (worst / tol).amin().log().item()))
+                if self._in_vain(misses):
+                    return None
+                if full or bool((worst <= target).all()):
                     return pairs.vectors[:, :, edges], _neighbors(sigma, edges)
                 look = self.size + max(self.width, self.size // 8)
-            self.grow()
+            grown = self.grow()
+
+    def _in_vain(self, misses: list[tuple[int, float]]) -> bool:
+        """Whether the error stays far from good in a full basis, even if it falls twice as fast as it last did.
+
+        ``misses`` are sizes and logarithms of the error over what is wanted. Asked once the basis is half full.
+        """
+        limit = self.basis.shape[2]
+        (before, earlier), (size, miss) = misses[-2:] if len(misses) > 1 else (misses[0], misses[0])
+        if 2 * size < limit or before == size:
+            return False
+        return miss - 2 * max(earlier - miss, 0.0) * (limit - size) / (size - before) > _FAR
 
 
 def _neighbors(sigma: Tensor, edges: slice) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ipca.svd.inner_loops import PANEL, ldlt_panel_
-from ipca.svd.random_vectors import norm_bound, probes
+from ipca.svd.lazy import lazy_property
+from ipca.svd.random_vectors import probe_bound, probes
 
 _BLOCK = 256
 _EPS = torch.finfo(torch.float64).eps
@@ -45,23 +46,54 @@ class LDLT:
 
     def multiply(self, X: Tensor) -> Tensor:
         """``L D Lᵀ X`` for ``X (batch, n, k)``."""
-        n = X.shape[1]
-        blocks = [slice(j, min(j + _BLOCK, n)) for j in range(0, n, _BLOCK)]
         Y = X.clone()
-        for c in blocks:
+        for c in self._blocks:
             Y[:, c] += self.factor[:, c, c].tril(-1).mT @ X[:, c] + self.factor[:, c.stop :, c].mT @ X[:, c.stop :]
         Y *= self.factor.diagonal(dim1=-2, dim2=-1)[..., None]
         out = Y.clone()
-        for c in blocks:
+        for c in self._blocks:
             out[:, c] += self.factor[:, c, c].tril(-1) @ Y[:, c]
             out[:, c.stop :] += self.factor[:, c.stop :, c] @ Y[:, c]
         return out
 
     def solve(self, X: Tensor) -> Tensor:
         """``A⁻¹ X`` for ``X (batch, n, k)``."""
+        if X.is_cuda:
+            return self.solve_by_products(X)
         D = self.factor.diagonal(dim1=-2, dim2=-1)[..., None]
         Y = torch.linalg.solve_triangular(self.factor, X, upper=False, unitriangular=True).div_(D)
         return torch.linalg.solve_triangular(self.factor.mT, Y, upper=True, unitriangular=True)
+
+    def solve_by_products(self, X: Tensor) -> Tensor:
+        """The same with :attr:`inverses`, ``4 ⌈n / 256⌉`` products whatever the batch.
+
+        For a GPU: PyTorch hands more than eight triangular systems to a routine of cuBLAS that is meant for small ones.
+        """
+        Y = X.clone()
+        for c, inverse in zip(self._blocks, self.inverses, strict=True):
+            Y[:, c] = inverse @ Y[:, c]
+            Y[:, c.stop :].baddbmm_(self.factor[:, c.stop :, c], Y[:, c], alpha=-1)
+        Y /= self.factor.diagonal(dim1=-2, dim2=-1)[..., None]
+        for c, inverse in zip(reversed(self._blocks), reversed(self.inverses), strict=True):
+            Y[:, c].baddbmm_(self.factor[:, c.stop :, c].mT, Y[:, c.stop :], alpha=-1)
+            Y[:, c] = inverse.mT @ Y[:, c]
+        return Y
+
+    @lazy_property
+    def inverses(self) -> list[Tensor]:
+        """Of the diagonal blocks of ``L``, each ``(batch, k, k)``."""
+        return [_inverse(self.factor[:, c, c]) for c in self._blocks]
+
+    @property
+    def _blocks(self) -> list[slice]:
+        n = self.factor.shape[-1]
+        return [slice(j, min(j + _BLOCK, n)) for j in range(0, n, _BLOCK)]
+
+
+def _inverse(L: Tensor) -> Tensor:
+    """``L⁻¹`` for the unit lower triangle of ``L (batch, k, k)``."""
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    return torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
 
 
 def factorize_(A: Tensor) -> LDLT:
@@ -108,7 +140,7 @@ def count_above(G: Tensor, threshold: Tensor, room: Tensor, seed: int = 0) -> Te
     counts, unsure = factor.positive, ~(factor.error <= room)
     if bool(unsure.any()):
         x = probes(G, seed)
-        unsure &= ~(norm_bound(G @ x - threshold[:, None, None] * x - factor.multiply(x)) <= room)
+        unsure &= ~(probe_bound(G @ x - threshold[:, None, None] * x - factor.multiply(x)) <= room)
     del factor  # its memory is wanted again
     for i in torch.nonzero(unsure)[:, 0].tolist():
         counts[i] = count_above_pivoted(G[i], threshold[i])

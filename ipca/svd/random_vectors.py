@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POWER, DENSITY, KRYLOV, PROBES = range(4)
+POWER, DENSITY, KRYLOV, PROBES, NORM = range(5)
 """Purposes of random vectors."""
 PROBE_COUNT = 16
 _FACTORS = {16: 3.0, 8: 8.0}
@@ -30,7 +30,7 @@ def probes(G: Tensor, seed: int) -> Tensor:
     return x.expand(len(G), -1, -1)
 
 
-def norm_bound(EX: Tensor) -> Tensor:
+def probe_bound(EX: Tensor) -> Tensor:
     """``(batch,)``: a bound on ``‖E‖₂`` from ``E X (batch, m, k)`` for standard normal columns ``X``, 8 or 16 of them.
 
     The mean of ``‖E x‖²`` is ``‖E‖_F²``; its root is returned times 8 or 3. That eight columns find an eighth of

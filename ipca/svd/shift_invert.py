@@ -85,8 +85,8 @@ def _inverse_krylov(
         goal: ``(batch,)``; the residual to reach.
 
     Returns:
-        None where the window lies so many indices from the shift that another path is cheaper: the shift sits in a
-        cluster.
+        None where the window lies so many indices from the shift that another path is cheaper, as the shift sits in a
+        cluster, or where the iteration comes to nothing.
     """
     n = batch.n
     wanted = range(max(window.start - 1, 0), min(window.stop + 1, n))
@@ -110,7 +110,10 @@ def _inverse_krylov(
 
     krylov = Krylov(solve, batch.random_columns(min(_WIDTH, n)), min(n, 5 * reach + 12 * _WIDTH))
     edges = slice(window.start - wanted.start, window.stop - wanted.start)
-    V, neighbors = krylov.converge(places, measure, edges, goal, first=5 * reach)
+    found = krylov.converge(places, measure, edges, goal, first=5 * reach)
+    if found is None:
+        return None
+    V, neighbors = found
     V = orthonormalize(solve(V))
     batch.flops += (2 * n**2 + 6 * n * krylov.size) * solves
     return Candidate(V, neighbors, lambda V: orthonormalize(batch.factorize(shift).solve(V)))

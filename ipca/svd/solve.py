@@ -7,6 +7,7 @@ gets accepted is left to the full SVD.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from ipca.svd import certificate
 from ipca.svd.certificate import Solution
 from ipca.svd.dense import gram_eigh, tridiagonal
 from ipca.svd.eigensolvers import tridiagonal_available
-from ipca.svd.krylov import rayleigh_ritz, top, top_gram
+from ipca.svd.krylov import rayleigh_ritz, top
 from ipca.svd.matrix_batch import Candidate, MatrixBatch
 from ipca.svd.shift_invert import bottom, interior
 
@@ -51,7 +52,8 @@ class Thresholds:
     """Sizes at which the paths of a class of devices meet.
 
     Attributes:
-        top_from: smallest ``d`` for block Krylov at the start of the spectrum.
+        top_from: smallest ``d`` for block Krylov at the start of the spectrum, of a square matrix; √(m / d) times this
+            of a taller one.
         top_share: the share of ``d`` before which such a window ends.
         interior_from: smallest ``d`` for inverse block Krylov inside the spectrum.
         bottom_from: the same at the end of the spectrum.
@@ -59,6 +61,8 @@ class Thresholds:
         interior_share: the largest rank for these, as a share of ``d``.
         tridiagonal_from: smallest ``d`` for the tridiagonal path, below which all eigenvectors of the Gram matrix are
             found at once; None where neither is there.
+        tridiagonal_narrow_from: the ``d`` from which it is faster for the narrowest windows, and for one component more
+            with every two rows.
     """
 
     top_from: int
@@ -68,13 +72,14 @@ class Thresholds:
     bottom_aspect: float
     interior_share: float
     tridiagonal_from: int | None
+    tridiagonal_narrow_from: int
 
 
 THRESHOLDS = {
     # From timings of every path at d from 64 to 3072 on one core; bench/bench_window_svd.py forces each path again.
-    "cpu": Thresholds(768, 1 / 32, 3072, 2048, 1.2, 1 / 8, 144),
+    "cpu": Thresholds(768, 1 / 32, 3072, 2048, 1.2, 1 / 8, 192, 112),
     # Not measured: an operation count, and the launches that a small matrix cannot pay for.
-    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None),
+    "cuda": Thresholds(256, 1 / 32, 256, 256, 1.2, 1 / 4, None, 0),
 }
 
 
@@ -83,14 +88,15 @@ def plan(device_type: str, m: int, d: int, window: range) -> list[str]:
     limits, rank = THRESHOLDS[device_type], len(window)
     paths = []
     narrow = rank <= limits.interior_share * d
-    if d >= limits.top_from and window.stop <= limits.top_share * d:
+    if d >= limits.top_from * math.sqrt(m / d) and window.stop <= limits.top_share * d:
         paths.append("top")
     elif narrow and window.stop == d and d >= limits.bottom_from and m <= limits.bottom_aspect * d:
         paths.append("bottom")
-    if narrow and d >= limits.interior_from:
+    if narrow and d >= limits.interior_from and (paths != ["top"] or limits.tridiagonal_from is None):
         paths.append("interior")
     if limits.tridiagonal_from is not None:
-        paths.append("tridiagonal" if d >= limits.tridiagonal_from and tridiagonal_available() else "gram_eigh")
+        reduced = d >= limits.tridiagonal_from or 2 * rank <= d - limits.tridiagonal_narrow_from
+        paths.append("tridiagonal" if reduced and tridiagonal_available() else "gram_eigh")
     return paths
 
 
@@ -132,9 +138,7 @@ def _judge(path: str, batch: MatrixBatch, window: range, tol: float, candidate: 
     if not min(errors) <= tol:
         return [None] * batch.size  # no result that a proof would pay for
     if path == "top" and window.start == 0 and candidate.neighbors is not None:
-        batch.flops += batch.n**3 / 3
-        G = top_gram(batch, tol)
-        proofs = certificate.certify_first(batch, G, S, V, rho, candidate.neighbors[:, 1])
+        proofs = certificate.certify_first(batch, S, V, rho, candidate.neighbors[:, 1], tol)
     else:
         batch.flops += ((window.start > 0) + (window.stop < batch.n)) * batch.n**3 / 3
         proofs = certificate.certify(batch.gram, S, rho, batch.sigma1, window.start, candidate.neighbors)

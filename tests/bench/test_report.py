@@ -159,6 +159,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         "quantized_start",
         "small_models_cpu",
         "versus_peft_cpu",
+        "init_checkpoint",
         "start_cpu",
     )
     for name in (*(f"{name}.csv" for name in names), "change_error.csv"):

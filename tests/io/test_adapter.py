@@ -82,6 +82,40 @@ def test_round_trip_without_an_svd(form, new, tmp_path, monkeypatch):
     assert [(name, p.requires_grad) for name, p in base.named_parameters()] == flags
 
 
+@pytest.mark.parametrize(
+    ("saved", "options", "measured"),
+    [
+        ("residual", {}, 0),
+        ("residual", {"check_base": False}, 3),  # the weight may be another one
+        ("intact", {"form": "residual"}, 3),
+        ("residual", {"form": "intact"}, 0),
+        ("intact", {}, 0),
+    ],
+)
+def test_the_start_is_measured_where_its_certificate_is_not_recorded(saved, options, measured, tmp_path, monkeypatch):
+    base = Net()
+    model = adapted(copy.deepcopy(base), form=saved)
+    ipca.save_adapter(model, tmp_path)
+    plain, calls = ipca.nn.initialization.measure_init, []
+    monkeypatch.setattr(ipca.nn.initialization, "measure_init", lambda *a, **k: calls.append(a) or plain(*a, **k))
+    ipca.load_adapter(base, tmp_path, **options)
+    assert len(calls) == measured
+    residual = options.get("form", saved) == "residual"
+    for name in ("a", "b", "head"):
+        certificate = base.get_submodule(name).certificate
+        assert certificate.holds
+        assert (certificate.bound > 0) == residual
+        assert "form" in options or certificate == model.get_submodule(name).certificate
+
+
+def test_a_cast_residual_layer_forgets_its_certificate(tmp_path):
+    base = Net()
+    model = adapted(copy.deepcopy(base), form="residual").to(torch.bfloat16)
+    assert all(model.get_submodule(name).certificate is None for name in ("a", "b", "head"))
+    ipca.save_adapter(model, tmp_path)
+    assert ipca.load_adapter(base, tmp_path).a.certificate.holds
+
+
 def test_untrainable_adapter_is_frozen(pair, tmp_path):
     base, model = pair
     ipca.save_adapter(model, tmp_path)

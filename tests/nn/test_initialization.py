@@ -100,6 +100,25 @@ def test_certificate_fails_for_other_factors():
     assert not InitCertificate("float32", 0.0, math.nan, 1e-7).holds
 
 
+@pytest.mark.parametrize("shape", [(129, 4099), (3, 70, 4099)])
+def test_threads_change_no_bit(shape):
+    *stack, out, inner = shape
+    weight = torch.randn(shape).bfloat16()
+    A0, B0 = torch.randn(*stack, 5, inner) / 99, torch.randn(*stack, out, 5) / 99
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                (add_low_rank(weight, [(-0.5, B0, A0)]), certify_init(weight, A0, B0, scaling=0.5, form="residual"))
+            )
+    finally:
+        torch.set_num_threads(before)
+    wide = weight.double() - 0.5 * B0.double() @ A0.double()
+    assert (found[0][0].double() - wide).abs().max() <= torch.finfo(torch.bfloat16).eps * wide.abs().max()
+    assert all(torch.equal(one, found[0][0]) and certificate == found[0][1] for one, certificate in found)
+
+
 @pytest.mark.parametrize("error", [1e-3, 1.0, math.inf])
 def test_a_wrong_base_weight_fails_loudly(error, monkeypatch):
     linear = nn.Linear(33, 48)

@@ -15,7 +15,7 @@ PATHS = {"gram_eigh": (75, 64), "tridiagonal": (257, 300)}
 
 @pytest.mark.parametrize(
     ("d", "rank", "path"),
-    [(143, 8, "gram_eigh"), (144, 8, "tridiagonal"), (144, 144, "tridiagonal")],
+    [(127, 8, "gram_eigh"), (128, 8, "tridiagonal"), (191, 60, "gram_eigh"), (192, 192, "tridiagonal")],
 )
 def test_the_path_follows_the_size(d, rank, path):
     assert window_svd(torch.randn(d, d + 3), Window.middle(rank)).report.path == path

@@ -31,6 +31,7 @@ def test_eigenvectors_by_index(n):
         want = values[wanted.start : wanted.stop]
         assert torch.linalg.matrix_norm(G @ V - V * want, ord=2) <= bound
         assert torch.linalg.matrix_norm(V.mT @ V - torch.eye(len(wanted), dtype=F64), ord=2) <= 20 * n * EPS
+    assert (T.values() - values).abs().max() <= 20 * n * EPS * values[0]
     assert 0.99 * values[0] <= T.largest() <= values[0]
     assert torch.equal(G, kept)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ipca.svd.ldlt import factorize_, factorize_shifted
+from ipca.svd.ldlt import LDLT, factorize_, factorize_shifted
 
 F64 = torch.float64
 SIZES = [1, 2, 7, 63, 64, 65, 129, 256, 257, 300, 700]
@@ -46,12 +46,13 @@ def test_only_the_lower_triangle_counts(n):
     assert torch.equal(found.positive, want.positive)
 
 
+@pytest.mark.parametrize("solve", [LDLT.solve, LDLT.solve_by_products])
 @pytest.mark.parametrize("n", SIZES)
-def test_solving(n):
+def test_solving(n, solve):
     A = symmetric(n) + 3 * n**0.5 * torch.diag_embed(torch.randn(2, n, dtype=F64).sign())
     X = torch.randn(2, n, 5, dtype=F64)
     found = factorize_(A.clone())
-    assert (A @ found.solve(X) - X).norm() <= 1e-15 * n * found.growth.max() * torch.linalg.cond(A).max() * X.norm()
+    assert (A @ solve(found, X) - X).norm() <= 1e-15 * n * found.growth.max() * torch.linalg.cond(A).max() * X.norm()
 
 
 def test_a_shift_leaves_the_matrix_alone():

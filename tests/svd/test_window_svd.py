@@ -273,3 +273,9 @@ def test_singular_values_are_float64_and_descend(shape):
     assert S.dtype == F64
     assert (S[:-1] >= S[1:]).all()
     assert (S - want).abs().max() <= rounding(*shape) * want[0]
+
+
+def test_small_singular_values_keep_their_digits():
+    S = torch.logspace(0, -12, 200, dtype=F64)
+    W = matrix(300, 200, S)
+    assert (singular_values(W) - S).abs().max() <= rounding(300, 200)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ipca.svd.matrix_batch import CHAINS, MatrixBatch, spectral_density
+from ipca.svd.lanczos import CHAINS, norm_bound, norm_bound_steps, spectral_density
+from ipca.svd.matrix_batch import MatrixBatch
 
 F64 = torch.float64
 SPECTRA = {
@@ -61,3 +62,25 @@ def test_a_batch_forgets_the_float32_copy_before_it_factorizes():
 def test_the_end_of_a_spectrum_far_from_zero_is_found():
     S = torch.linspace(3, 2, 600)
     assert 1.97 <= density_of(S).value_at(torch.tensor([597.0])).item() <= 2.03
+
+
+@pytest.mark.parametrize("kind", ["even", "one large", "flat", "decaying", "rank 1", "zero"])
+@pytest.mark.parametrize("epsilon", [0.5, 0.1, 0.02])
+def test_a_norm_bound_is_above_the_norm_by_as_little_as_asked(kind, epsilon):
+    n = 200
+    values = {
+        "even": torch.linspace(1, 0, n),
+        "one large": torch.cat([torch.tensor([5.0]), torch.linspace(1, 0, n - 1)]),
+        "flat": torch.ones(n),
+        "decaying": torch.logspace(0, -6, n),
+        "rank 1": torch.eye(n)[0],
+        "zero": torch.zeros(n),
+    }[kind].double()
+    Q = torch.linalg.qr(torch.randn(2, n, n, dtype=F64))[0]
+    G = ((Q * values) @ Q.mT).float()
+    steps = norm_bound_steps(n, epsilon)
+    for seed in range(5):
+        found = norm_bound(lambda rows: rows @ G, G, steps, seed)
+        assert (found >= (1 - 1e-5) * values[0]).all()
+        assert (found <= (1 + 1e-5) * values[0] / (1 - epsilon)).all()
+    assert norm_bound_steps(n, epsilon / 4) > steps
