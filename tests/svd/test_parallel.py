@@ -25,7 +25,7 @@ def run(count, seen, *, room=1.0, threads_each=None):
         with lock:
             running += 1
             seen.append((running, torch.get_num_threads(), threading.current_thread().name))
-        time.sleep(0.02 * ((i % 2) + 1))
+        time.sleep(0.1 * ((i % 2) + 1))
         with lock:
             running -= 1
         return i
