@@ -59,7 +59,8 @@ def first_table(rows: Sequence[Row]) -> str:
     ]
     for problem in problems(rows):
         own = problem.get(OURS)
-        if own and own["median_s"] and _d(problem) >= FIRST_FROM and any(name in problem for name in FIRST):
+        shown = own is not None and _d(problem) >= FIRST_FROM and int(own["rank"]) in SMALL_RANKS
+        if own and own["median_s"] and shown and any(name in problem for name in FIRST):
             about = [own["matrices"], own["spectrum"], own["rank"], _seconds(own), f"{float(own['angle']):.0e}"]
             about += [_time_and_angle(problem.get(name), own) for name in FIRST]
             lines.append(f"| {' | '.join(about)} |")
