@@ -18,7 +18,7 @@ from ipca.svd.ldlt import LDLT, factorize_shifted
 from ipca.svd.random_vectors import KRYLOV, POWER, normal
 
 _ROWS, _COLUMNS = 256, 512
-_KEPT = 2**20
+_KEPT = 2**19
 """Entries of a matrix that is kept in float64, and not widened for every product."""
 _POWER_STEPS = 16
 
