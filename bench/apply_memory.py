@@ -16,7 +16,7 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results" / "apply_memory.csv"
 CASES = [
     (kind, d, form)
-    for kind, d in (("square", 1024), ("square", 2048), ("mlp", 1024), ("full", 1024))
+    for kind, d in (("square", 1024), ("square", 2048), ("mlp", 1024), ("wide", 1024))
     for form in ("residual", "intact")
 ]
 
@@ -24,7 +24,7 @@ CASES = [
 def measure(kind: str, d: int, form: str) -> None:
     """Print the peak memory of ``apply_pc`` above the model, over the size of the largest layer in float64.
 
-    ``"square"`` and ``"mlp"`` use rank 16; ``"full"`` uses rank d / 2 of one layer, which needs the full SVD.
+    ``"square"`` and ``"mlp"`` use rank 16; ``"wide"`` rank d / 2 of one layer.
     """
     import torch
     from torch import nn
@@ -32,10 +32,10 @@ def measure(kind: str, d: int, form: str) -> None:
     import ipca
 
     def model(d: int) -> nn.Sequential:
-        shapes = [(d, d)] * (1 if kind == "full" else 4) + ([(d, 3 * d), (3 * d, d)] if kind == "mlp" else [])
+        shapes = [(d, d)] * (1 if kind == "wide" else 4) + ([(d, 3 * d), (3 * d, d)] if kind == "mlp" else [])
         return nn.Sequential(*[nn.Linear(*shape) for shape in shapes])
 
-    rank = d // 2 if kind == "full" else 16
+    rank = d // 2 if kind == "wide" else 16
     ipca.apply_pc(model(1540), rank=16, form=form, progress=False)  # loads libraries and allocates their buffers
     large = model(d)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

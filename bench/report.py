@@ -113,7 +113,7 @@ def memory_section(path: Path) -> str:
     rows = read_rows(path)
     lines = ["| layers | d | form | peak, in largest layers in float64 |", "|---|---|---|---|"]
     lines += [f"| {row['layers']} | {row['d']} | {row['form']} | {row['peak_layers']} |" for row in rows]
-    ranks = 'rank 16; d / 2 in the rows "full", which needs the full SVD'
+    ranks = 'rank 16; d / 2 in the rows "wide"'
     return "\n".join(lines) + f"\n\ntorch {rows[0]['torch']}, {ranks}. Rows: `bench/results/{path.name}`."
 
 

@@ -32,26 +32,16 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import ipca
 from bench.rows import FACTS, RESULTS, append_rows, facts
+from bench.small_models import PROJECTIONS, RANK, VOCABULARY
 from bench.svd_matrices import OUTLIERS
 from bench.timing import Timing
 from ipca.peft import PCConfig
 
 COLUMNS = (
-    *(
-        "model",
-        "provider",
-        "window",
-        "beside",
-        "seconds",
-        "seconds_low",
-        "seconds_high",
-        "ratio",
-        "ratio_low",
-        "ratio_high",
-    ),
-    *("over_quiet", "rounds", "layers", "rank", "dtype", *FACTS),
+    *("model", "provider", "window", "beside", "seconds", "seconds_low", "seconds_high"),
+    *("ratio", "ratio_low", "ratio_high", "over_quiet", "rounds", "layers", "rank", "dtype", *FACTS),
 )
-RANK, VOCABULARY, NOISE = 16, 1000, 0.02
+NOISE = 0.02
 WINDOWS = ("principal", "middle", "minor")
 QUIET, BUSY = "nothing", "two busy threads"
 SPIN = """
@@ -109,11 +99,10 @@ def _llama() -> nn.Module:
 
 
 BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = (
     Case("MiniLM's shape, 6 layers of 384", lambda: _bert(384, 6, 12), BERT, 7),
     Case("BERT-base's shape, 4 layers of 768", lambda: _bert(768, 4, 12), BERT, 5),
-    Case("TinyLlama's shape, 2 layers of 2048", _llama, LLAMA, 3),
+    Case("TinyLlama's shape, 2 layers of 2048", _llama, PROJECTIONS, 3),
 )
 
 

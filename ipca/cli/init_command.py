@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Reco
         model = {"model": model_digest(args.model), "class": type(plan.source.model).__name__}
         if not work.ready:
             _check_with_peft(plan, residual=args.form == "residual")
-        work.open({"format": 1, "ipca": ipca.__version__, **model, **asdict(settings)})
+        work.open({"format": 2, "ipca": ipca.__version__, **model, **asdict(settings)})
         ranks.barrier()
     ready, cache = ranks.broadcast(work.ready), _cache(args)
     layers, before = decompose_layers(

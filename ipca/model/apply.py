@@ -82,9 +82,9 @@ def apply_pc(
     decomposes a share of the layers, and all end with the same bits; every rank must call this with the same model.
 
     Memory: the factors of all layers, and for one layer at a time up to three ``(d, d)`` float64 matrices beside the
-    layer itself, or 512 MiB for small layers side by side (about eight layers in float64 where a full SVD is needed:
-    d < 256, rank > d / 4, a window that cuts a tie, or one that looks at the spectrum). On a GPU a batch takes up to
-    60 % of the free memory.
+    layer itself, or 512 MiB for small layers side by side (about six layers in float64 for half of all components,
+    eight where a full SVD is needed: a window that cuts a tie, on a GPU also d < 256, rank > d / 4, or a window that
+    looks at the spectrum). On a GPU a batch takes up to 60 % of the free memory.
 
     Raises:
         TypeError, ValueError: a bad argument, one that is given by both of its names with different values, nothing

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ipca.svd.eigensolvers import Eigensolver
-from ipca.svd.krylov import in_single_precision
+from ipca.svd.krylov import gram_operator, in_single_precision
 from ipca.svd.lanczos import CHAINS, norm_bound, norm_bound_steps
 from ipca.svd.ldlt import count_above
 from ipca.svd.matrix_batch import MatrixBatch
@@ -116,7 +116,7 @@ def certify(
             [e.lower for e in edges],
             [(f - off) ** 2 - e.lower for e, f, off in zip(edges, each[1], each[2], strict=True)],
         )
-    return [_verdict(range(start, end), *each) for each in zip(edges, above, through, strict=True)]
+    return [_verdict(range(start, end), *found) for found in zip(edges, above, through, strict=True)]
 
 
 def certify_counts(solver: Eigensolver, values: list[float], rho: float, sigma1: float, start: int, n: int) -> Proof:
@@ -192,9 +192,8 @@ def certify_first(batch: MatrixBatch, S: Tensor, V: Tensor, rho: Tensor, neighbo
     """
     r, single = S.shape[1], in_single_precision(batch, tol)
     lowest = (S[:, -1] - torch.maximum(4 * rho, 1e-9 * batch.sigma1)).clamp_min(0)
-    proven = Proof(True, f"inertia: {r} through")
     if single and bool((_norm_behind(batch, V, neighbor, lowest) <= lowest).all()):
-        return [proven] * len(S)
+        return [Proof(True, f"norm of what lies behind the window: {r} through")] * len(S)
     batch.flops += batch.n**3 / 3
     G = batch.gram32 if single else batch.gram
     y2 = torch.minimum(lowest.square(), (S[:, -1].square() + neighbor.square()) / 2)
@@ -203,7 +202,7 @@ def certify_first(batch: MatrixBatch, S: Tensor, V: Tensor, rho: Tensor, neighbo
     M = torch.baddbmm(G, (V * (2 * S.square())[:, None]).to(G.dtype), V.mT.to(G.dtype), beta=-1)
     M.diagonal(dim1=-2, dim2=-1).add_((y2 - error).to(G.dtype)[:, None])
     return [
-        proven
+        Proof(True, f"inertia: {r} through")
         if definite
         else Proof(False, f"it is not proven that no more than {r} singular values reach the window's end")
         for definite in (torch.linalg.cholesky_ex(M).info == 0).tolist()
@@ -220,15 +219,18 @@ def _norm_behind(batch: MatrixBatch, V: Tensor, neighbor: Tensor, limit: Tensor)
     steps = norm_bound_steps(batch.n, 0.9 * room) if room > 0 else batch.n
     if steps * CHAINS > batch.n / _PRODUCTS:
         return torch.full_like(limit, torch.inf)
-    W, P = batch.single, V.mT.float()
+    W, P = batch.single, V.float()
+    gram = gram_operator(W)
 
     def multiply(rows: Tensor) -> Tensor:
-        rows = torch.bmm(torch.bmm(rows - torch.bmm(torch.bmm(rows, P.mT), P), W.mT), W)
-        return rows - torch.bmm(torch.bmm(rows, P.mT), P)
+        X = gram(rows.mT - P @ (rows @ P).mT)
+        return (X - P @ (P.mT @ X)).mT
 
     batch.flops += 4 * batch.m * batch.n * CHAINS * steps
-    rounding = torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W).double() * (W.dtype != batch.W.dtype)
-    return norm_bound(multiply, W, steps, batch.seed).sqrt() * (1 + _SLACK) + rounding
+    bound = norm_bound(multiply, W, steps, batch.seed).sqrt() * (1 + _SLACK)
+    if batch.W.dtype == torch.float64:  # rounded to float32
+        bound += torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W)
+    return bound
 
 
 def gram_error(batch: MatrixBatch, G: Tensor) -> Tensor:

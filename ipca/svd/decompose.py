@@ -130,8 +130,6 @@ def _map_parts(
     if W.device.type not in ("cpu", "cuda"):  # other devices have no float64
         W, largest = W.cpu(), largest.cpu()
     if W.device.type == "cpu":
-        if len(W) == 1:
-            return [work((W, largest))]
         parts = list(zip(W.split(1), largest.split(1), strict=True))
         return thread_map(work, parts, [workspace(W.shape[1:], windows)] * len(W))
     together = 1  # where the spectrum decides, each matrix has its window at another index
@@ -188,6 +186,4 @@ def _stacked(found: list[WindowSVD]) -> WindowSVD:
 
 
 def _on_device(found: WindowSVD, device: torch.device) -> WindowSVD:
-    if found.S.device == device:
-        return found
     return WindowSVD(found.U.to(device), found.S.to(device), found.Vh.to(device), found.reports)

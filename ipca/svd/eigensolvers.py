@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipca.svd.lapack import available as exported
-from ipca.svd.lapack import call, multiply_rows, with_workspace
+from ipca.svd.lapack import available, call, multiply_rows, with_workspace
 from ipca.svd.lazy import lazy_property
 from ipca.svd.random_vectors import PROBES, normal, probe_bound
 
@@ -72,7 +71,7 @@ class FullEigh:
 
 def tridiagonal_available() -> bool:
     """Whether SciPy exports the routines."""
-    return exported("dsytrd", "dstemr", "dstedc", "dormtr", "dstebz", "dsterf", "dsymm")
+    return available("dsytrd", "dstemr", "dstedc", "dormtr", "dstebz", "dsterf", "dsymm")
 
 
 class Tridiagonal:

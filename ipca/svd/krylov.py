@@ -53,8 +53,8 @@ def top(batch: MatrixBatch, window: range, tol: float) -> Candidate | None:
     width = min(n, _WIDTH)
     krylov = Krylov(multiply, batch.random_columns(width, dtype), min(n, max(n // _SHARE, 8 * width + 4 * window.stop)))
     if single:
-        while krylov.size < _LOOK and krylov.grow():
-            pass
+        while krylov.size < _LOOK and not krylov.full:
+            krylov.grow()
         batch.sigma1 = krylov.largest().sqrt() * (1 - 1e-5)  # float32 may round upward
     edges = slice(window.start - wanted.start, window.stop - wanted.start)
     found = krylov.converge(places, measure, edges, tol * batch.sigma1, first=3 * window.stop)
@@ -108,13 +108,15 @@ class Krylov:
         self.size = 0
         self._append(orthonormalize(start))
 
-    def grow(self) -> bool:
-        """Add the next block, or say by False that there is no room for it."""
-        if self.size + self.width > self.basis.shape[2]:
-            return False
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another block."""
+        return self.size + self.width > self.basis.shape[2]
+
+    def grow(self) -> None:
+        """Add the next block."""
         seen = self.basis[:, :, : self.size]
         self._append(orthonormalize(self.images[:, :, self.size - self.width : self.size], seen))
-        return True
 
     def _append(self, block: Tensor) -> None:
         new = slice(self.size, self.size + self.width)
@@ -125,7 +127,7 @@ class Krylov:
         self.projected[:, : self.size, new] = self.basis[:, :, : self.size].mT @ image
 
     def largest(self) -> Tensor:
-        """``(batch,)``: the largest Ritz value, which no eigenvalue of the operator that is largest falls below."""
+        """``(batch,)``: the largest Ritz value, a lower bound of the operator's largest eigenvalue."""
         return torch.linalg.eigvalsh(self.projected[:, : self.size, : self.size].double(), UPLO="U")[:, -1]
 
     def ritz(self, wanted: Tensor) -> RitzPairs:
@@ -156,10 +158,10 @@ class Krylov:
             The window's vectors ``(batch, n, r)``, and the values ``(batch, 2)`` of its neighbors: the one above, or
             infinity, and the one below, or 0. None where every matrix would be far from good in a full basis.
         """
-        look, grown = first, True
+        look = first
         misses: list[tuple[int, float]] = []
         while True:
-            if (full := not grown) or self.size >= look:
+            if self.full or self.size >= look:
                 pairs = self.ritz(wanted)
                 sigma, error = measure(pairs)
                 gaps = sigma[:, :-1] - sigma[:, 1:]
@@ -169,20 +171,21 @@ class Krylov:
                 misses.append((self.size, (worst / tol).amin().log().item()))
                 if self._in_vain(misses):
                     return None
-                if full or bool((worst <= target).all()):
+                if self.full or bool((worst <= target).all()):
                     return pairs.vectors[:, :, edges], _neighbors(sigma, edges)
                 look = self.size + max(self.width, self.size // 8)
-            grown = self.grow()
+            self.grow()
 
     def _in_vain(self, misses: list[tuple[int, float]]) -> bool:
         """Whether the error stays far from good in a full basis, even if it falls twice as fast as it last did.
 
-        ``misses`` are sizes and logarithms of the error over what is wanted. Asked once the basis is half full.
+        ``misses`` are sizes and logarithms of the error over what is wanted, infinity where nothing is known of it yet.
+        Asked once the basis is half full.
         """
-        limit = self.basis.shape[2]
-        (before, earlier), (size, miss) = misses[-2:] if len(misses) > 1 else (misses[0], misses[0])
-        if 2 * size < limit or before == size:
+        limit, (size, miss) = self.basis.shape[2], misses[-1]
+        if len(misses) < 2 or 2 * size < limit or not math.isfinite(miss):
             return False
+        before, earlier = misses[-2]
         return miss - 2 * max(earlier - miss, 0.0) * (limit - size) / (size - before) > _FAR
 
 

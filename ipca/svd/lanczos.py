@@ -64,7 +64,7 @@ def norm_bound(multiply: Multiply, like: Tensor, steps: int, seed: int) -> Tenso
         seed: of the start.
 
     Source: Kuczyński & Woźniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
-    random start", SIAM J. Matrix Anal. Appl. 13 (1992), theorem 3.2.
+    random start", SIAM J. Matrix Anal. Appl. 13 (1992), on the probabilistic relative failure.
     """
     nodes, _ = _nodes(*_lanczos(multiply, like, steps, seed, NORM))
     epsilon = (_exponent(like.shape[-1]) / (2 * steps - 1)) ** 2

@@ -16,6 +16,8 @@ class lazy_property(Generic[Value]):
     def __init__(self, compute: Callable[[Any], Value]) -> None:
         self.compute, self.__doc__ = compute, compute.__doc__
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Value:
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
         value = instance.__dict__[self.compute.__name__] = self.compute(instance)
         return value

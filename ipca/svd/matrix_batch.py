@@ -93,33 +93,29 @@ class MatrixBatch:
             out.baddbmm_(columns, block)
         return out.mT
 
-    def multiply_gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """``Wᵀ W (batch, n, n)``, multiplied in ``dtype``: one triangle is computed, the other one copied."""
-        if dtype == torch.float64 and self.W.device.type == "cpu" and lapack.available("dsyrk"):
-            G = self.gram_triangle + self.gram_triangle.mT
-            G.diagonal(dim1=-2, dim2=-1).div_(2)
-            return G
-        n = self.n
-        G = torch.zeros(self.size, n, n, dtype=dtype, device=self.W.device)
-        columns = [slice(j, min(j + _COLUMNS, n)) for j in range(0, n, _COLUMNS)]
-        for i, block in enumerate(self._row_blocks(dtype)):
-            for c in columns:
-                G[:, c.start :, c].baddbmm_(block[:, :, c.start :].mT, block[:, :, c], beta=int(i > 0))
-        for c in columns:
-            G[:, c, c.stop :] = G[:, c.stop :, c].mT
+    def _triangle(self, dtype: torch.dtype) -> Tensor:
+        """The upper triangle of ``Wᵀ W (batch, n, n)``, multiplied in ``dtype``; what lies below is not to be read."""
+        self.flops += self.m * self.n**2
+        G = torch.zeros(self.size, self.n, self.n, dtype=dtype, device=self.W.device)
+        by_blas = dtype == torch.float64 and self.W.device.type == "cpu" and lapack.available("dsyrk")
+        for block in self._row_blocks(dtype):
+            if by_blas:
+                for product, rows in zip(G, block, strict=True):
+                    lapack.add_gram_(product, rows)
+                continue
+            for c in self._columns():
+                G[:, c, c.start :].baddbmm_(block[:, :, c].mT, block[:, :, c.start :])
         return G
 
-    @lazy_property
-    def gram_triangle(self) -> Tensor:
-        """The upper triangle of :attr:`gram`, on a CPU; what lies below is 0, or the same."""
-        if "gram" in self.__dict__ or not lapack.available("dsyrk"):
-            return self.gram
-        self.flops += self.m * self.n**2
-        G = torch.zeros(self.size, self.n, self.n, dtype=torch.float64, device=self.W.device)
-        for block in self._row_blocks():
-            for product, rows in zip(G, block, strict=True):
-                lapack.add_gram_(product, rows)
+    def _mirror_(self, G: Tensor) -> Tensor:
+        """``G`` with its upper triangle copied to the lower one."""
+        for c in self._columns():
+            G[:, c.stop :, c] = G[:, c, c.stop :].mT
+            G[:, c, c] = G[:, c, c].triu() + G[:, c, c].triu(1).mT
         return G
+
+    def _columns(self) -> list[slice]:
+        return [slice(j, min(j + _COLUMNS, self.n)) for j in range(0, self.n, _COLUMNS)]
 
     def _row_blocks(self, dtype: torch.dtype = torch.float64) -> Iterable[Tensor]:
         """``W / scale`` in blocks ``(batch, rows, n)``; a small matrix is one."""
@@ -143,18 +139,19 @@ class MatrixBatch:
         return self.W.float() / self.scale.float()[:, None, None]
 
     @lazy_property
+    def gram_triangle(self) -> Tensor:
+        """The upper triangle of :attr:`gram`; what lies below is not to be read."""
+        return self.gram if "gram" in self.__dict__ else self._triangle(torch.float64)
+
+    @lazy_property
     def gram(self) -> Tensor:
-        """``Wᵀ W (batch, n, n)`` in float64."""
-        self.flops += self.m * self.n**2
-        return self.multiply_gram()
+        """``Wᵀ W (batch, n, n)`` in float64, in the memory of :attr:`gram_triangle`."""
+        return self._mirror_(self.gram_triangle)
 
     @lazy_property
     def gram32(self) -> Tensor:
         """The same in float32: a copy where :attr:`gram` is known, else at half its cost."""
-        if "gram" in self.__dict__:
-            return self.gram.float()
-        self.flops += self.m * self.n**2
-        return self.multiply_gram(torch.float32)
+        return self.gram.float() if "gram" in self.__dict__ else self._mirror_(self._triangle(torch.float32))
 
     @lazy_property
     def sigma1(self) -> Tensor:

@@ -17,8 +17,8 @@ class SVDReport:
         path: ``"interior"``, ``"top"`` or ``"bottom"`` (block Krylov), ``"tridiagonal"`` or ``"gram_eigh"`` (LAPACK on
             the Gram matrix), or ``"full"`` (float64 SVD).
         window: the resolved window, its start an index.
-        residual: ``max(‖W V − U S‖₂, ‖Wᵀ U − V S‖₂, σ₁ ‖UᵀU − I‖₂, σ₁ ‖VᵀV − I‖₂) / σ₁``, in float64, before
-            rounding to the dtype that is returned.
+        residual: ``max(‖W V − U S‖₂, ‖Wᵀ U − V S‖₂, σ₁ ‖UᵀU − I‖₂, σ₁ ‖VᵀV − I‖₂) / σ₁``, or a bound on it, in float64,
+            before rounding to the dtype that is returned.
         certified: whether the indices are proven, see :mod:`ipca.svd.certificate`.
         certificate: the proof, or why there is none, in words.
         seconds: wall time; for matrices decomposed together, an equal share of it.

@@ -286,7 +286,9 @@ def test_a_first_window_is_proven(proof, ratio, monkeypatch):
     S = torch.cat([torch.linspace(3, 2, RANK), ratio * torch.linspace(2, 1, N - RANK)]).double()
     factorized, factorize = [], torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda M: factorized.append(M) or factorize(M))
-    assert prove_first(S, range(RANK), proof)[0]
+    certified, words = prove_first(S, range(RANK), proof)
+    assert certified
+    assert words.startswith("norm") == (proof[0] == "norm" and ratio == 0.1)
     assert any(len(M[0]) == N for M in factorized) == (proof[0] != "norm" or ratio > 0.1)  # what a narrow gap needs
 
 

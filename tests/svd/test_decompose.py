@@ -69,6 +69,21 @@ def test_a_batch_multiplies_as_the_scaled_matrix_does(m, largest):
     torch.testing.assert_close(batch.rmatmul(Y), dense.mT @ Y, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.parametrize("d", [7, 600])
+def test_the_gram_matrix_is_multiplied_once(d):
+    W = torch.randn(1, d + 3, d)
+    batch = MatrixBatch(W)
+    triangle = batch.gram_triangle
+    reduced = batch.tridiagonal[0]
+    G = batch.gram
+    torch.testing.assert_close(G, (batch.dense().mT @ batch.dense()), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(batch.gram32, MatrixBatch(W).gram32, rtol=1e-5, atol=1e-3)
+    assert torch.equal(G, G.mT)
+    assert G.data_ptr() == triangle.data_ptr()
+    assert batch.flops == (d + 3) * d**2 + 4 / 3 * d**3
+    assert reduced.error == MatrixBatch(W).tridiagonal[0].error
+
+
 NOT_DECOMPOSABLE = [
     ([[1.0]], TypeError, "expected a torch.Tensor, got list"),
     *[

@@ -25,3 +25,8 @@ def test_two_threads_compute_at_once_and_each_value_once():
     assert [holder.computed for holder in holders] == [1, 1]
     del holders[0].value
     assert "value" not in vars(holders[0])
+
+
+def test_the_class_shows_the_attribute_itself():
+    assert isinstance(Holder.value, lazy_property)
+    assert Holder.value.__doc__ == "Its documentation."

@@ -241,6 +241,30 @@ def test_krylov_goes_on_when_the_space_is_exhausted():
     assert pairs.residuals.max() <= 1e-12
 
 
+def krylov_with(columns, limit):
+    krylov = Krylov(lambda X: X, torch.randn(1, 60, 8, dtype=F64), limit)
+    krylov.size = columns
+    return krylov
+
+
+@pytest.mark.parametrize(
+    ("misses", "in_vain"),
+    [
+        ([(16, 9.0)], False),  # the first look
+        ([(8, 9.0), (16, 9.0)], False),  # not half full
+        ([(16, 9.0), (24, 9.0)], True),
+        ([(16, 9.0), (24, 10.0)], True),
+        ([(16, 9.0), (24, 7.0)], False),  # twice as fast, it is near 0 in a full basis
+        ([(16, 9.0), (24, float("inf"))], False),  # pairs that have not come yet say nothing
+        ([(16, float("inf")), (24, 9.0)], False),
+        ([(32, 9.0), (40, 8.9)], True),
+        ([(32, 9.0), (40, 4.0)], False),  # a step of the iteration mends that
+    ],
+)
+def test_an_iteration_that_comes_to_nothing_is_given_up(misses, in_vain):
+    assert krylov_with(misses[-1][0], 40)._in_vain(misses) is in_vain
+
+
 @pytest.mark.parametrize("name", ["interior", "bottom", "top"])
 def test_a_batch_solves_each_matrix_and_falls_back_for_one_alone(monkeypatch, name):
     S = spectrum("exponential", 300)

@@ -17,7 +17,8 @@ from ipca.lab.baselines.adapt import needed_windows
 from ipca.model.calibration import AUTO, auto_windows, without_auto
 from ipca.model.decompose import decompose_targets, precision, source_matrix
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import Target, find_modules_to_save, find_targets
+from ipca.model.targets import find_modules_to_save, find_targets
+from ipca.nn.layer_kinds import layer_kind, matrix_shape
 from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache, window_svd
 from ipca.svd.cache import cache_key
@@ -75,7 +76,10 @@ def cache_windows(
 
     rooms = {}
     for name, windows in needed.items():
-        shape = Target.of(name, get_layer(model, name), Window.middle(1), 1.0).shape
+        layer = get_layer(model, name)
+        kind = layer_kind(layer)
+        assert kind is not None
+        shape = matrix_shape(layer, kind)
         if windows and len(shape) == 2:
             rooms[name] = workspace(shape, windows)
     done = thread_map(one, [*rooms], [*rooms.values()])
