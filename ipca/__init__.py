@@ -107,7 +107,7 @@ _HOMES = {
     "ipca.window": ("Window",),
 }
 """The modules of the names above."""
-_MODULES = ("analysis", "cli", "io", "lab", "model", "nn", "offline", "ops", "peft", "svd", "window")
+_MODULES = ("analysis", "cli", "io", "lab", "model", "nn", "offline", "ops", "peft", "svd", "train", "window")
 
 
 def __getattr__(name: str) -> Any:

@@ -25,13 +25,14 @@ LEVELS = {
     "io": 5,
     "": 5.5,  # ipca/__init__.py offers all of the above
     **dict.fromkeys(("offline", "analysis", "peft"), 6),
+    "train": 6.5,
     "lab": 7,
     "cli": 8,
     "__main__": 9,
 }
-WITH_PEFT = ("lab", "peft")
+WITH_PEFT = ("lab", "peft", "train")
 PEFT_READER = "ipca.io.peft_reader"  # asks PEFT what it makes of a file, where PEFT is installed
-WITH_TRANSFORMERS = ("lab", "peft", "cli")
+WITH_TRANSFORMERS = ("lab", "peft", "train", "cli")
 
 
 def sources():
@@ -123,10 +124,10 @@ PLANTED = [
     ("ipca.peft.hub", "from ipca.analysis import angles", "peft (level 6) may not import analysis (level 6)"),
     ("ipca.analysis.angles", "import ipca.lab.demo.data", "analysis (level 6) may not import lab (level 7)"),
     ("ipca.lab.demo.task", "from ipca.cli import main", "lab (level 7) may not import cli (level 8)"),
-    ("ipca.io.adapter_folder", "import peft", "only lab, peft may import peft"),
-    ("ipca.io.peft_reader", "import peft", "only lab, peft may import peft"),
-    ("ipca.io.peft_format", "def f():\n    import peft", "only lab, peft may import peft"),
-    ("ipca.cli", "def f():\n    from peft import LoraConfig", "only lab, peft may import peft"),
+    ("ipca.io.adapter_folder", "import peft", "only lab, peft, train may import peft"),
+    ("ipca.io.peft_reader", "import peft", "only lab, peft, train may import peft"),
+    ("ipca.io.peft_format", "def f():\n    import peft", "only lab, peft, train may import peft"),
+    ("ipca.cli", "def f():\n    from peft import LoraConfig", "only lab, peft, train may import peft"),
     (
         "ipca.nn.layer_kinds",
         "from transformers.pytorch_utils import Conv1D",

@@ -9,7 +9,14 @@
 from ipca.analysis.figures import draw_drift, draw_importance, draw_sensitivity, draw_spectra
 from ipca.analysis.importance import component_importance
 from ipca.analysis.layer_pairs import weight_pairs
-from ipca.analysis.retention import accuracy_drop, cross_entropy_rise, kl_to_base
+from ipca.analysis.retention import (
+    Forgetting,
+    accuracy_drop,
+    cross_entropy_rise,
+    embedding_drift,
+    forgetting,
+    kl_to_base,
+)
 from ipca.analysis.spectra import spectrum
 from ipca.analysis.weight_change import (
     drift,
@@ -19,9 +26,11 @@ from ipca.analysis.weight_change import (
     spectral_imbalance,
     update_norm,
 )
+from ipca.analysis.without_adapter import without_adapter
 from ipca.model.calibration import sensitivity, suggest_windows
 
 __all__ = [
+    "Forgetting",
     "accuracy_drop",
     "component_importance",
     "cross_entropy_rise",
@@ -30,6 +39,8 @@ __all__ = [
     "draw_sensitivity",
     "draw_spectra",
     "drift",
+    "embedding_drift",
+    "forgetting",
     "intruder_dimensions",
     "kl_to_base",
     "overlap",
@@ -40,4 +51,5 @@ __all__ = [
     "suggest_windows",
     "update_norm",
     "weight_pairs",
+    "without_adapter",
 ]

@@ -1,4 +1,4 @@
-"""Loss of a trained model against its base on held-out batches: cross-entropy in nats, accuracy, KL divergence."""
+"""What training has cost on held-out batches, against the base: cross-entropy, accuracy, KL divergence, embeddings."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.model.apply import adapted_layers
+from ipca.analysis.without_adapter import check_base, without_adapter
 from ipca.model.batches import check_batches, evaluating
-from ipca.model.merge import disabled
 
 Measure = Callable[[nn.Module, Any], Any]
 """``measure(model, batch)``: a tensor with the measurement of each item or token that counts."""
@@ -35,9 +35,9 @@ def cross_entropy_rise(
 
     Args:
         model: in any mode; it and ``base`` stay as they are, and so do their modes and torch's random generators.
-        base: the model to compare with. None: ``model`` itself without its adapter, as under :func:`ipca.disabled`,
-            without a second copy. In the residual form that is the pretrained model up to rounding, and modules
-            that are fully trained stay as trained.
+        base: the model to compare with. None: ``model`` itself without its adapter, ipca's or PEFT's, without a second
+            copy. In ipca's residual form that is the pretrained model up to rounding, and fully trained modules beside
+            ipca's layers stay as trained.
         batches: each a mapping that the model takes by keyword, ``labels`` among it, or a pair ``(inputs, labels)``
             with a tensor or a mapping as inputs; on the model's device. Read once.
         loss_of: ``loss_of(model, batch)`` gives the losses of all items in a tensor of any shape, for what is neither;
@@ -45,8 +45,9 @@ def cross_entropy_rise(
 
     Raises:
         TypeError: a batch or an output of another kind, or one batch in place of several.
-        ValueError: ``base=None`` for a model without adapted layers, nothing that counts, labels that do not fit the
-            logits, or a model's own loss that is not the mean cross-entropy of its labels.
+        ValueError: ``base=None`` for a model without an adapter, or with one that has changed the base weights, as
+            PEFT's PiSSA; nothing that counts; labels that do not fit the logits; or a model's own loss that is not the
+            mean cross-entropy of its labels.
     """
     return _mean(model, base, batches, loss_of, _cross_entropy, lambda now, then: now.double() - then.double())
 
@@ -90,6 +91,65 @@ def kl_to_base(
     return _mean(model, base, batches, logits_of, lambda found: counted(found)[0], _kl)
 
 
+@dataclass(frozen=True)
+class Forgetting:
+    """What a model has lost on batches that it should go on predicting as its base does.
+
+    Attributes:
+        kl: ``mean KL(base ‖ model)`` in nats, see :func:`kl_to_base`.
+        loss_rise: see :func:`cross_entropy_rise`.
+        tokens: the number of tokens, or items, that counted.
+    """
+
+    kl: float
+    loss_rise: float
+    tokens: int
+
+
+def forgetting(model: nn.Module, base: nn.Module | None, batches: Iterable[Any]) -> Forgetting:
+    """:func:`kl_to_base` and :func:`cross_entropy_rise` in one pass over ``batches``, which have labels.
+
+    Args:
+        model, base, batches: as for :func:`cross_entropy_rise`.
+
+    Raises:
+        TypeError, ValueError: as :func:`cross_entropy_rise`.
+    """
+
+    def costs(now: Any, then: Any) -> tuple[Tensor, Tensor]:
+        rise = F.cross_entropy(at_least_float32(now[0]), now[1], reduction="none").double()
+        return _kl(now[0], then[0]), rise - F.cross_entropy(at_least_float32(then[0]), then[1], reduction="none")
+
+    (kl, rise), tokens = _means(model, base, batches, None, _labeled, costs)
+    return Forgetting(kl, rise, tokens)
+
+
+def embedding_drift(model: nn.Module, base: nn.Module | None, batches: Iterable[Any]) -> float:
+    """``mean 1 − cos(e_base(x), e_model(x))`` over the items, from 0 to 2: for models whose head is new.
+
+    ``e(x)`` is the mean over the positions of the last hidden states, ``(tokens, C)`` or ``(C, height, width)``;
+    positions that the attention mask leaves out do not count.
+
+    Args:
+        model: of transformers.
+        base: as for :func:`cross_entropy_rise`.
+        batches: each a mapping that the model takes by keyword. Read once.
+
+    Raises:
+        TypeError: another batch, or a model that gives no hidden states.
+        ValueError: ``base=None`` as for :func:`cross_entropy_rise`, or no batches.
+    """
+
+    def drift(now: Tensor, then: Tensor) -> tuple[Tensor]:
+        return (1 - F.cosine_similarity(now, then, dim=-1),)
+
+    return _means(model, base, batches, _embeddings, _nothing, drift)[0][0]
+
+
+def _nothing(found: Predictions) -> Tensor:
+    raise AssertionError("a measure takes its place")
+
+
 def _mean(
     model: nn.Module,
     base: nn.Module | None,
@@ -98,28 +158,45 @@ def _mean(
     read: Callable[[Predictions], Tensor],
     compare: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
-    """The mean of ``compare(now, then)`` over all items; ``read`` takes them from :class:`Predictions`."""
-    if base is None and not adapted_layers(model):
-        raise ValueError(
-            f"base=None takes the model without its adapter, but this {type(model).__name__} has no adapted layer of "
-            "ipca; pass the pretrained model as base."
-        )
+    """The mean of ``compare(now, then)`` over all items."""
+    return _means(model, base, batches, measure, read, lambda now, then: (compare(now, then),))[0][0]
+
+
+def _means(
+    model: nn.Module,
+    base: nn.Module | None,
+    batches: Iterable[Any],
+    measure: Measure | None,
+    read: Callable[[Predictions], Any],
+    compare: Callable[[Any, Any], tuple[Tensor, ...]],
+) -> tuple[list[float], int]:
+    """The means over all items of each tensor of ``compare(now, then)``, and the number of items.
+
+    ``now`` and ``then`` are what ``measure`` gives, or what ``read`` takes from :class:`Predictions`.
+    """
+    if base is None:
+        check_base(model)
     check_batches(batches)
-    total, items = 0.0, 0
+    totals, items = [0.0], 0
     with evaluating(model, *([] if base is None else [base])):
         for batch in batches:
             now, then = _both(model, base, batch, measure, read)
-            if now.shape != then.shape:
+            if _shape(now) != _shape(then):
                 raise ValueError(
-                    f"model and base returned tensors of {tuple(now.shape)} and {tuple(then.shape)} for the same "
+                    f"model and base returned tensors of {_shape(now)} and {_shape(then)} for the same "
                     "batch; they must have the same classes and items to be compared."
                 )
             values = compare(now, then)
-            total += float(values.sum(dtype=torch.float64))
-            items += values.numel()
+            sums = [float(each.sum(dtype=torch.float64)) for each in values]
+            totals = [sum(pair) for pair in zip_longest(totals, sums, fillvalue=0.0)]
+            items += values[0].numel()
     if not items:
         raise ValueError("nothing counts: there are no batches, or every label is −100 or masked.")
-    return total / items
+    return [total / items for total in totals], items
+
+
+def _shape(found: Tensor | tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple((found if isinstance(found, Tensor) else found[0]).shape)
 
 
 def _both(
@@ -127,12 +204,12 @@ def _both(
     base: nn.Module | None,
     batch: Any,
     measure: Measure | None,
-    read: Callable[[Predictions], Tensor],
-) -> tuple[Tensor, Tensor]:
+    read: Callable[[Predictions], Any],
+) -> tuple[Any, Any]:
     """The measurements of the model and of its base on ``batch``."""
 
     def of_base(function: Measure) -> Any:
-        with disabled(model) if base is None else nullcontext():
+        with without_adapter(model) if base is None else nullcontext():
             return function(model if base is None else base, batch)
 
     if measure is not None:
@@ -141,6 +218,22 @@ def _both(
     if is_shifted(then):  # the base decides for both: its loss is one that was trained to be low
         now, then = now.shifted(), then.shifted()
     return read(now), read(then)
+
+
+def _embeddings(model: nn.Module, batch: Any) -> Tensor:
+    """``(items, C)``, in float64."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch is a mapping of the model's inputs; got {_described(batch)}.")
+    output = model(**batch, output_hidden_states=True)
+    states = (getattr(output, "hidden_states", None) or (None,))[-1]
+    if not isinstance(states, Tensor):
+        raise TypeError(f"{type(model).__name__} returned no hidden states, so that its embeddings cannot be compared.")
+    positions = (states.flatten(2).mT if states.ndim == 4 else states).double()
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != positions.shape[:2]:
+        return positions.mean(1)
+    weight = mask.double()[..., None]
+    return (positions * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 def _labeled(found: Predictions) -> tuple[Tensor, Tensor]:

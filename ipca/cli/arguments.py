@@ -7,12 +7,19 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ipca._version import __version__
 from ipca.lab.names import COMPARISONS, CONTROLS
+from ipca.train.settings import DTYPES, LOSS_ON, SCHEDULES, TASKS
 from ipca.window import Window
 
 _EXAMPLES = (
+    "ipca train path/to/model german.txt --keep english.txt -o german",
+    "ipca train path/to/model chats.jsonl --max-kl 0.1 --steps 500 -o assistant",
+    "ipca train path/to/encoder reviews.csv --columns text=review label=stars -o stars",
+    "torchrun --nproc-per-node 4 -m ipca train path/to/model chats.jsonl -o assistant",
+    "ipca tradeoff path/to/model german german-test.txt --max-kl 0.1 -o german-milder",
     "ipca inspect path/to/model --window middle --rank 16 --plot spectra.png",
     "ipca inspect path/to/adapter --json",
     "ipca init path/to/model --window 0.33 --rank 16 -o adapter",
@@ -48,6 +55,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.fail("choose what to delete: --max-bytes, --older-than, or both")
     if args.command == "tune" and (args.model is None) == (args.shapes is None):
         args.fail("give a model's folder or --shapes, one of them")
+    if args.command in ("train", "tradeoff") and args.gate and args.max_kl is None and args.max_drift is None:
+        args.fail("--gate needs a budget: --max-kl or --max-drift")
     if args.command == "sweep" and args.comparisons and "same" not in args.comparisons:
         args.fail("--comparisons must include same")
     for name in ("windows", "lrs", "methods", "comparisons") if args.command == "sweep" else ():
@@ -88,6 +97,10 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"ipca {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _train(commands.add_parser("train", help="fine-tune a model on a file of data, and measure what it forgets"))
+    _tradeoff(
+        commands.add_parser("tradeoff", help="scale a trained adapter: its loss on new data against what is forgotten")
+    )
     _inspect(
         commands.add_parser("inspect", help="show spectra and windows of a model folder, or an adapter's contents")
     )
@@ -104,6 +117,117 @@ def parser() -> argparse.ArgumentParser:
     )
     _demo(commands.add_parser("demo", help="four ways to fine-tune one model on real text, in about a minute"))
     return top
+
+
+def _train(add: argparse.ArgumentParser) -> None:
+    _common(add)
+    add.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face model: a folder or its id on the Hub")
+    add.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="JSONL, CSV, TSV, Parquet or text, a folder of these or of images by class, or a data set on the Hub",
+    )
+    _about_data(add)
+    add.add_argument(
+        "--held-out",
+        type=share_or_path,
+        metavar="SHARE|FILE",
+        help="rows for evaluation: a share of DATA, or another file (default 0.1)",
+    )
+    _budget(add)
+    add.add_argument(
+        "--patience", type=positive_int, metavar="N", help="evaluations above the budget until it stops (3)"
+    )
+    window = add.add_argument_group("adapter")
+    window.add_argument(
+        "--window", type=window_start, help="principal, middle (default), minor, a fraction, start=256, …"
+    )
+    window.add_argument("--rank", type=positive_int, help="trained components of each layer (default 16)")
+    window.add_argument("--alpha", type=positive_number, help="scaling × rank (default: rank)")
+    window.add_argument("--targets", nargs="+", metavar="PATTERN", help="names or ends of names (default: all-linear)")
+    run = add.add_argument_group("training")
+    run.add_argument("--lr", type=positive_number, help="peak learning rate (default 1e-3; principal 3e-4)")
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive_number, help="passes over DATA (default 3)")
+    length.add_argument("--steps", type=positive_int, help="optimizer steps")
+    run.add_argument("--batch", type=positive_int, help="rows of a step, over all processes (default 16)")
+    run.add_argument("--micro-batch", type=positive_int, help="rows of a forward pass (default: all)")
+    run.add_argument(
+        "--loss-on", choices=LOSS_ON, help="tokens of chats and of prompts with completions that train (answers)"
+    )
+    run.add_argument("--packing", action="store_true", default=None, help="pack rows into sequences of --max-length")
+    run.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate (default linear)")
+    run.add_argument("--warmup", type=probability, metavar="SHARE", help="of the steps, in which it rises (0.05)")
+    run.add_argument("--weight-decay", type=non_negative_number, help="of AdamW (default 0)")
+    run.add_argument("--evaluations", type=positive_int, metavar="N", help="over the run (default 10)")
+    run.add_argument("--dtype", choices=DTYPES, help="of the frozen weights (default: as stored; on a CPU float32)")
+    run.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
+    run.add_argument("--report-to", nargs="+", metavar="NAME", help="wandb, tensorboard, … as TrainingArguments")
+    add.add_argument("--config", type=Path, metavar="RUN.yaml", help="settings; options of the command line go first")
+    add.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    _out(add)
+
+
+def _tradeoff(add: argparse.ArgumentParser) -> None:
+    _common(add)
+    add.add_argument("model", metavar="MODEL", help="the base: a folder or its id on the Hub")
+    add.add_argument("adapter", type=Path, metavar="ADAPTER", help="a LoRA of PEFT or of ipca: a folder or an id")
+    add.add_argument("data", metavar="DATA", help="what the adapter was trained for, held out: as for ipca train")
+    _about_data(add)
+    _budget(add)
+    add.add_argument(
+        "--scales", nargs="+", type=non_negative_number, metavar="λ", help="(default 0 0.25 0.5 0.75 1 1.25)"
+    )
+    add.add_argument(
+        "--scale", type=positive_number, metavar="λ", help="of the adapter that -o writes (default: the best)"
+    )
+    add.add_argument("--batch", type=positive_int, help="rows of a forward pass (default 16)")
+    add.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored; on a CPU float32)")
+    add.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the curve (.png, .pdf or .svg)")
+    add.add_argument(
+        "-o", "--out", type=Path, metavar="OUT", help="write the adapter with the best, or --scale's, scale"
+    )
+    add.add_argument("--force", action="store_true", help="replace what the output folder holds")
+
+
+def _about_data(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--task", choices=TASKS, help="(default: what the columns say)")
+    add.add_argument(
+        "--columns",
+        nargs="+",
+        action=Columns,
+        metavar="ROLE=NAME",
+        help="columns by role: text, messages, prompt, completion, label, tokens, tags, image",
+    )
+    add.add_argument("--max-length", type=positive_int, help="tokens of a sequence (default 512)")
+    add.add_argument("--seed", type=int, help="of the order, of new heads and of samples (default 0)")
+
+
+def _budget(add: argparse.ArgumentParser) -> None:
+    keep = add.add_argument_group("forgetting")
+    keep.add_argument(
+        "--keep",
+        metavar="KEEP",
+        help="what must not be forgotten: text, rows, images, or a .py with measure(model, processor) (default: for a "
+        "language model samples of its own, else nothing)",
+    )
+    keep.add_argument("--keep-tokens", type=positive_int, metavar="N", help="tokens of KEEP that are measured (8192)")
+    limit = keep.add_mutually_exclusive_group()
+    limit.add_argument("--max-kl", type=positive_number, metavar="X", help="budget: KL(base ‖ tuned), nats per token")
+    limit.add_argument("--max-drift", type=positive_number, metavar="X", help="budget of encoders: drift of embeddings")
+    keep.add_argument("--gate", action="store_true", help="exit status 2 where the budget is broken")
+
+
+class Columns(argparse.Action):
+    """``text=review label=stars`` as a mapping."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        pairs = [value.partition("=") for value in values]
+        wrong = next((value for value, (role, _, name) in zip(values, pairs, strict=True) if not (role and name)), None)
+        if wrong is not None:
+            parser.error(f"{option} takes ROLE=NAME, such as text=review; got {wrong!r}")
+        setattr(namespace, self.dest, {role: name for role, _, name in pairs})
 
 
 def _inspect(add: argparse.ArgumentParser) -> None:
@@ -375,6 +499,28 @@ def positive_number(text: str) -> float:
         value = math.nan
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
+def non_negative_number(text: str) -> float:
+    """``"0.5"`` as a finite float of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value
+
+
+def share_or_path(text: str) -> float | str:
+    """``"0.1"`` as a number between 0 and 1; anything else is the path of a file."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, or a file; got {text!r}")
     return value
 
 

@@ -17,6 +17,7 @@ from ipca.cli.arguments import check_output_folder, find_folders
 from ipca.cli.doctor_command import doctor
 from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
+from ipca.cli.train_command import tradeoff, train
 from ipca.cli.tune_command import tune
 from ipca.io.adapter_folder import SIDECAR, OtherBaseError, OtherModelError, read_adapter
 from ipca.io.model_folder import copy_companions, example_class, load_model, load_with_missing
@@ -24,7 +25,20 @@ from ipca.io.output_folder import check_output, is_weights
 from ipca.io.peft_format import WEIGHTS
 from ipca.svd.cache import CacheEntry, SpectralCache
 
-__all__ = ["cache", "convert", "demo", "doctor", "export", "init", "inspect", "merge", "sweep", "tune"]
+__all__ = [
+    "cache",
+    "convert",
+    "demo",
+    "doctor",
+    "export",
+    "init",
+    "inspect",
+    "merge",
+    "sweep",
+    "tradeoff",
+    "train",
+    "tune",
+]
 
 Record = dict[str, object]
 

@@ -1,0 +1,126 @@
+"""The commands ``ipca train`` and ``ipca tradeoff``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipca.io.hub import adapter_folder
+from ipca.io.output_folder import check_output
+
+if TYPE_CHECKING:
+    from ipca.train import TrainSettings
+
+Record = dict[str, object]
+OVER_BUDGET = 2
+"""Exit status with ``--gate`` where the budget is broken."""
+
+
+def train(args: argparse.Namespace) -> tuple[Record, str]:
+    """Train a window of a model on a file of data, and measure what it forgets."""
+    with _logging(args.quiet):
+        from ipca.train.report import summary
+        from ipca.train.run import OverBudgetError, fine_tune
+
+        settings = _settings(args)
+        try:
+            outcome = fine_tune(settings, args.out, overwrite=args.force, progress=not args.quiet)
+        except OverBudgetError as error:
+            if not args.gate:
+                raise
+            args.status = OVER_BUDGET
+            return {"out": str(args.out), "within_budget": False}, str(error)
+    text = f"{summary(outcome)}\nadapter: {args.out}   report: {args.out / 'report.html'}"
+    return outcome.record(), text
+
+
+def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
+    """Scale a trained change, and show its loss on new data against what is forgotten."""
+    with _logging(args.quiet):
+        from ipca.train.evaluation import open_adapter
+        from ipca.train.figures import draw_tradeoff
+        from ipca.train.scaled_change import SCALES, save_scaled, tradeoff
+
+        if args.out is not None:
+            check_output(args.out, whole=True, overwrite=args.force, option="--force")
+        settings = _settings(args)
+        adapter = adapter_folder(args.adapter)
+        scales = args.scales or ([0.0, args.scale, 1.0] if args.scale is not None else SCALES)
+        with open_adapter(settings, adapter) as (trainer, kept):
+            if kept is None:
+                raise ValueError(f"give --keep: nothing is measured by default for {settings.data}.")
+            found = tradeoff(
+                trainer, kept, scales=scales, max_forgotten=settings.budget, progress=not args.quiet and not args.json
+            )
+    chosen = found.best.scale if args.scale is None else args.scale
+    at_one = next((point.forgotten for point in found.points if point.scale == 1.0), None)
+    if args.gate and settings.budget is not None and (at_one is None or not at_one <= settings.budget):
+        args.status = OVER_BUDGET
+    text = str(found)
+    if args.plot:
+        draw_tradeoff(found.rows(), args.plot, found.words, chosen)
+        text += f"\npicture: {args.plot}"
+    if args.out is not None:
+        if chosen == 0:
+            raise ValueError("only the base itself is within the budget; no adapter was written. Raise the budget.")
+        if args.force and args.out.exists():
+            _remove(args.out)
+        save_scaled(adapter, args.out, chosen)
+        text += f"\nadapter with the change scaled by {chosen:g}: {args.out}"
+    record: Record = {"points": found.rows(), "best": vars(found.best), "scale": chosen, "forgotten": found.words}
+    return record | ({"out": str(args.out)} if args.out else {}), text
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)
+
+
+def _settings(args: argparse.Namespace) -> TrainSettings:
+    """The settings of --config, over which those of the command line go."""
+    from ipca.train.settings import RUN, TrainSettings, read_settings
+
+    config = getattr(args, "config", None)
+    if getattr(args, "resume", False):
+        if not (args.out / RUN).is_file():
+            raise FileNotFoundError(f"{args.out} holds no {RUN}: there is no run to go on with.")
+        config = config or args.out / RUN
+    values = read_settings(config) if config else {}
+    known = {each.name for each in fields(TrainSettings)}
+    given = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    given |= {name: str(given[name]) for name in ("model", "data") if name in given}
+    missing = [name.upper() for name in ("model", "data") if name not in {**values, **given}]
+    if missing:
+        args.fail(f"give {' and '.join(missing)}, or --config with a file that names them")
+    return TrainSettings.from_dict({**values, **given})
+
+
+@contextmanager
+def _logging(quiet: bool) -> Iterator[None]:
+    """Lines of ipca's log on stderr, and nothing of transformers' and PEFT's that users cannot act on."""
+    from transformers.utils import logging as hf_logging
+
+    logger, handler = logging.getLogger("ipca"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("ipca: %(message)s"))
+    before: Any = logger.level, hf_logging.get_verbosity()
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        hf_logging.set_verbosity(before[1])

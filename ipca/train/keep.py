@@ -1,0 +1,324 @@
+"""What a model must not forget: kept data, and the measurement of a tuned model on it against its base."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ipca.analysis.retention import embedding_drift, forgetting
+from ipca.analysis.without_adapter import without_adapter
+from ipca.model.batches import as_batches, evaluating
+from ipca.train.data import DataError, Source, check_image, find_source, read_data
+from ipca.train.settings import TrainSettings
+from ipca.train.tasks import Loaded
+
+BATCH_TOKENS = 512
+"""Tokens of a forward pass: its logits, and the base's, are in memory at once."""
+ITEM_TOKENS = 64
+"""What an item counts of ``keep_tokens`` where it is measured as a whole."""
+SAMPLE_TOKENS = 128
+"""Tokens of a sample that is drawn from the model."""
+
+
+class Kept(Protocol):
+    """What is measured on kept data.
+
+    Attributes:
+        budgeted: the name of the number that a budget limits; None where a budget means nothing.
+        words: what it is, for people.
+    """
+
+    @property
+    def budgeted(self) -> str | None: ...
+
+    @property
+    def words(self) -> str: ...
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Numbers by name; larger is more forgotten, 0 the base."""
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """``keep_kl``, the mean KL(base ‖ model) per token, and ``keep_loss_rise``, both in nats.
+
+    Args:
+        batches: mappings with ``input_ids``, ``attention_mask`` and ``labels``.
+    """
+
+    batches: Sequence[Mapping[str, Tensor]]
+    budgeted = "keep_kl"
+    words = "KL(base ‖ tuned), nats per token"
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        found = forgetting(model, None, _on_device(model, self.batches))
+        return {"keep_kl": found.kl, "keep_loss_rise": found.loss_rise}
+
+
+@dataclass(frozen=True)
+class KeptItems:
+    """``keep_drift``, the mean ``1 − cos`` between the embeddings of an item by the base and by the model.
+
+    Args:
+        batches: mappings of the model's inputs, without labels.
+    """
+
+    batches: Sequence[Mapping[str, Tensor]]
+    budgeted = "keep_drift"
+    words = "drift of embeddings, mean 1 − cos"
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        return {"keep_drift": embedding_drift(model, None, _on_device(model, self.batches))}
+
+
+class KeptTask:
+    """Numbers of a user's function ``measure(model, processor)``, such as accuracies: those of the model, ``keep_…``,
+    and how far they are from the base's, ``keep_…_change``."""
+
+    budgeted: str | None = None
+    words = "the task's own measure"
+
+    def __init__(self, function: Callable[[nn.Module, Any], Mapping[str, float]], processor: Any) -> None:
+        self._function, self._processor = function, processor
+        self._base: dict[str, float] | None = None
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        if self._base is None:
+            with evaluating(model), without_adapter(model):
+                self._base = dict(self._function(model, self._processor))
+        with evaluating(model):
+            now = dict(self._function(model, self._processor))
+        changes = {f"keep_{name}_change": value - self._base[name] for name, value in now.items()}
+        return {f"keep_{name}": float(value) for name, value in now.items()} | changes
+
+
+def check_keep(settings: TrainSettings, task: str) -> Source | Path | None:
+    """Find what ``settings.keep`` names, before the model is loaded.
+
+    Raises:
+        DataError, FileNotFoundError, ValueError: there is nothing, or not what the task can measure.
+    """
+    text_model = task == "causal-lm"
+    if settings.keep is None:
+        if settings.budget is not None and not text_model:
+            raise ValueError(f"a budget needs --keep: nothing is measured by default for the task {task}.")
+        source: Source | Path | None = None
+    elif settings.keep.endswith(".py"):
+        source = Path(settings.keep)
+        if not source.is_file():
+            raise FileNotFoundError(f"there is no file {source}.")
+        if settings.budget is not None:
+            raise ValueError(f"a budget limits KL or drift, which {source} does not measure; give text or images.")
+    else:
+        source = find_source(settings.keep)
+        if (source.kind == "images") != (task == "image-classification"):
+            raise ValueError(
+                f"{settings.keep} holds {'images' if source.kind == 'images' else 'text'}, which a model for {task} "
+                "does not take."
+            )
+        if source.kind == "images":
+            for path in source.files:
+                check_image(path)
+    if settings.max_kl is not None and not text_model:
+        raise ValueError(f"a model for {task} has no distribution to keep: use --max-drift instead of --max-kl.")
+    if settings.max_drift is not None and text_model:
+        raise ValueError("a language model is limited by --max-kl, not by --max-drift.")
+    return source
+
+
+def build_keep(
+    source: Source | Path | None, settings: TrainSettings, task: str, loaded: Loaded, samples: Tensor | None = None
+) -> Kept | None:
+    """What is measured; None where there is nothing to measure.
+
+    Args:
+        source: of :func:`check_keep`.
+        samples: drawn from the model by :func:`draw_samples`, where there is no source.
+
+    Raises:
+        DataError: a row is not text.
+        TypeError, ValueError: a task file without ``measure``.
+    """
+    if isinstance(source, Path):
+        return KeptTask(_measure_of(source), loaded.processor)
+    if task == "causal-lm":
+        if source is None:
+            assert samples is not None
+            return KeptTokens(list(_batches(samples.tolist(), loaded.processor, BATCH_TOKENS)))
+        sequences = _cut(_sequences(source, settings, loaded.processor), settings.keep_tokens)
+        return KeptTokens(list(_batches(sequences, loaded.processor, BATCH_TOKENS)))
+    if source is None:
+        return None
+    items = max(settings.keep_tokens // ITEM_TOKENS, 1)
+    if task == "image-classification":
+        from PIL import Image
+
+        found = []
+        for k in range(0, min(items, len(source.files)), 8):
+            pictures = [Image.open(path).convert("RGB") for path in source.files[k : k + 8]]
+            found.append({"pixel_values": loaded.processor(pictures, return_tensors="pt")["pixel_values"]})
+        return KeptItems(found)
+    texts = list(_texts(source))[:items]
+    found = [
+        dict(
+            loaded.processor(
+                texts[k : k + 16], padding=True, truncation=True, max_length=settings.max_length, return_tensors="pt"
+            )
+        )
+        for k in range(0, len(texts), 16)
+    ]
+    return KeptItems(found)
+
+
+@torch.no_grad()
+def draw_samples(model: Any, tokenizer: Any, tokens: int, seed: int) -> Tensor:
+    """``(tokens // 128, 128)`` token ids drawn from ``model`` at temperature 1, from its first token on."""
+    from transformers import GenerationConfig
+
+    start = next(
+        (x for x in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id) if x is not None), 0
+    )
+    count = max(tokens // SAMPLE_TOKENS, 1)
+    first = torch.full((count, 1), start, device=next(model.parameters()).device)
+    options: Any = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=SAMPLE_TOKENS - 1,
+        eos_token_id=None,  # a text may end and another begin
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    own, model.generation_config = model.generation_config, options  # whose settings would fill in what is None
+    try:
+        with evaluating(model):
+            torch.manual_seed(seed)
+            drawn = [model.generate(part, attention_mask=torch.ones_like(part)) for part in first.split(16)]
+    finally:
+        model.generation_config = own
+    return torch.cat(drawn).cpu()
+
+
+def token_batches(
+    texts: Iterable[str], tokenizer: Any, *, max_length: int = 512, tokens: int = 8192
+) -> list[dict[str, Tensor]]:
+    """``texts`` as batches of token ids with labels, for :class:`ipca.train.KeepCallback`.
+
+    Args:
+        max_length: tokens of a sequence; longer texts go on in the next one.
+        tokens: of all sequences.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
+    sequences = (each[k : k + max_length] for each in ids for k in range(0, len(each), max_length))
+    return list(_batches(_cut(sequences, tokens), tokenizer, BATCH_TOKENS))
+
+
+def _sequences(source: Source, settings: TrainSettings, tokenizer: Any) -> Iterator[list[int]]:
+    if source.kind == "text":
+        texts = [path.read_text(encoding="utf-8-sig") for path in source.files]
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            yield from (ids[k : k + settings.max_length] for k in range(0, len(ids), settings.max_length))
+        return
+    data = read_data(source, "causal-lm")
+    for row in data.rows:
+        if "text" in row:
+            ids = tokenizer(row["text"])["input_ids"]
+        elif "prompt" in row and tokenizer.chat_template is None:
+            ids = tokenizer(f"{row['prompt']}\n{row['completion']}")["input_ids"]
+        else:
+            messages = row.get("messages") or [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        yield ids[: settings.max_length]
+
+
+def _texts(source: Source) -> Iterator[str]:
+    """Lines of text files, the column ``text`` of others, or their words."""
+    if source.kind == "text":
+        for path in source.files:
+            yield from (line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        return
+    try:
+        rows = read_data(source, "causal-lm").rows
+    except DataError:
+        raise
+    except ValueError:
+        rows = read_data(source, "token-classification").rows
+    for row in rows:
+        yield row["text"] if "text" in row else " ".join(row["tokens"])
+
+
+def _cut(sequences: Iterable[list[int]], tokens: int) -> list[list[int]]:
+    """The first sequences, ``tokens`` in all; those of one token predict nothing."""
+    found, count = [], 0
+    for ids in sequences:
+        if count >= tokens:
+            break
+        ids = ids[: tokens - count]
+        if len(ids) > 1:
+            found.append(ids)
+            count += len(ids)
+    if not found:
+        raise DataError("the kept data has no sequence of at least two tokens.")
+    return found
+
+
+def _batches(sequences: Sequence[list[int]], tokenizer: Any, tokens: int) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of at most ``tokens`` tokens, or of one sequence."""
+    group: list[list[int]] = []
+    for ids in (*sequences, None):
+        longest = max(map(len, (*group, ids or [])), default=0)
+        if group and (ids is None or longest * (len(group) + 1) > tokens):
+            yield _padded(group, tokenizer.pad_token_id or 0)
+            group = []
+        if ids is not None:
+            group.append(ids)
+
+
+def _padded(group: list[list[int]], pad: int) -> dict[str, Tensor]:
+    length = max(map(len, group))
+    ids = torch.tensor([each + [pad] * (length - len(each)) for each in group])
+    mask = torch.tensor([[1] * len(each) + [0] * (length - len(each)) for each in group])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def _on_device(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield {name: value.to(device) for name, value in batch.items()}
+
+
+def _measure_of(path: Path) -> Callable[[nn.Module, Any], Mapping[str, float]]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    function = getattr(module, "measure", None)
+    if not callable(function):
+        raise ValueError(f"{path} has no function measure(model, processor), which returns numbers by name.")
+    return function
+
+
+def as_kept(what: Kept | Iterable[Mapping[str, Tensor]]) -> Kept:
+    """``what`` itself, or :class:`KeptTokens` of batches.
+
+    Raises:
+        TypeError, ValueError: one batch instead of several, or none.
+    """
+    return cast("Kept", what) if hasattr(what, "measure") else KeptTokens(as_batches(what))

@@ -1,0 +1,268 @@
+"""A run from a model and data to an adapter: it resumes, keeps what fits the budget, and writes one folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipca._atomic import read_checksummed, staged_files, write_atomic, write_checksummed
+from ipca._version import __version__
+from ipca.io.model_card import write_model_card
+from ipca.io.output_folder import check_output
+from ipca.train.callback import EvaluateLast, KeepCallback, Progress
+from ipca.train.data import Data, find_source, read_data
+from ipca.train.figures import draw_run
+from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
+from ipca.train.report import write_report
+from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
+from ipca.train.tasks import adapt, build_trainer, load_model, split
+
+log = logging.getLogger("ipca.train")
+CURVE, SAMPLES, CHECKPOINTS = "curve.csv", "keep.safetensors", "checkpoints"
+_STATE = "trainer_state.json"
+
+Row = dict[str, float]
+
+
+class OverBudgetError(RuntimeError):
+    """No checkpoint is within the budget."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        out: its folder.
+        settings: what was asked for.
+        rows: the measurements by step: ``step``, ``loss``, ``eval_loss``, ``eval_accuracy``, ``eval_keep_kl``, …, as
+            far as they were taken. Step 0 is the base.
+        kept: the step whose adapter was kept.
+        budgeted: the name of the number that the budget limits, None where nothing was measured.
+        words: what it is, for people.
+    """
+
+    out: Path
+    settings: TrainSettings
+    rows: list[Row]
+    kept: int
+    budgeted: str | None
+    words: str | None
+
+    @property
+    def best(self) -> Row:
+        """The measurements of the adapter that was kept."""
+        return next(row for row in self.rows if row["step"] == self.kept)
+
+    def record(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"out": str(self.out), "kept_step": self.kept, "kept": self.best, "curve": self.rows}
+
+
+def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, progress: bool = True) -> Outcome:
+    """Train a window of ``settings.model`` on ``settings.data``, and write the adapter and its report to ``out``.
+
+    ``out`` holds the adapter, which stock PEFT loads on the base; ``run.yaml`` with the settings, ``curve.csv`` and
+    ``curve.png``, ``report.html`` and a model card. A run that was killed goes on from its last checkpoint when it is
+    called again with the same settings. Under ``torchrun`` or ``accelerate launch`` every process calls this.
+
+    Args:
+        overwrite: replace what ``out`` holds.
+        progress: show a bar, or a line an evaluation where there is no terminal.
+
+    Raises:
+        DataError: a row is not what the task needs; found before the model is loaded.
+        FileExistsError: ``out`` holds something else, or a run with other settings.
+        OverBudgetError: no checkpoint is within the budget; ``out/checkpoints`` keeps the last ones.
+        ImportError: a package of the extra ``train`` is missing.
+        FileNotFoundError, TypeError, ValueError: there is no such model or data, or they do not fit each other.
+    """
+    state = _process_state()
+    if finished := _check_folder(settings, out, overwrite):
+        return finished
+    data = read_data(find_source(settings.data), settings.task, settings.columns)
+    held_out = None
+    if isinstance(settings.held_out, str):
+        held_out = read_data(find_source(settings.held_out), data.layout.task, settings.columns, labels=data.labels)
+    source = check_keep(settings, data.layout.task)
+    if state.is_main_process:
+        if overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / RUN, settings_text(settings, {}).encode())
+    state.wait_for_everyone()
+    loaded = load_model(settings, data.layout.task, data.labels)
+    parts = split(data, settings, loaded, held_out)
+    samples = None
+    if source is None and data.layout.task == "causal-lm":
+        with state.main_process_first():
+            samples = _samples(loaded.model.to(state.device), loaded.processor, settings, out)
+    kept = build_keep(source, settings, data.layout.task, loaded, samples)
+    model = adapt(loaded, settings, data.layout.task)
+    trainer = build_trainer(model, parts, settings, loaded, data, out / CHECKPOINTS)
+    _add_callbacks(trainer, kept, settings, progress)
+    checkpoint = last_checkpoint(out / CHECKPOINTS)
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return _finish(trainer, settings, out, data, kept)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return next((path for path in reversed(found) if _is_complete(path)), None)
+
+
+def read_curve(path: Path) -> list[Row]:
+    """The measurements in a run's ``curve.csv``."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def curve_of(history: Iterable[Mapping[str, float]]) -> list[Row]:
+    """A row for each step of a Trainer's log history at which something was evaluated."""
+    rows: dict[int, Row] = {}
+    for entry in history:
+        names = {name for name in entry if name == "loss" or (name.startswith("eval_") and not _is_speed(name))}
+        if names:
+            rows.setdefault(int(entry["step"]), {"step": int(entry["step"])}).update(
+                {name: entry[name] for name in names}
+            )
+    return [row for _, row in sorted(rows.items()) if "eval_loss" in row]
+
+
+def _process_state() -> Any:
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise ImportError("training needs accelerate; run: pip install 'ipca-lora[train]'") from None
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcome | None:
+    """The outcome where this run is finished already; raise where ``out`` holds anything but this run."""
+    run = out / RUN
+    if not run.is_file() or overwrite:
+        check_output(out, whole=True, overwrite=overwrite, option="--force")
+        return None
+    earlier = TrainSettings.from_dict(read_settings(run))
+    different = differing(settings, earlier)
+    if different:
+        words = ", ".join(
+            f"{name} {getattr(earlier, name)!r} and not {getattr(settings, name)!r}" for name in different
+        )
+        raise FileExistsError(f"{out} holds a run with {words}; choose another folder, or replace it with --force.")
+    import yaml
+
+    found = yaml.safe_load(run.read_text(encoding="utf-8"))["found"]
+    if "kept_step" not in found:
+        return None
+    log.info("%s holds this run, finished; --force trains again", out)
+    return Outcome(out, settings, read_curve(out / CURVE), found["kept_step"], found["budgeted"], found["words"])
+
+
+def _samples(model: Any, tokenizer: Any, settings: TrainSettings, out: Path) -> Tensor:
+    """Samples of the model, drawn once a run."""
+    path = out / SAMPLES
+    if path.is_file():
+        return read_checksummed(path)[1]["input_ids"]
+    log.info("drawing %d tokens from the model, to measure what it forgets", settings.keep_tokens)
+    drawn = draw_samples(model, tokenizer, settings.keep_tokens, settings.seed)
+    write_checksummed(path, {"seed": settings.seed}, {"input_ids": drawn})
+    return drawn
+
+
+def _add_callbacks(trainer: Any, kept: Kept | None, settings: TrainSettings, progress: bool) -> None:
+    trainer.add_callback(Progress(None if kept is None else kept.budgeted, progress))
+    trainer.add_callback(EvaluateLast())
+    if kept is not None:
+        trainer.add_callback(KeepCallback(trainer, kept, max_kl=settings.budget, patience=settings.patience))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the trainer's state, which is written last, is there and whole."""
+    try:
+        return isinstance(json.loads((checkpoint / _STATE).read_text()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_speed(name: str) -> bool:
+    return name.endswith(
+        ("_runtime", "_per_second", "_within_budget", "_num_tokens", "_mean_token_accuracy", "_entropy")
+    )
+
+
+def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: Kept | None) -> Outcome:
+    rows = curve_of(trainer.state.log_history)
+    name, words = (None, None) if kept is None else (kept.budgeted, kept.words)
+    if trainer.state.best_global_step is None or trainer.state.best_model_checkpoint is None:
+        trained = [row for row in rows if row["step"]]
+        if settings.budget is not None and trained:
+            least = min(trained, key=lambda row: row[f"eval_{name}"])
+            raise OverBudgetError(
+                f"no checkpoint is within the budget of {settings.budget:g}: the least {name} was "
+                f"{least[f'eval_{name}']:.4g}, at step {least['step']:.0f}. Train at a lower rate, or let ipca "
+                f"tradeoff scale {last_checkpoint(out / CHECKPOINTS)} down to the budget."
+            )
+        raise RuntimeError("no evaluation gave a finite loss: the run diverged. Train at a lower rate.")
+    outcome = Outcome(out, settings, rows, trainer.state.best_global_step, name, words)
+    trainer.save_model(str(out))
+    if trainer.is_world_process_zero():
+        _write(outcome, trainer, data)
+    trainer.accelerator.wait_for_everyone()
+    return outcome
+
+
+def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
+    """The files beside the adapter; ``run.yaml``, which says that the run is finished, last."""
+    out, settings, rows = outcome.out, outcome.settings, outcome.rows
+    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle of what run.yaml says
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with staged_files(out) as stage, (stage / CURVE).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for ending in ("png", "svg"):
+        draw_run(rows, out / f"curve.{ending}", outcome.kept, outcome.budgeted, outcome.words, settings.budget)
+    start = f"`{settings.window}`, rank {settings.rank}, {trainer.state.max_steps} steps, peak rate {settings.rate:g}"
+    write_model_card(
+        out,
+        data=f"{settings.data} ({data.layout.task}); window {start}. ![The run](curve.png)",
+        metrics={f"{name} at step {outcome.kept}": value for name, value in outcome.best.items() if name != "step"},
+        overwrite=True,
+    )
+    write_report(outcome, out / "report.html", task=data.layout.task, steps=trainer.state.max_steps)
+    versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl", "datasets")}
+    found = {
+        "task": data.layout.task,
+        "columns": dict(data.layout.columns),
+        "labels": list(data.labels),
+        "lr": settings.rate,
+        "steps": trainer.state.max_steps,
+        "kept_step": outcome.kept,
+        "budgeted": outcome.budgeted,
+        "words": outcome.words,
+        "versions": {"ipca": __version__, **versions},
+    }
+    write_atomic(out / RUN, settings_text(settings, found).encode())
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
