@@ -141,7 +141,7 @@ def embedding_drift(model: nn.Module, base: nn.Module | None, batches: Iterable[
     """
 
     def drift(now: Tensor, then: Tensor) -> tuple[Tensor]:
-        return (1 - F.cosine_similarity(now, then, dim=-1),)
+        return ((1 - F.cosine_similarity(now, then, dim=-1)).clamp_min(0),)  # of rounding
 
     return _means(model, base, batches, _embeddings, _nothing, drift)[0][0]
 

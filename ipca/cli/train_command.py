@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,18 +13,22 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipca.io.adapter_folder import SIDECAR
 from ipca.io.hub import adapter_folder
+from ipca.io.model_card import write_model_card
 from ipca.io.output_folder import check_output
 
 if TYPE_CHECKING:
     from ipca.train import TrainSettings
 
 Record = dict[str, object]
+RANK = int(os.environ.get("RANK", 0))
+"""Of this process, under torchrun; only that of rank 0 prints."""
 OVER_BUDGET = 2
 """Exit status with ``--gate`` where the budget is broken."""
 
 
-def train(args: argparse.Namespace) -> tuple[Record, str]:
+def train(args: argparse.Namespace) -> tuple[Record | None, str]:
     """Train a window of a model on a file of data, and measure what it forgets."""
     with _logging(args.quiet):
         from ipca.train.report import summary
@@ -36,7 +41,9 @@ def train(args: argparse.Namespace) -> tuple[Record, str]:
             if not args.gate:
                 raise
             args.status = OVER_BUDGET
-            return {"out": str(args.out), "within_budget": False}, str(error)
+            return (None, "") if RANK else ({"out": str(args.out), "within_budget": False}, str(error))
+    if RANK:
+        return None, ""
     text = f"{summary(outcome)}\nadapter: {args.out}   report: {args.out / 'report.html'}"
     return outcome.record(), text
 
@@ -73,6 +80,12 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
         if args.force and args.out.exists():
             _remove(args.out)
         save_scaled(adapter, args.out, chosen)
+        point = next(point for point in found.points if point.scale == chosen)
+        if (args.out / SIDECAR).is_file():
+            metrics = {"held-out loss": point.loss, f"forgotten, {found.words}": point.forgotten}
+            write_model_card(
+                args.out, data=f"The adapter in {args.adapter} with its change scaled by {chosen:g}.", metrics=metrics
+            )
         text += f"\nadapter with the change scaled by {chosen:g}: {args.out}"
     record: Record = {"points": found.rows(), "best": vars(found.best), "scale": chosen, "forgotten": found.words}
     return record | ({"out": str(args.out)} if args.out else {}), text
@@ -112,7 +125,7 @@ def _logging(quiet: bool) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("ipca: %(message)s"))
     before: Any = logger.level, hf_logging.get_verbosity()
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.ERROR if RANK else logging.WARNING if quiet else logging.INFO)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:

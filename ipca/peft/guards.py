@@ -90,7 +90,8 @@ def add_heads(model: nn.Module, config: PCConfig) -> None:
 def warn_unmatched(model: nn.Module, config: PCConfig, adapter: str) -> None:
     """Warn of keys of ``window_pattern`` and names in ``target_modules`` that match no layer of the adapter."""
     paths = [layer.path for layer in model.modules() if isinstance(layer, WindowLora) and layer.holds(adapter)]
-    names = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
+    listed = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
+    names = set(listed) - set(config.modules_to_save or ())  # a head that "all-linear" found, and that trains whole
     unmatched = {
         "window_pattern keys": (config.unmatched_windows(paths), paths),
         "target_modules": (_unmatched(names, paths), [name for name, _ in model.named_modules()]),

@@ -78,6 +78,7 @@ def _by_step(
     axis.plot(steps, values, color=color, marker=marker, markersize=3.5, linewidth=1.4)
     axis.plot([steps[mark]], [values[mark]], "o", markersize=10, markerfacecolor="none", color=_KEPT)
     axis.set_xlabel("step", fontsize=8)
+    axis.locator_params(nbins=6)
     axis.set_title(label, fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)
@@ -92,6 +93,7 @@ def _against(
     if mark is not None:
         axis.plot([lost[mark]], [loss[mark]], "o", markersize=10, markerfacecolor="none", color=_KEPT)
     axis.set_xlabel(f"forgotten: {words}", fontsize=8)
+    axis.locator_params(nbins=5)
     axis.set_ylabel("held-out loss, nats", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)

@@ -24,7 +24,7 @@ from ipca.train.figures import draw_run
 from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
 from ipca.train.report import write_report
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
-from ipca.train.tasks import adapt, build_trainer, load_model, split
+from ipca.train.tasks import adapt, build_trainer, load_model, processes, split
 
 log = logging.getLogger("ipca.train")
 CURVE, SAMPLES, CHECKPOINTS = "curve.csv", "keep.safetensors", "checkpoints"
@@ -109,6 +109,9 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
     kept = build_keep(source, settings, data.layout.task, loaded, samples)
     model = adapt(loaded, settings, data.layout.task)
     trainer = build_trainer(model, parts, settings, loaded, data, out / CHECKPOINTS)
+    if trainer.accelerator.num_processes != processes():  # each would train on all of the data
+        known = trainer.accelerator.num_processes
+        raise RuntimeError(f"{processes()} processes were started, but the Trainer knows of {known}.")
     _add_callbacks(trainer, kept, settings, progress)
     checkpoint = last_checkpoint(out / CHECKPOINTS)
     if checkpoint is not None:
@@ -133,7 +136,7 @@ def curve_of(history: Iterable[Mapping[str, float]]) -> list[Row]:
     """A row for each step of a Trainer's log history at which something was evaluated."""
     rows: dict[int, Row] = {}
     for entry in history:
-        names = {name for name in entry if name == "loss" or (name.startswith("eval_") and not _is_speed(name))}
+        names = [name for name in entry if name == "loss" or (name.startswith("eval_") and not _is_speed(name))]
         if names:
             rows.setdefault(int(entry["step"]), {"step": int(entry["step"])}).update(
                 {name: entry[name] for name in names}
@@ -146,7 +149,7 @@ def _process_state() -> Any:
         from accelerate import PartialState
     except ImportError:
         raise ImportError("training needs accelerate; run: pip install 'ipca-lora[train]'") from None
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcome | None:
@@ -228,7 +231,7 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
     """The files beside the adapter; ``run.yaml``, which says that the run is finished, last."""
     out, settings, rows = outcome.out, outcome.settings, outcome.rows
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle of what run.yaml says
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for row in (rows[-1], *rows) for name in row))
     with staged_files(out) as stage, (stage / CURVE).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()

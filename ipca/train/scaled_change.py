@@ -24,8 +24,8 @@ from ipca.io.peft_format import CONFIG, WEIGHTS
 from ipca.train.keep import Kept, as_kept
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-_SEARCH = 4
-"""Measurements that look for the scale of a budget."""
+_SEARCH, _CLOSE = 4, 0.97
+"""Measurements that look for the scale of a budget at most, and the share of it at which the search ends."""
 _BESIDE = ("README.md", "run.yaml", "curve.csv", "curve.png", "curve.svg", "report.html", "keep.safetensors")
 
 
@@ -134,7 +134,9 @@ def _next_scale(points: Iterable[Point], budget: float | None) -> float | None:
     if not above:
         return None
     first = min(above)
-    lower = max(scale for scale, value in found if scale < first)
+    lower, reached = max((scale, value) for scale, value in found if scale < first)
+    if reached >= _CLOSE * budget:
+        return None
     curve = PchipInterpolator(*map(np.array, zip(*found, strict=True)))
     at = np.linspace(lower, first, 1001)
     inside = at[curve(at) <= 0.995 * budget]

@@ -19,6 +19,8 @@ from ipca.train.data import Data, DataError
 from ipca.train.settings import TrainSettings
 
 IGNORED = -100
+_EVALUATED = 8
+"""Rows of a forward pass in evaluations. The loss is a mean over passes, so it must not depend on the processes."""
 _MODELS = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -124,6 +126,7 @@ def split(data: Data, settings: TrainSettings, loaded: Loaded, held_out: Data | 
             "held-out data."
         )
     share = min(max(round(float(settings.held_out) * count), 1), 512, count - 1)
+    share -= share % (64 if share >= 64 else 16 if share >= 16 else 1)  # whole passes, for up to eight processes
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed)).tolist()
     return Examples(made.select(sorted(chosen[share:])), made.select(sorted(chosen[:share])))
 
@@ -304,14 +307,14 @@ def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
         raise ValueError(
             f"{share} rows of a process cannot be split into micro-batches of {micro}; give a divisor of {share}."
         )
-    on_gpu = torch.cuda.is_available()
+    on_gpu, on_cpu = torch.cuda.is_available(), not torch.accelerator.is_available()
     share_of_run = min(1 / settings.evaluations, 0.999999)  # 1 would be a step
     return {
         "output_dir": str(out),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.steps or -1,
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
+        "per_device_eval_batch_size": min(micro, _EVALUATED),
         "gradient_accumulation_steps": share // micro,
         "learning_rate": settings.rate,
         "lr_scheduler_type": settings.schedule,
@@ -330,6 +333,7 @@ def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
         "report_to": list(settings.report_to) or "none",
         "seed": settings.seed,
         "data_seed": settings.seed,
+        "use_cpu": on_cpu,
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "gradient_checkpointing": settings.gradient_checkpointing,
         "disable_tqdm": True,
