@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
 import ipca
-from ipca.analysis import accuracy_drop, cross_entropy_rise, kl_to_base
+from ipca.analysis import accuracy_drop, cross_entropy_rise, embedding_drift, forgetting, kl_to_base
 from tests.helpers.models import Plain, snapshot
 
 MEASURES = (cross_entropy_rise, accuracy_drop, kl_to_base)
@@ -323,7 +323,7 @@ LABELS = torch.tensor([[0, 1]])
 @pytest.mark.parametrize(
     ("model", "base", "data", "error", "words"),
     [
-        (Table(NOW), None, [ITEMS], ValueError, "this Table has no adapted layer of ipca; pass the pretrained model"),
+        (Table(NOW), None, [ITEMS], ValueError, "this Table has no adapter; pass the pretrained model"),
         (Table(NOW), Table(BASE), [], ValueError, "nothing counts: there are no batches"),
         (Table(NOW), Table(BASE), [(ITEMS, torch.tensor([-100, -100]))], ValueError, "every label is −100 or masked"),
         (Table(NOW), Table(BASE[:, :2]), [ITEMS], ValueError, r"tensors of \(2, 3\) and \(2, 2\) for the same batch"),
@@ -368,3 +368,39 @@ def test_what_cannot_be_compared_is_refused(model, base, data, error, words):
 def test_labels_are_needed_to_judge_by_them(measure):
     with pytest.raises(ValueError, match=r"these batches have no labels: pass pairs \(inputs, labels\)"):
         measure(Table(NOW), Table(BASE), [ITEMS])
+
+
+def test_forgetting_is_both_measures_in_one_pass():
+    data = batches([0, 2], 1)
+    found = forgetting(Table(NOW), Table(BASE), iter(data))
+    assert found.kl == pytest.approx(kl_to_base(Table(NOW), Table(BASE), data), rel=1e-12)
+    assert found.loss_rise == pytest.approx(cross_entropy_rise(Table(NOW), Table(BASE), data), rel=1e-12)
+    assert found.tokens == 2
+
+
+class Encoder(nn.Module):
+    def __init__(self, states):
+        super().__init__()
+        self.states = nn.Parameter(torch.as_tensor(states))
+
+    def forward(self, ids, attention_mask=None, output_hidden_states=False):
+        return SimpleNamespace(hidden_states=(None, self.states[ids]) if output_hidden_states else None)
+
+
+def test_embedding_drift_is_one_minus_the_cosine_of_mean_states():
+    then = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 2.0], [0.0, 2.0]]])
+    now = torch.tensor([[[0.0, 3.0], [0.0, 1.0]], [[0.0, 1.0], [5.0, 0.0]]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    batch = {"ids": ITEMS, "attention_mask": mask}
+    assert embedding_drift(Encoder(now), Encoder(then), [batch]) == pytest.approx(0.5)  # 1 and, masked, 0
+    whole = (1 + 1 - 1 / math.sqrt(26)) / 2
+    assert embedding_drift(Encoder(now), Encoder(then), [{"ids": ITEMS}]) == pytest.approx(whole)
+    maps = [x.mT.reshape(2, 2, 1, 2) for x in (now, then)]  # (items, C, height, width)
+    assert embedding_drift(Encoder(maps[0]), Encoder(maps[1]), [{"ids": ITEMS}]) == pytest.approx(whole)
+    assert embedding_drift(Encoder(then), Encoder(then.clone()), [batch]) == 0
+    with pytest.raises(TypeError, match="a batch is a mapping"):
+        embedding_drift(Encoder(now), Encoder(then), [ITEMS])
+    silent = Encoder(now)
+    silent.forward = lambda **_: SimpleNamespace(hidden_states=None)
+    with pytest.raises(TypeError, match="returned no hidden states"):
+        embedding_drift(silent, Encoder(then), [batch])

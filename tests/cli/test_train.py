@@ -1,0 +1,185 @@
+"""``ipca train`` and ``ipca tradeoff``: what they print, their exit status, and their options."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipca.cli.arguments import parse_arguments
+from ipca.cli.main import main
+from tests.helpers.train_runs import KEPT, TEXT, save_language_model
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+from ipca.train.run import read_curve
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = [
+    "--rank",
+    "4",
+    "--lr",
+    "5e-3",
+    "--batch",
+    "4",
+    "--max-length",
+    "64",
+    "--keep-tokens",
+    "640",
+    "--evaluations",
+    "4",
+    "--steps",
+    "8",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, texts, and a finished run."""
+    folder = tmp_path_factory.mktemp("place")
+    save_language_model(folder / "model")
+    (folder / "new.txt").write_text(TEXT)
+    (folder / "keep.txt").write_text(KEPT)
+    files = [str(folder / name) for name in ("model", "new.txt")]
+    assert (
+        main(["train", *files, "--keep", str(folder / "keep.txt"), *FEW, *SIZES, "-o", str(folder / "out"), "--quiet"])
+        == 0
+    )
+    return folder
+
+
+def trade(place, *more):
+    words = [str(place / name) for name in ("model", "out", "new.txt")]
+    return main(["tradeoff", *words, "--keep", str(place / "keep.txt"), *SIZES, *more])
+
+
+def test_a_run_is_summed_up_and_can_be_made_again_from_its_file(place, tmp_path, capsys):
+    curve = read_curve(place / "out" / "curve.csv")
+    config = ["--config", str(place / "out" / "run.yaml")]
+    assert main(["train", *config, "--steps", "2", "-o", str(tmp_path / "two"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["step"] for row in found["curve"]] == [0, 1, 2]
+    assert found["curve"][0]["eval_loss"] == curve[0]["eval_loss"]
+    assert main(["train", "--resume", "-o", str(place / "out")]) == 0
+    said = capsys.readouterr()
+    assert f"Kept: step 8. The held-out loss fell from {curve[0]['eval_loss']:.4g} to" in said.out
+    assert "holds this run, finished" in said.err
+
+
+def test_a_log_without_a_terminal_has_a_line_for_each_evaluation(place, tmp_path, capsys):
+    config = ["--config", str(place / "out" / "run.yaml")]
+    assert main(["train", *config, "--steps", "2", "-o", str(tmp_path / "two")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ipca: step")]
+    assert len(lines) == 3
+    assert all("held-out" in line and "keep_kl" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_tradeoff_is_shown_gated_and_written(place, tmp_path, capsys):
+    assert trade(place, "--scales", "0.5", "1", "--json") == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [point["scale"] for point in points] == [0, 0.5, 1]
+    limit = str((points[1]["forgotten"] + points[2]["forgotten"]) / 2)
+    out, picture = tmp_path / "mild", tmp_path / "t.png"
+    assert trade(place, "--max-kl", limit, "--gate", "-o", str(out), "--plot", str(picture)) == 2
+    said = capsys.readouterr().out
+    assert "<- best within the budget" in said
+    assert picture.stat().st_size > 5_000
+    scale = json.loads((out / "adapter_config.json").read_text())["lora_alpha"] / 8
+    assert 0.5 < scale < 1
+    assert f"scaled by {scale:g}" in (out / "README.md").read_text()
+    assert trade(place, "--max-kl", "100", "--gate", "--scales", "1") == 0
+    assert trade(place, "--scale", "0.25", "-o", str(tmp_path / "quarter")) == 0
+    assert json.loads((tmp_path / "quarter" / "adapter_config.json").read_text())["lora_alpha"] == 2
+    assert trade(place, "--scale", "0.25", "-o", str(tmp_path / "quarter")) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert trade(place, "--scale", "0.5", "-o", str(tmp_path / "quarter"), "--force") == 0
+
+
+def test_a_broken_budget_ends_clearly_and_with_status_2_where_it_is_a_gate(place, tmp_path, capsys):
+    files = [str(place / name) for name in ("model", "new.txt")]
+    words = [
+        "train",
+        *files,
+        "--keep",
+        str(place / "keep.txt"),
+        *FEW,
+        *SIZES,
+        "--max-kl",
+        "1e-9",
+        "--patience",
+        "1",
+        "--quiet",
+    ]
+    assert main([*words, "-o", str(tmp_path / "one")]) == 1
+    assert "no checkpoint is within the budget of 1e-09" in capsys.readouterr().err
+    assert main([*words, "--gate", "-o", str(tmp_path / "two")]) == 2
+
+
+WRONG = [
+    (["train", "-o", "x"], "give MODEL and DATA, or --config"),
+    (["train", "m", "-o", "x"], "give DATA, or --config"),
+    (["train", "m", "d", "--gate", "-o", "x"], "--gate needs a budget"),
+    (["train", "m", "d", "--max-kl", "1", "--max-drift", "1", "-o", "x"], "not allowed with"),
+    (["train", "m", "d", "--columns", "text", "-o", "x"], "takes ROLE=NAME"),
+    (["train", "m", "d", "--held-out", "1.5", "-o", "x"], "must be a share between 0 and 1"),
+    (["train", "m", "d", "--window", "midle", "-o", "x"], "midle"),
+    (["tradeoff", "m", "a", "d", "--gate"], "--gate needs a budget"),
+    (["tradeoff", "m", "a"], "DATA"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG, ids=[" ".join(words) for words, _ in WRONG])
+def test_wrong_usage_ends_with_status_2(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_setting_and_a_damaged_file(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nlearning_rate: 1\nlrr: 1\n")
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "-o", str(tmp_path / "x")]) == 1
+    assert "there is no setting 'learning_rate'" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("model: [")
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "-o", str(tmp_path / "x")]) == 1
+    assert "is not YAML" in capsys.readouterr().err
+    assert main(["train", "--resume", "-o", str(tmp_path / "x")]) == 1
+    assert "there is no run to go on with" in capsys.readouterr().err
+
+
+def test_columns_are_pairs():
+    args = parse_arguments(["train", "m", "d", "--columns", "text=my text", "label=y", "-o", "x"])
+    assert args.columns == {"text": "my text", "label": "y"}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(place, tmp_path):
+    words = [str(place / name) for name in ("model", "new.txt")]
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "ipca", "train", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).parent / command[0]),
+            *command[1:],
+            "--keep",
+            str(place / "keep.txt"),
+            *FEW,
+            *SIZES,
+            "-o",
+            str(tmp_path / "out"),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Kept: step 8") == 1
+    one, two = (read_curve(folder / "curve.csv") for folder in (place / "out", tmp_path / "out"))
+    assert len(one) == len(two) == 5
+    for row, other in zip(one, two, strict=True):
+        assert other == pytest.approx(row, rel=2e-4)

@@ -1,0 +1,201 @@
+import json
+
+import pytest
+
+from ipca.train.data import DataError, find_source, read_data
+from ipca.train.settings import TASKS
+
+pytest.importorskip("datasets")
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def lines(*rows):
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+CHAT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+KINDS = [
+    ("a.jsonl", lines({"text": "one"}, {"text": "two"}), "causal-lm", {"text": "text"}),
+    ("a.jsonl", lines({"messages": CHAT}), "causal-lm", {"messages": "messages"}),
+    (
+        "a.jsonl",
+        lines({"instruction": "x", "input": "y", "output": "z"}),
+        "causal-lm",
+        {"prompt": "instruction", "completion": "output"},
+    ),
+    (
+        "a.json",
+        json.dumps([{"prompt": "x", "completion": "y"}]),
+        "causal-lm",
+        {"prompt": "prompt", "completion": "completion"},
+    ),
+    ("a.csv", "text,label\nfine,1\nbad,0\n", "sequence-classification", {"text": "text", "label": "label"}),
+    (
+        "a.csv",
+        'Sentence;Sentiment\nfine;pos\n"b;d";neg\n',
+        "sequence-classification",
+        {"text": "Sentence", "label": "Sentiment"},
+    ),
+    ("a.tsv", "text\tlabel\nfine\tpos\nbad\tneg\n", "sequence-classification", {"text": "text", "label": "label"}),
+    (
+        "a.jsonl",
+        lines({"tokens": ["A", "b"], "ner_tags": ["X", "O"]}),
+        "token-classification",
+        {"tokens": "tokens", "tags": "ner_tags"},
+    ),
+    ("a.txt", "Some text.", "causal-lm", {"text": "text"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "task", "columns"), KINDS, ids=[f"{k[0]}-{k[2]}-{i}" for i, k in enumerate(KINDS)]
+)
+def test_task_and_columns_are_found(tmp_path, name, text, task, columns):
+    data = read_data(find_source(str(write(tmp_path, name, text))))
+    assert data.layout.task == task
+    assert data.layout.columns == columns
+
+
+def test_columns_can_be_named_and_a_task_chosen(tmp_path):
+    path = write(tmp_path, "a.csv", "review,stars,text\ngood,5,x\nbad,1,y\n")
+    data = read_data(find_source(str(path)), columns={"text": "review", "label": "stars"})
+    assert data.layout.task == "sequence-classification"
+    assert data.labels == ("1", "5")
+    assert data.rows["label"] == [1, 0]
+    assert data.rows["text"] == ["good", "bad"]
+    assert read_data(find_source(str(path)), "causal-lm").rows["text"] == ["x", "y"]
+
+
+def test_the_values_arrive_as_they_are(tmp_path):
+    rows = [
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"conversations": [{"role": "system", "content": "s"}, *CHAT]},
+    ]
+    data = read_data(find_source(str(write(tmp_path, "a.jsonl", lines(*rows)))))
+    assert data.rows["messages"][0] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert data.rows["messages"][1][0] == {"role": "system", "content": "s"}
+    alpaca = write(tmp_path, "b.jsonl", lines({"instruction": "Add.", "input": "1, 2", "output": "3"}))
+    assert read_data(find_source(str(alpaca))).rows["prompt"] == ["Add.\n\n1, 2"]
+    quoted = write(tmp_path, "c.csv", 'text,label\n"two\nlines, and ""quotes""",a\nb,b\n')
+    assert read_data(find_source(str(quoted))).rows["text"][0] == 'two\nlines, and "quotes"'
+
+
+def test_the_labels_of_the_training_data_hold_for_other_files(tmp_path):
+    first = read_data(find_source(str(write(tmp_path, "a.csv", "text,label\nx,cat\ny,dog\nz,ant\n"))))
+    assert first.labels == ("ant", "cat", "dog")
+    other = read_data(find_source(str(write(tmp_path, "b.csv", "text,label\nx,dog\n"))), labels=first.labels)
+    assert other.rows["label"] == [2]
+    with pytest.raises(DataError, match=r"b2\.csv, line 2, column 'label': 'cow' is not one of ant, cat, dog"):
+        read_data(find_source(str(write(tmp_path, "b2.csv", "text,label\nx,cow\n"))), labels=first.labels)
+
+
+def test_parquet_and_folders_of_files(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).to_parquet(tmp_path / "a.parquet")
+    assert read_data(find_source(str(tmp_path / "a.parquet"))).labels == ("0", "1")
+    folder = tmp_path / "several"
+    folder.mkdir()
+    write(folder, "1.jsonl", lines({"text": "a"}))
+    write(folder, "2.jsonl", lines({"text": "b"}, {"text": "c"}))
+    assert read_data(find_source(str(folder))).rows["text"] == ["a", "b", "c"]
+
+
+WRONG = [
+    ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: expected one JSON object, got \{\"text\":"),
+    ("a.jsonl", '{"text": "a"}\n\n[1, 2]\n', r"a\.jsonl, line 3: expected an object with named columns, got \[1, 2\]"),
+    ("a.jsonl", '{"text": "a"}\n{"text": null}\n', r"a\.jsonl, line 2, column 'text': expected text, got nothing"),
+    ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', r"a\.jsonl, line 2, column 'text': expected text, got 3"),
+    (
+        "a.jsonl",
+        lines({"messages": CHAT}, {"messages": [{"role": "robot", "content": "x"}]}),
+        r"line 2, column 'messages', message 1: expected role",
+    ),
+    ("a.jsonl", lines({"messages": CHAT[:1]}), r"line 1, column 'messages': expected a message of the assistant"),
+    ("a.jsonl", lines({"prompt": "a", "completion": ""}), r"line 1, column 'completion': expected text"),
+    (
+        "a.jsonl",
+        lines({"tokens": ["a", "b"], "tags": [1]}),
+        r"line 1: expected a tag for each token, got 2 tokens in 'tokens' and 1 tags",
+    ),
+    (
+        "a.jsonl",
+        lines({"tokens": "a b", "tags": [1, 0]}),
+        r"line 1, column 'tokens': expected a list of words, got a b",
+    ),
+    ("a.csv", "text,label\na,b\nc,d,e\n", r"a\.csv, line 3: expected 2 values \(text, label\), got 3"),
+    ("a.csv", 'text,label\n"two\nlines",b\nc\n', r"a\.csv, line 4: expected 2 values"),
+    ("a.csv", "text,label\na,\nb,c\n", r"a\.csv, line 2, column 'label': expected the name or the number of a class"),
+    ("a.csv", "text,label\na,x\nb,x\n", r"column 'label': expected at least two classes, got only 'x'"),
+    ("a.csv", "one,two\na,x\n", r"a\.csv has the columns one, two; a task needs .*--columns"),
+    ("a.jsonl", "\n", r"a\.jsonl holds no rows"),
+    ("a.txt", "  \n", r"a\.txt holds no text"),
+    ("a.xml", "<x/>", r"a\.xml has an unknown format"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "words"), WRONG, ids=range(len(WRONG)))
+def test_an_error_names_file_line_column_and_what_was_expected(tmp_path, name, text, words):
+    path = write(tmp_path, name, text)
+    with pytest.raises(ValueError, match=words):
+        read_data(find_source(str(path)))
+
+
+def test_a_wrong_byte_has_its_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"first\nsecond \xff\n")
+    with pytest.raises(DataError, match=r"a\.txt, line 2: expected text in UTF-8, got the byte 0xff"):
+        read_data(find_source(str(tmp_path / "a.txt")))
+
+
+def test_what_is_not_there_or_mixed(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.jsonl"):
+        find_source(str(tmp_path / "missing.jsonl"))
+    write(tmp_path, "a.csv", "x")
+    write(tmp_path, "b.jsonl", "{}")
+    with pytest.raises(ValueError, match="holds csv and json files; give one kind"):
+        find_source(str(tmp_path))
+    with pytest.raises(ValueError, match="has no column 'nothing'; it has text, label"):
+        read_data(find_source(str(write(tmp_path, "c.csv", "text,label\na,b\n"))), columns={"text": "nothing"})
+    with pytest.raises(ValueError, match="no role 'wort'"):
+        read_data(find_source(str(tmp_path / "c.csv")), columns={"wort": "text"})
+
+
+def test_images_by_folder(tmp_path):
+    pytest.importorskip("PIL")
+    from tests.helpers.train_runs import save_images
+
+    folder = save_images(tmp_path / "images", count=3)
+    data = read_data(find_source(str(folder)))
+    assert (data.layout.task, data.labels, len(data.rows), data.held_out) == (
+        "image-classification",
+        ("dark", "light"),
+        6,
+        None,
+    )
+    assert data.rows[5]["image"].size == (16, 16)
+    split = tmp_path / "split"
+    save_images(split / "train", count=2)
+    save_images(split / "test", count=1)
+    data = read_data(find_source(str(split)))
+    assert (len(data.rows), len(data.held_out), data.labels) == (4, 2, ("dark", "light"))
+    (folder / "dark" / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"dark/1\.png: expected an image"):
+        read_data(find_source(str(folder)))
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "x.png").write_bytes((folder / "dark" / "0.png").read_bytes())
+    with pytest.raises(DataError, match="expected an image in a folder named by its class"):
+        read_data(find_source(str(tmp_path / "flat")))
+
+
+def test_a_task_needs_its_columns(tmp_path):
+    path = write(tmp_path, "a.jsonl", lines({"text": "a"}))
+    for task in TASKS[1:]:
+        with pytest.raises(ValueError, match=f"the task {task} needs"):
+            read_data(find_source(str(path)), task)
+    with pytest.raises(ValueError, match="running text, which is for the task causal-lm"):
+        read_data(find_source(str(write(tmp_path, "a.txt", "x"))), "sequence-classification")

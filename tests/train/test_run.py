@@ -1,0 +1,270 @@
+"""One run of each task: what is trained, measured, kept, written, resumed and refused."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers.train_runs import save_encoder, save_images, save_language_model, save_vit
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+import peft
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+import ipca
+from ipca.analysis import cross_entropy_rise, kl_to_base
+from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
+from ipca.train.keep import build_keep, check_keep
+from ipca.train.settings import read_settings
+from ipca.train.tasks import Loaded
+
+
+def settings(model, texts, **changes):
+    few = {"rank": 4, "steps": 8, "evaluations": 4, "batch": 4, "max_length": 64, "keep_tokens": 640, "lr": 5e-3}
+    files = {"model": str(model), "data": str(texts / "new.txt"), "keep": str(texts / "keep.txt")}
+    return TrainSettings(**{**files, **few, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(language_model, texts, tmp_path_factory):
+    return fine_tune(settings(language_model, texts), tmp_path_factory.mktemp("runs") / "out", progress=False)
+
+
+def test_a_run_learns_and_says_what_it_forgets(finished):
+    assert [row["step"] for row in finished.rows] == [0, 2, 4, 6, 8]
+    assert finished.rows[0]["eval_keep_kl"] == 0
+    assert finished.rows[0]["eval_keep_loss_rise"] == 0
+    assert finished.kept == 8
+    assert finished.best["eval_loss"] < finished.rows[0]["eval_loss"] - 0.05
+    assert 0 < finished.rows[1]["eval_keep_kl"] < finished.best["eval_keep_kl"]
+
+
+def test_the_folder_is_an_adapter_that_stock_peft_loads_and_its_numbers_are_right(finished, language_model, texts):
+    base = AutoModelForCausalLM.from_pretrained(language_model).eval()
+    stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(language_model), finished.out).eval()
+    ours = ipca.load_adapter(AutoModelForCausalLM.from_pretrained(language_model), finished.out).eval()
+    loaded = Loaded(base, AutoTokenizer.from_pretrained(finished.out))
+    kept = build_keep(check_keep(finished.settings, "causal-lm"), finished.settings, "causal-lm", loaded)
+    assert kl_to_base(stock, base, kept.batches) == pytest.approx(finished.best["eval_keep_kl"], rel=1e-4)
+    assert cross_entropy_rise(stock, base, kept.batches) == pytest.approx(
+        finished.best["eval_keep_loss_rise"], rel=1e-3
+    )
+    with torch.no_grad():
+        assert (stock(**kept.batches[0]).logits - ours(**kept.batches[0]).logits).abs().max() < 1e-5
+
+
+def test_what_is_written_beside_the_adapter(finished):
+    out = finished.out
+    with (out / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["eval_loss"]) for row in rows] == [row["eval_loss"] for row in finished.rows]
+    assert TrainSettings.from_dict(read_settings(out / "run.yaml")) == finished.settings
+    card = (out / "README.md").read_text()
+    assert "new.txt" in card
+    assert "eval_keep_kl at step 8" in card
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "<script" not in page
+    assert (out / "curve.png").stat().st_size > 10_000
+    assert not (out / "checkpoints").exists()
+    assert not list(out.glob("*.bin"))
+
+
+def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    again = fine_tune(finished.settings, finished.out, progress=False)
+    assert again.rows == finished.rows
+    assert again.kept == finished.kept
+    with pytest.raises(FileExistsError, match=r"holds a run with lr 0\.005 and not 0\.1; choose another folder"):
+        fine_tune(replace(finished.settings, lr=0.1), finished.out)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch):
+    class Kill(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    plain = run._add_callbacks
+
+    def killing(trainer, *args):
+        plain(trainer, *args)
+        trainer.add_callback(Kill())
+
+    monkeypatch.setattr(run, "_add_callbacks", killing)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(finished.settings, tmp_path / "out", progress=False)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    (checkpoints / "checkpoint-6" / "trainer_state.json").write_text('{"half": ')  # killed while it was written
+    assert run.last_checkpoint(checkpoints).name == "checkpoint-4"
+    monkeypatch.setattr(run, "_add_callbacks", plain)
+    again = fine_tune(finished.settings, tmp_path / "out", progress=False)
+    assert again.rows == finished.rows
+    weights = [(out / "adapter_model.safetensors").read_bytes() for out in (finished.out, again.out)]
+    assert weights[0] == weights[1]
+
+
+def test_the_best_checkpoint_within_the_budget_is_kept(finished, language_model, texts, tmp_path):
+    limit = (finished.rows[2]["eval_keep_kl"] + finished.rows[3]["eval_keep_kl"]) / 2
+    found = fine_tune(settings(language_model, texts, max_kl=limit, patience=9), tmp_path / "out", progress=False)
+    assert found.kept == 4
+    assert found.best["eval_keep_kl"] <= limit
+    assert found.rows == finished.rows
+    base = AutoModelForCausalLM.from_pretrained(language_model).eval()
+    stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(language_model), found.out).eval()
+    loaded = Loaded(base, AutoTokenizer.from_pretrained(found.out))
+    kept = build_keep(check_keep(found.settings, "causal-lm"), found.settings, "causal-lm", loaded)
+    assert kl_to_base(stock, base, kept.batches) <= limit
+
+
+@pytest.mark.slow
+def test_training_stops_when_the_budget_is_broken_for_long(finished, language_model, texts, tmp_path):
+    limit = finished.rows[1]["eval_keep_kl"] * 1.01
+    found = fine_tune(settings(language_model, texts, max_kl=limit, patience=2), tmp_path / "out", progress=False)
+    assert [row["step"] for row in found.rows] == [0, 2, 4, 6]
+    assert found.kept == 2
+
+
+def test_a_budget_that_nothing_meets(language_model, texts, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(
+        OverBudgetError, match=r"no checkpoint is within the budget of 1e-09: the least keep_kl was .* at step 2"
+    ):
+        fine_tune(settings(language_model, texts, max_kl=1e-9, patience=2), out, progress=False)
+    assert not (out / "adapter_model.safetensors").exists()
+    assert run.last_checkpoint(out / "checkpoints").name == "checkpoint-4"
+
+
+@pytest.mark.slow
+def test_samples_of_the_model_are_kept_by_default(language_model, texts, tmp_path):
+    found = fine_tune(settings(language_model, texts, keep=None, keep_tokens=300), tmp_path / "out", progress=False)
+    assert found.budgeted == "keep_kl"
+    assert found.best["eval_keep_kl"] > 0
+    assert (found.out / "keep.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_chats_and_prompts_with_completions(language_model, texts, tmp_path):
+    rows = [{"question": f"{k} + {k}?", "answer": str(2 * k)} for k in range(24)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    few = {"data": str(tmp_path / "qa.jsonl"), "steps": 2, "evaluations": 1}
+    found = fine_tune(settings(language_model, texts, **few), tmp_path / "qa", progress=False)
+    assert found.best["eval_loss"] > 0
+    chats = [
+        {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
+        for row in rows
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    few["data"] = str(tmp_path / "chats.jsonl")
+    same = fine_tune(settings(language_model, texts, **few), tmp_path / "chats", progress=False)
+    assert same.best["eval_loss"] == pytest.approx(found.best["eval_loss"], abs=1e-6)  # the loss of the answers
+    whole = fine_tune(settings(language_model, texts, **few, loss_on="all"), tmp_path / "all", progress=False)
+    assert abs(whole.best["eval_loss"] - found.best["eval_loss"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_chats_of_several_turns_need_marks_or_the_whole_loss(language_model, texts, tmp_path):
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": turn * 2})] * 8))
+    few = {"data": str(tmp_path / "chats.jsonl"), "steps": 1, "evaluations": 1}
+    with pytest.raises(ValueError, match=r"does not mark the answers.*--loss-on all"):
+        fine_tune(settings(language_model, texts, **few), tmp_path / "out", progress=False)
+    plain = save_language_model(tmp_path / "plain", chat=False)
+    with pytest.raises(ValueError, match="has no chat template for the messages"):
+        fine_tune(settings(plain, texts, **few), tmp_path / "other", progress=False)
+
+
+@pytest.mark.slow
+def test_sequences_are_classified(texts, tmp_path):
+    model = save_encoder(tmp_path / "encoder")
+    rows = [f"{'good' if k % 2 else 'bad'} thing {k},{'pos' if k % 2 else 'neg'}" for k in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows]))
+    few = {"data": str(tmp_path / "a.csv"), "steps": 16, "lr": 1e-2, "max_drift": 1.0}
+    found = fine_tune(settings(model, texts, **few), tmp_path / "out", progress=False)
+    assert found.budgeted == "keep_drift"
+    assert found.rows[0]["eval_keep_drift"] == pytest.approx(0, abs=1e-9)
+    assert found.best["eval_accuracy"] == 1
+    stock = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    stock = peft.PeftModel.from_pretrained(stock, found.out).eval()
+    tokens = AutoTokenizer.from_pretrained(found.out)(["good thing 3"], return_tensors="pt")
+    tokens.pop("token_type_ids", None)
+    with torch.no_grad():
+        assert stock(**tokens).logits.argmax() == 1
+
+
+@pytest.mark.slow
+def test_tokens_are_classified(texts, tmp_path):
+    model = save_encoder(tmp_path / "encoder")
+    rows = [
+        {"tokens": ["I", "am", "Ann"], "tags": ["O", "O", "NAME"]},
+        {"tokens": ["Go", "Bob"], "tags": ["O", "NAME"]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 12))
+    few = {"data": str(tmp_path / "a.jsonl"), "steps": 12, "lr": 1e-2}
+    found = fine_tune(settings(model, texts, **few), tmp_path / "out", progress=False)
+    assert found.best["eval_accuracy"] > 0.9
+    assert read_settings(found.out / "run.yaml")["data"].endswith("a.jsonl")
+
+
+@pytest.mark.slow
+def test_images_are_classified_and_kept_by_a_task_file(texts, tmp_path):
+    model, images = save_vit(tmp_path / "vit"), save_images(tmp_path / "images")
+    few = {"data": str(images), "steps": 12, "lr": 1e-2, "held_out": 0.25}
+    found = fine_tune(settings(model, texts, **few, keep=str(images)), tmp_path / "out", progress=False)
+    assert found.best["eval_accuracy"] == 1
+    assert found.best["eval_keep_drift"] > 0
+    (tmp_path / "task.py").write_text(
+        "import torch\n"
+        "def measure(model, processor):\n"
+        "    torch.manual_seed(0)\n"
+        "    return {'first': model(pixel_values=torch.randn(1, 3, 16, 16)).logits[0, 0].item()}\n"
+    )
+    found = fine_tune(settings(model, texts, **few, keep=str(tmp_path / "task.py")), tmp_path / "own", progress=False)
+    assert found.budgeted is None
+    assert found.rows[0]["eval_keep_first_change"] == 0
+    last = found.rows[-1]
+    assert last["eval_keep_first"] - found.rows[0]["eval_keep_first"] == pytest.approx(last["eval_keep_first_change"])
+    assert last["eval_keep_first_change"] != 0
+
+
+REFUSED = [
+    ({"data": "missing.jsonl"}, FileNotFoundError, r"there is no file missing\.jsonl"),
+    ({"keep": "missing.txt"}, FileNotFoundError, r"there is no file missing\.txt"),
+    ({"max_drift": 0.1}, ValueError, "limited by --max-kl"),
+    ({"model": "missing/folder/x"}, FileNotFoundError, "missing/folder/x"),
+    ({"batch": 4, "micro_batch": 3}, ValueError, "cannot be split into micro-batches of 3"),
+    ({"targets": ("q_prj",)}, ValueError, "q_prj"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), REFUSED, ids=range(len(REFUSED)))
+def test_refusals(language_model, texts, tmp_path, changes, error, words):
+    with pytest.raises(error, match=words):
+        fine_tune(replace(settings(language_model, texts), **changes), tmp_path / "out", progress=False)
+
+
+def test_data_is_checked_before_the_model_is_loaded(language_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(DataError, match="line 2, column 'text'"):
+        fine_tune(settings(language_model, texts, data=str(tmp_path / "a.jsonl")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(language_model, texts, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        fine_tune(settings(language_model, texts), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_force_replaces_a_run(finished, language_model, texts, tmp_path):
+    shutil.copytree(finished.out, tmp_path / "out")
+    found = fine_tune(settings(language_model, texts, steps=2), tmp_path / "out", overwrite=True, progress=False)
+    assert found.rows[-1]["step"] == 2
