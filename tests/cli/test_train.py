@@ -18,22 +18,8 @@ pytest.importorskip("datasets")
 from ipca.train.run import read_curve
 
 ROOT = Path(__file__).resolve().parents[2]
-FEW = [
-    "--rank",
-    "4",
-    "--lr",
-    "5e-3",
-    "--batch",
-    "4",
-    "--max-length",
-    "64",
-    "--keep-tokens",
-    "640",
-    "--evaluations",
-    "4",
-    "--steps",
-    "8",
-]
+FEW = ["--rank", "4", "--lr", "5e-3", "--batch", "4", "--evaluations", "4", "--steps", "8"]
+SIZES = ["--max-length", "64", "--keep-tokens", "640"]
 
 
 @pytest.fixture(scope="module")
