@@ -76,8 +76,7 @@ def decompose_layers(
         return _decompose(source, targets[index], settings, work, index, device, cache)
 
     def show() -> None:
-        bar.n = work.count()
-        bar.refresh()
+        bar.update(work.count() - bar.n)  # redrawn as often as a bar is, however often it is asked
 
     mine = {pending[k]: targets[pending[k]] for k in partition(costs, ranks.size)[ranks.rank]}
     with bar:
