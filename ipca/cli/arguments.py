@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     _sweep(
         commands.add_parser("sweep", help="windows × learning rates × seeds beside LoRA and controls, with a report")
     )
-    _demo(commands.add_parser("demo", help="four ways to fine-tune one model on real text, in about a minute"))
+    _demo(commands.add_parser("demo", help="ipca train on a small model and real text, in about a minute"))
     return top
 
 
@@ -407,10 +407,9 @@ def _demo(add: argparse.ArgumentParser) -> None:
         default=Path("vaderSentiment-3.3.2.tar.gz"),
         help="the source distribution of vaderSentiment 3.3.2 (default: in this folder)",
     )
-    add.add_argument("--seeds", type=positive_int, default=1, help="runs of each method (default 1)")
-    add.add_argument("--steps", type=positive_int, default=60, help="training steps of a run (default 60)")
+    add.add_argument("--steps", type=positive_int, default=60, help="training steps (default 60)")
     add.add_argument(
-        "--sentences", type=positive_int, default=400, help="held-out sentences of each test (default 400)"
+        "--sentences", type=positive_int, default=200, help="held-out sentences, and sentences to keep (default 200)"
     )
     _out(add, default=Path("demo-out"))
 

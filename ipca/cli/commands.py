@@ -17,7 +17,7 @@ from ipca.cli.arguments import check_output_folder, find_folders
 from ipca.cli.doctor_command import doctor
 from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
-from ipca.cli.train_command import tradeoff, train
+from ipca.cli.train_command import log_to_stderr, tradeoff, train
 from ipca.cli.tune_command import tune
 from ipca.io.adapter_folder import SIDECAR, OtherBaseError, OtherModelError, read_adapter
 from ipca.io.model_folder import copy_companions, example_class, load_model, load_with_missing
@@ -266,9 +266,9 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
 
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:
-    """Fine-tune one model in four ways on real text; prints as it runs."""
+    """Fine-tune a small model on real text as ``ipca train`` does, and load the adapter elsewhere; prints as it runs."""
     from ipca.lab.demo.run import OUTPUTS, run_demo
 
     check_output(args.out, whole=True, overwrite=args.force, resumes=OUTPUTS.issuperset, option="--force")
-    sizes = {"seeds": args.seeds, "steps": args.steps, "sentences": args.sentences}
-    return run_demo(args.text, args.out, **sizes, overwrite=args.force), ""
+    with log_to_stderr(args.quiet):
+        return run_demo(args.text, args.out, steps=args.steps, sentences=args.sentences, overwrite=args.force), ""

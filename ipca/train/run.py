@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
         with state.main_process_first():
             samples = _samples(loaded.model.to(state.device), loaded.processor, settings, out)
     kept = build_keep(source, settings, data.layout.task, loaded, samples)
-    model = adapt(loaded, settings, data.layout.task)
+    model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty())
     trainer = build_trainer(model, parts, settings, loaded, data, out / CHECKPOINTS)
     if trainer.accelerator.num_processes != processes():  # each would train on all of the data
         known = trainer.accelerator.num_processes
