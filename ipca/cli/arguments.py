@@ -139,6 +139,13 @@ def _train(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--patience", type=positive_int, metavar="N", help="evaluations above the budget until it stops (3)"
     )
+    add.add_argument(
+        "--no-rescale",
+        dest="rescale",
+        action="store_const",
+        const=False,
+        help="never scale the trained change down to the budget; keep a checkpoint as it is",
+    )
     window = add.add_argument_group("adapter")
     window.add_argument(
         "--window", type=window_start, help="principal, middle (default), minor, a fraction, start=256, …"

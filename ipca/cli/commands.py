@@ -266,7 +266,7 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
 
 
 def demo(args: argparse.Namespace) -> tuple[Record, str]:
-    """Fine-tune a small model on real text as ``ipca train`` does, and load the adapter elsewhere; prints as it runs."""
+    """Fine-tune a small model on real text as ``ipca train`` does, and load the adapter elsewhere."""
     from ipca.lab.demo.run import OUTPUTS, run_demo
 
     check_output(args.out, whole=True, overwrite=args.force, resumes=OUTPUTS.issuperset, option="--force")

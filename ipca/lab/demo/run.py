@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,7 +112,7 @@ def _check_adapter(model: str, sentences: Sequence[str], out: Path) -> dict[str,
     adapter = out / "adapter"
     tokens = AutoTokenizer.from_pretrained(adapter)(list(sentences), padding=True, truncation=True, return_tensors="pt")
     inputs = {name: tokens[name].contiguous() for name in ("input_ids", "attention_mask")}
-    ours = ipca.load_adapter(load_model(Path(model), adapter=adapter), adapter).eval()
+    ours: Any = ipca.load_adapter(load_model(Path(model), adapter=adapter), adapter).eval()
     logits = ours(**inputs).logits
     loaded, merged = _stock_logits(model, inputs, out)
     found = {"stock PEFT": _largest(loaded, logits), "stock PEFT merged": _largest(merged, logits)}

@@ -2,8 +2,8 @@
 
 Usage: python stock_peft.py BASE ADAPTER CLASSES INPUTS OUTPUT
 
-BASE is a model folder, ADAPTER the adapter folder; INPUTS, token ids and mask, is a file of safetensors. OUTPUT gets the
-logits of the loaded and of the merged model.
+BASE is a model folder, ADAPTER the adapter folder; INPUTS, token ids and mask, is a file of safetensors. OUTPUT gets
+the logits of the loaded and of the merged model.
 """
 
 import sys
