@@ -108,7 +108,8 @@ def german_section(results: Path) -> str:
         f"{first['batch']} × {first['max_length']} tokens of German manual pages, AdamW with a peak rate of "
         f"{float(first['rate']):g}; kept: {first['keep_tokens']} tokens of English newspaper editorials. One run, one "
         "seed, one rate: an example of the instruments, not a comparison of methods. "
-        f"{first['device']}, torch {first['torch']}, {int(first['seconds']) / 60:.0f} minutes, with {int(scales[0]['seconds']) / 60:.0f} for the trade-off."
+        f"{first['device']}, torch {first['torch']}, {int(first['seconds']) / 60:.0f} minutes, with "
+        f"{int(scales[0]['seconds']) / 60:.0f} for the trade-off."
     )
     lines = [
         "| step | held-out loss, German | KL(base ‖ tuned), English | rise of the loss, English |",
@@ -164,11 +165,12 @@ def sentiment_section(path: Path) -> str:
     return "\n\n".join(
         [
             "all-MiniLM-L6-v2 learns the sentiment of movie reviews. Measured are the accuracy of a frozen probe of "
-            "the source of a sentence (tweet, movie review, Amazon, New York Times), and the drift of its embeddings, mean 1 − cos.",
+            "the source of a sentence (tweet, movie review, Amazon, New York Times), and the drift of its embeddings, "
+            "mean 1 − cos.",
             "\n".join(lines),
             f"Mean over {seeds} seeds (smallest … largest); 60 steps of 16, rank 16, AdamW at "
-            f"{float(rows[0]['lr']):g} for all; probe accuracy {float(base['retained']):.2f} before training. No rate was "
-            "tuned, so this is not a ranking of methods. "
+            f"{float(rows[0]['lr']):g} for all; probe accuracy {float(base['retained']):.2f} before training. No rate "
+            "was tuned, so this is not a ranking of methods. "
             "Rows: `bench/results/sentiment.csv`, written by `ipca sweep examples/sweep_sentiment.py`, see there.",
         ]
     )
