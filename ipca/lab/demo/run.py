@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import ipca
 from ipca._atomic import staged_files
-from ipca.analysis.figures import picture
+from ipca.analysis.figures import PALETTE, picture
 from ipca.io.output_folder import check_output
 from ipca.lab.demo.data import Text, load_text
 from ipca.lab.demo.task import METHODS, Encoder, Outcome, Probe, Settings, load_encoder, train_and_measure
@@ -237,13 +237,13 @@ def _panel(axis: Axes, rows: list[Row], measure: str, title: str) -> None:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for k, method in enumerate(methods):
         points = values(rows, method, measure)
-        color = "tab:gray" if method == "LoRA" else "tab:blue"
+        color = PALETTE[1] if method == "LoRA" else PALETTE[0]
         axis.hlines(mean(points), k - 0.3, k + 0.3, color=color, linewidth=3)
         axis.plot([k] * len(points), points, "o", color="black", markersize=4)
     axis.set_xticks(range(len(methods)), methods)
     axis.set_xlim(-0.5, len(methods) - 0.5)
     axis.set_title(title, fontsize=10)
-    axis.grid(axis="y", alpha=0.3)
+    axis.grid(visible=False, axis="x")
     axis.axhline(0.5 if measure == "accuracy" else 0, color="black", linewidth=0.8, linestyle=":")
 
 
