@@ -212,14 +212,14 @@ def picture(path: str | os.PathLike[str], size: tuple[float, float] = (6.4, 4.8)
             save_figure(figure, stage / target.name)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write ``figure`` without a date, so that the same figure has the same bytes; call it in :func:`house_style`.
 
     Raises:
         ValueError: the file extension is that of no format.
     """
     dated = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
-    figure.savefig(path, dpi=200, metadata=None if dated is None else {dated: None})
+    figure.savefig(path, dpi=dpi, metadata=None if dated is None else {dated: None})
 
 
 @contextmanager

@@ -248,7 +248,7 @@ class _Runner:
 
     def _count_finished(self, trials: int) -> None:
         """Move the bar on without a change of its speed, which is that of the trials of this run."""
-        if not self.bar.disable:
+        if trials and not self.bar.disable:
             self.bar.initial += trials
             self.bar.n += trials
             self.bar.refresh()

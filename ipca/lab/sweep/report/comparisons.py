@@ -57,7 +57,8 @@ class View:
     def note(self) -> str:
         """How the rates were chosen, and for which methods the choice is at the edge of what was tried."""
         edges = [f"{name(method)} ({which})" for method, which in self.edges.items()]
-        return _NOTES[self.key].format(lr=self.lr) + (f"; at the edge: {listed(edges)}" if edges else "")
+        said = f"; at the edge of the rates tried, so that others may be better: {listed(edges)}" if edges else ""
+        return _NOTES[self.key].format(lr=self.lr) + said
 
     @cached_property
     def edges(self) -> dict[str, str]:
@@ -132,6 +133,8 @@ def why_this_rate(sweep: Sweep) -> str:
 
 def edge_of(sweep: Sweep, lr: float, key: str) -> str | None:
     """``"the lowest"`` or ``"the highest"`` where ``lr`` is the last rate that was tried on that side."""
+    if not sweep.lrs:
+        return None
     low, high, near = sweep.lrs[0], sweep.lrs[-1], 1.0
     if key == "tuned":  # a search does not reach the ends of its range
         low, high, near = low / TUNING_RANGE, high * TUNING_RANGE, 1.05

@@ -191,7 +191,7 @@ def _draw_rates(sweep: Sweep, methods: Sequence[str], metric: str, styles: Mappi
         _draw_failures(axis, sweep, method, styles[method], shift)
         if found and kind_of(method) == "window":
             last = max(found)
-            labels.setdefault(last, []).append((found[last].mean, method, styles[method].color))
+            labels.setdefault(last, []).append((found[last].mean, method, INK))
         spoken.append(f"{method} " + ", ".join(f"{value.mean:.3g} at {lr:g}" for lr, value in found.items()))
     axis.set(xscale="log", ylim=span)
     axis.set_xlim(sweep.lrs[0] / step**3, sweep.lrs[-1] * step**8)

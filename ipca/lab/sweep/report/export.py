@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _FIGURES, _TABLES = "figures", "tables"
+OUTPUTS = {REPORT, ROWS, _FIGURES, _TABLES}
+"""What :func:`export_report` writes into its folder."""
 _WHOLE = ("seed", "step", "trainable")
 _TEXT = ("sweep", "method", "kind", "comparison", "status")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -80,8 +82,7 @@ def export_report(
     if unknown or not formats:
         raise ValueError(f"formats must be of {', '.join(PICTURES)}; got {', '.join(formats) or 'none'}.")
     require_packages()
-    names = {REPORT, ROWS, _FIGURES, _TABLES}
-    check_output(out, whole=True, overwrite=overwrite, resumes=names.issuperset)
+    check_output(out, whole=True, overwrite=overwrite, resumes=OUTPUTS.issuperset)
     sweeps = read_sweeps(folders, labels)
     tables = [*tables_of(sweeps), *(found.table for found in figures_of(sweeps) if found.table is not None)]
     with staged_files(out) as stage:
@@ -113,8 +114,17 @@ def frame(folder: str | os.PathLike[str]) -> DataFrame:
     path = Path(folder) / ROWS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} contains no {ROWS}; pass the folder that a sweep wrote.")
-    types = {**dict.fromkeys(_TEXT, "str"), **dict.fromkeys(_WHOLE, "Int64")}
-    return pandas.read_csv(path, dtype=types, float_precision="round_trip")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns, rows = list(reader.fieldnames or ()), list(reader)
+    found = {name: [_value(name, row[name]) for row in rows] for name in columns}
+    return pandas.DataFrame(found).astype(dict.fromkeys(set(_WHOLE) & set(columns), "Int64"))
+
+
+def _value(column: str, cell: str) -> str | float | None:
+    if not cell:
+        return None
+    return cell if column in _TEXT else float(cell)
 
 
 def latex(table: Table) -> str:

@@ -141,4 +141,4 @@ def _save(panels: list[Panel], look: Mapping, paths: list[Path]) -> None:
             canvas.set_figheight(height + _LEGEND_LINE * -(-len(entries) // columns))
             canvas.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=8.5, handlelength=3)
         for path in paths:
-            save_figure(canvas, path)
+            save_figure(canvas, path, dpi=300)

@@ -67,11 +67,6 @@ def against_lora(sweep: Sweep, views: Sequence[View]) -> Finding | None:
     lines.append(f"At {view.title}: {view.note}. Two-sided p, Holm-adjusted over {len(tests)}.")
     if view is not same and at_one_rate is not None:
         lines.append(f"Retained at {same.title}, {same.note}: {result(at_one_rate)}")
-    lines += [
-        f"The best rate of {name(m)} is {view.edges[m]}, at the edge of what was tried: a wider grid may say otherwise."
-        for m in (reference, "lora")
-        if m in view.edges
-    ]
     return Finding(f"Is window {reference} better than plain LoRA?", _lora_answer(tests, at_one_rate), tuple(lines))
 
 
@@ -229,9 +224,7 @@ def _edge(sweep: Sweep, setting: Setting) -> str | None:
         return None
     if len(sweep.lrs) == 1 and setting.comparison != "tuned":
         return "It is the only rate that was tried: another may be better."
-    return (
-        f"The rate of {name(setting.method)} is {which}, at the edge of what was tried: a wider grid may say otherwise."
-    )
+    return f"The rate of {name(setting.method)} is {which}, at the edge of the rates tried: others may be better."
 
 
 def choose(found: list[Setting]) -> Setting:
