@@ -33,7 +33,6 @@ _LOOK: Any = {
     "svg.fonttype": "none",  # keep text as text: readable by screen readers, selectable, searchable
     "svg.hashsalt": "ipca",  # the same figure has the same bytes
     "pdf.fonttype": 42,  # TrueType, which journals ask for
-    "text.parse_math": False,  # a label may hold a dollar sign
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -60,14 +59,19 @@ _LOOK: Any = {
 
 
 @contextmanager
-def house_style() -> Iterator[None]:
-    """matplotlib's settings for all figures of ipca, whatever the user's are, within the block."""
+def house_style(*, parse_math: bool = True) -> Iterator[None]:
+    """matplotlib's settings for all figures of ipca, whatever the user's are, within the block.
+
+    Args:
+        parse_math: False where labels are a user's, which may hold dollar signs; ticks of powers need it.
+    """
     import matplotlib
     from cycler import cycler
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_LOOK)
+        matplotlib.rcParams["text.parse_math"] = parse_math
         matplotlib.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
         yield
 
@@ -182,7 +186,7 @@ def draw_importance(found: Mapping[str, BlockImportance], path: str | os.PathLik
         axis.set_xticks(range(len(changes[0])))
         axis.set_xlabel("block of singular components, largest first", fontsize=8)
         axis.set_title("Change of the loss without a block", fontsize=10)
-        figure.colorbar(image, ax=axis)
+        figure.colorbar(image, ax=axis, ticks=[-largest, 0, largest], format="{x:.2g}")
 
 
 @contextmanager

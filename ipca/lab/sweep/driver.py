@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from ipca._version import __version__
 from ipca.lab.sweep.decompose import auto_settings, cache_windows, find_windows
@@ -142,6 +144,7 @@ def run(
         store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.settings.rank})
         work = Work(source or made, store.spectra, early, steps, digest, threads, auto)
         with (
+            contextlib.redirect_stdout(DummyTqdmFile(sys.stdout)),  # what the task prints goes above the bar
             WorkerPool(work, workers, devices, base) as pool,
             tqdm(desc="Trainings", total=plan.total, unit="run", smoothing=0, disable=not progress) as bar,
         ):

@@ -128,7 +128,7 @@ def _save(panels: list[Panel], look: Mapping, paths: list[Path]) -> None:
     from matplotlib.figure import Figure as Canvas
 
     width, height = sum(panel.size[0] for panel in panels), max(panel.size[1] for panel in panels)
-    with house_style():
+    with house_style(parse_math=False):
         canvas = Canvas(figsize=(width, height), layout="constrained")
         axes: list[Axes] = list(canvas.subplots(1, len(panels), squeeze=False)[0])
         for axis, panel in zip(axes, panels, strict=True):

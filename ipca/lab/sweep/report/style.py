@@ -88,7 +88,7 @@ def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """A figure of ``width × height`` inches with one axis; :func:`ipca.analysis.figures.house_style` holds within."""
     from matplotlib.figure import Figure
 
-    with house_style():
+    with house_style(parse_math=False):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots()
 
