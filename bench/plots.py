@@ -98,7 +98,7 @@ def _window_panel(axis: Axes, rows: Sequence[Row]) -> None:
                 if row["window"] == window and (row["m"] != row["n"]) is tall
             )
             label = f"{window}{', 4 : 1' * tall}" if number == 0 or not tall else None
-            shape = {"linestyle": DASHES[2], "markerfacecolor": "none"} if tall else {}
+            shape: dict[str, Any] = {"linestyle": DASHES[2], "markerfacecolor": "none"} if tall else {}
             axis.plot(*zip(*points, strict=True), label=label, **look, **shape)
     sizes = sorted({int(row["n"]) for row in rows})
     axis.set_xscale("log", base=2)

@@ -186,7 +186,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 def test_a_plan_line_stands_before_the_bars(tmp_path, capsys):
     assert main(["sweep", str(TASK), "-o", str(tmp_path), *FEW]) == 0
     first = capsys.readouterr().err.splitlines()[0]
-    assert first.startswith("1 window × 1 rate × 1 seed: 1 trainings (1 same). None is finished")
+    assert first.startswith("1 window × 1 rate × 1 seed: 1 training (1 same). None is finished")
 
 
 def test_a_task_of_another_kind_of_file_is_named(tmp_path, capsys):
@@ -208,15 +208,15 @@ def test_a_report_of_two_sweeps_and_one_again(tmp_path, capsys):
     made = {"windows": ("0.5",), "methods": (), "lrs": (1e-3,), "seeds": 1, "comparisons": ("same",), "extra": ()}
     folders = [str(Made(**made).write(tmp_path / name)) for name in "ab"]
     out = tmp_path / "paper"
+    out.mkdir()
+    (out / "mine").write_text("precious")
     command = ["report", *folders, "--labels", "SST-2", "RTE", "-o", str(out), "--format", "svg"]
-    assert main([*command, "--json"]) == 0
+    assert main(command) == 1
+    assert "is not empty; choose a new folder. --force replaces it." in capsys.readouterr().err
+    assert main([*command, "--force", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert set(record["verdicts"]) == set(folders)
-    assert {path.suffix for path in (out / "figures").iterdir()} == {".svg"}
-    (out / "mine").write_text("precious")
-    assert main(command) == 1
-    assert "is not empty; choose a new folder. overwrite=True replaces it." not in capsys.readouterr().err
-    assert main([*command, "--force", "--quiet"]) == 0
+    assert {path.name for path in (out / "figures").iterdir()} == {f"{name}.svg" for name in record["figures"]}
     assert main(["report", folders[0]]) == 0
     assert capsys.readouterr().out.endswith(f"report: {folders[0]}/report.html\n")
     assert main(["report", str(out / "figures")]) == 1

@@ -50,7 +50,7 @@ class Plan:
         """One sentence: the grid, the trainings by stage, and the time."""
         stages = ", ".join(f"{sum(methods.values()):,} {stage}" for stage, methods in self.counts.items())
         most = "" if self.exact else "at most "
-        return f"{self._grid()}: {most}{self.total:,} trainings ({stages}). {self._time()}"
+        return f"{self._grid()}: {most}{_count(self.total, 'training')} ({stages}). {self._time()}"
 
     def __str__(self) -> str:
         methods = {method: None for counts in self.counts.values() for method in counts}
@@ -145,4 +145,4 @@ def duration(seconds: float) -> str:
 
 
 def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+    return f"{n:,} {what}{'' if n == 1 else 's'}"

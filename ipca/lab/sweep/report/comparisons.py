@@ -62,14 +62,10 @@ class View:
 
     @cached_property
     def edges(self) -> dict[str, str]:
-        """Methods whose own rates are mostly the lowest or the highest that was tried: ``{method: "the lowest …"}``."""
-        rates = {m: [*self.rates[m].values()] for m in self.sweep.methods} if self.key == "best" else {}
-        if self.key == "tuned":
-            tuned = [run for run in self.sweep.ends if run.comparison == "tuned" and run.lr is not None]
-            rates = {m: [run.lr for run in tuned if run.method == m and run.lr is not None] for m in self.sweep.methods}
+        """Methods whose own rates are mostly the lowest or the highest that was tried: ``{method: "the lowest"}``."""
         found = {}
-        for method, own in rates.items():
-            sides = Counter(edge_of(self.sweep, lr, self.key) for lr in own)
+        for method, own in self.rates.items():
+            sides = Counter(edge_of(self.sweep, lr, self.key) for lr in own.values())
             for which, n in sides.most_common(1):
                 if which is not None and 2 * n > len(own):
                     found[method] = which
@@ -99,8 +95,14 @@ class View:
 
     @cached_property
     def rates(self) -> Mapping[str, dict[int, float]]:
-        """``{method: {seed: rate}}`` of the view ``"best"``."""
-        return {method: best_rates(self.sweep, method) for method in self.sweep.methods}
+        """``{method: {seed: rate}}`` of the views ``"best"`` and ``"tuned"``, else empty."""
+        if self.key == "best":
+            return {method: best_rates(self.sweep, method) for method in self.sweep.methods}
+        found: dict[str, dict[int, float]] = {}
+        for run in self.sweep.ends:
+            if self.key == run.comparison == "tuned" and run.seed is not None and run.lr is not None:
+                found.setdefault(run.method, {})[run.seed] = run.lr
+        return found
 
 
 def views(sweep: Sweep) -> list[View]:
