@@ -15,6 +15,21 @@ GRID = {"windows": (0.0, 0.5), "lrs": (1e-3, 1e-2), "seeds": 2, "methods": ("lor
 QUIET = {"progress": False, "report": False}
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs that train nothing; those whose method and comparison are in the set fail."""
+    fails = set()
+
+    def run_trial(task, base, trial, **options):
+        ok = (trial.method, trial.comparison) not in fails
+        row = {"method": trial.method, "comparison": trial.comparison, "lr": trial.lr, "seed": trial.seed, "step": None}
+        numbers = {"early_update": 0.01 * trial.lr, "target": trial.lr if ok else None, "retained": 1.0}
+        return [{**row, **numbers, "status": "ok" if ok else "failed"}]
+
+    monkeypatch.setattr("ipca.lab.sweep.workers.run_trial", run_trial)
+    return fails
+
+
 def test_trainings_are_counted_by_method_and_stage_and_nothing_is_written(tmp_path):
     plan = sweep.plan_sweep(TASK, tmp_path / "out", **GRID, tune=3)
     assert not (tmp_path / "out").exists()
@@ -32,7 +47,7 @@ def test_trainings_are_counted_by_method_and_stage_and_nothing_is_written(tmp_pa
     assert str(plan).splitlines()[-1].split() == ["all", "16", "8", "8", "24", "8", "64"]
 
 
-def test_finished_trainings_give_the_time_and_more_seeds_keep_them(tmp_path):
+def test_finished_trainings_give_the_time_and_more_seeds_keep_them(tmp_path, quick):
     sweep.run(TASK, tmp_path, **GRID, **QUIET)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     plan = sweep.plan_sweep(TASK, tmp_path, **GRID)
@@ -48,14 +63,8 @@ def test_finished_trainings_give_the_time_and_more_seeds_keep_them(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_method_without_a_tuned_rate_is_not_counted_once_that_is_known(tmp_path, monkeypatch):
-    def failing(task, base, trial, **options):
-        failed = trial.method == "lora" and trial.comparison == "tuning"
-        row = {"method": trial.method, "comparison": trial.comparison, "lr": trial.lr, "seed": trial.seed}
-        numbers = {"early_update": 0.01, "target": None if failed else trial.lr, "retained": 1.0, "step": None}
-        return [{**row, **numbers, "status": "failed" if failed else "ok"}]
-
-    monkeypatch.setattr("ipca.lab.sweep.workers.run_trial", failing)
+def test_a_method_without_a_tuned_rate_is_not_counted_once_that_is_known(tmp_path, quick):
+    quick.add(("lora", "tuning"))
     options = {**GRID, "comparisons": ("same",), "tune": 2}
     sweep.run(TASK, tmp_path, **options, **QUIET)
     plan = sweep.plan_sweep(TASK, tmp_path, **options)
@@ -63,7 +72,7 @@ def test_a_method_without_a_tuned_rate_is_not_counted_once_that_is_known(tmp_pat
     assert (plan.left, plan.exact) == (0, True)
 
 
-def test_the_plan_of_a_folder_of_another_sweep_is_refused_as_the_sweep_is(tmp_path):
+def test_the_plan_of_a_folder_of_another_sweep_is_refused_as_the_sweep_is(tmp_path, quick):
     sweep.run(TASK, tmp_path, **{**GRID, "comparisons": ("same",), "methods": ()}, **QUIET)
     with pytest.raises(ValueError, match=r"contains another sweep: early differ \(early was 2, is now 3\)"):
         sweep.plan_sweep(TASK, tmp_path, **{**GRID, "early": 3})
@@ -110,7 +119,7 @@ class Bar:
         Bar.lines.append(line)
 
 
-def test_the_bar_holds_all_stages_from_the_start_and_never_goes_back(tmp_path, monkeypatch):
+def test_the_bar_holds_all_stages_from_the_start_and_never_goes_back(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(Bar, "seen", [], raising=False)
     monkeypatch.setattr(Bar, "lines", [], raising=False)
     monkeypatch.setattr("ipca.lab.sweep.driver.tqdm", Bar)

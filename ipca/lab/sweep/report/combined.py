@@ -10,14 +10,16 @@ from typing import Any
 from ipca.lab.sweep.report.data import Sweep, read_sweep
 
 
-def read_sweeps(folders: Sequence[str | os.PathLike[str]], labels: Sequence[str] | None = None) -> dict[str, Sweep]:
+def read_sweeps(
+    folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], labels: Sequence[str] | None = None
+) -> dict[str, Sweep]:
     """The sweeps in ``folders`` by label, by default the folders' names; a single one has the label ``""``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_sweep`; there is no folder, the labels are not one for each and
             distinct, or two sweeps differ in what a comparison needs.
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [Path(folder) for folder in ([folders] if isinstance(folders, str | os.PathLike) else folders)]
     if not paths:
         raise ValueError("there is no sweep to report; give at least one folder.")
     given = [path.absolute().name for path in paths] if labels is None else list(labels)

@@ -48,7 +48,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def export_report(
-    folders: Sequence[str | os.PathLike[str]],
+    folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     labels: Sequence[str] | None = None,
@@ -61,7 +61,7 @@ def export_report(
     seeds may differ. Every figure then has a panel, and every table columns, for each.
 
     Args:
-        folders: of sweeps.
+        folders: of sweeps, or of a single one.
         out: gets ``report.html``, ``rows.csv`` (with a column ``sweep`` if there are several), ``figures/`` in each of
             ``formats``, and ``tables/``: LaTeX ``tabular``s for the package booktabs, and Markdown.
         labels: of the sweeps, in figures and tables; by default the names of their folders.

@@ -26,7 +26,7 @@ from functools import cached_property
 from statistics import mean
 
 from ipca.lab.statistics import LEVEL, Difference, corrected, difference
-from ipca.lab.sweep.report.comparisons import Learned, View, learned, views, why_this_rate
+from ipca.lab.sweep.report.comparisons import View, learned, views, why_this_rate
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.findings import against_lora, controls, suggestion
 from ipca.lab.sweep.report.words import Finding, listed, name, p_value, result, too_few
@@ -121,13 +121,15 @@ def _shape(arms: Arms | None) -> tuple[str, tuple[str, ...]]:
     """The headline and its supporting lines."""
     if arms is None:
         return "Whether forgetting is U-shaped cannot be determined: no finished run has a value of retained.", ()
-    if arms.verdict == "untested":
-        return "Whether forgetting is U-shaped cannot be determined: " + _missing(arms), ()
     lr = arms.view.lr
     assert lr is not None  # of the same rate
     at = f"at learning rate {lr:g}"
     known = learned(arms.view)
     doubt = f" But {known.doubt}." if known is not None and known.doubt else ""
+    rate = f"At {arms.view.title}: {arms.view.note}, {why_this_rate(arms.view.sweep)}."
+    where = (rate,) if known is None else (rate, str(known))
+    if arms.verdict == "untested":
+        return f"Whether forgetting is U-shaped {at} cannot be determined: {_missing(arms)}{doubt}", where
     n = min(found.n for found in arms.tests.values())
     few = too_few(arms.tests.values(), 1)
     words = {
@@ -137,17 +139,16 @@ def _shape(arms: Arms | None) -> tuple[str, tuple[str, ...]]:
         "none": f"No U-shape detected {at}.",
         "few": f"Too few seeds to determine whether forgetting is U-shaped {at} ({few}).",
     }
-    return words[arms.verdict] + doubt, _basis(arms, n, known)
+    return words[arms.verdict] + doubt, _basis(arms, n, where)
 
 
-def _basis(arms: Arms, n: int, known: Learned | None) -> tuple[str, ...]:
+def _basis(arms: Arms, n: int, where: tuple[str, ...]) -> tuple[str, ...]:
     left, right = arms.tests["left"], arms.tests["right"]
     lines = [
         f"Retained, middle ({', '.join(arms.middle)}) minus the principal end ({arms.ends['left']}): {result(left)}",
         f"Minus the minor end ({arms.ends['right']}): {result(right)}",
         "Mean difference, 95 % interval from 3 seeds; one-sided p, Holm-adjusted over 2.",
-        f"At {arms.view.title}: {arms.view.note}, {why_this_rate(arms.view.sweep)}.",
-        *([] if known is None else [str(known)]),
+        *where,
     ]
     if arms.verdict == "U":
         worse = max(left.p, right.p)

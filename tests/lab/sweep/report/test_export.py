@@ -91,7 +91,7 @@ def test_a_report_is_written_again_and_other_files_are_not_replaced_unasked(pair
     sweep.export_report([folder], tmp_path / "out", formats=["svg"])
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     assert {name.rpartition(".")[2] for name in first} == {"svg", "tex", "md", "csv", "html"}
-    sweep.export_report([folder], tmp_path / "out", formats=["svg"])
+    sweep.export_report(folder, tmp_path / "out", formats=["svg"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == first
     assert (tmp_path / "out" / "rows.csv").read_bytes() == (folder / "rows.csv").read_bytes()
     (tmp_path / "out" / "thesis.tex").write_text("precious")

@@ -36,11 +36,11 @@ def verdict(folder, **made):
         ),
         (
             {"windows": ("0.5", "1.0")},
-            "U-shaped cannot be determined: no window at the principal end",
+            "U-shaped at learning rate 0.001 cannot be determined: no window at the principal end",
         ),
         (
             {"windows": ("0.0", "1.0")},
-            "U-shaped cannot be determined: no window between 0.25 and 0.75",
+            "U-shaped at learning rate 0.001 cannot be determined: no window between 0.25 and 0.75",
         ),
         (
             {"windows": ("0.5",)},
@@ -125,6 +125,14 @@ def test_the_headline_says_where_nothing_was_learned(targets, doubt, tmp_path):
     middle = sorted(targets)[(len(targets) - 1) // 2]
     said = f"Mean target of the windows there {targets[middle]:.3f}, of the untrained model 0.100."
     assert said in found.basis
+
+
+def test_what_was_learned_is_said_where_an_arm_is_missing_too(tmp_path):
+    rows = [{**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok", "target": 0.1}]
+    rows += [by_hand("0.5", seed, 0.1 + 0.001 * seed, 0.5) for seed in range(3)]
+    found = judge(read_sweep(write_rows(tmp_path, rows)))
+    assert found.headline.endswith("minor end (above 0.75) was swept. But nothing was learned at this rate.")
+    assert found.basis[-1] == "Mean target of the windows there 0.101, of the untrained model 0.100."
 
 
 def test_one_seed_has_learned_where_it_is_above_the_untrained_model(tmp_path):
