@@ -29,12 +29,14 @@ def quantization_kind(module: nn.Module) -> str | None:
     Only the type counts; :func:`unsupported_quantization` tells whether such a layer is supported.
     """
     bnb: Any = sys.modules.get("bitsandbytes")
-    weight: Any = getattr(module, "weight", None)
     if bnb is not None and isinstance(module, bnb.nn.Linear4bit):
-        return str(getattr(weight, "quant_type", "4bit"))
+        return str(getattr(module.weight, "quant_type", "4bit"))
     if bnb is not None and isinstance(module, bnb.nn.Linear8bitLt):
         return "int8"
-    if type(module) is not nn.Linear or not type(weight).__module__.startswith("torchao."):
+    if type(module) is not nn.Linear:  # whose weight costs nothing to read, and which does not note that it was read
+        return None
+    weight: Any = getattr(module, "weight", None)
+    if not type(weight).__module__.startswith("torchao."):
         return None
     name = type(weight).__name__
     if name == "IntxUnpackedToInt8Tensor":
