@@ -47,7 +47,7 @@ def run_demo(
     """Run the demo and write ``demo.csv``, ``demo.png``, ``adapter/`` and ``merged/`` to ``out``.
 
     Args:
-        archive: the text, see :mod:`ipca.lab.demo.data`.
+        archive: the text, see ``ipca.lab.demo.data``.
         out: new, empty or of an earlier run, whose files are replaced atomically.
         seeds: number of runs of each method.
         steps: training steps of each run.
