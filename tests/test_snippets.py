@@ -19,8 +19,10 @@ for needed in ("transformers", "peft", "matplotlib"):
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 PROGRAMS = {page: found for page, text in TEXTS.items() if (found := programs(text))}
+TEXT = {"german.txt": "Ein Satz, der gelernt wird.\n\n" * 40, "english.txt": "A sentence to keep.\n\n" * 40}
 NOT_RUN = {("training.md", "needs DeepSpeed")}
-NEEDS = {"quantized.md": ["bitsandbytes"], "training.md": ["accelerate", "trl"]}
+NEEDS = {"quantized.md": "bitsandbytes", "forgetting.md": "trl", "train.md": "trl", "training.md": "trl"}
+TRAINED = [pytest.param(page, marks=pytest.mark.slow) for page in PROGRAMS if NEEDS.get(page) == "trl"]
 COMMANDS = sorted(
     {
         line
@@ -34,7 +36,7 @@ COMMANDS = sorted(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """What pages take for granted: a model in path/to/model, a trained adapter of it in path/to/adapter."""
+    """What pages take for granted: path/to/model, a trained adapter of it in path/to/adapter, and two texts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("made") / "path" / "to"
@@ -47,6 +49,8 @@ def made(tmp_path_factory):
         for factor in ipca.adapter_parameters(model):
             factor.add_(0.01 * torch.randn_like(factor))
     ipca.save_adapter(model, folder / "adapter")
+    for name, text in TEXT.items():
+        (folder.parents[1] / name).write_text(text)
     return folder.parents[1]
 
 
@@ -64,10 +68,9 @@ def workplace(made, tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("page", PROGRAMS)
+@pytest.mark.parametrize("page", [*TRAINED, *(page for page in PROGRAMS if NEEDS.get(page) != "trl")])
 def test_the_programs_of_a_page_run_as_printed(page, workplace):
-    for library in NEEDS.get(page, ()):
-        pytest.importorskip(library)
+    pytest.importorskip(NEEDS.get(page, "torch"))
     if page == "large-models.md":
         (command,) = re.findall(r"ipca (init .* -o adapter)$", TEXTS[page].split("```python")[0], flags=re.MULTILINE)
         from ipca.cli.main import main
