@@ -34,6 +34,7 @@ nb_execution_mode = "off"  # the notebook holds its outputs; a test executes it
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # which would split "rank, window: …" into two entries
 python_use_unqualified_type_names = True
