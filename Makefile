@@ -6,6 +6,7 @@
 # make servers     install mlx-lm, vLLM and llama.cpp beside us, and compare what they make of exported adapters;
 #                             writes docs/results/servers.md; SERVERS=mlx is one of them
 # make check       lint, format, spelling, types, imports, generated pages
+# make docs        build the documentation site in docs/_build/html; a broken link or reference is an error
 # make report      write docs/results/benchmarks.md and fine-tuning.md from bench/results
 # make results     measure again on this CPU (fine-tuning, memory, throughput, window SVD): CSV files, pictures, pages
 # make study       run the study of docs/results/window-position.md again: hours; an interrupted run resumes
@@ -42,7 +43,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) IPCA_PEFT_WHEELS=$(PEFT_WHEELS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all zoo servers check format report results study study-language study-page study-check gpu gpu-dry-run study-gpu kernels clean
+.PHONY: demo test test-slow test-all zoo servers check docs format report results study study-language study-page study-check gpu gpu-dry-run study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -74,6 +75,9 @@ check: $(READY)
 	$(BIN)/python -m pytest tests/test_layout.py
 	$(BIN)/python -m bench.report --check
 	$(BIN)/python -m tests.zoo.page --check
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W -n --keep-going -q docs docs/_build/html
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -162,4 +166,4 @@ $(READY): pyproject.toml $(wildcard constraints*.txt) Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out sentiment-out gpu-out study-out build dist *.egg-info ipca/_C.*
+	rm -rf $(VENV) demo-out sentiment-out gpu-out study-out build docs/_build docs/api dist *.egg-info ipca/_C.*

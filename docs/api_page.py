@@ -2,6 +2,8 @@
 
 python docs/api_page.py            write the page
 python docs/api_page.py --check    exit 1 if the page is not up to date
+
+For the site, docs/conf.py makes a page for each package from the same lists, with whole docstrings.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 HEAD = """# API reference
 
-Everything public, by package, made from the docstrings by `python docs/api_page.py`. `help(ipca.apply_pc)` shows the
-arguments, shapes and errors. Names that are not listed here may change in any version.
+Everything public, by package, made from the docstrings by `python docs/api_page.py`. The site (`make docs`) and
+`help(ipca.apply_pc)` show arguments, shapes and errors. Names that are not listed here may change in any version.
 """
 
 
@@ -40,9 +42,12 @@ def packages() -> Iterator[ModuleType]:
                 yield package
 
 
-def section(package: ModuleType) -> str:
-    """One package: its docstring's first sentence, and a table of its names."""
-    rows = [f"| [`{name}`]({link}) | {text} |" for name, link, text in entries(package)]
+def section(package: ModuleType, *, site: bool = False) -> str:
+    """One package: its docstring's first sentence, and a table of its names, which lead to the source or the entry."""
+    rows = [
+        f"| {f'{{py:obj}}`{name} <{package.__name__}.{name}>`' if site else f'[`{name}`]({link})'} | {text} |"
+        for name, link, text in entries(package)
+    ]
     return "\n".join([f"## {package.__name__}", "", sentence(package.__doc__), "", "| | |", "|---|---|", *rows])
 
 
@@ -95,9 +100,44 @@ def sentence(text: str | None) -> str:
     return re.sub(r"``([^`]+)``", r"`\1`", first).replace("|", "\\|")
 
 
-def page() -> str:
-    """The whole page."""
-    return "\n\n".join([HEAD.strip(), *map(section, packages())]) + "\n"
+def page(*, site: bool = False) -> str:
+    """The whole page; for the site its names lead to the entries."""
+    parts = [HEAD.strip(), *(section(package, site=site) for package in packages())]
+    if site:
+        pages = [f"api/{package.__name__}" for package in packages()]
+        parts.append("\n".join(["```{toctree}", ":hidden:", *pages, "```"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_entries(folder: Path) -> None:
+    """Write a page for each package to ``folder``, with an entry for each name, for Sphinx's autodoc."""
+    folder.mkdir(exist_ok=True)
+    homes: dict[int, str] = {}
+    for package in packages():
+        title = package.__name__
+        parts = [f"{title}\n{'=' * len(title)}", f".. automodule:: {title}"]
+        parts += [
+            entry(package, name, homes) for name in sorted(package.__all__, key=lambda name: (name.lower(), name))
+        ]
+        text = "\n\n".join(filter(None, parts)) + "\n"
+        file = folder / f"{title}.rst"
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+
+
+def entry(package: ModuleType, name: str, homes: dict[int, str]) -> str:
+    """The directive of one name; what another package offers too is described in the first one only."""
+    value, path = getattr(package, name), f"{package.__name__}.{name}"
+    if isinstance(value, ModuleType):
+        return ""
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        text = inspect.cleandoc(constant(package, name)[1]).replace("\n", "\n   ")
+        return f".. py:data:: {name}\n   :value: {value!r}\n\n   {text}"
+    kind = "class" if inspect.isclass(value) else "function"
+    home = homes.setdefault(id(value), path)
+    if home != path:
+        return f".. py:{kind}:: {name}\n\n   The same as :py:obj:`{home}`."
+    return f".. auto{kind}:: {path}" + ("\n   :members:" if kind == "class" else "")
 
 
 def main() -> int:

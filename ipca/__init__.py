@@ -1,10 +1,12 @@
 """Fine-tune a chosen window of the principal components (PC) of pretrained weights.
 
->>> model = ipca.apply_pc(model, rank=16, window="middle")
->>> print(ipca.summary(model))
->>> optimizer = torch.optim.AdamW(ipca.adapter_parameters(model), lr=1e-3)
->>> ...
->>> ipca.save_adapter(model, "adapter")   # stock PEFT loads it on the original base
+::
+
+    ipca.apply_pc(model, rank=16, window="middle")
+    print(ipca.summary(model))
+    optimizer = torch.optim.AdamW(ipca.adapter_parameters(model), lr=1e-3, weight_decay=0)
+    ...
+    ipca.save_adapter(model, "adapter")  # stock PEFT loads it on the original base
 
 The principal components of a weight are its singular triplets, largest first. The method is that of "Least but not
 Last: Fine-tuning Intermediate Principal Components for Better Performance-Forgetting Trade-Offs", arXiv 2602.03493.

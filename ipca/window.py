@@ -27,22 +27,31 @@ class Window:
 
     ``start`` is one of
 
-    ============================  ==========================================================================
+    =============================  =====================================================================================
     an ``int`` or ``"start=256"``  that index; as a text it is never a bare number
-    ``"principal"``               0: the largest components, as PiSSA trains (arXiv 2404.02948)
-    ``"middle"``                  ``(d - rank) // 2``, the default everywhere in this package
-    ``"minor"``                   ``d - rank``: the smallest components, as MiLoRA trains (arXiv 2406.09044)
-    ``"0.33"``, see :meth:`at`    ``floor(fraction * (d - rank))``: "0.0" is principal, "1.0" is minor
-    ``"energy=0.9"``              the number of leading components that hold 90 % of ``sum(S ** 2)``
-    ``"erank"``                   the effective rank ``exp(-sum(p * log p))``, ``p = S / sum(S)``, rounded down
-                                  (Roy & Vetterli, "The effective rank", EUSIPCO 2007)
-    ``"auto"``                    experimental: found from inputs of the model, only by :func:`ipca.apply_pc`
-    ============================  ==========================================================================
+    ``"principal"``                0: the largest components, as PiSSA trains (arXiv 2404.02948)
+    ``"middle"``                   ``(d - rank) // 2``, the default everywhere in this package
+    ``"minor"``                    ``d - rank``: the smallest components, as MiLoRA trains (arXiv 2406.09044)
+    ``"0.33"``, see :meth:`at`     ``floor(fraction * (d - rank))``: "0.0" is principal, "1.0" is minor
+    ``"energy=0.9"``               the number of leading components that hold 90 % of ``sum(S ** 2)``
+    ``"erank"``                    the effective rank ``exp(-sum(p * log p))``, ``p = S / sum(S)``, rounded down
+                                   (Roy & Vetterli, "The effective rank", EUSIPCO 2007)
+    ``"auto"``                     experimental: found from inputs of the model, only by :func:`ipca.apply_pc`
+    =============================  =====================================================================================
 
     ``"energy=…"`` and ``"erank"`` look at the layer's singular values and never start later than ``d - rank``.
 
     "Least but not Last" (arXiv 2602.03493) uses one index for a whole model: ``Window(256, rank)`` of d = 768 for
     ViT-B and ``Window(2048, rank)`` of d = 4096 for LLaMA-2-7B.
+
+    >>> ipca.Window.middle(16).resolve(768)
+    Window(start=376, rank=16)
+    >>> ipca.Window("start=256", 16) == ipca.Window(256, 16)
+    True
+
+    Args:
+        start: where the window begins, as above; a fraction as a float is :meth:`at`.
+        rank: the number of components, at least 1.
 
     Raises:
         TypeError: ``start`` or ``rank`` has the wrong type.
@@ -84,7 +93,7 @@ class Window:
 
     @classmethod
     def energy(cls, quantile: float, rank: int) -> Window:
-        """The window right after the components that hold ``quantile`` of the energy ``sum(S ** 2)``."""
+        """The window of ``rank`` components right after those that hold ``quantile`` of the energy ``sum(S ** 2)``."""
         return cls(f"energy={quantile}", rank)
 
     @classmethod

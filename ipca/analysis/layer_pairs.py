@@ -76,6 +76,10 @@ def weight_pairs(model: nn.Module, base: Base | None = None) -> Iterator[LayerPa
     form up to one rounding, of a quantized layer the dequantized one. A quantized layer counts as its dequantized
     weight. With PEFT the weight that a layer keeps need not be the pretrained one: PiSSA, for one, keeps ``W − B A``.
 
+    Args:
+        model: after training.
+        base: before it: a plain model, or a mapping from paths to weights ``(out, in)``; see the table.
+
     Raises:
         TypeError: ``base`` is no model and no mapping of float tensors.
         ValueError: there is nothing to compare; ``base`` is required, lacks a layer or holds an adapted one; shapes

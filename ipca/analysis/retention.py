@@ -80,6 +80,10 @@ def kl_to_base(
     float64; rounding moves a KL by about 1e-7. Where a batch has labels, the positions that predict one count, as in
     :func:`cross_entropy_rise`; else all that the attention mask leaves.
 
+    >>> model = ipca.apply_pc(nn.Sequential(nn.Linear(64, 32)), rank=4, progress=False)
+    >>> ipca.analysis.kl_to_base(model, None, [torch.randn(8, 64)], logits_of=lambda model, batch: model(batch))
+    0.0
+
     Args:
         model, base: as for :func:`cross_entropy_rise`.
         batches: as for :func:`cross_entropy_rise`; without labels a mapping or a tensor.

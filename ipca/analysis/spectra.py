@@ -133,6 +133,10 @@ def spectrum(
 ) -> Spectra:
     """The spectra of the pretrained weights of ``model``, which stays as it is.
 
+    >>> (layer,) = ipca.analysis.spectrum(nn.Sequential(nn.Linear(64, 32)), rank=4)  # print() shows a table
+    >>> layer.window, tuple(layer.spectrum.shape)
+    (Window(start=14, rank=4), (32,))
+
     Args:
         model: an adapted model, whose own layers and windows are shown (in the residual form the weights up to one
             rounding), or a plain one.

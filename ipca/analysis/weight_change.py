@@ -20,6 +20,15 @@ def update_norm(model: nn.Module, base: Base | None = None) -> float:
     0 before training, NaN where a weight holds NaN. Two models are comparable where the same layers count: for a model
     without adapted layers name them with a mapping as ``base``.
 
+    >>> base = nn.Sequential(nn.Linear(64, 32, bias=False))
+    >>> trained = nn.Sequential(nn.Linear(64, 32, bias=False))
+    >>> _ = trained.load_state_dict({"0.weight": 1.5 * base[0].weight})
+    >>> round(ipca.analysis.update_norm(trained, base), 6)
+    0.5
+
+    Args:
+        model, base: as for :func:`weight_pairs`.
+
     Raises:
         TypeError, ValueError: as :func:`weight_pairs`.
     """
@@ -40,6 +49,11 @@ def intruder_dimensions(
     Fine-tuning: An Illusion of Equivalence", arXiv 2410.21228). Vectors to singular values that are 0, to float64's
     rounding, are left out on both sides, as they are arbitrary. ``W`` must be the pretrained weight: the residual
     that PiSSA leaves lacks the window, whose vectors would then look new before any training.
+
+    Args:
+        model, base: as for :func:`weight_pairs`.
+        top_k: how many leading vectors of ``W'`` are looked at.
+        threshold: the cosine below which one is new, in (0, 1].
 
     Raises:
         TypeError, ValueError: as :func:`weight_pairs`; ``top_k`` or ``threshold`` is out of range; NaN or Inf.
@@ -62,6 +76,9 @@ def spectral_imbalance(model: nn.Module, base: Base | None = None) -> dict[str, 
     directions hold most of an update is what "Spectral Imbalance Causes Forgetting in Low-Rank Continual Adaptation"
     (arXiv 2602.00722) is about; this number for it is our own, the reciprocal of the stable rank.
 
+    Args:
+        model, base: as for :func:`weight_pairs`.
+
     Raises:
         TypeError, ValueError: as :func:`weight_pairs`; NaN or Inf.
     """
@@ -79,6 +96,10 @@ def overlap(model: nn.Module, base: Base | None = None, *, k: int = 16) -> dict[
     ``U_k (out, k)`` and ``V_k (in, k)`` are the leading singular vectors of the pretrained ``W``. 0 for no change; for
     one in random directions about ``k² / (out · in)``. Named after the measure of OPLoRA (arXiv 2510.13003); here both
     sides are projected.
+
+    Args:
+        model, base: as for :func:`weight_pairs`.
+        k: the number of leading components, at least 1.
 
     Raises:
         TypeError, ValueError: as :func:`weight_pairs`; ``k`` is below 1 or above ``min(out, in)``; NaN or Inf.
@@ -154,6 +175,16 @@ def drift(model: nn.Module, base: Base | None = None) -> dict[str, Drift]:
     components and the rest rotates them into each other. Where singular values of ``W`` are equal their vectors, and so
     the split between those components, are a matter of choice; sums over all of them are not.
 
+    >>> model = ipca.apply_pc(nn.Sequential(nn.Linear(64, 32)), rank=4, progress=False)
+    >>> with torch.no_grad():
+    ...     _ = model[0].lora_B.mul_(2)  # doubles the window's singular values
+    >>> found = ipca.analysis.drift(model)["0"]
+    >>> found.shares["rescaling"] > 0.999
+    True
+
+    Args:
+        model, base: as for :func:`weight_pairs`.
+
     Raises:
         TypeError, ValueError: as :func:`weight_pairs`; a weight holds NaN or Inf.
     """
@@ -179,7 +210,8 @@ def drift(model: nn.Module, base: Base | None = None) -> dict[str, Drift]:
 def principal_angles(model: nn.Module, base: Base | None = None) -> dict[str, WindowAngles]:
     """Principal angles between ``B`` and ``B0`` and between ``A`` and ``A0`` of each adapted layer, by its path.
 
-    ``base`` is required where :func:`weight_pairs` requires it.
+    Args:
+        model, base: as for :func:`weight_pairs`.
 
     Raises:
         TypeError, ValueError: as :func:`weight_pairs`; a layer does not keep its initial factors; NaN or Inf.

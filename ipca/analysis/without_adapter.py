@@ -23,8 +23,11 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
     Layers of ipca compute the pretrained function, in the residual form up to rounding, while fully trained modules
     stay as trained. Layers of PEFT are disabled, and modules in ``modules_to_save`` are the original ones.
 
+    Args:
+        model: with an adapter of ipca or of PEFT.
+
     Raises:
-        ValueError: see :func:`check_base`.
+        ValueError: the model has no adapter, or one that has changed the base weights, as PEFT's PiSSA does.
     """
     check_base(model)
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

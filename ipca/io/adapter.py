@@ -137,6 +137,14 @@ def load_adapter(
 ) -> nn.Module:
     """Load the adapter in ``folder`` onto ``model``, without an SVD.
 
+    >>> base, x = nn.Sequential(nn.Linear(64, 32)), torch.ones(2, 64)
+    >>> model = ipca.apply_pc(copy.deepcopy(base), rank=4, progress=False)
+    >>> with torch.no_grad():
+    ...     _ = model[0].lora_B.mul_(2)  # training
+    >>> ipca.save_adapter(model, "adapter")
+    >>> torch.equal(ipca.load_adapter(base, "adapter")(x), model(x))
+    True
+
     Args:
         model: the original base, or that base already adapted by the same windows (a checkpoint is then resumed in
             place). Changed in place.

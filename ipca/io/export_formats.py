@@ -57,6 +57,12 @@ def export(
 ) -> dict[str, float]:
     """Write the adapter for programs without ipca.
 
+    >>> model = ipca.apply_pc(nn.Sequential(nn.Linear(64, 32)), rank=4, progress=False)
+    >>> ipca.export(model, "for-peft")
+    {}
+    >>> sorted(path.name for path in Path("for-peft").iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
+
     Args:
         model: has adapted layers; unchanged.
         folder: where to write: without weights and adapters, or with the format ``"residual"`` new or empty.

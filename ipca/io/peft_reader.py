@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,7 +143,7 @@ def _copy(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, T
     new.__dict__["_modules"] = {
         name: None if child is None else _copy(child, modules, tensors) for name, child in module._modules.items()
     }
-    new.__dict__.update((name, {}) for name in _HOOKS)
+    new.__dict__.update((name, OrderedDict()) for name in _HOOKS)  # a plain dict cannot be referred to weakly
     for name in ("peft_config", "_hf_hook", "_old_forward", "forward"):  # to which PEFT would add, or accelerate's
         new.__dict__.pop(name, None)
     if "_merged" in vars(new):

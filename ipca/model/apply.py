@@ -55,14 +55,18 @@ def apply_pc(
 ) -> Model:
     """Adapt a window of singular components of the model's layers, and freeze everything else.
 
-    >>> ipca.apply_pc(model, rank=16, window="middle", targets=["query", "value"])
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> model = ipca.apply_pc(model, rank=4, window="middle", targets=["0"], progress=False)
+    >>> type(model[0]).__name__, model[0].window, tuple(model[0].lora_A.shape)
+    ('LinearPC', Window(start=14, rank=4), (4, 64))
 
     Args:
         model: any ``nn.Module``, its weights loaded; changed in place.
-        rank, window, alpha, form, dropout, targets, exclude, modules_to_save, rank_pattern, window_pattern,
-            alpha_pattern, adapter_dtype, tol: see :class:`ipca.model.AdapterSettings`. The defaults adapt the 16 middle
-            components of every linear layer but heads, in the intact form; heads of transformers models that are
-            for a task, or new, are trained whole.
+        rank, window, alpha, form, dropout: see :class:`ipca.model.AdapterSettings`. The defaults adapt the 16 middle
+            components in the intact form.
+        targets, exclude, modules_to_save: likewise. The defaults adapt every linear layer but heads; heads of
+            transformers models that are for a task, or new, are trained whole.
+        rank_pattern, window_pattern, alpha_pattern, adapter_dtype, tol: likewise.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
         unquantized_weights: for quantized layers, the weights ``(out, in)`` from before they were quantized, by the
             layer's path: a mapping, a function, or :func:`ipca.load_unquantized_weights` of a checkpoint folder.

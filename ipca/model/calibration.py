@@ -110,7 +110,12 @@ def suggest_windows(
     length in ``B`` changes the layer's output least on these inputs. The model stays as it is. The windows fit any
     other run: ``window_pattern={layer: window.text for layer, window in found.items()}``.
 
-    Args, Raises: as :func:`sensitivity`; ``rank`` and ``rank_pattern`` as for :func:`ipca.apply_pc`.
+    Args:
+        model, batches, targets, exclude, progress: as for :func:`sensitivity`.
+        rank, rank_pattern: as for :func:`ipca.apply_pc`.
+
+    Raises:
+        TypeError, ValueError: as :func:`sensitivity`.
     """
     settings = AdapterSettings(
         rank=rank, rank_pattern=rank_pattern or {}, window="principal", targets=targets, exclude=exclude

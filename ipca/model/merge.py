@@ -25,6 +25,16 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter the adapter consists of: all factors, then those of fully trained modules.
 
     These are what an optimizer takes and what :func:`ipca.save_adapter` writes.
+
+    >>> model = ipca.apply_pc(nn.Sequential(nn.Linear(64, 32)), rank=4, progress=False)
+    >>> [tuple(parameter.shape) for parameter in ipca.adapter_parameters(model)]
+    [(4, 64), (32, 4)]
+
+    Args:
+        model: has adapted layers, ``A (rank, in)`` and ``B (out, rank)`` each.
+
+    Raises:
+        ValueError: no layer of the model is adapted, or they are PEFT's.
     """
     for layer in require_adapted(model).values():
         yield layer.lora_A
@@ -51,6 +61,15 @@ def merge_adapter(model: Model) -> Model:
     """Fold every layer's factors into its weight: plain speed, no training until :func:`unmerge_adapter`.
 
     Each merged layer also holds its base weight, so memory grows by the adapted weights; :func:`unload` frees it.
+
+    Args:
+        model: has adapted layers; changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: as :func:`adapter_parameters`; or accelerate keeps an adapted layer's weights elsewhere.
     """
     layers = require_adapted(model)
     check_not_offloaded(layers)
@@ -60,7 +79,17 @@ def merge_adapter(model: Model) -> Model:
 
 
 def unmerge_adapter(model: Model) -> Model:
-    """Undo :func:`merge_adapter`, to the bit."""
+    """Undo :func:`merge_adapter`, to the bit.
+
+    Args:
+        model: has adapted layers, merged or not; changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: as :func:`adapter_parameters`.
+    """
     for layer in require_adapted(model).values():
         layer.unmerge()
     return model
@@ -69,11 +98,24 @@ def unmerge_adapter(model: Model) -> Model:
 def unload(model: Model, *, merge: bool = True) -> Model:
     """Put plain layers back, of the original types.
 
+    >>> model = ipca.apply_pc(nn.Sequential(nn.Linear(64, 32)), rank=4, progress=False)
+    >>> ipca.unload(model)
+    Sequential(
+      (0): Linear(in_features=64, out_features=32, bias=True)
+    )
+
     Args:
+        model: has adapted layers; changed in place.
         merge: with the trained function; else with the pretrained one (``form="residual"``: up to rounding).
 
     Like the rest of the model the plain layers are frozen; ``model.requires_grad_(True)`` trains everything again.
     A merged layer that was quantized comes back in floats.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: as :func:`adapter_parameters`; or the model is sharded over processes or offloaded.
     """
     layers = require_adapted(model)
     check_not_sharded(model, "save_adapter gathers it: load that onto the plain base and unload there.")
@@ -96,7 +138,23 @@ def _forget_quantization(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Let every adapted layer compute the pretrained function within the block; fully trained modules stay."""
+    """Let every adapted layer compute the pretrained function within the block; fully trained modules stay.
+
+    >>> base = nn.Sequential(nn.Linear(64, 32))
+    >>> x, before = torch.ones(1, 64), base(torch.ones(1, 64))
+    >>> model = ipca.apply_pc(base, rank=4, progress=False)
+    >>> with torch.no_grad():
+    ...     _ = model[0].lora_B.mul_(2)  # training
+    >>> with ipca.disabled(model):
+    ...     torch.equal(model(x), before)
+    True
+
+    Args:
+        model: has adapted layers.
+
+    Raises:
+        ValueError: as :func:`adapter_parameters`.
+    """
     with ExitStack() as stack:
         for layer in require_adapted(model).values():
             stack.enter_context(layer.disabled())

@@ -50,7 +50,12 @@ def param_groups(
     ``s ‖B0_i‖ ‖A0_i‖``, from the factors at the start, whatever was trained since; no SVD is run. For a stack of
     experts, which has one rate, ``σ_w`` and ``σ_ref`` are means over its weights.
 
+    >>> model = ipca.apply_pc(nn.Sequential(nn.Linear(64, 32)), rank=4, progress=False)
+    >>> [(group["name"], group["lr"]) for group in ipca.param_groups(model, 1e-3, lora_plus=4)]
+    [('lora_A', 0.001), ('lora_B', 0.004)]
+
     Args:
+        model: has adapted layers, of ipca or of PEFT.
         lr: the rate of ``A`` (before matching) and of fully trained modules.
         match: ``"sqrt-sigma"``, or None for one rate for all layers.
         lora_plus: ``λ`` of LoRA+ (arXiv 2402.12354): ``B`` trains at ``λ`` times the rate of ``A``.

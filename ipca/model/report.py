@@ -80,6 +80,14 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Summarize the adapted layers of ``model``, at any time after they are in place.
 
+    >>> model = ipca.apply_pc(nn.Sequential(nn.Linear(64, 32)), rank=4, progress=False)
+    >>> found = ipca.summary(model)  # print(found) shows a table
+    >>> found.layers, found.trainable, found.total
+    (1, 384, 2464)
+
+    Args:
+        model: has adapted layers, or none.
+
     Raises:
         ValueError: the layers are PEFT's.
     """

@@ -68,9 +68,11 @@ class ExpertsPC(nn.Module):
     ``base`` is the module itself, frozen. Each adapted stack is a :class:`StackPC` under the name of the parameter it
     stands for; every forward computes its ``W_eff`` once and puts it in the parameter's place. So ``base`` may use its
     weights in any way, at the cost of one more stack in memory, and of its gradient while training. While it runs the
-    parameters of ``base`` are exchanged, so only one thread at a time may call it.
+    parameters of ``base`` are exchanged, so only one thread at a time may call it. The factors of the stack
+    ``gate_up_proj`` are then ``experts.gate_up_proj.lora_A (E, rank, in)`` and ``lora_B (E, out, rank)``.
 
-    >>> experts.gate_up_proj.lora_A  # (E, rank, in)
+    Args:
+        base: the module of experts, with parameters ``(E, out, in)`` or ``(E, in, out)``.
     """
 
     def __init__(self, base: nn.Module) -> None:

@@ -15,13 +15,19 @@ from ipca.ops.op import Layer
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend and the kernels that run for one layer and one input."""
+    """The backend and the kernels that run for one layer and one input; ``str()`` gives the text.
+
+    Attributes:
+        backend: ``"triton"``, ``"addmm"``, ``"merged"``, ``"reference"``, or ``"linear"`` where no low-rank part is
+            computed.
+        reason: why that backend.
+        kernels: the Triton kernels of the forward and their configurations, none where PyTorch's own run.
+        text: all of it in a sentence.
+    """
 
     backend: str
-    """``"triton"``, ``"addmm"``, ``"merged"``, ``"reference"``, or ``"linear"`` where no low-rank part is computed."""
     reason: str
     kernels: tuple[str, ...]
-    """The Triton kernels of the forward and their configurations, none where PyTorch's own run."""
     text: str
 
     def __str__(self) -> str:
@@ -30,6 +36,10 @@ class Explanation:
 
 def explain(layer: LinearPC, x: Tensor) -> Explanation:
     """Explain which backend runs ``layer(x)``, and why, by the code that chooses it. Computes nothing.
+
+    >>> layer = ipca.nn.LinearPC.from_linear(nn.Linear(64, 32), ipca.Window.middle(4))
+    >>> ipca.explain(layer, torch.ones(1, 64)).backend
+    'reference'
 
     Args:
         layer: an adapted layer.
@@ -55,7 +65,14 @@ def explain(layer: LinearPC, x: Tensor) -> Explanation:
 
 
 def backends(layer: LinearPC, x: Tensor) -> dict[str, str]:
-    """Every backend with the reason why it cannot run ``layer(x)``, an empty text where it can."""
+    """Every backend with the reason why it cannot run ``layer(x)``, an empty text where it can.
+
+    Args:
+        layer, x: as for :func:`explain`.
+
+    Raises:
+        TypeError, ValueError: as :func:`explain`.
+    """
     shape = _shape_of_call(layer, x)
     return {name: unsupported_reason(name, shape) for name in BACKENDS}
 

@@ -83,7 +83,12 @@ class InitCertificate:
 class InitialFactors:
     """``A0 (…, rank, in)`` and ``B0 (…, out, rank)`` of a layer, with the window and the weight they are taken from.
 
-    ``svd`` is None where the factors were read from a file without a report.
+    Attributes:
+        A0, B0: the factors that a layer starts from and keeps.
+        window: resolved to indices.
+        base_sha256: the hash of the weight.
+        svd: the report of the decomposition; None where the factors were read from a file without one.
+        certificate: how far the layer is from the weight before training.
     """
 
     A0: Tensor

@@ -45,6 +45,13 @@ class LinearPC(ProductLayer):
     ``weight`` is not a parameter here but the effective weight, computed where a computation needs it and read-only,
     so that code which reads a layer's weight without calling it stays right.
 
+    >>> plain, x = nn.Linear(64, 32), torch.ones(2, 64)
+    >>> layer = ipca.nn.LinearPC.from_linear(plain, ipca.Window.middle(4))
+    >>> layer
+    LinearPC(in_features=64, out_features=32, bias=True, window=[14, 18), rank=4, alpha=4, form=intact)
+    >>> torch.equal(layer(x), plain(x))
+    True
+
     Shapes: ``x (…, in)``, ``y (…, out)``, ``base_weight, weight (out, in)``, ``bias (out,)``,
     ``lora_A, lora_A0 (rank, in)``, ``lora_B, lora_B0 (out, rank)``.
 
@@ -136,7 +143,9 @@ class LinearPC(ProductLayer):
         Args:
             linear: an ``nn.Linear``, a subclass that computes the same, or a transformers ``Conv1D``. The intact form
                 shares the memory of an ``nn.Linear``'s weight, both forms share the bias's.
-            others: as for the class.
+            window: a window or its start.
+            rank, alpha, form, dropout, adapter_dtype, tol: as for the class.
+            r, lora_alpha, lora_dropout: likewise.
 
         Raises:
             TypeError: ``linear`` is another type, or its weight has no supported dtype; or as for the class.

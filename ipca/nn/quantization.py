@@ -24,17 +24,22 @@ from ipca._hashing import tensor_sha256
 
 
 def quantization_kind(module: nn.Module) -> str | None:
-    """The kind of a layer with a quantized weight as in the table above, or None for any other module.
+    """The kind of a layer with a quantized weight, such as ``"nf4"`` or ``"torchao-int8"``; None for other modules.
 
-    Only the type counts; :func:`unsupported_quantization` tells whether such a layer is supported.
+    Only the type counts: :func:`dequantize` raises where such a layer is not supported.
+
+    Args:
+        module: any module.
     """
     bnb: Any = sys.modules.get("bitsandbytes")
-    weight: Any = getattr(module, "weight", None)
     if bnb is not None and isinstance(module, bnb.nn.Linear4bit):
-        return str(getattr(weight, "quant_type", "4bit"))
+        return str(getattr(module.weight, "quant_type", "4bit"))
     if bnb is not None and isinstance(module, bnb.nn.Linear8bitLt):
         return "int8"
-    if type(module) is not nn.Linear or not type(weight).__module__.startswith("torchao."):
+    if type(module) is not nn.Linear:  # whose weight costs nothing to read, and which does not note that it was read
+        return None
+    weight: Any = getattr(module, "weight", None)
+    if not type(weight).__module__.startswith("torchao."):
         return None
     name = type(weight).__name__
     if name == "IntxUnpackedToInt8Tensor":
@@ -94,9 +99,12 @@ def dequantize(module: nn.Module) -> Tensor:
 
     Its dtype is the one the library dequantizes to: that of the weight before it was quantized, float32 for ``int8``.
 
+    Args:
+        module: a layer that has a :func:`quantization_kind`.
+
     Raises:
         TypeError: the module is not quantized.
-        ValueError: it is, but in a way that is not supported; see :func:`unsupported_quantization`.
+        ValueError: it is, but in a way that is not supported.
     """
     kind = _usable(module)
     weight: Any = module.weight
@@ -120,6 +128,10 @@ def dequantized_dtype(module: nn.Module) -> torch.dtype:
 @torch.no_grad()
 def quantize_like(module: nn.Module, weight: Tensor) -> nn.Module:
     """A copy of the layer ``module`` with ``weight (out, in)``, any float dtype, quantized by the same settings.
+
+    Args:
+        module: a layer that has a :func:`quantization_kind`.
+        weight: of the same shape, finite.
 
     Raises:
         TypeError, ValueError: as :func:`dequantize`; or the shape is another, or the weight has NaN or Inf.

@@ -53,7 +53,7 @@ class QuantizedLinearPC(ProductLayer):
         base: a layer that has a :func:`quantization_kind`; it becomes a part of this one. (A 4-bit
             weight then stays as it is in evaluation on a CPU too, where bitsandbytes would pack it for good.)
         window: the window, or the rule that finds it.
-        alpha, form, dropout, adapter_dtype, tol: as for :class:`ipca.nn.LinearPC`.
+        options: alpha, form, dropout, adapter_dtype, tol: as for :class:`ipca.nn.LinearPC`.
 
     Raises:
         TypeError: ``base`` is not quantized.

@@ -74,7 +74,7 @@ class WindowLayer(nn.Module):
         bias: an empty tensor for the bias, or None.
         shape: of the matrix or the stack, ``(…, out, in)``.
         window: the window, or the rule that finds it.
-        kind: of the plain layer, see :mod:`ipca.nn.layer_kinds`.
+        kind: of the plain layer, see ``ipca.nn.layer_kinds``.
         alpha, form, dropout, adapter_dtype, tol: as for :class:`ipca.nn.LinearPC`.
         device, dtype: of the factors, where ``base`` is None: the device, and the dtype that products are computed in.
 
@@ -199,7 +199,7 @@ class WindowLayer(nn.Module):
 
         It is what ``forward`` multiplies by when it is read (disabled, merged or neither). Its dtype, device and shape
         cost nothing; the product is computed where the weight takes part in a computation, and gradients reach the
-        factors. Writing into it raises, see :mod:`ipca.nn.lazy_weight`.
+        factors. Writing into it raises, see ``ipca.nn.lazy_weight``.
 
         While torch.compile traces, under a ``torch.func`` transform and where the layer is sharded or its parameters
         are exchanged for other tensors, it is computed at once.

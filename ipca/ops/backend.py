@@ -62,6 +62,11 @@ class BackendChoice(NamedTuple):
 def set_backend(name: str) -> str:
     """Set the backend of ``pc_linear`` for all later calls; ``"auto"``, the default, is the fastest one measured.
 
+    >>> ipca.set_backend("reference")
+    'auto'
+    >>> ipca.set_backend("auto")
+    'reference'
+
     Args:
         name: ``"auto"``, ``"triton"``, ``"addmm"``, ``"merged"`` or ``"reference"``. Without a call the environment
             variable ``IPCA_BACKEND`` decides, as it was when ipca was imported.

@@ -1,10 +1,11 @@
 """Windows of singular components in PEFT.
 
->>> from ipca.peft import PCConfig
->>> model = peft.get_peft_model(model, PCConfig(r=16, window="middle", target_modules="all-linear"))
->>> ...
->>> model.save_pretrained("adapter")   # stock PEFT loads it on the original base
->>> model = PeftModel.from_pretrained(base, "adapter", config=PCConfig.from_pretrained("adapter"), is_trainable=True)
+::
+
+    model = peft.get_peft_model(model, PCConfig(r=16, window="middle", target_modules="all-linear"))
+    ...
+    model.save_pretrained("adapter")  # stock PEFT loads it on the original base
+    model = PeftModel.from_pretrained(base, "adapter", config=PCConfig.from_pretrained("adapter"), is_trainable=True)
 """
 
 try:

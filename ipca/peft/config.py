@@ -49,6 +49,10 @@ class PCConfig(LoraConfig):
     The layers are in the intact form: the base weight stays as it is, and before training the model computes the
     base's function to the bit, ``y = x Wᵀ + bias + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)``, see :class:`ipca.nn.LinearPC`.
 
+    >>> config = ipca.peft.PCConfig(r=16, window="minor", target_modules=["q_proj", "v_proj"])
+    >>> config.r, config.lora_alpha, config.to_dict()["r"]  # the saved adapter has twice the rank
+    (16, 16, 32)
+
     Args:
         r: components that train in each layer; 16 by default.
         window: where they start: ``"principal"``, ``"middle"``, ``"minor"``, ``0.33``, ``"start=256"``, or an
@@ -61,11 +65,12 @@ class PCConfig(LoraConfig):
         lora_alpha: default such that the scaling is 1: ``r``, or ``√r`` with ``use_rslora``.
         modules_to_save: more modules to train whole; the model's head is added, as in :func:`ipca.apply_pc`.
         init_lora_weights: True, or False for random ``A`` and ``B`` (for debugging, as in PEFT).
-        others: as for LoraConfig. Not supported, with an error that names the field: DoRA and PEFT's other variants,
-            ``lora_bias``, ``layer_replication``, ``ensure_weight_tying``, and initializations without a window.
+        others: as for LoraConfig; docs/peft-users.md has all of them. Not supported, with an error that names the
+            field: DoRA and PEFT's other variants, ``lora_bias``, ``layer_replication``, ``ensure_weight_tying``, and
+            initializations without a window.
 
     Attributes:
-        records: what is known of the adapted layers, see :class:`ipca.peft.records.LayerRecords`.
+        records: what is known of the adapted layers.
 
     Raises:
         TypeError, ValueError: a field has the wrong type, is out of range, or is not supported; the message names it.
@@ -173,6 +178,11 @@ class PCConfig(LoraConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """The configuration of a saved adapter, with the initial factors of its layers: no SVD to resume.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the id of a repository on the Hub.
+            subfolder: of it.
+            kwargs: as for ``LoraConfig.from_pretrained``.
 
         Raises:
             ValueError: not a folder (or repository of the Hub) that holds an adapter of a PCConfig, or a damaged one.

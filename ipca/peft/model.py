@@ -41,8 +41,13 @@ def config_of(model: nn.Module, adapter_name: str) -> PCConfig:
 def summary(model: PeftModel, adapter_name: str = "default") -> Summary:
     """Layers, windows and certificates of one adapter; parameters are counted over the whole model.
 
+    Args:
+        model: a PeftModel, not the engine's wrapper around it.
+        adapter_name: which adapter.
+
     Raises:
-        TypeError, ValueError: as :func:`config_of`.
+        TypeError: it is no PeftModel.
+        ValueError: the adapter is not one of a PCConfig.
     """
     saved = config_of(model, adapter_name).records.saved
     layers = [m for m in model.modules() if isinstance(m, WindowLora) and m.holds(adapter_name)]
@@ -70,7 +75,7 @@ def save_gathered(model: PeftModel, folder: str | os.PathLike[str], adapter_name
         adapter_name: which adapter.
 
     Raises:
-        TypeError, ValueError: as :func:`config_of`, or stock PEFT would read another adapter from the files.
+        TypeError, ValueError: as :func:`summary`, or stock PEFT would read another adapter from the files.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
     config = config_of(model, adapter_name)

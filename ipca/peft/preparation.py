@@ -39,7 +39,7 @@ def prepare(
 ) -> PCConfig:
     """Find the initial factors of every layer that ``config`` targets, so that PEFT can adapt ``model`` at once.
 
-    >>> model = peft.get_peft_model(model, prepare(model, config))
+    ``peft.get_peft_model(model, prepare(model, config))``.
 
     Required where stock LoRA adapters are on the layers already: PEFT's own layers refuse a window, and here they are
     turned into layers that take one. Optional otherwise: PEFT's own functions decompose the layers as this does, in

@@ -37,12 +37,12 @@ class CacheKey:
     """The key of an entry: a weight, a window, and the options of its decomposition.
 
     Attributes:
-        weight: :func:`ipca._hashing.tensor_sha256` of the matrix, which covers its shape and dtype.
+        weight: a hash of the matrix, which covers its shape and dtype.
         window: the text of the window's start: an index, or a rule that looks at the spectrum.
         rank: of the window.
         tol: the bound on the residual, as a number.
         dtype: as requested, such as ``"float64"``, or ``"default"``.
-        version: :data:`VERSION` of the program that made it.
+        version: of the program that made it.
     """
 
     weight: str
@@ -61,7 +61,16 @@ class CacheKey:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One entry in the folder: ``bytes`` is the file's size, ``used`` in seconds since 1970."""
+    """One entry in the folder.
+
+    Attributes:
+        path: of the file.
+        key: what the entry is for.
+        report: of its decomposition.
+        shape: ``(m, n)`` of the matrix.
+        bytes: size of the file.
+        used: when it was last used, in seconds since 1970.
+    """
 
     path: Path
     key: CacheKey
@@ -99,7 +108,14 @@ def cache_key(
 class SpectralCache:
     """Decomposed windows in ``folder``, which is created with the first entry; any number of processes may share it.
 
-    ``hits`` counts the entries that :meth:`get` has found.
+    Args:
+        folder: a path; ``~`` is the home folder.
+
+    Attributes:
+        hits: the number of entries that :meth:`get` has found.
+
+    Raises:
+        ValueError: ``folder`` is empty.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -132,7 +148,7 @@ class SpectralCache:
         return WindowSVD(found.U.to(device), found.S.to(device), found.Vh.to(device), found.reports)
 
     def put(self, key: CacheKey, found: WindowSVD) -> None:
-        """Write ``found``, the window of one matrix, atomically.
+        """Write ``found``, the window of one matrix, atomically, as the entry of ``key``.
 
         Raises:
             OSError: the folder cannot be written or the disk is full; entries are as before.

@@ -42,6 +42,10 @@ def window_svd(
 ) -> WindowSVD | list[WindowSVD]:
     """The singular components ``[start, start + rank)`` of ``W``, without the others where that is cheaper.
 
+    >>> found = ipca.window_svd(torch.diag(torch.arange(8.0)), ipca.Window.middle(2))
+    >>> found.S, found.report.certified
+    (tensor([4., 3.]), True)
+
     Args:
         W: ``(m, n)``, or a stack ``(L, m, n)``; float16, bfloat16, float32 or float64, on any device. A stack on a GPU
             is decomposed as a batch, in parts that fit into free memory; on a CPU its matrices run in parallel.
@@ -80,7 +84,14 @@ def window_svd(
 
 
 def singular_values(W: Tensor) -> Tensor:
-    """All singular values of ``W (m, n)`` in float64, descending, on the CPU; raises as :func:`window_svd` does."""
+    """All singular values of ``W (m, n)`` in float64, descending, on the CPU.
+
+    Args:
+        W: a matrix in float16, bfloat16, float32 or float64, on any device.
+
+    Raises:
+        TypeError, ValueError: as :func:`window_svd`.
+    """
     check_matrix(W, dims=(2,))
     W = W.detach() if W.device.type in ("cpu", "cuda") else W.detach().cpu()
     tall = MatrixBatch((W if W.shape[0] >= W.shape[1] else W.mT)[None])

@@ -19,7 +19,7 @@ class SVDReport:
         window: the resolved window, its start an index.
         residual: ``max(‖W V − U S‖₂, ‖Wᵀ U − V S‖₂, σ₁ ‖UᵀU − I‖₂, σ₁ ‖VᵀV − I‖₂) / σ₁``, or a bound on it, in float64,
             before rounding to the dtype that is returned.
-        certified: whether the indices are proven, see :mod:`ipca.svd.certificate`.
+        certified: whether the indices are proven, see ``ipca.svd.certificate``.
         certificate: the proof, or why there is none, in words.
         seconds: wall time; for matrices decomposed together, an equal share of it.
         flops: floating point operations by the textbook counts of the steps taken. What several windows of one matrix

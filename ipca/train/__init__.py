@@ -1,9 +1,10 @@
 """Fine-tuning in one call, and the instruments that measure, limit and trade what a model forgets.
 
->>> from ipca import train
->>> train.fine_tune(train.TrainSettings("path/to/model", "data.jsonl", keep="english.txt", max_kl=0.1), Path("out"))
->>> trainer.add_callback(train.KeepCallback(trainer, batches, max_kl=0.1))   # in a script of your own
->>> print(train.tradeoff(trainer, batches, max_forgotten=0.1))
+::
+
+    train.fine_tune(train.TrainSettings("path/to/model", "data.jsonl", keep="english.txt", max_kl=0.1), Path("out"))
+    trainer.add_callback(train.KeepCallback(trainer, batches, max_kl=0.1))  # in a script of your own
+    print(train.tradeoff(trainer, batches, max_forgotten=0.1))
 
 It needs the extra ``train``: transformers, PEFT, TRL, datasets.
 """

@@ -23,7 +23,9 @@ WITHIN = "loss_within_budget"
 class KeepCallback(TrainerCallback):
     """Measure at every evaluation how far a model has moved from its base on data that it should keep.
 
-    >>> trainer.add_callback(KeepCallback(trainer, batches, max_kl=0.1))
+    ::
+
+        trainer.add_callback(KeepCallback(trainer, batches, max_kl=0.1))
 
     ``eval_keep_kl`` and ``eval_keep_loss_rise`` join the metrics of the evaluation, the log history, and whatever
     ``report_to`` names. The base is the model without its adapter, so there is no second model.

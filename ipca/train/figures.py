@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ipca.analysis.figures import picture
+from ipca.analysis.figures import PALETTE, picture
 
-_NEW, _OLD, _KEPT = "#0072b2", "#d55e00", "black"  # Okabe and Ito's blue and vermilion
+_NEW, _OLD, _KEPT = PALETTE[0], PALETTE[1], PALETTE[-1]
 
 
 def draw_run(

@@ -213,6 +213,8 @@ def token_batches(
     """``texts`` as batches of token ids with labels, for :class:`ipca.train.KeepCallback`.
 
     Args:
+        texts: documents of any length.
+        tokenizer: of transformers.
         max_length: tokens of a sequence; longer texts go on in the next one.
         tokens: of all sequences.
 

@@ -80,7 +80,9 @@ def tradeoff(
 ) -> Tradeoff:
     """Measure ``trainer``'s model with its change scaled by each of ``scales``.
 
-    >>> print(tradeoff(trainer, batches, max_forgotten=0.1))
+    ::
+
+        print(tradeoff(trainer, batches, max_forgotten=0.1))
 
     With a budget, the largest scale within it is searched for on the curve through the measured points and measured
     itself. ``scale=0`` is the base and ``scale=1`` the adapter, both to the bit.

@@ -14,6 +14,12 @@ def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
+def programs(text):
+    """The Python blocks, each with the reason that a comment before it gives for not running it, or an empty text."""
+    found = re.findall(r"^(?:<!-- not run: ([^\n]+) -->\n)?```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [(program, reason) for reason, program in found]
+
+
 def without_blocks(text):
     """The text without code blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)

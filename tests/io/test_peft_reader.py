@@ -224,6 +224,13 @@ def test_the_check_sees_what_peft_ignores_lacks_scales_and_refuses():
     assert "not found in the base model" in read(target_modules=["c"]).refusal
 
 
+def test_a_model_with_gradient_checkpointing_is_checked(tmp_path, recwarn):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_attention_heads=4))
+    model.gradient_checkpointing_enable()  # for which PEFT registers a hook on the copy
+    get_peft_model(model, PCConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert [str(w.message) for w in recwarn if "not checked" in str(w.message)] == []
+
+
 def test_what_peft_would_read_otherwise_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     lost = tuple(f"base_model.model.model.layers.{i}.self_attn.v_proj.lora_A.weight" for i in (0, 1))
     monkeypatch.setattr(peft_format, "read_with_peft", lambda *_: Reading(ignored=lost))

@@ -24,6 +24,13 @@ def test_it_says_of_a_window_what_the_native_summary_says():
     assert "2 layers adapted" in str(found)
 
 
+def test_a_summary_reads_no_weight_that_saving_would_warn_of(tmp_path, recwarn):
+    model = get_peft_model(Small(), PCConfig(r=3, target_modules=["a", "b"]))
+    summary(model)
+    model.save_pretrained(tmp_path)
+    assert [str(w.message) for w in recwarn if "reads the weight" in str(w.message)] == []
+
+
 def test_another_adapter_is_refused_and_the_native_summary_names_this_one():
     model = get_peft_model(Small(), LoraConfig(target_modules=["a"]))
     with pytest.raises(ValueError, match="'default' is no adapter of a PCConfig"):

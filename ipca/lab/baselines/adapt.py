@@ -35,17 +35,17 @@ def apply(
 ) -> Model:
     """Adapt ``model`` in place for ``method``, with the layers, rank, alpha and form of ``settings``.
 
-    ===================================  ======================================================================
-    a window, such as ``"0.25"``         :func:`ipca.apply_pc` with that window
-    ``"auto"``                           the same with the window that ``calibration`` suggests (experimental)
-    ``"lora"``                           plain LoRA: random ``A0``, ``B0 = 0``
-    ``"full"``                           no adapter: the weights of the layers are fully trained
-    ``"random-window"``                  a window at a random position in each layer
-    ``"haar"``                           the reference's singular values on random directions
-    ``"frozen-A"``, ``"frozen-B"``       the reference window with one factor frozen
+    =====================================  =========================================================================
+    a window, such as ``"0.25"``           :func:`ipca.apply_pc` with that window
+    ``"auto"``                             the same with the window that ``calibration`` suggests (experimental)
+    ``"lora"``                             plain LoRA: random ``A0``, ``B0 = 0``
+    ``"full"``                             no adapter: the weights of the layers are fully trained
+    ``"random-window"``                    a window at a random position in each layer
+    ``"haar"``                             the reference's singular values on random directions
+    ``"frozen-A"``, ``"frozen-B"``         the reference window with one factor frozen
     ``"matched-principal"``, ``"-minor"``  the directions of that end with the reference's singular values
-    ``"matched-middle"``                 the middle's directions with the singular values of the reference, an end
-    ===================================  ======================================================================
+    ``"matched-middle"``                   the middle's directions with the singular values of the reference, an end
+    =====================================  =========================================================================
 
     The *reference* is ``settings.window``. No method changes the model's function before training.
 

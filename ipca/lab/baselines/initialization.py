@@ -29,7 +29,10 @@ def plain_lora_factors(
     ``Window(0, rank)`` for its rank, and no SVD report.
 
     Args:
+        weight: ``(…, out, in)``, any float dtype.
+        rank: of ``A0 (…, rank, in)`` and ``B0 (…, out, rank)``.
         generator: on the CPU; the same generator gives the same factors on every device.
+        adapter_dtype: of the factors.
     """
     *experts, out_features, in_features = weight.shape
     A0 = torch.empty(*experts, rank, in_features, dtype=torch.float64).uniform_(-1, 1, generator=generator)

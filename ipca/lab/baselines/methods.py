@@ -13,6 +13,9 @@ _OTHERS = {"lora": "lora", "full": "full", "auto": "auto"}
 def kind_of(method: str) -> str:
     """``"window"``, ``"lora"``, ``"full"``, ``"auto"`` or ``"control"``.
 
+    Args:
+        method: a window such as ``"0.25"``, or a name of :func:`apply`'s table.
+
     Raises:
         ValueError: an unknown method; the message lists the choices.
     """
@@ -31,7 +34,14 @@ def kind_of(method: str) -> str:
 
 
 def check_method(method: str) -> str:
-    """The canonical name of ``method``: ``"middle"`` and ``"0.50"`` are both ``"0.5"``; raises as :func:`kind_of`."""
+    """The canonical name of ``method``: ``"middle"`` and ``"0.50"`` are both ``"0.5"``.
+
+    Args:
+        method: as for :func:`kind_of`.
+
+    Raises:
+        ValueError: as :func:`kind_of`.
+    """
     position = position_of(method)
     if position is not None:
         return str(position)
@@ -39,7 +49,14 @@ def check_method(method: str) -> str:
 
 
 def position_of(method: str) -> float | None:
-    """The fraction ``f = start / (d − rank)`` of a window that is given by one, else None."""
+    """The fraction ``f = start / (d − rank)`` of a window that is given by one, else None.
+
+    Args:
+        method: as for :func:`kind_of`.
+
+    Raises:
+        ValueError: as :func:`kind_of`.
+    """
     if kind_of(method) != "window":
         return None
     named = {"principal": 0.0, "middle": 0.5, "minor": 1.0}

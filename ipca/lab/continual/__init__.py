@@ -1,8 +1,9 @@
 """Continual learning without old data: windows of the weights, the usual baselines, and a measure of forgetting.
 
->>> learner = ContinualLearner(model, "disjoint", AdapterSettings(rank=8), tasks=len(tasks))
->>> result = run_stream(learner, tasks)
->>> print(result)
+::
+
+    learner = ContinualLearner(model, "disjoint", AdapterSettings(rank=8), tasks=len(tasks))
+    print(run_stream(learner, tasks))
 """
 
 from ipca.lab.continual.learner import ContinualLearner, TaskRecord

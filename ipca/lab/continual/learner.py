@@ -41,13 +41,16 @@ class TaskRecord:
 class ContinualLearner:
     """Adapts ``model`` for one task after another; the caller trains, with any optimizer and any loop.
 
-    >>> learner = ContinualLearner(model, "disjoint", AdapterSettings(rank=8), tasks=5)
-    >>> for task in tasks:
+    >>> model, settings = nn.Sequential(nn.Linear(64, 32)), ipca.model.AdapterSettings(rank=4)
+    >>> learner = ipca.lab.continual.ContinualLearner(model, "disjoint", settings, tasks=2)
+    >>> for task in range(2):
     ...     optimizer = torch.optim.AdamW(learner.begin_task(), lr=1e-3, weight_decay=0)
-    ...     for x, y in task:
-    ...         loss = loss_of(model(x), y) + learner.penalty()
-    ...         ...
-    ...     learner.end_task()
+    ...     loss = model(torch.ones(1, 64)).square().mean() + learner.penalty()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     print(learner.end_task().trained)
+    384
+    384
     >>> model = learner.finish()
 
     Between tasks the model computes everything learned so far. No data of earlier tasks is used.
@@ -217,6 +220,12 @@ class ContinualLearner:
 
         It is a difference: added to the original base by PEFT it gives what this task changed, and together with all
         other tasks' adapters the current weights, up to rounding. Fully trained modules are not included.
+
+        Args:
+            task: its index.
+            folder: where to write; made if missing.
+            base_model: name or path of the base, for PEFT's ``base_model_name_or_path``.
+            overwrite: replace weights and adapters that ``folder`` holds.
 
         Raises:
             ValueError: the task is not kept, or PEFT's format cannot hold its layers.

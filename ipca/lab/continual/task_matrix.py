@@ -24,7 +24,8 @@ class TaskMatrix:
     All measures are in the unit of the score, such as accuracy. Both papers count tasks from 1; here ``i`` and ``j``
     count from 0. NaN above the diagonal means that tasks were not scored before they were trained.
 
-    >>> matrix = TaskMatrix([[0.9, nan], [0.7, 0.8]], names=["digits", "letters"])
+    >>> nan = float("nan")
+    >>> matrix = ipca.lab.continual.TaskMatrix([[0.9, nan], [0.7, 0.8]], names=["digits", "letters"])
     >>> f"{matrix.acc:.2f} {matrix.bwt:.2f}"
     '0.75 -0.20'
 

@@ -39,7 +39,7 @@ def run_demo(
     ``out`` gets the files in ``data/``, what ``ipca train`` writes in ``adapter/``, and a plain model in ``merged/``.
 
     Args:
-        archive: the text, see :mod:`ipca.lab.demo.data`.
+        archive: the text, see ``ipca.lab.demo.data``.
         out: new, empty or of an earlier run; a run that was killed goes on.
         steps: of the training.
         sentences: held-out sentences of the task, and sentences that shall keep their embeddings.

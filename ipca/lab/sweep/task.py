@@ -64,6 +64,9 @@ def load_task(path: Path) -> Task:
 
     The file's folder, or for a file in a package the folder that contains the package, is added to ``sys.path``.
 
+    Args:
+        path: of the file.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: its name does not end in ``.py``.

@@ -25,8 +25,11 @@ _PACKAGES = ("matplotlib", "jinja2")
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` from the ``rows.csv`` and ``settings.json`` in ``folder``; no model is needed.
 
-    The rules of the verdict are documented in :mod:`ipca.lab.sweep.report.verdict` and
-    :mod:`~ipca.lab.sweep.report.findings`. The same files give the same bytes.
+    The rules of the verdict stand in ``ipca/lab/sweep/report/verdict.py`` and ``findings.py``. The same files give the
+    same bytes.
+
+    Args:
+        folder: that a sweep wrote.
 
     Returns:
         The path of the report.
@@ -34,7 +37,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError, ValueError: the folder is not that of a sweep, or its table is damaged; an existing report is
             intact.
-        ImportError: as :func:`require_packages`.
+        ImportError: Jinja2 or matplotlib is not installed.
         OSError: the report cannot be written; an existing report is intact.
     """
     require_packages()
@@ -55,6 +58,9 @@ def require_packages() -> None:
 
 def verdict(folder: str | os.PathLike[str]) -> str:
     """The verdict on the sweep in ``folder``, as plain text: the headline, then the further findings.
+
+    Args:
+        folder: that a sweep wrote.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`write_report`.
