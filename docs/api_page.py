@@ -44,16 +44,19 @@ def packages() -> Iterator[ModuleType]:
 
 def section(package: ModuleType, *, site: bool = False) -> str:
     """One package: its docstring's first sentence, and a table of its names, which lead to the source or the entry."""
-    rows = [
-        f"| {f'{{py:obj}}`{name} <{package.__name__}.{name}>`' if site else f'[`{name}`]({link})'} | {text} |"
-        for name, link, text in entries(package)
-    ]
+    form = f"{{{{py:obj}}}}`{{0}} <{package.__name__}.{{0}}>`" if site else "[`{0}`]({1})"
+    rows = [f"| {form.format(name, link)} | {text} |" for name, link, text in entries(package)]
     return "\n".join([f"## {package.__name__}", "", sentence(package.__doc__), "", "| | |", "|---|---|", *rows])
+
+
+def names(package: ModuleType) -> list[str]:
+    """The public names of ``package``, sorted."""
+    return sorted(package.__all__, key=lambda name: (name.lower(), name))
 
 
 def entries(package: ModuleType) -> Iterator[tuple[str, str, str]]:
     """Name, link to the source and description of each public name of ``package``, sorted."""
-    for name in sorted(package.__all__, key=lambda name: (name.lower(), name)):
+    for name in names(package):
         value = getattr(package, name)
         if isinstance(value, ModuleType):
             yield name, f"#{value.__name__.replace('.', '')}", sentence(value.__doc__)
@@ -116,9 +119,7 @@ def write_entries(folder: Path) -> None:
     for package in packages():
         title = package.__name__
         parts = [f"{title}\n{'=' * len(title)}", f".. automodule:: {title}"]
-        parts += [
-            entry(package, name, homes) for name in sorted(package.__all__, key=lambda name: (name.lower(), name))
-        ]
+        parts += [entry(package, name, homes) for name in names(package)]
         text = "\n\n".join(filter(None, parts)) + "\n"
         file = folder / f"{title}.rst"
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
@@ -132,7 +133,8 @@ def entry(package: ModuleType, name: str, homes: dict[int, str]) -> str:
         return ""
     if not (inspect.isclass(value) or inspect.isfunction(value)):
         text = inspect.cleandoc(constant(package, name)[1]).replace("\n", "\n   ")
-        return f".. py:data:: {name}\n   :value: {value!r}\n\n   {text}"
+        shown = tuple(value) if isinstance(value, dict) else value
+        return f".. py:data:: {name}\n   :value: {shown!r}\n\n   {text}"
     kind = "class" if inspect.isclass(value) else "function"
     home = homes.setdefault(id(value), path)
     if home != path:

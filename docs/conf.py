@@ -46,6 +46,7 @@ copybutton_prompt_is_regexp = True
 html_theme = "furo"
 html_title = f"ipca {version}"
 html_show_sphinx = False
+html_static_path = html_css_files = ["site.css"]
 
 
 def address(path: Path) -> str:

@@ -4,7 +4,6 @@ import re
 import runpy
 import shlex
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -88,18 +87,11 @@ def test_only_these_programs_do_not_run():
     assert sum(map(len, PROGRAMS.values())) > 30
 
 
-@contextmanager
-def suppress_success():
-    """Let pass that an option, such as --version, prints something and ends the process with status 0."""
-    try:
-        yield
-    except SystemExit as end:
-        if end.code:
-            raise
-
-
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_exists(line):
     words = shlex.split(line.partition("|")[0].partition("&&")[0].partition(">")[0], comments=True)
-    with suppress_success():
+    try:
         parser().parse_args(words[words.index("ipca") + 1 :])
+    except SystemExit as end:
+        if end.code:  # 0 for an option that prints something and does nothing else
+            raise
