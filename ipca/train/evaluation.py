@@ -15,7 +15,7 @@ from ipca.train.data import find_source, read_data
 from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
 from ipca.train.run import CHECKPOINTS, last_checkpoint
 from ipca.train.settings import TrainSettings, read_labels
-from ipca.train.tasks import Examples, build_trainer, examples, load_model
+from ipca.train.tasks import Examples, build_trainer, examples, fitting_length, load_model
 
 HELD_OUT = 512
 """Rows, or sequences, of the new data at most."""
@@ -37,10 +37,11 @@ def open_adapter(settings: TrainSettings, adapter: Path) -> Iterator[tuple[Any, 
     data = read_data(find_source(settings.data), settings.task, settings.columns, labels=read_labels(adapter))
     source = check_keep(settings, data.layout.task)
     loaded = load_model(settings, data.layout.task, data.labels)
+    settings = fitting_length(settings, loaded)
     samples = None
     if source is None and data.layout.task == "causal-lm":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        samples = draw_samples(loaded.model.to(device), loaded.processor, settings.keep_tokens, settings.seed)
+        samples = draw_samples(loaded.model.to(device), loaded.processor, settings)
     kept = build_keep(source, settings, data.layout.task, loaded, samples)
     rows = examples(data.rows, data, settings, loaded)
     if len(rows) > HELD_OUT:

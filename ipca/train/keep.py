@@ -178,21 +178,25 @@ def build_keep(
 
 
 @torch.no_grad()
-def draw_samples(model: Any, tokenizer: Any, tokens: int, seed: int) -> Tensor:
-    """``(tokens // 128, 128)`` token ids drawn from ``model`` at temperature 1, from its first token on."""
+def draw_samples(model: Any, tokenizer: Any, settings: TrainSettings) -> Tensor:
+    """``(keep_tokens // 128, 128)`` token ids drawn from ``model`` at temperature 1, from its first token on.
+
+    They are shorter where ``max_length`` is.
+    """
     from transformers import GenerationConfig
 
     start = next(
         (x for x in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id) if x is not None), 0
     )
-    count = max(tokens // SAMPLE_TOKENS, 1)
+    length = min(SAMPLE_TOKENS, settings.max_length)
+    count = max(settings.keep_tokens // length, 1)
     first = torch.full((count, 1), start, device=next(model.parameters()).device)
     options: Any = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=SAMPLE_TOKENS - 1,
+        max_new_tokens=length - 1,
         eos_token_id=None,  # a text may end and another begin
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
@@ -200,7 +204,7 @@ def draw_samples(model: Any, tokenizer: Any, tokens: int, seed: int) -> Tensor:
     own, model.generation_config = model.generation_config, options  # whose settings would fill in what is None
     try:
         with evaluating(model):
-            torch.manual_seed(seed)
+            torch.manual_seed(settings.seed)
             drawn = [model.generate(part, attention_mask=torch.ones_like(part)) for part in first.split(16)]
     finally:
         model.generation_config = own

@@ -27,7 +27,7 @@ from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
 from ipca.train.report import write_report
 from ipca.train.scaled_change import save_scaled, tradeoff
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
-from ipca.train.tasks import adapt, build_trainer, load_model, processes, split
+from ipca.train.tasks import adapt, build_trainer, fitting_length, load_model, micro_batches, processes, split
 
 log = logging.getLogger("ipca.train")
 CURVE, SAMPLES, CHECKPOINTS = "curve.csv", "keep.safetensors", "checkpoints"
@@ -92,6 +92,7 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
         FileNotFoundError, TypeError, ValueError: there is no such model or data, or they do not fit each other.
     """
     state = _process_state()
+    micro_batches(settings)
     if finished := _check_folder(settings, out, overwrite):
         return finished
     data = read_data(find_source(settings.data), settings.task, settings.columns)
@@ -99,21 +100,18 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
     if isinstance(settings.held_out, str):
         held_out = read_data(find_source(settings.held_out), data.layout.task, settings.columns, labels=data.labels)
     source = check_keep(settings, data.layout.task)
-    if state.is_main_process:
-        if overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / RUN, settings_text(settings, {}).encode())
-    state.wait_for_everyone()
     loaded = load_model(settings, data.layout.task, data.labels)
-    parts = split(data, settings, loaded, held_out)
+    fitted = fitting_length(settings, loaded)
+    parts = split(data, fitted, loaded, held_out)
     samples = None
     if source is None and data.layout.task == "causal-lm":
-        with state.main_process_first():
-            samples = _samples(loaded.model.to(state.device), loaded.processor, settings, out)
-    kept = build_keep(source, settings, data.layout.task, loaded, samples)
+        samples = _samples(loaded.model.to(state.device), loaded.processor, fitted, None if overwrite else out)
+    kept = build_keep(source, fitted, data.layout.task, loaded, samples)
     model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty())
-    trainer = build_trainer(model, parts, settings, loaded, data, out / CHECKPOINTS)
+    if state.is_main_process:
+        _begin(settings, out, samples, overwrite)
+    state.wait_for_everyone()
+    trainer = build_trainer(model, parts, fitted, loaded, data, out / CHECKPOINTS)
     if trainer.accelerator.num_processes != processes():  # each would train on all of the data
         known = trainer.accelerator.num_processes
         raise RuntimeError(f"{processes()} processes were started, but the Trainer knows of {known}.")
@@ -159,20 +157,20 @@ def _process_state() -> Any:
 
 def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcome | None:
     """The outcome where this run is finished already; raise where ``out`` holds anything but this run."""
+    import yaml
+
     run = out / RUN
     if not run.is_file() or overwrite:
         check_output(out, whole=True, overwrite=overwrite, option="--force")
         return None
     earlier = TrainSettings.from_dict(read_settings(run))
     different = differing(settings, earlier)
-    if different:
+    found = yaml.safe_load(run.read_text(encoding="utf-8"))["found"]
+    if different and ("kept" in found or last_checkpoint(out / CHECKPOINTS)):
         words = ", ".join(
             f"{name} {getattr(earlier, name)!r} and not {getattr(settings, name)!r}" for name in different
         )
         raise FileExistsError(f"{out} holds a run with {words}; choose another folder, or replace it with --force.")
-    import yaml
-
-    found = yaml.safe_load(run.read_text(encoding="utf-8"))["found"]
     if "kept" not in found:
         return None
     log.info("%s holds this run, finished; --force trains again", out)
@@ -181,15 +179,22 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     )
 
 
-def _samples(model: Any, tokenizer: Any, settings: TrainSettings, out: Path) -> Tensor:
-    """Samples of the model, drawn once a run."""
-    path = out / SAMPLES
-    if path.is_file():
-        return read_checksummed(path)[1]["input_ids"]
+def _samples(model: Any, tokenizer: Any, settings: TrainSettings, out: Path | None) -> Tensor:
+    """Samples of the model: those of this run in ``out``, or new ones."""
+    if out is not None and (out / SAMPLES).is_file():
+        return read_checksummed(out / SAMPLES)[1]["input_ids"]
     log.info("drawing %d tokens from the model, to measure what it forgets", settings.keep_tokens)
-    drawn = draw_samples(model, tokenizer, settings.keep_tokens, settings.seed)
-    write_checksummed(path, {"seed": settings.seed}, {"input_ids": drawn})
-    return drawn
+    return draw_samples(model, tokenizer, settings)
+
+
+def _begin(settings: TrainSettings, out: Path, samples: Tensor | None, overwrite: bool) -> None:
+    """Write what a killed run needs to go on."""
+    if overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if samples is not None:
+        write_checksummed(out / SAMPLES, {"seed": settings.seed}, {"input_ids": samples})
+    write_atomic(out / RUN, settings_text(settings, {}).encode())
 
 
 def _add_callbacks(trainer: Any, kept: Kept | None, settings: TrainSettings, progress: bool) -> None:

@@ -66,7 +66,7 @@ class Tradeoff:
         lines = [f"{'scale':>7} {'loss':>9} {'forgotten':>10}   forgotten: {self.words}"]
         for each in self.points:
             mark = "  <- best" + (" within the budget" if self.budget is not None else "") if each == self.best else ""
-            lines.append(f"{each.scale:7.3f} {each.loss:9.4f} {each.forgotten:10.4f}{mark}")
+            lines.append(f"{each.scale:7.3f} {each.loss:9.4f} {each.forgotten:10.4g}{mark}")
         return "\n".join(lines)
 
 

@@ -5,10 +5,11 @@ Training is TRL's SFTTrainer for causal language models, and transformers' Train
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ipca.io.hub import model_folder
 from ipca.train.data import Data, DataError
 from ipca.train.settings import TrainSettings
 
+log = logging.getLogger("ipca.train")
 IGNORED = -100
 _EVALUATED = 8
 """Rows of a forward pass in evaluations. The loss is a mean over passes, so it must not depend on the processes."""
@@ -85,6 +87,18 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
     if task == "sequence-classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     return Loaded(model, processor)
+
+
+def fitting_length(settings: TrainSettings, loaded: Loaded) -> TrainSettings:
+    """``settings`` with a ``max_length`` that the model and its tokenizer have positions for."""
+    limits = (
+        getattr(loaded.processor, "model_max_length", None),
+        getattr(loaded.model.config, "max_position_embeddings", None),
+    )
+    least = min(limit for limit in (settings.max_length, *limits) if limit)
+    if least < settings.max_length:
+        log.warning("sequences have %d tokens: %s has no more positions", least, settings.model)
+    return replace(settings, max_length=least)
 
 
 def adapt(loaded: Loaded, settings: TrainSettings, task: str, progress: bool) -> Any:
@@ -297,7 +311,12 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
+def micro_batches(settings: TrainSettings) -> tuple[int, int]:
+    """Rows of a forward pass of one process, and how many passes make its share of a step.
+
+    Raises:
+        ValueError: ``batch`` cannot be shared so.
+    """
     world = processes()
     if settings.batch % world:
         raise ValueError(f"a batch of {settings.batch} rows cannot be shared by {world} processes; give a multiple.")
@@ -307,6 +326,11 @@ def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
         raise ValueError(
             f"{share} rows of a process cannot be split into micro-batches of {micro}; give a divisor of {share}."
         )
+    return micro, share // micro
+
+
+def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
+    micro, accumulated = micro_batches(settings)
     on_gpu, on_cpu = torch.cuda.is_available(), not torch.accelerator.is_available()
     share_of_run = min(1 / settings.evaluations, 0.999999)  # 1 would be a step
     return {
@@ -315,7 +339,7 @@ def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
         "max_steps": settings.steps or -1,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": min(micro, _EVALUATED),
-        "gradient_accumulation_steps": share // micro,
+        "gradient_accumulation_steps": accumulated,
         "learning_rate": settings.rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup,
