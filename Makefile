@@ -7,8 +7,8 @@
 #                             writes docs/results/servers.md; SERVERS=mlx is one of them
 # make check       lint, format, spelling, types, imports, generated pages
 # make docs        build the documentation site in docs/_build/html; a broken link or reference is an error
-# make report      write docs/results/benchmarks.md and demo.md from bench/results
-# make results     measure again on this CPU (demo, memory, throughput, window SVD): CSV files, pictures, pages
+# make report      write docs/results/benchmarks.md and fine-tuning.md from bench/results
+# make results     measure again on this CPU (fine-tuning, memory, throughput, window SVD): CSV files, pictures, pages
 # make study       run the study of docs/results/window-position.md again: hours; an interrupted run resumes
 # make study-language         add runs to docs/results/language.md's study, for as long as the machine is free; resumes
 #                             STUDY=--how-far, --pause, --resume, "--gpu --model folder"; STUDY_THREADS=1 a runner
@@ -87,9 +87,11 @@ report: $(READY)
 	$(BIN)/python -m bench.report
 	$(BIN)/python docs/api_page.py
 
-results: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/ipca demo --text $(TEXT) --out demo-out --seeds 3
-	cp demo-out/demo.csv demo-out/demo.png bench/results/
+results: $(READY) $(LANGUAGE_MODEL)
+	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/ipca sweep examples/sweep_sentiment.py --windows 0.0 0.5 1.0 \
+		--lrs 2e-3 --seeds 3 --methods lora --comparisons same -o sentiment-out
+	cp sentiment-out/rows.csv bench/results/sentiment.csv
+	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m bench.fine_tuning
 	$(BIN)/python -m bench.apply_memory
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.adapter_load --layers 4
 	$(BIN)/python -m bench.init_checkpoint
@@ -164,4 +166,4 @@ $(READY): pyproject.toml $(wildcard constraints*.txt) Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out study-out build docs/_build docs/api dist *.egg-info ipca/_C.*
+	rm -rf $(VENV) demo-out sentiment-out gpu-out study-out build docs/_build docs/api dist *.egg-info ipca/_C.*

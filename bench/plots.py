@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.result_tables import Row, latest
 from bench.svd_grid import OURS, SMALL_RANKS, WINDOWS
-from ipca.analysis.figures import picture
+from ipca.analysis.figures import DASHES, MARKS, PALETTE, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LINES = {
-    ("ipca-auto", "residual"): ("ipca residual", "tab:blue", "-"),
-    ("ipca-auto", "intact"): ("ipca intact", "tab:cyan", "-"),
-    ("peft-bf16", ""): ("PEFT, bf16 factors", "tab:orange", "--"),
-    ("peft-autocast", ""): ("PEFT, autocast", "tab:red", "--"),
-    ("peft-default", ""): ("PEFT, default", "tab:brown", "--"),
+    ("ipca-auto", "residual"): ("ipca residual", PALETTE[0], "o-"),
+    ("ipca-auto", "intact"): ("ipca intact", PALETTE[5], "s-"),
+    ("peft-bf16", ""): ("PEFT, bf16 factors", PALETTE[1], "^--"),
+    ("peft-autocast", ""): ("PEFT, autocast", PALETTE[3], "D--"),
+    ("peft-default", ""): ("PEFT, default", PALETTE[6], "v--"),
 }
-"""Label, color and line style by provider and form."""
+"""Label, color, mark and line style by provider and form."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -54,13 +54,12 @@ def _panel(axis: Axes, rows: Sequence[Row]) -> None:
             (int(row["M"]), float(row["ratio_linear"])) for row in rows if (row["provider"], row["form"]) == key
         )
         if points:
-            axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4, label=label)
+            axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=label)
     tokens = sorted({int(row["M"]) for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(tokens, [str(M) for M in tokens])
     axis.set_xlabel("tokens M")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.grid(alpha=0.3)
 
 
 def draw_windows(rows: Sequence[Row], path: Path) -> None:
@@ -91,17 +90,18 @@ def _window_shown(row: Row) -> bool:
 
 def _window_panel(axis: Axes, rows: Sequence[Row]) -> None:
     for number, window in enumerate(WINDOWS):
-        for line, tall in (("o-", False), ("^:", True)):
+        look: dict[str, Any] = {"color": PALETTE[number], "marker": MARKS[number], "markersize": 4, "linewidth": 1}
+        for tall in (False, True):
             points = sorted(
                 (int(row["n"]), float(row["ratio"]))
                 for row in rows
                 if row["window"] == window and (row["m"] != row["n"]) is tall
             )
             label = f"{window}{', 4 : 1' * tall}" if number == 0 or not tall else None
-            axis.plot(*zip(*points, strict=True), line, color=f"C{number}", label=label, markersize=3, linewidth=1)
+            shape: dict[str, Any] = {"linestyle": DASHES[2], "markerfacecolor": "none"} if tall else {}
+            axis.plot(*zip(*points, strict=True), label=label, **look, **shape)
     sizes = sorted({int(row["n"]) for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(d) for d in sizes], fontsize=7, rotation=45)
     axis.set_xlabel("d, the shorter side")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Write the pages of measured results, docs/results/benchmarks.md and demo.md, from bench/results/*.csv.
+"""Write the pages of measured results, docs/results/benchmarks.md and fine-tuning.md, from bench/results/*.csv.
 
     python -m bench.report [--check]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from statistics import mean
 
 from bench.plots import draw, draw_windows
 from bench.quantized_start import PATH as QUANTIZED_START
@@ -30,7 +31,6 @@ from bench.svd_grid import OPS
 from bench.svd_tables import FIRST, FIRST_LEGEND, first_table, initialize_table, window_table
 from bench.svd_tables import LEGEND as WINDOW_LEGEND
 from bench.svd_tables import against as windows_against
-from ipca.lab.demo.run import markdown_table
 
 NO_GPU = "No GPU has been measured yet; the following results are from a CPU."
 PICTURES = "../../bench/results"
@@ -86,26 +86,98 @@ def benchmarks_page(results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def demo_page(results: Path) -> str:
-    """The page on the demo: its table, how it was measured, and its figure."""
-    rows = read_rows(results / "demo.csv")
-    first = rows[0]
-    seeds = len({row["seed"] for row in rows})
-    seconds = sum(float(row["seconds"]) for row in rows)
-    settings = f"{first['steps']} steps of {first['batch']}, rank {first['rank']}, AdamW {float(first['lr']):g}"
-    machine = f"{first['device']}, torch {first['torch']}, Python {first['python']}"
+def fine_tuning_page(results: Path) -> str:
+    """The page on runs of ``ipca train``: one of a language model, and methods compared on a sentence encoder."""
     parts = [
-        "# Demo",
+        "# Fine-tuning runs",
         GENERATED,
-        "`make demo` fine-tunes all-MiniLM-L6-v2 on movie sentiment and measures what it forgets: the accuracy of a "
-        "frozen probe of the source of a sentence (tweet, movie review, Amazon, New York Times), and the drift of its "
-        "embeddings, mean 1 − cos.",
-        markdown_table(rows),
-        f"Mean over {seeds} seeds (smallest … largest); {settings}; probe accuracy {float(first['probe_before']):.2f} "
-        f"before training. Measured on {machine}; {seconds:.0f} s for all runs. Rows: `bench/results/demo.csv`.",
-        f"![accuracy, probe drop and drift of the methods]({PICTURES}/demo.png)",
+        "## A language model learns German",
+        german_section(results),
+        "## Four methods on movie sentiment",
+        sentiment_section(results / "sentiment.csv"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def german_section(results: Path) -> str:
+    """The curve of a run and its trade-off, with what they say about stopping early."""
+    curve, scales = (read_rows(results / name) for name in ("german_curve.csv", "german_tradeoff.csv"))
+    first = curve[0]
+    how = (
+        f"SmolLM2-135M, all linear layers, window `{first['window']}`, rank {first['rank']}, {first['steps']} steps of "
+        f"{first['batch']} × {first['max_length']} tokens of German manual pages, AdamW with a peak rate of "
+        f"{float(first['rate']):g}; kept: {first['keep_tokens']} tokens of English newspaper editorials. One run, one "
+        "seed, one rate: an example of the instruments, not a comparison of methods. "
+        f"{first['device']}, torch {first['torch']}, {int(first['seconds']) / 60:.0f} minutes, with "
+        f"{int(scales[0]['seconds']) / 60:.0f} for the trade-off."
+    )
+    lines = [
+        "| step | held-out loss, German | KL(base ‖ tuned), English | rise of the loss, English |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {float(row['step']):.0f} | {float(row['eval_loss']):.3f} | {float(row['eval_keep_kl']):.3f} | "
+        f"{float(row['eval_keep_loss_rise']):+.3f} |"
+        for row in curve
+    ]
+    more = ["| scale λ of the final change | held-out loss, German | KL, English |", "|---|---|---|"]
+    more += [f"| {float(r['scale']):g} | {float(r['loss']):.3f} | {float(r['forgotten']):.3f} |" for r in scales]
+    return "\n\n".join(
+        [
+            how,
+            "\n".join(lines),
+            f"![loss and KL by step]({PICTURES}/german_curve.png)",
+            "`ipca tradeoff` scales the final change:",
+            "\n".join(more),
+            f"![loss against KL along the scale]({PICTURES}/german_tradeoff.png)",
+            scaling_against_stopping(curve, scales),
+            "Rows: `bench/results/german_curve.csv`, `german_tradeoff.csv`; `python -m bench.fine_tuning` makes them "
+            "again.",
+        ]
+    )
+
+
+def scaling_against_stopping(curve: list[Row], scales: list[Row]) -> str:
+    """The checkpoint and the scale with the lowest loss among those with no more KL than a trained checkpoint."""
+    stopped = next(row for row in curve if float(row["step"]) > 0)
+    limit = float(stopped["eval_keep_kl"])
+    within = [row for row in scales if float(row["forgotten"]) <= limit]
+    best = min(within, key=lambda row: float(row["loss"]))
+    return (
+        f"Stopped at step {float(stopped['step']):.0f}, the run has a KL of {limit:.3f} and a loss of "
+        f"{float(stopped['eval_loss']):.3f}; the whole run scaled by {float(best['scale']):g} has a KL of "
+        f"{float(best['forgotten']):.3f} and a loss of {float(best['loss']):.3f}."
+    )
+
+
+def sentiment_section(path: Path) -> str:
+    """The table of a sweep: three windows and plain LoRA at one rate."""
+    rows = [row for row in read_rows(path) if row["kind"] != "base"]
+    base = next(row for row in read_rows(path) if row["kind"] == "base")
+    names = {"0.0": "principal", "0.5": "middle", "1.0": "minor", "lora": "LoRA"}
+    lines = ["| trained | accuracy | probe drop | drift |", "|---|---|---|---|"]
+    for method, name in names.items():
+        own = [row for row in rows if row["method"] == method]
+        drops = [float(base["retained"]) - float(row["retained"]) for row in own]
+        cells = [[float(row["target"]) for row in own], drops, [float(row["drift"]) for row in own]]
+        lines.append(f"| {name} | " + " | ".join(map(_mean_and_range, cells)) + " |")
+    seeds = len({row["seed"] for row in rows})
+    return "\n\n".join(
+        [
+            "all-MiniLM-L6-v2 learns the sentiment of movie reviews. Measured are the accuracy of a frozen probe of "
+            "the source of a sentence (tweet, movie review, Amazon, New York Times), and the drift of its embeddings, "
+            "mean 1 − cos.",
+            "\n".join(lines),
+            f"Mean over {seeds} seeds (smallest … largest); 60 steps of 16, rank 16, AdamW at "
+            f"{float(rows[0]['lr']):g} for all; probe accuracy {float(base['retained']):.2f} before training. No rate "
+            "was tuned, so this is not a ranking of methods. "
+            "Rows: `bench/results/sentiment.csv`, written by `ipca sweep examples/sweep_sentiment.py`, see there.",
+        ]
+    )
+
+
+def _mean_and_range(values: list[float]) -> str:
+    return f"{mean(values):.2f} ({min(values):.2f} … {max(values):.2f})"
 
 
 def memory_section(path: Path) -> str:
@@ -297,7 +369,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     args = parser.parse_args()
     folder = ROOT / "docs" / "results"
-    pages = {"benchmarks.md": benchmarks_page(RESULTS), "demo.md": demo_page(RESULTS)}
+    pages = {"benchmarks.md": benchmarks_page(RESULTS), "fine-tuning.md": fine_tuning_page(RESULTS)}
     if args.check:
         old = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
         stale = [name for name, text in pages.items() if old.get(name) != text]

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ipca.analysis.figures import INK, house_style
 from ipca.lab.baselines import CONTROLS
 from ipca.lab.statistics import Estimate
-from ipca.lab.sweep.report.style import INK, Style
+from ipca.lab.sweep.report.style import Style
 from ipca.lab.sweep.report.style import style_of as report_style
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ def sheet(rows: int, columns: int, note: str, *, wide: float = 3.5, high: float 
     import matplotlib
     from matplotlib.figure import Figure
 
-    look: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5}
-    look |= {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **look}):
+    with house_style(), matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9.5}):
         figure = Figure(figsize=(wide * columns, high * rows + 0.9), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         yield figure, axes

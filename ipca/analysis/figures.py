@@ -1,4 +1,4 @@
-"""Figures: spectra, drift, sensitivities, the importance of blocks; a panel for each kind of layer."""
+"""Figures: one style for all of them; spectra, drift, sensitivities, the importance of blocks."""
 
 from __future__ import annotations
 
@@ -20,6 +20,60 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = TypeVar("Row")
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Colors that the color-blind tell apart (Okabe and Ito's)."""
+MARKS = ("o", "s", "^", "D", "v")
+DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2, 2, 2)))
+"""Line styles: a color never is the only difference, so that figures can be read in gray."""
+COLORS = "cividis"
+"""A colormap whose lightness only rises."""
+INK, FAINT = "#1d1d22", "#b9b9c2"
+_LOOK: Any = {
+    "svg.fonttype": "none",  # keep text as text: readable by screen readers, selectable, searchable
+    "svg.hashsalt": "ipca",  # the same figure has the same bytes
+    "pdf.fonttype": 42,  # TrueType, which journals ask for
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "grid.alpha": 0.45,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+}
+
+
+@contextmanager
+def house_style(*, parse_math: bool = True) -> Iterator[None]:
+    """matplotlib's settings for all figures of ipca, whatever the user's are, within the block.
+
+    Args:
+        parse_math: False where labels are a user's, which may hold dollar signs; ticks of powers need it.
+    """
+    import matplotlib
+    from cycler import cycler
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_LOOK)
+        matplotlib.rcParams["text.parse_math"] = parse_math
+        matplotlib.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
+        yield
 
 
 def draw_spectra(rows: Iterable[LayerSpectrum], path: str | os.PathLike[str]) -> None:
@@ -59,9 +113,9 @@ def draw_drift(found: Mapping[str, Drift], path: str | os.PathLike[str]) -> None
     with panels(named, "Rescaling and rotation by component; the window is shaded", path) as axes:
         for axis, group in axes:
             for k, row in enumerate(group):
-                for part, color in (("rotation", "tab:orange"), ("rescaling", "tab:blue")):
+                for part, color, dashes in (("rotation", PALETTE[1], DASHES[0]), ("rescaling", PALETTE[0], DASHES[2])):
                     relative = getattr(row, part) / max(row.norm, 1e-300)
-                    style = {"color": color, "linewidth": 1, "alpha": max(0.15, 1 / len(group))}
+                    style = {"color": color, "linestyle": dashes, "linewidth": 1, "alpha": max(0.15, 1 / len(group))}
                     axis.semilogy(relative.clamp_min(1e-9), label=part if k == 0 else None, **style)
                 if row.window is not None:
                     shade(axis, row.window, len(group))
@@ -79,20 +133,20 @@ def draw_sensitivity(
 ) -> None:
     """Draw ``S_i · energy_i`` over its mean by index, log scale.
 
-    The quietest window of ``rank``, which ``window="auto"`` takes, is shaded red, ``window`` gray.
+    The quietest window of ``rank``, which ``window="auto"`` takes, is shaded orange, ``window`` gray and hatched.
 
     Args:
         found: of :func:`ipca.analysis.sensitivity`.
         path: as for :func:`draw_spectra`.
         rank: of both windows.
-        window: where the gray window starts.
+        window: where the hatched window starts.
 
     Raises:
         ImportError, ValueError, OSError: as :func:`ipca.analysis.draw_spectra`; ``rank`` or ``window`` does not fit.
     """
     rows = [(name, row.shape, row) for name, row in found.items()]
     windows = {id(row): (row.quietest(rank), Window(window, rank).resolve(len(row.S), row.S)) for _, _, row in rows}
-    title = "Sensitivity by component, first layer (dark) to last (light); red: quietest window, gray: " + window
+    title = "Sensitivity by component, first layer (dark) to last (light); plain: quietest window, hatched: " + window
     with panels(rows, title, path) as axes:
         for axis, group in axes:
             for color, row in zip(dark_to_light(len(group)), group, strict=True):
@@ -100,7 +154,7 @@ def draw_sensitivity(
                 axis.semilogy(relative.clamp_min(1e-9), color=color, linewidth=1)
                 quietest, default = windows[id(row)]
                 shade(axis, quietest, len(group))
-                shade(axis, default, len(group), "gray")
+                shade(axis, default, len(group), color="gray", hatch="///")
             axis.set_xlabel("index of the singular value", fontsize=8)
             axis.set_ylabel("S · energy / its mean", fontsize=8)
 
@@ -108,7 +162,8 @@ def draw_sensitivity(
 def draw_importance(found: Mapping[str, BlockImportance], path: str | os.PathLike[str]) -> None:
     """Draw the change of the loss without each block, layers × blocks.
 
-    The colors are linear near 0 and logarithmic beyond a thousandth of the largest change; NaN and Inf are left blank.
+    Lighter is a higher loss without the block. The colors are linear near 0 and logarithmic beyond a thousandth of the
+    largest change; NaN and Inf are left blank.
 
     Args:
         found: of :func:`ipca.analysis.component_importance`.
@@ -125,17 +180,18 @@ def draw_importance(found: Mapping[str, BlockImportance], path: str | os.PathLik
         changes = [row.change.masked_fill(~row.change.isfinite(), float("nan")).tolist() for row in found.values()]
         largest = max((abs(x) for row in changes for x in row if x == x), default=0.0) or 1.0
         norm = SymLogNorm(largest / 1e3, vmin=-largest, vmax=largest)
-        image = axis.imshow(changes, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+        image = axis.imshow(changes, cmap=COLORS, norm=norm, aspect="auto", interpolation="nearest")
+        axis.grid(visible=False)
         axis.set_yticks(range(len(found)), list(found), fontsize=6)
         axis.set_xticks(range(len(changes[0])))
         axis.set_xlabel("block of singular components, largest first", fontsize=8)
         axis.set_title("Change of the loss without a block", fontsize=10)
-        figure.colorbar(image, ax=axis)
+        figure.colorbar(image, ax=axis, ticks=[-largest, 0, largest], format="{x:.2g}")
 
 
 @contextmanager
 def picture(path: str | os.PathLike[str], size: tuple[float, float] = (6.4, 4.8)) -> Iterator[Figure]:
-    """A matplotlib figure, written to ``path`` when the block succeeds; pyplot and its state are not touched.
+    """A matplotlib figure in the one style, written to ``path`` when the block succeeds; pyplot is not touched.
 
     Args:
         path: its file extension is the format: ``.png``, ``.pdf``, ``.svg``.
@@ -153,10 +209,21 @@ def picture(path: str | os.PathLike[str], size: tuple[float, float] = (6.4, 4.8)
     target = Path(path).absolute()
     if not target.suffix:  # matplotlib would choose a format, and write to another path
         raise ValueError(f"{os.fspath(path)!r} has no file extension; use .png, .pdf or .svg.")
-    figure = Figure(figsize=size, layout="constrained")
-    yield figure
-    with staged_files(target.parent) as stage:
-        figure.savefig(stage / target.name, dpi=150)
+    with house_style():
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        with staged_files(target.parent) as stage:
+            save_figure(figure, stage / target.name)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write ``figure`` without a date, so that the same figure has the same bytes; call it in :func:`house_style`.
+
+    Raises:
+        ValueError: the file extension is that of no format.
+    """
+    dated = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
+    figure.savefig(path, dpi=dpi, metadata=None if dated is None else {dated: None})
 
 
 @contextmanager
@@ -196,9 +263,10 @@ def dark_to_light(count: int) -> list[tuple[float, float, float, float]]:
     """A color for each of ``count`` layers, first to last."""
     from matplotlib import colormaps
 
-    return [colormaps["viridis"](k / max(count - 1, 1)) for k in range(count)]
+    return [colormaps[COLORS](0.85 * k / max(count - 1, 1)) for k in range(count)]  # the end is too light for a line
 
 
-def shade(axis: Any, window: Window, layers: int, color: str = "tab:red") -> None:
+def shade(axis: Any, window: Window, layers: int, *, color: str = PALETTE[1], hatch: str | None = None) -> None:
     """Shade a resolved window, more lightly where one axis has many layers."""
-    axis.axvspan(window.index - 0.5, window.index + window.rank - 0.5, color=color, alpha=0.3 / layers)
+    ends = window.index - 0.5, window.index + window.rank - 0.5
+    axis.axvspan(*ends, facecolor=color, edgecolor=color, hatch=hatch, linewidth=0, alpha=0.3 / layers)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ipca._version import __version__
-from ipca.lab.names import COMPARISONS, CONTROLS
+from ipca.lab.names import COMPARISONS, CONTROLS, PICTURES, TASK_EXAMPLES
 from ipca.train.settings import DTYPES, LOSS_ON, SCHEDULES, TASKS
 from ipca.window import Window
 
@@ -37,6 +38,9 @@ _EXAMPLES = (
     "ipca tune --shapes 4096x4096 11008x4096 --form intact",
     "ipca completion bash > ~/.local/share/bash-completion/completions/ipca",
     "ipca sweep task.py --windows 0.0 0.25 0.5 0.75 1.0 --lrs 5e-4 1e-3 2e-3 --seeds 5 --workers 2 -o sweep-out",
+    "ipca sweep --example lm > task.py",
+    "ipca sweep task.py --seeds 5 -o sweep-out --dry-run",
+    "ipca report sweep-a sweep-b --labels SST-2 RTE -o paper",
     "ipca demo --text vaderSentiment-3.3.2.tar.gz -o demo-out",
 )
 _NOTES = """
@@ -59,6 +63,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.fail("--gate needs a budget: --max-kl or --max-drift")
     if args.command == "sweep" and args.comparisons and "same" not in args.comparisons:
         args.fail("--comparisons must include same")
+    if args.command == "report" and args.out is None and (len(args.sweeps) > 1 or args.labels or args.format):
+        args.fail("several sweeps, --labels and --format need --out")
     for name in ("windows", "lrs", "methods", "comparisons") if args.command == "sweep" else ():
         values = getattr(args, name) or []
         twice = next((value for value in values if values.count(value) > 1), None)
@@ -115,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
     _sweep(
         commands.add_parser("sweep", help="windows × learning rates × seeds beside LoRA and controls, with a report")
     )
-    _demo(commands.add_parser("demo", help="four ways to fine-tune one model on real text, in about a minute"))
+    _report(commands.add_parser("report", help="the report of sweeps, side by side, with figures and tables as files"))
+    _demo(commands.add_parser("demo", help="ipca train on a small model and real text, in about a minute"))
     return top
 
 
@@ -138,6 +145,13 @@ def _train(add: argparse.ArgumentParser) -> None:
     _budget(add)
     add.add_argument(
         "--patience", type=positive_int, metavar="N", help="evaluations above the budget until it stops (3)"
+    )
+    add.add_argument(
+        "--no-rescale",
+        dest="rescale",
+        action="store_const",
+        const=False,
+        help="never scale the trained change down to the budget; keep a checkpoint as it is",
     )
     window = add.add_argument_group("adapter")
     window.add_argument(
@@ -396,7 +410,48 @@ def _sweep(add: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="devices of the workers, assigned in turn: cuda:0 cuda:1",
     )
+    add.add_argument(
+        "--dry-run", action="store_true", help="print the trainings by method and stage, and their time; run nothing"
+    )
+    add.add_argument(
+        "--example",
+        nargs="?",
+        const=TASK_EXAMPLES[0],
+        choices=TASK_EXAMPLES,
+        action=_PrintExample,
+        help=f"print a TASK.py that runs as it is, and end: {', '.join(TASK_EXAMPLES)} (default {TASK_EXAMPLES[0]})",
+    )
     _out(add)
+
+
+class _PrintExample(argparse.Action):
+    """Print an example of a task and end, like ``--version``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        folder = Path(__file__).parents[1] / "lab" / "sweep" / "examples"
+        sys.stdout.write((folder / f"{given[1]}.py").read_text(encoding="utf-8"))
+        parser.exit()
+
+
+def _report(add: argparse.ArgumentParser) -> None:
+    _common(add)
+    add.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="output folders of ipca sweep")
+    add.add_argument("--labels", nargs="+", metavar="NAME", help="of the sweeps (default: the names of their folders)")
+    add.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        help="write report.html, figures/, tables/ and rows.csv here (default: only the "
+        "report.html of a single SWEEP, again)",
+    )
+    add.add_argument(
+        "--format",
+        nargs="+",
+        choices=PICTURES,
+        metavar="FORMAT",
+        help=f"of the figures: {', '.join(PICTURES)} (default: all)",
+    )
+    add.add_argument("--force", action="store_true", help="write into an output folder that holds something else")
 
 
 def _demo(add: argparse.ArgumentParser) -> None:
@@ -407,10 +462,9 @@ def _demo(add: argparse.ArgumentParser) -> None:
         default=Path("vaderSentiment-3.3.2.tar.gz"),
         help="the source distribution of vaderSentiment 3.3.2 (default: in this folder)",
     )
-    add.add_argument("--seeds", type=positive_int, default=1, help="runs of each method (default 1)")
-    add.add_argument("--steps", type=positive_int, default=60, help="training steps of a run (default 60)")
+    add.add_argument("--steps", type=positive_int, default=60, help="training steps (default 60)")
     add.add_argument(
-        "--sentences", type=positive_int, default=400, help="held-out sentences of each test (default 400)"
+        "--sentences", type=positive_int, default=200, help="held-out sentences, and sentences to keep (default 200)"
     )
     _out(add, default=Path("demo-out"))
 

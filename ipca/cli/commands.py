@@ -17,12 +17,13 @@ from ipca.cli.arguments import check_output_folder, find_folders
 from ipca.cli.doctor_command import doctor
 from ipca.cli.init_command import init
 from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, mib
-from ipca.cli.train_command import tradeoff, train
+from ipca.cli.train_command import log_to_stderr, tradeoff, train
 from ipca.cli.tune_command import tune
 from ipca.io.adapter_folder import SIDECAR, OtherBaseError, OtherModelError, read_adapter
 from ipca.io.model_folder import copy_companions, example_class, load_model, load_with_missing
 from ipca.io.output_folder import check_output, is_weights
 from ipca.io.peft_format import WEIGHTS
+from ipca.lab.names import PICTURES
 from ipca.svd.cache import CacheEntry, SpectralCache
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "init",
     "inspect",
     "merge",
+    "report",
     "sweep",
     "tradeoff",
     "train",
@@ -244,13 +246,17 @@ def _entry_line(entry: CacheEntry) -> str:
 
 
 def sweep(args: argparse.Namespace) -> tuple[Record, str]:
-    """Train every window beside plain LoRA and controls; print the verdict."""
+    """Train every window beside plain LoRA and controls; print the verdict, or with --dry-run the plan."""
     from ipca.lab import sweep as sweeps
     from ipca.lab.sweep.store import TaskChangedError
 
-    options = [name for name, each in signature(sweeps.run).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    command = sweeps.plan_sweep if args.dry_run else sweeps.run
+    options = [name for name, each in signature(command).parameters.items() if each.kind is each.KEYWORD_ONLY]
     given = {name: value for name, value in vars(args).items() if name in options and value is not None}
     try:
+        if args.dry_run:
+            plan = sweeps.plan_sweep(args.task, args.out, overwrite=args.force, **given)
+            return plan.record(), str(plan)
         rows = sweeps.run(args.task, args.out, progress=not args.quiet, overwrite=args.force, **given)
     except TaskChangedError as error:
         raise ValueError(f"{error.fact}; keep them with --accept-task-change, or use a new folder.") from None
@@ -265,10 +271,29 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
     return {**record, "unreached_checkpoints": unreached}, text
 
 
+def report(args: argparse.Namespace) -> tuple[Record, str]:
+    """Write the report of sweeps again, or with its figures and tables as files; print the verdicts."""
+    from ipca.lab import sweep as sweeps
+    from ipca.lab.sweep.report.export import OUTPUTS
+
+    record: Record = {}
+    if args.out is None:
+        text = f"report: {sweeps.write_report(args.sweeps[0])}"
+    else:
+        check_output(args.out, whole=True, overwrite=args.force, resumes=OUTPUTS.issuperset, option="--force")
+        options = {"labels": args.labels, "formats": args.format or PICTURES, "overwrite": args.force}
+        found = sweeps.export_report(args.sweeps, args.out, **options)
+        text = f"{len(found['figures'])} figures, {len(found['tables'])} tables, rows.csv, report.html: {args.out}"
+        record |= found
+    verdicts = {str(folder): sweeps.verdict(folder) for folder in args.sweeps}
+    said = verdicts.values() if len(verdicts) == 1 else (f"{folder}: {words}" for folder, words in verdicts.items())
+    return {**record, "verdicts": verdicts, "out": str(args.out or args.sweeps[0])}, "\n".join([*said, text])
+
+
 def demo(args: argparse.Namespace) -> tuple[Record, str]:
-    """Fine-tune one model in four ways on real text; prints as it runs."""
+    """Fine-tune a small model on real text as ``ipca train`` does, and load the adapter elsewhere."""
     from ipca.lab.demo.run import OUTPUTS, run_demo
 
     check_output(args.out, whole=True, overwrite=args.force, resumes=OUTPUTS.issuperset, option="--force")
-    sizes = {"seeds": args.seeds, "steps": args.steps, "sentences": args.sentences}
-    return run_demo(args.text, args.out, **sizes, overwrite=args.force), ""
+    with log_to_stderr(args.quiet):
+        return run_demo(args.text, args.out, steps=args.steps, sentences=args.sentences, overwrite=args.force), ""

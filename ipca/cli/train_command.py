@@ -30,7 +30,7 @@ OVER_BUDGET = 2
 
 def train(args: argparse.Namespace) -> tuple[Record | None, str]:
     """Train a window of a model on a file of data, and measure what it forgets."""
-    with _logging(args.quiet):
+    with log_to_stderr(args.quiet):
         from ipca.train.report import summary
         from ipca.train.run import OverBudgetError, fine_tune
 
@@ -50,7 +50,7 @@ def train(args: argparse.Namespace) -> tuple[Record | None, str]:
 
 def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
     """Scale a trained change, and show its loss on new data against what is forgotten."""
-    with _logging(args.quiet):
+    with log_to_stderr(args.quiet):
         from ipca.train.evaluation import open_adapter
         from ipca.train.figures import draw_tradeoff
         from ipca.train.scaled_change import SCALES, save_scaled, tradeoff
@@ -117,7 +117,7 @@ def _settings(args: argparse.Namespace) -> TrainSettings:
 
 
 @contextmanager
-def _logging(quiet: bool) -> Iterator[None]:
+def log_to_stderr(quiet: bool) -> Iterator[None]:
     """Lines of ipca's log on stderr, and nothing of transformers' and PEFT's that users cannot act on."""
     from transformers.utils import logging as hf_logging
 

@@ -9,14 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ipca.analysis.figures import picture
+from ipca.analysis.figures import DASHES, MARKS, PALETTE, picture
 
 Point = tuple[float, float]
 """``(target, retained)`` of one run or checkpoint: the scores on the new task and on what the model knew."""
-
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKS = ("o", "s", "^", "D", "v")
-"""Together with the colors (Okabe and Ito's) 35 distinct pairs."""
 
 
 class Matched(NamedTuple):
@@ -153,14 +149,13 @@ def draw_frontier(
         axis = figure.subplots()
         _staircase(axis, together)
         for k, (method, found) in enumerate(known.items()):
-            color, mark = _COLORS[k % len(_COLORS)], _MARKS[k % len(_MARKS)]
+            color, mark, line = PALETTE[k % len(PALETTE)], MARKS[k % len(MARKS)], DASHES[k % len(DASHES)]
             axis.plot(*_columns(found), mark, color=color, markersize=5, alpha=0.7, label=method)
-            axis.plot(*_columns([found[i] for i in frontier(found)]), color=color, linewidth=1.2)
+            axis.plot(*_columns([found[i] for i in frontier(found)]), color=color, linestyle=line, linewidth=1.2)
         if base is not None:
             axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="untrained")
         axis.set_xlabel(labels[0])
         axis.set_ylabel(labels[1])
-        axis.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize=8)  # outside the axes, so that it covers no point
 
 

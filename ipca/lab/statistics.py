@@ -20,6 +20,8 @@ Scores = Mapping[Any, float] | ArrayLike
 
 LEVEL = 0.05
 """Significance level of every test of a report; intervals have 95 % coverage."""
+FEWEST = 3
+"""Number of values from which an interval is given: that of two is little else than the two."""
 _RESAMPLES = 9999
 _EXACT = 15
 """Up to this number of pairs all ``2ⁿ`` signs are enumerated."""
@@ -74,9 +76,9 @@ def bootstrap_interval(
         seed: of the resamples.
 
     Returns:
-        The interval. Both ends are NaN for a single value; if all values are equal, since resampling shows no spread;
-        and if the statistic does not depend on which value is left out, such as the median of 1, 2, 2, 2, 3, where BCa
-        is undefined.
+        The interval. Both ends are NaN for fewer than three values, whose interval would be little else than the values
+        themselves; if all values are equal, since resampling shows no spread; and if the statistic does not depend on
+        which value is left out, such as the median of 1, 2, 2, 2, 3, where BCa is undefined.
 
     Raises:
         ValueError: no values, more than one dimension, a value that is NaN or infinite, or an invalid ``level``.
@@ -84,7 +86,7 @@ def bootstrap_interval(
     numbers = _vector("values", values)
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, such as 0.95; got {level!r}.")
-    if np.ptp(numbers) <= _ROUNDING * np.abs(numbers).max():
+    if len(numbers) < FEWEST or np.ptp(numbers) <= _ROUNDING * np.abs(numbers).max():
         return Interval(np.nan, np.nan)
     from scipy import stats  # takes a second to import
 
@@ -165,7 +167,7 @@ def holm(pvalues: Sequence[float] | Vector) -> list[float]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` seeds and its 95 % bootstrap interval; None for one seed, or if all values are equal."""
+    """A mean over ``n`` seeds and its 95 % bootstrap interval; None for fewer than three, or if all are equal."""
 
     mean: float
     low: float | None

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from ipca.io.peft_format import CONFIG
 from ipca.train.data import find_source, read_data
 from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
+from ipca.train.run import CHECKPOINTS, last_checkpoint
 from ipca.train.settings import TrainSettings, read_labels
 from ipca.train.tasks import Examples, build_trainer, examples, load_model
 
@@ -31,6 +33,7 @@ def open_adapter(settings: TrainSettings, adapter: Path) -> Iterator[tuple[Any, 
     """
     from peft import PeftModel
 
+    _check_adapter(adapter)
     data = read_data(find_source(settings.data), settings.task, settings.columns, labels=read_labels(adapter))
     source = check_keep(settings, data.layout.task)
     loaded = load_model(settings, data.layout.task, data.labels)
@@ -51,3 +54,12 @@ def open_adapter(settings: TrainSettings, adapter: Path) -> Iterator[tuple[Any, 
         ) from None
     with TemporaryDirectory() as folder:
         yield build_trainer(model, Examples(rows, rows), settings, loaded, data, Path(folder)), kept
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raise FileNotFoundError where a folder holds no adapter; an id on the Hub has become one before."""
+    if (folder / CONFIG).is_file():
+        return
+    last = last_checkpoint(folder / CHECKPOINTS)
+    hint = "" if last is None else f"; its run has not ended, and its last checkpoint is {last}"
+    raise FileNotFoundError(f"{folder} holds no {CONFIG}{hint}.")

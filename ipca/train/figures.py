@@ -6,15 +6,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ipca.analysis.figures import picture
+from ipca.analysis.figures import PALETTE, picture
 
-_NEW, _OLD, _KEPT = "#0072b2", "#d55e00", "black"  # Okabe and Ito's blue and vermilion
+_NEW, _OLD, _KEPT = PALETTE[0], PALETTE[1], PALETTE[-1]
 
 
 def draw_run(
     rows: Sequence[Mapping[str, float]],
     path: str | os.PathLike[str],
-    kept: int,
+    kept: Mapping[str, float],
     budgeted: str | None,
     words: str | None,
     budget: float | None,
@@ -24,7 +24,7 @@ def draw_run(
     Args:
         rows: of a run, see :class:`ipca.train.run.Outcome`.
         path: its file extension is the format: ``.png``, ``.pdf``, ``.svg``.
-        kept: the step that is marked.
+        kept: the row that is marked; with a ``scale``, of the last step's change, it is none of ``rows``.
         budgeted: the number that is forgotten, ``eval_`` before it; None draws the loss only.
         words: of that number.
         budget: a line at it.
@@ -33,7 +33,7 @@ def draw_run(
         ImportError, ValueError, OSError: as :func:`ipca.analysis.draw_spectra`.
     """
     steps = [row["step"] for row in rows]
-    mark = steps.index(kept)
+    mark = None if "scale" in kept else steps.index(kept["step"])
     loss = [row["eval_loss"] for row in rows]
     lost = [row[f"eval_{budgeted}"] for row in rows] if budgeted else None
     with picture(path, (9.6 if lost else 5.2, 3.6)) as figure:
@@ -42,11 +42,16 @@ def draw_run(
         if lost is not None:
             _by_step(axes[1], steps, lost, mark, _OLD, "s", str(words))
             _against(axes[2], lost, loss, [f"{step:.0f}" for step in steps], mark, str(words))
+            if mark is None:
+                x, y = kept[f"eval_{budgeted}"], kept["eval_loss"]
+                axes[2].plot([lost[-1], x], [loss[-1], y], "--", color=_KEPT, linewidth=1)
+                axes[2].plot([x], [y], "o", markersize=10, markerfacecolor="none", color=_KEPT)
             for axis, line in ((axes[1], "axhline"), (axes[2], "axvline")):
                 if budget is not None:
                     getattr(axis, line)(budget, color=_OLD, linestyle=":", linewidth=1.2, label=f"budget {budget:g}")
                     axis.legend(fontsize=7)
-        figure.suptitle(f"Kept: step {kept} (ring)", fontsize=9)
+        scale = f", its change scaled by {kept['scale']:.3g}" if "scale" in kept else ""
+        figure.suptitle(f"Kept: step {kept['step']:.0f}{scale} (ring)", fontsize=9)
 
 
 def draw_tradeoff(
@@ -73,10 +78,11 @@ def draw_tradeoff(
 
 
 def _by_step(
-    axis: Any, steps: Sequence[float], values: Sequence[float], mark: int, color: str, marker: str, label: str
+    axis: Any, steps: Sequence[float], values: Sequence[float], mark: int | None, color: str, marker: str, label: str
 ) -> None:
     axis.plot(steps, values, color=color, marker=marker, markersize=3.5, linewidth=1.4)
-    axis.plot([steps[mark]], [values[mark]], "o", markersize=10, markerfacecolor="none", color=_KEPT)
+    if mark is not None:
+        axis.plot([steps[mark]], [values[mark]], "o", markersize=10, markerfacecolor="none", color=_KEPT)
     axis.set_xlabel("step", fontsize=8)
     axis.locator_params(nbins=6)
     axis.set_title(label, fontsize=8)

@@ -73,7 +73,8 @@ def write_report(outcome: Outcome, path: Path, *, task: str, steps: int) -> None
 def summary(outcome: Outcome) -> str:
     """One or two sentences on what was learned and what was forgotten."""
     base, best = outcome.rows[0], outcome.best
-    text = f"Kept: step {outcome.kept}. The held-out loss fell from {base['eval_loss']:.4g} to {best['eval_loss']:.4g}"
+    kept = f"step {outcome.kept}" + (f", its change scaled by {outcome.scale:g}" if outcome.scale != 1 else "")
+    text = f"Kept: {kept}. The held-out loss fell from {base['eval_loss']:.4g} to {best['eval_loss']:.4g}"
     if best["eval_loss"] > base["eval_loss"]:
         text = text.replace("fell", "rose")
     if "eval_accuracy" in best:
@@ -89,7 +90,7 @@ def _figure(outcome: Outcome) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "curve.svg")
         budget = outcome.settings.budget
-        draw_run(outcome.rows, path, outcome.kept, outcome.budgeted, outcome.words, budget)
+        draw_run(outcome.rows, path, outcome.best, outcome.budgeted, outcome.words, budget)
         text = path.read_text(encoding="utf-8")
     return text[text.index("<svg") :]
 
@@ -97,7 +98,7 @@ def _figure(outcome: Outcome) -> str:
 def _curve(outcome: Outcome) -> str:
     names = list(dict.fromkeys(name for row in outcome.rows for name in row))
     rows = [[row.get(name, "") for name in names] for row in outcome.rows]
-    kept = next(k for k, row in enumerate(outcome.rows) if row["step"] == outcome.kept)
+    kept = next((k for k, row in enumerate(outcome.rows) if row == outcome.best), None)
     return _table(
         [name.removeprefix("eval_") if name != "eval_loss" else "held-out loss" for name in names], rows, kept
     )

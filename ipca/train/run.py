@@ -6,9 +6,11 @@ import csv
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ipca.train.data import Data, find_source, read_data
 from ipca.train.figures import draw_run
 from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
 from ipca.train.report import write_report
+from ipca.train.scaled_change import save_scaled, tradeoff
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
 from ipca.train.tasks import adapt, build_trainer, load_model, processes, split
 
@@ -46,7 +49,8 @@ class Outcome:
         settings: what was asked for.
         rows: the measurements by step: ``step``, ``loss``, ``eval_loss``, ``eval_accuracy``, ``eval_keep_kl``, …, as
             far as they were taken. Step 0 is the base.
-        kept: the step whose adapter was kept.
+        best: the measurements of the adapter that was kept; its ``step``, and its ``scale`` where that is not 1.
+        scale: of its change, below 1 where the change of the last step was scaled down to the budget.
         budgeted: the name of the number that the budget limits, None where nothing was measured.
         words: what it is, for people.
     """
@@ -54,18 +58,19 @@ class Outcome:
     out: Path
     settings: TrainSettings
     rows: list[Row]
-    kept: int
+    best: Row
+    scale: float
     budgeted: str | None
     words: str | None
 
     @property
-    def best(self) -> Row:
-        """The measurements of the adapter that was kept."""
-        return next(row for row in self.rows if row["step"] == self.kept)
+    def kept(self) -> int:
+        """The step whose adapter was kept."""
+        return int(self.best["step"])
 
     def record(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {"out": str(self.out), "kept_step": self.kept, "kept": self.best, "curve": self.rows}
+        return {"out": str(self.out), "kept": self.best, "scale": self.scale, "curve": self.rows}
 
 
 def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, progress: bool = True) -> Outcome:
@@ -82,7 +87,7 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
     Raises:
         DataError: a row is not what the task needs; found before the model is loaded.
         FileExistsError: ``out`` holds something else, or a run with other settings.
-        OverBudgetError: no checkpoint is within the budget; ``out/checkpoints`` keeps the last ones.
+        OverBudgetError: nothing but the base is within the budget; ``out/checkpoints`` keeps the last checkpoints.
         ImportError: a package of the extra ``train`` is missing.
         FileNotFoundError, TypeError, ValueError: there is no such model or data, or they do not fit each other.
     """
@@ -107,7 +112,7 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
         with state.main_process_first():
             samples = _samples(loaded.model.to(state.device), loaded.processor, settings, out)
     kept = build_keep(source, settings, data.layout.task, loaded, samples)
-    model = adapt(loaded, settings, data.layout.task)
+    model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty())
     trainer = build_trainer(model, parts, settings, loaded, data, out / CHECKPOINTS)
     if trainer.accelerator.num_processes != processes():  # each would train on all of the data
         known = trainer.accelerator.num_processes
@@ -168,10 +173,12 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     import yaml
 
     found = yaml.safe_load(run.read_text(encoding="utf-8"))["found"]
-    if "kept_step" not in found:
+    if "kept" not in found:
         return None
     log.info("%s holds this run, finished; --force trains again", out)
-    return Outcome(out, settings, read_curve(out / CURVE), found["kept_step"], found["budgeted"], found["words"])
+    return Outcome(
+        out, settings, read_curve(out / CURVE), found["kept"], found["scale"], found["budgeted"], found["words"]
+    )
 
 
 def _samples(model: Any, tokenizer: Any, settings: TrainSettings, out: Path) -> Tensor:
@@ -209,22 +216,51 @@ def _is_speed(name: str) -> bool:
 def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: Kept | None) -> Outcome:
     rows = curve_of(trainer.state.log_history)
     name, words = (None, None) if kept is None else (kept.budgeted, kept.words)
-    if trainer.state.best_global_step is None or trainer.state.best_model_checkpoint is None:
-        trained = [row for row in rows if row["step"]]
-        if settings.budget is not None and trained:
-            least = min(trained, key=lambda row: row[f"eval_{name}"])
-            raise OverBudgetError(
-                f"no checkpoint is within the budget of {settings.budget:g}: the least {name} was "
-                f"{least[f'eval_{name}']:.4g}, at step {least['step']:.0f}. Train at a lower rate, or let ipca "
-                f"tradeoff scale {last_checkpoint(out / CHECKPOINTS)} down to the budget."
-            )
-        raise RuntimeError("no evaluation gave a finite loss: the run diverged. Train at a lower rate.")
-    outcome = Outcome(out, settings, rows, trainer.state.best_global_step, name, words)
-    trainer.save_model(str(out))
-    if trainer.is_world_process_zero():
-        _write(outcome, trainer, data)
-    trainer.accelerator.wait_for_everyone()
+    step = trainer.state.best_global_step if trainer.state.best_model_checkpoint else None
+    best = next((row for row in rows if row["step"] == step), None)
+    scale = 1.0
+    if settings.budget is not None and settings.rescale and rows[-1][f"eval_{name}"] > settings.budget:
+        scaled_row = _rescale(trainer, kept, settings, rows[-1], last_checkpoint(out / CHECKPOINTS))
+        if scaled_row["scale"] and (best is None or scaled_row["eval_loss"] < best["eval_loss"]):
+            best, scale = scaled_row, scaled_row["scale"]
+        elif best is not None:
+            trainer._load_best_model()
+    if best is None:
+        raise _over_budget(rows, settings, name, last_checkpoint(out / CHECKPOINTS))
+    outcome = Outcome(out, settings, rows, best, scale, name, words)
+    with TemporaryDirectory(dir=out) as folder:
+        target = out if scale == 1 else Path(folder, "unscaled")
+        trainer.save_model(str(target))
+        if trainer.is_world_process_zero():
+            if scale != 1:
+                save_scaled(target, Path(folder, "scaled"), scale)
+                for path in Path(folder, "scaled").iterdir():
+                    path.replace(out / path.name)
+            _write(outcome, trainer, data)
+        trainer.accelerator.wait_for_everyone()
     return outcome
+
+
+def _rescale(trainer: Any, kept: Any, settings: TrainSettings, last: Row, checkpoint: Path | None) -> Row:
+    """The measurements of the last checkpoint with its change scaled down to the budget."""
+    assert checkpoint is not None
+    log.info("scaling the change of step %d down to the budget of %g", last["step"], settings.budget)
+    trainer._load_from_checkpoint(str(checkpoint))
+    found = tradeoff(trainer, kept, scales=(0.25, 0.5, 0.75), max_forgotten=settings.budget, progress=False)
+    best = found.best
+    return {"step": last["step"], "scale": best.scale, "eval_loss": best.loss, f"eval_{kept.budgeted}": best.forgotten}
+
+
+def _over_budget(rows: list[Row], settings: TrainSettings, name: str | None, checkpoint: Path | None) -> Exception:
+    trained = [row for row in rows if row["step"]]
+    if settings.budget is None or not trained:
+        return RuntimeError("no evaluation gave a finite loss: the run diverged. Train at a lower rate.")
+    least = min(trained, key=lambda row: row[f"eval_{name}"])
+    return OverBudgetError(
+        f"no checkpoint is within the budget of {settings.budget:g}: the least {name} was "
+        f"{least[f'eval_{name}']:.4g}, at step {least['step']:.0f}. Train at a lower rate, raise the budget, or let "
+        f"ipca tradeoff scale {checkpoint} down."
+    )
 
 
 def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
@@ -237,7 +273,7 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
         writer.writeheader()
         writer.writerows(rows)
     for ending in ("png", "svg"):
-        draw_run(rows, out / f"curve.{ending}", outcome.kept, outcome.budgeted, outcome.words, settings.budget)
+        draw_run(rows, out / f"curve.{ending}", outcome.best, outcome.budgeted, outcome.words, settings.budget)
     start = f"`{settings.window}`, rank {settings.rank}, {trainer.state.max_steps} steps, peak rate {settings.rate:g}"
     write_model_card(
         out,
@@ -253,7 +289,8 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
         "labels": list(data.labels),
         "lr": settings.rate,
         "steps": trainer.state.max_steps,
-        "kept_step": outcome.kept,
+        "kept": outcome.best,
+        "scale": outcome.scale,
         "budgeted": outcome.budgeted,
         "words": outcome.words,
         "versions": {"ipca": __version__, **versions},

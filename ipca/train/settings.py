@@ -48,6 +48,8 @@ class TrainSettings:
         max_kl: a budget: the largest ``KL(base ‖ tuned)`` per token on ``keep``, in nats.
         max_drift: a budget for models without a distribution to keep: the largest mean ``1 − cos`` of embeddings.
         patience: evaluations in a row above the budget after which training stops.
+        rescale: where training ends above the budget, scale its change down to it, and keep that where it is better
+            on the new data than every checkpoint within the budget; see :func:`ipca.train.tradeoff`.
         window, rank, alpha, targets: see :class:`ipca.peft.PCConfig`.
         lr: peak learning rate; default 1e-3, for ``window="principal"`` 3e-4: places to begin.
         epochs, steps: the length; ``steps`` goes first.
@@ -78,6 +80,7 @@ class TrainSettings:
     max_kl: float | None = None
     max_drift: float | None = None
     patience: int = 3
+    rescale: bool = True
     window: str = "middle"
     rank: int = 16
     alpha: float | None = None

@@ -87,7 +87,7 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
     return Loaded(model, processor)
 
 
-def adapt(loaded: Loaded, settings: TrainSettings, task: str) -> Any:
+def adapt(loaded: Loaded, settings: TrainSettings, task: str, progress: bool) -> Any:
     """The PeftModel that trains the window; processes of a group share the decompositions.
 
     Raises:
@@ -106,7 +106,7 @@ def adapt(loaded: Loaded, settings: TrainSettings, task: str) -> Any:
     )
     with warnings.catch_warnings():  # a float alpha, which PEFT scales with
         warnings.filterwarnings("ignore", message=".*lora_alpha.*")
-        return get_peft_model(loaded.model, prepare(loaded.model, config))
+        return get_peft_model(loaded.model, prepare(loaded.model, config, progress=progress))
 
 
 def split(data: Data, settings: TrainSettings, loaded: Loaded, held_out: Data | None = None) -> Examples:

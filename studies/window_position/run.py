@@ -118,7 +118,8 @@ def progress(experiments: Iterable[Experiment], out: Path) -> str:
         done = sum(1 for _ in (out / experiment.folder / "trials").glob("*.json"))
         names = ("windows", "lrs", "seeds", "methods", "comparisons")
         grid = Grid.of(**{name: experiment.grid[name] for name in names}, reference="middle")
-        parts.append(f"{experiment.name}: {done:,} of at most {grid.most_trials():,} runs")
+        most = sum(sum(methods.values()) for methods in grid.counts().values())
+        parts.append(f"{experiment.name}: {done:,} of at most {most:,} runs")
     return ", ".join(parts)
 
 

@@ -1,5 +1,6 @@
 """Figures: what is drawn, where it is written, and that a drawing that fails leaves what was there."""
 
+import itertools
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import ipca
 from ipca import analysis
-from ipca.analysis.figures import picture
+from ipca.analysis.figures import COLORS, dark_to_light, picture
 from ipca.analysis.importance import BlockImportance
 from ipca.analysis.spectra import LayerSpectrum
 from ipca.model.calibration import LayerSensitivity
@@ -174,3 +175,38 @@ def test_an_empty_figure_without_matplotlib_says_what_to_install(tmp_path, monke
         picture(tmp_path / "a.png"),
     ):
         pass
+
+
+def lightness(color):
+    """Relative luminance, 0 to 1: what is left of a color in gray."""
+    return sum(w * part for w, part in zip((0.2126, 0.7152, 0.0722), matplotlib.colors.to_rgb(color), strict=True))
+
+
+def test_the_colormap_only_gets_lighter():
+    found = [lightness(matplotlib.colormaps[COLORS](k / 20)) for k in range(21)]
+    assert all(b > a + 0.01 for a, b in itertools.pairwise(found))
+    layers = [lightness(color) for color in dark_to_light(5)]
+    assert layers == sorted(layers)
+    assert layers[-1] < 0.8  # a line on white
+
+
+def test_what_lies_over_another_differs_in_more_than_its_color(tmp_path, drawn):
+    analysis.draw_drift(analysis.drift(model()), tmp_path / "drift.png")
+    found = analysis.sensitivity(Plain(), [torch.randn(40, 20)], targets=["a"], progress=False)
+    analysis.draw_sensitivity(found, tmp_path / "sensitivity.png", rank=3)
+    rotation, rescaling = drawn[0].axes[0].lines
+    assert rotation.get_linestyle() != rescaling.get_linestyle()
+    assert [patch.get_hatch() for patch in drawn[1].axes[0].patches] == [None, "///"]
+
+
+def test_the_style_is_the_same_whatever_the_users_is(tmp_path):
+    def written(name):
+        with picture(tmp_path / name, (3, 2)) as figure:
+            figure.subplots().plot([1, 2], label="$x")
+        return (tmp_path / name).read_bytes()
+
+    plain = written("a.svg")
+    with matplotlib.rc_context({"lines.linewidth": 9, "font.size": 30}):
+        assert written("b.svg") == plain
+        assert matplotlib.rcParams["font.size"] == 30
+    assert written("a.pdf") == written("b.pdf")

@@ -9,6 +9,7 @@ import pytest
 from ipca.cli.main import main
 from ipca.lab.baselines import CONTROLS
 from tests.helpers import sweep_task
+from tests.helpers.sweep_rows import Made
 
 TASK = Path(sweep_task.__file__)
 OPTIONS = (
@@ -164,3 +165,66 @@ def test_checkpoints_beyond_the_end_are_said(tmp_path, capsys):
     with pytest.warns(RuntimeWarning, match=r"checkpoints 500, 700 are beyond the last optimizer step of 0\.5 \("):
         assert main(command) == 0
     assert "no run took so many optimizer steps as --checkpoints 500 700" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["sweep", str(TASK), "-o", str(out), *OPTIONS, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "3 windows + lora × 2 rates × 2 seeds: at most 40 trainings (16 same, 12 sqrt-sigma, 12 upda"
+    )
+    assert "the time is not known before the first" in said
+    assert not out.exists()
+    assert main(["sweep", str(TASK), "-o", str(out), *FEW, "--quiet"]) == 0
+    assert main(["sweep", str(TASK), "-o", str(out), *FEW[:5], "4", *FEW[6:], "--dry-run", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["trainings"], record["finished"], record["exact"]) == (4, 1, True)
+    assert record["seconds_left"] == pytest.approx(3 * record["seconds_each"])
+
+
+def test_a_plan_line_stands_before_the_bars(tmp_path, capsys):
+    assert main(["sweep", str(TASK), "-o", str(tmp_path), *FEW]) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("1 window × 1 rate × 1 seed: 1 training (1 same). None is finished")
+
+
+def test_a_task_of_another_kind_of_file_is_named(tmp_path, capsys):
+    path = tmp_path / "vit.pt"
+    path.write_bytes(b"weights")
+    assert main(["sweep", str(path), "-o", str(tmp_path / "out")]) == 1
+    assert f"{path} is not a Python file; see `ipca sweep --example`." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "name"), [(["--example"], "lm"), (["--example", "images"], "images")])
+def test_an_example_is_printed_and_nothing_else_is_needed(given, name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *given])
+    assert stop.value.code == 0
+    assert f"ipca sweep --example {name} > task.py" in capsys.readouterr().out
+
+
+def test_a_report_of_two_sweeps_and_one_again(tmp_path, capsys):
+    made = {"windows": ("0.5",), "methods": (), "lrs": (1e-3,), "seeds": 1, "comparisons": ("same",), "extra": ()}
+    folders = [str(Made(**made).write(tmp_path / name)) for name in "ab"]
+    out = tmp_path / "paper"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    command = ["report", *folders, "--labels", "SST-2", "RTE", "-o", str(out), "--format", "svg"]
+    assert main(command) == 1
+    assert "is not empty; choose a new folder. --force replaces it." in capsys.readouterr().err
+    assert main([*command, "--force", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record["verdicts"]) == set(folders)
+    assert {path.name for path in (out / "figures").iterdir()} == {f"{name}.svg" for name in record["figures"]}
+    assert main(["report", folders[0]]) == 0
+    assert capsys.readouterr().out.endswith(f"report: {folders[0]}/report.html\n")
+    assert main(["report", str(out / "figures")]) == 1
+    assert "contains no rows.csv; pass the folder that a sweep wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("b",), ("--labels", "A"), ("--format", "pdf")])
+def test_a_report_with_files_needs_a_folder_for_them(options, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "a", *options])
+    assert "several sweeps, --labels and --format need --out" in capsys.readouterr().err

@@ -96,6 +96,7 @@ def test_a_broken_budget_ends_clearly_and_with_status_2_where_it_is_a_gate(place
         *SIZES,
         "--max-kl",
         "1e-9",
+        "--no-rescale",
         "--patience",
         "1",
         "--quiet",

@@ -51,8 +51,8 @@ def test_five_values_give_too_narrow_an_interval_as_documented():
     assert 0.73 < np.mean(held) < 0.9  # 0.82 ± 3 standard errors
 
 
-@pytest.mark.parametrize("values", [[0.5], [0.25] * 5, [0.0, 0.0], [0.1 + 0.2, 0.3, 0.3]])
-def test_values_without_a_spread_give_no_interval(values):
+@pytest.mark.parametrize("values", [[0.5], [0.1, 0.9], [0.25] * 5, [0.1 + 0.2, 0.3, 0.3]])
+def test_two_values_and_values_without_a_spread_give_no_interval(values):
     low, high = bootstrap_interval(values)
     assert math.isnan(low)
     assert math.isnan(high)
@@ -211,8 +211,10 @@ def test_what_is_no_probability_is_refused(pvalues):
         holm(pvalues)
 
 
-def test_one_seed_has_a_mean_and_no_interval():
+def test_one_seed_and_two_have_a_mean_and_no_interval():
     assert estimate([0.25]) == Estimate(0.25, None, None, 1)
+    assert estimate([0.25, 0.75]) == Estimate(0.5, None, None, 2)
+    assert estimate([0.25, 0.75, 1.0]).low is not None
     assert estimate([]) is None
 
 

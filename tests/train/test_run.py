@@ -111,7 +111,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch)
 
 def test_the_best_checkpoint_within_the_budget_is_kept(finished, language_model, texts, tmp_path):
     limit = (finished.rows[2]["eval_keep_kl"] + finished.rows[3]["eval_keep_kl"]) / 2
-    found = fine_tune(settings(language_model, texts, max_kl=limit, patience=9), tmp_path / "out", progress=False)
+    found = fine_tune(
+        settings(language_model, texts, max_kl=limit, patience=9, rescale=False), tmp_path / "out", progress=False
+    )
     assert found.kept == 4
     assert found.best["eval_keep_kl"] <= limit
     assert found.rows == finished.rows
@@ -125,9 +127,30 @@ def test_the_best_checkpoint_within_the_budget_is_kept(finished, language_model,
 @pytest.mark.slow
 def test_training_stops_when_the_budget_is_broken_for_long(finished, language_model, texts, tmp_path):
     limit = finished.rows[1]["eval_keep_kl"] * 1.01
-    found = fine_tune(settings(language_model, texts, max_kl=limit, patience=2), tmp_path / "out", progress=False)
+    found = fine_tune(
+        settings(language_model, texts, max_kl=limit, patience=2, rescale=False), tmp_path / "out", progress=False
+    )
     assert [row["step"] for row in found.rows] == [0, 2, 4, 6]
     assert found.kept == 2
+
+
+def test_the_last_change_is_scaled_down_to_the_budget_where_that_is_better(finished, language_model, texts, tmp_path):
+    limit = finished.rows[1]["eval_keep_kl"] * 2
+    found = fine_tune(settings(language_model, texts, max_kl=limit, patience=9), tmp_path / "out", progress=False)
+    assert found.rows == finished.rows
+    assert 0 < found.scale < 1
+    assert (found.kept, found.best["scale"]) == (8, found.scale)
+    assert 0.97 * limit <= found.best["eval_keep_kl"] <= limit
+    assert found.best["eval_loss"] < finished.rows[1]["eval_loss"]
+    base = AutoModelForCausalLM.from_pretrained(language_model).eval()
+    stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(language_model), found.out).eval()
+    loaded = Loaded(base, AutoTokenizer.from_pretrained(found.out))
+    kept = build_keep(check_keep(found.settings, "causal-lm"), found.settings, "causal-lm", loaded)
+    assert kl_to_base(stock, base, kept.batches) == pytest.approx(found.best["eval_keep_kl"], rel=1e-4)
+    assert f"scaled by {found.scale:g}" in (found.out / "report.html").read_text()
+    again = fine_tune(found.settings, found.out, progress=False)
+    assert (again.best, again.scale) == (found.best, found.scale)
+    assert not [path for path in found.out.iterdir() if path.is_dir()]
 
 
 def test_a_budget_that_nothing_meets(language_model, texts, tmp_path):

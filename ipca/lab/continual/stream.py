@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ipca._atomic import staged_files
-from ipca.analysis.figures import picture
+from ipca.analysis.figures import COLORS, DASHES, MARKS, PALETTE, picture
 from ipca.lab.continual.learner import ContinualLearner, TaskRecord
 from ipca.lab.continual.method import task_seed
 from ipca.lab.continual.task_matrix import TaskMatrix
+from ipca.lab.statistics import estimate
 from ipca.model.batches import evaluating
 
 Score = Callable[[nn.Module], float]
@@ -192,7 +194,10 @@ def _score(model: nn.Module, name: str, evaluate: Score) -> float:
 
 
 def draw_stream(results: StreamResult | Sequence[StreamResult], path: str | os.PathLike[str]) -> None:
-    """Draw ``R`` of each stream as an annotated heat map, and one panel with the mean score after each task.
+    """Draw ``R`` of each method as an annotated heat map, and one panel with the mean score after each task.
+
+    With several seeds of a method, both are means over them; from three on, the mean score has a 95 % interval.
+    Scores from 0 to 1 have colors from 0 to 1, others from the smallest to the largest.
 
     Args:
         results: one stream, or several over the same tasks.
@@ -206,46 +211,59 @@ def draw_stream(results: StreamResult | Sequence[StreamResult], path: str | os.P
     shown = [results] if isinstance(results, StreamResult) else list(results)
     if not shown or any(result.names != shown[0].names for result in shown):
         raise ValueError("draw_stream needs at least one stream, and the same tasks in all; draw others separately.")
-    across = min(_PANELS_ACROSS, len(shown) + 1)
-    down = -(-(len(shown) + 1) // across)
+    methods: dict[str, list[StreamResult]] = {}
+    for result in shown:
+        methods.setdefault(result.method, []).append(result)
+    across = min(_PANELS_ACROSS, len(methods) + 1)
+    down = -(-(len(methods) + 1) // across)
     with picture(path, (3.4 * across, 3.2 * down)) as figure:
-        _draw_panels(figure.subplots(down, across, squeeze=False).flatten(), shown)
+        axes = figure.subplots(down, across, squeeze=False).flatten()
+        images = _draw_matrices(axes, list(methods.values()))
+        _draw_mean_scores(axes[len(methods)], methods)
+        for axis in axes[len(methods) + 1 :]:
+            axis.set_visible(False)
+        figure.colorbar(images[0], ax=list(axes), location="bottom", shrink=0.4, aspect=40, label="score")
 
 
-def _draw_panels(axes: Any, shown: Sequence[StreamResult]) -> None:
-    """A heat map for each stream, on one color scale, then the mean scores; unused axes are hidden."""
-    low, high = min(result.matrix.R.min() for result in shown), max(result.matrix.R.max() for result in shown)
-    for axis, result in zip(axes, shown, strict=False):
-        _draw_matrix(axis, result, low, high)
-    _draw_mean_scores(axes[len(shown)], shown)
-    for axis in axes[len(shown) + 1 :]:
-        axis.set_visible(False)
+def _draw_matrices(axes: Any, methods: Sequence[Sequence[StreamResult]]) -> list[Any]:
+    """A heat map for each method, all on one color scale."""
+    means = [np.mean([result.matrix.R for result in results], axis=0) for results in methods]
+    low, high = min(R.min() for R in means), max(R.max() for R in means)
+    low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+    return [_draw_matrix(*each, low, high) for each in zip(axes, methods, means, strict=False)]
 
 
-def _draw_matrix(axis: Any, result: StreamResult, low: float, high: float) -> None:
-    ticks = range(len(result.names))
-    axis.imshow(result.matrix.R, vmin=low, vmax=high, cmap="viridis")
+def _draw_matrix(axis: Any, results: Sequence[StreamResult], R: Any, low: float, high: float) -> Any:
+    names = results[0].names
+    ticks = range(len(names))
+    image = axis.imshow(R, vmin=low, vmax=high, cmap=COLORS)
     for i in ticks:
         for j in ticks:
-            score = result.matrix.R[i, j]
-            color = "white" if score < (low + high) / 2 else "black"
-            axis.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7, color=color)
-    axis.set_xticks(ticks, result.names, fontsize=7)
-    axis.set_yticks(ticks, result.names, fontsize=7)
+            color = "white" if R[i, j] < (low + high) / 2 else "black"
+            axis.text(j, i, f"{R[i, j]:.2f}", ha="center", va="center", fontsize=7, color=color)
+    axis.grid(visible=False)
+    axis.set_xticks(ticks, names, fontsize=7)
+    axis.set_yticks(ticks, names, fontsize=7)
     axis.set_xlabel("score on", fontsize=8)
     axis.set_ylabel("after training", fontsize=8)
-    axis.set_title(f"{result.method}, seed {result.seed}", fontsize=9)
+    seeds = f"seed {results[0].seed}" if len(results) == 1 else f"mean of {len(results)} seeds"
+    axis.set_title(f"{results[0].method}, {seeds}", fontsize=9)
+    return image
 
 
-def _draw_mean_scores(axis: Any, shown: Sequence[StreamResult]) -> None:
-    for k, result in enumerate(shown):
-        label = result.method if len({r.seed for r in shown}) == 1 else f"{result.method}, seed {result.seed}"
-        style = ("-", "--", ":", "-.")[k // 10 % 4]
-        axis.plot(range(len(result.names)), result.mean_scores, style, marker="o", markersize=3, label=label)
-    axis.set_xticks(range(len(shown[0].names)), shown[0].names, fontsize=7)
+def _draw_mean_scores(axis: Any, methods: Mapping[str, Sequence[StreamResult]]) -> None:
+    names = next(iter(methods.values()))[0].names
+    for k, (method, results) in enumerate(methods.items()):
+        found = [estimate(scores) for scores in zip(*(result.mean_scores for result in results), strict=True)]
+        look = {"color": PALETTE[k % len(PALETTE)], "linestyle": DASHES[k % len(DASHES)]}
+        means = [each.mean for each in found if each is not None]
+        axis.plot(range(len(names)), means, marker=MARKS[k % len(MARKS)], markersize=4, label=method, **look)
+        for x, each in enumerate(found):
+            if each is not None and each.low is not None:
+                axis.plot([x, x], [each.low, each.high], color=look["color"], linewidth=1.2)
+    axis.set_xticks(range(len(names)), names, fontsize=7)
     axis.set_xlabel("after training", fontsize=8)
     axis.set_title("mean score over the tasks so far", fontsize=9)
     axis.tick_params(axis="y", labelsize=7)
-    axis.grid(alpha=0.3)
-    if len(shown) > 1:
+    if len(methods) > 1:
         axis.legend(fontsize=6)

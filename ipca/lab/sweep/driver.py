@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from ipca._version import __version__
 from ipca.lab.sweep.decompose import auto_settings, cache_windows, find_windows
@@ -29,7 +32,8 @@ from ipca.lab.sweep.plan import (
     tuned_trials,
 )
 from ipca.lab.sweep.report.page import require_packages, write_report
-from ipca.lab.sweep.store import AUTO, Store
+from ipca.lab.sweep.schedule import Plan, make_plan
+from ipca.lab.sweep.store import AUTO, SETTINGS, Store, read_settings
 from ipca.lab.sweep.task import Task, error_note, load_task
 from ipca.lab.sweep.trial import Row, Trial, base_row, build_base, seed_everything
 from ipca.lab.sweep.workers import Work, WorkerPool, check_sendable, model_sha256
@@ -115,10 +119,7 @@ def run(
         RuntimeError: a worker process was killed. Finished trials are kept.
         Exception: any error raised by the task in a trial. Finished trials are kept.
     """
-    if not isinstance(task, Task | str | os.PathLike):
-        raise TypeError(f"task must be an ipca.lab.sweep.Task or a Python file with a function task(), got {task!r}.")
-    made = task if isinstance(task, Task) else load_task(Path(task))
-    source = None if isinstance(task, Task) else Path(task).absolute()
+    made, source = _read_task(task)
     grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.settings.window, made.settings.rank)
     steps = steps_of(checkpoints)
     _check_options({"early": early, "workers": workers, "threads": threads}, made, grid)
@@ -130,29 +131,84 @@ def run(
         digest = model_sha256(base)
         base = base.to(devices[0]) if devices else base
         first = base_row(made, base)
-        store = Store(
-            Path(out),
-            _fixed_settings(made, source, digest, early, steps, threads, device_of(base)),
-            source=None if source is None else source.read_text(encoding="utf-8", errors="replace"),
-            accept_task_change=accept_task_change,
-            overwrite=overwrite,
-        )
+        model = {"model_sha256": digest, "device": device_name(device_of(base))}
+        fixed = {**_fixed_settings(made, source, early, steps, threads), **model}
+        options = {"accept_task_change": accept_task_change, "overwrite": overwrite}
+        store = Store(Path(out), fixed, source=_text(source), **options)
+        plan = make_plan(grid, tune, workers, store)
+        if progress:
+            tqdm.write(plan.line(), file=sys.stderr)
+        store.prepare()
         cache_windows(base, made.settings, windows_of, SpectralCache(store.spectra), progress=progress)
         auto = _auto_settings(base, made, store, progress) if "auto" in grid.methods else None
         store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.settings.rank})
         work = Work(source or made, store.spectra, early, steps, digest, threads, auto)
         with (
+            contextlib.redirect_stdout(DummyTqdmFile(sys.stdout)),  # what the task prints goes above the bar
             WorkerPool(work, workers, devices, base) as pool,
-            tqdm(desc="Trials", unit="trial", disable=not progress) as bar,
+            tqdm(desc="Trainings", total=plan.total, unit="run", smoothing=0, disable=not progress) as bar,
         ):
             runner = _Runner(store, pool, first, bar, steps)
             rows = runner.run(grid.direct_trials())
-            runner.run(grid.update_trials(rows))
+            runner.run_stage(plan, "update", grid.update_trials(rows))
             if tune:
-                runner.run(tuned_trials(grid, tune, runner.run_untabled))
+                runner.run_stage(plan, "tuned", tuned_trials(grid, tune, runner.run_untabled))
         if report:
             write_report(store.folder)
         return runner.rows
+
+
+def plan_sweep(
+    task: Task | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    windows: Sequence[Window | str | float] = WINDOWS,
+    lrs: Sequence[float] = (5e-4, 1e-3, 2e-3),
+    seeds: int | Sequence[int] = 8,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    comparisons: Sequence[str] = COMPARISONS,
+    early: int = 10,
+    checkpoints: Sequence[int] = (),
+    tune: int = 0,
+    workers: int = 1,
+    threads: int = 1,
+    accept_task_change: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """The trainings that :func:`run` with the same arguments would do, and their time; nothing is built or written.
+
+    Without a model it is not known whether every window fits into every layer, and whether ``build`` gives the model
+    of the trainings in ``out``; :func:`run` checks both before it starts.
+
+    Returns:
+        A table by method and stage. Its time is that of the finished trainings in ``out``; None where there are none.
+
+    Raises:
+        TypeError, ValueError: as :func:`run`.
+        ImportError: a package for tuning is missing.
+    """
+    made, source = _read_task(task)
+    grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.settings.window, made.settings.rank)
+    steps = steps_of(checkpoints)
+    _check_options({"early": early, "workers": workers, "threads": threads}, made, grid)
+    then = {} if overwrite else read_settings(Path(out) / SETTINGS).get("fixed", {})
+    model = {name: then.get(name) for name in ("model_sha256", "device")}
+    fixed = {**_fixed_settings(made, source, early, steps, threads), **model}
+    options = {"accept_task_change": accept_task_change, "overwrite": overwrite}
+    return make_plan(grid, tune, workers, Store(Path(out), fixed, source=_text(source), **options))
+
+
+def _read_task(task: Task | str | os.PathLike[str]) -> tuple[Task, Path | None]:
+    """The task, and its file if it has one."""
+    if isinstance(task, Task):
+        return task, None
+    if not isinstance(task, str | os.PathLike):
+        raise TypeError(f"task must be an ipca.lab.sweep.Task or a Python file with a function task(), got {task!r}.")
+    return load_task(Path(task)), Path(task).absolute()
+
+
+def _text(source: Path | None) -> str | None:
+    return None if source is None else source.read_text(encoding="utf-8", errors="replace")
 
 
 class _Runner:
@@ -175,12 +231,16 @@ class _Runner:
             self._write_table()
         return self.rows
 
+    def run_stage(self, plan: Plan, stage: str, trials: Sequence[Trial]) -> None:
+        """:meth:`run` the trials of a stage whose number was an upper bound in ``plan``."""
+        self.bar.total -= sum(plan.counts.get(stage, {}).values()) - len(trials)
+        self.run(trials)
+
     def run_untabled(self, trials: Sequence[Trial]) -> list[Row]:
         """Run ``trials`` and return their rows, without adding them to the table."""
         # Seed by seed, so that unfinished sweeps can be compared within seeds.
         todo = sorted((t for t in trials if self.store.get(t.key) is None), key=lambda trial: trial.seed)
-        self.bar.total = (self.bar.total or 0) + len(trials)
-        self.bar.update(len(trials) - len(todo))
+        self._count_finished(len(trials) - len(todo))
         for trial, rows, seconds in self.pool.run(todo) if todo else ():
             self.store.put(trial.key, rows, seconds)
             self.bar.update()
@@ -188,6 +248,13 @@ class _Runner:
             if time.monotonic() - self.written > _TABLE_SECONDS:
                 self._write_table()
         return [row for trial in trials for row in self.store.get(trial.key) or ()]
+
+    def _count_finished(self, trials: int) -> None:
+        """Move the bar on without a change of its speed, which is that of the trials of this run."""
+        if trials and not self.bar.disable:
+            self.bar.initial += trials
+            self.bar.n += trials
+            self.bar.refresh()
 
     def _warn_unreached(self, trial: Trial, rows: Sequence[Row]) -> None:
         """Warn, once for each, of checkpoints that ``trial`` has not reached."""
@@ -237,22 +304,14 @@ def _auto_settings(base: nn.Module, task: Task, store: Store, progress: bool) ->
 
 
 def _fixed_settings(
-    task: Task,
-    source: Path | None,
-    digest: str,
-    early: int,
-    checkpoints: Sequence[int],
-    threads: int,
-    device: torch.device,
+    task: Task, source: Path | None, early: int, checkpoints: Sequence[int], threads: int
 ) -> dict[str, Any]:
-    """The settings that all rows of a sweep share; rows that differ in any of them belong to different sweeps."""
+    """The settings that all rows of a sweep share, besides its model and device; rows of others are of other sweeps."""
     return {
         "settings": asdict(task.settings),
-        "model_sha256": digest,
         "task_sha256": None if source is None else hashlib.sha256(source.read_bytes()).hexdigest(),
         "early": early,
         "checkpoints": list(checkpoints),
         "threads": threads,
-        "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "ipca": __version__},
     }

@@ -27,7 +27,7 @@ DEFAULT_METHODS = ("lora", *CONTROLS)
 """Methods run by default in addition to the windows."""
 TUNING_SEEDS = (1_000_000, 1_000_001)
 """Seeds of the runs that tuning uses, and nothing else does."""
-_TUNING_RANGE = 4.0
+TUNING_RANGE = 4.0
 """Tuning extends the grid's range of rates by this factor on both sides."""
 
 
@@ -116,13 +116,10 @@ class Grid:
 
     def direct_trials(self) -> list[Trial]:
         """The trials whose rates do not depend on results: same and √σ."""
-        methods = {"same": self.all_methods()}
-        if "sqrt-sigma" in self.comparisons:
-            methods["sqrt-sigma"] = tuple(m for m in self.all_methods() if kind_of(m) in MATCHED["sqrt-sigma"])
         return [
             Trial(method, comparison, lr, lr, seed)
-            for comparison, compared in methods.items()
-            for method in compared
+            for comparison in ("same", "sqrt-sigma")
+            for method in self.compared(comparison)
             for lr in self.lrs
             for seed in self.seeds
         ]
@@ -131,7 +128,7 @@ class Grid:
         """The trials at equal early updates, from the ``rows`` of :meth:`direct_trials`."""
         if "update" not in self.comparisons:
             return []
-        rates = {method: matched_rates(rows, method, self.reference, self.lrs) for method in self._matched()}
+        rates = {m: matched_rates(rows, m, self.reference, self.lrs) for m in self.compared("update")}
         return [
             Trial(method, "update", lr, rates[method][lr], seed)
             for method in rates
@@ -140,14 +137,25 @@ class Grid:
             for seed in self.seeds
         ]
 
-    def most_trials(self) -> int:
-        """Upper bound of the number of trials, without tuning: no rate of equal updates is left out."""
-        matched = self._matched() if "update" in self.comparisons else []
-        return len(self.direct_trials()) + len(matched) * len(self.lrs) * len(self.seeds)
+    def compared(self, comparison: str) -> list[str]:
+        """The methods with trials of their own in ``comparison``; none if it is not among the comparisons."""
+        if comparison not in self.comparisons:
+            return []
+        left_out = self.reference if comparison == "update" else None
+        kinds = MATCHED.get(comparison)
+        return [m for m in self.all_methods() if m != left_out and (kinds is None or kind_of(m) in kinds)]
 
-    def _matched(self) -> list[str]:
-        """The methods of the comparison ``"update"``."""
-        return [m for m in self.all_methods() if kind_of(m) in MATCHED["update"] and m != self.reference]
+    def counts(self, rounds: int = 0) -> dict[str, dict[str, int]]:
+        """Numbers of trials by stage and method: each comparison, then ``"tuning"`` in ``rounds``, then ``"tuned"``.
+
+        Those of ``"update"`` and ``"tuned"`` are upper bounds: methods or rates that failed are left out.
+        """
+        each = len(self.lrs) * len(self.seeds)
+        found = {name: dict.fromkeys(self.compared(name), each) for name in COMPARISONS if name in self.comparisons}
+        if rounds:
+            found["tuning"] = dict.fromkeys(self.all_methods(), rounds * len(TUNING_SEEDS))
+            found["tuned"] = dict.fromkeys(self.all_methods(), len(self.seeds))
+        return found
 
     def record(self) -> dict[str, Any]:
         return {name: list(getattr(self, name)) for name in ("windows", "lrs", "seeds", "methods", "comparisons")} | {
@@ -245,7 +253,7 @@ def tuned_trials(grid: Grid, rounds: int, run: Callable[[Sequence[Trial]], Seque
     """
     states = require_optuna().trial.TrialState
     studies = {method: _new_study() for method in grid.all_methods()}
-    low, high = grid.lrs[0] / _TUNING_RANGE, grid.lrs[-1] * _TUNING_RANGE
+    low, high = grid.lrs[0] / TUNING_RANGE, grid.lrs[-1] * TUNING_RANGE
     for _ in range(rounds):
         proposed = {method: study.ask() for method, study in studies.items()}
         rates = {m: float(f"{trial.suggest_float('lr', low, high, log=True):.3g}") for m, trial in proposed.items()}

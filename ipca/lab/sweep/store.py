@@ -32,8 +32,10 @@ class TaskChangedError(ValueError):
 class Store:
     """The folder of one sweep; every file in it is written atomically, so a kill leaves no partial files.
 
+    Nothing is written before :meth:`prepare`.
+
     Args:
-        folder: created if missing.
+        folder: created by :meth:`prepare` if missing.
         fixed: what all trials share; a folder with trials of different values is refused.
         source: the text of the task file, whose hash is ``fixed["task_sha256"]``; None for a task without a file.
         accept_task_change: go on with the trials of another text of the task file.
@@ -61,17 +63,24 @@ class Store:
         self.earlier_tasks: list[str] = []
         if not overwrite:
             _check_overwrite(folder)
-        self.trials.mkdir(parents=True, exist_ok=True)
-        then = {} if overwrite and not _is_settings(folder / SETTINGS) else _read_settings(folder / SETTINGS)
+        self.stale = False
+        then = {} if overwrite and not _is_settings(folder / SETTINGS) else read_settings(folder / SETTINGS)
         if then.get("fixed") == self.fixed:
             self.earlier_tasks = then.get("earlier_tasks", [])
         elif any(self.trials.glob("*.json")) and not overwrite:
             self._go_on(then, accept_task_change)
         else:
-            shutil.rmtree(self.trials)
-            self.trials.mkdir()
-            for name in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):  # stale: no trial was run with these settings
-                (folder / name).unlink(missing_ok=True)
+            self.stale = True  # no trial was run with these settings
+
+    def prepare(self) -> None:
+        """Create the folder, and delete what another sweep has left in it."""
+        if self.stale:
+            if self.trials.exists():
+                shutil.rmtree(self.trials)
+            for name in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):
+                (self.folder / name).unlink(missing_ok=True)
+        self.trials.mkdir(parents=True, exist_ok=True)
+        self.stale = False
 
     def _go_on(self, then: Mapping[str, Any], accept_task_change: bool) -> None:
         """Go on with trials of other settings, ``then``, or raise: only the task file may differ."""
@@ -94,10 +103,13 @@ class Store:
 
     def get(self, key: str) -> list[Row] | None:
         """The rows of a finished trial, else None; a damaged file counts as not finished."""
-        found = self._read(key)
+        found = self.read(key)
         return None if found is None else found["rows"]
 
-    def _read(self, key: str) -> dict[str, Any] | None:
+    def read(self, key: str) -> dict[str, Any] | None:
+        """``rows`` and ``seconds`` of a finished trial, else None."""
+        if self.stale:
+            return None
         try:
             found = json.loads((self.trials / f"{key}.json").read_text())
         except (FileNotFoundError, ValueError):
@@ -112,7 +124,7 @@ class Store:
         """Write and return the rows of the untrained model and of the finished ``trials``, in their order."""
         rows, times = [base], []
         for trial in trials:
-            found = self._read(trial.key)
+            found = self.read(trial.key)
             if found is not None:
                 rows += found["rows"]
                 times.append({"trial": str(trial), "seconds": f"{found['seconds']:.2f}"})
@@ -131,7 +143,7 @@ def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """The settings as written; empty where there are none."""
     if not path.exists():
         return {}

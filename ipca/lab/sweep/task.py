@@ -69,12 +69,15 @@ def load_task(path: Path) -> Task:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: its name does not end in ``.py``.
         TypeError: it defines no ``task``, or that returns something else.
         Exception: any error raised by the file, with a note that names the file.
     """
     path = path.absolute()
     if not path.is_file():
         raise FileNotFoundError(f"no task file at {path}; it must be a Python file with a function task().")
+    if path.suffix != ".py":
+        raise ValueError(f"{path} is not a Python file; see `ipca sweep --example`.")
     name = f"_ipca_task_{path.stem}"
     root = path.parent
     while (root / "__init__.py").is_file():

@@ -2,11 +2,12 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, draw_stream, run_stream
+from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, TaskMatrix, draw_stream, run_stream
 from tests.helpers.continual import SETTINGS, plain, train
 
 NAMES = ("one", "two", "three")
@@ -137,6 +138,24 @@ def test_the_picture_is_drawn_for_one_and_for_several(tmp_path):
     draw_stream([stream(method) for method in METHODS], tmp_path / "all.svg")
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.svg", "one.png"]
+
+
+@pytest.mark.parametrize(("seeds", "intervals"), [(2, 0), (3, 3)])
+def test_seeds_are_drawn_as_their_mean_with_intervals_from_three_on(seeds, intervals, tmp_path, drawn):
+    pytest.importorskip("matplotlib")
+    first = stream()
+    shifted = [TaskMatrix(first.matrix.R * (1 - 0.1 * k), names=NAMES) for k in range(seeds)]
+    results = [replace(first, seed=k, matrix=matrix) for k, matrix in enumerate(shifted)]
+    draw_stream([*results, replace(first, method="other")], tmp_path / "all.png")
+    one, other, scores, bar = drawn[0].axes
+    assert [one.get_title(), other.get_title()] == [f"fresh, mean of {seeds} seeds", "other, seed 0"]
+    assert one.images[0].get_array().tolist() == pytest.approx(sum(m.R for m in shifted) / seeds)
+    assert [axis.images[0].get_clim() for axis in (one, other)] == [(0, 1)] * 2
+    assert bar.get_xlabel() == "score"
+    mean, *whiskers, last = scores.lines
+    assert len(whiskers) == intervals
+    assert mean.get_linestyle() != last.get_linestyle()
+    assert mean.get_marker() != last.get_marker()
 
 
 def test_a_picture_needs_streams_over_the_same_tasks(tmp_path):

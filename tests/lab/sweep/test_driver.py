@@ -298,3 +298,15 @@ def test_a_damaged_trial_is_run_again(swept, tmp_path):
     path = next((tmp_path / "trials").glob("*.json"))
     path.write_text(path.read_text()[:40])
     assert sweep.run(TASK, tmp_path, **options) == rows
+
+
+def chatty(model, groups, seed):
+    print("{'train_runtime': 1}")
+    sweep_task.train(model, groups, seed)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_what_a_task_prints_arrives_whole_beside_the_bar(progress, tmp_path, capsys):
+    options = {**GRID, "windows": (0.5,), "methods": (), "comparisons": ("same",), "progress": progress}
+    sweep.run(replace(sweep_task.task(), train=chatty), tmp_path, **options)
+    assert capsys.readouterr().out == "{'train_runtime': 1}\n" * 4

@@ -17,6 +17,7 @@ QUIET = {"progress": False, "report": False}
 
 def opened(folder, **fixed):
     store = Store(folder, fixed)
+    store.prepare()
     store.describe({})
     return store
 
@@ -25,7 +26,7 @@ def test_a_folder_without_a_trial_takes_what_was_mended(tmp_path):
     opened(tmp_path, early=1)
     (tmp_path / AUTO).write_text("{}")
     (tmp_path / "rows.csv").write_text("the untrained model's row")
-    Store(tmp_path, {"early": 2})  # killed before the grid is known
+    Store(tmp_path, {"early": 2}).prepare()  # killed before the grid is known
     assert [path.name for path in tmp_path.iterdir()] == ["trials"]
     store = opened(tmp_path, early=2)
     assert json.loads((tmp_path / SETTINGS).read_text())["fixed"] == {"early": 2}
@@ -86,6 +87,7 @@ TEXT = "def task():\n    rank = 2\n    return rank\n"
 
 def of_task(folder, text, sha, **options):
     store = Store(folder, {"early": 1, "task_sha256": sha}, source=text, **options)
+    store.prepare()
     store.describe({})
     return store
 
@@ -149,4 +151,6 @@ def test_overwriting_deletes_them(settings, tmp_path):
         (tmp_path / SETTINGS).unlink()
     store = Store(tmp_path, {"early": 2 if settings == "another" else 1}, overwrite=True)
     assert store.get("done") is None
-    assert not (tmp_path / SETTINGS).exists()
+    assert (tmp_path / "trials" / "done.json").exists()
+    store.prepare()
+    assert [path.name for path in tmp_path.rglob("*")] == ["trials"]

@@ -1,16 +1,19 @@
-"""Views of a sweep: the comparison and the rate at which the report compares methods."""
+"""Views of a sweep: the comparison and the rate at which the report compares methods, and what was learned there."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import mean, stdev
 
 from ipca.lab.baselines import kind_of
 from ipca.lab.compare import best_rate
-from ipca.lab.sweep.plan import MATCHED
+from ipca.lab.sweep.plan import MATCHED, TUNING_RANGE
 from ipca.lab.sweep.report.data import Sweep
+from ipca.lab.sweep.report.words import listed, name, number
 
 TITLES = {
     "same": "the same learning rate",
@@ -27,6 +30,10 @@ _NOTES = {
     "tuned": "found by a search on separate seeds",
     "best": "for each seed the rate of the grid with the best mean target over the other seeds",
 }
+_LITTLE = 0.1
+"""A rate at which the target rises by less than this share of its largest rise has taught next to nothing."""
+_ERRORS = 2.0
+"""A rise of fewer standard errors over seeds is noise."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,21 @@ class View:
 
     @property
     def note(self) -> str:
-        return _NOTES[self.key].format(lr=self.lr)
+        """How the rates were chosen, and for which methods the choice is at the edge of what was tried."""
+        edges = [f"{name(method)} ({which})" for method, which in self.edges.items()]
+        said = f"; at the edge of the rates tried, so that others may be better: {listed(edges)}" if edges else ""
+        return _NOTES[self.key].format(lr=self.lr) + said
+
+    @cached_property
+    def edges(self) -> dict[str, str]:
+        """Methods whose own rates are mostly the lowest or the highest that was tried: ``{method: "the lowest"}``."""
+        found = {}
+        for method, own in self.rates.items():
+            sides = Counter(edge_of(self.sweep, lr, self.key) for lr in own.values())
+            for which, n in sides.most_common(1):
+                if which is not None and 2 * n > len(own):
+                    found[method] = which
+        return found
 
     def values(self, method: str, metric: str) -> dict[int, float]:
         """``{seed: metric}`` of the successful runs."""
@@ -74,8 +95,14 @@ class View:
 
     @cached_property
     def rates(self) -> Mapping[str, dict[int, float]]:
-        """``{method: {seed: rate}}`` of the view ``"best"``."""
-        return {method: best_rates(self.sweep, method) for method in self.sweep.methods}
+        """``{method: {seed: rate}}`` of the views ``"best"`` and ``"tuned"``, else empty."""
+        if self.key == "best":
+            return {method: best_rates(self.sweep, method) for method in self.sweep.methods}
+        found: dict[str, dict[int, float]] = {}
+        for run in self.sweep.ends:
+            if self.key == run.comparison == "tuned" and run.seed is not None and run.lr is not None:
+                found.setdefault(run.method, {})[run.seed] = run.lr
+        return found
 
 
 def views(sweep: Sweep) -> list[View]:
@@ -95,6 +122,69 @@ def views(sweep: Sweep) -> list[View]:
 def middle_rate(sweep: Sweep) -> float | None:
     """The rate at which methods are compared: the middle one of the grid (the lower of two)."""
     return sweep.lrs[(len(sweep.lrs) - 1) // 2] if sweep.lrs else None
+
+
+def why_this_rate(sweep: Sweep) -> str:
+    """The reason for :func:`middle_rate`."""
+    n = len(sweep.lrs)
+    if n == 1:
+        return "the only one of the grid"
+    which = "the middle one" if n % 2 else "the lower one" if n == 2 else "the lower middle one"
+    return f"{which} of the grid's {n}: fixed before any result"
+
+
+def edge_of(sweep: Sweep, lr: float, key: str) -> str | None:
+    """``"the lowest"`` or ``"the highest"`` where ``lr`` is the last rate that was tried on that side."""
+    if not sweep.lrs:
+        return None
+    low, high, near = sweep.lrs[0], sweep.lrs[-1], 1.0
+    if key == "tuned":  # a search does not reach the ends of its range
+        low, high, near = low / TUNING_RANGE, high * TUNING_RANGE, 1.05
+    return "the lowest" if lr <= low * near else "the highest" if lr >= high / near else None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The mean target of the windows in a view; ``str()`` says it, and ``doubt`` why it says little of forgetting."""
+
+    target: float
+    base: float
+    doubt: str | None
+
+    def __str__(self) -> str:
+        return f"Mean target of the windows there {number(self.target)}, of the untrained model {number(self.base)}."
+
+
+def learned(view: View) -> Learned | None:
+    """What the windows learned in ``view``, which has a rate; None without a target of them or of the untrained model.
+
+    Nothing was learned if the mean target is less than two standard errors over seeds above that of the untrained model
+    (for a single seed: not above it), next to nothing if it rises by less than a tenth of its rise at another rate.
+    """
+    base = view.sweep.base.get("target")
+    here = _targets(view)
+    if base is None or not here:
+        return None
+    noise = _ERRORS * stdev(here) / math.sqrt(len(here)) if len(here) > 1 else 0.0
+    rise, doubt = mean(here) - base, None
+    others = {lr: mean(found) - base for lr in view.sweep.lrs if (found := _targets(replace(view, lr=lr)))}
+    best = max(others, key=lambda lr: others[lr])
+    if rise <= noise:
+        doubt = "nothing was learned at this rate"
+    elif rise < _LITTLE * others[best]:
+        doubt = "next to nothing was learned at this rate"
+    if doubt and others[best] > max(rise, noise):
+        doubt += f" (at {best:g} the target is {number(others[best] + base)})"
+    return Learned(mean(here), base, doubt)
+
+
+def _targets(view: View) -> list[float]:
+    """For each seed the mean target over the windows."""
+    seeds: dict[int, list[float]] = {}
+    for method in view.sweep.positions or view.sweep.methods:
+        for seed, value in view.values(method, "target").items():
+            seeds.setdefault(seed, []).append(value)
+    return [mean(values) for values in seeds.values()]
 
 
 def best_rates(sweep: Sweep, method: str) -> dict[int, float]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from ipca.analysis.figures import INK
 from ipca.lab.baselines import CONTROLS, kind_of
 from ipca.lab.statistics import Estimate, estimate
 from ipca.lab.sweep.report.comparisons import View
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.drawing import (
-    HEIGHT,
-    WIDTH,
     Panel,
     axis_title,
     band,
@@ -24,7 +24,7 @@ from ipca.lab.sweep.report.drawing import (
     near,
     point,
 )
-from ipca.lab.sweep.report.style import INK, SOFT, Style, canvas, inline
+from ipca.lab.sweep.report.style import SOFT, Style
 from ipca.lab.sweep.report.words import name, seeds
 
 if TYPE_CHECKING:
@@ -42,62 +42,63 @@ def position_panels(views: Sequence[View], metric: str, styles: Mapping[str, Sty
     values = [v for view in views for method in view.sweep.methods for v in view.values(method, metric).values()]
     base = near(views[0].sweep.base.get(metric), values) if views else None
     span = limits(values if base is None else [*values, base])
+    lines = tuple(method for method in _LEVELS if method in styles)
     panels = []
     for view in views:
         if any(view.values(method, metric) for method in view.sweep.positions):
-            panels.append(_window_panel(view, metric, styles, span, base))
+            title, note = f"At {view.title}", f"{view.note[0].upper()}{view.note[1:]}; {_count(view, metric)}."
+            draw = partial(_draw_windows, view, metric, styles, span, base)
+            panels.append(Panel(f"{metric}-{view.key}", title, note, draw, methods=lines))
         controls = view.sweep.reference is not None and any(view.values(method, metric) for method in CONTROLS)
         if controls and view.key in ("same", "best", "tuned"):
-            panels.append(_control_panel(view, metric, styles, span, base))
+            note = f"At {view.title}; each differs from the reference window in one respect."
+            draw = partial(_draw_controls, view, metric, styles, span, base)
+            panels.append(Panel(f"{metric}-{view.key}-controls", "Controls", note, draw, methods=lines))
     return panels
 
 
-def _window_panel(
-    view: View, metric: str, styles: Mapping[str, Style], span: tuple[float, float], base: float | None
-) -> Panel:
+def _draw_windows(
+    view: View, metric: str, styles: Mapping[str, Style], span: tuple[float, float], base: float | None, axis: Axes
+) -> str:
     sweep = view.sweep
-    means, key = {}, f"curve-{metric}-{view.key}"
-    with canvas(WIDTH, HEIGHT) as (figure, axis):
-        base_line(axis, base, _ACROSS)
-        _levels(axis, view, metric, styles, _ACROSS)
-        _draw_other_rates(axis, view, metric, span)
-        for method, f in sweep.positions.items():
-            values = view.values(method, metric)
-            found = estimate(values.values())
-            if found is not None:
-                means[f] = found.mean
-                point(axis, f, found, styles[method], hollow=_some_failed(view, method, values))
-                dots(axis, f, values, styles[method], 0.03)
-        axis.plot(list(means), list(means.values()), color=INK, linewidth=1.3, zorder=2)
-        axis.set(xlim=(_ACROSS[0], 1.17 if view.lr is not None and len(sweep.lrs) > 1 else _ACROSS[1]), ylim=span)
-        axis.set_xticks(*_ticks(sorted(sweep.positions.values())))
-        axis.set_xlabel("window position f = start / (d − rank)\n0 principal end · 1 minor end")
-        axis.set_ylabel(axis_title(sweep.label(metric)))
-        svg = inline(figure, key, f"{metric} over the window's position, {view.title}: {_spoken(means)}")
-    return Panel(f"At {view.title}", f"{view.note[0].upper()}{view.note[1:]}; {_count(view, metric)}.", svg)
+    means = {}
+    base_line(axis, base, _ACROSS)
+    _levels(axis, view, metric, styles, _ACROSS)
+    _draw_other_rates(axis, view, metric, span)
+    for method, f in sweep.positions.items():
+        values = view.values(method, metric)
+        found = estimate(values.values())
+        if found is not None:
+            means[f] = found.mean
+            point(axis, f, found, styles[method], hollow=_some_failed(view, method, values))
+            dots(axis, f, values, styles[method], 0.03)
+    axis.plot(list(means), list(means.values()), color=INK, linewidth=1.3, zorder=2)
+    axis.set(xlim=(_ACROSS[0], 1.17 if view.lr is not None and len(sweep.lrs) > 1 else _ACROSS[1]), ylim=span)
+    axis.set_xticks(*_ticks(sorted(sweep.positions.values())))
+    axis.set_xlabel("window position f = start / (d − rank)\n0 principal end · 1 minor end")
+    axis.set_ylabel(axis_title(sweep.label(metric), len(sweep.seeds)))
+    return f"{metric} over the window's position, {view.title}: {_spoken(means)}"
 
 
-def _control_panel(
-    view: View, metric: str, styles: Mapping[str, Style], span: tuple[float, float], base: float | None
-) -> Panel:
+def _draw_controls(
+    view: View, metric: str, styles: Mapping[str, Style], span: tuple[float, float], base: float | None, axis: Axes
+) -> str:
     reference = view.sweep.reference
     shown = [m for m in (reference, *CONTROLS) if m is not None and view.values(m, metric)]
     means = {}
-    with canvas(WIDTH, HEIGHT) as (figure, axis):
-        base_line(axis, base, (-0.6, len(shown) - 0.4))
-        _levels(axis, view, metric, styles, (-0.6, len(shown) - 0.4))
-        for x, method in enumerate(shown):
-            values = view.values(method, metric)
-            found = estimate(values.values())
-            assert found is not None
-            means[method] = found.mean
-            point(axis, x, found, styles[method], hollow=_some_failed(view, method, values))
-            dots(axis, x, values, styles[method], 0.3)
-        axis.set(xlim=(-0.6, len(shown) - 0.4), ylim=span)
-        axis.set_xticks(range(len(shown)), [name(m) for m in shown], rotation=35, ha="right", rotation_mode="anchor")
-        axis.set_ylabel(axis_title(view.sweep.label(metric)))
-        svg = inline(figure, f"controls-{metric}-{view.key}", f"{metric} of the controls: {_spoken(means)}")
-    return Panel("Controls", f"At {view.title}; each differs from the reference window in one respect.", svg)
+    base_line(axis, base, (-0.6, len(shown) - 0.4))
+    _levels(axis, view, metric, styles, (-0.6, len(shown) - 0.4))
+    for x, method in enumerate(shown):
+        values = view.values(method, metric)
+        found = estimate(values.values())
+        assert found is not None
+        means[method] = found.mean
+        point(axis, x, found, styles[method], hollow=_some_failed(view, method, values))
+        dots(axis, x, values, styles[method], 0.3)
+    axis.set(xlim=(-0.6, len(shown) - 0.4), ylim=span)
+    axis.set_xticks(range(len(shown)), [name(m) for m in shown], rotation=35, ha="right", rotation_mode="anchor")
+    axis.set_ylabel(axis_title(view.sweep.label(metric), len(view.sweep.seeds)))
+    return f"{metric} of the controls: {_spoken(means)}"
 
 
 def _levels(axis: Axes, view: View, metric: str, styles: Mapping[str, Style], ends: tuple[float, float]) -> None:
@@ -163,36 +164,44 @@ def rate_panels(sweep: Sweep, styles: Mapping[str, Style]) -> list[Panel]:
     if controls:
         groups["Controls"] = [m for m in (sweep.reference, "lora", *controls) if m in sweep.methods]
     metrics = [metric for metric in ("target", "retained") if metric in sweep.metrics]
-    return [_rate_panel(sweep, title, group, metric, styles) for title, group in groups.items() for metric in metrics]
+    return [
+        Panel(
+            f"rates-{title}-{metric}".lower(),
+            f"{title}: {metric}",
+            "",
+            partial(_draw_rates, sweep, group, metric, styles),
+            methods=tuple(group),
+        )
+        for title, group in groups.items()
+        for metric in metrics
+    ]
 
 
-def _rate_panel(sweep: Sweep, title: str, methods: Sequence[str], metric: str, styles: Mapping[str, Style]) -> Panel:
+def _draw_rates(sweep: Sweep, methods: Sequence[str], metric: str, styles: Mapping[str, Style], axis: Axes) -> str:
     values = [run.metrics[metric] for run in sweep.ends if run.comparison == "same" and metric in run.metrics]
     base = near(sweep.base.get(metric), values)
     span = limits(values if base is None else [*values, base])
     step = min(b / a for a, b in zip(sweep.lrs, sweep.lrs[1:], strict=False)) ** _DODGE
     labels: dict[float, list[tuple[float, str, str]]] = {}
     spoken = []
-    with canvas(WIDTH, HEIGHT) as (figure, axis):
-        base_line(axis, base, (sweep.lrs[0] / step**2, sweep.lrs[-1] * step**2))
-        for k, method in enumerate(methods):
-            shift = step ** (2 * k / max(len(methods) - 1, 1) - 1)
-            found = _rate_line(axis, sweep, method, metric, styles[method], shift)
-            _draw_failures(axis, sweep, method, styles[method], shift)
-            if found and kind_of(method) == "window":
-                last = max(found)
-                labels.setdefault(last, []).append((found[last].mean, method, styles[method].color))
-            spoken.append(f"{method} " + ", ".join(f"{value.mean:.3g} at {lr:g}" for lr, value in found.items()))
-        axis.set(xscale="log", ylim=span)
-        axis.set_xlim(sweep.lrs[0] / step**3, sweep.lrs[-1] * step**8)
-        axis.set_xticks(sweep.lrs, [f"{lr:g}" for lr in sweep.lrs], minor=False)
-        axis.set_xticks([], minor=True)
-        axis.set_xlabel("learning rate (log scale)")
-        axis.set_ylabel(axis_title(sweep.label(metric)))
-        for lr, texts in labels.items():
-            end_labels(axis, lr * step**1.5, texts, span)
-        svg = inline(figure, f"rates-{title}-{metric}".lower(), f"{metric} over the learning rate: {'; '.join(spoken)}")
-    return Panel(f"{title}: {metric}", "", svg)
+    base_line(axis, base, (sweep.lrs[0] / step**2, sweep.lrs[-1] * step**2))
+    for k, method in enumerate(methods):
+        shift = step ** (2 * k / max(len(methods) - 1, 1) - 1)
+        found = _rate_line(axis, sweep, method, metric, styles[method], shift)
+        _draw_failures(axis, sweep, method, styles[method], shift)
+        if found and kind_of(method) == "window":
+            last = max(found)
+            labels.setdefault(last, []).append((found[last].mean, method, INK))
+        spoken.append(f"{method} " + ", ".join(f"{value.mean:.3g} at {lr:g}" for lr, value in found.items()))
+    axis.set(xscale="log", ylim=span)
+    axis.set_xlim(sweep.lrs[0] / step**3, sweep.lrs[-1] * step**8)
+    axis.set_xticks(sweep.lrs, [f"{lr:g}" for lr in sweep.lrs], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("learning rate (log scale)")
+    axis.set_ylabel(axis_title(sweep.label(metric), len(sweep.seeds)))
+    for lr, texts in labels.items():
+        end_labels(axis, lr * step**1.5, texts, span)
+    return f"{metric} over the learning rate: {'; '.join(spoken)}"
 
 
 def _rate_line(axis: Axes, sweep: Sweep, method: str, metric: str, style: Style, shift: float) -> dict[float, Estimate]:

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ipca.lab.statistics import Estimate
-from ipca.lab.sweep.report.style import INK, Style
+from ipca.analysis.figures import INK
+from ipca.lab.statistics import FEWEST, Estimate
+from ipca.lab.sweep.report.style import Style
+from ipca.lab.sweep.report.words import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+UNTRAINED = NAMES["base"]
 WIDTH, HEIGHT = 5.0, 3.7
 """Of a panel, in inches: readable at full width on a phone, two side by side on a desktop."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure: an ``<svg>`` element with a title and a note on its conditions."""
+    """One picture of a figure.
 
+    Attributes:
+        key: its name among the panels of all figures of a sweep.
+        note: on its conditions.
+        draw: draws on an axis, and returns the picture in words.
+        size: in inches.
+        methods: that a legend must name.
+        sweep: the label of its sweep, where a report has several.
+    """
+
+    key: str
     title: str
     note: str
-    svg: str
+    draw: Callable[[Axes], str]
+    size: tuple[float, float] = (WIDTH, HEIGHT)
+    methods: tuple[str, ...] = ()
+    sweep: str = ""
 
 
 def limits(values: Iterable[float]) -> tuple[float, float]:
@@ -36,8 +52,9 @@ def limits(values: Iterable[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def axis_title(label: str, note: str = "mean, 95 % interval over seeds") -> str:
-    """``label`` wrapped to the height of a panel, and below it the meaning of the marks."""
+def axis_title(label: str, seeds: int) -> str:
+    """``label`` wrapped to the height of a panel, and below it the meaning of the marks, of ``seeds`` at most."""
+    note = "mean, 95 % interval over seeds" if seeds >= FEWEST else "mean over seeds"
     return "\n".join([*textwrap.wrap(label, 40), note])
 
 
@@ -81,7 +98,7 @@ def near(base: float | None, values: Iterable[float]) -> float | None:
 def base_line(axis: Axes, value: float | None, ends: tuple[float, float]) -> None:
     """Draw the value of the untrained model, which is the same for all seeds."""
     if value is not None:
-        axis.plot(ends, [value] * 2, color=INK, linestyle=(0, (1, 2)), linewidth=1.3, zorder=1.5)
+        axis.plot(ends, [value] * 2, color=INK, linestyle=(0, (1, 2)), linewidth=1.3, zorder=1.5, label=UNTRAINED)
 
 
 def end_labels(axis: Axes, x: float, labels: Sequence[tuple[float, str, str]], span: tuple[float, float]) -> None:

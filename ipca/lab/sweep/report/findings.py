@@ -32,7 +32,7 @@ from statistics import mean, stdev
 
 from ipca.lab.baselines import CONTROLS
 from ipca.lab.statistics import LEVEL, Difference, corrected, difference
-from ipca.lab.sweep.report.comparisons import View
+from ipca.lab.sweep.report.comparisons import View, edge_of
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.words import CONTROLS as MEANING
 from ipca.lab.sweep.report.words import Finding, estimated, listed, name, number, result, seeds, too_few
@@ -67,19 +67,7 @@ def against_lora(sweep: Sweep, views: Sequence[View]) -> Finding | None:
     lines.append(f"At {view.title}: {view.note}. Two-sided p, Holm-adjusted over {len(tests)}.")
     if view is not same and at_one_rate is not None:
         lines.append(f"Retained at {same.title}, {same.note}: {result(at_one_rate)}")
-    lines += [text for method in (reference, "lora") if (text := _at_the_edge(view, method))]
     return Finding(f"Is window {reference} better than plain LoRA?", _lora_answer(tests, at_one_rate), tuple(lines))
-
-
-def _at_the_edge(view: View, method: str) -> str | None:
-    """A warning if most of a method's best rates are the lowest or the highest of the grid."""
-    if view.key != "best":
-        return None
-    rates, lrs = list(view.rates[method].values()), view.sweep.lrs
-    for which, edge in (("lowest", lrs[0]), ("highest", lrs[-1])):
-        if 2 * rates.count(edge) > len(rates):
-            return f"The best rate of {name(method)} is mostly the {which}, {edge:g}: a wider grid may say otherwise."
-    return None
 
 
 def _lora_answer(tests: dict[str, Difference], at_one_rate: Difference | None) -> str:
@@ -220,10 +208,23 @@ def suggestion(sweep: Sweep) -> Finding | None:
     n = seeds(len(chosen.target))
     lines = [f"Of the settings that learn as well as the best, it keeps most: {chosen.means}, {n}."]
     rivals = [setting for setting in found if setting.method == "lora"]
+    shown = [chosen]
     if chosen.method != "lora" and rivals:
-        lines.append(f"By the same rule {choose(rivals)}: {choose(rivals).means}.")
+        shown.append(choose(rivals))
+        lines.append(f"By the same rule {shown[1]}: {shown[1].means}.")
+    lines += dict.fromkeys(text for setting in shown if (text := _edge(sweep, setting)))
     lines.append("Chosen and evaluated on the same seeds: confirm it on others.")
     return Finding(question, f"{str(chosen)[0].upper()}{str(chosen)[1:]}.", tuple(lines))
+
+
+def _edge(sweep: Sweep, setting: Setting) -> str | None:
+    """A warning where the rate of ``setting`` is the last that was tried on its side."""
+    which = edge_of(sweep, setting.lr, setting.comparison)
+    if which is None:
+        return None
+    if len(sweep.lrs) == 1 and setting.comparison != "tuned":
+        return "It is the only rate that was tried: another may be better."
+    return f"The rate of {name(setting.method)} is {which}, at the edge of the rates tried: others may be better."
 
 
 def choose(found: list[Setting]) -> Setting:

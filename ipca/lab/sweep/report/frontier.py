@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from ipca.analysis.figures import INK
 from ipca.lab.baselines import kind_of
 from ipca.lab.compare import Matched, frontier, target_matched
 from ipca.lab.statistics import estimate
 from ipca.lab.sweep.report.comparisons import middle_rate
 from ipca.lab.sweep.report.data import Run, Sweep
 from ipca.lab.sweep.report.drawing import Panel, axis_title, base_line, limits
-from ipca.lab.sweep.report.style import INK, Style, canvas, inline
+from ipca.lab.sweep.report.style import Style
 from ipca.lab.sweep.report.words import name, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _HEIGHT = 5.0, 4.4
+_SIZE = (5.0, 4.4)
 
 
 @dataclass(frozen=True)
@@ -66,42 +68,34 @@ def frontier_panels(sweep: Sweep, styles: Mapping[str, Style]) -> list[Panel]:
     ends = spots(run for run in same if run.step is None)
     if not ends:
         return []
-    panels = [_frontier_panel(sweep, "ends", ends, best_spots(sweep), styles)]
+    note = "A mark is a method at a rate, larger for higher rates; no mark is above the black line."
+    draw = partial(_draw_frontier, sweep, ends, best_spots(sweep), styles)
+    panels = [Panel("frontier", "At the end of training", note, draw, _SIZE, sweep.methods)]
     lr = middle_rate(sweep)
     paths = spots(run for run in same if run.lr == lr)
     if any(spot.step is not None for spot in paths):
-        panels.append(_frontier_panel(sweep, "paths", paths, [], styles))
+        note = f"Every method at {lr:g}; lines follow training, the largest mark is its end."
+        draw = partial(_draw_frontier, sweep, paths, [], styles)
+        panels.append(Panel("frontier-paths", "During training, at checkpoints", note, draw, _SIZE, sweep.methods))
     return panels
 
 
-_TITLES = {"ends": "At the end of training", "paths": "During training, at checkpoints"}
-
-
-def _frontier_panel(sweep: Sweep, key: str, found: list[Spot], best: list[Spot], styles: Mapping[str, Style]) -> Panel:
-    with canvas(_WIDTH, _HEIGHT) as (figure, axis):
-        for method in sweep.methods:
-            _draw_method(axis, [spot for spot in found if spot.method == method], styles[method])
-        if best:
-            axis.plot(
-                [s.target for s in best], [s.retained for s in best], color=INK, drawstyle="steps-pre", linewidth=1
-            )
-        across = limits(spot.target for spot in found)
-        base = sweep.base.get("retained")
-        base_line(axis, base, across)
-        axis.set_xlim(across)
-        axis.set_ylim(limits([spot.retained for spot in found] + ([] if base is None else [base])))
-        axis.set_xlabel(f"{sweep.label('target')}\nmean over seeds")
-        axis.set_ylabel(axis_title(sweep.label("retained"), "mean over seeds"))
-        figure.draw_without_rendering()  # lays out the axis, which determines the pixel positions of the numbers
-        _draw_numbers(axis, found, best)
-        words = "; ".join(f"{s.method} at {s.lr:g}: {s.target:.3g}, {s.retained:.3g}" for s in best or found)
-        svg = inline(figure, f"front-{key}", f"retained over target: {words}")
-    lr = middle_rate(sweep)
-    note = {
-        "ends": "A mark is a method at a rate, larger for higher rates; no mark is above the black line.",
-        "paths": f"Every method at {lr:g}; lines follow training, the largest mark is its end.",
-    }
-    return Panel(_TITLES[key], note[key], svg)
+def _draw_frontier(sweep: Sweep, found: list[Spot], best: list[Spot], styles: Mapping[str, Style], axis: Axes) -> str:
+    for method in sweep.methods:
+        _draw_method(axis, [spot for spot in found if spot.method == method], styles[method])
+    if best:
+        at = [s.target for s in best], [s.retained for s in best]
+        axis.plot(*at, color=INK, drawstyle="steps-pre", linewidth=1)
+    across = limits(spot.target for spot in found)
+    base = sweep.base.get("retained")
+    base_line(axis, base, across)
+    axis.set_xlim(across)
+    axis.set_ylim(limits([spot.retained for spot in found] + ([] if base is None else [base])))
+    axis.set_xlabel(f"{sweep.label('target')}\nmean over seeds")
+    axis.set_ylabel(axis_title(sweep.label("retained"), 1))
+    _draw_numbers(axis, found, best)
+    words = "; ".join(f"{s.method} at {s.lr:g}: {s.target:.3g}, {s.retained:.3g}" for s in best or found)
+    return f"retained over target: {words}"
 
 
 def _draw_method(axis: Axes, found: list[Spot], style: Style) -> None:
@@ -121,17 +115,19 @@ def _draw_method(axis: Axes, found: list[Spot], style: Style) -> None:
 
 def _draw_numbers(axis: Axes, found: list[Spot], best: list[Spot]) -> None:
     """Number the optimal spots, each number where it covers neither a mark nor another number."""
-    to_pixels = axis.transData.transform
-    taken = [tuple(to_pixels((spot.target, spot.retained))) for spot in found]
-    for k, spot in enumerate(best):
-        x, y = to_pixels((spot.target, spot.retained))
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # lays out the axis, which determines the places of the marks
+    point = 72 / figure.dpi
+    places_of = [tuple(point * axis.transData.transform((spot.target, spot.retained))) for spot in (*found, *best)]
+    taken, ends = places_of[: len(found)], places_of[len(found) :]
+    for k, (spot, (x, y)) in enumerate(zip(best, ends, strict=True)):
         places = [(x + dx * r, y + dy * r) for r in (13, 20, 28) for dx, dy in _AROUND]
         place = max(places, key=lambda at: min(min(abs(at[0] - a) + abs(at[1] - b) for a, b in taken), 14.0))
         taken.append(place)
-        offset = (place[0] - x, place[1] - y)
         axis.annotate(
-            str(k + 1), (spot.target, spot.retained), offset, textcoords="offset pixels", ha="center", va="center",
-            fontsize=9, fontweight="bold", color=INK, zorder=5, annotation_clip=False,
+            str(k + 1), (spot.target, spot.retained), (place[0] - x, place[1] - y), textcoords="offset points",
+            ha="center", va="center", fontsize=9, fontweight="bold", color=INK, zorder=5, annotation_clip=False,
         )  # fmt: skip
 
 
@@ -161,20 +157,22 @@ def matched_panels(sweep: Sweep, styles: Mapping[str, Style]) -> list[Panel]:
         method: {seed: base - value for seed, value in seeds.items() if not math.isnan(value)}
         for method, seeds in found.retained.items()
     }
-    methods = list(lost)
-    low, high = limits([0.0, *(value for seeds in lost.values() for value in seeds.values())])
-    with canvas(5.6, 0.9 + 0.3 * len(methods)) as (figure, axis):
-        for y, method in enumerate(methods):
-            _draw_bar(axis, y, lost[method], styles[method])
-        axis.axvline(0, color=INK, linewidth=0.8)
-        axis.set_yticks(range(len(methods)), [name(method) for method in methods])
-        axis.set(ylim=(len(methods) - 0.4, -0.6), xlim=(low, high))
-        axis.grid(visible=False, axis="y")
-        axis.set_xlabel(f"lost of {sweep.label('retained')}\nmean, 95 % interval over seeds")
-        means = ", ".join(f"{m}: {sum(v.values()) / len(v):.3g}" for m, v in lost.items() if v)
-        svg = inline(figure, "matched", f"forgetting at an equal target: {means}")
     note = f"At a target of {number(found.target)}, the largest that every method reaches with every seed."
-    return [Panel("Forgetting at an equal target", note, svg)]
+    draw = partial(_draw_bars, sweep, lost, styles)
+    return [Panel("equal-target", "Forgetting at an equal target", note, draw, (5.6, 0.9 + 0.3 * len(lost)))]
+
+
+def _draw_bars(sweep: Sweep, lost: Mapping[str, Mapping[int, float]], styles: Mapping[str, Style], axis: Axes) -> str:
+    low, high = limits([0.0, *(value for seeds in lost.values() for value in seeds.values())])
+    for y, method in enumerate(lost):
+        _draw_bar(axis, y, lost[method], styles[method])
+    axis.axvline(0, color=INK, linewidth=0.8)
+    axis.set_yticks(range(len(lost)), [name(method) for method in lost])
+    axis.set(ylim=(len(lost) - 0.4, -0.6), xlim=(low, high))
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel(axis_title(f"lost of {sweep.label('retained')}", len(sweep.seeds)))
+    means = ", ".join(f"{m}: {sum(v.values()) / len(v):.3g}" for m, v in lost.items() if v)
+    return f"forgetting at an equal target: {means}"
 
 
 def _draw_bar(axis: Axes, y: int, lost: Mapping[int, float], style: Style) -> None:

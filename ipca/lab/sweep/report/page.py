@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipca._atomic import write_atomic
-from ipca.lab.sweep.report.comparisons import View, views
-from ipca.lab.sweep.report.curves import position_panels, rate_panels
 from ipca.lab.sweep.report.data import Sweep, read_sweep
 from ipca.lab.sweep.report.drawing import Panel
-from ipca.lab.sweep.report.frontier import frontier_panels, matched_panels
-from ipca.lab.sweep.report.style import Style, legend, styles, variables
-from ipca.lab.sweep.report.tables import (
-    Table,
-    arm_table,
-    difference_tables,
-    failure_table,
-    frontier_table,
-    mean_tables,
-    settings_table,
-)
-from ipca.lab.sweep.report.verdict import judge
+from ipca.lab.sweep.report.figures import figures_of
+from ipca.lab.sweep.report.style import canvas, inline, legend, styles, variables
+from ipca.lab.sweep.report.tables import Table, settings_table, tables_of
+from ipca.lab.sweep.report.verdict import Verdict, judge
 from ipca.lab.sweep.store import REPORT
 
 _PACKAGES = ("matplotlib", "jinja2")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Panels under one heading, with an explanation."""
-
-    title: str
-    text: str
-    legend: list[tuple[str, str]]
-    panels: list[Panel]
-    table: Table | None = None
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -64,7 +43,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     require_packages()
     sweep = read_sweep(Path(folder))
     path = Path(folder) / REPORT
-    write_atomic(path, render(sweep).encode())
+    write_atomic(path, render({"": sweep}).encode())
     return path
 
 
@@ -89,64 +68,38 @@ def verdict(folder: str | os.PathLike[str]) -> str:
     return str(judge(read_sweep(Path(folder))))
 
 
-def render(sweep: Sweep) -> str:
-    """The report as HTML."""
-    look, here = styles(sweep), views(sweep)
-    found = judge(sweep)
+def render(sweeps: Mapping[str, Sweep]) -> str:
+    """The report on one sweep, or on several by label, as HTML."""
+    look = styles(next(iter(sweeps.values())))
+    parts = [Part(label, judge(sweep), _facts(sweep), settings_table(sweep)) for label, sweep in sweeps.items()]
+    drawn = itertools.count()
     return _template().render(
-        sweep=sweep,
-        verdict=found,
-        figures=_figures(sweep, here, look),
-        arms=arm_table(found.arms) if found.arms else None,
-        means=mean_tables(sweep),
-        differences=difference_tables(sweep, here),
-        failures=failure_table(sweep),
-        settings=settings_table(sweep),
-        facts=_facts(sweep),
+        parts=parts,
+        title=parts[0].verdict.headline if len(parts) == 1 else ", ".join(sweeps),
+        figures=[
+            (figure, legend(figure.methods, look, base=figure.base), [_picture(p, next(drawn)) for p in figure.panels])
+            for figure in figures_of(sweeps)
+        ],
+        tables=tables_of(sweeps),
         light=variables(look, dark=False),
         dark=variables(look, dark=True),
     )
 
 
-def _figures(sweep: Sweep, here: Sequence[View], look: dict[str, Style]) -> list[Figure]:
-    dots = "Marks are means, bars 95 % bootstrap intervals, too narrow for few seeds; small dots are seeds."
-    lines = [m for m in ("lora", "full", "auto") if m in sweep.methods]
-    all_methods = list(sweep.methods)
-    shown = [
-        Figure(
-            f"{title} over the window's position",
-            f"{dots} Bands: methods without a position. Thin lines: means at the grid's other rates, which may leave "
-            "the panel. The untrained model is omitted if it is far from all others.",
-            legend([*sweep.positions, *lines], look, base=metric in sweep.base),
-            position_panels(here, metric, look),
-        )
-        for metric, title in (("retained", "Retention"), ("target", "Target"), ("drift", "Drift"))
-        if metric in sweep.metrics
-    ]
-    crosses = f"{dots} A cross counts failed runs; a hollow mark is the mean of the others."
-    learned = "Up is less forgetting, right is more learning; a hollow mark is a mean without its failed runs."
-    shown += [
-        Figure(
-            "Robustness to the learning rate",
-            f"At the same rate for every method; marks are offset sideways for visibility. {crosses}",
-            legend(all_methods, look, base=bool(sweep.base)),
-            rate_panels(sweep, look),
-        ),
-        Figure(
-            "Learning and forgetting",
-            learned,
-            legend(all_methods, look, base="retained" in sweep.base),
-            frontier_panels(sweep, look),
-            frontier_table(sweep),
-        ),
-        Figure(
-            "Forgetting at equal learning",
-            "Interpolated along each seed's best points over rates and checkpoints. Dots are seeds.",
-            [],
-            matched_panels(sweep, look),
-        ),
-    ]
-    return [figure for figure in shown if figure.panels]
+class Part(NamedTuple):
+    """What a report says of one sweep in words; ``label`` is empty if it is the only one."""
+
+    label: str
+    verdict: Verdict
+    facts: list[str]
+    settings: Table
+
+
+def _picture(panel: Panel, number: int) -> tuple[Panel, str]:
+    """The panel and its ``<svg>`` element, whose ids are unique by ``number``."""
+    with canvas(*panel.size) as (figure, axis):
+        words = panel.draw(axis)
+        return panel, inline(figure, f"p{number}", " ".join([panel.sweep, words]).strip())
 
 
 def _facts(sweep: Sweep) -> list[str]:

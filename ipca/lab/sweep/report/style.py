@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ipca.analysis.figures import DASHES, FAINT, INK, house_style
 from ipca.lab.baselines import CONTROLS, kind_of
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.words import name
@@ -22,8 +23,9 @@ from ipca.lab.sweep.report.words import name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-INK, SOFT, FAINT = "#1d1d22", "#74747f", "#b9b9c2"
+SOFT = "#74747f"
 _LIGHT_RAMP = ((0x4C, 0x1D, 0x95), (0x2F, 0x6F, 0xED), (0x10, 0xB4, 0xDC))
 _DARK_RAMP = ((0xB0, 0x7C, 0xF0), (0x74, 0xA4, 0xFF), (0x7A, 0xEA, 0xFA))
 _FIXED = {  # light, dark, mark, dashes
@@ -37,7 +39,6 @@ _CONTROLS = {  # one color per pair that tests the same
     **dict.fromkeys(("matched-principal", "matched-minor"), ("#1d1d23", "#e8e8ef")),
 }
 _CONTROL_MARKS = dict(zip(CONTROLS, (">", "P", "^", "v", "<", "X"), strict=True))
-_CONTROL_DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2, 2, 2)))
 _SVG_DASHES = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "5 2.5 1.5 2.5"}
 
 
@@ -63,7 +64,7 @@ def style_of(method: str, position: float | None = None) -> Style:
     if method in _FIXED:
         return Style(*_FIXED[method])
     if method in CONTROLS:
-        return Style(*_CONTROLS[method], _CONTROL_MARKS[method], _CONTROL_DASHES[CONTROLS.index(method)])
+        return Style(*_CONTROLS[method], _CONTROL_MARKS[method], DASHES[CONTROLS.index(method)])
     f = 0.0 if position is None else position
     return Style(_ramp(_LIGHT_RAMP, f), _ramp(_DARK_RAMP, f), "o", "-")
 
@@ -84,45 +85,12 @@ def variables(found: Mapping[str, Style], dark: bool) -> str:
 
 @contextmanager
 def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of ``width × height`` inches with one axis; the report's matplotlib settings hold within the block."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    """A figure of ``width × height`` inches with one axis; :func:`ipca.analysis.figures.house_style` holds within."""
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's style would change the bytes
-        matplotlib.rcParams.update(_LOOK)
+    with house_style(parse_math=False):
         figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
         yield figure, figure.subplots()
-
-
-_LOOK: Any = {
-    "svg.fonttype": "none",  # keep text as text: readable by screen readers, selectable, searchable
-    "text.parse_math": False,  # a label may hold a dollar sign
-    "svg.hashsalt": "ipca",  # the same figure has the same bytes
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "grid.alpha": 0.45,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 6,
-}
 
 
 def inline(figure: Figure, key: str, words: str) -> str:
@@ -148,6 +116,15 @@ def legend(methods: Iterable[str], styles: Mapping[str, Style], *, base: bool) -
         line = '<line x1="1" y1="8" x2="33" y2="8" stroke-width="1.6" stroke-dasharray="1.5 3"/>'
         entries.append((_svg(f'<g stroke="{_variable(INK)}">{line}</g>'), name("base")))
     return entries
+
+
+def handles(methods: Iterable[str], styles: Mapping[str, Style], *, base: bool) -> list[Line2D]:
+    """The same entries for a matplotlib legend."""
+    from matplotlib.lines import Line2D
+
+    looks = [(name(m), styles[m].color, styles[m].mark, styles[m].dashes) for m in methods]
+    looks += [(name("base"), INK, "", (0, (1, 2)))] if base else []
+    return [Line2D([], [], color=c, marker=mark, linestyle=line, label=label) for label, c, mark, line in looks]
 
 
 def _swatch(style: Style) -> str:

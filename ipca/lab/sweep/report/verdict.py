@@ -10,8 +10,10 @@ positive if the end forgets more. Each arm is tested by the exact sign-flip test
 - **few**: with so few seeds not even differences of equal sign would reach 5 %.
 - **none** otherwise. This does not prove a flat curve: the intervals bound how large an arm can be.
 
-The headline is the shape of ``retained`` at the same rate, the grid's middle one. Other comparisons and ``drift`` are
-reported separately and do not change it. Further findings: :mod:`~ipca.lab.sweep.report.findings`.
+The headline is the shape of ``retained`` at the same rate, the grid's middle one (the lower of two). The rate is fixed
+before any result, since the best one by its own numbers would be biased; where the windows learned nothing there, or
+next to nothing (:func:`~ipca.lab.sweep.report.comparisons.learned`), the headline says so. Other comparisons and
+``drift`` are reported separately and do not change it. Further findings: :mod:`~ipca.lab.sweep.report.findings`.
 
 Every p is that of a sign-flip test, exact up to 15 seeds, and every correction is stated where it is made; nothing is
 corrected over the whole report.
@@ -24,7 +26,7 @@ from functools import cached_property
 from statistics import mean
 
 from ipca.lab.statistics import LEVEL, Difference, corrected, difference
-from ipca.lab.sweep.report.comparisons import View, views
+from ipca.lab.sweep.report.comparisons import View, learned, views, why_this_rate
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.findings import against_lora, controls, suggestion
 from ipca.lab.sweep.report.words import Finding, listed, name, p_value, result, too_few
@@ -119,26 +121,34 @@ def _shape(arms: Arms | None) -> tuple[str, tuple[str, ...]]:
     """The headline and its supporting lines."""
     if arms is None:
         return "Whether forgetting is U-shaped cannot be determined: no finished run has a value of retained.", ()
+    lr = arms.view.lr
+    assert lr is not None  # of the same rate
+    at = f"at learning rate {lr:g}"
+    known = learned(arms.view)
+    doubt = f" But {known.doubt}." if known is not None and known.doubt else ""
+    rate = f"At {arms.view.title}: {arms.view.note}, {why_this_rate(arms.view.sweep)}."
+    where = (rate,) if known is None else (rate, str(known))
     if arms.verdict == "untested":
-        return "Whether forgetting is U-shaped cannot be determined: " + _missing(arms), ()
+        return f"Whether forgetting is U-shaped {at} cannot be determined: {_missing(arms)}{doubt}", where
     n = min(found.n for found in arms.tests.values())
     few = too_few(arms.tests.values(), 1)
     words = {
-        "U": "Forgetting is U-shaped: the middle windows keep more than both ends.",
-        "left": "Only the left arm: the principal end forgets more than the middle; the minor end is not shown to.",
-        "right": "Only the right arm: the minor end forgets more than the middle; the principal end is not shown to.",
-        "none": "No U-shape detected.",
-        "few": f"Too few seeds to determine whether forgetting is U-shaped ({few}).",
+        "U": f"Forgetting is U-shaped {at}: the middle windows keep more than both ends.",
+        "left": f"Only the left arm {at}: the principal end forgets more than the middle, the minor is not shown to.",
+        "right": f"Only the right arm {at}: the minor end forgets more than the middle, the principal is not shown to.",
+        "none": f"No U-shape detected {at}.",
+        "few": f"Too few seeds to determine whether forgetting is U-shaped {at} ({few}).",
     }
-    return words[arms.verdict], _basis(arms, n)
+    return words[arms.verdict] + doubt, _basis(arms, n, where)
 
 
-def _basis(arms: Arms, n: int) -> tuple[str, ...]:
+def _basis(arms: Arms, n: int, where: tuple[str, ...]) -> tuple[str, ...]:
     left, right = arms.tests["left"], arms.tests["right"]
     lines = [
         f"Retained, middle ({', '.join(arms.middle)}) minus the principal end ({arms.ends['left']}): {result(left)}",
         f"Minus the minor end ({arms.ends['right']}): {result(right)}",
-        f"At {arms.view.title}: {arms.view.note}. Mean difference, 95 % interval; one-sided p, Holm-adjusted over 2.",
+        "Mean difference, 95 % interval from 3 seeds; one-sided p, Holm-adjusted over 2.",
+        *where,
     ]
     if arms.verdict == "U":
         worse = max(left.p, right.p)

@@ -6,6 +6,7 @@ from ipca.lab.sweep.report.comparisons import views
 from ipca.lab.sweep.report.data import read_sweep
 from ipca.lab.sweep.report.findings import against_lora, controls, suggestion
 from ipca.lab.sweep.report.verdict import Arms, judge
+from ipca.lab.sweep.trial import COLUMNS
 from tests.helpers.sweep_rows import Made, by_hand, write_rows
 
 QUICK = {"windows": ("0.0", "0.25", "0.5", "1.0"), "methods": (), "lrs": (1e-3,), "comparisons": ("same",)}
@@ -18,25 +19,28 @@ def verdict(folder, **made):
 @pytest.mark.parametrize(
     ("made", "says"),
     [
-        ({}, "Forgetting is U-shaped: the middle windows keep more than both ends."),
-        ({"left": 0.0, "right": 0.0}, "No U-shape detected."),
-        ({"right": -0.05}, "Only the left arm: the principal end forgets more than the middle; the minor end is not"),
-        ({"left": -0.05}, "Only the right arm: the minor end forgets more than the middle; the principal end is not"),
+        ({}, "Forgetting is U-shaped at learning rate 0.001: the middle windows keep more than both ends."),
+        ({"left": 0.0, "right": 0.0}, "No U-shape detected at learning rate 0.001."),
+        (
+            {"right": -0.05},
+            "Only the left arm at learning rate 0.001: the principal end forgets more than the middle, the",
+        ),
+        ({"left": -0.05}, "Only the right arm at learning rate 0.001: the minor end forgets more than the middle, the"),
         (
             {"seeds": 2},
-            "Too few seeds to determine whether forgetting is U-shaped (n = 2; smallest possible p = 0.25; 5",
+            "whether forgetting is U-shaped at learning rate 0.001 (n = 2; smallest possible p = 0.25; 5 seeds",
         ),
         (
             {"seeds": 1},
-            "Too few seeds to determine whether forgetting is U-shaped (n = 1; smallest possible p = 0.5; 5",
+            "whether forgetting is U-shaped at learning rate 0.001 (n = 1; smallest possible p = 0.5; 5 seeds",
         ),
         (
             {"windows": ("0.5", "1.0")},
-            "U-shaped cannot be determined: no window at the principal end",
+            "U-shaped at learning rate 0.001 cannot be determined: no window at the principal end",
         ),
         (
             {"windows": ("0.0", "1.0")},
-            "U-shaped cannot be determined: no window between 0.25 and 0.75",
+            "U-shaped at learning rate 0.001 cannot be determined: no window between 0.25 and 0.75",
         ),
         (
             {"windows": ("0.5",)},
@@ -66,15 +70,110 @@ def test_p_values_of_the_arms_are_those_of_counting_signs(tmp_path):
 def test_five_seeds_show_both_arms_but_not_one_alone(tmp_path):
     assert verdict(tmp_path / "u", seeds=5).headline.startswith("Forgetting is U-shaped")
     left = verdict(tmp_path / "left", seeds=5, right=-0.05)
-    assert left.headline == "No U-shape detected."
+    assert left.headline == "No U-shape detected at learning rate 0.001."
     assert left.basis[-1].startswith("With 5 seeds only both arms together can be shown, not a single one; 6 seeds")
     assert verdict(tmp_path / "six", seeds=6, right=-0.05).headline.startswith("Only the left arm")
 
 
 def test_an_inverted_curve_is_said_to_be_one(tmp_path):
     found = verdict(tmp_path, left=-0.1, right=-0.1)
-    assert found.headline == "No U-shape detected."
+    assert found.headline == "No U-shape detected at learning rate 0.001."
     assert found.basis[-1] == "The means are the other way round: the middle keeps less than both ends."
+
+
+@pytest.mark.parametrize(
+    ("lrs", "rate", "why"),
+    [
+        ((1e-3,), "0.001", "the only one of the grid"),
+        ((1e-3, 2e-3), "0.001", "the lower one of the grid's 2: fixed before any result"),
+        ((5e-4, 1e-3, 2e-3), "0.001", "the middle one of the grid's 3: fixed before any result"),
+        ((5e-4, 1e-3, 2e-3, 4e-3), "0.001", "the lower middle one of the grid's 4: fixed before any result"),
+    ],
+)
+def test_the_headline_states_its_rate_and_why(lrs, rate, why, tmp_path):
+    found = verdict(tmp_path, lrs=lrs, seeds=5)
+    assert found.headline.startswith(f"Forgetting is U-shaped at learning rate {rate}: ")
+    assert f"At the same learning rate: every method at {rate}, {why}." in found.basis
+
+
+def rates(folder, targets, base=0.1, seeds=3):
+    """Windows whose target is that of ``targets`` at each rate, plus a noise of 0.01 over seeds."""
+    rows = [{**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok", "target": base}]
+    for lr, target in targets.items():
+        for window in ("0.0", "0.5", "1.0"):
+            rows += [by_hand(window, seed, target + 0.01 * (seed - 1), 0.5, lr=lr) for seed in range(seeds)]
+    return judge(read_sweep(write_rows(folder, rows)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "doubt"),
+    [
+        ({1e-3: 0.7}, None),
+        ({1e-3: 0.11}, "nothing was learned at this rate"),  # within two standard errors, 0.0115
+        ({1e-3: 0.05}, "nothing was learned at this rate"),
+        ({1e-3: 0.115}, None),
+        ({1e-3: 0.115, 1e-2: 0.7}, "next to nothing was learned at this rate (at 0.01 the target is 0.700)"),
+        ({1e-3: 0.11, 1e-2: 0.7}, "nothing was learned at this rate (at 0.01 the target is 0.700)"),
+        ({1e-3: 0.2, 1e-2: 0.7}, None),
+        ({1e-4: 0.7, 1e-3: 0.0, 1e-2: 0.0}, "nothing was learned at this rate (at 0.0001 the target is 0.700)"),
+    ],
+)
+def test_the_headline_says_where_nothing_was_learned(targets, doubt, tmp_path):
+    found = rates(tmp_path, targets)
+    _, _, said = found.headline.partition(" But ")
+    assert said == ("" if doubt is None else f"{doubt}.")
+    middle = sorted(targets)[(len(targets) - 1) // 2]
+    said = f"Mean target of the windows there {targets[middle]:.3f}, of the untrained model 0.100."
+    assert said in found.basis
+
+
+def test_what_was_learned_is_said_where_an_arm_is_missing_too(tmp_path):
+    rows = [{**dict.fromkeys(COLUMNS), "method": "base", "kind": "base", "status": "ok", "target": 0.1}]
+    rows += [by_hand("0.5", seed, 0.1 + 0.001 * seed, 0.5) for seed in range(3)]
+    found = judge(read_sweep(write_rows(tmp_path, rows)))
+    assert found.headline.endswith("minor end (above 0.75) was swept. But nothing was learned at this rate.")
+    assert found.basis[-1] == "Mean target of the windows there 0.101, of the untrained model 0.100."
+
+
+def test_one_seed_has_learned_where_it_is_above_the_untrained_model(tmp_path):
+    assert " But " not in rates(tmp_path / "a", {1e-3: 0.12}, seeds=1).headline
+    assert rates(tmp_path / "b", {1e-3: 0.1}, seeds=1).headline.endswith(" But nothing was learned at this rate.")
+
+
+@pytest.mark.parametrize(
+    ("best", "says"), [(1e-4, "the lowest"), (1e-3, None), (1e-2, "the highest")], ids=["low", "inside", "high"]
+)
+def test_a_best_rate_at_the_edge_is_said_to_be_one(best, says, tmp_path):
+    rows = [
+        by_hand(method, seed, 0.9 if lr == best else 0.5, 0.5 + 0.1 * seed, lr=lr)
+        for method in ("0.5", "lora")
+        for lr in (1e-4, 1e-3, 1e-2)
+        for seed in range(3)
+    ]
+    sweep = read_sweep(write_rows(tmp_path, rows))
+    view = views(sweep)[-1]
+    edges = {} if says is None else dict.fromkeys(("0.5", "lora"), says)
+    assert (view.key, view.edges) == ("best", edges)
+    said = "at the edge of the rates tried"
+    assert (f"{said}, so that others may be better: window 0.5 ({says}) and plain LoRA ({says})" in view.note) is bool(
+        says
+    )
+    for finding in (against_lora(sweep, views(sweep)), suggestion(sweep)):
+        assert (said in " ".join(finding.details)) is bool(says)
+
+
+def test_the_only_rate_is_said_to_be_one_and_a_tuned_one_has_the_edges_of_the_search(tmp_path):
+    rows = [by_hand("0.5", seed, 0.5, 0.5) for seed in range(3)]
+    assert (
+        "It is the only rate that was tried: another may be better."
+        in suggestion(read_sweep(write_rows(tmp_path / "one", rows))).details
+    )
+    tuned = [by_hand("0.5", seed, 0.9, 0.5, lr=3.95e-3, comparison="tuned") for seed in range(3)]
+    sweep = read_sweep(write_rows(tmp_path / "tuned", rows + tuned))
+    assert views(sweep)[-1].edges == {"0.5": "the highest"}  # of 1e-3 times 4
+    assert any("at the edge of the rates tried" in line for line in suggestion(sweep).details)
+    inside = [by_hand("0.5", seed, 0.9, 0.5, lr=2e-3, comparison="tuned") for seed in range(3)]
+    assert views(read_sweep(write_rows(tmp_path / "inside", rows + inside)))[-1].edges == {}
 
 
 def test_the_middle_is_the_mean_of_the_windows_between_and_pairs_are_seeds(tmp_path):
@@ -156,8 +255,7 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_named(tmp_path):
         for method in best for lr in (1e-3, 2e-3, 4e-3) for seed in range(3)
     ]  # fmt: skip
     details = lora_answer(tmp_path, rows).details
-    assert details[-1] == "The best rate of plain LoRA is mostly the highest, 0.004: a wider grid may say otherwise."
-    assert not any("of window 0.5 is mostly" in line for line in details)
+    assert "so that others may be better: plain LoRA (the highest). Two-sided" in " ".join(details)
 
 
 def test_without_lora_or_reference_there_is_nothing_to_say_about_them(tmp_path):
