@@ -136,6 +136,8 @@ def entry(package: ModuleType, name: str, homes: dict[int, str]) -> str:
         shown = tuple(value) if isinstance(value, dict) else value
         return f".. py:data:: {name}\n   :value: {shown!r}\n\n   {text}"
     kind = "class" if inspect.isclass(value) else "function"
+    if kind == "class" and issubclass(value, Exception):
+        kind = "exception"
     home = homes.setdefault(id(value), path)
     if home != path:
         return f".. py:{kind}:: {name}\n\n   The same as :py:obj:`{home}`."

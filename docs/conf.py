@@ -26,7 +26,7 @@ exclude_patterns = ["README.md", "_build"]  # index.md includes README.md
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!ipca\b).*"),  # names of other packages
-    (r"py:class", r"ipca\..*\.(Model|Layer|Factors|Kept|CheckpointWeights|ExpertStack)"),  # in signatures only
+    (r"py:class", r"ipca\..*\.(Model|Layer|Factors|Kept|Grid|CheckpointWeights|ExpertStack)"),  # in signatures only
 ]
 highlight_language = "none"  # indented blocks are formulas
 nb_execution_mode = "off"  # the notebook holds its outputs; a test executes it

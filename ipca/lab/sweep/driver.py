@@ -180,6 +180,10 @@ def plan_sweep(
     Without a model it is not known whether every window fits into every layer, and whether ``build`` gives the model
     of the trainings in ``out``; :func:`run` checks both before it starts.
 
+    Args:
+        task, out, windows, lrs, seeds, methods, comparisons, early, checkpoints, tune: as for :func:`run`.
+        workers, threads, accept_task_change, overwrite: likewise.
+
     Returns:
         A table by method and stage. Its time is that of the finished trainings in ``out``; None where there are none.
 

@@ -19,6 +19,7 @@ class Plan:
     """The trainings of a sweep; ``str()`` is a table of them by method and stage.
 
     Attributes:
+        grid: the windows, rates, seeds, methods and comparisons.
         counts: ``{stage: {method: number}}``; the stages are the comparisons, then ``"tuning"`` and ``"tuned"``.
         exact: whether the rates of ``"update"`` and ``"tuned"`` are known; until then their numbers are upper bounds.
         seconds: of each finished training.

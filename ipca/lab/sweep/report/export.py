@@ -63,7 +63,7 @@ def export_report(
     Args:
         folders: of sweeps, or of a single one.
         out: gets ``report.html``, ``rows.csv`` (with a column ``sweep`` if there are several), ``figures/`` in each of
-            ``formats``, and ``tables/``: LaTeX ``tabular``s for the package booktabs, and Markdown.
+            ``formats``, and ``tables/``: LaTeX ``tabular`` for the package booktabs, and Markdown.
         labels: of the sweeps, in figures and tables; by default the names of their folders.
         formats: ``"png"``, ``"svg"``, ``"pdf"``.
         overwrite: write into an ``out`` that holds something else than an earlier report.
@@ -102,6 +102,9 @@ def frame(folder: str | os.PathLike[str]) -> DataFrame:
 
     Numbers are those of the table to the bit. Methods are text, also ``"0.5"``; ``seed`` and ``step`` are whole
     numbers, ``step`` missing at the end of training. The untrained model is the row with the method ``"base"``.
+
+    Args:
+        folder: that a sweep or :func:`export_report` wrote.
 
     Raises:
         ImportError: pandas is missing.
