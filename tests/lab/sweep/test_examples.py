@@ -16,6 +16,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.utils import logging
 
 from ipca.cli.main import main
 from ipca.lab.names import TASK_EXAMPLES
@@ -35,6 +36,15 @@ FEW = (
     "--comparisons",
     "same",
 )
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    """The examples silence transformers, other tests listen to it."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
 
 
 def save(name, folder):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from ipca.lab import sweep
 from ipca.model import AdapterSettings
@@ -22,6 +23,8 @@ MODEL = "distilbert/distilbert-base-uncased"  # a folder, or an id on the Huggin
 SETTINGS = AdapterSettings(rank=16, targets="all-linear")  # the head is trained too, without being named
 CLASSES = ("bad", "good")
 STEPS, BATCH = 50, 16
+logging.set_verbosity_error()  # else every process reports its new head and its loading
+logging.disable_progress_bar()
 
 
 def labeled() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
+from transformers.utils import logging
 
 from ipca.lab import sweep
 from ipca.model import AdapterSettings
@@ -21,6 +22,8 @@ MODEL = "WinKawaks/vit-tiny-patch16-224"  # a folder, or an id on the Hugging Fa
 SETTINGS = AdapterSettings(rank=16, targets="all-linear")  # the head is trained too, without being named
 CLASSES = 4
 STEPS, BATCH = 50, 16
+logging.set_verbosity_error()  # else every process reports its new head and its loading
+logging.disable_progress_bar()
 
 
 def labeled(count: int, size: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from ipca.analysis import kl_to_base
 from ipca.lab import sweep
@@ -21,6 +22,7 @@ from ipca.model import AdapterSettings
 MODEL = "HuggingFaceTB/SmolLM2-135M"  # a folder, or an id on the Hugging Face Hub
 SETTINGS = AdapterSettings(rank=16, targets="all-linear")
 STEPS, BATCH, LENGTH = 50, 4, 128
+logging.disable_progress_bar()  # of loading, in every process
 
 
 def text() -> str:

@@ -42,6 +42,7 @@ def test_every_figure_and_table_is_a_file_in_every_format(pair):
     drawn = ElementTree.parse(out / "figures" / "retained-same.svg").getroot()
     words = "".join(drawn.itertext())
     assert all(label in words for label in ("SST-2", "R&T", "plain LoRA", "window position f"))
+    assert words.count("mean, 95 % interval over seeds") == words.count("mean over seeds") == 1  # of three, and of two
 
 
 def test_the_page_holds_the_sweeps_side_by_side(pair):
