@@ -92,7 +92,7 @@ def matrix(m: int, n: int, spectrum: str, device: torch.device, batch: int) -> T
 @lru_cache(maxsize=1)
 def minilm() -> dict[str, Tensor]:
     """The weights of the demo's model; ImportError says what to install."""
-    from ipca.lab.demo.task import Settings, load_encoder
+    from ipca.lab.demo.encoder import Settings, load_encoder
 
     state = load_encoder(Settings()).model.state_dict()
     return {name: state[name].float() for name in MINILM.values()}

@@ -20,7 +20,7 @@ from torch import nn
 
 from ipca.lab import sweep
 from ipca.lab.demo.data import ARCHIVE, load_text
-from ipca.lab.demo.task import TARGETS, Encoder, Probe, Settings, accuracy, load_encoder
+from ipca.lab.demo.encoder import TARGETS, Encoder, Probe, Settings, accuracy, load_encoder
 from ipca.model import AdapterSettings
 
 SETTINGS = Settings()

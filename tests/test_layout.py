@@ -123,7 +123,7 @@ PLANTED = [
     ("ipca.model.apply", "from ipca.io.adapter import save_adapter", "model (level 4) may not import io (level 5)"),
     ("ipca.peft.hub", "from ipca.analysis import angles", "peft (level 6) may not import analysis (level 6)"),
     ("ipca.analysis.angles", "import ipca.lab.demo.data", "analysis (level 6) may not import lab (level 7)"),
-    ("ipca.lab.demo.task", "from ipca.cli import main", "lab (level 7) may not import cli (level 8)"),
+    ("ipca.lab.demo.encoder", "from ipca.cli import main", "lab (level 7) may not import cli (level 8)"),
     ("ipca.io.adapter_folder", "import peft", "only lab, peft, train may import peft"),
     ("ipca.io.peft_reader", "import peft", "only lab, peft, train may import peft"),
     ("ipca.io.peft_format", "def f():\n    import peft", "only lab, peft, train may import peft"),
@@ -165,7 +165,7 @@ def test_the_checker_keeps_the_front_free_of_what_lies_above_it(part):
         ("ipca.svd.krylov", False, "from ipca.window import Window\nfrom . import blocks\nfrom ..window import Window"),
         ("ipca.ops.linear", False, "def f():\n    from ipca.kernels.pc_linear import run"),
         ("ipca.nn.layer_kinds", False, "def f():\n    from transformers.pytorch_utils import Conv1D"),
-        ("ipca.lab.demo.task", False, "import ipca, peft, transformers\nfrom ipca.analysis import angles"),
+        ("ipca.lab.demo.encoder", False, "import ipca, peft, transformers\nfrom ipca.analysis import angles"),
         ("ipca.peft.hub", False, "from peft import LoraConfig\nimport ipca.io"),
         ("ipca.io.peft_reader", False, "def f():\n    from peft import LoraConfig"),
         (

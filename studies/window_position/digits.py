@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.lab.demo.task import accuracy
+from ipca.lab.demo.encoder import accuracy
 from ipca.lab.sweep import Task
 from ipca.lab.sweep.device import device_of
 from ipca.model import AdapterSettings

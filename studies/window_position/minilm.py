@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.lab.demo.data import ARCHIVE, Labeled, load_text
-from ipca.lab.demo.task import Encoder, Settings, accuracy, load_encoder
+from ipca.lab.demo.encoder import Encoder, Settings, accuracy, load_encoder
 from ipca.lab.sweep import Task
 from ipca.model import AdapterSettings
 from studies.cached_tensors import cached

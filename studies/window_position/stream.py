@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ipca._atomic import staged_files
 from ipca.lab.continual import METHODS, ContinualLearner, StreamTask, run_stream
-from ipca.lab.demo.task import accuracy
+from ipca.lab.demo.encoder import accuracy
 from studies.window_position import digits
 from studies.window_position.pretraining import Pretraining
 from studies.window_position.train_loop import fit, shuffled_batches

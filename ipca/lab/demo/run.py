@@ -20,7 +20,7 @@ from ipca._atomic import staged_files
 from ipca.io.model_folder import copy_companions, load_model
 from ipca.io.output_folder import check_output
 from ipca.lab.demo.data import FETCH, Labeled, Text, load_text
-from ipca.lab.demo.task import model_path
+from ipca.lab.demo.encoder import model_path
 from ipca.train.report import summary
 from ipca.train.run import fine_tune
 from ipca.train.settings import TrainSettings

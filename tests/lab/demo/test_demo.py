@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ipca.cli.arguments import parse_arguments
 from ipca.cli.main import main
 from ipca.lab.demo import run
 from ipca.lab.demo.data import SOURCES, load_text
-from ipca.lab.demo.task import METHODS, Encoder, Probe, Settings, load_encoder
+from ipca.lab.demo.encoder import Encoder, Probe, Settings, load_encoder
+from ipca.train.data import find_source, read_data
 
 TEXT = Path(os.environ.get("IPCA_DEMO_TEXT", "vaderSentiment-3.3.2.tar.gz"))
 needs_text = pytest.mark.skipif(not TEXT.is_file(), reason=f"no {TEXT}; `make test` fetches it")
@@ -79,21 +81,20 @@ def test_another_archive_is_refused(tmp_path):
 @needs_model
 def test_the_demo_runs_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "out"
-    small = ["--seeds", "1", "--steps", "2", "--sentences", "32", "--json"]
-    assert main(["demo", "--text", str(TEXT), "-o", str(out), *small]) == 0
+    assert main(["demo", "--text", str(TEXT), "-o", str(out), "--steps", "4", "--sentences", "16", "--json"]) == 0
     captured = capsys.readouterr()
     record = json.loads(captured.out)
-    assert [row["method"] for row in record["table"]] == list(METHODS)
     assert "stock PEFT:         max |Δlogit|" in captured.err
-    for stage in ("ipca", "stock PEFT", "stock PEFT merged", "merged"):
-        assert record[stage] <= 1e-5
-    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert run.read_rows(out / "demo.csv") == record["table"]
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "demo.csv", "demo.png", "merged"]
+    assert set(record["checks"]) == {"stock PEFT", "stock PEFT merged", "merged"}
+    assert all(difference <= 1e-5 for difference in record["checks"].values())
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "data", "merged"]
+    assert (out / "adapter" / "curve.png").read_bytes().startswith(b"\x89PNG")
     change = load_file(out / "adapter" / "adapter_model.safetensors")
     pairs = [(change[key], change[key.replace("lora_A", "lora_B")]) for key in change if "lora_A" in key]
     assert len(pairs) == 6
-    assert all((B @ A).abs().max() > 1e-4 for A, B in pairs)  # it did train
+    assert all((B @ A).abs().max() > 1e-5 for A, B in pairs)  # it did train
+    command = captured.err[captured.err.index("ipca train") :].split("\n\n")[0].split("-o ")[0].replace("\\\n", " ")
+    assert parse_arguments([*command.split()[1:], "-o", "x"]).steps == 4  # the command that it prints exists
 
 
 @needs_text
@@ -109,36 +110,13 @@ def test_a_probe_of_the_untouched_encoder_loses_nothing():
 
 
 @needs_text
-@needs_model
-def test_an_interrupt_leaves_no_files(tmp_path, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "train_and_measure", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run.run_demo(TEXT, tmp_path / "out", seeds=1, steps=1, sentences=16)
-    assert not (tmp_path / "out").exists()
-
-
-def rows_of(values):
-    settings = {"rank": "16", "steps": "60", "lr": "0.002"}
-    return [
-        {"method": method, "seed": str(k), "accuracy": str(v), "probe_drop": "0.1", "drift": "0.2", **settings}
-        for method, points in values.items()
-        for k, v in enumerate(points)
-    ]
-
-
-def test_the_table_gives_mean_and_range():
-    lines = run.markdown_table(rows_of({"middle": [0.7, 0.8], "LoRA": [0.5, 0.7]})).splitlines()
-    assert lines[2] == "| middle | 0.75 (0.70 … 0.80) | 0.10 (0.10 … 0.10) | 0.20 (0.20 … 0.20) |"
-    assert lines[3].startswith("| LoRA | 0.60 (0.50 … 0.70) |")
-
-
-def test_rows_survive_the_csv(tmp_path):
-    rows = rows_of({"middle": [0.7, 0.8]})
-    run.write_rows(rows, tmp_path / "demo.csv")
-    assert run.read_rows(tmp_path / "demo.csv") == rows
+def test_the_files_of_ipca_train_hold_the_sentences(tmp_path):
+    text = load_text(TEXT, train=100, test=40, probe=40)
+    run.write_data(text, tmp_path)
+    data = read_data(find_source(str(tmp_path / "movies.csv")))
+    assert data.rows["text"] == text.train.texts
+    assert [data.labels[label] == "positive" for label in data.rows["label"]] == list(map(bool, text.train.labels))
+    assert (tmp_path / "other.txt").read_text(encoding="utf-8").splitlines() == text.probe_test.texts
 
 
 def test_mean_token_states_ignore_padding():

@@ -1,4 +1,4 @@
-"""The demo's task: fine-tune a small sentence encoder on movie sentiment, and measure what it forgets."""
+"""A small sentence encoder, all-MiniLM-L6-v2, and a frozen probe of what it knew."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import ipca
-from ipca.lab.demo.data import Labeled, Text
+from ipca.lab.demo.data import Text
 
 TARGETS = ("intermediate.dense",)  # the six feed-forward input layers
-METHODS = ("principal", "middle", "minor", "LoRA")
 
 
 @dataclass(frozen=True)
@@ -28,23 +25,6 @@ class Settings:
     rank: int = 16
     lr: float = 2e-3
     max_tokens: int = 32
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of one run.
-
-    Attributes:
-        accuracy: on held-out sentences of the new task.
-        probe_drop: accuracy of the frozen source probe, before minus after.
-        drift: mean of ``1 − cos`` between embeddings before and after.
-        trainable: number of adapter parameters.
-    """
-
-    accuracy: float
-    probe_drop: float
-    drift: float
-    trainable: int
 
 
 @dataclass(frozen=True)
@@ -108,37 +88,6 @@ def load_encoder(settings: Settings) -> Encoder:
     return Encoder(path, model, tokenizer, settings.max_tokens)
 
 
-def adapt_encoder(encoder: Encoder, method: str, rank: int) -> list[nn.Parameter]:
-    """Adapt ``encoder`` for ``method``, one of :data:`METHODS`, and return the parameters to train."""
-    if method == "LoRA":
-        from peft import LoraConfig, inject_adapter_in_model
-
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
-        inject_adapter_in_model(config, encoder.model)
-        return [p for p in encoder.model.parameters() if p.requires_grad]
-    ipca.apply_pc(encoder.model, rank=rank, window=method, targets=TARGETS, progress=False)
-    return list(ipca.adapter_parameters(encoder.model))
-
-
-def train(
-    encoder: Encoder, parameters: list[nn.Parameter], data: Labeled, settings: Settings, seed: int, label: str
-) -> nn.Linear:
-    """Train ``parameters`` and a new linear head on ``data``; returns the head."""
-    torch.manual_seed(seed)
-    head = nn.Linear(384, 2)
-    optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=settings.lr)
-    order = torch.randperm(len(data.texts)).tolist()
-    encoder.model.train()
-    for step in tqdm(range(settings.steps), desc=label, unit="step", leave=False):
-        picked = [order[i % len(order)] for i in range(step * settings.batch, (step + 1) * settings.batch)]
-        logits = head(encoder.states([data.texts[i] for i in picked]))
-        loss = F.cross_entropy(logits, torch.tensor([data.labels[i] for i in picked]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return head
-
-
 class Probe:
     """The earlier ability: a linear classifier of the source, fitted to the *original* embeddings, then frozen."""
 
@@ -158,19 +107,6 @@ class Probe:
 
     def _accuracy(self, embeddings: Tensor) -> float:
         return accuracy(_standard(embeddings) @ self.weights, self.test.labels)
-
-
-def train_and_measure(
-    base: Encoder, probe: Probe, text: Text, method: str, settings: Settings, seed: int
-) -> tuple[Outcome, Encoder, nn.Linear]:
-    """Adapt a copy of ``base``, train it, and measure it: one row of the table."""
-    encoder = base.copy()
-    parameters = adapt_encoder(encoder, method, settings.rank)
-    head = train(encoder, parameters, text.train, settings, seed, f"{method}, seed {seed}")
-    with torch.no_grad():
-        score = accuracy(head(encoder.embed(text.test.texts)), text.test.labels)
-    drop, drift = probe(encoder)
-    return Outcome(score, drop, drift, sum(p.numel() for p in parameters)), encoder, head
 
 
 def accuracy(logits: Tensor, labels: list[int]) -> float:
