@@ -117,7 +117,7 @@ def german_section(results: Path) -> str:
     ]
     lines += [
         f"| {float(row['step']):.0f} | {float(row['eval_loss']):.3f} | {float(row['eval_keep_kl']):.3f} | "
-        f"{float(row['eval_keep_loss_rise']):+.3f} |"
+        f"{float(row['eval_keep_loss_rise']):+.3f} |".replace("-", "−")
         for row in curve
     ]
     more = ["| scale λ of the final change | held-out loss, German | KL, English |", "|---|---|---|"]

@@ -35,17 +35,16 @@ class Extra(NamedTuple):
     packages: str
 
 
+_TRAIN = "transformers>=5.1 shtab>=1.7 peft>=0.21 matplotlib>=3.9 accelerate>=1.10 trl>=1.14 datasets>=4.7 pillow>=10 pyyaml>=6"
 EXTRAS = {
+    "train": Extra("ipca train, ipca tradeoff", _TRAIN),
     "hf": Extra("commands over Hugging Face folders, completion", "transformers>=5.1 shtab>=1.7"),
     "peft": Extra("ipca.peft", "transformers>=5.1 peft>=0.21"),
     "plot": Extra("pictures", "matplotlib>=3.9"),
     "quantized": Extra("bases quantized by either", "bitsandbytes>=0.50 torchao>=0.18"),
     "sweep": Extra("ipca sweep: its report, tuning", "matplotlib>=3.9 jinja2>=3.1 optuna>=4.0"),
-    "demo": Extra("ipca demo", "transformers>=5.1 shtab>=1.7 matplotlib>=3.9 peft>=0.21"),
-    "examples": Extra(
-        "examples/",
-        "transformers>=5.1 peft>=0.21 matplotlib>=3.9 accelerate>=1.10 trl>=1.0 lightning>=2.5 scikit-learn>=1.4",
-    ),
+    "demo": Extra("ipca demo", _TRAIN),
+    "examples": Extra("examples/", f"{_TRAIN} lightning>=2.5 scikit-learn>=1.4"),
 }
 
 

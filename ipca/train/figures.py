@@ -100,6 +100,7 @@ def _against(
         axis.plot([lost[mark]], [loss[mark]], "o", markersize=10, markerfacecolor="none", color=_KEPT)
     axis.set_xlabel(f"forgotten: {words}", fontsize=8)
     axis.locator_params(nbins=5)
+    axis.margins(x=0.12)  # for the names of the last points
     axis.set_ylabel("held-out loss, nats", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)

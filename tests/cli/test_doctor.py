@@ -215,5 +215,5 @@ def test_what_is_asked_for_is_what_pyproject_asks_for():
         return (extras[name] - inner).union(*map(expanded, nested))
 
     assert {name: set(extra.packages.split()) for name, extra in doctor_command.EXTRAS.items()} == {
-        name: expanded(name) for name in extras if name not in ("study", "dev")
+        name: expanded(name) for name in extras if name not in ("docs", "study", "dev")
     }
