@@ -35,7 +35,8 @@ class Extra(NamedTuple):
     packages: str
 
 
-_TRAIN = "transformers>=5.1 shtab>=1.7 peft>=0.21 matplotlib>=3.9 accelerate>=1.10 trl>=1.14 datasets>=4.7 pillow>=10 pyyaml>=6"
+_PEFT = "transformers>=5.1 shtab>=1.7 peft>=0.21 matplotlib>=3.9"
+_TRAIN = f"{_PEFT} accelerate>=1.10 trl>=1.14 datasets>=4.7 pillow>=10 pyyaml>=6"
 EXTRAS = {
     "train": Extra("ipca train, ipca tradeoff", _TRAIN),
     "hf": Extra("commands over Hugging Face folders, completion", "transformers>=5.1 shtab>=1.7"),
