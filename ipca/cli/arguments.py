@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -52,7 +53,9 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line; wrong usage ends the process with status 2."""
-    args = parser().parse_args(argv)
+    args, unknown = parser().parse_known_args(argv)
+    if unknown:
+        args.fail(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command == "export" and (args.format == "truncated") != (args.rank is not None):
         args.fail("--format truncated needs --rank" if args.rank is None else "--rank is only for --format truncated")
     if args.command == "cache" and args.action == "prune" and args.max_bytes is None and args.older_than is None:
@@ -94,12 +97,27 @@ def find_folders(args: argparse.Namespace) -> None:
             setattr(args, name, find(getattr(args, name)))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names an unknown option, and the one that was probably meant, before it misses another."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers is None:  # else most options are those of a command
+            known = list(self._option_string_actions)
+            for word in args or ():
+                name = word.partition("=")[0]
+                if word == "--":
+                    break
+                if not name.startswith("--") or " " in word or any(option.startswith(name) for option in known):
+                    continue
+                near = difflib.get_close_matches(name.lower().replace("_", "-"), known, 1)
+                self.error(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        return super().parse_known_args(args, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser; ``command`` is the name of a function of :mod:`ipca.cli.commands`."""
     top = _with_examples(
-        argparse.ArgumentParser(
-            "ipca", description="Fine-tune a chosen window of the singular components of pretrained weights."
-        )
+        _Parser("ipca", description="Fine-tune a chosen window of the singular components of pretrained weights.")
     )
     top.add_argument("--version", action="version", version=f"ipca {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -572,7 +590,9 @@ def share_or_path(text: str) -> float | str:
     try:
         value = float(text)
     except ValueError:
-        return text
+        if not re.fullmatch(r"[\d.]+ *%", text):
+            return text
+        value = math.nan
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, or a file; got {text!r}")
     return value

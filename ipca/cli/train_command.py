@@ -112,7 +112,8 @@ def _settings(args: argparse.Namespace) -> TrainSettings:
     given |= {name: str(given[name]) for name in ("model", "data") if name in given}
     missing = [name.upper() for name in ("model", "data") if name not in {**values, **given}]
     if missing:
-        args.fail(f"give {' and '.join(missing)}, or --config with a file that names them")
+        them = "them" if len(missing) > 1 else "it"
+        args.fail(f"give {' and '.join(missing)}, or --config with a file that names {them}")
     return TrainSettings.from_dict({**values, **given})
 
 

@@ -107,12 +107,20 @@ def test_a_broken_budget_ends_clearly_and_with_status_2_where_it_is_a_gate(place
 
 
 WRONG = [
-    (["train", "-o", "x"], "give MODEL and DATA, or --config"),
-    (["train", "m", "-o", "x"], "give DATA, or --config"),
+    (["train", "-o", "x"], "give MODEL and DATA, or --config with a file that names them"),
+    (["train", "m", "-o", "x"], "give DATA, or --config with a file that names it"),
     (["train", "m", "d", "--gate", "-o", "x"], "--gate needs a budget"),
     (["train", "m", "d", "--max-kl", "1", "--max-drift", "1", "-o", "x"], "not allowed with"),
     (["train", "m", "d", "--columns", "text", "-o", "x"], "takes ROLE=NAME"),
     (["train", "m", "d", "--held-out", "1.5", "-o", "x"], "must be a share between 0 and 1"),
+    (["train", "m", "d", "--held-out", "20%", "-o", "x"], "must be a share between 0 and 1"),
+    (
+        ["train", "m", "d", "--keeep", "k", "-o", "x"],
+        "ipca train: error: there is no option --keeep; did you mean --keep?",
+    ),
+    (["train", "m", "d", "--max_kl=1", "-o", "x"], "no option --max_kl; did you mean --max-kl?"),
+    (["train", "m", "d", "--output", "x"], "no option --output; did you mean --out?"),
+    (["train", "m", "d", "-o", "x", "-y"], "ipca train: error: unrecognized arguments: -y"),
     (["train", "m", "d", "--window", "midle", "-o", "x"], "midle"),
     (["tradeoff", "m", "a", "d", "--gate"], "--gate needs a budget"),
     (["tradeoff", "m", "a"], "DATA"),
