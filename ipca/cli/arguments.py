@@ -214,6 +214,7 @@ def _tradeoff(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--scale", type=positive_number, metavar="λ", help="of the adapter that -o writes (default: the best)"
     )
+    add.add_argument("--any-base", action="store_true", help="do not check that the adapter was made on this model")
     add.add_argument("--batch", type=positive_int, help="rows of a forward pass (default 16)")
     add.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored; on a CPU float32)")
     add.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the curve (.png, .pdf or .svg)")

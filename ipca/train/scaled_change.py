@@ -99,8 +99,8 @@ def tradeoff(
 
     Raises:
         TypeError: the model has no LoRA.
-        ValueError: the adapter's change is not linear in its scale, or the base is not what is left without it; or
-            ``kept`` measures nothing that could be drawn against the loss.
+        ValueError: the adapter's change is not linear in its scale, or the base is not what is left without it;
+            ``kept`` measures nothing that could be drawn against the loss; or the budget is below 0.
     """
     return search(trainer, as_kept(kept), {}, scales, max_forgotten, progress)
 
@@ -118,6 +118,8 @@ def search(
 
     if kept.budgeted is None:
         raise ValueError(f"a trade-off needs KL or drift, not {kept.words}.")
+    if budget is not None and not budget >= 0:
+        raise ValueError(f"a budget must be at least 0, got {budget}.")
     name = kept.budgeted
     check_linear(trainer.model)
     bar = tqdm(total=None, desc="Trade-off", unit="scale", disable=None if progress else True)

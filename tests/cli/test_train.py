@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_the_tradeoff_is_shown_gated_and_written(place, tmp_path, capsys):
     assert trade(place, "--scale", "0.25", "-o", str(tmp_path / "quarter")) == 1
     assert "is not empty" in capsys.readouterr().err
     assert trade(place, "--scale", "0.5", "-o", str(tmp_path / "quarter"), "--force") == 0
+
+
+def test_an_adapter_of_another_model_is_not_traded(place, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(place / "model", tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1.1)
+    model.save_pretrained(tmp_path / "other")
+    words = ["tradeoff", *(str(each) for each in (tmp_path / "other", place / "out", place / "new.txt")), *SIZES]
+    words += ["--keep", str(place / "keep.txt"), "--scales", "1"]
+    assert main(words) == 1
+    assert "was made on another model than" in capsys.readouterr().err
+    assert main([*words, "--any-base"]) == 0
+    assert main([*words[:1], str(place / "model"), *words[2:], "--dtype", "bfloat16"]) == 0
 
 
 def test_a_broken_budget_ends_clearly_and_with_status_2_where_it_is_a_gate(place, tmp_path, capsys):
