@@ -168,7 +168,7 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     found = yaml.safe_load(run.read_text(encoding="utf-8"))["found"]
     if different and ("kept" in found or last_checkpoint(out / CHECKPOINTS)):
         words = ", ".join(
-            f"{name} {getattr(earlier, name)!r} and not {getattr(settings, name)!r}" for name in different
+            f"{name} {_shown(getattr(earlier, name))} and not {_shown(getattr(settings, name))}" for name in different
         )
         raise FileExistsError(f"{out} holds a run with {words}; choose another folder, or replace it with --force.")
     if "kept" not in found:
@@ -177,6 +177,10 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     return Outcome(
         out, settings, read_curve(out / CURVE), found["kept"], found["scale"], found["budgeted"], found["words"]
     )
+
+
+def _shown(value: Any) -> str:
+    return "the default" if value is None else repr(value)
 
 
 def _samples(model: Any, tokenizer: Any, settings: TrainSettings, out: Path | None) -> Tensor:

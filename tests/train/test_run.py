@@ -82,6 +82,8 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     assert again.kept == finished.kept
     with pytest.raises(FileExistsError, match=r"holds a run with lr 0\.005 and not 0\.1; choose another folder"):
         fine_tune(replace(finished.settings, lr=0.1), finished.out)
+    with pytest.raises(FileExistsError, match=r"holds a run with max_kl the default and not 0\.1; choose"):
+        fine_tune(replace(finished.settings, max_kl=0.1), finished.out)
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch):
