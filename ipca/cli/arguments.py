@@ -160,11 +160,11 @@ def _train(add: argparse.ArgumentParser) -> None:
         metavar="SHARE|FILE",
         help="rows for evaluation: a share of DATA, or another file (default 0.1)",
     )
-    _budget(add)
-    add.add_argument(
+    budget = _budget(add)
+    budget.add_argument(
         "--patience", type=positive_int, metavar="N", help="evaluations above the budget until it stops (3)"
     )
-    add.add_argument(
+    budget.add_argument(
         "--no-rescale",
         dest="rescale",
         action="store_const",
@@ -237,7 +237,8 @@ def _about_data(add: argparse.ArgumentParser) -> None:
     add.add_argument("--seed", type=int, help="of the order, of new heads and of samples (default 0)")
 
 
-def _budget(add: argparse.ArgumentParser) -> None:
+def _budget(add: argparse.ArgumentParser) -> Any:
+    """Add what is measured and its limit; returns their group."""
     keep = add.add_argument_group("forgetting")
     keep.add_argument(
         "--keep",
@@ -250,6 +251,7 @@ def _budget(add: argparse.ArgumentParser) -> None:
     limit.add_argument("--max-kl", type=positive_number, metavar="X", help="budget: KL(base ‖ tuned), nats per token")
     limit.add_argument("--max-drift", type=positive_number, metavar="X", help="budget of encoders: drift of embeddings")
     keep.add_argument("--gate", action="store_true", help="exit status 2 where the budget is broken")
+    return keep
 
 
 class Columns(argparse.Action):

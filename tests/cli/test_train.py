@@ -164,6 +164,14 @@ def test_an_unknown_setting_and_a_damaged_file(tmp_path, capsys):
     assert "there is no run to go on with" in capsys.readouterr().err
 
 
+def test_options_of_the_budget_stand_together_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    group = capsys.readouterr().out.partition("\nforgetting:\n")[2].partition("\n\n")[0]
+    names = ("--keep", "--keep-tokens", "--max-kl", "--max-drift", "--gate", "--patience", "--no-rescale")
+    assert all(f"\n  {name} " in f"\n{group}" for name in names)
+
+
 def test_columns_are_pairs():
     args = parse_arguments(["train", "m", "d", "--columns", "text=my text", "label=y", "-o", "x"])
     assert args.columns == {"text": "my text", "label": "y"}
