@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -52,7 +53,9 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line; wrong usage ends the process with status 2."""
-    args = parser().parse_args(argv)
+    args, unknown = parser().parse_known_args(argv)
+    if unknown:
+        args.fail(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command == "export" and (args.format == "truncated") != (args.rank is not None):
         args.fail("--format truncated needs --rank" if args.rank is None else "--rank is only for --format truncated")
     if args.command == "cache" and args.action == "prune" and args.max_bytes is None and args.older_than is None:
@@ -94,12 +97,27 @@ def find_folders(args: argparse.Namespace) -> None:
             setattr(args, name, find(getattr(args, name)))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names an unknown option, and the one that was probably meant, before it misses another."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers is None:  # else most options are those of a command
+            known = list(self._option_string_actions)
+            for word in args or ():
+                name = word.partition("=")[0]
+                if word == "--":
+                    break
+                if not name.startswith("--") or " " in word or any(option.startswith(name) for option in known):
+                    continue
+                near = difflib.get_close_matches(name.lower().replace("_", "-"), known, 1)
+                self.error(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        return super().parse_known_args(args, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser; ``command`` is the name of a function of :mod:`ipca.cli.commands`."""
     top = _with_examples(
-        argparse.ArgumentParser(
-            "ipca", description="Fine-tune a chosen window of the singular components of pretrained weights."
-        )
+        _Parser("ipca", description="Fine-tune a chosen window of the singular components of pretrained weights.")
     )
     top.add_argument("--version", action="version", version=f"ipca {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -142,11 +160,11 @@ def _train(add: argparse.ArgumentParser) -> None:
         metavar="SHARE|FILE",
         help="rows for evaluation: a share of DATA, or another file (default 0.1)",
     )
-    _budget(add)
-    add.add_argument(
+    budget = _budget(add)
+    budget.add_argument(
         "--patience", type=positive_int, metavar="N", help="evaluations above the budget until it stops (3)"
     )
-    add.add_argument(
+    budget.add_argument(
         "--no-rescale",
         dest="rescale",
         action="store_const",
@@ -196,6 +214,7 @@ def _tradeoff(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--scale", type=positive_number, metavar="λ", help="of the adapter that -o writes (default: the best)"
     )
+    add.add_argument("--any-base", action="store_true", help="do not check that the adapter was made on this model")
     add.add_argument("--batch", type=positive_int, help="rows of a forward pass (default 16)")
     add.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored; on a CPU float32)")
     add.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the curve (.png, .pdf or .svg)")
@@ -218,7 +237,8 @@ def _about_data(add: argparse.ArgumentParser) -> None:
     add.add_argument("--seed", type=int, help="of the order, of new heads and of samples (default 0)")
 
 
-def _budget(add: argparse.ArgumentParser) -> None:
+def _budget(add: argparse.ArgumentParser) -> Any:
+    """Add what is measured and its limit; returns their group."""
     keep = add.add_argument_group("forgetting")
     keep.add_argument(
         "--keep",
@@ -231,6 +251,7 @@ def _budget(add: argparse.ArgumentParser) -> None:
     limit.add_argument("--max-kl", type=positive_number, metavar="X", help="budget: KL(base ‖ tuned), nats per token")
     limit.add_argument("--max-drift", type=positive_number, metavar="X", help="budget of encoders: drift of embeddings")
     keep.add_argument("--gate", action="store_true", help="exit status 2 where the budget is broken")
+    return keep
 
 
 class Columns(argparse.Action):
@@ -572,7 +593,9 @@ def share_or_path(text: str) -> float | str:
     try:
         value = float(text)
     except ValueError:
-        return text
+        if not re.fullmatch(r"[\d.]+ *%", text):
+            return text
+        value = math.nan
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, or a file; got {text!r}")
     return value

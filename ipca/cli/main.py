@@ -18,6 +18,8 @@ from ipca.cli.completion_command import completion
 # Exceptions that commands raise on purpose, with a message for users; any other is shown with its type.
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
+_RESUMED = ("train", "init", "sweep")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif text and not args.quiet:
             print(text, flush=True)
     except KeyboardInterrupt:
-        print("ipca: interrupted; nothing was left half-written", file=sys.stderr)
+        again = "; the same command goes on from what is finished" if args.command in _RESUMED else ""
+        print(f"ipca: interrupted; nothing was left half-written{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has ended, as in `ipca inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -60,7 +60,7 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
         settings = _settings(args)
         adapter = adapter_folder(args.adapter)
         scales = args.scales or ([0.0, args.scale, 1.0] if args.scale is not None else SCALES)
-        with open_adapter(settings, adapter) as (trainer, kept):
+        with open_adapter(settings, adapter, check_base=not args.any_base) as (trainer, kept):
             if kept is None:
                 raise ValueError(f"give --keep: nothing is measured by default for {settings.data}.")
             found = tradeoff(
@@ -112,7 +112,8 @@ def _settings(args: argparse.Namespace) -> TrainSettings:
     given |= {name: str(given[name]) for name in ("model", "data") if name in given}
     missing = [name.upper() for name in ("model", "data") if name not in {**values, **given}]
     if missing:
-        args.fail(f"give {' and '.join(missing)}, or --config with a file that names them")
+        them = "them" if len(missing) > 1 else "it"
+        args.fail(f"give {' and '.join(missing)}, or --config with a file that names {them}")
     return TrainSettings.from_dict({**values, **given})
 
 

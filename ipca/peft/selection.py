@@ -38,7 +38,10 @@ def leave_out(model: nn.Module, config: PCConfig) -> None:
     convert_peft_config_for_transformers(config, model, None)
     for name, why in _unfit_modules(model, config).items():
         left.setdefault(why, []).append(name)
-    _exclude(config, [name for names in left.values() for name in names])
+    unfit = [name for names in left.values() for name in names]
+    if unfit and not config.target_parameters and not set(_taken(model, config)) - set(unfit):
+        raise ValueError(f"no layer of 'all-linear' can have a window: {'; '.join(sorted(left))}.")
+    _exclude(config, unfit)
     for short in sorted(set(config.target_parameters or ()) - named):
         for name, parameter in model.named_parameters():
             narrow = _narrow_reason(config, name, parameter.shape) if f".{name}".endswith(f".{short}") else None
@@ -49,17 +52,21 @@ def leave_out(model: nn.Module, config: PCConfig) -> None:
         warn_left_out(left)
 
 
+def _taken(model: nn.Module, config: PCConfig) -> list[str]:
+    """The paths of the modules that the configuration takes."""
+    resolved = _maybe_include_all_linear_layers(copy.copy(config), model)
+    found = {name: check_target_module_exists(resolved, name) for name, _ in model.named_modules()}
+    return [name for name, taken in found.items() if taken and not isinstance(taken, _ExcludedModule)]
+
+
 def _unfit_modules(model: nn.Module, config: PCConfig) -> dict[str, str]:
     """The reason against each linear layer that the configuration would take and that cannot have a window."""
-    resolved = _maybe_include_all_linear_layers(copy.copy(config), model)
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     found = {}
-    for name, module in modules.items():
-        taken = check_target_module_exists(resolved, name)
-        if not taken or isinstance(taken, _ExcludedModule):
-            continue
+    for name in _taken(model, config):
+        module = modules[name]
         base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         why: str | None = unsupported_reason(base)
         if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):

@@ -176,10 +176,12 @@ def find_layout(names: Iterable[str], task: str | None, columns: Mapping[str, st
             extra = lower.get("input") if roles == ("prompt", "completion") else None
             return Layout(kind, {role: found[role] for role in roles}, extra if extra not in found.values() else None)
     needed = " or ".join(" + ".join(roles) for _, roles in wanted)
+    shown = wanted[0][1] if task else ("prompt", "completion") if len(names) > 1 else ("text",)
+    example = " ".join(f"{role}={name}" for role, name in zip(shown, names or ["NAME"], strict=False))
     raise ValueError(
         f"{source} has the columns {', '.join(names)}; "
         + (f"the task {task} needs" if task else "a task needs")
-        + f" {needed}. Name them, such as --columns {wanted[0][1][0]}={names[0] if names else 'NAME'}."
+        + f" {needed}. Name them, such as --columns {example}."
     )
 
 

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.peft_format import CONFIG
+from ipca.nn.layer_kinds import base_sha256
+from ipca.nn.registry import get_layer
 from ipca.train.data import find_source, read_data
 from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
 from ipca.train.run import CHECKPOINTS, last_checkpoint
@@ -22,14 +25,20 @@ HELD_OUT = 512
 
 
 @contextmanager
-def open_adapter(settings: TrainSettings, adapter: Path) -> Iterator[tuple[Any, Kept | None]]:
+def open_adapter(
+    settings: TrainSettings, adapter: Path, *, check_base: bool = True
+) -> Iterator[tuple[Any, Kept | None]]:
     """A trainer of ``settings.model`` with the LoRA in ``adapter``, which evaluates on ``settings.data``; and what is
     measured on ``settings.keep``.
 
     The adapter is loaded by stock PEFT, as any program would.
 
+    Args:
+        check_base: compare base weights with those that an adapter of ipca was made on.
+
     Raises:
-        DataError, FileNotFoundError, ValueError: as :func:`ipca.train.fine_tune`; or PEFT cannot load the adapter.
+        DataError, FileNotFoundError, ValueError: as :func:`ipca.train.fine_tune`; or PEFT cannot load the adapter, or
+            it was made on another model.
     """
     from peft import PeftModel
 
@@ -37,6 +46,8 @@ def open_adapter(settings: TrainSettings, adapter: Path) -> Iterator[tuple[Any, 
     data = read_data(find_source(settings.data), settings.task, settings.columns, labels=read_labels(adapter))
     source = check_keep(settings, data.layout.task)
     loaded = load_model(settings, data.layout.task, data.labels)
+    if check_base and (adapter / SIDECAR).is_file():
+        _check_base(loaded.model, adapter, settings.model)
     settings = fitting_length(settings, loaded)
     samples = None
     if source is None and data.layout.task == "causal-lm":
@@ -55,6 +66,22 @@ def open_adapter(settings: TrainSettings, adapter: Path) -> Iterator[tuple[Any, 
         ) from None
     with TemporaryDirectory() as folder:
         yield build_trainer(model, Examples(rows, rows), settings, loaded, data, Path(folder)), kept
+
+
+def _check_base(model: Any, adapter: Path, name: str) -> None:
+    """Raise where a layer has other values than the one the adapter was made on; another dtype is no other model."""
+    for layer, was in read_adapter(adapter, modules_to_save=False).layers.items():
+        if was.base_sha256 is None:
+            continue
+        try:
+            here = base_sha256(get_layer(model, layer))
+        except AttributeError:  # PEFT says what does not fit
+            return
+        if here != was.base_sha256 and here.partition("-")[0] == was.base_sha256.partition("-")[0]:
+            raise ValueError(
+                f"{adapter} was made on another model than {name}: {layer} has other values. Give its base, or pass "
+                "--any-base if you know that they fit."
+            )
 
 
 def _check_adapter(folder: Path) -> None:

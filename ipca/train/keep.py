@@ -217,7 +217,7 @@ def token_batches(
     """``texts`` as batches of token ids with labels, for :class:`ipca.train.KeepCallback`.
 
     Args:
-        texts: documents of any length.
+        texts: documents of any length; a string is one of them.
         tokenizer: of transformers.
         max_length: tokens of a sequence; longer texts go on in the next one.
         tokens: of all sequences.
@@ -225,7 +225,8 @@ def token_batches(
     Raises:
         ValueError: there is no text.
     """
-    ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
+    documents = [texts] if isinstance(texts, str) else texts
+    ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents)
     sequences = (each[k : k + max_length] for each in ids for k in range(0, len(each), max_length))
     return list(_batches(_cut(sequences, tokens), tokenizer, BATCH_TOKENS))
 
@@ -325,6 +326,17 @@ def as_kept(what: Kept | Iterable[Mapping[str, Tensor]]) -> Kept:
     """``what`` itself, or :class:`KeptTokens` of batches.
 
     Raises:
-        TypeError, ValueError: one batch instead of several, or none.
+        TypeError, ValueError: one batch instead of several, or none; or no batches of tensors.
     """
-    return cast("Kept", what) if hasattr(what, "measure") else KeptTokens(as_batches(what))
+    if hasattr(what, "measure"):
+        return cast("Kept", what)
+    batches = as_batches(what)
+    for batch in batches:
+        if not isinstance(batch, Mapping) or not all(
+            isinstance(batch.get(name), Tensor) for name in ("input_ids", "labels")
+        ):
+            raise TypeError(
+                "expected batches with the tensors input_ids and labels; ipca.train.token_batches(texts, tokenizer) "
+                "makes them of texts."
+            )
+    return KeptTokens(batches)

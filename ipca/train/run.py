@@ -25,7 +25,7 @@ from ipca.train.data import Data, find_source, read_data
 from ipca.train.figures import draw_run
 from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
 from ipca.train.report import write_report
-from ipca.train.scaled_change import save_scaled, tradeoff
+from ipca.train.scaled_change import Point, save_scaled, search
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
 from ipca.train.tasks import adapt, build_trainer, fitting_length, load_model, micro_batches, processes, split
 
@@ -120,7 +120,7 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return _finish(trainer, settings, out, data, kept)
+    return _finish(trainer, settings, out, data, kept, progress)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -168,7 +168,7 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     found = yaml.safe_load(run.read_text(encoding="utf-8"))["found"]
     if different and ("kept" in found or last_checkpoint(out / CHECKPOINTS)):
         words = ", ".join(
-            f"{name} {getattr(earlier, name)!r} and not {getattr(settings, name)!r}" for name in different
+            f"{name} {_shown(getattr(earlier, name))} and not {_shown(getattr(settings, name))}" for name in different
         )
         raise FileExistsError(f"{out} holds a run with {words}; choose another folder, or replace it with --force.")
     if "kept" not in found:
@@ -177,6 +177,10 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     return Outcome(
         out, settings, read_curve(out / CURVE), found["kept"], found["scale"], found["budgeted"], found["words"]
     )
+
+
+def _shown(value: Any) -> str:
+    return "the default" if value is None else repr(value)
 
 
 def _samples(model: Any, tokenizer: Any, settings: TrainSettings, out: Path | None) -> Tensor:
@@ -218,14 +222,14 @@ def _is_speed(name: str) -> bool:
     )
 
 
-def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: Kept | None) -> Outcome:
+def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: Kept | None, progress: bool) -> Outcome:
     rows = curve_of(trainer.state.log_history)
     name, words = (None, None) if kept is None else (kept.budgeted, kept.words)
     step = trainer.state.best_global_step if trainer.state.best_model_checkpoint else None
     best = next((row for row in rows if row["step"] == step), None)
     scale = 1.0
     if settings.budget is not None and settings.rescale and rows[-1][f"eval_{name}"] > settings.budget:
-        scaled_row = _rescale(trainer, kept, settings, rows[-1], last_checkpoint(out / CHECKPOINTS))
+        scaled_row = _rescale(trainer, kept, settings, rows, last_checkpoint(out / CHECKPOINTS), progress)
         if scaled_row["scale"] and (best is None or scaled_row["eval_loss"] < best["eval_loss"]):
             best, scale = scaled_row, scaled_row["scale"]
         elif best is not None:
@@ -246,14 +250,18 @@ def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: 
     return outcome
 
 
-def _rescale(trainer: Any, kept: Any, settings: TrainSettings, last: Row, checkpoint: Path | None) -> Row:
+def _rescale(
+    trainer: Any, kept: Any, settings: TrainSettings, rows: list[Row], checkpoint: Path | None, progress: bool
+) -> Row:
     """The measurements of the last checkpoint with its change scaled down to the budget."""
     assert checkpoint is not None
+    name, last = f"eval_{kept.budgeted}", rows[-1]
+    at = {0.0: rows[0], 1.0: last} if rows[0]["step"] == 0 else {1.0: last}
+    known = {scale: Point(scale, row["eval_loss"], row[name]) for scale, row in at.items()}
     log.info("scaling the change of step %d down to the budget of %g", last["step"], settings.budget)
     trainer._load_from_checkpoint(str(checkpoint))
-    found = tradeoff(trainer, kept, scales=(0.25, 0.5, 0.75), max_forgotten=settings.budget, progress=False)
-    best = found.best
-    return {"step": last["step"], "scale": best.scale, "eval_loss": best.loss, f"eval_{kept.budgeted}": best.forgotten}
+    best = search(trainer, kept, known, (0.25, 0.5, 0.75), settings.budget, progress).best
+    return {"step": last["step"], "scale": best.scale, "eval_loss": best.loss, name: best.forgotten}
 
 
 def _over_budget(rows: list[Row], settings: TrainSettings, name: str | None, checkpoint: Path | None) -> Exception:

@@ -8,8 +8,10 @@ same file with another ``lora_alpha``. Scaling the change of a fine-tuned model 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from ipca.io.adapter_folder import SIDECAR
 from ipca.io.peft_format import CONFIG, WEIGHTS
 from ipca.train.keep import Kept, as_kept
 
+log = logging.getLogger("ipca.train")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 _SEARCH, _CLOSE = 4, 0.97
 """Measurements that look for the scale of a budget at most, and the share of it at which the search ends."""
@@ -96,33 +99,63 @@ def tradeoff(
 
     Raises:
         TypeError: the model has no LoRA.
-        ValueError: the adapter's change is not linear in its scale, or the base is not what is left without it; or
-            ``kept`` measures nothing that could be drawn against the loss.
+        ValueError: the adapter's change is not linear in its scale, or the base is not what is left without it;
+            ``kept`` measures nothing that could be drawn against the loss; or the budget is below 0.
     """
+    return search(trainer, as_kept(kept), {}, scales, max_forgotten, progress)
+
+
+def search(
+    trainer: Any,
+    kept: Kept,
+    known: Mapping[float, Point],
+    scales: Iterable[float],
+    budget: float | None,
+    progress: bool,
+) -> Tradeoff:
+    """As :func:`tradeoff`, beside ``known`` points that were measured before."""
     from tqdm import tqdm
 
-    what = as_kept(kept)
-    if what.budgeted is None:
-        raise ValueError(f"a trade-off needs KL or drift, not {what.words}.")
-    name = what.budgeted
+    if kept.budgeted is None:
+        raise ValueError(f"a trade-off needs KL or drift, not {kept.words}.")
+    if budget is not None and not budget >= 0:
+        raise ValueError(f"a budget must be at least 0, got {budget}.")
+    name = kept.budgeted
     check_linear(trainer.model)
     bar = tqdm(total=None, desc="Trade-off", unit="scale", disable=None if progress else True)
 
     def measure(scale: float) -> Point:
-        with scaled(trainer.model, scale):
+        with scaled(trainer.model, scale), _without_own_callbacks(trainer):
             loss = trainer.evaluate()["eval_loss"]
-            forgotten = what.measure(trainer.model)[name] if scale else 0.0
+            forgotten = kept.measure(trainer.model)[name] if scale else 0.0
         bar.update()
+        if progress and not sys.stderr.isatty():
+            log.info("scale %g  held-out %.4g  %s %.4g", scale, loss, name, forgotten)
         return Point(scale, loss, forgotten)
 
-    points = {scale: measure(scale) for scale in sorted({0.0, *map(float, scales)})}
-    for _ in range(_SEARCH if max_forgotten is not None else 0):
-        wanted = _next_scale(points.values(), max_forgotten)
+    points = dict(known)
+    points |= {scale: measure(scale) for scale in sorted({0.0, *map(float, scales)} - set(known))}
+    for _ in range(_SEARCH if budget is not None else 0):
+        wanted = _next_scale(points.values(), budget)
         if wanted is None or any(abs(wanted - scale) < 1e-3 for scale in points):
             break
         points[wanted] = measure(wanted)
     bar.close()
-    return Tradeoff(tuple(points[scale] for scale in sorted(points)), what.words, max_forgotten)
+    return Tradeoff(tuple(points[scale] for scale in sorted(points)), kept.words, budget)
+
+
+@contextmanager
+def _without_own_callbacks(trainer: Any) -> Iterator[None]:
+    """Evaluate without what measures forgetting and shows steps: what is evaluated here is no step of the run."""
+    from ipca.train.callback import KeepCallback, Progress
+
+    handler = trainer.callback_handler
+    before = handler.callbacks
+    handler.callbacks = [each for each in before if not isinstance(each, KeepCallback | Progress)]
+    try:
+        yield
+    finally:
+        handler.callbacks = before
 
 
 def _next_scale(points: Iterable[Point], budget: float | None) -> float | None:

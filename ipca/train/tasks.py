@@ -80,6 +80,11 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
     except (OSError, ValueError, KeyError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{settings.model} cannot be loaded for the task {task}: {why}") from None
+    if task == "causal-lm" and _reads_both_ways(model.config):
+        raise ValueError(
+            f"{settings.model} is an encoder ({model.config.model_type}), not a causal language model. For "
+            "classification name the columns, such as --columns text=review label=stars."
+        )
     if task != "image-classification" and processor.pad_token is None:
         if processor.eos_token is None:
             raise ValueError(f"the tokenizer of {settings.model} has neither a padding nor an end token; set one.")
@@ -87,6 +92,16 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
     if task == "sequence-classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     return Loaded(model, processor)
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Whether a model with a causal head lets tokens see later ones, as BERT does: its loss would mean nothing."""
+    from transformers.models.auto import modeling_auto
+
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return config.model_type in masked and not (
+        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    )
 
 
 def fitting_length(settings: TrainSettings, loaded: Loaded) -> TrainSettings:

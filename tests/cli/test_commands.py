@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import ipca
 import ipca.svd.cache
+from ipca.cli import commands
 from ipca.cli.arguments import parser
 from ipca.cli.main import main
 
@@ -294,9 +295,13 @@ def test_an_interrupt_is_one_line(bert, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ipca.svd.cache, "window_svd", interrupt)
+    said = "ipca: interrupted; nothing was left half-written"
     assert main(["init", str(bert), "-o", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "ipca: interrupted; nothing was left half-written"
+    assert capsys.readouterr().err.splitlines()[-1] == f"{said}; the same command goes on from what is finished"
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(commands, "merge", interrupt)
+    assert main(["merge", str(bert), "adapter", "-o", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, "cache list", "cache verify", "cache prune", "demo"])

@@ -106,6 +106,8 @@ USAGE = {
     "no rank": (("export", "model", "adapter", "--format", "truncated", "-o", "out"), "needs --rank"),
     "rank of none": (("export", "model", "adapter", "--rank", "3", "-o", "out"), "--rank is only for"),
     "shell": (("completion", "fish"), "invalid choice: 'fish'"),
+    "action's option": (("cache", "list", "--all"), "ipca cache list: error: there is no option --all"),
+    "abbreviated": (("init", "model", "--win", "1", "-o", "out"), "argument --window: "),
     "prune": (("cache", "prune"), "--max-bytes, --older-than, or both"),
     "size": (("cache", "prune", "--max-bytes", "ten"), "--max-bytes"),
     "age": (("cache", "prune", "--older-than", "30"), "--older-than"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,23 @@ def test_the_tradeoff_is_shown_gated_and_written(place, tmp_path, capsys):
     assert trade(place, "--scale", "0.5", "-o", str(tmp_path / "quarter"), "--force") == 0
 
 
+def test_an_adapter_of_another_model_is_not_traded(place, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(place / "model", tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1.1)
+    model.save_pretrained(tmp_path / "other")
+    words = ["tradeoff", *(str(each) for each in (tmp_path / "other", place / "out", place / "new.txt")), *SIZES]
+    words += ["--keep", str(place / "keep.txt"), "--scales", "1"]
+    assert main(words) == 1
+    assert "was made on another model than" in capsys.readouterr().err
+    assert main([*words, "--any-base"]) == 0
+    assert main([*words[:1], str(place / "model"), *words[2:], "--dtype", "bfloat16"]) == 0
+
+
 def test_a_broken_budget_ends_clearly_and_with_status_2_where_it_is_a_gate(place, tmp_path, capsys):
     files = [str(place / name) for name in ("model", "new.txt")]
     words = [
@@ -107,12 +125,20 @@ def test_a_broken_budget_ends_clearly_and_with_status_2_where_it_is_a_gate(place
 
 
 WRONG = [
-    (["train", "-o", "x"], "give MODEL and DATA, or --config"),
-    (["train", "m", "-o", "x"], "give DATA, or --config"),
+    (["train", "-o", "x"], "give MODEL and DATA, or --config with a file that names them"),
+    (["train", "m", "-o", "x"], "give DATA, or --config with a file that names it"),
     (["train", "m", "d", "--gate", "-o", "x"], "--gate needs a budget"),
     (["train", "m", "d", "--max-kl", "1", "--max-drift", "1", "-o", "x"], "not allowed with"),
     (["train", "m", "d", "--columns", "text", "-o", "x"], "takes ROLE=NAME"),
     (["train", "m", "d", "--held-out", "1.5", "-o", "x"], "must be a share between 0 and 1"),
+    (["train", "m", "d", "--held-out", "20%", "-o", "x"], "must be a share between 0 and 1"),
+    (
+        ["train", "m", "d", "--keeep", "k", "-o", "x"],
+        "ipca train: error: there is no option --keeep; did you mean --keep?",
+    ),
+    (["train", "m", "d", "--max_kl=1", "-o", "x"], "no option --max_kl; did you mean --max-kl?"),
+    (["train", "m", "d", "--output", "x"], "no option --output; did you mean --out?"),
+    (["train", "m", "d", "-o", "x", "-y"], "ipca train: error: unrecognized arguments: -y"),
     (["train", "m", "d", "--window", "midle", "-o", "x"], "midle"),
     (["tradeoff", "m", "a", "d", "--gate"], "--gate needs a budget"),
     (["tradeoff", "m", "a"], "DATA"),
@@ -136,6 +162,14 @@ def test_an_unknown_setting_and_a_damaged_file(tmp_path, capsys):
     assert "is not YAML" in capsys.readouterr().err
     assert main(["train", "--resume", "-o", str(tmp_path / "x")]) == 1
     assert "there is no run to go on with" in capsys.readouterr().err
+
+
+def test_options_of_the_budget_stand_together_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    group = capsys.readouterr().out.partition("\nforgetting:\n")[2].partition("\n\n")[0]
+    names = ("--keep", "--keep-tokens", "--max-kl", "--max-drift", "--gate", "--patience", "--no-rescale")
+    assert all(f"\n  {name} " in f"\n{group}" for name in names)
 
 
 def test_columns_are_pairs():

@@ -59,6 +59,15 @@ def test_all_linear_leaves_out_what_no_window_fits(prepared, excluded, tmp_path)
     assert torch.allclose(ipca.load_adapter(Net(), tmp_path)(X), model(X), atol=1e-6)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_rank_above_all_layers_is_an_error_that_says_so(prepared):
+    model = Net()
+    config = PCConfig(r=9, target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"can have a window: .*rank 9 is above the 8 singular"):
+        prepare(model, config, progress=False) if prepared else get_peft_model(model, config)
+    assert config.exclude_modules is None
+
+
 def test_the_router_of_a_mixture_is_left_out_or_has_a_rank_of_its_own():
     model = mixtral()
     experts = len(model.model.layers[0].mlp.experts.down_proj)

@@ -1,8 +1,9 @@
 import json
+import re
 
 import pytest
 
-from ipca.train.data import DataError, find_source, read_data
+from ipca.train.data import DataError, find_layout, find_source, read_data
 from ipca.train.settings import TASKS
 
 pytest.importorskip("datasets")
@@ -199,3 +200,16 @@ def test_a_task_needs_its_columns(tmp_path):
             read_data(find_source(str(path)), task)
     with pytest.raises(ValueError, match="running text, which is for the task causal-lm"):
         read_data(find_source(str(write(tmp_path, "a.txt", "x"))), "sequence-classification")
+
+
+@pytest.mark.parametrize(
+    ("names", "task", "said"),
+    [
+        (["input", "reply"], None, "--columns prompt=input completion=reply."),
+        (["x"], None, "--columns text=x."),
+        (["x", "y"], "sequence-classification", "--columns text=x label=y."),
+    ],
+)
+def test_the_error_of_unknown_columns_shows_how_to_name_them(names, task, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        find_layout(names, task, {}, "data.csv")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers.train_runs import save_encoder, save_images, save_language_model, save_vit
+from tests.helpers.train_runs import save_encoder, save_images, save_language_model, save_vit, tiny
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -82,6 +82,8 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     assert again.kept == finished.kept
     with pytest.raises(FileExistsError, match=r"holds a run with lr 0\.005 and not 0\.1; choose another folder"):
         fine_tune(replace(finished.settings, lr=0.1), finished.out)
+    with pytest.raises(FileExistsError, match=r"holds a run with max_kl the default and not 0\.1; choose"):
+        fine_tune(replace(finished.settings, max_kl=0.1), finished.out)
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch):
@@ -122,6 +124,22 @@ def test_the_best_checkpoint_within_the_budget_is_kept(finished, language_model,
     loaded = Loaded(base, AutoTokenizer.from_pretrained(found.out))
     kept = build_keep(check_keep(found.settings, "causal-lm"), found.settings, "causal-lm", loaded)
     assert kl_to_base(stock, base, kept.batches) <= limit
+
+
+def test_a_budget_just_below_the_end_is_used_up_and_no_step_is_measured_again(
+    finished, language_model, texts, tmp_path, capsys, caplog
+):
+    limit = finished.rows[-1]["eval_keep_kl"] * 0.93
+    with caplog.at_level("INFO", logger="ipca.train"):
+        found = fine_tune(settings(language_model, texts, max_kl=limit, patience=9), tmp_path / "out")
+    assert 0.75 < found.scale < 1
+    assert 0.97 * limit <= found.best["eval_keep_kl"] <= limit
+    lines = [record.getMessage() for record in caplog.records]
+    begun = next(index for index, line in enumerate(lines) if line.startswith("scaling the change of step 8"))
+    scales = [float(line.split()[1]) for line in lines[begun + 1 :]]
+    assert scales[:3] == [0.25, 0.5, 0.75]
+    assert scales[-1] == found.scale
+    assert not [line for line in lines if line.startswith("stopping")]
 
 
 @pytest.mark.slow
@@ -269,6 +287,16 @@ REFUSED = [
 def test_refusals(language_model, texts, tmp_path, changes, error, words):
     with pytest.raises(error, match=words):
         fine_tune(replace(settings(language_model, texts), **changes), tmp_path / "out", progress=False)
+
+
+def test_an_encoder_is_no_causal_language_model(texts, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    BertModel(BertConfig(**sizes, vocab_size=257)).save_pretrained(tmp_path / "bert")
+    tiny().tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"is an encoder \(bert\), not a causal language model\. For classification"):
+        fine_tune(settings(tmp_path / "bert", texts), tmp_path / "out", progress=False)
 
 
 def test_data_is_checked_before_the_model_is_loaded(language_model, texts, tmp_path, monkeypatch):

@@ -89,6 +89,11 @@ def test_the_curve_and_the_scale_of_a_budget(language_model, batches, tmp_path):
     assert found.rows()[0] == {"scale": 0.0, "loss": points[0.0].loss, "forgotten": 0.0}
 
 
+def test_a_string_is_one_text(language_model, batches):
+    found = token_batches(KEPT, AutoTokenizer.from_pretrained(language_model), max_length=64, tokens=256)
+    assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(found, batches, strict=True))
+
+
 def test_the_next_scale_is_that_of_the_curve():
     square = [Point(x, 1 - x, x * x) for x in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert _next_scale(square, 0.4) == pytest.approx(math.sqrt(0.4), abs=0.01)
@@ -103,6 +108,11 @@ def test_refusals(language_model, batches, tmp_path):
     trainer = trained(language_model, tmp_path / "run", peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="use_dora: its change is not linear"):
         tradeoff(trainer, batches, progress=False)
+    for budget in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="a budget must be at least 0"):
+            tradeoff(trainer, batches, max_forgotten=budget, progress=False)
+    with pytest.raises(TypeError, match=r"the tensors input_ids and labels; ipca\.train\.token_batches"):
+        tradeoff(trainer, [{"text": KEPT}], progress=False)
     trainer.model.save_pretrained(tmp_path / "dora")
     with pytest.raises(ValueError, match="use_dora"):
         save_scaled(tmp_path / "dora", tmp_path / "out", 0.5)

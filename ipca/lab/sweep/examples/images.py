@@ -3,7 +3,7 @@
     ipca sweep --example images > task.py
     ipca sweep task.py --windows 0.0 0.5 1.0 --lrs 2e-4 1e-3 --seeds 3 -o sweep-out --dry-run
 
-Needs pip install 'ipca-lora[hf,sweep]'. Put your own in place of MODEL, SETTINGS, labeled() and others().
+Needs pip install 'ipca-lora[hf,sweep]'. Put your own in place of MODEL, SETTINGS, CLASSES, labeled() and others().
 """
 
 from functools import cache
@@ -83,5 +83,5 @@ def pretrained_embeddings() -> Tensor:
 
 def task() -> sweep.Task:
     """What `ipca sweep` reads."""
-    labels = {"target": "accuracy, 64 new images", "retained": "similarity of other embeddings (cosine)"}
+    labels = {"target": "accuracy, new images", "retained": "similarity of other embeddings (cosine)"}
     return sweep.Task(build, train, evaluate, SETTINGS, labels=labels)
