@@ -110,12 +110,17 @@ def tradeoff(
 
     def measure(scale: float) -> Point:
         with scaled(trainer.model, scale):
-            loss = trainer.evaluate()["eval_loss"]
-            forgotten = what.measure(trainer.model)[name] if scale else 0.0
+            loss = _held_out_loss(trainer)
+            forgotten = what.measure(trainer.model)[name]  # above 0 at 0 too where more than a LoRA is trained
         bar.update()
         return Point(scale, loss, forgotten)
 
     points = {scale: measure(scale) for scale in sorted({0.0, *map(float, scales)})}
+    if max_forgotten is not None and not points[0.0].forgotten <= max_forgotten:
+        raise ValueError(
+            f"at scale 0 the model has forgotten {points[0.0].forgotten:.4g}, more than the budget of "
+            f"{max_forgotten:g}: modules that train whole are not scaled. Raise the budget, or train without them."
+        )
     for _ in range(_SEARCH if max_forgotten is not None else 0):
         wanted = _next_scale(points.values(), max_forgotten)
         if wanted is None or any(abs(wanted - scale) < 1e-3 for scale in points):
@@ -123,6 +128,18 @@ def tradeoff(
         points[wanted] = measure(wanted)
     bar.close()
     return Tradeoff(tuple(points[scale] for scale in sorted(points)), what.words, max_forgotten)
+
+
+def _held_out_loss(trainer: Any) -> float:
+    """The loss of an evaluation that no callback hears of, and no log."""
+    handler, history = trainer.callback_handler, trainer.state.log_history
+    callbacks, handler.callbacks = handler.callbacks, []
+    trainer.state.log_history = []
+    try:
+        loss: float = trainer.evaluate()["eval_loss"]
+    finally:
+        handler.callbacks, trainer.state.log_history = callbacks, history
+    return loss
 
 
 def _next_scale(points: Iterable[Point], budget: float | None) -> float | None:
