@@ -123,7 +123,15 @@ def adapt(loaded: Loaded, settings: TrainSettings, task: str, progress: bool) ->
     )
     with warnings.catch_warnings():  # a float alpha, which PEFT scales with
         warnings.filterwarnings("ignore", message=".*lora_alpha.*")
-        return get_peft_model(loaded.model, prepare(loaded.model, config, progress=progress))
+        model = get_peft_model(loaded.model, prepare(loaded.model, config, progress=progress))
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # no adapter file holds its running statistics
+            module.register_forward_pre_hook(_frozen)
+    return model
+
+
+def _frozen(module: Any, inputs: Any) -> None:
+    module.training = False
 
 
 def split(data: Data, settings: TrainSettings, loaded: Loaded, held_out: Data | None = None) -> Examples:

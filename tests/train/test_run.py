@@ -19,9 +19,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    ResNetConfig,
+    ResNetModel,
     RobertaConfig,
     RobertaModel,
     TrainerCallback,
+    ViTImageProcessorPil,
 )
 
 import ipca
@@ -29,7 +32,7 @@ from ipca.analysis import cross_entropy_rise, kl_to_base
 from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
 from ipca.train.keep import KeptTask, build_keep, check_keep
 from ipca.train.settings import read_settings
-from ipca.train.tasks import Loaded, fitting_length, load_model
+from ipca.train.tasks import Loaded, adapt, fitting_length, load_model
 
 
 def settings(model, texts, **changes):
@@ -406,3 +409,17 @@ def test_a_classifier_of_any_folder_counts_its_positions_and_classes(texts, tmp_
 def test_numbers_with_exponents_in_a_file_of_settings(tmp_path):
     (tmp_path / "a.yaml").write_text("lr: 1e-3\nmodel: m1e3\n")
     assert read_settings(tmp_path / "a.yaml") == {"lr": 1e-3, "model": "m1e3"}
+
+
+def test_running_statistics_stay_the_bases(texts, tmp_path):
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")).save_pretrained(
+        tmp_path
+    )
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    asked = settings(tmp_path, texts, targets=("convolution",))
+    loaded = load_model(asked, "image-classification", ("dark", "light"))
+    model = adapt(loaded, asked, "image-classification", progress=False).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model(pixel_values=torch.randn(4, 3, 16, 16))
+    assert any("running_mean" in name for name in before)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
