@@ -317,7 +317,14 @@ def predict(model: nn.Module, batch: Any) -> Predictions:
         )
     if labels is not None:
         labels = _checked(labels, logits)
-    return Predictions(logits, labels, _mask(model, inputs, logits), getattr(output, "loss", None))
+    return Predictions(logits, labels, _mask(model, inputs, logits), _own_loss(model, output))
+
+
+def _own_loss(model: nn.Module, output: Any) -> Any:
+    """The model's loss, without the share of a mixture of experts that balances its router."""
+    loss, balance = getattr(output, "loss", None), getattr(output, "aux_loss", None)
+    share = getattr(getattr(model, "config", None), "router_aux_loss_coef", None)
+    return loss if loss is None or balance is None or share is None else loss - share * balance
 
 
 def is_shifted(found: Predictions) -> bool:

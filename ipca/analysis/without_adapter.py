@@ -50,6 +50,11 @@ def check_base(model: nn.Module) -> None:
     if not has_peft_layers(model):
         raise ValueError(f"this {type(model).__name__} has no adapter; pass the pretrained model as base.")
     for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "bias", None) not in (None, "none"):
+            raise ValueError(
+                f"the adapter {name!r} has bias={config.bias!r}, which trains biases of the base: without it the model "
+                "is not the base. Pass the pretrained model as base, or train with bias='none'."
+            )
         start = getattr(config, "init_lora_weights", None)
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
             raise ValueError(

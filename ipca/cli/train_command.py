@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ipca.io.adapter_folder import SIDECAR
 from ipca.io.hub import adapter_folder
 from ipca.io.model_card import write_model_card
-from ipca.io.output_folder import check_output
+from ipca.io.output_folder import check_output, check_spared
 
 if TYPE_CHECKING:
     from ipca.train import TrainSettings
@@ -56,15 +58,22 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
         from ipca.train.scaled_change import SCALES, save_scaled, tradeoff
 
         if args.out is not None:
+            if args.force:
+                check_spared(args.out, (args.model, args.data, args.keep))
             check_output(args.out, whole=True, overwrite=args.force, option="--force")
         settings = _settings(args)
         adapter = adapter_folder(args.adapter)
-        scales = args.scales or ([0.0, args.scale, 1.0] if args.scale is not None else SCALES)
+        scales = {*(args.scales or (SCALES if args.scale is None else (0.0, 1.0)))}
+        scales |= ({args.scale} if args.scale else set()) | ({1.0} if args.gate else set())
         with open_adapter(settings, adapter, check_base=not args.any_base) as (trainer, kept):
             if kept is None:
                 raise ValueError(f"give --keep: nothing is measured by default for {settings.data}.")
             found = tradeoff(
-                trainer, kept, scales=scales, max_forgotten=settings.budget, progress=not args.quiet and not args.json
+                trainer,
+                kept,
+                scales=sorted(scales),
+                max_forgotten=settings.budget,
+                progress=not args.quiet and not args.json,
             )
     chosen = found.best.scale if args.scale is None else args.scale
     at_one = next((point.forgotten for point in found.points if point.scale == 1.0), None)
@@ -77,9 +86,12 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
     if args.out is not None:
         if chosen == 0:
             raise ValueError("only the base itself is within the budget; no adapter was written. Raise the budget.")
-        if args.force and args.out.exists():
-            _remove(args.out)
-        save_scaled(adapter, args.out, chosen)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=args.out.parent) as folder:  # the adapter may be what is replaced
+            made = save_scaled(adapter, Path(folder, "made"), chosen)
+            if args.force and args.out.exists():
+                shutil.rmtree(args.out)
+            made.replace(args.out)
         point = next(point for point in found.points if point.scale == chosen)
         if (args.out / SIDECAR).is_file():
             metrics = {"held-out loss": point.loss, f"forgotten, {found.words}": point.forgotten}
@@ -89,12 +101,6 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
         text += f"\nadapter with the change scaled by {chosen:g}: {args.out}"
     record: Record = {"points": found.rows(), "best": vars(found.best), "scale": chosen, "forgotten": found.words}
     return record | ({"out": str(args.out)} if args.out else {}), text
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
 
 
 def _settings(args: argparse.Namespace) -> TrainSettings:

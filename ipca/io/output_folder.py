@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +52,15 @@ def check_output(
     else:
         what = f"holds {min(held)}; choose another folder"
     raise FileExistsError(f"{target} {what}. {option} replaces it.")
+
+
+def check_spared(folder: str | os.PathLike[str], inputs: Iterable[Any]) -> None:
+    """Raise ValueError where replacing ``folder`` would delete one of ``inputs`` or the current folder."""
+    target = Path(folder).resolve()
+    for path in (Path(), *(Path(each) for each in inputs if isinstance(each, str | os.PathLike))):
+        if path.exists() and path.resolve().is_relative_to(target):
+            what = "the current folder" if path == Path() else str(path)
+            raise ValueError(f"replacing {folder} would delete {what}; choose another output folder.")
 
 
 def _is_untrained(folder: Path, held: set[str]) -> bool:

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -54,13 +55,12 @@ class KeepCallback(TrainerCallback):
         patience: int = 3,
     ) -> None:
         self._trainer, self.kept, self.budget, self.patience = trainer, as_kept(kept), max_kl, patience
-        self.above = 0
         check_base(trainer.model)
         if max_kl is None:
             return
         if self.kept.budgeted is None:
             raise ValueError(f"there is no budget for {self.kept.words}.")
-        arguments = trainer.args
+        arguments = trainer.args = copy(trainer.args)  # another trainer may have them too
         if not arguments.load_best_model_at_end:
             raise ValueError("a budget keeps the best checkpoint within it: pass load_best_model_at_end=True.")
         best = arguments.metric_for_best_model or "loss"
@@ -75,15 +75,17 @@ class KeepCallback(TrainerCallback):
         self._trainer.log(dict(found))
         if self.budget is None:
             return
-        value = found[f"eval_{self.kept.budgeted}"]
-        within = value <= self.budget  # not of NaN
-        metrics[f"eval_{WITHIN}"] = metrics[self._best] if within else self._worst
-        self.above = 0 if within else self.above + 1
-        if self.above >= self.patience and 0 < state.global_step < state.max_steps:
+        name = f"eval_{self.kept.budgeted}"
+        metrics[f"eval_{WITHIN}"] = metrics[self._best] if found[name] <= self.budget else self._worst  # that of NaN
+        history = self._trainer.state.log_history  # which a resumed run has from its checkpoint
+        above = 0
+        for value in {entry["step"]: entry[name] for entry in history if name in entry}.values():
+            above = 0 if value <= self.budget else above + 1
+        if above >= self.patience and self._trainer.is_in_train and 0 < state.global_step < state.max_steps:
             log.warning(
                 "stopping at step %d: %d evaluations in a row above the budget of %g",
                 state.global_step,
-                self.above,
+                above,
                 self.budget,
             )
             control.should_training_stop = True

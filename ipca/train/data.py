@@ -267,13 +267,16 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     for place, row in numbered:
         if not isinstance(row, dict):
             raise DataError(f"{place}: expected an object with named columns, got {_short(row)}.")
+        if "\\u" in text and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise DataError(f"{place}: expected text in Unicode, got half of a surrogate pair, such as \\ud800.")
         yield place, row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(1 << 30)
     lines = _text(path).split("\n")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(lines[0])
+    first_line = next((line for line in lines if line.strip()), "")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(first_line)
     reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     try:
@@ -284,6 +287,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             if header is None:
                 header = [name.strip() for name in values]
+                if len(set(header)) < len(header):
+                    raise DataError(f"{path}, line {first}: expected columns of different names, got {_short(values)}.")
                 continue
             if len(values) != len(header):
                 raise DataError(
@@ -385,6 +390,7 @@ def _declared_labels(rows: Any, layout: Layout) -> tuple[str, ...]:
 def _converted(split: str, rows: Any, source: Source, layout: Layout, labels: tuple[str, ...]) -> list[Row]:
     """Rows with their values by role, each checked."""
     places = getattr(rows, "places", None)
+    declared = _declared_labels(rows, layout)
     of_split = "" if split == "train" else f" of {split}"
     found = []
     for k, row in enumerate(rows):
@@ -397,9 +403,13 @@ def _converted(split: str, rows: Any, source: Source, layout: Layout, labels: tu
                 f"{place}: expected a tag for each token, got {len(found[-1]['tokens'])} tokens in "
                 f"{layout.columns['tokens']!r} and {len(found[-1]['tags'])} tags in {layout.columns['tags']!r}."
             )
+        if "label" in found[-1]:
+            found[-1]["label"] = _named(found[-1]["label"], declared)
+        if "tags" in found[-1]:
+            found[-1]["tags"] = [_named(value, declared) for value in found[-1]["tags"]]
         for role in ("label", "tags") if labels else ():
             for value in _as_list(found[-1].get(role)):
-                if str(value) not in labels and not (isinstance(value, int) and 0 <= value < len(labels)):
+                if str(value) not in labels and not _is_index(value, labels):
                     raise DataError(
                         f"{place}, column {layout.columns[role]!r}: {value!r} is not one of {', '.join(labels[:8])}."
                     )
@@ -408,20 +418,31 @@ def _converted(split: str, rows: Any, source: Source, layout: Layout, labels: tu
     return found
 
 
+def _named(value: Any, names: tuple[str, ...]) -> Any:
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _is_index(value: Any, labels: tuple[str, ...]) -> bool:
+    """Whether ``value`` is the place of a class, which it cannot be where classes are named by numbers."""
+    return isinstance(value, int) and 0 <= value < len(labels) and not any(map(_is_integer, labels))
+
+
+def _is_integer(name: str) -> bool:
+    return re.fullmatch(r"-?\d+", name) is not None
+
+
 def _classes(layout: Layout, rows: list[Row]) -> tuple[str, ...]:
     """The names of the classes in ``rows``, numbers in their order; at least two."""
     role = "label" if "label" in layout.columns else "tags" if "tags" in layout.columns else None
     if role is None:
         return ()
-    values = {value for row in rows for value in _as_list(row[role])}
-    found = sorted(values, key=lambda value: (isinstance(value, str), value))
-    if all(re.fullmatch(r"-?\d+", str(value)) for value in found):
-        found = sorted(values, key=int)
+    values = {str(value) for row in rows for value in _as_list(row[role])}
+    found = sorted(values, key=int if all(map(_is_integer, values)) else None)
     if len(found) < 2:
         raise DataError(
             f"column {layout.columns[role]!r}: expected at least two classes, got only {', '.join(map(repr, found))}."
         )
-    return tuple(str(value) for value in found)
+    return tuple(found)
 
 
 def _numbered(rows: list[Row], layout: Layout, classes: tuple[str, ...]) -> Any:

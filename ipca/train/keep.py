@@ -92,11 +92,14 @@ class KeptTask:
     def measure(self, model: nn.Module) -> dict[str, float]:
         if self._base is None:
             with evaluating(model), without_adapter(model):
-                self._base = dict(self._function(model, self._processor))
+                self._base = self._numbers(model)
         with evaluating(model):
-            now = dict(self._function(model, self._processor))
+            now = self._numbers(model)
         changes = {f"keep_{name}_change": value - self._base[name] for name, value in now.items()}
-        return {f"keep_{name}": float(value) for name, value in now.items()} | changes
+        return {f"keep_{name}": value for name, value in now.items()} | changes
+
+    def _numbers(self, model: nn.Module) -> dict[str, float]:
+        return {name: float(value) for name, value in self._function(model, self._processor).items()}
 
 
 def check_keep(settings: TrainSettings, task: str) -> Source | Path | None:
@@ -185,9 +188,10 @@ def draw_samples(model: Any, tokenizer: Any, settings: TrainSettings) -> Tensor:
     """
     from transformers import GenerationConfig
 
-    start = next(
-        (x for x in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id) if x is not None), 0
-    )
+    own_start = getattr(model.config, "bos_token_id", None)
+    known = [x for x in (tokenizer.bos_token_id, own_start, tokenizer.eos_token_id) if x is not None]
+    words = model.get_input_embeddings().num_embeddings
+    start = next((x for x in known if x < words), 0)
     length = min(SAMPLE_TOKENS, settings.max_length)
     count = max(settings.keep_tokens // length, 1)
     first = torch.full((count, 1), start, device=next(model.parameters()).device)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from ipca._atomic import read_checksummed, staged_files, write_atomic, write_checksummed
 from ipca._version import __version__
 from ipca.io.model_card import write_model_card
-from ipca.io.output_folder import check_output
+from ipca.io.output_folder import check_output, check_spared
 from ipca.train.callback import EvaluateLast, KeepCallback, Progress
 from ipca.train.data import Data, find_source, read_data
 from ipca.train.figures import draw_run
@@ -108,19 +111,17 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
         samples = _samples(loaded.model.to(state.device), loaded.processor, fitted, None if overwrite else out)
     kept = build_keep(source, fitted, data.layout.task, loaded, samples)
     model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty())
-    if state.is_main_process:
-        _begin(settings, out, samples, overwrite)
-    state.wait_for_everyone()
-    trainer = build_trainer(model, parts, fitted, loaded, data, out / CHECKPOINTS)
-    if trainer.accelerator.num_processes != processes():  # each would train on all of the data
-        known = trainer.accelerator.num_processes
-        raise RuntimeError(f"{processes()} processes were started, but the Trainer knows of {known}.")
-    _add_callbacks(trainer, kept, settings, progress)
-    checkpoint = last_checkpoint(out / CHECKPOINTS)
-    if checkpoint is not None:
-        log.info("going on from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return _finish(trainer, settings, out, data, kept, progress)
+    with _held(out) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            _begin(settings, fitted, out, samples, overwrite)
+        state.wait_for_everyone()
+        trainer = build_trainer(model, parts, fitted, loaded, data, out / CHECKPOINTS)
+        if trainer.accelerator.num_processes != processes():  # each would train on all of the data
+            known = trainer.accelerator.num_processes
+            raise RuntimeError(f"{processes()} processes were started, but the Trainer knows of {known}.")
+        _add_callbacks(trainer, kept, settings, progress)
+        _train(trainer, last_checkpoint(out / CHECKPOINTS))
+        return _finish(trainer, settings, out, data, kept, progress)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -160,6 +161,8 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     import yaml
 
     run = out / RUN
+    if overwrite:
+        check_spared(out, (settings.model, settings.data, settings.keep, settings.held_out))
     if not run.is_file() or overwrite:
         check_output(out, whole=True, overwrite=overwrite, option="--force")
         return None
@@ -173,6 +176,7 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
         raise FileExistsError(f"{out} holds a run with {words}; choose another folder, or replace it with --force.")
     if "kept" not in found:
         return None
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # where the run was killed at its very end
     log.info("%s holds this run, finished; --force trains again", out)
     return Outcome(
         out, settings, read_curve(out / CURVE), found["kept"], found["scale"], found["budgeted"], found["words"]
@@ -186,19 +190,48 @@ def _shown(value: Any) -> str:
 def _samples(model: Any, tokenizer: Any, settings: TrainSettings, out: Path | None) -> Tensor:
     """Samples of the model: those of this run in ``out``, or new ones."""
     if out is not None and (out / SAMPLES).is_file():
-        return read_checksummed(out / SAMPLES)[1]["input_ids"]
+        record, tensors = read_checksummed(out / SAMPLES)
+        if record == _sampled(settings):
+            return tensors["input_ids"]
     log.info("drawing %d tokens from the model, to measure what it forgets", settings.keep_tokens)
     return draw_samples(model, tokenizer, settings)
 
 
-def _begin(settings: TrainSettings, out: Path, samples: Tensor | None, overwrite: bool) -> None:
-    """Write what a killed run needs to go on."""
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+def _sampled(settings: TrainSettings) -> dict[str, Any]:
+    """What samples depend on."""
+    return {name: getattr(settings, name) for name in ("model", "dtype", "keep_tokens", "max_length", "seed")}
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Let no other run work in ``out`` within the block; a killed process lets go."""
     out.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"another process trains in {out}; wait for it, or choose another folder.") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _begin(settings: TrainSettings, fitted: TrainSettings, out: Path, samples: Tensor | None, overwrite: bool) -> None:
+    """Write what a killed run needs to go on."""
+    for path in out.iterdir() if overwrite else ():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if samples is not None:
-        write_checksummed(out / SAMPLES, {"seed": settings.seed}, {"input_ids": samples})
+        write_checksummed(out / SAMPLES, _sampled(fitted), {"input_ids": samples})
     write_atomic(out / RUN, settings_text(settings, {}).encode())
+    if checkpoint := last_checkpoint(out / CHECKPOINTS):
+        _relocate(checkpoint)
 
 
 def _add_callbacks(trainer: Any, kept: Kept | None, settings: TrainSettings, progress: bool) -> None:
@@ -208,10 +241,40 @@ def _add_callbacks(trainer: Any, kept: Kept | None, settings: TrainSettings, pro
         trainer.add_callback(KeepCallback(trainer, kept, max_kl=settings.budget, patience=settings.patience))
 
 
+def _train(trainer: Any, checkpoint: Path | None) -> None:
+    """Train from ``checkpoint`` on; where training had ended there, load what it ended with: a Trainer would go on."""
+    if checkpoint is None:
+        trainer.train()
+        return
+    log.info("going on from %s", checkpoint)
+    if not _read_state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+        trainer.args.eval_on_start = False  # measured already
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    trainer.state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    if trainer.state.best_model_checkpoint is None:
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        trainer._load_best_model()
+
+
+def _relocate(checkpoint: Path) -> None:
+    """Let ``checkpoint`` find the best one beside it: their folder may have been moved, or be named from elsewhere."""
+    state = _read_state(checkpoint)
+    if best := state["best_model_checkpoint"]:
+        state["best_model_checkpoint"] = str(checkpoint.parent / Path(best).name)
+        write_atomic(checkpoint / _STATE, json.dumps(state, indent=2).encode())
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
+    return state
+
+
 def _is_complete(checkpoint: Path) -> bool:
     """Whether the trainer's state, which is written last, is there and whole."""
     try:
-        return isinstance(json.loads((checkpoint / _STATE).read_text()), dict)
+        return isinstance(_read_state(checkpoint), dict)
     except (OSError, ValueError):
         return False
 
@@ -237,7 +300,7 @@ def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: 
     if best is None:
         raise _over_budget(rows, settings, name, last_checkpoint(out / CHECKPOINTS))
     outcome = Outcome(out, settings, rows, best, scale, name, words)
-    with TemporaryDirectory(dir=out) as folder:
+    with TemporaryDirectory(dir=out / CHECKPOINTS) as folder:  # removed at the end, also where this is killed
         target = out if scale == 1 else Path(folder, "unscaled")
         trainer.save_model(str(target))
         if trainer.is_world_process_zero():

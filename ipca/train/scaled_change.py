@@ -125,9 +125,9 @@ def search(
     bar = tqdm(total=None, desc="Trade-off", unit="scale", disable=None if progress else True)
 
     def measure(scale: float) -> Point:
-        with scaled(trainer.model, scale), _without_own_callbacks(trainer):
-            loss = trainer.evaluate()["eval_loss"]
-            forgotten = kept.measure(trainer.model)[name] if scale else 0.0
+        with scaled(trainer.model, scale):
+            loss = _held_out_loss(trainer)
+            forgotten = kept.measure(trainer.model)[name]  # above 0 at 0 too where more than a LoRA is trained
         bar.update()
         if progress and not sys.stderr.isatty():
             log.info("scale %g  held-out %.4g  %s %.4g", scale, loss, name, forgotten)
@@ -135,6 +135,11 @@ def search(
 
     points = dict(known)
     points |= {scale: measure(scale) for scale in sorted({0.0, *map(float, scales)} - set(known))}
+    if budget is not None and not points[0.0].forgotten <= budget:
+        raise ValueError(
+            f"at scale 0 the model has forgotten {points[0.0].forgotten:.4g}, more than the budget of {budget:g}: "
+            "modules that train whole are not scaled. Raise the budget, or train without them."
+        )
     for _ in range(_SEARCH if budget is not None else 0):
         wanted = _next_scale(points.values(), budget)
         if wanted is None or any(abs(wanted - scale) < 1e-3 for scale in points):
@@ -144,18 +149,16 @@ def search(
     return Tradeoff(tuple(points[scale] for scale in sorted(points)), kept.words, budget)
 
 
-@contextmanager
-def _without_own_callbacks(trainer: Any) -> Iterator[None]:
-    """Evaluate without what measures forgetting and shows steps: what is evaluated here is no step of the run."""
-    from ipca.train.callback import KeepCallback, Progress
-
-    handler = trainer.callback_handler
-    before = handler.callbacks
-    handler.callbacks = [each for each in before if not isinstance(each, KeepCallback | Progress)]
+def _held_out_loss(trainer: Any) -> float:
+    """The loss of an evaluation that no callback hears of, and no log."""
+    handler, history = trainer.callback_handler, trainer.state.log_history
+    callbacks, handler.callbacks = handler.callbacks, []
+    trainer.state.log_history = []
     try:
-        yield
+        loss: float = trainer.evaluate()["eval_loss"]
     finally:
-        handler.callbacks = before
+        handler.callbacks, trainer.state.log_history = callbacks, history
+    return loss
 
 
 def _next_scale(points: Iterable[Point], budget: float | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ LOSS_ON = ("answers", "all")
 DTYPES = ("float32", "bfloat16", "float16")
 _RATE, _RATE_PRINCIPAL = 1e-3, 3e-4
 _MINIMUM = {
-    **dict.fromkeys(("batch", "evaluations", "keep_tokens", "micro_batch", "patience", "rank", "steps"), 1),
+    **dict.fromkeys(("batch", "evaluations", "micro_batch", "patience", "rank", "steps"), 1),
+    "keep_tokens": 2,
     "max_length": 2,
     "seed": 0,
     "weight_decay": 0.0,
@@ -172,7 +174,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not settings by name.")
     values.pop("found", None)
-    return values
+    return {name: float(value) if _is_float(value) else value for name, value in values.items()}
+
+
+def _is_float(value: Any) -> bool:
+    """Whether ``value`` is a number such as 1e-3, which YAML 1.1 takes for text."""
+    return isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) is not None
 
 
 def read_labels(adapter: Path) -> tuple[str, ...]:

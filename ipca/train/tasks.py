@@ -67,7 +67,7 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
         raise FileNotFoundError(f"{folder} holds no config.json; give a Hugging Face model folder.")
     options: dict[str, Any] = {}
     if labels:
-        options = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+        options = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "problem_type": None}
         options |= {"label2id": {name: k for k, name in enumerate(labels)}, "ignore_mismatched_sizes": True}
     dtype = settings.dtype or ("auto" if torch.cuda.is_available() else "float32")
     torch.manual_seed(settings.seed)
@@ -89,8 +89,8 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
         if processor.eos_token is None:
             raise ValueError(f"the tokenizer of {settings.model} has neither a padding nor an end token; set one.")
         processor.pad_token = processor.eos_token
-    if task == "sequence-classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = processor.pad_token_id
+    if task == "sequence-classification":
+        model.config.pad_token_id = processor.pad_token_id  # decoders look for the last token before it
     return Loaded(model, processor)
 
 
@@ -106,10 +106,13 @@ def _reads_both_ways(config: Any) -> bool:
 
 def fitting_length(settings: TrainSettings, loaded: Loaded) -> TrainSettings:
     """``settings`` with a ``max_length`` that the model and its tokenizer have positions for."""
-    limits = (
+    limits = [
         getattr(loaded.processor, "model_max_length", None),
         getattr(loaded.model.config, "max_position_embeddings", None),
-    )
+    ]
+    for name, module in loaded.model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from the padding on
     least = min(limit for limit in (settings.max_length, *limits) if limit)
     if least < settings.max_length:
         log.warning("sequences have %d tokens: %s has no more positions", least, settings.model)
@@ -135,7 +138,15 @@ def adapt(loaded: Loaded, settings: TrainSettings, task: str, progress: bool) ->
     )
     with warnings.catch_warnings():  # a float alpha, which PEFT scales with
         warnings.filterwarnings("ignore", message=".*lora_alpha.*")
-        return get_peft_model(loaded.model, prepare(loaded.model, config, progress=progress))
+        model = get_peft_model(loaded.model, prepare(loaded.model, config, progress=progress))
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # no adapter file holds its running statistics
+            module.register_forward_pre_hook(_frozen)
+    return model
+
+
+def _frozen(module: Any, inputs: Any) -> None:
+    module.training = False
 
 
 def split(data: Data, settings: TrainSettings, loaded: Loaded, held_out: Data | None = None) -> Examples:
@@ -273,15 +284,21 @@ def build_trainer(
             completion_only_loss=answers if "prompt" in examples.train.column_names else None,
             assistant_only_loss=answers and "messages" in examples.train.column_names,
         )
-        return _silent(
-            SFTTrainer(
-                model,
-                args=arguments,
-                train_dataset=examples.train,
-                eval_dataset=examples.held_out,
-                processing_class=loaded.processor,
-            )
+        trainer = SFTTrainer(
+            model,
+            args=arguments,
+            train_dataset=examples.train,
+            eval_dataset=examples.held_out,
+            processing_class=loaded.processor,
         )
+        made: Any = {"trained on": trainer.train_dataset, "held out": trainer.eval_dataset}
+        for what, rows in made.items():
+            if not len(rows):  # TRL drops them
+                raise DataError(
+                    f"{settings.data}: no row that is {what} has an answer within {settings.max_length} tokens; pass a "
+                    "larger --max-length, shorten the prompts, or train with --loss-on all."
+                )
+        return _silent(trainer)
     collators: dict[str, Any] = {
         "sequence-classification": lambda: transformers.DataCollatorWithPadding(loaded.processor),
         "token-classification": lambda: transformers.DataCollatorForTokenClassification(loaded.processor),

@@ -404,3 +404,19 @@ def test_embedding_drift_is_one_minus_the_cosine_of_mean_states():
     silent.forward = lambda **_: SimpleNamespace(hidden_states=None)
     with pytest.raises(TypeError, match="returned no hidden states"):
         embedding_drift(silent, Encoder(then), [batch])
+
+
+def test_the_loss_that_balances_a_router_is_no_loss_of_tokens():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    balanced = {"num_local_experts": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    config = transformers.MixtralConfig(vocab_size=32, num_key_value_heads=1, **sizes, **balanced)
+    model, base = (transformers.MixtralForCausalLM(config) for _ in range(2))
+    ids = torch.arange(16).view(2, 8)
+    found = forgetting(model, base, [{"input_ids": ids, "labels": ids}])
+    with torch.no_grad():
+        wanted = [
+            F.cross_entropy(each.eval()(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            for each in (model, base)
+        ]
+    assert found.loss_rise == pytest.approx((wanted[0] - wanted[1]).item(), abs=1e-6)

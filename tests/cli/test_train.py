@@ -204,3 +204,13 @@ def test_two_processes_give_the_losses_of_one(place, tmp_path):
     assert len(one) == len(two) == 5
     for row, other in zip(one, two, strict=True):
         assert other == pytest.approx(row, rel=2e-4)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_scaled_in_its_place_and_beside_the_scales_of_the_curve(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(place / "out", out)
+    words = [str(place / "model"), str(out), str(place / "new.txt"), "--keep", str(place / "keep.txt"), *SIZES]
+    assert main(["tradeoff", *words, "--scales", "1", "--scale", "0.5", "-o", str(out), "--force", "--quiet"]) == 0
+    assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 4
+    assert main(["tradeoff", *words, "--scales", "0.5", "--max-kl", "100", "--gate", "--quiet"]) == 0

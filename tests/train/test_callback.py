@@ -127,3 +127,31 @@ def test_peft_layers_in_a_model_of_ones_own(batches):
         with ipca.analysis.without_adapter(model):
             assert torch.equal(model(x), before)
         assert (model(x) - before).abs().max() > 1e-3
+
+
+def test_the_patience_of_a_resumed_run_goes_on(base, language_model, batches, tmp_path):
+    whole = {"load_best_model_at_end": True, "max_steps": 4}
+    trainer = trainer_of(peft.get_peft_model(base, configs()["lora"]), tmp_path, **whole)
+    trainer.add_callback(KeepCallback(trainer, batches, max_kl=1e-12, patience=3))  # above it from step 2 on
+    trainer.train()
+    stopped = trainer.state.global_step
+    again = AutoModelForCausalLM.from_pretrained(language_model)
+    trainer = trainer_of(peft.get_peft_model(again, configs()["lora"]), tmp_path, **whole, eval_on_start=True)
+    trainer.add_callback(KeepCallback(trainer, batches, max_kl=1e-12, patience=3))
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stopped - 1}"))
+    assert trainer.state.global_step == stopped < 4
+
+
+def test_arguments_are_left_to_other_trainers(base, batches, tmp_path):
+    trainer = trainer_of(peft.get_peft_model(base, configs()["lora"]), tmp_path, load_best_model_at_end=True)
+    arguments = trainer.args
+    KeepCallback(trainer, batches, max_kl=0.1)
+    assert trainer.args.metric_for_best_model == "eval_loss_within_budget"
+    assert arguments.metric_for_best_model == "loss"
+
+
+def test_biases_that_train_are_refused(base, batches, tmp_path):
+    biases = peft.LoraConfig(r=4, target_modules="all-linear", bias="all")
+    trainer = trainer_of(peft.get_peft_model(base, biases), tmp_path)
+    with pytest.raises(ValueError, match=r"bias='all', which trains biases of the base"):
+        KeepCallback(trainer, batches)

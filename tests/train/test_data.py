@@ -134,6 +134,8 @@ WRONG = [
     ("a.csv", "text,label\na,\nb,c\n", r"a\.csv, line 2, column 'label': expected the name or the number of a class"),
     ("a.csv", "text,label\na,x\nb,x\n", r"column 'label': expected at least two classes, got only 'x'"),
     ("a.csv", "one,two\na,x\n", r"a\.csv has the columns one, two; a task needs .*--columns"),
+    ("a.csv", "text,label,text\na,x,b\n", r"a\.csv, line 1: expected columns of different names, got \["),
+    ("a.jsonl", '{"text": "a"}\n{"text": "b \\ud800"}\n', r"a\.jsonl, line 2: expected text in Unicode, got half"),
     ("a.jsonl", "\n", r"a\.jsonl holds no rows"),
     ("a.txt", "  \n", r"a\.txt holds no text"),
     ("a.xml", "<x/>", r"a\.xml has an unknown format"),
@@ -213,3 +215,34 @@ def test_a_task_needs_its_columns(tmp_path):
 def test_the_error_of_unknown_columns_shows_how_to_name_them(names, task, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         find_layout(names, task, {}, "data.csv")
+
+
+def test_a_number_is_the_place_of_a_class_only_where_no_class_is_named_by_one(tmp_path):
+    train = read_data(find_source(str(write(tmp_path, "a.jsonl", lines(row(3), row("5"), row("3"))))))
+    assert train.labels == ("3", "5")
+    other = find_source(str(write(tmp_path, "b.jsonl", lines(row(5), row(1)))))
+    with pytest.raises(DataError, match=r"line 2, column 'label': 1 is not one of 3, 5"):
+        read_data(other, labels=train.labels)
+    assert read_data(other, labels=("no", "yes", *"abcd")).rows["label"] == [5, 1]
+
+
+def test_a_data_set_that_names_its_classes_has_their_places(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2", "3"])}
+    )
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    found = read_data(find_source(str(tmp_path / "a.parquet")))
+    assert found.labels == ("1", "2", "3")
+    assert found.rows["label"] == [0, 1]
+
+
+def row(label):
+    return {"text": "a", "label": label}
+
+
+def test_the_separator_is_that_of_the_first_line_with_words(tmp_path):
+    path = write(tmp_path, "a.csv", "\ufeff\n\ntext;label\na, b;x\n\nc;y\n")
+    assert read_data(find_source(str(path))).rows["text"] == ["a, b", "c"]

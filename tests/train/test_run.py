@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,14 +15,24 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 import peft
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ResNetConfig,
+    ResNetModel,
+    RobertaConfig,
+    RobertaModel,
+    TrainerCallback,
+    ViTImageProcessorPil,
+)
 
 import ipca
 from ipca.analysis import cross_entropy_rise, kl_to_base
 from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
-from ipca.train.keep import build_keep, check_keep
+from ipca.train.keep import KeptTask, build_keep, check_keep
 from ipca.train.settings import read_settings
-from ipca.train.tasks import Loaded
+from ipca.train.tasks import Loaded, adapt, fitting_length, load_model
 
 
 def settings(model, texts, **changes):
@@ -319,3 +330,124 @@ def test_force_replaces_a_run(finished, language_model, texts, tmp_path):
     shutil.copytree(finished.out, tmp_path / "out")
     found = fine_tune(settings(language_model, texts, steps=2), tmp_path / "out", overwrite=True, progress=False)
     assert found.rows[-1]["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"max_kl": 1e-3, "patience": 2}], ids=["to its end", "to its patience"])
+@pytest.mark.parametrize("where", ["_finish", "_write"])
+def test_a_run_that_was_killed_after_training_trains_no_more(
+    language_model, texts, tmp_path, monkeypatch, changes, where
+):
+    asked = settings(language_model, texts, lr=2e-2, **changes)
+    whole = fine_tune(asked, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(asked, tmp_path / "killed", progress=False)
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    again = fine_tune(asked, tmp_path / "moved", progress=False)
+    assert again.rows == whole.rows
+    assert again.best == whole.best
+    assert {path.name for path in again.out.iterdir()} == {path.name for path in whole.out.iterdir()}
+    weights = [(out / "adapter_model.safetensors").read_bytes() for out in (whole.out, again.out)]
+    assert weights[0] == weights[1]
+
+
+def test_a_moved_run_finds_its_best_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"best_model_checkpoint": "old/checkpoints/checkpoint-2"}')
+    run._relocate(folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state == {"best_model_checkpoint": str(tmp_path / "checkpoint-2")}
+
+
+def test_checkpoints_beside_a_finished_run_are_removed(finished, tmp_path):
+    shutil.copytree(finished.out, tmp_path / "out")
+    (tmp_path / "out" / "checkpoints").mkdir()
+    fine_tune(finished.settings, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_samples_of_another_run_are_drawn_again(language_model, texts, tmp_path):
+    loaded = load_model(settings(language_model, texts), "causal-lm", ())
+    asked = settings(language_model, texts, keep=None, keep_tokens=128)
+    (tmp_path / "out").mkdir()
+    first = run._samples(loaded.model, loaded.processor, asked, None)
+    run._begin(asked, asked, tmp_path / "out", torch.zeros_like(first), False)
+    assert (run._samples(loaded.model, loaded.processor, asked, tmp_path / "out") == 0).all()
+    other = replace(asked, keep_tokens=256)
+    assert run._samples(loaded.model, loaded.processor, other, tmp_path / "out").numel() == 256
+
+
+def test_one_run_at_a_time(tmp_path):
+    with (
+        run._held(tmp_path / "out"),
+        pytest.raises(RuntimeError, match="another process trains in"),
+        run._held(tmp_path / "out"),
+    ):
+        pass
+    with run._held(tmp_path / "out"):
+        pass
+
+
+def test_force_deletes_no_input(language_model, texts, tmp_path, monkeypatch):
+    shutil.copytree(texts, tmp_path / "texts")
+    asked = settings(language_model, tmp_path / "texts")
+    with pytest.raises(ValueError, match=r"would delete .*new\.txt; choose another output folder"):
+        fine_tune(asked, tmp_path, overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="would delete the current folder"):
+        fine_tune(settings(language_model, texts), tmp_path, overwrite=True)
+    assert (tmp_path / "texts" / "new.txt").is_file()
+
+
+def test_prompts_that_leave_no_room_for_an_answer(language_model, texts, tmp_path):
+    rows = [{"prompt": "x" * 100, "completion": "y"}] * 4
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"no row that is trained on has an answer within 64 tokens"):
+        fine_tune(settings(language_model, texts, data=str(tmp_path / "a.jsonl")), tmp_path / "out", progress=False)
+
+
+def test_numbers_of_a_task_may_be_of_numpy_or_torch():
+    kept = KeptTask(lambda model, processor: {"a": torch.tensor(2.0), "b": np.float32(3)}, None)
+    model = peft.inject_adapter_in_model(
+        peft.LoraConfig(target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(2, 2))
+    )
+    found = kept.measure(model)
+    assert found == {"keep_a": 2.0, "keep_b": 3.0, "keep_a_change": 0.0, "keep_b_change": 0.0}
+    assert {type(value) for value in found.values()} == {float}
+
+
+def test_a_classifier_of_any_folder_counts_its_positions_and_classes(texts, tmp_path):
+    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=40, pad_token_id=1)
+    config.problem_type = "multi_label_classification"
+    RobertaModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(save_language_model(tmp_path / "other")).save_pretrained(tmp_path)
+    asked = settings(tmp_path, texts)
+    loaded = load_model(asked, "sequence-classification", ("no", "yes"))
+    assert loaded.model.config.problem_type is None
+    assert loaded.model.config.pad_token_id == loaded.processor.pad_token_id
+    assert fitting_length(asked, loaded).max_length == 38
+    ids = torch.full((1, 38), 5)
+    assert loaded.model(input_ids=ids, labels=torch.tensor([1])).loss > 0
+
+
+def test_numbers_with_exponents_in_a_file_of_settings(tmp_path):
+    (tmp_path / "a.yaml").write_text("lr: 1e-3\nmodel: m1e3\n")
+    assert read_settings(tmp_path / "a.yaml") == {"lr": 1e-3, "model": "m1e3"}
+
+
+def test_running_statistics_stay_the_bases(texts, tmp_path):
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")).save_pretrained(
+        tmp_path
+    )
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    asked = settings(tmp_path, texts, targets=("convolution",))
+    loaded = load_model(asked, "image-classification", ("dark", "light"))
+    model = adapt(loaded, asked, "image-classification", progress=False).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model(pixel_values=torch.randn(4, 3, 16, 16))
+    assert any("running_mean" in name for name in before)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())

@@ -127,3 +127,19 @@ def test_refusals(language_model, batches, tmp_path):
     with pytest.raises(TypeError, match="holds a OFT; only a LoRA"):
         save_scaled(tmp_path / "other", tmp_path / "out", 0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_trains_whole_is_measured_at_scale_0_too(language_model, batches, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainer = trained(language_model, tmp_path / "run", config)
+    kept = KeepCallback(trainer, batches).kept
+    with scaled(trainer.model, 0.0):
+        left = kept.measure(trainer.model)["keep_kl"]
+    assert left > 0
+    history = list(trainer.state.log_history)
+    assert tradeoff(trainer, batches, scales=[1.0], progress=False).points[0].forgotten == left
+    assert trainer.state.log_history == history
+    with pytest.raises(
+        ValueError, match=r"at scale 0 the model has forgotten .* modules that train whole are not scaled"
+    ):
+        tradeoff(trainer, batches, scales=[1.0], max_forgotten=left / 2, progress=False)
