@@ -13,6 +13,7 @@ from ipca.train.figures import draw_run
 
 if TYPE_CHECKING:
     from ipca.train.run import Outcome
+    from ipca.train.settings import TrainSettings
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -65,7 +66,7 @@ def write_report(outcome: Outcome, path: Path, *, task: str, steps: int) -> None
         "figure": _figure(outcome),
         "curve": _curve(outcome),
         "folder": html.escape(str(outcome.out)),
-        "settings": _table(["setting", "value"], [[name, value] for name, value in settings.to_dict().items()]),
+        "settings": _table(["setting", "value"], _settings(settings)),
     }
     write_atomic(path, _PAGE.substitute(fields).encode())
 
@@ -73,8 +74,7 @@ def write_report(outcome: Outcome, path: Path, *, task: str, steps: int) -> None
 def summary(outcome: Outcome) -> str:
     """One or two sentences on what was learned and what was forgotten."""
     base, best = outcome.rows[0], outcome.best
-    kept = f"step {outcome.kept}" + (f", its change scaled by {outcome.scale:g}" if outcome.scale != 1 else "")
-    text = f"Kept: {kept}. The held-out loss fell from {base['eval_loss']:.4g} to {best['eval_loss']:.4g}"
+    text = f"Kept: {outcome.words_kept}. The held-out loss fell from {base['eval_loss']:.4g} to {best['eval_loss']:.4g}"
     if best["eval_loss"] > base["eval_loss"]:
         text = text.replace("fell", "rose")
     if "eval_accuracy" in best:
@@ -84,6 +84,12 @@ def summary(outcome: Outcome) -> str:
         if outcome.settings.budget is not None:
             text += f", within the budget of {outcome.settings.budget:g}"
     return f"{text}."
+
+
+def _settings(settings: TrainSettings) -> list[list[Any]]:
+    """Names and values; of ``epochs`` and ``steps`` that which counted."""
+    unused = "epochs" if settings.steps else "steps"
+    return [[name, value] for name, value in settings.to_dict().items() if name != unused]
 
 
 def _figure(outcome: Outcome) -> str:

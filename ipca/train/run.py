@@ -71,6 +71,11 @@ class Outcome:
         """The step whose adapter was kept."""
         return int(self.best["step"])
 
+    @property
+    def words_kept(self) -> str:
+        """The step, and the scale of its change where that is not 1."""
+        return f"step {self.kept}" + (f", its change scaled by {self.scale:g}" if self.scale != 1 else "")
+
     def record(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {"out": str(self.out), "kept": self.best, "scale": self.scale, "curve": self.rows}
@@ -175,6 +180,8 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
         )
         raise FileExistsError(f"{out} holds a run with {words}; choose another folder, or replace it with --force.")
     if "kept" not in found:
+        if different:
+            log.info("%s holds a run that had no checkpoint yet; this one takes its place", out)
         return None
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # where the run was killed at its very end
     log.info("%s holds this run, finished; --force trains again", out)
@@ -354,7 +361,9 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
     write_model_card(
         out,
         data=f"{settings.data} ({data.layout.task}); window {start}. ![The run](curve.png)",
-        metrics={f"{name} at step {outcome.kept}": value for name, value in outcome.best.items() if name != "step"},
+        metrics={
+            f"{name} at {outcome.words_kept}": value for name, value in outcome.best.items() if name[:4] == "eval"
+        },
         overwrite=True,
     )
     write_report(outcome, out / "report.html", task=data.layout.task, steps=trainer.state.max_steps)

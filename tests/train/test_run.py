@@ -78,6 +78,7 @@ def test_what_is_written_beside_the_adapter(finished):
     card = (out / "README.md").read_text()
     assert "new.txt" in card
     assert "eval_keep_kl at step 8" in card
+    assert "| step" not in card
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 1
     assert "<script" not in page
@@ -177,6 +178,7 @@ def test_the_last_change_is_scaled_down_to_the_budget_where_that_is_better(finis
     kept = build_keep(check_keep(found.settings, "causal-lm"), found.settings, "causal-lm", loaded)
     assert kl_to_base(stock, base, kept.batches) == pytest.approx(found.best["eval_keep_kl"], rel=1e-4)
     assert f"scaled by {found.scale:g}" in (found.out / "report.html").read_text()
+    assert f"eval_loss at step 8, its change scaled by {found.scale:g}" in (found.out / "README.md").read_text()
     again = fine_tune(found.settings, found.out, progress=False)
     assert (again.best, again.scale) == (found.best, found.scale)
     assert not [path for path in found.out.iterdir() if path.is_dir()]
