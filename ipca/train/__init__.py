@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ipca.train.callback import KeepCallback
     from ipca.train.data import DataError
     from ipca.train.keep import KeptItems, KeptTask, KeptTokens, token_batches
-    from ipca.train.run import Outcome, OverBudgetError, fine_tune
+    from ipca.train.outcome import Outcome
+    from ipca.train.run import OverBudgetError, fine_tune
     from ipca.train.scaled_change import Point, Tradeoff, save_scaled, tradeoff
     from ipca.train.settings import TrainSettings
 
@@ -40,7 +41,8 @@ _HOMES = {
     "callback": ("KeepCallback",),
     "data": ("DataError",),
     "keep": ("KeptItems", "KeptTask", "KeptTokens", "token_batches"),
-    "run": ("Outcome", "OverBudgetError", "fine_tune"),
+    "outcome": ("Outcome",),
+    "run": ("OverBudgetError", "fine_tune"),
     "scaled_change": ("Point", "Tradeoff", "save_scaled", "tradeoff"),
     "settings": ("TrainSettings",),
 }

@@ -14,9 +14,9 @@ from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.peft_format import CONFIG
 from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import get_layer
+from ipca.train.checkpoints import CHECKPOINTS, last_checkpoint
 from ipca.train.data import find_source, read_data
 from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
-from ipca.train.run import CHECKPOINTS, last_checkpoint
 from ipca.train.settings import TrainSettings, read_labels
 from ipca.train.tasks import Examples, build_trainer, examples, fitting_length, load_model
 

@@ -22,7 +22,7 @@ def draw_run(
     """Draw the held-out loss and what is forgotten by step, and one against the other.
 
     Args:
-        rows: of a run, see :class:`ipca.train.run.Outcome`.
+        rows: of a run, see :class:`ipca.train.outcome.Outcome`.
         path: its file extension is the format: ``.png``, ``.pdf``, ``.svg``.
         kept: the row that is marked; with a ``scale``, of the last step's change, it is none of ``rows``.
         budgeted: the number that is forgotten, ``eval_`` before it; None draws the loss only.

@@ -12,7 +12,7 @@ from ipca._atomic import write_atomic
 from ipca.train.figures import draw_run
 
 if TYPE_CHECKING:
-    from ipca.train.run import Outcome
+    from ipca.train.outcome import Outcome
     from ipca.train.settings import TrainSettings
 
 _PAGE = Template("""<!doctype html>

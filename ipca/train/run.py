@@ -3,82 +3,40 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerState
 
 from ipca._atomic import read_checksummed, staged_files, write_atomic, write_checksummed
 from ipca._version import __version__
 from ipca.io.model_card import write_model_card
 from ipca.io.output_folder import check_output, check_spared
 from ipca.train.callback import EvaluateLast, KeepCallback, Progress
+from ipca.train.checkpoints import CHECKPOINTS, last_checkpoint, relocate, train_from
 from ipca.train.data import Data, find_source, read_data
 from ipca.train.figures import draw_run
 from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
+from ipca.train.outcome import CURVE, Outcome, Row, curve_of, read_curve
 from ipca.train.report import write_report
 from ipca.train.scaled_change import Point, save_scaled, search
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
 from ipca.train.tasks import adapt, build_trainer, fitting_length, load_model, micro_batches, processes, split
 
 log = logging.getLogger("ipca.train")
-CURVE, SAMPLES, CHECKPOINTS = "curve.csv", "keep.safetensors", "checkpoints"
-_STATE = "trainer_state.json"
-
-Row = dict[str, float]
+SAMPLES = "keep.safetensors"
 
 
 class OverBudgetError(RuntimeError):
     """No checkpoint is within the budget."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run.
-
-    Attributes:
-        out: its folder.
-        settings: what was asked for.
-        rows: the measurements by step: ``step``, ``loss``, ``eval_loss``, ``eval_accuracy``, ``eval_keep_kl``, …, as
-            far as they were taken. Step 0 is the base.
-        best: the measurements of the adapter that was kept; its ``step``, and its ``scale`` where that is not 1.
-        scale: of its change, below 1 where the change of the last step was scaled down to the budget.
-        budgeted: the name of the number that the budget limits, None where nothing was measured.
-        words: what it is, for people.
-    """
-
-    out: Path
-    settings: TrainSettings
-    rows: list[Row]
-    best: Row
-    scale: float
-    budgeted: str | None
-    words: str | None
-
-    @property
-    def kept(self) -> int:
-        """The step whose adapter was kept."""
-        return int(self.best["step"])
-
-    @property
-    def words_kept(self) -> str:
-        """The step, and the scale of its change where that is not 1."""
-        return f"step {self.kept}" + (f", its change scaled by {self.scale:g}" if self.scale != 1 else "")
-
-    def record(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {"out": str(self.out), "kept": self.best, "scale": self.scale, "curve": self.rows}
 
 
 def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, progress: bool = True) -> Outcome:
@@ -125,32 +83,8 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
             known = trainer.accelerator.num_processes
             raise RuntimeError(f"{processes()} processes were started, but the Trainer knows of {known}.")
         _add_callbacks(trainer, kept, settings, progress)
-        _train(trainer, last_checkpoint(out / CHECKPOINTS))
+        train_from(trainer, last_checkpoint(out / CHECKPOINTS))
         return _finish(trainer, settings, out, data, kept, progress)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return next((path for path in reversed(found) if _is_complete(path)), None)
-
-
-def read_curve(path: Path) -> list[Row]:
-    """The measurements in a run's ``curve.csv``."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def curve_of(history: Iterable[Mapping[str, float]]) -> list[Row]:
-    """A row for each step of a Trainer's log history at which something was evaluated."""
-    rows: dict[int, Row] = {}
-    for entry in history:
-        names = [name for name in entry if name == "loss" or (name.startswith("eval_") and not _is_speed(name))]
-        if names:
-            rows.setdefault(int(entry["step"]), {"step": int(entry["step"])}).update(
-                {name: entry[name] for name in names}
-            )
-    return [row for _, row in sorted(rows.items()) if "eval_loss" in row]
 
 
 def _process_state() -> Any:
@@ -238,7 +172,7 @@ def _begin(settings: TrainSettings, fitted: TrainSettings, out: Path, samples: T
         write_checksummed(out / SAMPLES, _sampled(fitted), {"input_ids": samples})
     write_atomic(out / RUN, settings_text(settings, {}).encode())
     if checkpoint := last_checkpoint(out / CHECKPOINTS):
-        _relocate(checkpoint)
+        relocate(checkpoint)
 
 
 def _add_callbacks(trainer: Any, kept: Kept | None, settings: TrainSettings, progress: bool) -> None:
@@ -246,50 +180,6 @@ def _add_callbacks(trainer: Any, kept: Kept | None, settings: TrainSettings, pro
     trainer.add_callback(EvaluateLast())
     if kept is not None:
         trainer.add_callback(KeepCallback(trainer, kept, max_kl=settings.budget, patience=settings.patience))
-
-
-def _train(trainer: Any, checkpoint: Path | None) -> None:
-    """Train from ``checkpoint`` on; where training had ended there, load what it ended with: a Trainer would go on."""
-    if checkpoint is None:
-        trainer.train()
-        return
-    log.info("going on from %s", checkpoint)
-    if not _read_state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
-        trainer.args.eval_on_start = False  # measured already
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-        return
-    trainer.state = TrainerState.load_from_json(str(checkpoint / _STATE))
-    if trainer.state.best_model_checkpoint is None:
-        trainer._load_from_checkpoint(str(checkpoint))
-    else:
-        trainer._load_best_model()
-
-
-def _relocate(checkpoint: Path) -> None:
-    """Let ``checkpoint`` find the best one beside it: their folder may have been moved, or be named from elsewhere."""
-    state = _read_state(checkpoint)
-    if best := state["best_model_checkpoint"]:
-        state["best_model_checkpoint"] = str(checkpoint.parent / Path(best).name)
-        write_atomic(checkpoint / _STATE, json.dumps(state, indent=2).encode())
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
-    return state
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the trainer's state, which is written last, is there and whole."""
-    try:
-        return isinstance(_read_state(checkpoint), dict)
-    except (OSError, ValueError):
-        return False
-
-
-def _is_speed(name: str) -> bool:
-    return name.endswith(
-        ("_runtime", "_per_second", "_within_budget", "_num_tokens", "_mean_token_accuracy", "_entropy")
-    )
 
 
 def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: Kept | None, progress: bool) -> Outcome:

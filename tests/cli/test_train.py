@@ -16,7 +16,7 @@ from tests.helpers.train_runs import KEPT, TEXT, save_language_model
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from ipca.train.run import read_curve
+from ipca.train.outcome import read_curve
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ["--rank", "4", "--lr", "5e-3", "--batch", "4", "--evaluations", "4", "--steps", "8"]

@@ -30,6 +30,7 @@ from transformers import (
 import ipca
 from ipca.analysis import cross_entropy_rise, kl_to_base
 from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
+from ipca.train.checkpoints import last_checkpoint, relocate
 from ipca.train.keep import KeptTask, build_keep, check_keep
 from ipca.train.settings import read_settings
 from ipca.train.tasks import Loaded, adapt, fitting_length, load_model
@@ -115,7 +116,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch)
         fine_tune(finished.settings, tmp_path / "out", progress=False)
     checkpoints = tmp_path / "out" / "checkpoints"
     (checkpoints / "checkpoint-6" / "trainer_state.json").write_text('{"half": ')  # killed while it was written
-    assert run.last_checkpoint(checkpoints).name == "checkpoint-4"
+    assert last_checkpoint(checkpoints).name == "checkpoint-4"
     monkeypatch.setattr(run, "_add_callbacks", plain)
     again = fine_tune(finished.settings, tmp_path / "out", progress=False)
     assert again.rows == finished.rows
@@ -191,7 +192,7 @@ def test_a_budget_that_nothing_meets(language_model, texts, tmp_path):
     ):
         fine_tune(settings(language_model, texts, max_kl=1e-9, patience=2), out, progress=False)
     assert not (out / "adapter_model.safetensors").exists()
-    assert run.last_checkpoint(out / "checkpoints").name == "checkpoint-4"
+    assert last_checkpoint(out / "checkpoints").name == "checkpoint-4"
 
 
 @pytest.mark.slow
@@ -359,7 +360,7 @@ def test_a_moved_run_finds_its_best_checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
     (folder / "trainer_state.json").write_text('{"best_model_checkpoint": "old/checkpoints/checkpoint-2"}')
-    run._relocate(folder)
+    relocate(folder)
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state == {"best_model_checkpoint": str(tmp_path / "checkpoint-2")}
 
