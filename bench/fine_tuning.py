@@ -9,7 +9,6 @@ downloads. The rows are those of one run with one rate and one seed: an example,
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import tempfile
 import time
@@ -77,15 +76,15 @@ def main() -> None:
         common = {"steps": args.steps, **{each: getattr(chosen, each) for each in _SETTINGS}}
         common |= {"seconds": f"{time.perf_counter() - began:.0f}", **facts(torch.device("cpu"))}
         write(args.out / CURVE, outcome.rows, common)
-        draw_run(outcome.rows, args.out / "german_curve.png", outcome.best, "keep_kl", outcome.words, None)
+        draw_run(outcome.rows, args.out / "german_curve.png", outcome.best, "keep_kl", outcome.description, None)
         began = time.perf_counter()
-        held_out = TrainSettings(**{**chosen.to_dict(), "data": chosen.held_out, "held_out": 0.1})
+        held_out = TrainSettings(**{**chosen.to_dict(), "data": chosen.held_out, "held_out": 0.1, "batch": 8})
         with open_adapter(held_out, place / "german") as (trainer, kept):
             assert kept is not None
             found = tradeoff(trainer, kept, max_forgotten=BUDGET)
         common["seconds"] = f"{time.perf_counter() - began:.0f}"
         write(args.out / TRADEOFF, found.rows(), common)
-        draw_tradeoff(found.rows(), args.out / "german_tradeoff.png", found.words, found.best.scale)
+        draw_tradeoff(found.rows(), args.out / "german_tradeoff.png", found.description, found.best.scale)
 
 
 def write(path: Path, rows: list[dict[str, float]], common: dict[str, Any]) -> None:
@@ -93,12 +92,6 @@ def write(path: Path, rows: list[dict[str, float]], common: dict[str, Any]) -> N
     path.unlink(missing_ok=True)
     columns = [*dict.fromkeys(name for row in rows for name in row), "steps", *_SETTINGS, "seconds", *FACTS]
     append_rows(path, [{**row, **common} for row in rows], columns)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows that :func:`write` wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def forgetting(model: nn.Module, base: nn.Module | None, batches: Iterable[Any])
         rise = F.cross_entropy(at_least_float32(now[0]), now[1], reduction="none").double()
         return _kl(now[0], then[0]), rise - F.cross_entropy(at_least_float32(then[0]), then[1], reduction="none")
 
-    (kl, rise), tokens = _means(model, base, batches, None, _labeled, costs)
+    (kl, rise), tokens = _means(model, base, batches, costs, read=_labeled)
     return Forgetting(kl, rise, tokens)
 
 
@@ -147,11 +147,7 @@ def embedding_drift(model: nn.Module, base: nn.Module | None, batches: Iterable[
     def drift(now: Tensor, then: Tensor) -> tuple[Tensor]:
         return ((1 - F.cosine_similarity(now, then, dim=-1)).clamp_min(0),)  # of rounding
 
-    return _means(model, base, batches, _embeddings, _nothing, drift)[0][0]
-
-
-def _nothing(found: Predictions) -> Tensor:
-    raise AssertionError("a measure takes its place")
+    return _means(model, base, batches, drift, measure=_embeddings)[0][0]
 
 
 def _mean(
@@ -163,16 +159,17 @@ def _mean(
     compare: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
     """The mean of ``compare(now, then)`` over all items."""
-    return _means(model, base, batches, measure, read, lambda now, then: (compare(now, then),))[0][0]
+    return _means(model, base, batches, lambda now, then: (compare(now, then),), measure=measure, read=read)[0][0]
 
 
 def _means(
     model: nn.Module,
     base: nn.Module | None,
     batches: Iterable[Any],
-    measure: Measure | None,
-    read: Callable[[Predictions], Any],
     compare: Callable[[Any, Any], tuple[Tensor, ...]],
+    *,
+    measure: Measure | None = None,
+    read: Callable[[Predictions], Any] = lambda found: found,
 ) -> tuple[list[float], int]:
     """The means over all items of each tensor of ``compare(now, then)``, and the number of items.
 

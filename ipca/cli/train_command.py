@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,12 @@ OVER_BUDGET = 2
 
 def train(args: argparse.Namespace) -> tuple[Record | None, str]:
     """Train a window of a model on a file of data, and measure what it forgets."""
+    settings = _settings(args)
+    _check_packages()
     with log_to_stderr(args.quiet):
         from ipca.train.report import summary
         from ipca.train.run import OverBudgetError, fine_tune
 
-        settings = _settings(args)
         try:
             outcome = fine_tune(settings, args.out, overwrite=args.force, progress=not args.quiet)
         except OverBudgetError as error:
@@ -52,6 +54,8 @@ def train(args: argparse.Namespace) -> tuple[Record | None, str]:
 
 def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
     """Scale a trained change, and show its loss on new data against what is forgotten."""
+    settings = _settings(args)
+    _check_packages()
     with log_to_stderr(args.quiet):
         from ipca.train.evaluation import open_adapter
         from ipca.train.figures import draw_tradeoff
@@ -61,7 +65,6 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
             if args.force:
                 check_spared(args.out, (args.model, args.data, args.keep))
             check_output(args.out, whole=True, overwrite=args.force, option="--force")
-        settings = _settings(args)
         adapter = adapter_folder(args.adapter)
         scales = {*(args.scales or (SCALES if args.scale is None else (0.0, 1.0)))}
         scales |= ({args.scale} if args.scale else set()) | ({1.0} if args.gate else set())
@@ -81,7 +84,7 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
         args.status = OVER_BUDGET
     text = str(found)
     if args.plot:
-        draw_tradeoff(found.rows(), args.plot, found.words, chosen)
+        draw_tradeoff(found.rows(), args.plot, found.description, chosen)
         text += f"\npicture: {args.plot}"
     if args.out is not None:
         if chosen == 0:
@@ -94,12 +97,12 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
             made.replace(args.out)
         point = next(point for point in found.points if point.scale == chosen)
         if (args.out / SIDECAR).is_file():
-            metrics = {"held-out loss": point.loss, f"forgotten, {found.words}": point.forgotten}
+            metrics = {"held-out loss": point.loss, f"forgotten, {found.description}": point.forgotten}
             write_model_card(
                 args.out, data=f"The adapter in {args.adapter} with its change scaled by {chosen:g}.", metrics=metrics
             )
         text += f"\nadapter with the change scaled by {chosen:g}: {args.out}"
-    record: Record = {"points": found.rows(), "best": vars(found.best), "scale": chosen, "forgotten": found.words}
+    record: Record = {"points": found.rows(), "best": vars(found.best), "scale": chosen, "forgotten": found.description}
     return record | ({"out": str(args.out)} if args.out else {}), text
 
 
@@ -121,6 +124,13 @@ def _settings(args: argparse.Namespace) -> TrainSettings:
         them = "them" if len(missing) > 1 else "it"
         args.fail(f"give {' and '.join(missing)}, or --config with a file that names {them}")
     return TrainSettings.from_dict({**values, **given})
+
+
+def _check_packages() -> None:
+    """Raise ImportError where a package of the extra ``train`` is missing; none of them is imported."""
+    absent = [name for name in ("transformers", "peft", "trl", "datasets", "matplotlib") if find_spec(name) is None]
+    if absent:
+        raise ImportError(f"this command needs {', '.join(absent)}; run: pip install 'ipca-lora[train]'")
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ipca.train.callback import KeepCallback
-    from ipca.train.data import DataError
     from ipca.train.keep import KeptItems, KeptTask, KeptTokens, token_batches
     from ipca.train.outcome import Outcome
     from ipca.train.run import OverBudgetError, fine_tune
     from ipca.train.scaled_change import Point, Tradeoff, save_scaled, tradeoff
     from ipca.train.settings import TrainSettings
+    from ipca.train.sources import DataError
 
 __all__ = [
     "DataError",
@@ -39,12 +39,12 @@ __all__ = [
 ]
 _HOMES = {
     "callback": ("KeepCallback",),
-    "data": ("DataError",),
     "keep": ("KeptItems", "KeptTask", "KeptTokens", "token_batches"),
     "outcome": ("Outcome",),
     "run": ("OverBudgetError", "fine_tune"),
     "scaled_change": ("Point", "Tradeoff", "save_scaled", "tradeoff"),
     "settings": ("TrainSettings",),
+    "sources": ("DataError",),
 }
 """The modules of the names above, imported when a name is first used: the command line's help needs no torch."""
 

@@ -58,8 +58,8 @@ class KeepCallback(TrainerCallback):
         check_base(trainer.model)
         if max_kl is None:
             return
-        if self.kept.budgeted is None:
-            raise ValueError(f"there is no budget for {self.kept.words}.")
+        if self.kept.metric is None:
+            raise ValueError(f"there is no budget for {self.kept.description}.")
         arguments = trainer.args = copy(trainer.args)  # another trainer may have them too
         if not arguments.load_best_model_at_end:
             raise ValueError("a budget keeps the best checkpoint within it: pass load_best_model_at_end=True.")
@@ -75,7 +75,7 @@ class KeepCallback(TrainerCallback):
         self._trainer.log(dict(found))
         if self.budget is None:
             return
-        name = f"eval_{self.kept.budgeted}"
+        name = f"eval_{self.kept.metric}"
         metrics[f"eval_{WITHIN}"] = metrics[self._best] if found[name] <= self.budget else self._worst  # that of NaN
         history = self._trainer.state.log_history  # which a resumed run has from its checkpoint
         above = 0
@@ -102,8 +102,8 @@ class EvaluateLast(TrainerCallback):
 class Progress(TrainerCallback):
     """A bar with the losses and what is forgotten; a line an evaluation where there is no terminal."""
 
-    def __init__(self, budgeted: str | None, show: bool = True) -> None:
-        self._name, self._show = budgeted, show
+    def __init__(self, metric: str | None, show: bool = True) -> None:
+        self._name, self._show = metric, show
         self._bar: Any = None
         self._shown: dict[str, str] = {}
         self._last: dict[str, float] = {}

@@ -1,20 +1,16 @@
-"""Data of a run: find the files, check every row, and tell task and columns, before any model is loaded."""
+"""Data of a run: its task and columns, every row checked, before any model is loaded."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from ipca.train.row_checks import ROW_CHECKS
+from ipca.train.sources import DataError, Row, Source, check_image, datasets_library, load_rows, read_text
 
-_KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_KINDS |= {".txt": "text", ".md": "text"}
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _NAMES = {
     "messages": ("messages", "conversations", "conversation", "chat"),
     "prompt": ("prompt", "instruction", "question"),
@@ -41,23 +37,6 @@ _GUESSES = (
     ("causal-lm", ("text",)),
 )
 """What a data set is for, by the roles that its columns have; the first that fits."""
-_SPEAKERS = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where rows come from.
-
-    Attributes:
-        name: as the user gave it.
-        kind: ``json``, ``csv``, ``parquet``, ``text``, ``images``, or ``hub``.
-        files: of this kind, sorted; empty for the Hub.
-    """
-
-    name: str
-    kind: str
-    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,35 +71,6 @@ class Data:
     whole: bool
 
 
-class DataError(ValueError):
-    """A row is not what the task needs; the message names file, line and column, and what was expected."""
-
-
-def find_source(name: str) -> Source:
-    """Files by their endings, or an id on the Hub.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a format that is not known, or a folder of several formats.
-    """
-    path = Path(name)
-    if path.is_file():
-        return Source(name, _kind(path), (path,))
-    if not path.is_dir():
-        if path.suffix or not _HUB_ID.fullmatch(name):
-            raise FileNotFoundError(f"there is no file {name}.")
-        return Source(name, "hub")
-    files = sorted(each for each in path.rglob("*") if each.is_file() and not each.name.startswith("."))
-    if any(each.suffix.lower() in _IMAGES for each in files):
-        return Source(name, "images", tuple(each for each in files if each.suffix.lower() in _IMAGES))
-    known = [each for each in files if each.suffix.lower() in _KINDS]
-    kinds = sorted({_KINDS[each.suffix.lower()] for each in known})
-    if len(kinds) != 1:
-        what = f"holds {' and '.join(kinds)} files; give one kind" if kinds else "holds no file of a known format"
-        raise ValueError(f"{name} {what}. Known are {', '.join(_KINDS)} and folders of images.")
-    return Source(name, kinds[0], tuple(known))
-
-
 def read_data(
     source: Source, task: str | None = None, columns: Mapping[str, str] | None = None, *, labels: Iterable[str] = ()
 ) -> Data:
@@ -140,7 +90,7 @@ def read_data(
         return _read_images(source, task, tuple(labels))
     if source.kind == "text":
         return _read_text(source, task)
-    sets = _load(source)
+    sets = load_rows(source)
     train = sets["train"]
     layout = find_layout(train.column_names, task, columns or {}, source.name)
     given = tuple(labels) or _declared_labels(train, layout)
@@ -185,142 +135,13 @@ def find_layout(names: Iterable[str], task: str | None, columns: Mapping[str, st
     )
 
 
-def _kind(path: Path) -> str:
-    kind = _KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path} has an unknown format; known are {', '.join(_KINDS)} and folders of images.")
-    return kind
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError("reading data needs datasets; run: pip install 'ipca-lora[train]'") from None
-    datasets.disable_progress_bars()
-    return datasets
-
-
-def _load(source: Source) -> dict[str, Any]:
-    """``train`` and, from the Hub, ``held_out``; JSON and CSV are read line by line, so that an error has its place."""
-    datasets = _datasets()
-    if source.kind in ("json", "csv"):
-        placed = list(_placed_rows(source))
-        if not placed:
-            raise DataError(f"{source.name} holds no rows.")
-        names = list(dict.fromkeys(name for _, row in placed for name in row))
-        rows = [{name: row.get(name) for name in names} for _, row in placed]
-        return {"train": _Placed(rows, [place for place, _ in placed], names)}
-    if source.kind == "parquet":
-        try:
-            found = datasets.load_dataset("parquet", data_files=[str(path) for path in source.files], split="train")
-        except Exception as error:
-            raise DataError(f"{source.name} cannot be read as Parquet: {_words(error)}") from None
-        return {"train": found}
-    try:
-        splits = datasets.load_dataset(source.name)
-    except Exception as error:  # of the network, of the Hub, of a data set with several configurations
-        raise FileNotFoundError(
-            f"there is no file {source.name}, and no such data set on the Hub: {_words(error)}"
-        ) from None
-    train = splits["train"] if "train" in splits else splits[next(iter(splits))]
-    other = next((splits[name] for name in ("validation", "test") if name in splits), None)
-    return {"train": train} | ({} if other is None or other is train else {"held_out": other})
-
-
-class _Placed:
-    """Rows that know their places, in the way of a ``datasets.Dataset``."""
-
-    def __init__(self, rows: list[Row], places: list[str], column_names: list[str]) -> None:
-        self.rows, self.places, self.column_names = rows, places, column_names
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-
-def _placed_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    for path in source.files:
-        if source.kind == "csv":
-            yield from _csv_rows(path)
-        else:
-            yield from _json_rows(path)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    text = _text(path)
-    if text.lstrip()[:1] == "[":  # one array
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}") from None
-        numbered = [(f"{path}, item {k}", row) for k, row in enumerate(rows, start=1)]
-    else:
-        numbered = []
-        for k, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    numbered.append((f"{path}, line {k}", json.loads(line)))
-                except ValueError as error:
-                    raise DataError(
-                        f"{path}, line {k}: expected one JSON object, got {_short(line)} ({error})"
-                    ) from None
-    for place, row in numbered:
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected an object with named columns, got {_short(row)}.")
-        if "\\u" in text and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise DataError(f"{place}: expected text in Unicode, got half of a surrogate pair, such as \\ud800.")
-        yield place, row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(1 << 30)
-    lines = _text(path).split("\n")
-    first_line = next((line for line in lines if line.strip()), "")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(first_line)
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    try:
-        line = 1
-        for values in reader:
-            first, line = line, reader.line_num + 1
-            if not values or values == [""]:
-                continue
-            if header is None:
-                header = [name.strip() for name in values]
-                if len(set(header)) < len(header):
-                    raise DataError(f"{path}, line {first}: expected columns of different names, got {_short(values)}.")
-                continue
-            if len(values) != len(header):
-                raise DataError(
-                    f"{path}, line {first}: expected {len(header)} values ({', '.join(header)}), got {len(values)}; "
-                    "put text that holds the separator between quotation marks."
-                )
-            yield f"{path}, line {first}", dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
-
-
-def _delimiter(header: str) -> str:
-    return max(",;\t", key=header.count)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}, line {line}: expected text in UTF-8, got the byte 0x{error.object[error.start]:02x}."
-        ) from None
-
-
 def _read_text(source: Source, task: str | None) -> Data:
     if task not in (None, "causal-lm"):
         raise ValueError(f"{source.name} is running text, which is for the task causal-lm; {task} needs rows.")
-    texts = [_text(path) for path in source.files]
+    texts = [read_text(path) for path in source.files]
     if not any(text.strip() for text in texts):
         raise DataError(f"{source.name} holds no text.")
-    rows = _datasets().Dataset.from_dict({"text": [text for text in texts if text.strip()]})
+    rows = datasets_library().Dataset.from_dict({"text": [text for text in texts if text.strip()]})
     return Data(Layout("causal-lm", {"text": "text"}), rows, None, (), whole=True)
 
 
@@ -353,25 +174,8 @@ def _read_images(source: Source, task: str | None, known: tuple[str, ...]) -> Da
     return Data(Layout("image-classification", {"image": "image", "label": "label"}), made[0], made[1], labels, False)
 
 
-def check_image(path: Path) -> None:
-    """Raise DataError for a file that is no image.
-
-    Raises:
-        ImportError: Pillow is missing.
-    """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise ImportError("reading images needs Pillow; run: pip install 'ipca-lora[train]'") from None
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{path}: expected an image, and it cannot be read: {_words(error)}") from None
-
-
 def _image_set(part: list[tuple[Path, str]], labels: tuple[str, ...]) -> Any:
-    datasets = _datasets()
+    datasets = datasets_library()
     columns = {"image": [str(path) for path, _ in part], "label": [labels.index(label) for _, label in part]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(labels))})
     return datasets.Dataset.from_dict(columns, features=features)
@@ -395,7 +199,7 @@ def _converted(split: str, rows: Any, source: Source, layout: Layout, labels: tu
     found = []
     for k, row in enumerate(rows):
         place = places[k] if places else f"{source.name}, row {k + 1}{of_split}"
-        found.append({role: _CHECKS[role](row.get(name), place, name) for role, name in layout.columns.items()})
+        found.append({role: ROW_CHECKS[role](row.get(name), place, name) for role, name in layout.columns.items()})
         if layout.input and isinstance(more := row.get(layout.input), str) and more.strip():
             found[-1]["prompt"] += f"\n\n{more}"
         if layout.task == "token-classification" and len(found[-1]["tokens"]) != len(found[-1]["tags"]):
@@ -447,7 +251,7 @@ def _classes(layout: Layout, rows: list[Row]) -> tuple[str, ...]:
 
 def _numbered(rows: list[Row], layout: Layout, classes: tuple[str, ...]) -> Any:
     """A data set whose labels are indices of ``classes``."""
-    datasets = _datasets()
+    datasets = datasets_library()
     index = {name: k for k, name in enumerate(classes)}
 
     def number(value: Any) -> int:
@@ -466,79 +270,3 @@ def _numbered(rows: list[Row], layout: Layout, classes: tuple[str, ...]) -> Any:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _check_text(value: Any, place: str, column: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}, column {column!r}: expected text, got {_short(value)}.")
-    return value
-
-
-def _check_label(value: Any, place: str, column: str) -> str | int:
-    if isinstance(value, bool):
-        return int(value)
-    if not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"{place}, column {column!r}: expected the name or the number of a class, got {_short(value)}.")
-    return value
-
-
-def _check_tokens(value: Any, place: str, column: str) -> list[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(each, str) and each for each in value):
-        raise DataError(f"{place}, column {column!r}: expected a list of words, got {_short(value)}.")
-    return value
-
-
-def _check_tags(value: Any, place: str, column: str) -> list[str | int]:
-    if not isinstance(value, list) or not all(isinstance(each, str | int) for each in value):
-        raise DataError(f"{place}, column {column!r}: expected a list of names or numbers, got {_short(value)}.")
-    return [int(each) if isinstance(each, bool) else each for each in value]
-
-
-def _check_messages(value: Any, place: str, column: str) -> list[dict[str, str]]:
-    """``[{"role": …, "content": …}, …]``, also of ShareGPT's ``from`` and ``value``; the last one is an answer."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{place}, column {column!r}: expected a list of messages, got {_short(value)}.")
-    messages = []
-    for k, each in enumerate(value, start=1):
-        role = each.get("role", each.get("from")) if isinstance(each, dict) else None
-        content = each.get("content", each.get("value")) if isinstance(each, dict) else None
-        if role not in _SPEAKERS or not isinstance(content, str):
-            raise DataError(
-                f"{place}, column {column!r}, message {k}: expected role (system, user or assistant) and content, got "
-                f"{_short(each)}."
-            )
-        messages.append({"role": _SPEAKERS[role], "content": content})
-    if not any(each["role"] == "assistant" for each in messages):
-        raise DataError(f"{place}, column {column!r}: expected a message of the assistant, got none.")
-    return messages
-
-
-def _check_image_value(value: Any, place: str, column: str) -> Any:
-    if isinstance(value, str):
-        check_image(Path(value))
-    elif value is None:
-        raise DataError(f"{place}, column {column!r}: expected an image, got nothing.")
-    return value
-
-
-_CHECKS: dict[str, Callable[[Any, str, str], Any]] = {
-    "text": _check_text,
-    "prompt": _check_text,
-    "completion": _check_text,
-    "label": _check_label,
-    "tokens": _check_tokens,
-    "tags": _check_tags,
-    "messages": _check_messages,
-    "image": _check_image_value,
-}
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = value if isinstance(value, str) and value.strip() else json.dumps(value, default=repr, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

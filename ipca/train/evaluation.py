@@ -15,13 +15,13 @@ from ipca.io.peft_format import CONFIG
 from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import get_layer
 from ipca.train.checkpoints import CHECKPOINTS, last_checkpoint
-from ipca.train.data import find_source, read_data
-from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
+from ipca.train.data import read_data
+from ipca.train.examples import HELD_OUT, Examples, examples, parted
+from ipca.train.keep import Kept, build_keep, draw_samples, read_keep
+from ipca.train.models import fitting_length, load_model
 from ipca.train.settings import TrainSettings, read_labels
-from ipca.train.tasks import Examples, build_trainer, examples, fitting_length, load_model
-
-HELD_OUT = 512
-"""Rows, or sequences, of the new data at most."""
+from ipca.train.sources import find_source
+from ipca.train.trainers import build_trainer
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def open_adapter(
 
     _check_adapter(adapter)
     data = read_data(find_source(settings.data), settings.task, settings.columns, labels=read_labels(adapter))
-    source = check_keep(settings, data.layout.task)
+    source = read_keep(settings, data.layout.task)
     loaded = load_model(settings, data.layout.task, data.labels)
     if check_base and (adapter / SIDECAR).is_file():
         _check_base(loaded.model, adapter, settings.model)
@@ -55,9 +55,7 @@ def open_adapter(
         samples = draw_samples(loaded.model.to(device), loaded.processor, settings)
     kept = build_keep(source, settings, data.layout.task, loaded, samples)
     rows = examples(data.rows, data, settings, loaded)
-    if len(rows) > HELD_OUT:
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))[:HELD_OUT]
-        rows = rows.select(sorted(chosen.tolist()))
+    rows, _ = parted(rows, HELD_OUT, settings.seed)
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter))
     except (OSError, RuntimeError, KeyError) as error:

@@ -15,31 +15,39 @@ from torch import Tensor, nn
 from ipca.analysis.retention import embedding_drift, forgetting
 from ipca.analysis.without_adapter import without_adapter
 from ipca.model.batches import as_batches, evaluating
-from ipca.train.data import DataError, Source, check_image, find_source, read_data
+from ipca.train.data import Data, read_data
+from ipca.train.examples import pieces, with_break
+from ipca.train.models import Loaded
 from ipca.train.settings import TrainSettings
-from ipca.train.tasks import Loaded
+from ipca.train.sources import DataError, Source, check_image, find_source
 
 BATCH_TOKENS = 512
 """Tokens of a forward pass: its logits, and the base's, are in memory at once."""
 ITEM_TOKENS = 64
 """What an item counts of ``keep_tokens`` where it is measured as a whole."""
+ITEMS = 16
+"""Items of a forward pass."""
 SAMPLE_TOKENS = 128
 """Tokens of a sample that is drawn from the model."""
+
+
+Function = Callable[[nn.Module, Any], Mapping[str, float]]
+"""A user's ``measure(model, processor)``."""
 
 
 class Kept(Protocol):
     """What is measured on kept data.
 
     Attributes:
-        budgeted: the name of the number that a budget limits; None where a budget means nothing.
-        words: what it is, for people.
+        metric: the name of the number that a budget limits; None where a budget means nothing.
+        description: with its unit, for axes and tables.
     """
 
     @property
-    def budgeted(self) -> str | None: ...
+    def metric(self) -> str | None: ...
 
     @property
-    def words(self) -> str: ...
+    def description(self) -> str: ...
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Numbers by name; larger is more forgotten, 0 the base."""
@@ -54,8 +62,8 @@ class KeptTokens:
     """
 
     batches: Sequence[Mapping[str, Tensor]]
-    budgeted = "keep_kl"
-    words = "KL(base ‖ tuned), nats per token"
+    metric = "keep_kl"
+    description = "KL(base ‖ tuned), nats per token"
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         found = forgetting(model, None, _on_device(model, self.batches))
@@ -71,8 +79,8 @@ class KeptItems:
     """
 
     batches: Sequence[Mapping[str, Tensor]]
-    budgeted = "keep_drift"
-    words = "drift of embeddings, mean 1 − cos"
+    metric = "keep_drift"
+    description = "drift of embeddings, mean 1 − cos"
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         return {"keep_drift": embedding_drift(model, None, _on_device(model, self.batches))}
@@ -82,10 +90,10 @@ class KeptTask:
     """Numbers of a user's function ``measure(model, processor)``, such as accuracies: those of the model, ``keep_…``,
     and how far they are from the base's, ``keep_…_change``."""
 
-    budgeted: str | None = None
-    words = "the task's own measure"
+    metric: str | None = None
+    description = "the task's own measure"
 
-    def __init__(self, function: Callable[[nn.Module, Any], Mapping[str, float]], processor: Any) -> None:
+    def __init__(self, function: Function, processor: Any) -> None:
         self._function, self._processor = function, processor
         self._base: dict[str, float] | None = None
 
@@ -102,82 +110,74 @@ class KeptTask:
         return {name: float(value) for name, value in self._function(model, self._processor).items()}
 
 
-def check_keep(settings: TrainSettings, task: str) -> Source | Path | None:
-    """Find what ``settings.keep`` names, before the model is loaded.
+KeepSource = Function | Data | list[str] | list[Path] | None
+"""A function, the data of a language model, texts or images of an encoder; None for samples, or for nothing."""
+
+
+def read_keep(settings: TrainSettings, task: str) -> KeepSource:
+    """Read what ``settings.keep`` names, before the model is loaded.
 
     Raises:
         DataError, FileNotFoundError, ValueError: there is nothing, or not what the task can measure.
     """
     text_model = task == "causal-lm"
-    if settings.keep is None:
-        if settings.budget is not None and not text_model:
-            raise ValueError(f"a budget needs --keep: nothing is measured by default for the task {task}.")
-        source: Source | Path | None = None
-    elif settings.keep.endswith(".py"):
-        source = Path(settings.keep)
-        if not source.is_file():
-            raise FileNotFoundError(f"there is no file {source}.")
-        if settings.budget is not None:
-            raise ValueError(f"a budget limits KL or drift, which {source} does not measure; give text or images.")
-    else:
-        source = find_source(settings.keep)
-        if (source.kind == "images") != (task == "image-classification"):
-            raise ValueError(
-                f"{settings.keep} holds {'images' if source.kind == 'images' else 'text'}, which a model for {task} "
-                "does not take."
-            )
-        if source.kind == "images":
-            for path in source.files:
-                check_image(path)
     if settings.max_kl is not None and not text_model:
         raise ValueError(f"a model for {task} has no distribution to keep: use --max-drift instead of --max-kl.")
     if settings.max_drift is not None and text_model:
         raise ValueError("a language model is limited by --max-kl, not by --max-drift.")
-    return source
+    if settings.keep is None:
+        if settings.budget is not None and not text_model:
+            raise ValueError(f"a budget needs --keep: nothing is measured by default for the task {task}.")
+        return None
+    if settings.keep.endswith(".py"):
+        if settings.budget is not None:
+            raise ValueError(
+                f"a budget limits KL or drift, which {settings.keep} does not measure; give text or images."
+            )
+        return _measure_of(Path(settings.keep))
+    source = find_source(settings.keep)
+    if (source.kind == "images") != (task == "image-classification"):
+        what = "images" if source.kind == "images" else "text"
+        raise ValueError(f"{settings.keep} holds {what}, which a model for {task} does not take.")
+    if source.kind == "images":
+        for path in source.files:
+            check_image(path)
+        return list(source.files)
+    return read_data(source, "causal-lm") if text_model else _texts(source)
 
 
 def build_keep(
-    source: Source | Path | None, settings: TrainSettings, task: str, loaded: Loaded, samples: Tensor | None = None
+    source: KeepSource, settings: TrainSettings, task: str, loaded: Loaded, samples: Tensor | None
 ) -> Kept | None:
     """What is measured; None where there is nothing to measure.
 
     Args:
-        source: of :func:`check_keep`.
+        source: of :func:`read_keep`.
         samples: drawn from the model by :func:`draw_samples`, where there is no source.
 
     Raises:
-        DataError: a row is not text.
-        TypeError, ValueError: a task file without ``measure``.
+        DataError: there are fewer than two tokens.
     """
-    if isinstance(source, Path):
-        return KeptTask(_measure_of(source), loaded.processor)
-    if task == "causal-lm":
-        if source is None:
-            assert samples is not None
-            return KeptTokens(list(_batches(samples.tolist(), loaded.processor, BATCH_TOKENS)))
-        sequences = _cut(_sequences(source, settings, loaded.processor), settings.keep_tokens)
-        return KeptTokens(list(_batches(sequences, loaded.processor, BATCH_TOKENS)))
+    if samples is not None:
+        return _kept_tokens(samples.tolist(), settings, loaded.processor)
     if source is None:
         return None
-    items = max(settings.keep_tokens // ITEM_TOKENS, 1)
+    if isinstance(source, Data):
+        return _kept_tokens(_sequences(source, settings, loaded.processor), settings, loaded.processor)
+    if not isinstance(source, list):
+        return KeptTask(source, loaded.processor)
+    items: list[Any] = source[: max(settings.keep_tokens // ITEM_TOKENS, 1)]
+    options = {"padding": True, "truncation": True, "max_length": settings.max_length}
     if task == "image-classification":
         from PIL import Image
 
-        found = []
-        for k in range(0, min(items, len(source.files)), 8):
-            pictures = [Image.open(path).convert("RGB") for path in source.files[k : k + 8]]
-            found.append({"pixel_values": loaded.processor(pictures, return_tensors="pt")["pixel_values"]})
-        return KeptItems(found)
-    texts = list(_texts(source))[:items]
-    found = [
-        dict(
-            loaded.processor(
-                texts[k : k + 16], padding=True, truncation=True, max_length=settings.max_length, return_tensors="pt"
-            )
-        )
-        for k in range(0, len(texts), 16)
-    ]
-    return KeptItems(found)
+        items, options = [Image.open(path).convert("RGB") for path in items], {}
+    groups = (items[k : k + ITEMS] for k in range(0, len(items), ITEMS))
+    return KeptItems([dict(loaded.processor(group, return_tensors="pt", **options)) for group in groups])
+
+
+def _kept_tokens(sequences: Iterable[list[int]], settings: TrainSettings, tokenizer: Any) -> KeptTokens:
+    return KeptTokens(list(_batches(_cut(sequences, settings.keep_tokens), tokenizer)))
 
 
 @torch.no_grad()
@@ -190,8 +190,8 @@ def draw_samples(model: Any, tokenizer: Any, settings: TrainSettings) -> Tensor:
 
     own_start = getattr(model.config, "bos_token_id", None)
     known = [x for x in (tokenizer.bos_token_id, own_start, tokenizer.eos_token_id) if x is not None]
-    words = model.get_input_embeddings().num_embeddings
-    start = next((x for x in known if x < words), 0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    start = next((x for x in known if x < vocabulary), 0)
     length = min(SAMPLE_TOKENS, settings.max_length)
     count = max(settings.keep_tokens // length, 1)
     first = torch.full((count, 1), start, device=next(model.parameters()).device)
@@ -230,24 +230,18 @@ def token_batches(
         ValueError: there is no text.
     """
     documents = [texts] if isinstance(texts, str) else texts
-    ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents)
-    sequences = (each[k : k + max_length] for each in ids for k in range(0, len(each), max_length))
-    return list(_batches(_cut(sequences, tokens), tokenizer, BATCH_TOKENS))
+    return list(_batches(_cut(pieces(documents, tokenizer, max_length), tokens), tokenizer))
 
 
-def _sequences(source: Source, settings: TrainSettings, tokenizer: Any) -> Iterator[list[int]]:
-    if source.kind == "text":
-        texts = [path.read_text(encoding="utf-8-sig") for path in source.files]
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            yield from (ids[k : k + settings.max_length] for k in range(0, len(ids), settings.max_length))
+def _sequences(data: Data, settings: TrainSettings, tokenizer: Any) -> Iterator[list[int]]:
+    if data.whole:
+        yield from pieces(data.rows["text"], tokenizer, settings.max_length)
         return
-    data = read_data(source, "causal-lm")
     for row in data.rows:
         if "text" in row:
             ids = tokenizer(row["text"])["input_ids"]
         elif "prompt" in row and tokenizer.chat_template is None:
-            ids = tokenizer(f"{row['prompt']}\n{row['completion']}")["input_ids"]
+            ids = tokenizer(with_break(row["prompt"]) + row["completion"])["input_ids"]
         else:
             messages = row.get("messages") or [
                 {"role": "user", "content": row["prompt"]},
@@ -257,20 +251,25 @@ def _sequences(source: Source, settings: TrainSettings, tokenizer: Any) -> Itera
         yield ids[: settings.max_length]
 
 
-def _texts(source: Source) -> Iterator[str]:
-    """Lines of text files, the column ``text`` of others, or their words."""
-    if source.kind == "text":
-        for path in source.files:
-            yield from (line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-        return
+def _texts(source: Source) -> list[str]:
+    """Lines of text files, and the text of each row of others."""
     try:
-        rows = read_data(source, "causal-lm").rows
+        data = read_data(source, "causal-lm")
     except DataError:
         raise
-    except ValueError:
-        rows = read_data(source, "token-classification").rows
-    for row in rows:
-        yield row["text"] if "text" in row else " ".join(row["tokens"])
+    except ValueError:  # no column of text
+        data = read_data(source, "token-classification")
+    if data.whole:
+        return [line for text in data.rows["text"] for line in text.splitlines() if line.strip()]
+    return list(map(_text, data.rows))
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    if "messages" in row:
+        return "\n".join(message["content"] for message in row["messages"])
+    if "prompt" in row:
+        return with_break(row["prompt"]) + row["completion"]
+    return str(row["text"]) if "text" in row else " ".join(row["tokens"])
 
 
 def _cut(sequences: Iterable[list[int]], tokens: int) -> list[list[int]]:
@@ -288,12 +287,12 @@ def _cut(sequences: Iterable[list[int]], tokens: int) -> list[list[int]]:
     return found
 
 
-def _batches(sequences: Sequence[list[int]], tokenizer: Any, tokens: int) -> Iterator[dict[str, Tensor]]:
-    """Padded batches of at most ``tokens`` tokens, or of one sequence."""
+def _batches(sequences: Sequence[list[int]], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of at most :data:`BATCH_TOKENS` tokens, or of one sequence."""
     group: list[list[int]] = []
     for ids in (*sequences, None):
         longest = max(map(len, (*group, ids or [])), default=0)
-        if group and (ids is None or longest * (len(group) + 1) > tokens):
+        if group and (ids is None or longest * (len(group) + 1) > BATCH_TOKENS):
             yield _padded(group, tokenizer.pad_token_id or 0)
             group = []
         if ids is not None:
@@ -313,14 +312,16 @@ def _on_device(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Ite
         yield {name: value.to(device) for name, value in batch.items()}
 
 
-def _measure_of(path: Path) -> Callable[[nn.Module, Any], Mapping[str, float]]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def _measure_of(path: Path) -> Function:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"_ipca_keep_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    function = getattr(module, "measure", None)
+    function: Function | None = getattr(module, "measure", None)
     if not callable(function):
         raise ValueError(f"{path} has no function measure(model, processor), which returns numbers by name.")
     return function

@@ -25,8 +25,8 @@ class Outcome:
             far as they were taken. Step 0 is the base.
         best: the measurements of the adapter that was kept; its ``step``, and its ``scale`` where that is not 1.
         scale: of its change, below 1 where the change of the last step was scaled down to the budget.
-        budgeted: the name of the number that the budget limits, None where nothing was measured.
-        words: what it is, for people.
+        metric: the name of the number that the budget limits, None where nothing was measured.
+        description: of that number, with its unit.
     """
 
     out: Path
@@ -34,8 +34,8 @@ class Outcome:
     rows: list[Row]
     best: Row
     scale: float
-    budgeted: str | None
-    words: str | None
+    metric: str | None
+    description: str | None
 
     @property
     def kept(self) -> int:
@@ -43,7 +43,7 @@ class Outcome:
         return int(self.best["step"])
 
     @property
-    def words_kept(self) -> str:
+    def kept_step_text(self) -> str:
         """The step, and the scale of its change where that is not 1."""
         return f"step {self.kept}" + (f", its change scaled by {self.scale:g}" if self.scale != 1 else "")
 

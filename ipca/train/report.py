@@ -52,7 +52,7 @@ model = PeftModel.from_pretrained(base, "$folder")</pre>
 """)
 
 
-def write_report(outcome: Outcome, path: Path, *, task: str, steps: int) -> None:
+def write_report(outcome: Outcome, path: Path, task: str) -> None:
     """Write the page to ``path``.
 
     Raises:
@@ -74,13 +74,13 @@ def write_report(outcome: Outcome, path: Path, *, task: str, steps: int) -> None
 def summary(outcome: Outcome) -> str:
     """One or two sentences on what was learned and what was forgotten."""
     base, best = outcome.rows[0], outcome.best
-    text = f"Kept: {outcome.words_kept}. The held-out loss fell from {base['eval_loss']:.4g} to {best['eval_loss']:.4g}"
-    if best["eval_loss"] > base["eval_loss"]:
-        text = text.replace("fell", "rose")
+    went = "rose" if best["eval_loss"] > base["eval_loss"] else "fell"
+    text = f"Kept: {outcome.kept_step_text}. The held-out loss {went} from "
+    text += f"{base['eval_loss']:.4g} to {best['eval_loss']:.4g}"
     if "eval_accuracy" in best:
         text += f", the accuracy went from {base['eval_accuracy']:.3f} to {best['eval_accuracy']:.3f}"
-    if outcome.budgeted:
-        text += f"; {outcome.words}: {best[f'eval_{outcome.budgeted}']:.4g}"
+    if outcome.metric:
+        text += f"; {outcome.description}: {best[f'eval_{outcome.metric}']:.4g}"
         if outcome.settings.budget is not None:
             text += f", within the budget of {outcome.settings.budget:g}"
     return f"{text}."
@@ -96,7 +96,7 @@ def _figure(outcome: Outcome) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "curve.svg")
         budget = outcome.settings.budget
-        draw_run(outcome.rows, path, outcome.best, outcome.budgeted, outcome.words, budget)
+        draw_run(outcome.rows, path, outcome.best, outcome.metric, outcome.description, budget)
         text = path.read_text(encoding="utf-8")
     return text[text.index("<svg") :]
 

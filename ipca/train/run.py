@@ -22,14 +22,17 @@ from ipca.io.model_card import write_model_card
 from ipca.io.output_folder import check_output, check_spared
 from ipca.train.callback import EvaluateLast, KeepCallback, Progress
 from ipca.train.checkpoints import CHECKPOINTS, last_checkpoint, relocate, train_from
-from ipca.train.data import Data, find_source, read_data
+from ipca.train.data import Data, read_data
+from ipca.train.examples import split
 from ipca.train.figures import draw_run
-from ipca.train.keep import Kept, build_keep, check_keep, draw_samples
+from ipca.train.keep import Kept, build_keep, draw_samples, read_keep
+from ipca.train.models import adapt, fitting_length, load_model
 from ipca.train.outcome import CURVE, Outcome, Row, curve_of, read_curve
 from ipca.train.report import write_report
 from ipca.train.scaled_change import Point, save_scaled, search
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
-from ipca.train.tasks import adapt, build_trainer, fitting_length, load_model, micro_batches, processes, split
+from ipca.train.sources import find_source
+from ipca.train.trainers import build_trainer, micro_batches, processes
 
 log = logging.getLogger("ipca.train")
 SAMPLES = "keep.safetensors"
@@ -65,7 +68,7 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
     held_out = None
     if isinstance(settings.held_out, str):
         held_out = read_data(find_source(settings.held_out), data.layout.task, settings.columns, labels=data.labels)
-    source = check_keep(settings, data.layout.task)
+    source = read_keep(settings, data.layout.task)
     loaded = load_model(settings, data.layout.task, data.labels)
     fitted = fitting_length(settings, loaded)
     parts = split(data, fitted, loaded, held_out)
@@ -74,7 +77,7 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
         samples = _samples(loaded.model.to(state.device), loaded.processor, fitted, None if overwrite else out)
     kept = build_keep(source, fitted, data.layout.task, loaded, samples)
     model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty())
-    with _held(out) if state.is_main_process else nullcontext():
+    with _locked(out) if state.is_main_process else nullcontext():
         if state.is_main_process:
             _begin(settings, fitted, out, samples, overwrite)
         state.wait_for_everyone()
@@ -120,7 +123,7 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # where the run was killed at its very end
     log.info("%s holds this run, finished; --force trains again", out)
     return Outcome(
-        out, settings, read_curve(out / CURVE), found["kept"], found["scale"], found["budgeted"], found["words"]
+        out, settings, read_curve(out / CURVE), found["kept"], found["scale"], found["metric"], found["description"]
     )
 
 
@@ -144,7 +147,7 @@ def _sampled(settings: TrainSettings) -> dict[str, Any]:
 
 
 @contextmanager
-def _held(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> Iterator[None]:
     """Let no other run work in ``out`` within the block; a killed process lets go."""
     out.mkdir(parents=True, exist_ok=True)
     if os.name != "posix":
@@ -176,7 +179,7 @@ def _begin(settings: TrainSettings, fitted: TrainSettings, out: Path, samples: T
 
 
 def _add_callbacks(trainer: Any, kept: Kept | None, settings: TrainSettings, progress: bool) -> None:
-    trainer.add_callback(Progress(None if kept is None else kept.budgeted, progress))
+    trainer.add_callback(Progress(None if kept is None else kept.metric, progress))
     trainer.add_callback(EvaluateLast())
     if kept is not None:
         trainer.add_callback(KeepCallback(trainer, kept, max_kl=settings.budget, patience=settings.patience))
@@ -184,7 +187,7 @@ def _add_callbacks(trainer: Any, kept: Kept | None, settings: TrainSettings, pro
 
 def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: Kept | None, progress: bool) -> Outcome:
     rows = curve_of(trainer.state.log_history)
-    name, words = (None, None) if kept is None else (kept.budgeted, kept.words)
+    name, description = (None, None) if kept is None else (kept.metric, kept.description)
     step = trainer.state.best_global_step if trainer.state.best_model_checkpoint else None
     best = next((row for row in rows if row["step"] == step), None)
     scale = 1.0
@@ -196,7 +199,7 @@ def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: 
             trainer._load_best_model()
     if best is None:
         raise _over_budget(rows, settings, name, last_checkpoint(out / CHECKPOINTS))
-    outcome = Outcome(out, settings, rows, best, scale, name, words)
+    outcome = Outcome(out, settings, rows, best, scale, name, description)
     with TemporaryDirectory(dir=out / CHECKPOINTS) as folder:  # removed at the end, also where this is killed
         target = out if scale == 1 else Path(folder, "unscaled")
         trainer.save_model(str(target))
@@ -215,7 +218,7 @@ def _rescale(
 ) -> Row:
     """The measurements of the last checkpoint with its change scaled down to the budget."""
     assert checkpoint is not None
-    name, last = f"eval_{kept.budgeted}", rows[-1]
+    name, last = f"eval_{kept.metric}", rows[-1]
     at = {0.0: rows[0], 1.0: last} if rows[0]["step"] == 0 else {1.0: last}
     known = {scale: Point(scale, row["eval_loss"], row[name]) for scale, row in at.items()}
     log.info("scaling the change of step %d down to the budget of %g", last["step"], settings.budget)
@@ -246,17 +249,17 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
         writer.writeheader()
         writer.writerows(rows)
     for ending in ("png", "svg"):
-        draw_run(rows, out / f"curve.{ending}", outcome.best, outcome.budgeted, outcome.words, settings.budget)
+        draw_run(rows, out / f"curve.{ending}", outcome.best, outcome.metric, outcome.description, settings.budget)
     start = f"`{settings.window}`, rank {settings.rank}, {trainer.state.max_steps} steps, peak rate {settings.rate:g}"
     write_model_card(
         out,
         data=f"{settings.data} ({data.layout.task}); window {start}. ![The run](curve.png)",
         metrics={
-            f"{name} at {outcome.words_kept}": value for name, value in outcome.best.items() if name[:4] == "eval"
+            f"{name} at {outcome.kept_step_text}": value for name, value in outcome.best.items() if name[:4] == "eval"
         },
         overwrite=True,
     )
-    write_report(outcome, out / "report.html", task=data.layout.task, steps=trainer.state.max_steps)
+    write_report(outcome, out / "report.html", data.layout.task)
     versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl", "datasets")}
     found = {
         "task": data.layout.task,
@@ -266,8 +269,8 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
         "steps": trainer.state.max_steps,
         "kept": outcome.best,
         "scale": outcome.scale,
-        "budgeted": outcome.budgeted,
-        "words": outcome.words,
+        "metric": outcome.metric,
+        "description": outcome.description,
         "versions": {"ipca": __version__, **versions},
     }
     write_atomic(out / RUN, settings_text(settings, found).encode())

@@ -47,13 +47,13 @@ class Tradeoff:
 
     Attributes:
         points: at the scales that were asked for, and at those that the search for the budget added.
-        words: what ``forgotten`` is.
+        description: of ``forgotten``, with its unit.
         budget: the limit of ``forgotten``, None without one.
         best: of the points within the budget that with the lowest loss.
     """
 
     points: tuple[Point, ...]
-    words: str
+    description: str
     budget: float | None = None
     best: Point = field(init=False)
 
@@ -66,7 +66,7 @@ class Tradeoff:
         return [vars(point) for point in self.points]
 
     def __str__(self) -> str:
-        lines = [f"{'scale':>7} {'loss':>9} {'forgotten':>10}   forgotten: {self.words}"]
+        lines = [f"{'scale':>7} {'loss':>9} {'forgotten':>10}   forgotten: {self.description}"]
         for each in self.points:
             mark = "  <- best" + (" within the budget" if self.budget is not None else "") if each == self.best else ""
             lines.append(f"{each.scale:7.3f} {each.loss:9.4f} {each.forgotten:10.4g}{mark}")
@@ -116,11 +116,11 @@ def search(
     """As :func:`tradeoff`, beside ``known`` points that were measured before."""
     from tqdm import tqdm
 
-    if kept.budgeted is None:
-        raise ValueError(f"a trade-off needs KL or drift, not {kept.words}.")
+    if kept.metric is None:
+        raise ValueError(f"a trade-off needs KL or drift, not {kept.description}.")
     if budget is not None and not budget >= 0:
         raise ValueError(f"a budget must be at least 0, got {budget}.")
-    name = kept.budgeted
+    name = kept.metric
     check_linear(trainer.model)
     bar = tqdm(total=None, desc="Trade-off", unit="scale", disable=None if progress else True)
 
@@ -146,7 +146,7 @@ def search(
             break
         points[wanted] = measure(wanted)
     bar.close()
-    return Tradeoff(tuple(points[scale] for scale in sorted(points)), kept.words, budget)
+    return Tradeoff(tuple(points[scale] for scale in sorted(points)), kept.description, budget)
 
 
 def _held_out_loss(trainer: Any) -> float:

@@ -214,3 +214,10 @@ def test_an_adapter_is_scaled_in_its_place_and_beside_the_scales_of_the_curve(pl
     assert main(["tradeoff", *words, "--scales", "1", "--scale", "0.5", "-o", str(out), "--force", "--quiet"]) == 0
     assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 4
     assert main(["tradeoff", *words, "--scales", "0.5", "--max-kl", "100", "--gate", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("words", [["train", "m", "d", "-o", "x"], ["tradeoff", "m", "a", "d"]])
+def test_a_missing_package_is_named_with_the_extra(words, monkeypatch, capsys):
+    monkeypatch.setattr("ipca.cli.train_command.find_spec", lambda name: None if name in ("trl", "datasets") else name)
+    assert main(words) == 1
+    assert "needs trl, datasets; run: pip install 'ipca-lora[train]'" in capsys.readouterr().err

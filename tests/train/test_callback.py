@@ -80,7 +80,7 @@ def test_a_budget_chooses_the_checkpoint_that_is_loaded(base, batches, tmp_path)
 
 
 class Recorded:
-    budgeted, words = "keep_kl", "KL"
+    metric, description = "keep_kl", "KL"
 
     def __init__(self, kept, found):
         self.kept, self.found = kept, found

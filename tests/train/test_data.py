@@ -3,8 +3,9 @@ import re
 
 import pytest
 
-from ipca.train.data import DataError, find_layout, find_source, read_data
+from ipca.train.data import find_layout, read_data
 from ipca.train.settings import TASKS
+from ipca.train.sources import DataError, find_source
 
 pytest.importorskip("datasets")
 

@@ -31,9 +31,9 @@ import ipca
 from ipca.analysis import cross_entropy_rise, kl_to_base
 from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
 from ipca.train.checkpoints import last_checkpoint, relocate
-from ipca.train.keep import KeptTask, build_keep, check_keep
+from ipca.train.keep import KeptTask, build_keep, read_keep
+from ipca.train.models import Loaded, adapt, fitting_length, load_model
 from ipca.train.settings import read_settings
-from ipca.train.tasks import Loaded, adapt, fitting_length, load_model
 
 
 def settings(model, texts, **changes):
@@ -61,7 +61,7 @@ def test_the_folder_is_an_adapter_that_stock_peft_loads_and_its_numbers_are_righ
     stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(language_model), finished.out).eval()
     ours = ipca.load_adapter(AutoModelForCausalLM.from_pretrained(language_model), finished.out).eval()
     loaded = Loaded(base, AutoTokenizer.from_pretrained(finished.out))
-    kept = build_keep(check_keep(finished.settings, "causal-lm"), finished.settings, "causal-lm", loaded)
+    kept = build_keep(read_keep(finished.settings, "causal-lm"), finished.settings, "causal-lm", loaded, None)
     assert kl_to_base(stock, base, kept.batches) == pytest.approx(finished.best["eval_keep_kl"], rel=1e-4)
     assert cross_entropy_rise(stock, base, kept.batches) == pytest.approx(
         finished.best["eval_keep_loss_rise"], rel=1e-3
@@ -135,7 +135,7 @@ def test_the_best_checkpoint_within_the_budget_is_kept(finished, language_model,
     base = AutoModelForCausalLM.from_pretrained(language_model).eval()
     stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(language_model), found.out).eval()
     loaded = Loaded(base, AutoTokenizer.from_pretrained(found.out))
-    kept = build_keep(check_keep(found.settings, "causal-lm"), found.settings, "causal-lm", loaded)
+    kept = build_keep(read_keep(found.settings, "causal-lm"), found.settings, "causal-lm", loaded, None)
     assert kl_to_base(stock, base, kept.batches) <= limit
 
 
@@ -176,7 +176,7 @@ def test_the_last_change_is_scaled_down_to_the_budget_where_that_is_better(finis
     base = AutoModelForCausalLM.from_pretrained(language_model).eval()
     stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(language_model), found.out).eval()
     loaded = Loaded(base, AutoTokenizer.from_pretrained(found.out))
-    kept = build_keep(check_keep(found.settings, "causal-lm"), found.settings, "causal-lm", loaded)
+    kept = build_keep(read_keep(found.settings, "causal-lm"), found.settings, "causal-lm", loaded, None)
     assert kl_to_base(stock, base, kept.batches) == pytest.approx(found.best["eval_keep_kl"], rel=1e-4)
     assert f"scaled by {found.scale:g}" in (found.out / "report.html").read_text()
     assert f"eval_loss at step 8, its change scaled by {found.scale:g}" in (found.out / "README.md").read_text()
@@ -198,7 +198,7 @@ def test_a_budget_that_nothing_meets(language_model, texts, tmp_path):
 @pytest.mark.slow
 def test_samples_of_the_model_are_kept_by_default(language_model, texts, tmp_path):
     found = fine_tune(settings(language_model, texts, keep=None, keep_tokens=300), tmp_path / "out", progress=False)
-    assert found.budgeted == "keep_kl"
+    assert found.metric == "keep_kl"
     assert found.best["eval_keep_kl"] > 0
     assert (found.out / "keep.safetensors").is_file()
 
@@ -241,7 +241,7 @@ def test_sequences_are_classified(texts, tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows]))
     few = {"data": str(tmp_path / "a.csv"), "steps": 16, "lr": 1e-2, "max_drift": 1.0}
     found = fine_tune(settings(model, texts, **few), tmp_path / "out", progress=False)
-    assert found.budgeted == "keep_drift"
+    assert found.metric == "keep_drift"
     assert found.rows[0]["eval_keep_drift"] == pytest.approx(0, abs=1e-9)
     assert found.best["eval_accuracy"] == 1
     stock = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
@@ -280,7 +280,7 @@ def test_images_are_classified_and_kept_by_a_task_file(texts, tmp_path):
         "    return {'first': model(pixel_values=torch.randn(1, 3, 16, 16)).logits[0, 0].item()}\n"
     )
     found = fine_tune(settings(model, texts, **few, keep=str(tmp_path / "task.py")), tmp_path / "own", progress=False)
-    assert found.budgeted is None
+    assert found.metric is None
     assert found.rows[0]["eval_keep_first_change"] == 0
     last = found.rows[-1]
     assert last["eval_keep_first"] - found.rows[0]["eval_keep_first"] == pytest.approx(last["eval_keep_first_change"])
@@ -385,12 +385,12 @@ def test_samples_of_another_run_are_drawn_again(language_model, texts, tmp_path)
 
 def test_one_run_at_a_time(tmp_path):
     with (
-        run._held(tmp_path / "out"),
+        run._locked(tmp_path / "out"),
         pytest.raises(RuntimeError, match="another process trains in"),
-        run._held(tmp_path / "out"),
+        run._locked(tmp_path / "out"),
     ):
         pass
-    with run._held(tmp_path / "out"):
+    with run._locked(tmp_path / "out"):
         pass
 
 
@@ -454,3 +454,27 @@ def test_running_statistics_stay_the_bases(texts, tmp_path):
     model(pixel_values=torch.randn(4, 3, 16, 16))
     assert any("running_mean" in name for name in before)
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_kept_data_is_checked_before_the_model_is_loaded(language_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "keep.txt").write_bytes(b"first\nsecond \xff\n")
+    with pytest.raises(DataError, match=r"keep\.txt, line 2: expected text in UTF-8"):
+        fine_tune(settings(language_model, texts, keep=str(tmp_path / "keep.txt")), tmp_path / "out")
+    (tmp_path / "task.py").write_text("def other(): ...\n")
+    with pytest.raises(ValueError, match=r"task\.py has no function measure"):
+        fine_tune(settings(language_model, texts, keep=str(tmp_path / "task.py")), tmp_path / "out")
+
+
+def test_an_encoder_keeps_the_text_of_any_rows(texts, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = {"chat": chat, "prompt": {"prompt": "a", "completion": "b"}, "text": {"text": "a\nb", "label": 1}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        asked = settings("model", texts, keep=str(tmp_path / f"{name}.jsonl"))
+        assert read_keep(asked, "sequence-classification") == ["a\nb"]
+    (tmp_path / "tokens.jsonl").write_text(
+        "\n".join(json.dumps({"tokens": ["a", "b"], "tags": [k, 1]}) for k in (0, 1))
+    )
+    asked = settings("model", texts, keep=str(tmp_path / "tokens.jsonl"))
+    assert read_keep(asked, "token-classification") == ["a b", "a b"]

@@ -19,7 +19,7 @@ import ipca
 from ipca._atomic import staged_files
 from ipca.io.model_folder import copy_companions, load_model
 from ipca.io.output_folder import check_output
-from ipca.lab.demo.data import FETCH, Labeled, Text, load_text
+from ipca.lab.demo.data import Labeled, Text, load_text
 from ipca.lab.demo.encoder import model_path
 from ipca.train.report import summary
 from ipca.train.run import fine_tune
@@ -55,8 +55,6 @@ def run_demo(
     """
     began = time.perf_counter()
     check_output(out, whole=True, overwrite=overwrite, resumes=OUTPUTS.issuperset)
-    if not archive.is_file():
-        raise FileNotFoundError(f"no demo text at {archive}; run: {FETCH}")
     text = load_text(archive, test=sentences, probe=sentences)
     model, data = model_path(), out / "data"
     write_data(text, data)

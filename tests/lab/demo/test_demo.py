@@ -14,7 +14,8 @@ from ipca.cli.main import main
 from ipca.lab.demo import run
 from ipca.lab.demo.data import SOURCES, load_text
 from ipca.lab.demo.encoder import Encoder, Probe, Settings, load_encoder
-from ipca.train.data import find_source, read_data
+from ipca.train.data import read_data
+from ipca.train.sources import find_source
 
 TEXT = Path(os.environ.get("IPCA_DEMO_TEXT", "vaderSentiment-3.3.2.tar.gz"))
 needs_text = pytest.mark.skipif(not TEXT.is_file(), reason=f"no {TEXT}; `make test` fetches it")

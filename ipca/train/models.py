@@ -1,0 +1,131 @@
+"""The model of a task: loaded with a head for it and its tokenizer or image processor, and adapted by PEFT."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ipca.io.hub import model_folder
+from ipca.train.settings import TrainSettings
+
+log = logging.getLogger("ipca.train")
+_MODELS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+_PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "image-classification": None,
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer or image processor."""
+
+    model: Any
+    processor: Any
+
+
+def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> Loaded:
+    """The pretrained model with a head for ``task``, and its tokenizer or image processor.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no such repository on the Hub.
+        ValueError: it is not a model for this task.
+    """
+    import transformers
+
+    folder = model_folder(settings.model)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; give a Hugging Face model folder.")
+    options: dict[str, Any] = {}
+    if labels:
+        options = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "problem_type": None}
+        options |= {"label2id": {name: k for k, name in enumerate(labels)}, "ignore_mismatched_sizes": True}
+    dtype = settings.dtype or ("auto" if torch.cuda.is_available() else "float32")
+    torch.manual_seed(settings.seed)
+    try:
+        model = getattr(transformers, _MODELS[task]).from_pretrained(folder, dtype=dtype, **options)
+        if task == "image-classification":
+            processor: Any = transformers.AutoImageProcessor.from_pretrained(folder)
+        else:
+            processor = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{settings.model} cannot be loaded for the task {task}: {why}") from None
+    if task == "causal-lm" and _reads_both_ways(model.config):
+        raise ValueError(
+            f"{settings.model} is an encoder ({model.config.model_type}), not a causal language model. For "
+            "classification name the columns, such as --columns text=review label=stars."
+        )
+    if task != "image-classification" and processor.pad_token is None:
+        if processor.eos_token is None:
+            raise ValueError(f"the tokenizer of {settings.model} has neither a padding nor an end token; set one.")
+        processor.pad_token = processor.eos_token
+    if task == "sequence-classification":
+        model.config.pad_token_id = processor.pad_token_id  # decoders look for the last token before it
+    return Loaded(model, processor)
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Whether a model with a causal head lets tokens see later ones, as BERT does: its loss would mean nothing."""
+    from transformers.models.auto import modeling_auto
+
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return config.model_type in masked and not (
+        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    )
+
+
+def fitting_length(settings: TrainSettings, loaded: Loaded) -> TrainSettings:
+    """``settings`` with a ``max_length`` that the model and its tokenizer have positions for."""
+    limits = [
+        getattr(loaded.processor, "model_max_length", None),
+        getattr(loaded.model.config, "max_position_embeddings", None),
+    ]
+    for name, module in loaded.model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from the padding on
+    least = min(limit for limit in (settings.max_length, *limits) if limit)
+    if least < settings.max_length:
+        log.warning("sequences have %d tokens: %s has no more positions", least, settings.model)
+    return replace(settings, max_length=least)
+
+
+def adapt(loaded: Loaded, settings: TrainSettings, task: str, progress: bool) -> Any:
+    """The PeftModel that trains the window; processes of a group share the decompositions.
+
+    Raises:
+        TypeError, ValueError: as :class:`ipca.peft.PCConfig`, or as :func:`ipca.peft.prepare`.
+    """
+    from peft import get_peft_model
+
+    from ipca.peft import PCConfig, prepare
+
+    config = PCConfig(
+        r=settings.rank,
+        window=settings.window,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        target_modules="all-linear" if settings.targets is None else list(settings.targets),
+        task_type=_PEFT_TASKS[task],
+    )
+    with warnings.catch_warnings():  # a float alpha, which PEFT scales with
+        warnings.filterwarnings("ignore", message=".*lora_alpha.*")
+        model = get_peft_model(loaded.model, prepare(loaded.model, config, progress=progress))
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # no adapter file holds its running statistics
+            module.register_forward_pre_hook(_frozen)
+    return model
+
+
+def _frozen(module: Any, inputs: Any) -> None:
+    module.training = False

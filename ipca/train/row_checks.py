@@ -1,0 +1,78 @@
+"""Checks of the values of a row, by the role of their column; an error says what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ipca.train.sources import DataError, check_image, shortened
+
+_SPEAKERS = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def _check_text(value: Any, place: str, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{place}, column {column!r}: expected text, got {shortened(value)}.")
+    return value
+
+
+def _check_label(value: Any, place: str, column: str) -> str | int:
+    if isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise DataError(
+            f"{place}, column {column!r}: expected the name or the number of a class, got {shortened(value)}."
+        )
+    return value
+
+
+def _check_tokens(value: Any, place: str, column: str) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) and each for each in value):
+        raise DataError(f"{place}, column {column!r}: expected a list of words, got {shortened(value)}.")
+    return value
+
+
+def _check_tags(value: Any, place: str, column: str) -> list[str | int]:
+    if not isinstance(value, list) or not all(isinstance(each, str | int) for each in value):
+        raise DataError(f"{place}, column {column!r}: expected a list of names or numbers, got {shortened(value)}.")
+    return [int(each) if isinstance(each, bool) else each for each in value]
+
+
+def _check_messages(value: Any, place: str, column: str) -> list[dict[str, str]]:
+    """``[{"role": …, "content": …}, …]``, also of ShareGPT's ``from`` and ``value``; the last one is an answer."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{place}, column {column!r}: expected a list of messages, got {shortened(value)}.")
+    messages = []
+    for k, each in enumerate(value, start=1):
+        role = each.get("role", each.get("from")) if isinstance(each, dict) else None
+        content = each.get("content", each.get("value")) if isinstance(each, dict) else None
+        if role not in _SPEAKERS or not isinstance(content, str):
+            raise DataError(
+                f"{place}, column {column!r}, message {k}: expected role (system, user or assistant) and content, got "
+                f"{shortened(each)}."
+            )
+        messages.append({"role": _SPEAKERS[role], "content": content})
+    if not any(each["role"] == "assistant" for each in messages):
+        raise DataError(f"{place}, column {column!r}: expected a message of the assistant, got none.")
+    return messages
+
+
+def _check_image_value(value: Any, place: str, column: str) -> Any:
+    if isinstance(value, str):
+        check_image(Path(value))
+    elif value is None:
+        raise DataError(f"{place}, column {column!r}: expected an image, got nothing.")
+    return value
+
+
+ROW_CHECKS: dict[str, Callable[[Any, str, str], Any]] = {
+    "text": _check_text,
+    "prompt": _check_text,
+    "completion": _check_text,
+    "label": _check_label,
+    "tokens": _check_tokens,
+    "tags": _check_tags,
+    "messages": _check_messages,
+    "image": _check_image_value,
+}

@@ -1,0 +1,159 @@
+"""The trainer of a task: TRL's SFTTrainer for causal language models, and transformers' Trainer otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ipca.analysis.retention import IGNORED
+from ipca.train.data import Data
+from ipca.train.examples import Examples
+from ipca.train.models import Loaded
+from ipca.train.settings import TrainSettings
+from ipca.train.sources import DataError
+
+_EVALUATED = 8
+"""Rows of a forward pass in evaluations. The loss is a mean over passes, so it must not depend on the processes."""
+
+
+def build_trainer(
+    model: Any, examples: Examples, settings: TrainSettings, loaded: Loaded, data: Data, out: Path
+) -> Any:
+    """The trainer of the task, which writes its checkpoints to ``out``."""
+    import transformers
+
+    if data.layout.task == "causal-lm":
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
+
+        answers = settings.loss_on == "answers"
+        arguments = SFTConfig(
+            **_arguments(settings, out),
+            max_length=settings.max_length,
+            packing=settings.packing and not data.whole,
+            completion_only_loss=answers if "prompt" in examples.train.column_names else None,
+            assistant_only_loss=answers and "messages" in examples.train.column_names,
+        )
+        trainer = SFTTrainer(
+            model,
+            args=arguments,
+            train_dataset=examples.train,
+            eval_dataset=examples.held_out,
+            processing_class=loaded.processor,
+        )
+        made: Any = {"trained on": trainer.train_dataset, "held out": trainer.eval_dataset}
+        for what, rows in made.items():
+            if not len(rows):  # TRL drops them
+                raise DataError(
+                    f"{settings.data}: no row that is {what} has an answer within {settings.max_length} tokens; pass a "
+                    "larger --max-length, shorten the prompts, or train with --loss-on all."
+                )
+        return _silent(trainer)
+    collators: dict[str, Any] = {
+        "sequence-classification": lambda: transformers.DataCollatorWithPadding(loaded.processor),
+        "token-classification": lambda: transformers.DataCollatorForTokenClassification(loaded.processor),
+        "image-classification": lambda: ImageCollator(loaded.processor),
+    }
+    return _silent(
+        transformers.Trainer(
+            model,
+            args=transformers.TrainingArguments(
+                **_arguments(settings, out), label_names=["labels"], remove_unused_columns=False
+            ),
+            data_collator=collators[data.layout.task](),
+            train_dataset=examples.train,
+            eval_dataset=examples.held_out,
+            processing_class=loaded.processor,
+            compute_metrics=_accuracy,
+        )
+    )
+
+
+def _silent(trainer: Any) -> Any:
+    """``trainer`` without the callback that prints every log entry."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@dataclass(frozen=True)
+class ImageCollator:
+    """Images of a data set as ``pixel_values``."""
+
+    processor: Any
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        pixels = self.processor([row["image"].convert("RGB") for row in rows], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.tensor([row["label"] for row in rows])}
+
+
+def processes() -> int:
+    """The number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def micro_batches(settings: TrainSettings) -> tuple[int, int]:
+    """Rows of a forward pass of one process, and how many passes make its share of a step.
+
+    Raises:
+        ValueError: ``batch`` cannot be shared so.
+    """
+    world = processes()
+    if settings.batch % world:
+        raise ValueError(f"a batch of {settings.batch} rows cannot be shared by {world} processes; give a multiple.")
+    share = settings.batch // world
+    micro = min(settings.micro_batch or share, share)
+    if share % micro:
+        raise ValueError(
+            f"{share} rows of a process cannot be split into micro-batches of {micro}; give a divisor of {share}."
+        )
+    return micro, share // micro
+
+
+def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
+    micro, accumulated = micro_batches(settings)
+    on_gpu, on_cpu = torch.cuda.is_available(), not torch.accelerator.is_available()
+    share_of_run = min(1 / settings.evaluations, 0.999999)  # 1 would be a step
+    return {
+        "output_dir": str(out),
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.steps or -1,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": min(micro, _EVALUATED),
+        "gradient_accumulation_steps": accumulated,
+        "learning_rate": settings.rate,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "eval_strategy": "steps",
+        "eval_steps": share_of_run,
+        "save_strategy": "steps",
+        "save_steps": share_of_run,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "logging_steps": share_of_run,
+        "eval_on_start": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "report_to": list(settings.report_to) or "none",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "use_cpu": on_cpu,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    counts = prediction.label_ids != IGNORED
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids)[counts].mean())}
