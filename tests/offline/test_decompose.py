@@ -144,7 +144,7 @@ def peak(layers):
     return (status("VmHWM") - before) / (8 * d * d)
 
 peak(2)  # libraries and their buffers
-print(peak(1), peak(10))
+print(peak(1), peak(40))
 """
 
 
@@ -152,7 +152,7 @@ print(peak(1), peak(10))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure peak memory")
 @pytest.mark.parametrize("form", FORMS)
 def test_peak_memory_does_not_grow_with_the_model(tmp_path, form):
-    """In units of a layer in float64; 10 layers in bfloat16 take 2.5 of them."""
+    """In units of a layer in float64; 40 layers in bfloat16 take 10 of them, what the allocator keeps is below 1."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "PYTHONPATH": path}
@@ -161,4 +161,4 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path, form):
     assert done.returncode == 0, done.stderr
     one, many = map(float, done.stdout.split())
     assert one > 0.5
-    assert many <= one + 0.75
+    assert many <= one + 2.5
