@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from studies.language.rows import Line
+from studies.frontier.rows import Line
 
 Vector = NDArray[np.float64]
 _POINTS = 2001

@@ -14,7 +14,7 @@ from ipca.lab import baselines
 from ipca.model import AdapterSettings
 from ipca.model.apply import adapted_layers
 from ipca.svd import SpectralCache
-from studies.language.design import Arm
+from studies.frontier.design import Arm
 
 
 class Tuned:

@@ -1,4 +1,4 @@
-"""The language study's runs: arms, scales, measurements, and runners that are killed or meet."""
+"""Runs of a study: arms, scales, measurements, and runners that are killed or meet."""
 
 import copy
 import json
@@ -17,17 +17,18 @@ import torch
 import torch.nn.functional as F
 
 from ipca.analysis import cross_entropy_rise, kl_to_base
-from studies.language import training
-from studies.language.arms import Tuned
-from studies.language.design import ARMS, MAIN, Run, Wave, waves
-from studies.language.measure import Reference
-from studies.language.rows import Rows
-from studies.language.run import Runners, check, collect, how_far
-from tests.helpers import language_study
-from tests.helpers.language_study import DESIGN, LENGTH, VOCABULARY, study
+from studies.frontier import training
+from studies.frontier.arms import Tuned
+from studies.frontier.design import Run, Wave
+from studies.frontier.measure import Reference
+from studies.frontier.rows import Rows
+from studies.frontier.run import Runners, check, collect, how_far
+from studies.language.protocol import ARMS, MAIN, waves
+from tests.helpers import frontier_study
+from tests.helpers.frontier_study import DESIGN, LENGTH, VOCABULARY, study
 
 RUN = Run("german", 8, "middle", 1e-3, 0)
-SCRIPT = Path(language_study.__file__)
+SCRIPT = Path(frontier_study.__file__)
 ROOT = SCRIPT.parents[2]
 
 
@@ -35,7 +36,7 @@ ROOT = SCRIPT.parents[2]
 def uninterrupted(tmp_path_factory):
     """Everything the small design asks for, made in one go."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    language_study.main(folder)
+    frontier_study.main(folder)
     return folder
 
 
@@ -43,7 +44,7 @@ def uninterrupted(tmp_path_factory):
 def begun(tmp_path_factory):
     """The first runs of the small design."""
     folder = tmp_path_factory.mktemp("begun")
-    language_study.main(folder, limit=3)
+    frontier_study.main(folder, limit=3)
     return folder
 
 
@@ -244,7 +245,7 @@ def test_what_was_made_is_not_made_again(uninterrupted):
     assert sum(1 for _ in rows.runs()) >= 24, "three rates of two arms on two tasks with two seeds, or more"
     assert collect(study(uninterrupted / "work"), rows, runners) == 0
     assert contents(uninterrupted) == before
-    text = how_far(DESIGN, rows, runners)
+    text = how_far(DESIGN, rows, runners, 1.0)
     assert "about 0 core hours remain" in text
     assert "at work: nobody" in text
 
