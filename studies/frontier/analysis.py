@@ -111,8 +111,10 @@ class Analysis:
 
     def curve(self, run: Run, metric: str = METRIC, *, training: bool = False) -> Curve | None:
         """Its curve over λ, or over training."""
-        lines = self.runs[run]
-        return along_training(lines, metric) if training else along_scale(lines, metric, self.design.scales)
+        lines, root = self.runs[run], self.design.root and metric.startswith("kl_")
+        if training:
+            return along_training(lines, metric, root=root)
+        return along_scale(lines, metric, self.design.scales, root=root)
 
     def of(self, task: str, steps: int, arm: str) -> list[Run]:
         """The complete runs of a cell."""
