@@ -117,6 +117,7 @@ class QuantizedLinearPC(ProductLayer):
             form=self.form,
             adapter_dtype=self.lora_A.dtype,
             tol=self.tol,
+            magnitude=self.magnitude,
             digest=quantized_sha256(self.base),
         )
         assert initial.svd is not None
