@@ -98,9 +98,10 @@ def serving_factors(tensors: Mapping[str, Tensor], layers: Mapping[str, WindowLa
         experts = math.prod(layer.matrix_shape[:-2])
         A, A0 = split_factor("A", tensors[key_A].double(), experts)
         B, B0 = split_factor("B", tensors[key_B].double(), experts)
-        lora_A, lora_B = (A - A0, A0), (layer.scaling * B, layer.scaling * (B - B0))
-        only = {"A": slice(0, 1), "B": slice(1, 2), "both": slice(0, 2)}[_moved(layer)]
-        lora_A, lora_B = lora_A[only], lora_B[only]
+        lora_A, lora_B = [A - A0, A0], [layer.scaling * B, layer.scaling * (B - B0)]
+        if (moved := _moved(layer)) != "both":
+            only = "AB".index(moved)
+            lora_A, lora_B = [lora_A[only]], [lora_B[only]]
         made[key_A] = _padded(lora_A, 0, rank, experts).to(tensors[key_A].dtype)
         made[key_B] = _padded(lora_B, 1, rank, experts).to(tensors[key_B].dtype)
     return made

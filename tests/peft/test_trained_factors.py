@@ -1,4 +1,4 @@
-"""A PCConfig with one factor frozen, a magnitude, and windows that are found from inputs: train, save, resume, refuse."""
+"""A PCConfig with one factor frozen, a magnitude, and windows that are found from inputs."""
 
 import copy
 
@@ -33,9 +33,8 @@ def logits(model):
 
 
 def trained(model):
-    return {
-        part for name, p in model.named_parameters() for part in name.split(".") if p.requires_grad and "lora" in part
-    }
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {part for name in names for part in name.split(".") if part.startswith("lora")}
 
 
 def fit(model):
