@@ -313,65 +313,72 @@ def _of_inputs(
     unquantized_weights: UnquantizedWeights | None,
     progress: bool,
 ) -> dict[str, InitialFactors]:
-    """The initial factors of the targets whose windows are of their inputs, by path."""
+    """The initial factors of the targets whose windows are of their inputs, by path.
+
+    Layers that one input goes to, as queries, keys and values, have one second moment, which is decomposed once.
+    """
     wanted = {target.name: target for target in targets if target.window.basis == "inputs"}
-    made = {}
+    made: dict[str, InitialFactors] = {}
+    last: tuple[Tensor, Window, WindowSVD] | None = None
     with tqdm(total=len(wanted), desc="Windows of inputs", unit="layer", disable=not progress) as bar:
         for name, moment in input_energy(model, list(wanted), batches, progress=progress) if wanted else ():
             target = wanted[name]
             with naming(name):
                 matrix = source_matrix(get_layer(model, name), name, unquantized_weights, target.kind)
-                found = window_of_inputs(matrix.weight, moment, target.window, tol=settings.tol, cache=cache)
-                factors = split_window(target, settings, matrix, found)
-            made[name] = replace(
-                factors, A0=factors.A0.to(matrix.weight.device), B0=factors.B0.to(matrix.weight.device)
-            )
+                moment = moment.to(matrix.weight.device if matrix.weight.is_cuda else "cpu")
+                if last is None or last[1] != target.window or not torch.equal(last[0], moment):
+                    found = directions_of_inputs(moment, target.window, tol=settings.tol, cache=cache)
+                    last = moment, target.window, found
+                factors = split_window(target, settings, matrix, part_on_directions(matrix.weight, last[2]))
+            device = matrix.weight.device
+            made[name] = replace(factors, A0=factors.A0.to(device), B0=factors.B0.to(device))
             bar.update()
     return made
 
 
-def window_of_inputs(
-    weight: Tensor,
-    moment: Tensor,
-    window: Window,
-    *,
-    tol: float | str = "default",
-    cache: SpectralCache | None = None,
+def directions_of_inputs(
+    moment: Tensor, window: Window, *, tol: float | str = "default", cache: SpectralCache | None = None
 ) -> WindowSVD:
-    """The part of ``weight`` that acts on a window of the directions of its inputs, as singular triplets.
-
-    The columns of ``V_w (in, rank)`` are the eigenvectors of ``C = moment`` in the window, the largest eigenvalue
-    first, from the certified :func:`ipca.window_svd` of ``C``. Then::
-
-        W V_w = U diag(S) R,    Vh = R V_wᵀ,    U diag(S) Vh = W V_w V_wᵀ
-
-    With the window of the least eigenvalues this is the start of LoRA-Null (arXiv 2503.02659).
+    """The directions of a layer's inputs in ``window``: the window of ``C = V diag(λ) Vᵀ``, certified.
 
     Args:
-        weight: ``W (out, in)``, any float dtype and device.
-        moment: ``C = mean of x xᵀ (in, in)``, float64, on the CPU.
+        moment: ``C = mean of x xᵀ (in, in)``, float64.
         window: of basis ``"inputs"``.
-        tol, cache: as for :func:`ipca.window_svd`, of ``C``.
+        tol, cache: as for :func:`ipca.window_svd`.
 
     Returns:
-        ``U (out, rank)``, ``S (rank,)``, ``Vh (rank, in)`` in float64 on the CPU, or on the CUDA device of ``weight``.
-        The report is that of ``C``.
+        ``S (rank,)``, the energies ``λ``, descending, and ``Vh (rank, in)``, the directions.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`; or the inputs are all 0.
     """
     if not bool(moment.any()):
         raise ValueError("its inputs are all 0 in these batches and have no directions; exclude it.")
-    device = weight.device if weight.is_cuda else torch.device("cpu")
-    moment, place = moment.to(device), window.of_moment
+    place = window.of_moment
     if place.needs_spectrum:
         place = place.resolve(len(moment), singular_values(moment).sqrt())
-    of_moment = cached_window_svd(moment, place, tol=tol, dtype=torch.float64, cache=cache)
-    V = of_moment.Vh.mT
-    U, S, R = torch.linalg.svd(weight.detach().to(device, torch.float64) @ V, full_matrices=False)
-    report = of_moment.report
-    report = replace(report, window=Window(report.window.index, window.rank, "inputs"))
-    return WindowSVD(U, S, R @ V.mT, (report,))
+    found = cached_window_svd(moment, place, tol=tol, dtype=torch.float64, cache=cache)
+    report = replace(found.report, window=Window(found.report.window.index, window.rank, "inputs"))
+    return replace(found, reports=(report,))
+
+
+def part_on_directions(weight: Tensor, directions: WindowSVD) -> WindowSVD:
+    """The part of ``weight`` that acts on ``directions``, as singular triplets::
+
+        W V = U diag(S) R,    Vh = R Vᵀ,    U diag(S) Vh = W V Vᵀ
+
+    On the directions of least energy this is the start of LoRA-Null (arXiv 2503.02659).
+
+    Args:
+        weight: ``W (out, in)``, any float dtype.
+        directions: of :func:`directions_of_inputs`, ``Vᵀ = Vh (rank, in)``; the result is on its device.
+
+    Returns:
+        ``U (out, rank)``, ``S (rank,)``, ``Vh (rank, in)`` in float64, with the report of the directions.
+    """
+    V = directions.Vh.mT
+    U, S, R = torch.linalg.svd(weight.detach().to(V) @ V, full_matrices=False)
+    return WindowSVD(U, S, R @ V.mT, directions.reports)
 
 
 def _check_calibration(targets: Sequence[Target], calibration: object) -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 import ipca
 from ipca.lab.continual import ContinualLearner
-from ipca.model import AdapterSettings
-from ipca.model.calibration import input_energy, window_of_inputs
+from ipca.model import AdapterSettings, calibration
+from ipca.model.calibration import directions_of_inputs, input_energy, part_on_directions
 from ipca.nn import LinearPC
 from tests.helpers.layer_kinds import Table
 from tests.helpers.models import Plain, snapshot
@@ -155,6 +155,23 @@ def test_a_second_moment_is_decomposed_once(batches, tmp_path):
     assert cache.hits == 1
 
 
+def test_layers_of_one_input_are_decomposed_once(batches, monkeypatch):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.o = nn.Linear(20, 12), nn.Linear(20, 6), nn.Linear(6, 20)
+
+        def forward(self, x):
+            return self.o(self.k(x) * self.q(x).mean())
+
+    made, called = [], calibration.cached_window_svd
+    monkeypatch.setattr(calibration, "cached_window_svd", lambda *a, **o: made.append(a) or called(*a, **o))
+    model = ipca.apply_pc(Shared(), rank=4, window="inputs:minor", calibration=batches, progress=False)
+    assert len(made) == 2
+    rows = [torch.linalg.qr(layer.lora_A0.mT)[0] for layer in (model.q, model.k)]
+    close(torch.linalg.svdvals(rows[0].mT @ rows[1]), torch.ones(4))
+
+
 def test_a_quantized_layer(batches):
     model, plain, _ = quantized_model("int8")
     with torch.no_grad():
@@ -210,7 +227,7 @@ def test_where_there_are_no_inputs_the_message_says_what_to_do():
 
 def test_a_window_of_a_matrix(batches):
     weight, moment = torch.randn(12, 20), moment_of(batches)
-    found = window_of_inputs(weight, moment, ipca.Window("inputs:0.5", 4))
+    found = part_on_directions(weight, directions_of_inputs(moment, ipca.Window("inputs:0.5", 4)))
     V = eigenvectors(moment)[:, 8:12]
     close(found.U * found.S @ found.Vh, weight.double() @ V @ V.mT)
     close(found.Vh @ found.Vh.mT, torch.eye(4).double())
