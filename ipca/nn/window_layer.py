@@ -334,7 +334,7 @@ class WindowLayer(nn.Module):
         self.window, self.base_sha256 = initial.window, initial.base_sha256
         self.svd_report, self.certificate = initial.svd, initial.certificate
 
-    def _initial_factors(self, weight: Tensor) -> InitialFactors:
+    def _initial_factors(self, weight: Tensor, *, digest: str | None = None) -> InitialFactors:
         """The initial factors of this layer for the pretrained ``weight (…, out, in)``; the layer is not changed."""
         return initial_factors(
             weight,
@@ -344,6 +344,7 @@ class WindowLayer(nn.Module):
             adapter_dtype=self.lora_A.dtype,
             tol=self.tol,
             magnitude=self.magnitude,
+            digest=digest,
         )
 
     def _base_for(self, weight: Tensor, initial: InitialFactors) -> Tensor:
