@@ -71,8 +71,9 @@ def apply(
     =====================================  =========================================================================
 
     The *reference* is ``settings.window``. No method changes the model's function before training, but KaSA, which cuts
-    off the ``rank`` smallest components of each weight. Those of PEFT have its own dtypes, take linear layers only, and
-    leave ``form``, ``tol`` and ``adapter_dtype`` out; OSF, OFT and ``"full"`` also ``alpha`` and ``dropout``.
+    off the ``rank`` smallest components of each weight; CorDA rounds a residual weight. Those of PEFT take linear
+    layers only, MiCA and CorDA ``Conv1D`` too; they train in float32 beside a 16-bit weight, OSF in the weight's dtype,
+    and leave ``form``, ``tol`` and ``adapter_dtype`` out; OSF, OFT and ``"full"`` also ``alpha`` and ``dropout``.
 
     Args:
         seed: of random factors, directions and positions; together with the layer's path it determines them.

@@ -2,7 +2,9 @@
 
     W' = W + scaling · (P_L B) (A P_R),      P_L = I − U_k U_kᵀ,      P_R = I − V_k V_kᵀ
 
-So ``U_kᵀ ΔW = 0`` and ``ΔW V_k = 0``: the ``k`` leading singular triples of ``W`` stay. ``k`` is the rank.
+So ``U_kᵀ ΔW = 0`` and ``ΔW V_k = 0``: the ``k`` leading singular triples of ``W`` stay. ``k`` is the rank. The
+projections are parametrizations of the layer; :func:`torch.nn.utils.parametrize.remove_parametrizations` of ``lora_A``
+and ``lora_B`` leaves a plain LoRA, to be saved or merged.
 
 Source: "OPLoRA: Orthogonal Projection LoRA Prevents Catastrophic Forgetting during Parameter-Efficient Fine-Tuning",
 arXiv 2510.13003.

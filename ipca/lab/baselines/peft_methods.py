@@ -56,6 +56,7 @@ def apply_peft(
     """
     require_peft(method)
     from peft.tuners.lora.corda import preprocess_corda
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     kinds: tuple[str, ...] = LINEAR if method in ("mica", "corda-ipm", "corda-kpm") else ("linear",)
     for target in targets:
@@ -79,6 +80,8 @@ def apply_peft(
     with uninterrupted(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         inject(model, config, names, prepare=look_at_inputs if held else None)
+        if method != "osf":  # whose gradients are projected by hooks on the parameters, which a cast replaces
+            cast_adapter_dtype(model, ADAPTER)
         for name in modules_to_save:
             model.get_submodule(name).requires_grad_(True)
 

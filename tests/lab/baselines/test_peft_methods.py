@@ -31,6 +31,20 @@ def test_only_the_adapter_and_the_modules_to_save_train(method):
     assert not any("lora_B" in name for name in trains) or method != "mica"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_trains_beside_a_16_bit_weight_is_float32_but_of_osf(method):
+    model = baselines.apply(Plain().bfloat16(), method, SETTINGS, calibration=[torch.randn(30, 20).bfloat16()])
+    trains = {p.dtype for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head")}
+    assert trains == {torch.bfloat16 if method == "osf" else torch.float32}
+    model(torch.randn(4, 20).bfloat16()).sum().backward()
+    if method == "osf":
+        layer = model.a
+        gradient = layer.osf_svd_params["default"]["U_low"].grad.float()
+        assert gradient.norm() > 0
+        U = torch.linalg.svd(layer.base_layer.weight.detach().float(), full_matrices=False)[0][:, :6]
+        assert (U.mT @ gradient).norm() < 0.02 * gradient.norm(), "its projection is in place"
+
+
 def test_the_seed_decides_what_is_drawn_and_nothing_else_is_moved():
     first, again, other = (adapted("kasa", seed=seed).a.lora_A["default"].weight for seed in (1, 1, 2))
     assert torch.equal(first, again)
