@@ -7,7 +7,7 @@
 #                             writes docs/results/servers.md; SERVERS=mlx is one of them
 # make check       lint, format, spelling, types, imports, generated pages
 # make docs        build the documentation site in docs/_build/html; a broken link or reference is an error
-# make report      write docs/results/benchmarks.md and fine-tuning.md from bench/results
+# make report      write docs/results/benchmarks.md, fine-tuning.md and baselines.md from bench/results
 # make results     measure again on this CPU (fine-tuning, memory, throughput, window SVD): CSV files, pictures, pages
 # make study       run the study of docs/results/window-position.md again: hours; an interrupted run resumes
 # make study-language         add runs to docs/results/language.md's study, for as long as the machine is free; resumes
@@ -104,6 +104,7 @@ results: $(READY) $(LANGUAGE_MODEL)
 	$(BIN)/python -m bench.quantized_start
 	$(BIN)/python -m bench.change_error
 	$(BIN)/python -m bench.error_rates
+	$(BIN)/python -m bench.baseline_checks
 	$(BIN)/python -m bench.report
 
 study: $(READY)

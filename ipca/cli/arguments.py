@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ipca._version import __version__
-from ipca.lab.names import COMPARISONS, CONTROLS, PICTURES, TASK_EXAMPLES
+from ipca.lab.names import BASELINES, COMPARISONS, CONTROLS, PICTURES, TASK_EXAMPLES
 from ipca.train.settings import DTYPES, LOSS_ON, SCHEDULES, TASKS
 from ipca.window import TRAINED, Window
 
@@ -405,9 +405,10 @@ def _sweep(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--methods",
         nargs="*",
-        choices=("lora", "full", "auto", *CONTROLS),
+        choices=("lora", "full", "auto", *BASELINES, *CONTROLS),
         metavar="METHOD",
-        help=f"lora, full, auto, and the controls {', '.join(CONTROLS)} (default: lora and the controls)",
+        help=f"lora, full, auto, the baselines {', '.join(BASELINES)}, and the controls {', '.join(CONTROLS)} "
+        "(default: lora and the controls)",
     )
     add.add_argument(
         "--comparisons",

@@ -1,4 +1,4 @@
-"""Adapt a model for a method given by name: a window, plain LoRA, full fine-tuning, or a control."""
+"""Adapt a model for a method given by name: a window, plain LoRA, full fine-tuning, a baseline, or a control."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ipca._atomic import uninterrupted
-from ipca.lab.baselines.initialization import haar, layer_generator, matched, plain_lora_factors, random_window
-from ipca.lab.baselines.methods import kind_of
+from ipca.lab.baselines.initialization import (
+    haar,
+    layer_generator,
+    matched,
+    null_space_part,
+    plain_lora_factors,
+    random_window,
+)
+from ipca.lab.baselines.methods import NEED_INPUTS, kind_of
+from ipca.lab.baselines.oplora import project_factors
+from ipca.lab.baselines.peft_methods import PEFT_METHODS, apply_peft
 from ipca.model.apply import adapt, adapted_layers, install, train_only_adapter
+from ipca.model.calibration import input_energy
 from ipca.model.decompose import decompose_targets, source_matrix, split_window, window_of
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
@@ -45,22 +55,41 @@ def apply(
     ``"frozen-A"``, ``"frozen-B"``         the reference window with one factor frozen
     ``"matched-principal"``, ``"-minor"``  the directions of that end with the reference's singular values
     ``"matched-middle"``                   the middle's directions with the singular values of the reference, an end
+    ``"mica"``                             PEFT's MiCA (arXiv 2604.01694): ``B`` is the minor left singular vectors and
+                                           frozen, ``A = 0`` trains
+    ``"kasa"``                             PEFT's KaSA (2412.06071): the minor components are cut off, and
+                                           ``B diag(ΔΣ) A`` trains; see :func:`penalty`
+    ``"osf"``                              PEFT's OSF (2504.07097): the lower half of the components trains, by
+                                           gradients projected off the upper half; ``rank`` has no effect
+    ``"oft"``                              PEFT's OFT (2306.07280) by the exact Cayley transform: ``W R``, ``R``
+                                           orthogonal in blocks of 4 · rank, about as many parameters as LoRA's
+    ``"corda-ipm"``, ``"corda-kpm"``       PEFT's CorDA (2406.05223): the principal or minor components of
+                                           ``W cov(x)``, in the inputs of ``calibration``
+    ``"oplora"``                           LoRA off the ``rank`` leading components, :mod:`ipca.lab.baselines.oplora`
+    ``"lora-null"``                        LoRA-Null (2503.02659): the part of ``W`` that acts on the ``rank``
+                                           directions that the inputs of ``calibration`` use least
     =====================================  =========================================================================
 
-    The *reference* is ``settings.window``. No method changes the model's function before training.
+    The *reference* is ``settings.window``. No method changes the model's function before training, but KaSA, which cuts
+    off the ``rank`` smallest components of each weight; CorDA rounds a residual weight. Those of PEFT take linear
+    layers only, MiCA and CorDA ``Conv1D`` too; they train in float32 beside a 16-bit weight, OSF in the weight's dtype,
+    and leave ``form``, ``tol`` and ``adapter_dtype`` out; OSF, OFT and ``"full"`` also ``alpha`` and ``dropout``.
 
     Args:
         seed: of random factors, directions and positions; together with the layer's path it determines them.
-        cache: of decompositions, for all methods that need one.
-        calibration: batches of unlabeled inputs, for ``"auto"``.
+        cache: of decompositions, for all methods that need one, but those of PEFT.
+        calibration: batches of unlabeled inputs, for ``"auto"``, CorDA and LoRA-Null.
 
     Returns:
         The same model.
 
     Raises:
+        ImportError: a method of PEFT without PEFT.
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`, or an unknown method; the model is unchanged.
     """
     kind = kind_of(method)
+    if method in NEED_INPUTS and calibration is None:
+        raise ValueError(f"method {method!r} needs calibration: batches of unlabeled inputs.")
     if kind == "window":
         return adapt(model, replace(settings, window=method), cache=cache, progress=False)
     if kind == "auto":
@@ -75,11 +104,29 @@ def apply(
     if kind == "full":
         _train_full_weights(model, targets, modules_to_save)
         return model
-    factors = _all_initial_factors(model, method, targets, settings, seed, cache)
+    if method in PEFT_METHODS:
+        batches = calibration if method in NEED_INPUTS else None
+        apply_peft(model, method, targets, settings, modules_to_save, seed=seed, batches=batches)
+        return model
+    factors = _all_initial_factors(model, method, targets, settings, seed, cache, calibration)
+    tops = [_leading(model, target, settings, cache) for target in targets] if method == "oplora" else []
     with uninterrupted():
         install(model, zip(targets, factors, strict=True))
         train_only_adapter(model, modules_to_save)
+        for target, top in zip(targets, tops, strict=False):
+            project_factors(adapted_layers(model)[target.name], top.U, top.Vh)
     return model
+
+
+def layer_weights(model: nn.Module, settings: AdapterSettings) -> dict[str, Tensor]:
+    """By path, the weights ``(out, in)`` of the layers that ``settings`` name in a plain model; they share its memory.
+
+    Raises:
+        ValueError: as :func:`ipca.apply_pc` for the choice of layers.
+    """
+    modules_to_save = find_modules_to_save(model, settings)
+    targets = find_targets(model, settings, modules_to_save=modules_to_save, values=False)
+    return {t.name: source_matrix(get_layer(model, t.name), t.name).weight for t in targets}
 
 
 def needed_windows(method: str, target: Target, seed: int) -> list[Window]:
@@ -92,6 +139,8 @@ def needed_windows(method: str, target: Target, seed: int) -> list[Window]:
         return [Window(method, rank)]
     if method == "random-window":
         return [_random_window(target, seed)]
+    if method == "oplora":
+        return [Window("principal", rank)]
     if method in _DIRECTIONS:
         return [target.window, Window(_DIRECTIONS[method], rank)]
     return [target.window] if kind_of(method) == "control" else []
@@ -104,10 +153,14 @@ def _all_initial_factors(
     settings: AdapterSettings,
     seed: int,
     cache: SpectralCache | None,
+    calibration: Iterable[Any] | None,
 ) -> list[InitialFactors]:
     if method == "random-window":
         targets = [replace(target, window=_random_window(target, seed)) for target in targets]
         return decompose_targets(model, targets, settings, cache=cache, progress=False)
+    if method == "lora-null":
+        assert calibration is not None
+        return _off_the_inputs(model, targets, settings, calibration)
     return [_initial_factors(model, method, target, settings, seed, cache) for target in targets]
 
 
@@ -116,7 +169,7 @@ def _initial_factors(
 ) -> InitialFactors:
     matrix = source_matrix(get_layer(model, target.name), target.name)
     generator = layer_generator(seed, target.name)
-    if method == "lora":
+    if method in ("lora", "oplora"):
         dtype = settings.factor_dtype(matrix.weight.dtype)
         factors = plain_lora_factors(matrix.weight, target.window.rank, generator, adapter_dtype=dtype)
         return factors if matrix.digest is None else replace(factors, base_sha256=matrix.digest)
@@ -130,6 +183,24 @@ def _initial_factors(
     else:
         found = matched(components(Window(_DIRECTIONS[method], target.window.rank)), reference)
     return split_window(target, settings, matrix, found)
+
+
+def _off_the_inputs(
+    model: nn.Module, targets: list[Target], settings: AdapterSettings, calibration: Iterable[Any]
+) -> list[InitialFactors]:
+    """The initial factors of LoRA-Null, one layer's moment at a time."""
+    by_name, found = {target.name: target for target in targets}, {}
+    for name, moment in input_energy(model, [*by_name], calibration, progress=False):
+        matrix = source_matrix(get_layer(model, name), name)
+        part = null_space_part(matrix.weight, moment, by_name[name].window.rank)
+        found[name] = split_window(by_name[name], settings, matrix, part)
+    return [found[name] for name in by_name]
+
+
+def _leading(model: nn.Module, target: Target, settings: AdapterSettings, cache: SpectralCache | None) -> WindowSVD:
+    """The components that OPLoRA protects."""
+    weight = source_matrix(get_layer(model, target.name), target.name).weight
+    return window_of(target, settings, weight, window=Window("principal", target.window.rank), cache=cache)
 
 
 def _random_window(target: Target, seed: int) -> Window:
