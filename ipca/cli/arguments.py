@@ -394,7 +394,7 @@ def _sweep(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--windows",
         nargs="+",
-        type=window_start,
+        type=any_window,
         metavar="W",
         help="fractions or other windows (default 0.0 0.125 0.25 0.5 0.75 0.875 1.0)",
     )

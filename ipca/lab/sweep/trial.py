@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ipca.analysis import update_norm
 from ipca.lab import baselines
 from ipca.lab.baselines.adapt import layer_weights
-from ipca.lab.baselines.methods import NEED_INPUTS
+from ipca.lab.baselines.methods import needs_inputs
 from ipca.lab.sweep.device import deterministic, device_of
 from ipca.lab.sweep.task import Task, error_note
 from ipca.model.apply import adapt, adapted_layers
@@ -102,7 +102,7 @@ def run_trial(
         assert auto is not None
         adapt(model, auto, cache=cache, progress=False)
     else:
-        inputs = task.calibration() if task.calibration and trial.method in NEED_INPUTS else None
+        inputs = task.calibration() if task.calibration and needs_inputs(trial.method) else None
         baselines.apply(model, trial.method, task.settings, seed=trial.seed, cache=cache, calibration=inputs)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
