@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = " ".join((ROOT / "docs" / "choosing-a-window.md").read_text(encoding="utf-8").split())
@@ -40,3 +41,18 @@ def test_the_targets_and_drifts_are_those_of_the_summary():
     )
     assert f"drifted by {drift[0]:.2f} in query and value layers and by {drift[1]:.2f} in all linear layers" in TEXT
     assert f"({target[0]:.2f} and {target[1]:.2f})" in TEXT
+
+
+def test_how_far_matched_windows_moved_is_in_the_rows():
+    def ratios(name, lr, column):
+        matched = [row for row in rows(name) if (row["comparison"], row["lr"]) == ("sqrt-sigma", lr)]
+        minor, middle = (
+            {row["seed"]: float(row[column]) for row in matched if row["method"] == method} for method in ("1.0", "0.5")
+        )
+        return fmean(minor[seed] / middle[seed] for seed in middle)
+
+    lrs = ("0.001", "0.002", "0.004")
+    first, last = ([f"{ratios('V1', lr, column):.1f}" for lr in lrs] for column in ("early_update", "update"))
+    assert f"{first[0]}, {first[1]} and {first[2]} times as far as the middle one in ten steps" in TEXT
+    assert f"and {last[0]}, {last[1]} and {last[2]} times in eighty" in TEXT
+    assert f"in MiniLM at most {max(ratios('M3', lr, 'update') for lr in ('0.001', '0.002')):.1f} times" in TEXT
