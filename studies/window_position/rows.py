@@ -83,10 +83,16 @@ class Study:
         return {name: sweep for name in SWEEPS if (sweep := self.sweep(name)) is not None}
 
     def wider(self, name: str) -> Sweep | None:
-        """:meth:`sweep` with the exploratory rows of :data:`WIDER`."""
+        """:meth:`sweep` with those rates of :data:`WIDER` that a method was run at with all of the sweep's seeds."""
         found = self.sweep(name)
-        more = [sweep for each in WIDER.get(name, ()) if (sweep := self.sweep(each)) is not None]
-        return found and replace(found, runs=(*found.runs, *(run for sweep in more for run in sweep.runs)))
+        if found is None:
+            return None
+        more = [run for each in WIDER.get(name, ()) if (sweep := self.sweep(each)) is not None for run in sweep.ends]
+        seeds: dict[tuple[str, float | None], set[int | None]] = {}
+        for run in more:
+            seeds.setdefault((run.method, run.lr), set()).add(run.seed)
+        complete = [run for run in more if seeds[run.method, run.lr].issuperset(found.seeds)]
+        return replace(found, runs=(*found.runs, *complete))
 
     def table(self, name: str) -> Table:
         """The rows of another CSV file; empty if there is no file."""

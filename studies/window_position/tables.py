@@ -10,7 +10,7 @@ from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.words import listed
 from studies.page import markdown
 from studies.window_position.claims import SUPPORTS
-from studies.window_position.reanalysis import NOT_SHOWN, PLACES
+from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, PLACES, REVERSED
 from studies.window_position.rows import (
     EXPLORATORY,
     EXTENSIONS,
@@ -128,6 +128,55 @@ CLAIMS = {
     "accuracy": "learns more, each at its best rate",
 }
 """What the page says of each claim of ``claims.csv``."""
+
+
+def begin_section(tables: Tables) -> str:
+    """The decision page's table: where the middle window retains more than another method, in words."""
+    if not tables.claims:
+        return NOT_RUN
+    claims = {"same rate": f"at one rate, {RATE:g}", "equal target": "having learned equally much"}
+    rows = [
+        [title, *(_in_words(tables, claim, method) for claim in claims)]
+        for method, title in ((PRINCIPAL, '`"principal"`'), (MINOR, '`"minor"`'), (LORA, "plain LoRA"))
+    ]
+    return markdown(["against", *claims.values()], rows)
+
+
+def _in_words(tables: Tables, claim: str, method: str) -> str:
+    found: dict[str, list[str]] = {}
+    for (each, against, place), row in tables.claims.items():
+        if (each, against) == (claim, method) and PLACE_NAMES[place]:
+            found.setdefault(_words(row), []).append(PLACE_NAMES[place])
+    return "; ".join(f"{words}: {', '.join(found[words])}" for words in sorted(found, key=_ORDER.index)) or NOT_RUN
+
+
+def _words(row: Row) -> str:
+    if row["verdict"] == NOT_SHOWN and row["p"] == row["smallest"]:
+        return _TOO_FEW[float(row["mean"]) > 0]
+    return _IN_WORDS[row["verdict"]]
+
+
+_IN_WORDS = {
+    HOLDS: '`"middle"` retains more',
+    REVERSED: '`"middle"` retains less',
+    EDGE: "no verdict, as the rates end too high",
+    NOT_SHOWN: "no difference shown",
+}
+_TOO_FEW = {
+    True: "more with each of 5 seeds, too few to show it",
+    False: "less with each of 5 seeds, too few to show it",
+}
+_ORDER = [*(_IN_WORDS[v] for v in (HOLDS, REVERSED)), *_TOO_FEW.values(), *(_IN_WORDS[v] for v in (NOT_SHOWN, EDGE))]
+PLACE_NAMES = {
+    "M1": "MiniLM feed-forward",
+    "M5": "MiniLM feed-forward (tweets)",
+    "M2-query-value": "MiniLM query and value",
+    "M2-all": "MiniLM all linear",
+    "M3": "",
+    "M4": "MiniLM feed-forward (320 steps)",
+    "V1": "ViT",
+}
+"""Models and layers on the decision page; M3 repeats runs of M1."""
 
 
 def _claim_cell(row: Row, pairs: int) -> str:

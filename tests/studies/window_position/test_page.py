@@ -123,6 +123,27 @@ def test_where_the_minor_end_lies_is_read_off_the_interval(whole, low, high, wor
     assert ours.endswith("the middle at equal early updates.")
 
 
+def test_the_decision_page_says_in_words_where_a_claim_holds():
+    numbers = {"mean": "-0.1", "p": "0.0625", "smallest": "0.0625"}
+    verdicts = {
+        "M1": "holds",
+        "V1": "reversed",
+        "M5": "not shown",
+        "M2-all": "not shown",
+        "M3": "not shown",
+        "M4": "edge",
+    }
+    found = {("same rate", "1.0", place): {**numbers, "verdict": verdict} for place, verdict in verdicts.items()}
+    found["same rate", "1.0", "M5"]["p"] = "0.5"
+    made = rules.Tables({}, {}, {}, [], claims=found)
+    assert study_tables.begin_section(made).splitlines()[3] == (
+        '| `"minor"` | `"middle"` retains more: MiniLM feed-forward; `"middle"` retains less: ViT; less with each of 5 '
+        "seeds, too few to show it: MiniLM all linear; no difference shown: MiniLM feed-forward (tweets); no verdict, "
+        "as the rates end too high: MiniLM feed-forward (320 steps) | Not run. |"
+    )
+    assert study_tables.begin_section(rules.Tables({}, {}, {}, [])) == "Not run."
+
+
 def test_a_page_is_made_anew_between_its_markers_and_nowhere_else():
     text = "before\n<!-- study:demo -->\nold\n<!-- /study:demo -->\nafter\n"
     made = render(text, {"demo": r"new \1"})
@@ -138,7 +159,10 @@ def test_the_command_writes_the_page_and_checks_it(monkeypatch, tmp_path, capsys
     path = tmp_path / "window-position.md"
     names = study_tables.sections(tmp_path)
     path.write_text("".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in names))
+    choosing = tmp_path / "choosing-a-window.md"
+    choosing.write_text("<!-- study:begin -->\n<!-- /study:begin -->\n")
     monkeypatch.setattr(page, "PAGE", path)
+    monkeypatch.setattr(page, "CHOOSING", choosing)
 
     def command(*options):
         monkeypatch.setattr(sys, "argv", ["page.py", *options])
@@ -151,3 +175,7 @@ def test_the_command_writes_the_page_and_checks_it(monkeypatch, tmp_path, capsys
     assert command() == 0
     assert command("--check") == 0
     assert "**By the rules fixed beforehand,** of the tests below: the U stands on M" in path.read_text()
+    assert "| plain LoRA | " in choosing.read_text()
+    choosing.write_text(choosing.read_text().replace("plain", "fancy"))
+    assert command("--check") == 1
+    assert "choosing-a-window.md is out of date" in capsys.readouterr().err

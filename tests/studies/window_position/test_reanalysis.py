@@ -115,6 +115,8 @@ def test_wider_grids_count_for_the_new_rules_and_for_no_fixed_test(tmp_path):
     rates = {row["method"]: row["rates"] for row in study_made.rows_of(folder, "rates")}
     assert rates[PRINCIPAL] == "0.0001 0.00025 0.0005 0.001 0.002 0.004"
     assert rates[MIDDLE] == "0.0005 0.001 0.002 0.004"
+    study_made.change(folder, "M1-low", lambda row: (row["lr"], row["seed"]) != ("0.0001", "9"))
+    assert reanalysis.rates_of(Study(folder).wider("M1"), PRINCIPAL)[0] == 2.5e-4  # the seeds of the other are not all
 
 
 def test_confirmatory_verdicts_stand_in_the_table_of_claims(whole):
