@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -195,23 +196,19 @@ def _corrected(test: Mapping[str, Any]) -> str | None:
 
 
 def _claims(study: Study, equal: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    for claim, metric, sign in (("same rate", "retained", 1), ("same rate, drift", "drift", -1)):
-        for other in (PRINCIPAL, MINOR, LORA):
-            for name in PLACES:
-                yield from _row(study, claim, other, name, _at_rate(metric, sign))
-    for other in (PRINCIPAL, MINOR, LORA):
-        for name in PLACES:
-            yield from _row(study, "equal early updates", other, name, _at_early_updates)
+    kinds = {
+        "same rate": _at_rate("retained"),
+        "same rate, drift": _at_rate("drift"),
+        "equal early updates": _at_early_updates,
+        "high rates": _robust,
+        "accuracy": _accurate,
+    }
+    for (claim, arms), other, name in product(kinds.items(), (PRINCIPAL, MINOR, LORA), PLACES):
+        yield from _row(study, claim, other, name, arms)
     for row in equal:
         if row["first"] == MIDDLE and row["second"] in (PRINCIPAL, MINOR, LORA) and row["level"] == "each seed":
             rows = {each["level"]: each for each in equal if _key(each) == _key(row)}
             yield _claim("equal target", row["second"], row["experiment"], row, _equal_verdict(rows))
-    for other in (PRINCIPAL, MINOR, LORA):
-        for name in PLACES:
-            yield from _row(study, "high rates", other, name, _robust)
-    for other in (PRINCIPAL, MINOR, LORA):
-        for name in PLACES:
-            yield from _row(study, "accuracy", other, name, _accurate)
     fresh = stream_accuracy(FRESH_MIDDLE)(study)
     for other in (FRESH_PRINCIPAL, "milora", FRESH_LORA, "o-lora", "osf") if fresh else ():
         found = tested(fresh, stream_accuracy(other)(study))
@@ -258,10 +255,10 @@ def _equal_verdict(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return said if own["mean"] * common["mean"] > 0 else NOT_SHOWN
 
 
-def _at_rate(metric: str, sign: int) -> Arms:
+def _at_rate(metric: str) -> Arms:
     def arms(sweep: Sweep, other: str) -> tuple[Values, Values]:
         first, second = (values_of(sweep, method, metric, RATE) for method in (MIDDLE, other))
-        return (first, second) if sign > 0 else (second, first)
+        return (second, first) if metric == "drift" else (first, second)
 
     return arms
 
@@ -289,8 +286,4 @@ def _accurate(sweep: Sweep, other: str) -> tuple[Values, Values] | str | None:
         return None
     if any(_chosen(sweep, method)[0] in (each[0], each[-1]) for method, each in rates.items()):
         return EDGE
-    return _tuned(sweep, MIDDLE), _tuned(sweep, other)
-
-
-def _tuned(sweep: Sweep, method: str) -> Values:
-    return tuned_values(sweep, method, "target")
+    return tuned_values(sweep, MIDDLE, "target"), tuned_values(sweep, other, "target")
