@@ -205,18 +205,16 @@ def _claims(study: Study, equal: Sequence[Mapping[str, Any]]) -> Iterator[dict[s
     }
     for (claim, arms), other, name in product(kinds.items(), (PRINCIPAL, MINOR, LORA), PLACES):
         yield from _row(study, claim, other, name, arms)
+    levels: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     for row in equal:
-        if row["first"] == MIDDLE and row["second"] in (PRINCIPAL, MINOR, LORA) and row["level"] == "each seed":
-            rows = {each["level"]: each for each in equal if _key(each) == _key(row)}
-            yield _claim("equal target", row["second"], row["experiment"], row, _equal_verdict(rows))
+        levels.setdefault((row["experiment"], row["first"], row["second"]), {})[row["level"]] = row
+    for (name, first, other), rows in levels.items():
+        if first == MIDDLE and other in (PRINCIPAL, MINOR, LORA) and name != "M3":
+            yield _claim("equal target", other, name, rows["each seed"], _equal_verdict(rows))
     fresh = stream_accuracy(FRESH_MIDDLE)(study)
     for other in (FRESH_PRINCIPAL, "milora", FRESH_LORA, "o-lora", "osf") if fresh else ():
         found = tested(fresh, stream_accuracy(other)(study))
         yield _claim("continual", other, "V2", found, verdict(found))
-
-
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["experiment"], row["first"], row["second"]
 
 
 Arms = Callable[[Sweep, str], tuple[Values, Values] | str | None]

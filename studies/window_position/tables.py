@@ -145,7 +145,7 @@ def begin_section(tables: Tables) -> str:
 def _in_words(tables: Tables, claim: str, method: str) -> str:
     found: dict[str, list[str]] = {}
     for (each, against, place), row in tables.claims.items():
-        if (each, against) == (claim, method) and PLACE_NAMES[place]:
+        if (each, against) == (claim, method):
             found.setdefault(_words(row), []).append(PLACE_NAMES[place])
     return "; ".join(f"{words}: {', '.join(found[words])}" for words in sorted(found, key=_ORDER.index)) or NOT_RUN
 
@@ -172,11 +172,10 @@ PLACE_NAMES = {
     "M5": "MiniLM feed-forward (tweets)",
     "M2-query-value": "MiniLM query and value",
     "M2-all": "MiniLM all linear",
-    "M3": "",
     "M4": "MiniLM feed-forward (320 steps)",
     "V1": "ViT",
 }
-"""Models and layers on the decision page; M3 repeats runs of M1."""
+"""Models and layers on the decision page."""
 
 
 def _claim_cell(row: Row, pairs: int) -> str:
