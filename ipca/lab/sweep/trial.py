@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -221,7 +222,9 @@ def rate_groups(model: nn.Module, trial: Trial) -> list[dict[str, Any]]:
     if not adapted_layers(model):
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": trial.lr_used, "name": "full"}]
     match = "sqrt-sigma" if trial.comparison == "sqrt-sigma" else None
-    groups = param_groups(model, trial.lr_used, match=match)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", 'match="sqrt-sigma" raises')  # rows have the update that came of it
+        groups = param_groups(model, trial.lr_used, match=match)
     for group in groups:
         if group["name"] == "modules_to_save":
             group["lr"] = trial.lr
