@@ -87,15 +87,16 @@ EXPERIMENTS = (
 _AGAIN = "feed-forward-by-source"
 EXTENSIONS = (
     Experiment("M1-low", _AGAIN, _FEED_FORWARD, _grid((0.0,), (), (1e-4, 2.5e-4), 10)),
-    Experiment("V1-low", "digits-wider", digits.task, _grid((0.0,), ("full",), (1e-4, 2.5e-4, 5e-4), 10)),
-    Experiment(
-        "V1-high",
-        "digits-wider",
-        digits.task,
-        _grid((0.75, 0.875, 1.0), ("auto", "frozen-A", "frozen-B"), (8e-3, 1.6e-2), 10),
-    ),
     Experiment("M1-middle", _AGAIN, _FEED_FORWARD, _grid((0.5,), (), (5e-4,), 5)),
     Experiment("M1-others", _AGAIN, _FEED_FORWARD, _grid((1.0,), ("lora",), (1e-3,), 5)),
+    Experiment("V3", "digits-again", digits.task, _grid((0.5,), ("lora",), (1e-3, 2e-3, 4e-3), 10)),
+    Experiment("V3-low", "digits-again", digits.task, _grid((0.0,), ("full",), (1e-4, 2.5e-4, 5e-4, 1e-3), 10)),
+    Experiment(
+        "V3-high",
+        "digits-again",
+        digits.task,
+        _grid((1.0,), ("auto", "frozen-A", "frozen-B"), (2e-3, 4e-3, 8e-3, 1.6e-2), 10),
+    ),
 )
 """Exploratory, after all others (PROTOCOL.md, Changes): rates beyond an edge of a grid, and retention by source."""
 

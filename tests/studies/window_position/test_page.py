@@ -130,7 +130,6 @@ def test_the_decision_page_says_in_words_where_a_claim_holds():
         "V1": "reversed",
         "M5": "not shown",
         "M2-all": "not shown",
-        "M3": "not shown",
         "M4": "edge",
     }
     found = {("same rate", "1.0", place): {**numbers, "verdict": verdict} for place, verdict in verdicts.items()}
