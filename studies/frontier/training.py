@@ -21,11 +21,11 @@ from ipca._atomic import write_atomic
 from ipca._version import __version__
 from ipca.lab.sweep.device import deterministic, device_name
 from ipca.svd import SpectralCache
-from studies.language.arms import Tuned
-from studies.language.design import ARMS, Design, Run
-from studies.language.measure import NEW, Measurement, Reference
-from studies.language.rows import Line, Rows
-from studies.language.texts import Texts
+from studies.frontier.arms import Tuned
+from studies.frontier.design import Design, Run
+from studies.frontier.measure import NEW, Measurement, Reference
+from studies.frontier.rows import Line, Rows
+from studies.frontier.texts import Texts
 
 ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
 """What is kept of every token at λ = 1."""
@@ -40,7 +40,8 @@ class Study:
         base: the pretrained model.
         texts: by task.
         work: folder of what is not kept: decompositions and states of unfinished runs.
-        hashes: of protocol, model and each task's texts, part of every line.
+        hashes: of protocol and model, part of every line.
+        added: by arm of an addition to the protocol, the hash that takes the protocol's place.
         progress: show a bar for each run.
     """
 
@@ -50,6 +51,7 @@ class Study:
     work: Path
     hashes: Mapping[str, str]
     progress: bool = True
+    added: Mapping[str, str] = field(default_factory=dict)
     _references: dict[str, tuple[Reference, Measurement]] = field(default_factory=dict)
 
     def reference(self, task: str) -> tuple[Reference, Measurement]:
@@ -58,6 +60,11 @@ class Study:
             reference = Reference(self.base, self.texts[task])
             self._references[task] = reference, reference.measure(self.base)
         return self._references[task]
+
+    def hashes_of(self, run: Run) -> dict[str, str]:
+        """The hashes in the lines of ``run``: of protocol, model and text."""
+        protocol = {"protocol": self.added[run.arm]} if run.arm in self.added else {}
+        return {**self.hashes, **protocol, "text": self.texts[run.task].sha256()[:12]}
 
     @property
     def spectra(self) -> SpectralCache:
@@ -73,16 +80,16 @@ def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lam
     Args:
         wait: called before every step, returns when the run shall go on.
     """
-    design, arm = study.design, ARMS[run.arm]
+    design, arm = study.design, study.design.arms[run.arm]
     reference, base = study.reference(run.task)
     tuned = Tuned(copy.deepcopy(study.base), arm, design.rank, run.seed, study.spectra)
     optimizer = torch.optim.AdamW(list(tuned.trained.values()), lr=run.rate, weight_decay=0.0)
     state = _State(study.work / "states" / f"{run.key}.pt", tuned, optimizer)
-    known = {**asdict(run), **study.hashes, "text": study.texts[run.task].sha256()[:12]}
+    known = {**asdict(run), **study.hashes_of(run)}
     start = {**known, **_line(0, 0.0, 0.0, base), "environment": environment(study.base)}
     lines = state.load(start)
-    texts = study.texts[run.task].train
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(run.seed))
+    texts = study.texts[run.task]
+    order = torch.randperm(len(texts.train), generator=torch.Generator().manual_seed(run.seed))
     done = int(lines[-1]["step"])
     steps = tqdm(range(done + 1, run.steps + 1), desc=run.key, unit="step", disable=not study.progress)
     device = next(tuned.model.parameters()).device
@@ -92,8 +99,9 @@ def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lam
             if not diverged:
                 wait()
                 rate = run.rate * design.rate_factor(step, run.steps)
-                batch = texts[order[torch.arange((step - 1) * design.batch, step * design.batch) % len(order)]]
-                diverged = not _train_step(tuned, optimizer, rate, batch.to(device))
+                chosen = order[torch.arange((step - 1) * design.batch, step * design.batch) % len(order)]
+                ids, labels = texts.train[chosen].to(device), texts.labels(chosen).to(device)
+                diverged = not _train_step(tuned, optimizer, rate, ids, labels, autocast=design.autocast)
             if step in design.steps_measured(run.steps)[:-1]:
                 found = None if diverged else reference.measure(tuned.model)
                 lines.append({**known, **_line(step, 1.0, tuned.update(), found)})
@@ -119,13 +127,15 @@ def environment(model: nn.Module) -> dict[str, Any]:
     return {**versions, "device": device_name(device), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
-def _train_step(tuned: Tuned, optimizer: torch.optim.Optimizer, rate: float, batch: Tensor) -> bool:
+def _train_step(
+    tuned: Tuned, optimizer: torch.optim.Optimizer, rate: float, ids: Tensor, labels: Tensor, *, autocast: bool
+) -> bool:
     """One step at ``rate``; False, and no step, if the loss is not finite."""
     tuned.model.train()
     for group in optimizer.param_groups:
         group["lr"] = rate
-    with torch.autocast(batch.device.type, dtype=torch.bfloat16):
-        loss = tuned.model(input_ids=batch, labels=batch).loss
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=autocast):
+        loss = tuned.model(input_ids=ids, labels=labels).loss
     if not math.isfinite(loss.item()):
         return False
     loss.backward()
@@ -149,9 +159,12 @@ def _line(step: int, scale: float, update: float, found: Measurement | None) -> 
 
 
 def _items(found: Measurement) -> dict[str, Tensor]:
-    """What :data:`ITEMS` names, as float16: its rounding is far below the spread between tokens."""
-    kept = {f"{kind}_{name}": getattr(found, kind)[name] for kind, names in ITEMS.items() for name in names}
-    return {name: values.half() for name, values in kept.items()}
+    """What :data:`ITEMS` names, as float16, NaN for padding: rounding is far below the spread between tokens."""
+    return {
+        f"{kind}_{name}": getattr(found, kind)[name].masked_fill(~found.scored[name], math.nan).half()
+        for kind, names in ITEMS.items()
+        for name in names
+    }
 
 
 class _State:

@@ -1,4 +1,4 @@
-"""The arms of the study as models: adapt, scale the change, and pull it toward the start."""
+"""The arms of a study as models: adapt, scale the change, and pull it toward the start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ipca.lab import baselines
 from ipca.lab.baselines.adapt import layer_weights
 from ipca.model import AdapterSettings
 from ipca.svd import SpectralCache
-from studies.language.design import Arm
+from studies.frontier.design import Arm
 
 
 class Tuned:
