@@ -68,7 +68,7 @@ class Protocol:
             return None
         targets = {}
         for run in self.reference:
-            curve = along_scale(lines[run], "kl_samples", self.plan.scales)
+            curve = along_scale(lines[run], self.plan.metric, self.plan.scales)
             if curve is None:
                 raise ValueError(f"{run.key} diverged and fixes no target")
             gain = curve.new[0] - curve.lowest
