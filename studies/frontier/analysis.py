@@ -110,7 +110,10 @@ class Analysis:
     def curve(self, run: Run, metric: str | None = None, *, training: bool = False) -> Curve | None:
         """The curve of ``metric``, the primary one by default, over λ, or over training."""
         lines, metric = self.runs[run], metric or self.design.metric
-        return along_training(lines, metric) if training else along_scale(lines, metric, self.design.scales)
+        root = self.design.root and metric.startswith(("kl_", "cka_"))
+        if training:
+            return along_training(lines, metric, root=root)
+        return along_scale(lines, metric, self.design.scales, root=root)
 
     def of(self, task: str, steps: int, arm: str) -> list[Run]:
         """The complete runs of a cell."""

@@ -1,10 +1,10 @@
-"""The arms of the study as models: adapt, scale the change, and pull it toward the start."""
+"""The arms of a study as models: adapt, scale the change, and pull it toward the start."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,11 @@ class Tuned:
 
     def update(self) -> float:
         """``‖ΔW‖ / ‖W‖``, Frobenius norms over all adapted layers together."""
-        before: Any = None if self._layers else {n.removesuffix(".weight"): w for n, w in self._start.items()}
-        return update_norm(self.model, before)
+        if self._layers:
+            return update_norm(self.model)
+        pairs = [(parameter.detach(), self._start[name]) for name, parameter in self.trained.items()]
+        changes, norms = zip(*(((p - w).norm().item(), w.norm().item()) for p, w in pairs), strict=True)
+        return math.hypot(*changes) / math.hypot(*norms)
 
     @torch.no_grad()
     def _set(self, values: dict[str, Tensor]) -> None:

@@ -91,6 +91,7 @@ class Design:
         item: what a measurement is averaged over, in the plural.
         enough: seeds below which there is no verdict.
         autocast: train under bfloat16 autocast; otherwise in the dtype of the weights.
+        root: interpolate the root of a divergence, which is nearly linear in λ, instead of the divergence.
     """
 
     tasks: tuple[str, ...]
@@ -112,6 +113,7 @@ class Design:
     item: str = field(default="sequences", kw_only=True, repr=False)
     enough: int = field(default=5, kw_only=True, repr=False)
     autocast: bool = field(default=True, kw_only=True, repr=False)
+    root: bool = field(default=False, kw_only=True, repr=False)
 
     @property
     def positions(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ import numpy as np
 from ipca._atomic import write_atomic
 from ipca.lab.sweep.report.style import Style
 from studies.frontier.analysis import Analysis
+from studies.frontier.positions import MIDDLE, profile
 from studies.plots import logarithmic, sheet
 
 if TYPE_CHECKING:
@@ -39,6 +40,15 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
     over = "at the middle target; rates at which a seed misses it are left out\nbars: lowest to highest seed"
     frontier = _sheet(analysis, folder / "frontier.png", cells, _frontiers, along)
     return [frontier, _sheet(analysis, folder / "rates.png", cells, _rates, over)]
+
+
+def draw_positions(analysis: Analysis, folder: Path) -> list[Path]:
+    """Write ``positions.png``; none without a pair of positions."""
+    cells = [cell for cell in analysis.design.targets if profile(analysis, *cell, 1)]
+    if not cells:
+        return []
+    note = "divergence at the middle target over that of the window at 0.5, paired over seeds, with 95 % intervals"
+    return [_sheet(analysis, folder / "positions.png", cells, _positions, note)]
 
 
 def _sheet(
@@ -89,6 +99,26 @@ def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
     logarithmic(axis)
     axis.set_xlabel(f"cross-entropy on the new task, nats {analysis.design.unit}")
     axis.set_ylabel(_metric(analysis))
+
+
+def _positions(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
+    positions, style = analysis.design.positions, _STYLES[0]
+    found = profile(analysis, task, steps, 1)
+    at = [positions[arm] for arm in found]
+    axis.plot(at, [ratio.value for ratio in found.values()], marker=style.mark, color=style.color, label="windows")
+    for x, ratio in zip(at, found.values(), strict=True):
+        if ratio.low is not None and ratio.high is not None:
+            axis.vlines(x, ratio.low, ratio.high, color=style.color, linewidth=1.3)
+    middle = next(arm for arm, place in positions.items() if place == MIDDLE)
+    lora, style = analysis.compare(task, steps, 1, "lora", middle).ratio, _STYLES[1]
+    if lora is not None:
+        axis.axhline(lora.value, color=style.color, linestyle=style.dashes, label=analysis.design.title("lora"))
+        if lora.low is not None and lora.high is not None:
+            axis.axhspan(lora.low, lora.high, color=style.color, alpha=0.15, linewidth=0)
+    axis.axhline(1.0, color="gray", linestyle=":", linewidth=0.8)
+    logarithmic(axis)
+    axis.set_xlabel("position of the window: 0 principal, 1 minor")
+    axis.set_ylabel("KL / KL of the window at 0.5")
 
 
 def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:

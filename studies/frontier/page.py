@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from studies.frontier.analysis import Analysis, Comparison, Ratio, base, final, spread
+from studies.frontier.positions import best_positions, profile, shapes
 from studies.page import markdown
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -106,6 +107,47 @@ def comparisons_table(analysis: Analysis, comparisons: list[Comparison]) -> str:
     ]
     head = ["new task, steps", "target", "arm", "against", "n", "ratio of KL [95 %]", "p", "adjusted p", "verdict"]
     return markdown(head, rows) if rows else NOT_RUN
+
+
+def shape_sentences(analysis: Analysis) -> Iterator[str]:
+    """One sentence for each new task and length on the shape over positions, from the easiest target on."""
+    found = shapes(analysis)
+    for task, steps in analysis.design.targets:
+        verdicts = [shape.verdict for shape in found if (shape.left.task, shape.left.steps) == (task, steps)]
+        if profile(analysis, task, steps, 1):
+            words = verdicts[0] if len(set(verdicts)) == 1 else "; ".join(verdicts)
+            yield f"{cell_title(analysis, task, steps)} steps: {words}."
+
+
+def shapes_table(analysis: Analysis) -> str:
+    """The two lines: the divergence at an end over that at the middle."""
+    rows = []
+    for shape in shapes(analysis):
+        if shape.left.ratio or shape.right.ratio:
+            sides = [f"{ratio_text(c.ratio)}, {p_text(c.adjusted)}" for c in (shape.left, shape.right)]
+            cell = cell_title(analysis, shape.left.task, shape.left.steps)
+            n = str(max(c.ratio.n if c.ratio else 0 for c in (shape.left, shape.right)))
+            rows.append([cell, str(shape.left.place + 1), n, *sides, shape.verdict])
+    head = ["new task, steps", "target", "n", "end 0 / middle [95 %], adjusted p", "end 1 / middle", "verdict"]
+    return markdown(head, rows) if rows else NOT_RUN
+
+
+def positions_table(analysis: Analysis) -> str:
+    """Each position's divergence over the middle's at the three targets, and where it is lowest."""
+    rows, lowest = [], []
+    for task, steps in analysis.design.targets:
+        by_place = [profile(analysis, task, steps, place) for place in range(3)]
+        for arm, at in analysis.design.positions.items():
+            if any(arm in found for found in by_place):
+                ratios = [f"{ratio_text(found.get(arm))} ({found[arm].n if arm in found else 0})" for found in by_place]
+                rows.append([cell_title(analysis, task, steps), f"{at:g}", *ratios])
+        best = best_positions(analysis, task, steps, 1)
+        if best is not None:
+            near = ", ".join(best[1])
+            where = f"lowest at {best[0]}; not shown to be higher: {near}"
+            lowest.append(f"- {cell_title(analysis, task, steps)} steps, middle target: {where}.")
+    head = ["new task, steps", "position", "easiest target", "middle target", "hardest target"]
+    return "\n".join([markdown(head, rows), "", *lowest]).strip() if rows else NOT_RUN
 
 
 def targets_table(analysis: Analysis) -> str:

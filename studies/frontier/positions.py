@@ -46,9 +46,9 @@ class Shape:
 
 def profile(analysis: Analysis, task: str, steps: int, place: int) -> dict[str, Ratio]:
     """By position's arm, its divergence at a target over the middle window's, paired over seeds."""
-    middle = next(arm for arm, at in analysis.design.positions.items() if at == MIDDLE)
-    found = {}
-    for arm in analysis.design.positions:
+    positions, found = _positions(analysis, task, steps), {}
+    middle = next(arm for arm, at in positions.items() if at == MIDDLE)
+    for arm in positions:
         ratio = analysis.compare(task, steps, place, arm, middle).ratio
         if ratio is not None:
             found[arm] = ratio
@@ -71,7 +71,7 @@ def best_positions(analysis: Analysis, task: str, steps: int, place: int) -> tup
 
     Paired t-tests against the lowest, with Holm's correction; None where no seed has all positions.
     """
-    by_arm = _common(analysis, task, steps, place, list(analysis.design.positions))[0]
+    by_arm = _common(analysis, task, steps, place, list(_positions(analysis, task, steps)))[0]
     if not by_arm:
         return None
     lowest = min(by_arm, key=lambda arm: float(np.mean(np.log(by_arm[arm]))))
@@ -82,9 +82,15 @@ def best_positions(analysis: Analysis, task: str, steps: int, place: int) -> tup
     return lowest, [arm for arm in by_arm if arm == lowest or arm in close]
 
 
+def _positions(analysis: Analysis, task: str, steps: int) -> dict[str, float]:
+    """The positions of a cell, by arm, ascending."""
+    cells = set(analysis.design.cells())
+    return {arm: at for arm, at in analysis.design.positions.items() if (task, steps, arm) in cells}
+
+
 def _side(analysis: Analysis, task: str, steps: int, place: int, side: str) -> Comparison:
     low, high = SIDES[side]
-    positions = {arm: at for arm, at in analysis.design.positions.items() if low <= at <= high}
+    positions = {arm: at for arm, at in _positions(analysis, task, steps).items() if low <= at <= high}
     by_arm, seeds = _common(analysis, task, steps, place, list(positions))
     found = by_arm.values()
     reached = len(next(iter(found))) if by_arm else 0

@@ -88,7 +88,8 @@ class Protocol:
         """A hash of the protocol's text but for its list of changes, and of the numbers in code."""
         plan = self.plan
         numbers = [plan, plan.arms, RATES, self.reference, self.shares]
-        parts = [_fixed(self.text), *map(repr, numbers), *([] if plan.autocast else ["no autocast"])]
+        parts = [_fixed(self.text), *map(repr, numbers)]
+        parts += ["no autocast"] * (not plan.autocast) + ["root"] * plan.root
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def added_sha256(self) -> dict[str, str]:

@@ -167,7 +167,7 @@ def grids(design: Design, rows: Rows) -> dict[tuple[str, int, str], tuple[float,
     for run, lines in rows.runs():
         cell = (run.task, run.steps, run.arm)
         if cell in scores:
-            curve = along_scale(lines, design.metric, design.scales)
+            curve = along_scale(lines, design.metric, design.scales, root=design.root)
             score = None if curve is None else curve.when(design.targets[run.task, run.steps][1])
             scores[cell].setdefault(run.rate, {})[run.seed] = score
     return {cell: grid(design.arms[cell[2]].rate, found) for cell, found in scores.items()}
@@ -256,14 +256,24 @@ def reference_of(rows: Rows) -> Rows:
     return Rows(rows.folder / "reference")
 
 
-def main(protocol: Protocol, load: Load, doc: str | None, arguments: Sequence[str] | None = None) -> None:
+def main(
+    protocol: Protocol,
+    load: Load,
+    doc: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    others: Protocol | None = None,
+) -> None:
     """Command-line entry point of a study.
 
     Args:
         load: called when runs are made.
         doc: description of the command.
+        others: the protocol for other models than the study's own, if it is another one.
     """
     args = _parser(protocol, doc).parse_args(arguments)
+    if args.model is not None and others is not None:
+        protocol = others
     name = protocol.model if args.model is None else args.model.name
     runners = Runners(args.work / name)
     if args.pause or args.resume:

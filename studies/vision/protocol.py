@@ -49,6 +49,7 @@ PLAN = Design(
     unit="an image",
     item="images",
     autocast=False,
+    root=True,
 )
 """Everything but the targets."""
 PROTOCOL = Protocol(

@@ -39,7 +39,7 @@ def made_up(run, kl, gain=GAIN, finer=(), jitter=0.0):
     environment = {"python": "3", "torch": "2", "ipca": "0", "device": "made up", "threads": 1, "cores": 2}
     lines = [{**known, "step": 0, "scale": 0.0, **at(0.0), "environment": environment}]
     lines += [{**known, "step": run.steps * k // 4, "scale": 1.0, **at(k / 4)} for k in (1, 2, 3)]
-    return lines + [{**known, "step": run.steps, "scale": s, **at(s)} for s in sorted((*SMALL.scales, *finer))]
+    return lines + [{**known, "step": run.steps, "scale": s, **at(s)} for s in sorted({*SMALL.scales, *finer})]
 
 
 def rows_of(folder, seeds=5, jitter=0.02, **changes):
@@ -69,6 +69,14 @@ def test_divergence_at_a_target(along):
     assert curve.when(4.2) == pytest.approx(0.3 * share**2, rel=0.02)
     assert curve.when(BASE - GAIN - 0.01) is None
     assert curve.lowest == pytest.approx(BASE - GAIN)
+
+
+def test_the_root_of_a_divergence_is_closer_between_the_base_and_the_first_point():
+    run = Run("german", 60, "middle", 1e-3, 0)
+    lines, target = made_up(run, 0.3), BASE - GAIN * (2 * 0.1 - 0.1**2)
+    plain, root = (along_scale(lines, "kl_samples", SMALL.scales, root=root).when(target) for root in (False, True))
+    assert abs(plain / 0.003 - 1) > 0.2
+    assert root == pytest.approx(0.003, rel=0.05)
 
 
 def test_a_target_that_is_only_reached_below_the_full_scale():

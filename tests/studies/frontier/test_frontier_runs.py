@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from studies.frontier.arms import Tuned
 from studies.frontier.design import Run, Wave
 from studies.frontier.measure import Reference
 from studies.frontier.rows import Rows
-from studies.frontier.run import Runners, check, collect, how_far
+from studies.frontier.run import Runners, again, check, collect, how_far
 from studies.language.protocol import ARMS, MAIN, waves
 from tests.helpers import frontier_study
 from tests.helpers.frontier_study import DESIGN, LENGTH, VOCABULARY, study
@@ -295,6 +296,20 @@ def test_paused_runners_wait(tmp_path):
     runners.pause(False)
     waiting.join(timeout=10)
     assert not waiting.is_alive()
+
+
+def test_a_recorded_run_is_made_again(begun, tmp_path):
+    found, rows = study(begun / "work"), Rows(begun / "rows")
+    before = contents(begun)
+    assert again(found, rows, 1) == 0.0, "the same bits here"
+    assert contents(begun) == before
+    shutil.copytree(begun / "rows", tmp_path / "rows")
+    for path in (tmp_path / "rows" / "runs").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[-1]["kl_samples"] *= 1.1
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"kl_samples at step 8, λ = 1 is .*, recorded is .*; at most 5% are expected"):
+        again(found, Rows(tmp_path / "rows"), 1)
 
 
 def start(folder):

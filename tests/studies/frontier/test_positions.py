@@ -70,3 +70,13 @@ def test_no_verdict_while_collecting(tmp_path):
     assert {shape.verdict for shape in shapes(empty)} == {"collecting: 0 of 5 seeds"}
     assert best_positions(empty, "german", 60, 1) is None
     assert profile(empty, "german", 60, 1) == {}
+
+
+def test_a_length_without_all_positions_has_a_shape_of_its_own(tmp_path):
+    analysis = analysis_of(tmp_path, (0.8, 0.5, 0.4, 0.5, 0.6))
+    some = ("0.0", "0.5", "1.0")
+    design = replace(DESIGN, waves=(Wave(60, some, tuple(SEEDS), True), Wave(60, some, tuple(SEEDS), False)))
+    found = Analysis(design, analysis.rows)
+    assert [shape.verdict for shape in shapes(found)] == ["U"] * 3
+    assert list(profile(found, "german", 60, 1)) == list(some)
+    assert best_positions(found, "german", 60, 1) == ("0.5", ["0.5"])
