@@ -26,14 +26,16 @@ ARMS = {
 """In the order of their importance."""
 _HERE = Path(__file__).resolve().parent
 _SHORT, _LONG = 60, 240
-_FIVE, _TEN = tuple(range(5)), tuple(range(5, 10))
+_FIVE, _NEXT = tuple(range(5)), tuple(range(5, 10))
 _OTHERS = tuple(ARMS)[len(MAIN) :]
 PLAN = Design(
     tasks=("emoji",),
     waves=tuple(
         Wave(steps, arms, seeds, center)
-        for arms, seeds in ((MAIN, _FIVE), (_OTHERS, _FIVE), (MAIN, _TEN))
-        for steps in (_SHORT, _LONG)
+        for steps, arms, seeds in (
+            *((_SHORT, MAIN, _FIVE), (_LONG, MAIN, _FIVE), (_SHORT, _OTHERS, _FIVE)),
+            *((_SHORT, MAIN, _NEXT), (_LONG, _OTHERS, _FIVE), (_LONG, MAIN, _NEXT)),
+        )
         for center in (True, False)
     ),
     targets={},
@@ -60,5 +62,5 @@ PROTOCOL = Protocol(
     model=NAME,
     results=_HERE / "results",
     command="make study-vision",
-    seconds=3.0,
+    seconds=2.5,
 )
