@@ -23,6 +23,8 @@ CHUNK = 4
 """Sequences of one forward pass."""
 NEW = "new"
 """The name of the held-out text of the new task beside those of the kept texts."""
+ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
+"""What is kept of every token at λ = 1."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,6 @@ class Measurement:
             for kind, names in ITEMS.items()
             for name in names
         }
-
-
-ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
-"""What is kept of every token at λ = 1."""
 
 
 class Reference:

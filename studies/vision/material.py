@@ -17,7 +17,7 @@ from studies.cached_tensors import cached
 from studies.vision.measure import PEOPLE, Reference
 from studies.vision.model import SaliencyViT, pooled, tokens_of
 from studies.vision.packages import EMOJI, PHOTOGRAPHS, TEXTILES
-from studies.vision.pictures import SIDE, Emoji, emoji, photographs, textiles
+from studies.vision.pictures import SIDE, Emoji, emoji, photographs, pillow_version, textiles
 from studies.vision.probe import Probe
 
 CATEGORIES = (
@@ -80,10 +80,8 @@ def task_images(model: SaliencyViT, folder: Path) -> Images:
         FileNotFoundError, ValueError: a package is missing, or is not the published one.
         ImportError: pillow or scikit-learn is not installed.
     """
-    import PIL
-
     settings = {
-        "pillow": PIL.__version__,
+        "pillow": pillow_version(),
         "side": SIDE,
         "counts": [HELD_OUT, KEPT, TEXTILES_EACH, CROPS_EACH],
         "packages": [package.sha256 for package in (*EMOJI.values(), TEXTILES, PHOTOGRAPHS)],

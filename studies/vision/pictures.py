@@ -88,11 +88,22 @@ def _tensor(image: Image) -> Tensor:
     return torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3).permute(2, 0, 1)
 
 
-def _open(data: bytes) -> Image:
+def pillow_version() -> str:
+    """The version of pillow, which decides the bits of a resized picture.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
-        from PIL import Image as images
+        import PIL
     except ImportError as error:
         raise ImportError("the study reads pictures with pillow; run: pip install -c constraints.txt pillow") from error
+    return str(PIL.__version__)
+
+
+def _open(data: bytes) -> Image:
+    from PIL import Image as images
+
     return images.open(io.BytesIO(data))
 
 

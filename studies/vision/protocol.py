@@ -63,4 +63,5 @@ PROTOCOL = Protocol(
     results=_HERE / "results",
     command="make study-vision",
     seconds=2.5,
+    digits=3,
 )
