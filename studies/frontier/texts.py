@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca._hashing import tensor_sha256
+from studies.frontier.measure import Reference
 
 IGNORED = -100
 """The label of a token that is not predicted."""
@@ -31,6 +32,7 @@ class Texts:
     new: Tensor
     kept: dict[str, Tensor]
     padding: int | None = None
+    kind: ClassVar[str] = "text"
 
     def scored(self, ids: Tensor) -> Tensor:
         """Whether each token but the first is predicted, bool ``(M, length − 1)``."""
@@ -40,6 +42,16 @@ class Texts:
         """The labels of the training sequences ``chosen``."""
         ids = self.train[chosen]
         return ids if self.padding is None else ids.masked_fill(ids == self.padding, IGNORED)
+
+    def loss(self, model: Any, chosen: Tensor) -> Tensor:
+        """The mean cross-entropy of the training sequences ``chosen``."""
+        device = next(model.parameters()).device
+        found: Tensor = model(input_ids=self.train[chosen].to(device), labels=self.labels(chosen).to(device)).loss
+        return found
+
+    def reference(self, model: nn.Module) -> Reference:
+        """The base's predictions on these texts."""
+        return Reference(model, self)
 
     def sha256(self) -> str:
         """A hash of all token ids."""

@@ -61,7 +61,7 @@ def logits(model, ids):
 @pytest.mark.parametrize("arm", ARMS)
 def test_scale_0_is_the_base_and_1_the_tuned_model(arm, tmp_path):
     found = study(tmp_path)
-    ids = found.texts["german"].new
+    ids = found.tasks["german"].new
     tuned = Tuned(copy.deepcopy(found.base), ARMS[arm], 4, 0, found.spectra)
     before = logits(found.base, ids)
     assert torch.equal(logits(tuned.model, ids), before), "the start is the base"
@@ -121,7 +121,7 @@ def test_the_pull_moves_toward_the_start(tmp_path):
 
 def test_measurements_are_cross_entropy_and_divergence(tmp_path):
     found = study(tmp_path)
-    task = found.texts["german"]
+    task = found.tasks["german"]
     reference = Reference(found.base, task)
     same = reference.measure(found.base)
     assert all(not values.any() for values in same.kl.values()), "exactly 0"
@@ -142,7 +142,7 @@ def test_measurements_are_cross_entropy_and_divergence(tmp_path):
 
 def test_means_are_those_of_the_library(tmp_path):
     found = study(tmp_path)
-    task = found.texts["german"]
+    task = found.tasks["german"]
     other = copy.deepcopy(found.base)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight += 0.1
@@ -166,7 +166,7 @@ def test_a_model_with_other_logits_is_refused(tmp_path):
         return output
 
     with pytest.raises(ValueError, match="LlamaForCausalLM does more to its logits"):
-        Reference(capped, found.texts["german"])
+        Reference(capped, found.tasks["german"])
 
 
 def test_a_run_has_a_line_for_every_measurement(tmp_path):
@@ -183,7 +183,7 @@ def test_a_run_has_a_line_for_every_measurement(tmp_path):
         assert line["status"] == "ok"
         assert line["protocol"] == "p"
         assert line["model"] == "m"
-        assert line["text"] == found.texts["german"].sha256()[:12]
+        assert line["text"] == found.tasks["german"].sha256()[:12]
     halves = [line["update"] for line in lines if line["scale"] in (0.5, 1.0) and line["step"] == 8]
     assert halves[0] == pytest.approx(halves[1] / 2)
     items = rows.items(RUN)
@@ -258,7 +258,7 @@ def test_rows_of_another_protocol_model_or_text_are_not_mixed(begun):
     with pytest.raises(ValueError, match="another protocol and model"):
         check(study(begun / "work", protocol="other", model="other"), rows)
     changed = study(begun / "work")
-    changed.texts["cpp"].kept["samples"][0, 0] = VOCABULARY - 1
+    changed.tasks["cpp"].kept["samples"][0, 0] = VOCABULARY - 1
     with pytest.raises(ValueError, match="another text"):
         check(changed, rows)
 
