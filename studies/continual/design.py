@@ -14,16 +14,16 @@ PAIRS = (0, 2, 4, 6, 8)
 STEPS, BATCH, SEEDS = 80, 32, 10
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 CENTERS = {
-    "fresh": 1e-3,
-    "pissa": 3e-4,
-    "milora": 1e-3,
-    "lora-fresh": 1e-3,
-    "lora": 1e-3,
+    "fresh": 3e-4,
+    "pissa": 1e-4,
+    "milora": 3e-4,
+    "lora-fresh": 3e-4,
+    "lora": 3e-4,
     "o-lora": 1e-3,
     "sd-lora": 1e-3,
-    "osf": 3e-4,
-    "fixed": 1e-3,
-    "disjoint": 1e-3,
+    "osf": 1e-4,
+    "fixed": 3e-4,
+    "disjoint": 3e-4,
 }
 """Each method's middle rate of the first three. ``"fresh"`` takes a middle window anew for each task, ``"pissa"`` and
 ``"milora"`` the windows at the ends; see ``ipca.lab.continual``."""
