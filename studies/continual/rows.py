@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ class Rows:
         self._read: dict[Path, Row] = {}
 
     def put(self, run: Run, row: Row) -> None:
+        """Store a complete stream."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._path(run), (json.dumps(row) + "\n").encode())
 
     def has(self, run: Run) -> bool:
+        """Whether ``run`` is complete."""
         return self._path(run).exists()
 
     def all(self) -> dict[Run, Row]:
@@ -51,8 +54,8 @@ class Rows:
         """ACC by method, rate and seed; NaN of a stream that diverged."""
         found: dict[str, dict[float, dict[int, float]]] = {}
         for run, row in self.all().items():
-            found.setdefault(run.method, {}).setdefault(run.rate, {})[run.seed] = row.get("acc", float("nan"))
-        return found
+            found.setdefault(run.method, {}).setdefault(run.rate, {})[run.seed] = row.get("acc", math.nan)
+        return {**found}
 
     def _path(self, run: Run) -> Path:
         return self.folder / f"{run.key}.json"

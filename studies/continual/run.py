@@ -1,4 +1,4 @@
-"""Collect streams of PROTOCOL.md until none is left; killed at any time, the next call goes on: ``make study-continual``.
+"""Collect streams of PROTOCOL.md until none is left; a killed one is made again by the next ``make study-continual``.
 
     python -m studies.continual.run [--limit N]     add streams
     python -m studies.continual.run --how-far       what is there, and what remains
@@ -57,6 +57,7 @@ def how_far(rows: Rows) -> str:
 
 
 def main() -> None:
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--work", type=Path, default=Path("study-out/continual"), help="folder of locks")
