@@ -155,7 +155,6 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
     names = (
         "german_curve",
         "german_tradeoff",
-        "sentiment",
         "apply_memory",
         "adapter_load",
         "quantized_start",
