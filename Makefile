@@ -93,9 +93,6 @@ report: $(READY)
 	$(BIN)/python docs/api_page.py
 
 results: $(READY) $(LANGUAGE_MODEL)
-	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/ipca sweep examples/sweep_sentiment.py --windows 0.0 0.5 1.0 \
-		--lrs 2e-3 --seeds 3 --methods lora --comparisons same -o sentiment-out
-	cp sentiment-out/rows.csv bench/results/sentiment.csv
 	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m bench.fine_tuning
 	$(BIN)/python -m bench.apply_memory
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.adapter_load --layers 4
@@ -198,4 +195,4 @@ $(READY): pyproject.toml $(wildcard constraints*.txt) Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out sentiment-out gpu-out study-out build docs/_build docs/api dist *.egg-info ipca/_C.*
+	rm -rf $(VENV) demo-out gpu-out study-out build docs/_build docs/api dist *.egg-info ipca/_C.*

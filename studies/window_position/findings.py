@@ -134,17 +134,12 @@ def write(study: Study) -> None:
     write_table(study.folder / "summary.csv", SUMMARY_COLUMNS, summaries)
     ranks = rank_correlations(study, study.table("mechanism"))
     write_table(study.folder / "ranks.csv", RANK_COLUMNS, ranks)
-    rates = [row for name in study.sweeps for row in chosen_rates(name, _wider(study, name))]
+    wider = {name: sweep for name in (*study.sweeps, "V3") if (sweep := study.wider(name)) is not None}
+    rates = [row for name, sweep in wider.items() for row in chosen_rates(name, sweep)]
     write_table(study.folder / "rates.csv", RATE_COLUMNS, rates)
     equal = list(equal_targets(study))
     write_table(study.folder / "equal-target.csv", EQUAL_COLUMNS, equal)
     write_table(study.folder / "claims.csv", CLAIM_COLUMNS, claims_by_place(study, equal, tests))
-
-
-def _wider(study: Study, name: str) -> Sweep:
-    found = study.wider(name)
-    assert found is not None
-    return found
 
 
 if __name__ == "__main__":

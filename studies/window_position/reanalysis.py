@@ -32,7 +32,7 @@ from studies.window_position.rows import (
 
 EDGE, HOLDS, REVERSED, NOT_SHOWN = "edge", "holds", "reversed", "not shown"
 """Verdicts of a claim in one place."""
-PLACES = ("M1", "M5", "M2-query-value", "M2-all", "V1")
+PLACES = ("M1", "M5", "M2-query-value", "M2-all", "V1", "V3")
 """Sweeps of 80 steps with different models, tasks or layers; M3 repeats runs of M1."""
 _TEST = ("n", "mean", "low", "high", "p", "smallest")
 RATE_COLUMNS = (
@@ -157,7 +157,7 @@ def tested(first: Values, second: Values) -> dict[str, Any]:
 
 def equal_targets(study: Study) -> Iterator[dict[str, Any]]:
     """The rows of ``equal-target.csv``: the middle window against others, frozen factors against plain LoRA."""
-    for name in ("M1", "M2-query-value", "M2-all", "M3", "M4", "V1"):
+    for name in ("M1", "M2-query-value", "M2-all", "M3", "M4", "V1", "V3"):
         sweep = study.wider(name)
         if sweep is None or len(rates_of(sweep, MIDDLE)) < 2:
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -44,16 +45,17 @@ SWEEPS = {
 """Titles of the protocol's sweeps by file name."""
 EXPLORATORY = ("G1", "G2")
 """Sweeps that need a GPU and that no test uses."""
-WIDER = {"M1": ("M1-low",), "V1": ("V1-low", "V1-high")}
-"""Exploratory rows with rates beyond an edge of a sweep's grid, by the sweep."""
+WIDER = {"M1": ("M1-low",), "V3": ("V3-low", "V3-high")}
+"""Exploratory rows with further rates and methods of a sweep, by the sweep."""
 BY_SOURCE = ("M1-low", "M1-middle", "M1-others")
 """Exploratory rows that have retention by source."""
 EXTENSIONS = {
     "M1-low": "M1: principal at lower rates, exploratory",
-    "V1-low": "V1: principal and full fine-tuning at lower rates, exploratory",
-    "V1-high": "V1: five windows and frozen factors at higher rates, exploratory",
     "M1-middle": "M1: middle again, by source, exploratory",
     "M1-others": "M1: minor and plain LoRA again, by source, exploratory",
+    "V3": "V3: as V1 on a second pretrained ViT, exploratory",
+    "V3-low": "V3: principal and full fine-tuning at lower rates, exploratory",
+    "V3-high": "V3: minor and frozen factors at higher rates, exploratory",
 }
 """Titles of the rows added after the protocol's."""
 
@@ -87,11 +89,10 @@ class Study:
         found = self.sweep(name)
         if found is None:
             return None
-        more = [run for each in WIDER.get(name, ()) if (sweep := self.sweep(each)) is not None for run in sweep.ends]
-        seeds: dict[tuple[str, float | None], set[int | None]] = {}
-        for run in more:
-            seeds.setdefault((run.method, run.lr), set()).add(run.seed)
-        complete = [run for run in more if seeds[run.method, run.lr].issuperset(found.seeds)]
+        sweeps = [sweep for each in WIDER.get(name, ()) if (sweep := self.sweep(each)) is not None]
+        more = [run for sweep in sweeps for run in sweep.ends if run.seed in found.seeds]
+        counts = Counter((run.method, run.lr) for run in more)
+        complete = [run for run in more if counts[run.method, run.lr] == len(found.seeds)]
         return replace(found, runs=(*found.runs, *complete))
 
     def table(self, name: str) -> Table:

@@ -10,7 +10,7 @@ from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.words import listed
 from studies.page import markdown
 from studies.window_position.claims import SUPPORTS
-from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, PLACES, REVERSED
+from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
 from studies.window_position.rows import (
     EXPLORATORY,
     EXTENSIONS,
@@ -102,7 +102,7 @@ def tests_section(tables: Tables) -> str:
 
 def claims_section(tables: Tables) -> str:
     """Each claim, against each method, in each place."""
-    places = [place for place in (*PLACES[:-1], "M4", PLACES[-1]) if any(key[2] == place for key in tables.claims)]
+    places = [place for place in PLACE_NAMES if any(key[2] == place for key in tables.claims)]
     if not places:
         return NOT_RUN
     pairs = {
@@ -144,36 +144,33 @@ def begin_section(tables: Tables) -> str:
 
 def _in_words(tables: Tables, claim: str, method: str) -> str:
     found: dict[str, list[str]] = {}
-    for (each, against, place), row in tables.claims.items():
-        if (each, against) == (claim, method):
-            found.setdefault(_words(row), []).append(PLACE_NAMES[place])
-    return "; ".join(f"{words}: {', '.join(found[words])}" for words in sorted(found, key=_ORDER.index)) or NOT_RUN
+    for verdict in _IN_WORDS:
+        for (each, against, place), row in tables.claims.items():
+            if (each, against, row["verdict"]) == (claim, method, verdict):
+                found.setdefault(_words(row), []).append(PLACE_NAMES[place])
+    return "; ".join(f"{words}: {', '.join(places)}" for words, places in found.items()) or NOT_RUN
 
 
 def _words(row: Row) -> str:
     if row["verdict"] == NOT_SHOWN and row["p"] == row["smallest"]:
-        return _TOO_FEW[float(row["mean"]) > 0]
+        return f"{'more' if float(row['mean']) > 0 else 'less'} with each of {row['n']} seeds, too few to show it"
     return _IN_WORDS[row["verdict"]]
 
 
 _IN_WORDS = {
     HOLDS: '`"middle"` retains more',
     REVERSED: '`"middle"` retains less',
-    EDGE: "no verdict, as the rates end too high",
     NOT_SHOWN: "no difference shown",
+    EDGE: "no verdict, as the rates end too high",
 }
-_TOO_FEW = {
-    True: "more with each of 5 seeds, too few to show it",
-    False: "less with each of 5 seeds, too few to show it",
-}
-_ORDER = [*(_IN_WORDS[v] for v in (HOLDS, REVERSED)), *_TOO_FEW.values(), *(_IN_WORDS[v] for v in (NOT_SHOWN, EDGE))]
 PLACE_NAMES = {
     "M1": "MiniLM feed-forward",
+    "M4": "MiniLM feed-forward (320 steps)",
     "M5": "MiniLM feed-forward (tweets)",
     "M2-query-value": "MiniLM query and value",
     "M2-all": "MiniLM all linear",
-    "M4": "MiniLM feed-forward (320 steps)",
     "V1": "ViT",
+    "V3": "second ViT",
 }
 """Models and layers on the decision page."""
 
@@ -265,7 +262,7 @@ def rates_section(tables: Tables) -> str:
     """For each method the best rate and that of the one-standard-error rule, or that they are an edge."""
     rows = []
     for (name, method), row in tables.rates.items():
-        if name in CURVES and method in _TUNED:
+        if name in (*CURVES, "V3") and method in _TUNED:
             edge = row["edge"].split()
             best, one_se = (f"{row[r]}{', edge' * (r in edge)}" for r in ("best", "one_se"))
             numbers = [f"{float(row[m]):.3f}" if row[m] else "–" for m in ("target", "retained", "drift")]

@@ -9,7 +9,7 @@ from torch import nn
 from ipca.lab import sweep
 from ipca.lab.statistics import holm
 from ipca.model import AdapterSettings
-from studies.window_position import claims, findings, mechanism, rules, run
+from studies.window_position import claims, findings, mechanism, reanalysis, rules, run
 from studies.window_position import rows as study_rows
 from studies.window_position import tables as study_tables
 from studies.window_position.rows import Study
@@ -29,6 +29,7 @@ def test_the_names_of_the_sweeps_are_those_of_the_runs():
     assert set(study_rows.SWEEPS) == {e.name for e in (*run.EXPERIMENTS, *run.gpu_experiments(["cuda:0"]))}
     assert set(study_rows.EXTENSIONS) == {e.name for e in run.EXTENSIONS}
     assert {name for names in study_rows.WIDER.values() for name in names} <= set(study_rows.EXTENSIONS)
+    assert set(reanalysis.PLACES) <= {*study_rows.SWEEPS, "V3"}
     assert set(study_rows.BY_SOURCE) == {name for name in study_rows.EXTENSIONS if name.startswith("M")}
     assert mechanism.M_WINDOWS == run.WINDOWS
     assert run.EXPERIMENTS[0].grid["windows"] == mechanism.V_WINDOWS

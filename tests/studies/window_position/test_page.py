@@ -124,7 +124,7 @@ def test_where_the_minor_end_lies_is_read_off_the_interval(whole, low, high, wor
 
 
 def test_the_decision_page_says_in_words_where_a_claim_holds():
-    numbers = {"mean": "-0.1", "p": "0.0625", "smallest": "0.0625"}
+    numbers = {"mean": "-0.1", "p": "0.0625", "smallest": "0.0625", "n": "5"}
     verdicts = {
         "M1": "holds",
         "V1": "reversed",
@@ -136,9 +136,9 @@ def test_the_decision_page_says_in_words_where_a_claim_holds():
     found["same rate", "1.0", "M5"]["p"] = "0.5"
     made = rules.Tables({}, {}, {}, [], claims=found)
     assert study_tables.begin_section(made).splitlines()[3] == (
-        '| `"minor"` | `"middle"` retains more: MiniLM feed-forward; `"middle"` retains less: ViT; less with each of 5 '
-        "seeds, too few to show it: MiniLM all linear; no difference shown: MiniLM feed-forward (tweets); no verdict, "
-        "as the rates end too high: MiniLM feed-forward (320 steps) | Not run. |"
+        '| `"minor"` | `"middle"` retains more: MiniLM feed-forward; `"middle"` retains less: ViT; '
+        "no difference shown: MiniLM feed-forward (tweets); less with each of 5 seeds, too few to show it: MiniLM all "
+        "linear; no verdict, as the rates end too high: MiniLM feed-forward (320 steps) | Not run. |"
     )
     assert study_tables.begin_section(rules.Tables({}, {}, {}, [])) == "Not run."
 
