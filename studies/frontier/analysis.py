@@ -117,7 +117,14 @@ class Analysis:
 
     def of(self, task: str, steps: int, arm: str) -> list[Run]:
         """The complete runs of a cell."""
-        return [run for run in self.runs if (run.task, run.steps, run.arm) == (task, steps, arm)]
+        return self._by_cell.get((task, steps, arm), [])
+
+    @cached_property
+    def _by_cell(self) -> dict[tuple[str, int, str], list[Run]]:
+        found: dict[tuple[str, int, str], list[Run]] = {}
+        for run in self.runs:
+            found.setdefault((run.task, run.steps, run.arm), []).append(run)
+        return found
 
     def scores(
         self, task: str, steps: int, arm: str, place: int, metric: str | None = None, *, training: bool = False
@@ -224,11 +231,13 @@ class Analysis:
         """The number of finer scales measured, and the largest relative error of the interpolation there."""
         errors = []
         for run, lines in self.runs.items():
-            curve = self.curve(run, metric)
-            for line in lines if curve is not None else ():
-                if curve is not None and line["scale"] in self.design.finer:
-                    read = float(np.interp(line["scale"], curve.at, curve.new if metric == "ce_new" else curve.other))
-                    errors.append(abs(read / line[metric] - 1))
+            finer = [line for line in lines if line["scale"] in self.design.finer]
+            curve = self.curve(run, metric) if finer else None
+            if curve is None:
+                continue
+            for line in finer:
+                read = float(np.interp(line["scale"], curve.at, curve.new if metric == "ce_new" else curve.other))
+                errors.append(abs(read / line[metric] - 1))
         return (len(errors), max(errors)) if errors else None
 
     def one_standard_error(self, task: str, steps: int, arm: str) -> float | None:
@@ -247,7 +256,7 @@ class Analysis:
         return min(rate for rate, values in finite.items() if mean(values) <= mean(best) + error)
 
     def item_error(self, run: Run, name: str) -> float | None:
-        """The standard error of a metric at λ = 1 over the sequences of its text; None if the run diverged."""
+        """The standard error of a metric at λ = 1 over the sequences of its text; None if there are none."""
         items = self.rows.items(run)
         if name not in items:
             return None

@@ -92,6 +92,7 @@ class Design:
         enough: seeds below which there is no verdict.
         autocast: train under bfloat16 autocast; otherwise in the dtype of the weights.
         root: interpolate the root of a divergence, which is nearly linear in λ, instead of the divergence.
+        itemized: the seeds of which the values of single tokens are kept; None for all.
     """
 
     tasks: tuple[str, ...]
@@ -114,6 +115,7 @@ class Design:
     enough: int = field(default=5, kw_only=True, repr=False)
     autocast: bool = field(default=True, kw_only=True, repr=False)
     root: bool = field(default=False, kw_only=True, repr=False)
+    itemized: tuple[int, ...] | None = field(default=None, kw_only=True, repr=False)
 
     @property
     def positions(self) -> dict[str, float]:

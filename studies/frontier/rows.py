@@ -61,7 +61,7 @@ class Rows:
             yield Run(*(lines[0][name] for name in _RUN)), lines
 
     def items(self, run: Run) -> dict[str, Tensor]:
-        """The values of single tokens ``(M, length − 1)``; empty for a run that diverged."""
+        """The values of single tokens ``(M, length − 1)``; empty for a run that diverged, or if they were not kept."""
         return safetensors.torch.load_file(self._tokens(run)) if self._tokens(run).exists() else {}
 
     def _path(self, run: Run) -> Path:

@@ -109,7 +109,7 @@ def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lam
             with tuned.scaled(scale) as model:
                 found = None if diverged else reference.measure(model)
             lines.append({**known, **_line(run.steps, scale, scale * update, found)})
-            if scale == 1.0 and found is not None:
+            if scale == 1.0 and found is not None and (design.itemized is None or run.seed in design.itemized):
                 items = found.items()
     rows.put(run, lines, items)
     state.delete()

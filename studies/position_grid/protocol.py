@@ -57,6 +57,7 @@ PLAN = Design(
     enough=10,
     autocast=False,
     root=True,
+    itemized=_SEEDS[:1],
 )
 """Everything but the targets."""
 

@@ -121,13 +121,15 @@ def test_a_run_of_an_arm_on_sentences_of_unequal_length(arm, wheel, tmp_path):
     ids = texts.new
     assert torch.equal(tuned.model(input_ids=ids).logits, base(input_ids=ids).logits), "the start is the base"
     study = Study(design, base, {"twins": texts}, tmp_path, {"protocol": "p", "model": "m"}, progress=False)
-    run, rows = Run("twins", 8, arm, ARMS[arm].rate, 3), Rows(tmp_path / "rows")
+    run, rows = Run("twins", 8, arm, ARMS[arm].rate, 0), Rows(tmp_path / "rows")
     train_run(study, run, rows)
     lines = dict(rows.runs())[run]
     assert {line["status"] for line in lines} == {"ok"}
     assert lines[0]["kl_samples"] == 0
     assert lines[-1]["ce_new"] < lines[0]["ce_new"], "it learns"
     assert 0 < lines[-1]["update"] < 1
+    train_run(study, replace(run, seed=1), rows)
+    assert rows.items(replace(run, seed=1)) == {}, "kept of the first seed"
     items = rows.items(run)["kl_samples"]
     assert torch.equal(items.isnan(), ~texts.scored(texts.kept["samples"])), "padding has no value"
     assert items.float().nanmean().item() == pytest.approx(lines[-1]["kl_samples"], rel=1e-2)
