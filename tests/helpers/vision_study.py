@@ -1,5 +1,6 @@
 """The vision study on a random transformer of two layers with random images: whole runs in seconds."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from studies.vision.protocol import PLAN
 
 SIDE, CLASSES = 28, 3
 TWO = ("middle", "lora")
+RATES = {"middle": 1e-3, "lora": 3e-3}
 
 
-def design(**changes):
-    from dataclasses import replace
-
+def design():
     waves = (Wave(8, TWO, (0,), True), Wave(8, TWO, (0,), False))
-    return replace(PLAN, waves=waves, targets={("emoji", 8): (0.675, 0.67, 0.665)}, rank=4, batch=8, **changes)
+    arms = {name: replace(arm, rate=RATES.get(name, arm.rate)) for name, arm in PLAN.arms.items()}
+    return replace(PLAN, waves=waves, arms=arms, targets={("emoji", 8): (0.675, 0.67, 0.665)}, rank=4, batch=8)
 
 
 @cache
@@ -63,6 +64,6 @@ def images():
     return Images(train, labels, new, new_labels, kept, torch.arange(18) % CLASSES, 12, probe)
 
 
-def study(work, **changes):
+def study(work):
     found = {"protocol": "p", "model": "m"}
-    return Study(design(**changes), model(), {"emoji": images()}, Path(work), found, progress=False)
+    return Study(design(), model(), {"emoji": images()}, Path(work), found, progress=False)
