@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Every learning rate is one of these, about a factor of 3 apart; a grid grows along them."""
@@ -32,6 +33,31 @@ class Arm:
     reference: str = "middle"
     scaling: float = 1.0
     pull: float = 0.0
+    inputs = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """More options of :func:`ipca.apply_pc`."""
+        return {}
+
+
+@dataclass(frozen=True)
+class OptionArm(Arm):
+    """An arm of an addition to a protocol, with options that the first arms do not have.
+
+    Attributes:
+        train, magnitude: of :func:`ipca.apply_pc`.
+        inputs: what a method that looks at inputs is shown: ``"base"``, sequences drawn from the base that nothing else
+            uses, or ``"new"``, training items of the new task.
+    """
+
+    train: str = "both"
+    magnitude: float | str = "sigma"
+    inputs: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"train": self.train, "magnitude": self.magnitude}
 
 
 @dataclass(frozen=True, order=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -42,6 +43,13 @@ class Task(Protocol):
 
     def reference(self, model: Any) -> Reference:
         """What measures models against the base ``model``."""
+
+    def inputs(self, of: str, model: Any) -> Sequence[Any]:
+        """Batches for an arm that looks at inputs: of the ``"new"`` task, or of the ``"base"``.
+
+        Raises:
+            ValueError: the task has no such inputs.
+        """
 
     def sha256(self) -> str:
         """A hash of all items."""

@@ -8,7 +8,7 @@ import io
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Study:
     progress: bool = True
     added: Mapping[str, str] = field(default_factory=dict)
     _references: dict[str, tuple[Reference, Measured]] = field(default_factory=dict)
+    _inputs: dict[tuple[str, str], Sequence[Any]] = field(default_factory=dict)
 
     def reference(self, task: str) -> tuple[Reference, Measured]:
         """What measures against the base on ``task``, and the base's own measurement."""
@@ -56,6 +57,12 @@ class Study:
             reference = self.tasks[task].reference(self.base)
             self._references[task] = reference, reference.measure(self.base)
         return self._references[task]
+
+    def inputs(self, task: str, of: str) -> Sequence[Any]:
+        """What an arm that looks at inputs is shown, made once."""
+        if (task, of) not in self._inputs:
+            self._inputs[task, of] = self.tasks[task].inputs(of, self.base)
+        return self._inputs[task, of]
 
     def hashes_of(self, run: Run) -> dict[str, str]:
         """The hashes in the lines of ``run``: of protocol, model and task."""
@@ -79,7 +86,8 @@ def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lam
     """
     design, arm = study.design, study.design.arms[run.arm]
     reference, base = study.reference(run.task)
-    tuned = Tuned(copy.deepcopy(study.base), arm, design.rank, run.seed, study.spectra)
+    inputs = study.inputs(run.task, arm.inputs) if arm.inputs else None
+    tuned = Tuned(copy.deepcopy(study.base), arm, design.rank, run.seed, study.spectra, inputs)
     optimizer = torch.optim.AdamW(list(tuned.trained.values()), lr=run.rate, weight_decay=0.0)
     state = _State(study.work / "states" / f"{run.key}.pt", tuned, optimizer)
     known = {**asdict(run), **study.hashes_of(run)}

@@ -66,6 +66,16 @@ class Images:
         """What measures models against the base ``model``."""
         return Reference(model, self)
 
+    def inputs(self, of: str, model: SaliencyViT) -> list[Tensor]:
+        """The first 64 training images of the ``"new"`` task; nothing is kept that is not measured.
+
+        Raises:
+            ValueError: of the base's.
+        """
+        if of != "new":
+            raise ValueError(f"this task has inputs of the 'new' task only, not of {of!r}.")
+        return list(self.train[:64].split(16))
+
     def sha256(self) -> str:
         """A hash of all images and labels."""
         kept = [self.kept[name] for name in sorted(self.kept)]

@@ -24,7 +24,7 @@ from studies.frontier.design import Run, Wave
 from studies.frontier.measure import Reference
 from studies.frontier.rows import Rows
 from studies.frontier.run import Runners, again, check, collect, how_far
-from studies.language.protocol import ARMS, MAIN, waves
+from studies.language.protocol import ARMS, MAIN, PROTOCOL, waves
 from tests.helpers import frontier_study
 from tests.helpers.frontier_study import DESIGN, LENGTH, VOCABULARY, study
 
@@ -58,11 +58,15 @@ def logits(model, ids):
     return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("arm", ARMS)
+EXTENDED = PROTOCOL.extended().arms
+
+
+@pytest.mark.parametrize("arm", [arm for arm in EXTENDED if arm not in ("oft", "osf")])  # test_scaled.py has them
 def test_scale_0_is_the_base_and_1_the_tuned_model(arm, tmp_path):
     found = study(tmp_path)
     ids = found.tasks["german"].new
-    tuned = Tuned(copy.deepcopy(found.base), ARMS[arm], 4, 0, found.spectra)
+    inputs = found.inputs("german", EXTENDED[arm].inputs) if EXTENDED[arm].inputs else None
+    tuned = Tuned(copy.deepcopy(found.base), EXTENDED[arm], 4, 0, found.spectra, inputs)
     before = logits(found.base, ids)
     assert torch.equal(logits(tuned.model, ids), before), "the start is the base"
     generator = torch.Generator().manual_seed(0)
