@@ -36,11 +36,17 @@ def test_no_difference_to_lora_is_shown_at_equal_target():
 
 
 def test_the_means_are_those_of_the_summary():
-    kept, learned = (
-        [mean("M1", "0.0", rate, metric) for rate in ("0.002", "0.0005")] for metric in ("retained", "target")
-    )
-    assert f"on MiniLM it retained {kept[0]:.3f} at 2e-3 and {kept[1]:.3f} at 5e-4" in TEXT
+    pairs = (("M1", "0.002"), ("M1-low", "0.00025"))
+    kept, learned = ([mean(name, "0.0", rate, metric) for name, rate in pairs] for metric in ("retained", "target"))
+    seeds = [
+        len({row["seed"] for row in rows(name) if (row["method"], row["lr"]) == ("0.0", lr)}) for name, lr in pairs
+    ]
+    assert f"retained {kept[0]:.3f} at 2e-3 ({seeds[0]} seeds) and {kept[1]:.3f} at 2.5e-4 ({seeds[1]} seeds)" in TEXT
     assert f"it learned more, too ({learned[0]:.3f} and {learned[1]:.3f})" in TEXT
+    others = [f"retained_{name}" for name in ("tweet", "Amazon", "NYT")]
+    before = [row for row in rows("M1-low") if row["method"] == "base"]
+    after = fmean(mean("M1-low", "0.0", "0.00025", metric) for metric in others)
+    assert f"did not learn ({after:.3f}, untrained {fmean(float(before[0][metric]) for metric in others):.3f})" in TEXT
     kept, learned = (
         [mean("M1", "0.5", rate, metric) for rate in ("0.0005", "0.004")] for metric in ("retained", "target")
     )

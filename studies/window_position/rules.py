@@ -24,7 +24,7 @@ from studies.window_position.rows import (
     Table,
     curve_of,
 )
-from studies.window_position.words import effect, estimate_cell, method_name, number_cell, p_cell, percent
+from studies.window_position.words import effect, estimate_cell, method_name, p_cell, percent
 
 NOT_RUN = "not run"
 UNTESTED = (NOT_RUN, "all diverged")
@@ -178,10 +178,8 @@ def sources(tables: Tables) -> str:
         return f"{head} Not run."
     parts = []
     for name, lr, row, base in found:
-        movie, others, refit = (
-            number_cell(str(row[each] - base[each]), sign=True) for each in ("movie", "others", "refit")
-        )
-        parts.append(f"{name} at {float(lr):g} {movie}, {others}, {refit}")
+        changes = (row[each] - base[each] for each in ("movie", "others", "refit"))
+        parts.append(f"{name} at {float(lr):g} {', '.join(f'{change:+.3f}' for change in changes)}".replace("-", "−"))
     return (
         f"{head} The frozen probe counts sentences of the learned domain, movies. Change of its accuracy on movies, on "
         f"the other sources, and of the accuracy of a probe fitted anew: {'; '.join(parts)}."
