@@ -139,9 +139,17 @@ def left_arm(tables: Tables) -> str:
     words = {
         "same rate": "The principal window retains less than the middle one at one rate",
         "equal early updates": "At equal early updates (M1: M3)",
-        "equal target": "At equal target, with the principal window's lower rates",
+        "equal target": "At equal target",
     }
-    return f"**The left arm of the U.** {_by_comparison(tables, PRINCIPAL, words)}"
+    wider = {key: row for key, row in tables.equal.items() if key[0].endswith("wider") and key[2] == PRINCIPAL}
+    more = [
+        f" With {row['rates_second']} rates of the principal window, {name.split(',')[0]}, n = {row['n']}: "
+        f"{_at_equal_target(wider[name, MIDDLE, PRINCIPAL, 'each seed'])} at each seed's target, "
+        f"{_at_equal_target(row)} at that of all."
+        for (name, _, _, level), row in wider.items()
+        if level == "all seeds"
+    ]
+    return f"**The left arm of the U.** {_by_comparison(tables, PRINCIPAL, words)}{''.join(more)}"
 
 
 def right_arm(tables: Tables) -> str:
