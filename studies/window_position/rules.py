@@ -241,7 +241,7 @@ def frozen_factors(tables: Tables) -> str:
 
 
 def _at_equal_target(row: Row) -> str:
-    edge = [method_name(method) for method in row["edge"].split()]
+    edge = [method_name(method).split(",")[0] for method in row["edge"].split()]
     note = f", {listed(edge)} at an edge" if edge else ""
     return f"{estimate_cell(row, sign=True)}, p {p_cell(row['p'])}{note}"
 
