@@ -73,3 +73,16 @@ def test_how_far_matched_windows_moved_is_in_the_rows():
     assert f"{first[0]}, {first[1]} and {first[2]} times as far as the middle one in ten steps" in TEXT
     assert f"and {last[0]}, {last[1]} and {last[2]} times in eighty" in TEXT
     assert f"in MiniLM at most {max(ratios('M3', lr, 'update') for lr in ('0.001', '0.002')):.1f} times" in TEXT
+
+
+def test_the_best_rates_are_those_of_the_rows():
+    def best(method, *names):
+        found = [row for name in names for row in rows("summary") if row["experiment"] == name and row["lr"] != "best"]
+        targets = [
+            row for row in found if (row["method"], row["metric"], row["comparison"]) == (method, "target", "same")
+        ]
+        return max(targets, key=lambda row: float(row["mean"]))["lr"]
+
+    rates = best("0.0", "M1", "M1-low"), best("0.5", "M1"), best("0.0", "V1"), best("0.0", "V3-low"), best("0.5", "V1")
+    assert rates == ("0.00025", "0.002", "0.001", "0.001", "0.002")
+    assert "on MiniLM it learned most at 2.5e-4 and the middle window at 2e-3, on the ViT at 1e-3 and 2e-3" in TEXT
