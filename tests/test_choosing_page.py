@@ -36,11 +36,17 @@ def test_no_difference_to_lora_is_shown_at_equal_target():
 
 
 def test_the_means_are_those_of_the_summary():
-    kept, learned = (
-        [mean("M1", "0.0", rate, metric) for rate in ("0.002", "0.0005")] for metric in ("retained", "target")
-    )
-    assert f"on MiniLM it retained {kept[0]:.3f} at 2e-3 and {kept[1]:.3f} at 5e-4" in TEXT
+    pairs = (("M1", "0.002"), ("M1-low", "0.00025"))
+    kept, learned = ([mean(name, "0.0", rate, metric) for name, rate in pairs] for metric in ("retained", "target"))
+    seeds = [
+        len({row["seed"] for row in rows(name) if (row["method"], row["lr"]) == ("0.0", lr)}) for name, lr in pairs
+    ]
+    assert f"retained {kept[0]:.3f} at 2e-3 ({seeds[0]} seeds) and {kept[1]:.3f} at 2.5e-4 ({seeds[1]} seeds)" in TEXT
     assert f"it learned more, too ({learned[0]:.3f} and {learned[1]:.3f})" in TEXT
+    others = [f"retained_{name}" for name in ("tweet", "Amazon", "NYT")]
+    before = [row for row in rows("M1-low") if row["method"] == "base"]
+    after = fmean(mean("M1-low", "0.0", "0.00025", metric) for metric in others)
+    assert f"did not learn ({after:.3f}, untrained {fmean(float(before[0][metric]) for metric in others):.3f})" in TEXT
     kept, learned = (
         [mean("M1", "0.5", rate, metric) for rate in ("0.0005", "0.004")] for metric in ("retained", "target")
     )
@@ -67,3 +73,16 @@ def test_how_far_matched_windows_moved_is_in_the_rows():
     assert f"{first[0]}, {first[1]} and {first[2]} times as far as the middle one in ten steps" in TEXT
     assert f"and {last[0]}, {last[1]} and {last[2]} times in eighty" in TEXT
     assert f"in MiniLM at most {max(ratios('M3', lr, 'update') for lr in ('0.001', '0.002')):.1f} times" in TEXT
+
+
+def test_the_best_rates_are_those_of_the_rows():
+    def best(method, *names):
+        found = [row for name in names for row in rows("summary") if row["experiment"] == name and row["lr"] != "best"]
+        targets = [
+            row for row in found if (row["method"], row["metric"], row["comparison"]) == (method, "target", "same")
+        ]
+        return max(targets, key=lambda row: float(row["mean"]))["lr"]
+
+    rates = best("0.0", "M1", "M1-low"), best("0.5", "M1"), best("0.0", "V1"), best("0.0", "V3-low"), best("0.5", "V1")
+    assert rates == ("0.00025", "0.002", "0.001", "0.001", "0.002")
+    assert "on MiniLM it learned most at 2.5e-4 and the middle window at 2e-3, on the ViT at 1e-3 and 2e-3" in TEXT

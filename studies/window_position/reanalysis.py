@@ -156,7 +156,10 @@ def tested(first: Values, second: Values) -> dict[str, Any]:
 
 
 def equal_targets(study: Study) -> Iterator[dict[str, Any]]:
-    """The rows of ``equal-target.csv``: the middle window against others, frozen factors against plain LoRA."""
+    """The rows of ``equal-target.csv``: the middle window against others, frozen factors against plain LoRA.
+
+    Where wider grids were run with some of the seeds, these have rows of their own, of the experiment ``"M1, wider"``.
+    """
     for name in ("M1", "M2-query-value", "M2-all", "M3", "M4", "V1", "V3"):
         sweep = study.wider(name)
         if sweep is None or len(rates_of(sweep, MIDDLE)) < 2:
@@ -167,6 +170,10 @@ def equal_targets(study: Study) -> Iterator[dict[str, Any]]:
         for first, second in pairs:
             if {first, second} <= set(sweep.methods):
                 yield from equal_target(name, sweep, second, first)
+        if part := study.wider(name, partly=True):
+            for method in dict.fromkeys(run.method for run in part.runs if run.lr not in sweep.lrs):
+                if method in (PRINCIPAL, MINOR, LORA):
+                    yield from equal_target(f"{name}, wider", part, method)
 
 
 def claims_by_place(
@@ -209,7 +216,7 @@ def _claims(study: Study, equal: Sequence[Mapping[str, Any]]) -> Iterator[dict[s
     for row in equal:
         levels.setdefault((row["experiment"], row["first"], row["second"]), {})[row["level"]] = row
     for (name, first, other), rows in levels.items():
-        if first == MIDDLE and other in (PRINCIPAL, MINOR, LORA) and name != "M3":
+        if first == MIDDLE and other in (PRINCIPAL, MINOR, LORA) and name in (*PLACES, "M4"):
             yield _claim("equal target", other, name, rows["each seed"], _equal_verdict(rows))
     fresh = stream_accuracy(FRESH_MIDDLE)(study)
     for other in (FRESH_PRINCIPAL, "milora", FRESH_LORA, "o-lora", "osf") if fresh else ():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -84,16 +83,26 @@ class Study:
         """The protocol's sweeps that were run, by name."""
         return {name: sweep for name in SWEEPS if (sweep := self.sweep(name)) is not None}
 
-    def wider(self, name: str) -> Sweep | None:
-        """:meth:`sweep` with those rates of :data:`WIDER` that a method was run at with all of the sweep's seeds."""
+    def wider(self, name: str, *, partly: bool = False) -> Sweep | None:
+        """:meth:`sweep` with those rates of :data:`WIDER` that a method was run at with all of the sweep's seeds.
+
+        ``partly``: with all of those rates, but only the seeds that have them all; None if that is no other sweep.
+        """
         found = self.sweep(name)
         if found is None:
             return None
         sweeps = [sweep for each in WIDER.get(name, ()) if (sweep := self.sweep(each)) is not None]
         more = [run for sweep in sweeps for run in sweep.ends if run.seed in found.seeds]
-        counts = Counter((run.method, run.lr) for run in more)
-        complete = [run for run in more if counts[run.method, run.lr] == len(found.seeds)]
-        return replace(found, runs=(*found.runs, *complete))
+        seeds: dict[tuple[str, float | None], set[int | None]] = {}
+        for run in more:
+            seeds.setdefault((run.method, run.lr), set()).add(run.seed)
+        if not partly:
+            complete = [run for run in more if seeds[run.method, run.lr] == set(found.seeds)]
+            return replace(found, runs=(*found.runs, *complete))
+        common = set.intersection(set(found.seeds), *seeds.values())
+        if len(common) in (0, len(found.seeds)):
+            return None
+        return replace(found, runs=tuple(run for run in (*found.runs, *more) if run.seed in common))
 
     def table(self, name: str) -> Table:
         """The rows of another CSV file; empty if there is no file."""

@@ -24,7 +24,7 @@ from studies.window_position.rows import (
     Table,
     curve_of,
 )
-from studies.window_position.words import effect, estimate_cell, method_name, number_cell, p_cell, percent
+from studies.window_position.words import effect, estimate_cell, method_name, p_cell, percent
 
 NOT_RUN = "not run"
 UNTESTED = (NOT_RUN, "all diverged")
@@ -139,9 +139,17 @@ def left_arm(tables: Tables) -> str:
     words = {
         "same rate": "The principal window retains less than the middle one at one rate",
         "equal early updates": "At equal early updates (M1: M3)",
-        "equal target": "At equal target, with the principal window's lower rates",
+        "equal target": "At equal target",
     }
-    return f"**The left arm of the U.** {_by_comparison(tables, PRINCIPAL, words)}"
+    wider = {key: row for key, row in tables.equal.items() if key[0].endswith("wider") and key[2] == PRINCIPAL}
+    more = [
+        f" With {row['rates_second']} rates of the principal window, {name.split(',')[0]}, n = {row['n']}: "
+        f"{_at_equal_target(wider[name, MIDDLE, PRINCIPAL, 'each seed'])} at each seed's target, "
+        f"{_at_equal_target(row)} at that of all."
+        for (name, _, _, level), row in wider.items()
+        if level == "all seeds"
+    ]
+    return f"**The left arm of the U.** {_by_comparison(tables, PRINCIPAL, words)}{''.join(more)}"
 
 
 def right_arm(tables: Tables) -> str:
@@ -178,10 +186,8 @@ def sources(tables: Tables) -> str:
         return f"{head} Not run."
     parts = []
     for name, lr, row, base in found:
-        movie, others, refit = (
-            number_cell(str(row[each] - base[each]), sign=True) for each in ("movie", "others", "refit")
-        )
-        parts.append(f"{name} at {float(lr):g} {movie}, {others}, {refit}")
+        changes = (row[each] - base[each] for each in ("movie", "others", "refit"))
+        parts.append(f"{name} at {float(lr):g} {', '.join(f'{change:+.3f}' for change in changes)}".replace("-", "−"))
     return (
         f"{head} The frozen probe counts sentences of the learned domain, movies. Change of its accuracy on movies, on "
         f"the other sources, and of the accuracy of a probe fitted anew: {'; '.join(parts)}."
@@ -235,7 +241,7 @@ def frozen_factors(tables: Tables) -> str:
 
 
 def _at_equal_target(row: Row) -> str:
-    edge = [method_name(method) for method in row["edge"].split()]
+    edge = [method_name(method).split(",")[0] for method in row["edge"].split()]
     note = f", {listed(edge)} at an edge" if edge else ""
     return f"{estimate_cell(row, sign=True)}, p {p_cell(row['p'])}{note}"
 

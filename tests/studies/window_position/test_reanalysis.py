@@ -117,6 +117,9 @@ def test_wider_grids_count_for_the_new_rules_and_for_no_fixed_test(tmp_path):
     assert rates[MIDDLE] == "0.0005 0.001 0.002 0.004"
     study_made.change(folder, "M1-low", lambda row: (row["lr"], row["seed"]) != ("0.0001", "9"))
     assert reanalysis.rates_of(Study(folder).wider("M1"), PRINCIPAL)[0] == 2.5e-4  # the seeds of the other are not all
+    partly = [row for row in reanalysis.equal_targets(Study(folder)) if row["experiment"] == "M1, wider"]
+    assert {(row["first"], row["second"], row["rates_second"], row["n"]) for row in partly} == {("0.5", "0.0", 6, 9)}
+    assert Study(folder).wider("M4", partly=True) is None
 
 
 def test_confirmatory_verdicts_stand_in_the_table_of_claims(whole):
