@@ -27,8 +27,8 @@ from bench.rows import FACTS, RESULTS, Row, append_rows, facts
 from ipca.lab import baselines
 from ipca.model import AdapterSettings
 from ipca.svd import SpectralCache
-from studies.language.arms import Tuned
-from studies.language.design import Arm
+from studies.frontier.arms import Tuned
+from studies.frontier.design import Arm
 
 COLUMNS = ("baseline", "source", "compared", "difference", "tolerance", *FACTS)
 PATH = RESULTS / "baseline_checks.csv"
@@ -372,7 +372,7 @@ def checks() -> Iterator[Check]:
     )
     yield with_paper("LoRA-Null, `lora-null`", "2503.02659, first version", lora_null)
     yield Check("full fine-tuning, `full`", f"gradient descent, {formula}", "trained weight", 1e-5, full)
-    yield with_paper("L2 to the start, the language study's `pull`", "1802.01483, decoupled as in 1711.05101", pulled)
+    yield with_paper("L2 to the start, the studies' `pull`", "1802.01483, decoupled as in 1711.05101", pulled)
     for name, method, config in (
         ("plain LoRA", "lora", stock),
         ("MiCA", "mica", lambda: stock(init_lora_weights="mica")),

@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 from bench.plots import draw, draw_windows
 from bench.quantized_start import PATH as QUANTIZED_START
@@ -101,14 +100,12 @@ def benchmarks_page(results: Path) -> str:
 
 
 def fine_tuning_page(results: Path) -> str:
-    """The page on runs of ``ipca train``: one of a language model, and methods compared on a sentence encoder."""
+    """The page on runs of ``ipca train``: one of a language model."""
     parts = [
         "# Fine-tuning runs",
         GENERATED,
         "## A language model learns German",
         german_section(results),
-        "## Four methods on movie sentiment",
-        sentiment_section(results / "sentiment.csv"),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -190,36 +187,6 @@ def scaling_against_stopping(curve: list[Row], scales: list[Row]) -> str:
         f"{float(stopped['eval_loss']):.3f}; the whole run scaled by {float(best['scale']):g} has a KL of "
         f"{float(best['forgotten']):.3f} and a loss of {float(best['loss']):.3f}."
     )
-
-
-def sentiment_section(path: Path) -> str:
-    """The table of a sweep: three windows and plain LoRA at one rate."""
-    rows = [row for row in read_rows(path) if row["kind"] != "base"]
-    base = next(row for row in read_rows(path) if row["kind"] == "base")
-    names = {"0.0": "principal", "0.5": "middle", "1.0": "minor", "lora": "LoRA"}
-    lines = ["| trained | accuracy | probe drop | drift |", "|---|---|---|---|"]
-    for method, name in names.items():
-        own = [row for row in rows if row["method"] == method]
-        drops = [float(base["retained"]) - float(row["retained"]) for row in own]
-        cells = [[float(row["target"]) for row in own], drops, [float(row["drift"]) for row in own]]
-        lines.append(f"| {name} | " + " | ".join(map(_mean_and_range, cells)) + " |")
-    seeds = len({row["seed"] for row in rows})
-    return "\n\n".join(
-        [
-            "all-MiniLM-L6-v2 learns the sentiment of movie reviews. Measured are the accuracy of a frozen probe of "
-            "the source of a sentence (tweet, movie review, Amazon, New York Times), and the drift of its embeddings, "
-            "mean 1 − cos.",
-            "\n".join(lines),
-            f"Mean over {seeds} seeds (smallest … largest); 60 steps of 16, rank 16, AdamW at "
-            f"{float(rows[0]['lr']):g} for all; probe accuracy {float(base['retained']):.2f} before training. No rate "
-            "was tuned, so this is not a ranking of methods. "
-            "Rows: `bench/results/sentiment.csv`, written by `ipca sweep examples/sweep_sentiment.py`, see there.",
-        ]
-    )
-
-
-def _mean_and_range(values: list[float]) -> str:
-    return f"{mean(values):.2f} ({min(values):.2f} … {max(values):.2f})"
 
 
 def memory_section(path: Path) -> str:

@@ -1,1 +1,1 @@
-"""Study of the window's position on a language model: protocol, runs collected in the background, and their report."""
+"""Study of the window's position on a language model that learns German or C++: its protocol, model and texts."""

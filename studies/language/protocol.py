@@ -1,64 +1,78 @@
-"""PROTOCOL.md in code: its numbers, the runs that fix its targets, and the hash that ties rows to it."""
+"""PROTOCOL.md of the language study in code."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import replace
 from pathlib import Path
 
-from studies.language.design import ARMS, RATES, Design, Run, waves
-from studies.language.frontier import along_scale
-from studies.language.rows import Rows
-from studies.page import markdown
+from studies.frontier.design import Arm, Design, Run, Wave
+from studies.frontier.options import options
+from studies.frontier.protocol import Protocol
+from studies.language.model import NAME
 
-TEXT = Path(__file__).resolve().parent / "PROTOCOL.md"
-_CHANGES = "\n## Changes"
+MAIN = ("middle", "lora", "principal", "minor")
+ARMS = {
+    "middle": Arm("middle window", "0.5", 1e-3),
+    "lora": Arm("plain LoRA", "lora", 3e-3),
+    "principal": Arm("principal window", "0.0", 3e-4),
+    "minor": Arm("minor window", "1.0", 1e-3),
+    "frozen-A": Arm("middle window, A frozen", "frozen-A", 3e-3),
+    "frozen-B": Arm("middle window, B frozen", "frozen-B", 3e-3),
+    "0.25": Arm("window at .25", "0.25", 1e-3),
+    "0.75": Arm("window at .75", "0.75", 1e-3),
+    "random": Arm("window at random", "random-window", 1e-3),
+    "rslora": Arm("rsLoRA", "lora", 1e-3, scaling=4.0),
+    "matched-principal": Arm("principal directions, middle's σ", "matched-principal", 1e-3),
+    "matched-minor": Arm("minor directions, middle's σ", "matched-minor", 1e-3),
+    "middle-at-principal": Arm("middle directions, principal's σ", "matched-middle", 3e-4, reference="principal"),
+    "middle-at-minor": Arm("middle directions, minor's σ", "matched-middle", 1e-3, reference="minor"),
+    "lora-pulled": Arm("plain LoRA, pulled to its start", "lora", 3e-3, pull=10.0),
+    "full": Arm("full fine-tuning", "full", 3e-5),
+}
+"""In the order of their importance."""
+_HERE = Path(__file__).resolve().parent
 _LENGTHS = (60, 240)
-PLAN = Design(tasks=("german", "cpp"), waves=waves(*_LENGTHS, others=tuple(ARMS)[4:]), targets={})
+
+
+def waves(short: int, long: int, others: tuple[str, ...]) -> tuple[Wave, ...]:
+    """The protocol's order: the four main arms first, then the others."""
+    five, three, ten = tuple(range(5)), tuple(range(3)), tuple(range(5, 10))
+    groups = [MAIN, *(others[i : i + 6] for i in range(0, len(others), 6))]
+    plan = []
+    for arms in groups:
+        for center in (True, False):
+            plan += [Wave(short, arms, five, center), Wave(long, arms, three, center)]
+    for center in (True, False):
+        plan += [Wave(short, MAIN, ten, center), Wave(long, MAIN, (3, 4), center)]
+    return tuple(plan)
+
+
+PLAN = Design(
+    tasks=("german", "cpp"),
+    waves=waves(*_LENGTHS, others=tuple(ARMS)[4:]),
+    targets={},
+    arms=ARMS,
+    main=MAIN,
+    families=(tuple((MAIN[0], other) for other in MAIN[1:]),),
+    titles={"german": "German manual pages", "cpp": "C++ headers", "other": "other task"},
+    kept=("samples", "prose", "other"),
+)
 """Everything but the targets."""
-REFERENCE = tuple(Run(task, steps, "lora", ARMS["lora"].rate, 1000) for steps in _LENGTHS for task in PLAN.tasks)
-"""Runs that fix the targets and count for nothing else."""
-SHARES = (0.5, 0.7, 0.85)
-"""Of the improvement of a reference run."""
-
-
-def with_targets(reference: Rows) -> Design | None:
-    """:data:`PLAN` with the targets that the rows of :data:`REFERENCE` fix; None where a run of them is missing.
-
-    A target is the base's cross-entropy minus a share of the reference run's improvement at its best λ, to 0.01.
-    """
-    lines = dict(reference.runs())
-    if not set(REFERENCE) <= set(lines):
-        return None
-    targets = {}
-    for run in REFERENCE:
-        curve = along_scale(lines[run], "kl_samples", PLAN.scales)
-        if curve is None:
-            raise ValueError(f"{run.key} diverged and fixes no target")
-        first, second, third = (round(curve.new[0] - share * (curve.new[0] - curve.lowest), 2) for share in SHARES)
-        targets[run.task, run.steps] = (first, second, third)
-    return replace(PLAN, targets=targets)
-
-
-def protocol_sha256() -> str:
-    """A hash of the protocol's text but for its list of changes, and of the numbers in code."""
-    text = TEXT.read_text(encoding="utf-8").partition(_CHANGES)[0]
-    return hashlib.sha256(f"{text}\n{PLAN!r}\n{ARMS!r}\n{RATES!r}\n{REFERENCE!r}\n{SHARES!r}".encode()).hexdigest()
-
-
-def arms_table() -> str:
-    """The protocol's table of arms."""
-    rows = []
-    for name, arm in ARMS.items():
-        place = RATES.index(arm.rate)
-        first = ", ".join(f"{rate:g}" for rate in RATES[place - 1 : place + 2])
-        extra = [f"α / r = {arm.scaling:g}"] if arm.scaling != 1 else []
-        extra += [f"decoupled decay toward the start, {arm.pull:g}"] if arm.pull else []
-        rows.append([f"`{name}`", arm.title, first, ", ".join(extra)])
-    return markdown(["arm", "what it trains", "first rates", ""], rows)
-
-
-def targets_table(design: Design) -> str:
-    """The protocol's table of targets."""
-    rows = [[task, str(steps), *(f"{value:g}" for value in found)] for (task, steps), found in design.targets.items()]
-    return markdown(["new task", "steps", "easiest", "middle", "hardest"], rows)
+PROTOCOL = Protocol(
+    text=_HERE / "PROTOCOL.md",
+    plan=PLAN,
+    reference=tuple(Run(task, steps, "lora", ARMS["lora"].rate, 1000) for steps in _LENGTHS for task in PLAN.tasks),
+    shares=(0.5, 0.7, 0.85),
+    model=NAME,
+    results=_HERE / "results",
+    command="make study-language",
+    seconds=9.0,
+    additions=(
+        options(
+            _HERE / "OPTIONS.md",
+            middle="middle",
+            rates={"window": 1e-3, "principal": 1e-3, "lora": 3e-3, "full": 3e-4},
+            waves=((60, tuple(range(5))),),
+            without=("lora-pulled", "mica", "oplora"),
+        ),
+    ),
+)

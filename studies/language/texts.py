@@ -7,26 +7,19 @@ between training and held-out sequences, so that no piece is in both and nothing
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
-import tarfile
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from ipca._atomic import write_atomic
-from ipca._hashing import tensor_sha256
 from ipca.lab.demo.data import ARCHIVE, read_sentences
-from studies.cached_tensors import cache_folder
 from studies.corpus import headers
+from studies.debian import package_files
+from studies.frontier.texts import Texts
 from studies.language.model import DOWNLOADS
 
 LENGTH = 128
@@ -51,33 +44,13 @@ _CHARACTERS |= {r"\e": "\\", r"\(rs": "\\", r"\~": " ", r"\ ": " "}
 Tokenize = Callable[[str], list[int]]
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Token ids ``(M, 128)``, int64.
-
-    Attributes:
-        train: of the new task.
-        new: held out of the new task.
-        kept: by name, the texts on which the model shall stay as it is: ``prose``, ``samples``, ``other``.
-    """
-
-    train: Tensor
-    new: Tensor
-    kept: dict[str, Tensor]
-
-    def sha256(self) -> str:
-        """A hash of all token ids."""
-        parts = [tensor_sha256(ids) for ids in (self.train, self.new, *(self.kept[name] for name in sorted(self.kept)))]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-
-
 def task_texts(tokenize: Tokenize, archive: Path, samples: Tensor) -> dict[str, Texts]:
     """The texts of each task, ``german`` and ``cpp``; each is kept text of the other one.
 
     Args:
         tokenize: a text's token ids without special tokens.
         archive: the source distribution of vaderSentiment 3.3.2, for its sentences of newspaper editorials.
-        samples: ``(32, 128)``, drawn from the model, see :func:`draw_samples`.
+        samples: ``(32, 128)``, drawn from the model, see :func:`studies.frontier.texts.draw_samples`.
 
     Raises:
         FileNotFoundError, ValueError, OSError: a text is missing, another one than expected, or too short.
@@ -98,20 +71,8 @@ def man_pages() -> Iterator[str]:
         OSError: it cannot be downloaded.
         ValueError: another file than Debian's.
     """
-    url, sha256 = MAN_PAGES
-    path = cache_folder() / url.rpartition("/")[2]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            write_atomic(path, answer.read())
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path} is not the file of {url}; delete it to download it again")
-    with tarfile.open(fileobj=io.BytesIO(_member(data, "data.tar.xz"))) as files:
-        for member in files:
-            file = files.extractfile(member) if member.isfile() and _SECTIONS.fullmatch(member.name) else None
-            if file is not None:
-                yield plain_text(zlib.decompress(file.read(), wbits=31).decode("utf-8", "ignore"))
+    for page in package_files(*MAN_PAGES, _SECTIONS):
+        yield plain_text(zlib.decompress(page, wbits=31).decode("utf-8", "ignore"))
 
 
 def plain_text(page: str) -> str:
@@ -123,22 +84,6 @@ def plain_text(page: str) -> str:
             lines.append(text)
     text = _ESCAPE.sub(lambda found: _CHARACTERS.get(found[0], ""), " ".join(lines))
     return re.sub(r"\s+", " ", text).strip()
-
-
-@torch.no_grad()
-def draw_samples(model: nn.Module, seed: int, count: int = SAMPLES, length: int = LENGTH) -> Tensor:
-    """``(count, length)`` token ids drawn from ``model`` at temperature 1, from its first token on."""
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((count, 1), config.bos_token_id or 0)
-    past = None
-    device = next(model.parameters()).device
-    for _ in tqdm(range(length - 1), desc="Samples", unit="token"):
-        found = model(input_ids=ids[:, -1:].to(device), past_key_values=past, use_cache=True)
-        past = found.past_key_values
-        probabilities = found.logits[:, -1].float().softmax(-1).cpu()
-        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
-    return ids
 
 
 def archive_path() -> Path:
@@ -170,15 +115,3 @@ def _cut(pieces: list[str], tokenize: Tokenize, count: int) -> Tensor:
     if len(ids) < count * LENGTH:
         raise ValueError(f"{count} sequences of {LENGTH} tokens are needed; there are {len(ids):,} tokens")
     return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
-
-
-def _member(archive: bytes, name: str) -> bytes:
-    """A file in an ``ar`` archive, the container of Debian's packages."""
-    position = 8
-    while position < len(archive):
-        header = archive[position : position + 60]
-        size = int(header[48:58])
-        if header[:16].decode().strip().rstrip("/") == name:
-            return archive[position + 60 : position + 60 + size]
-        position += 60 + size + size % 2
-    raise ValueError(f"the package has no {name}")

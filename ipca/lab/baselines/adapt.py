@@ -13,15 +13,13 @@ from ipca.lab.baselines.initialization import (
     haar,
     layer_generator,
     matched,
-    null_space_part,
     plain_lora_factors,
     random_window,
 )
-from ipca.lab.baselines.methods import NEED_INPUTS, kind_of
+from ipca.lab.baselines.methods import kind_of, needs_inputs
 from ipca.lab.baselines.oplora import project_factors
 from ipca.lab.baselines.peft_methods import PEFT_METHODS, apply_peft
 from ipca.model.apply import adapt, adapted_layers, install, train_only_adapter
-from ipca.model.calibration import input_energy
 from ipca.model.decompose import decompose_targets, source_matrix, split_window, window_of
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
@@ -31,6 +29,12 @@ from ipca.svd import SpectralCache, WindowSVD
 from ipca.window import Window
 
 Model = TypeVar("Model", bound=nn.Module)
+_OF_WINDOWS: dict[str, Any] = {
+    "frozen-A": {"train": "B"},
+    "frozen-B": {"train": "A"},
+    "lora-null": {"window": "inputs:minor"},
+}
+"""Methods that are :func:`ipca.apply_pc` with other settings."""
 _DIRECTIONS = {"matched-principal": "principal", "matched-middle": "middle", "matched-minor": "minor"}
 
 
@@ -46,7 +50,7 @@ def apply(
     """Adapt ``model`` in place for ``method``, with the layers, rank, alpha and form of ``settings``.
 
     =====================================  =========================================================================
-    a window, such as ``"0.25"``           :func:`ipca.apply_pc` with that window
+    a window, such as ``"0.25"``           :func:`ipca.apply_pc` with that window; ``"inputs:…"`` of ``calibration``
     ``"auto"``                             the same with the window that ``calibration`` suggests (experimental)
     ``"lora"``                             plain LoRA: random ``A0``, ``B0 = 0``
     ``"full"``                             no adapter: the weights of the layers are fully trained
@@ -78,7 +82,7 @@ def apply(
     Args:
         seed: of random factors, directions and positions; together with the layer's path it determines them.
         cache: of decompositions, for all methods that need one, but those of PEFT.
-        calibration: batches of unlabeled inputs, for ``"auto"``, CorDA and LoRA-Null.
+        calibration: batches of unlabeled inputs, for ``"auto"``, windows of inputs, CorDA and LoRA-Null.
 
     Returns:
         The same model.
@@ -88,27 +92,21 @@ def apply(
         TypeError, ValueError, RuntimeError: as :func:`ipca.apply_pc`, or an unknown method; the model is unchanged.
     """
     kind = kind_of(method)
-    if method in NEED_INPUTS and calibration is None:
+    batches = calibration if needs_inputs(method) else None
+    if needs_inputs(method) and batches is None:
         raise ValueError(f"method {method!r} needs calibration: batches of unlabeled inputs.")
-    if kind == "window":
-        return adapt(model, replace(settings, window=method), cache=cache, progress=False)
-    if kind == "auto":
-        return adapt(model, replace(settings, window="auto"), calibration=calibration, cache=cache, progress=False)
-    if method in ("frozen-A", "frozen-B"):
-        adapt(model, settings, cache=cache, progress=False)
-        for layer in adapted_layers(model).values():
-            (layer.lora_A if method == "frozen-A" else layer.lora_B).requires_grad_(False)
-        return model
+    if kind in ("window", "auto") or method in _OF_WINDOWS:
+        chosen = replace(settings, **_OF_WINDOWS.get(method, {"window": method}))
+        return adapt(model, chosen, calibration=batches, cache=cache, progress=False)
     modules_to_save = find_modules_to_save(model, settings)
     targets = find_targets(model, settings, modules_to_save=modules_to_save)
     if kind == "full":
         _train_full_weights(model, targets, modules_to_save)
         return model
     if method in PEFT_METHODS:
-        batches = calibration if method in NEED_INPUTS else None
         apply_peft(model, method, targets, settings, modules_to_save, seed=seed, batches=batches)
         return model
-    factors = _all_initial_factors(model, method, targets, settings, seed, cache, calibration)
+    factors = _all_initial_factors(model, method, targets, settings, seed, cache)
     tops = [_leading(model, target, settings, cache) for target in targets] if method == "oplora" else []
     with uninterrupted():
         install(model, zip(targets, factors, strict=True))
@@ -132,11 +130,11 @@ def layer_weights(model: nn.Module, settings: AdapterSettings) -> dict[str, Tens
 def needed_windows(method: str, target: Target, seed: int) -> list[Window]:
     """All windows of a layer that :func:`apply` decomposes for ``method``.
 
-    Empty for ``"auto"``, which needs the whole spectrum, and for methods without a window.
+    Empty for windows that are found from inputs, and for methods without a window.
     """
     rank = target.window.rank
     if kind_of(method) == "window":
-        return [Window(method, rank)]
+        return [] if needs_inputs(method) else [Window(method, rank)]
     if method == "random-window":
         return [_random_window(target, seed)]
     if method == "oplora":
@@ -153,14 +151,10 @@ def _all_initial_factors(
     settings: AdapterSettings,
     seed: int,
     cache: SpectralCache | None,
-    calibration: Iterable[Any] | None,
 ) -> list[InitialFactors]:
     if method == "random-window":
         targets = [replace(target, window=_random_window(target, seed)) for target in targets]
         return decompose_targets(model, targets, settings, cache=cache, progress=False)
-    if method == "lora-null":
-        assert calibration is not None
-        return _off_the_inputs(model, targets, settings, calibration)
     return [_initial_factors(model, method, target, settings, seed, cache) for target in targets]
 
 
@@ -183,18 +177,6 @@ def _initial_factors(
     else:
         found = matched(components(Window(_DIRECTIONS[method], target.window.rank)), reference)
     return split_window(target, settings, matrix, found)
-
-
-def _off_the_inputs(
-    model: nn.Module, targets: list[Target], settings: AdapterSettings, calibration: Iterable[Any]
-) -> list[InitialFactors]:
-    """The initial factors of LoRA-Null, one layer's moment at a time."""
-    by_name, found = {target.name: target for target in targets}, {}
-    for name, moment in input_energy(model, [*by_name], calibration, progress=False):
-        matrix = source_matrix(get_layer(model, name), name)
-        part = null_space_part(matrix.weight, moment, by_name[name].window.rank)
-        found[name] = split_window(by_name[name], settings, matrix, part)
-    return [found[name] for name in by_name]
 
 
 def _leading(model: nn.Module, target: Target, settings: AdapterSettings, cache: SpectralCache | None) -> WindowSVD:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipca._hashing import tensor_sha256
 from ipca.nn.initialization import InitCertificate, InitialFactors
-from ipca.svd import SVDReport, WindowSVD, window_svd
+from ipca.svd import SVDReport, WindowSVD
 from ipca.window import Window
 
 
@@ -53,20 +53,6 @@ def matched(directions: WindowSVD, magnitudes: WindowSVD) -> WindowSVD:
     """The directions of one window with the singular values of another."""
     what = f"directions of this window, singular values of {magnitudes.report.window}"
     return WindowSVD(directions.U, magnitudes.S, directions.Vh, _reports(directions, "matched", what))
-
-
-def null_space_part(weight: Tensor, moment: Tensor, rank: int) -> WindowSVD:
-    """LoRA-Null's start: the SVD of ``W N Nᵀ``, where ``N (in, rank)`` are the directions that inputs use least.
-
-    ``N`` are the eigenvectors of the smallest eigenvalues of ``moment (in, in)``, the second moment of the layer's
-    inputs. So ``B0 A0 = W N Nᵀ / scaling``, and as both factors train this is the paper's first version.
-
-    Source: "LoRA-Null: Low-Rank Adaptation via Null Space for Large Language Models", arXiv 2503.02659.
-    """
-    N = torch.linalg.eigh(moment)[1][:, :rank].to(weight.device)
-    found = window_svd(weight.to(N) @ N @ N.mT, Window(0, rank), tol="exact", dtype=N.dtype)
-    what = "the part that acts on the least used inputs"
-    return WindowSVD(found.U, found.S, found.Vh, _reports(found, "lora-null", what))
 
 
 def random_window(rank: int, d: int, generator: torch.Generator) -> Window:

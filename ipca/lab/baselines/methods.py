@@ -9,8 +9,7 @@ from ipca.window import Window
 _REVERSE = "matched-middle"
 """A control of the ends: with an end as its reference, only the directions differ from that end."""
 _OTHERS = {"lora": "lora", "full": "full", "auto": "auto"}
-NEED_INPUTS = ("auto", "corda-ipm", "corda-kpm", "lora-null")
-"""Methods that look at inputs of the model before it is adapted."""
+_NEED_INPUTS = ("auto", "corda-ipm", "corda-kpm", "lora-null")
 
 
 def kind_of(method: str) -> str:
@@ -37,6 +36,18 @@ def kind_of(method: str) -> str:
             f"{', '.join(map(repr, (*CONTROLS, _REVERSE)))}."
         ) from None
     return "window"
+
+
+def needs_inputs(method: str) -> bool:
+    """Whether a method looks at inputs of the model before it adapts it.
+
+    Args:
+        method: as for :func:`kind_of`.
+
+    Raises:
+        ValueError: as :func:`kind_of`.
+    """
+    return method in _NEED_INPUTS or (kind_of(method) == "window" and Window(method, 1).needs_calibration)
 
 
 def check_method(method: str) -> str:

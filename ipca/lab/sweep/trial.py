@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ipca.analysis import update_norm
 from ipca.lab import baselines
 from ipca.lab.baselines.adapt import layer_weights
-from ipca.lab.baselines.methods import NEED_INPUTS
+from ipca.lab.baselines.methods import needs_inputs
 from ipca.lab.sweep.device import deterministic, device_of
 from ipca.lab.sweep.task import Task, error_note
 from ipca.model.apply import adapt, adapted_layers
@@ -102,7 +103,7 @@ def run_trial(
         assert auto is not None
         adapt(model, auto, cache=cache, progress=False)
     else:
-        inputs = task.calibration() if task.calibration and trial.method in NEED_INPUTS else None
+        inputs = task.calibration() if task.calibration and needs_inputs(trial.method) else None
         baselines.apply(model, trial.method, task.settings, seed=trial.seed, cache=cache, calibration=inputs)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -221,7 +222,9 @@ def rate_groups(model: nn.Module, trial: Trial) -> list[dict[str, Any]]:
     if not adapted_layers(model):
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": trial.lr_used, "name": "full"}]
     match = "sqrt-sigma" if trial.comparison == "sqrt-sigma" else None
-    groups = param_groups(model, trial.lr_used, match=match)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", 'match="sqrt-sigma" raises')  # rows have the update that came of it
+        groups = param_groups(model, trial.lr_used, match=match)
     for group in groups:
         if group["name"] == "modules_to_save":
             group["lr"] = trial.lr

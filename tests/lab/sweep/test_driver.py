@@ -211,6 +211,21 @@ def test_every_baseline_runs_and_is_reported(tmp_path):
         sweep.run(TASK, tmp_path / "c", **options)
 
 
+def test_windows_of_the_inputs_are_windows_of_a_sweep(tmp_path):
+    task = replace(sweep_task.task(), calibration=sweep_task.calibration)
+    options = {**GRID, "windows": (0.5, "inputs:minor", "inputs:0.5"), "methods": ("lora-null", "lora"), "lrs": (1e-2,)}
+    rows = sweep.run(task, tmp_path, **{**options, "report": True})
+    of_inputs = [row for row in rows if row["method"].startswith("inputs:") and row["comparison"] == "same"]
+    assert len(of_inputs) == 4
+    assert all(row["status"] == "ok" and row["kind"] == "window" for row in of_inputs)
+    null = [row for row in rows if row["method"] == "lora-null" and row["comparison"] == "same"]
+    minor = [row for row in of_inputs if row["method"] == "inputs:minor"]
+    assert [row["update"] for row in null] == [row["update"] for row in minor]
+    assert "inputs:0.5" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="'inputs:minor' needs the task's `calibration`"):
+        sweep.run(TASK, tmp_path / "c", **options)
+
+
 def test_a_baseline_of_peft_without_peft_is_refused_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"method 'mica' needs PEFT .*; pip install 'ipca-lora\[peft\]'"):

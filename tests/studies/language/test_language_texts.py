@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from studies.language import texts
-from studies.language.texts import draw_samples, plain_text, task_texts
-from tests.helpers.language_study import model
+from studies.language.texts import plain_text, task_texts
 
 PAGE = r"""'\" t
 .\" Ein Kommentar
@@ -92,16 +91,3 @@ def test_pages_of_a_package(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes() + b"!")
     with pytest.raises(ValueError, match=r"manpages-de_4\.18\.1-1_all\.deb is not the file of http"):
         list(texts.man_pages())
-
-
-def test_samples_are_drawn_from_the_model():
-    first, again = (draw_samples(model(), seed=3, count=4, length=10) for _ in range(2))
-    assert torch.equal(first, again)
-    assert first.shape == (4, 10)
-    assert not torch.equal(first, draw_samples(model(), seed=4, count=4, length=10))
-    assert (first[:, 0] == model().config.bos_token_id).all()
-    with torch.no_grad():
-        logits = model()(input_ids=first).logits[:, :-1]
-    likelihood = logits.log_softmax(-1).gather(-1, first[:, 1:, None]).mean()
-    uniform = -torch.log(torch.tensor(61.0))
-    assert likelihood > uniform, "tokens that the model finds likely"

@@ -1,24 +1,26 @@
-"""The language study on a random model of two layers with random texts: whole runs in a second.
+"""A study on a random model of two layers with random texts: whole runs in a second.
 
-As a script it is a runner: ``python tests/helpers/language_study.py FOLDER``.
+As a script it is a runner: ``python tests/helpers/frontier_study.py FOLDER``.
 """
 
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from studies.language.design import Design, Wave
-from studies.language.rows import Rows
-from studies.language.run import Runners, collect
-from studies.language.texts import Texts
-from studies.language.training import Study
+from studies.frontier.design import Wave
+from studies.frontier.rows import Rows
+from studies.frontier.run import Runners, collect
+from studies.frontier.texts import Texts
+from studies.frontier.training import Study
+from studies.language.protocol import PLAN
 
 VOCABULARY, LENGTH = 61, 12
 TWO = ("middle", "lora")
-DESIGN = Design(
-    tasks=("german", "cpp"),
+DESIGN = replace(
+    PLAN,
     waves=(Wave(8, TWO, (0, 1), True), Wave(8, TWO, (0, 1), False)),
     targets={("german", 8): (4.835, 4.8, 4.78), ("cpp", 8): (4.835, 4.8, 4.78)},
     rank=4,

@@ -1,4 +1,4 @@
-"""Figures of the study: frontiers of cross-entropy on the new task against divergence, and divergence over rates."""
+"""Figures of a study: frontiers of cross-entropy on the new task against divergence, and divergence over rates."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 
 from ipca._atomic import write_atomic
 from ipca.lab.sweep.report.style import Style
-from studies.language.analysis import Analysis
-from studies.language.design import ARMS, MAIN
+from studies.frontier.analysis import Analysis
+from studies.frontier.positions import MIDDLE, profile
 from studies.plots import logarithmic, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TASKS = {"german": "German manual pages", "cpp": "C++ headers"}
-_STYLES = {
-    "middle": Style("#0072b2", "#0072b2", "o", "-"),
-    "lora": Style("#d55e00", "#d55e00", "s", "--"),
-    "principal": Style("#000000", "#000000", "^", "-."),
-    "minor": Style("#009e73", "#009e73", "v", ":"),
-}
+_STYLES = (
+    Style("#0072b2", "#0072b2", "o", "-"),
+    Style("#d55e00", "#d55e00", "s", "--"),
+    Style("#000000", "#000000", "^", "-."),
+    Style("#009e73", "#009e73", "v", ":"),
+)
+"""Of the main arms, in their order."""
 _POINTS = 60
 _SMALLEST = 0.05
 """Share of the cross-entropy's improvement from which on a frontier is drawn: at λ = 0 the divergence is 0."""
@@ -33,13 +33,22 @@ _SMALLEST = 0.05
 
 def draw(analysis: Analysis, folder: Path) -> list[Path]:
     """Write ``frontier.png`` and ``rates.png``; none without a run of the main arms."""
-    cells = [cell for cell in analysis.design.targets if any(analysis.of(*cell, arm) for arm in MAIN)]
+    cells = [cell for cell in analysis.design.targets if any(analysis.of(*cell, arm) for arm in analysis.design.main)]
     if not cells:
         return []
     along = "along the scale λ of the final change\nbands: lowest to highest seed; dotted: the protocol's targets"
     over = "at the middle target; rates at which a seed misses it are left out\nbars: lowest to highest seed"
     frontier = _sheet(analysis, folder / "frontier.png", cells, _frontiers, along)
     return [frontier, _sheet(analysis, folder / "rates.png", cells, _rates, over)]
+
+
+def draw_positions(analysis: Analysis, folder: Path) -> list[Path]:
+    """Write ``positions.png``; none without a pair of positions."""
+    cells = [cell for cell in analysis.design.targets if profile(analysis, *cell, 1)]
+    if not cells:
+        return []
+    note = "divergence at the middle target over that of the window at 0.5, paired over seeds, with 95 % intervals"
+    return [_sheet(analysis, folder / "positions.png", cells, _positions, note)]
 
 
 def _sheet(
@@ -53,7 +62,7 @@ def _sheet(
         flat = list(axes.flat)
         for axis, (task, steps) in zip(flat, cells, strict=False):
             panel(axis, analysis, task, steps)
-            axis.set_title(f"{TASKS.get(task, task)}, {steps} steps")
+            axis.set_title(f"{analysis.design.title(task)}, {steps} steps")
         for axis in flat[len(cells) :]:
             axis.remove()
     buffer = io.BytesIO()
@@ -64,7 +73,8 @@ def _sheet(
 
 
 def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
-    for arm in MAIN:
+    title = analysis.design.title
+    for place, arm in enumerate(analysis.design.main):
         chosen = analysis.rates(task, steps, arm)
         curves = [
             curve
@@ -73,27 +83,48 @@ def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
         ]
         if not curves:
             continue
-        style, start = _STYLES[arm], max(curve.new[0] for curve in curves)
+        style, start = _STYLES[place], max(curve.new[0] for curve in curves)
         end = max(curve.lowest for curve in curves)
         levels = np.linspace(start - _SMALLEST * (start - end), end, _POINTS)
         values = np.array([[curve.when(level) for curve in curves] for level in levels], dtype=np.float64)
-        axis.plot(levels, values.mean(1), color=style.color, linestyle=style.dashes, label=ARMS[arm].title)
+        axis.plot(levels, values.mean(1), color=style.color, linestyle=style.dashes, label=title(arm))
         axis.fill_between(levels, values.min(1), values.max(1), color=style.color, alpha=0.15, linewidth=0)
-        seeds = f"{ARMS[arm].title}, n = {len(curves)}"
-        place = (0.97, 0.03 + 0.06 * MAIN.index(arm))
-        axis.annotate(seeds, place, xycoords="axes fraction", ha="right", fontsize=7, color=style.color)
+        seeds = f"{title(arm)}, n = {len(curves)}"
+        axis.annotate(
+            seeds, (0.97, 0.03 + 0.06 * place), xycoords="axes fraction", ha="right", fontsize=7, color=style.color
+        )
     for target in analysis.design.targets[task, steps]:
         axis.axvline(target, color="gray", linestyle=":", linewidth=0.8)
     axis.invert_xaxis()
     logarithmic(axis)
-    axis.set_xlabel("cross-entropy on the new task, nats a token")
-    axis.set_ylabel("KL(base ‖ tuned) on the base's samples")
+    axis.set_xlabel(f"cross-entropy on the new task, nats {analysis.design.unit}")
+    axis.set_ylabel(_metric(analysis))
+
+
+def _positions(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
+    positions, style = analysis.design.positions, _STYLES[0]
+    found = profile(analysis, task, steps, 1)
+    at = [positions[arm] for arm in found]
+    axis.plot(at, [ratio.value for ratio in found.values()], marker=style.mark, color=style.color, label="windows")
+    for x, ratio in zip(at, found.values(), strict=True):
+        if ratio.low is not None and ratio.high is not None:
+            axis.vlines(x, ratio.low, ratio.high, color=style.color, linewidth=1.3)
+    middle = next(arm for arm, place in positions.items() if place == MIDDLE)
+    lora, style = analysis.compare(task, steps, 1, "lora", middle).ratio, _STYLES[1]
+    if lora is not None:
+        axis.axhline(lora.value, color=style.color, linestyle=style.dashes, label=analysis.design.title("lora"))
+        if lora.low is not None and lora.high is not None:
+            axis.axhspan(lora.low, lora.high, color=style.color, alpha=0.15, linewidth=0)
+    axis.axhline(1.0, color="gray", linestyle=":", linewidth=0.8)
+    logarithmic(axis)
+    axis.set_xlabel("position of the window: 0 principal, 1 minor")
+    axis.set_ylabel("KL / KL of the window at 0.5")
 
 
 def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
-    rates = set()
-    for arm in MAIN:
-        style, points = _STYLES[arm], []
+    rates, title = set(), analysis.design.title
+    for style, arm in zip(_STYLES, analysis.design.main, strict=True):
+        points = []
         for rate, by_seed in sorted(analysis.scores(task, steps, arm, 1).items()):
             reached = [score for score in by_seed.values() if score is not None]
             if len(reached) == len(by_seed):
@@ -102,10 +133,15 @@ def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
             x, y, low, high = np.array(points).T
             rates.update(x.tolist())
             axis.vlines(x, low, high, color=style.color, linewidth=1.0)
-            axis.plot(x, y, marker=style.mark, color=style.color, linestyle=style.dashes, label=ARMS[arm].title)
+            axis.plot(x, y, marker=style.mark, color=style.color, linestyle=style.dashes, label=title(arm))
     axis.set_xscale("log")
     axis.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], minor=False)
     axis.minorticks_off()
     logarithmic(axis)
     axis.set_xlabel("learning rate")
-    axis.set_ylabel("KL(base ‖ tuned) on the base's samples")
+    axis.set_ylabel(_metric(analysis))
+
+
+def _metric(analysis: Analysis) -> str:
+    metric = analysis.design.metric
+    return analysis.design.titles.get(metric, "KL(base ‖ tuned) on the base's samples")

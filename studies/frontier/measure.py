@@ -8,19 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.model.batches import evaluating
-from studies.language.texts import Texts
+
+if TYPE_CHECKING:
+    from studies.frontier.texts import Texts
 
 CHUNK = 4
 """Sequences of one forward pass."""
 NEW = "new"
 """The name of the held-out text of the new task beside those of the kept texts."""
+ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
+"""What is kept of every token at λ = 1."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,27 @@ class Measurement:
     Attributes:
         ce: cross-entropy, ``−log p(token)``.
         kl: ``KL(base ‖ tuned)`` over the whole vocabulary; of the kept texts only.
+        scored: False for padding, whose values mean nothing.
     """
 
     ce: dict[str, Tensor]
     kl: dict[str, Tensor]
+    scored: dict[str, Tensor]
 
     def means(self) -> dict[str, float | None]:
         """Means over the tokens, ``ce_new``, ``kl_samples``, …; None where they are not finite."""
         found = {f"ce_{name}": values for name, values in self.ce.items()}
         found |= {f"kl_{name}": values for name, values in self.kl.items()}
-        means = {name: float(values.double().mean()) for name, values in found.items()}
+        means = {name: float(v[self.scored[name[3:]]].double().mean()) for name, v in found.items()}
         return {name: value if math.isfinite(value) else None for name, value in means.items()}
+
+    def items(self) -> dict[str, Tensor]:
+        """What :data:`ITEMS` names, as float16, NaN for padding: rounding is far below the spread between tokens."""
+        return {
+            f"{kind}_{name}": getattr(self, kind)[name].masked_fill(~self.scored[name], math.nan).half()
+            for kind, names in ITEMS.items()
+            for name in names
+        }
 
 
 class Reference:
@@ -69,6 +83,7 @@ class Reference:
     def measure(self, model: nn.Module) -> Measurement:
         """``model`` against the base; one and the same model gives exactly 0."""
         ce, kl = {}, {}
+        scored = {name: self.texts.scored(ids) for name, ids in ((NEW, self.texts.new), *self.texts.kept.items())}
         with evaluating(model):
             head = _head(model)
             ce[NEW] = torch.cat([_cross_entropy(p, ids) for p, ids in self._predictions(model, self.texts.new)])
@@ -79,7 +94,7 @@ class Reference:
                     entropies.append(_cross_entropy(found, part))
                     divergences.append(F.kl_div(found, known, reduction="none", log_target=True).sum(-1).cpu())
                 ce[name], kl[name] = torch.cat(entropies), torch.cat(divergences)
-        return Measurement(ce, kl)
+        return Measurement(ce, kl, scored)
 
     def _predictions(self, model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Log-probabilities ``(4, length − 1, V)`` of the next token, with the ids, chunk by chunk."""

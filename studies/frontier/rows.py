@@ -1,4 +1,4 @@
-"""The study's rows: one JSON line a measurement, one file a run, written when the run is complete."""
+"""Rows of a study: one JSON line a measurement, one file a run, written when the run is complete."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import safetensors.torch
 from torch import Tensor
 
 from ipca._atomic import write_atomic
-from studies.language.design import Run
+from studies.frontier.design import Run
 
-RESULTS = Path(__file__).resolve().parent / "results"
 Line = dict[str, Any]
 """A measurement: the run, hashes, ``step``, ``scale``, ``status``, ``update`` and the metrics in nats a token."""
 _RUN = ("task", "steps", "arm", "rate", "seed")
@@ -62,7 +61,7 @@ class Rows:
             yield Run(*(lines[0][name] for name in _RUN)), lines
 
     def items(self, run: Run) -> dict[str, Tensor]:
-        """The values of single tokens ``(M, length − 1)``; empty for a run that diverged."""
+        """The values of single tokens ``(M, length − 1)``; empty for a run that diverged, or if they were not kept."""
         return safetensors.torch.load_file(self._tokens(run)) if self._tokens(run).exists() else {}
 
     def _path(self, run: Run) -> Path:

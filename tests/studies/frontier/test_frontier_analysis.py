@@ -1,23 +1,22 @@
-"""The language study's analysis on made-up rows whose answer is known, and its page."""
+"""The analysis of a study on made-up rows whose answer is known, and the sections of its page."""
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from studies.language import page as language_page
-from studies.language.analysis import Analysis, Ratio, spread
-from studies.language.design import ARMS, MAIN, Design, Run, Wave, best_rate, grid
-from studies.language.figures import draw
-from studies.language.frontier import along_scale, along_training
-from studies.language.model import NAME
-from studies.language.protocol import REFERENCE, TEXT, arms_table, protocol_sha256, targets_table, with_targets
-from studies.language.rows import Rows
+from studies.frontier import page
+from studies.frontier.analysis import Analysis, Ratio, spread
+from studies.frontier.curve import along_scale, along_training
+from studies.frontier.design import Run, Wave, best_rate, grid
+from studies.frontier.figures import draw
+from studies.frontier.rows import Rows
+from studies.language.protocol import ARMS, MAIN, PLAN, PROTOCOL
 
 TARGETS = (4.4, 4.2, 4.1)
-SMALL = Design(
+SMALL = replace(
+    PLAN,
     tasks=("german",),
     waves=(Wave(60, MAIN, tuple(range(5)), True), Wave(60, MAIN, tuple(range(5)), False)),
     targets={("german", 60): TARGETS},
@@ -40,14 +39,14 @@ def made_up(run, kl, gain=GAIN, finer=(), jitter=0.0):
     environment = {"python": "3", "torch": "2", "ipca": "0", "device": "made up", "threads": 1, "cores": 2}
     lines = [{**known, "step": 0, "scale": 0.0, **at(0.0), "environment": environment}]
     lines += [{**known, "step": run.steps * k // 4, "scale": 1.0, **at(k / 4)} for k in (1, 2, 3)]
-    return lines + [{**known, "step": run.steps, "scale": s, **at(s)} for s in sorted((*SMALL.scales, *finer))]
+    return lines + [{**known, "step": run.steps, "scale": s, **at(s)} for s in sorted({*SMALL.scales, *finer})]
 
 
 def rows_of(folder, seeds=5, jitter=0.02, **changes):
     """Rows of the main arms at their first three rates; the center is the best one."""
     rows = Rows(folder)
     for arm in MAIN:
-        for place, rate in enumerate(sorted(grid(arm, {}))):
+        for place, rate in enumerate(sorted(grid(ARMS[arm].rate, {}))):
             for seed in range(seeds):
                 run = Run("german", 60, arm, rate, seed)
                 kl = KL[arm] * (1.0 if place == 1 else 1.2) * changes.get(arm, 1.0)
@@ -59,7 +58,7 @@ def rows_of(folder, seeds=5, jitter=0.02, **changes):
 
 
 def comparison(analysis, other, place=1):
-    return next(c for c in analysis.family() if (c.other, c.place) == (other, place))
+    return next(c for c in analysis.comparisons() if (c.other, c.place) == (other, place))
 
 
 @pytest.mark.parametrize("along", [lambda lines: along_scale(lines, "kl_samples", SMALL.scales), None])
@@ -70,6 +69,14 @@ def test_divergence_at_a_target(along):
     assert curve.when(4.2) == pytest.approx(0.3 * share**2, rel=0.02)
     assert curve.when(BASE - GAIN - 0.01) is None
     assert curve.lowest == pytest.approx(BASE - GAIN)
+
+
+def test_the_root_of_a_divergence_is_closer_between_the_base_and_the_first_point():
+    run = Run("german", 60, "middle", 1e-3, 0)
+    lines, target = made_up(run, 0.3), BASE - GAIN * (2 * 0.1 - 0.1**2)
+    plain, root = (along_scale(lines, "kl_samples", SMALL.scales, root=root).when(target) for root in (False, True))
+    assert abs(plain / 0.003 - 1) > 0.2
+    assert root == pytest.approx(0.003, rel=0.05)
 
 
 def test_a_target_that_is_only_reached_below_the_full_scale():
@@ -111,7 +118,7 @@ def test_the_middle_window_moves_the_model_less(tmp_path):
             assert found.ratio.low < KL["middle"] / KL[other] < found.ratio.high
             assert (found.verdict, found.ratio.n) == ("lower", 5)
     assert analysis.tuned("german", 60, "middle", 1).keys() == set(range(5))
-    text = "\n".join(language_page.sentences(analysis, analysis.family()))
+    text = "\n".join(page.sentences(analysis, analysis.comparisons()))
     assert "against plain LoRA: diverges less from the base at equal cross-entropy, at all three targets" in text
 
 
@@ -130,7 +137,7 @@ def test_no_verdict_below_five_seeds(tmp_path):
     assert found.verdict == "collecting: 4 of 5 seeds"
     assert found.ratio.n == 4
     assert math.isnan(found.adjusted)
-    text = "\n".join(language_page.sections(analysis, language_page.RESULTS).values())
+    text = "\n".join(page.sections(analysis, PROTOCOL.results).values())
     assert "no verdict (collecting: 4 of 5 seeds)" in text
     assert "diverges less" not in text
 
@@ -150,9 +157,7 @@ def test_no_verdict_where_the_target_is_not_reached(tmp_path):
     rows = rows_of(tmp_path)
     run = Run("german", 60, "lora", 3e-3, 0)
     rows.put(run, made_up(run, 0.1, gain=0.85), {})
-    assert (
-        comparison(Analysis(SMALL, rows), "lora", 2).verdict == "the target is reached by both arms with 4 of 5 seeds"
-    )
+    assert comparison(Analysis(SMALL, rows), "lora", 2).verdict == "the target is reached by all arms with 4 of 5 seeds"
     assert comparison(Analysis(SMALL, rows), "lora", 0).obstacle == ""
 
 
@@ -167,16 +172,16 @@ def test_the_rate_is_chosen_on_the_other_seeds(tmp_path):
 
 
 def test_grids_grow_where_an_end_is_best():
-    assert grid("middle", {}) == (1e-3, 3e-4, 3e-3)
+    assert grid(1e-3, {}) == (1e-3, 3e-4, 3e-3)
     found = {3e-4: {0: 0.3, 1: 0.3}, 1e-3: {0: 0.2, 1: 0.2}, 3e-3: {0: 0.1, 1: 0.1}}
-    assert grid("middle", found) == (1e-3, 3e-4, 3e-3, 1e-2)
-    assert grid("middle", {**found, 1e-2: {0: 0.05}}) == (1e-3, 3e-4, 3e-3, 1e-2), "one seed decides nothing"
-    assert grid("middle", {**found, 1e-2: {0: 0.05, 1: 0.2}}) == (1e-3, 3e-4, 3e-3, 1e-2)
-    assert grid("middle", {**found, 1e-2: {0: 0.05, 1: 0.05}}) == (1e-3, 3e-4, 3e-3, 1e-2, 3e-2)
+    assert grid(1e-3, found) == (1e-3, 3e-4, 3e-3, 1e-2)
+    assert grid(1e-3, {**found, 1e-2: {0: 0.05}}) == (1e-3, 3e-4, 3e-3, 1e-2), "one seed decides nothing"
+    assert grid(1e-3, {**found, 1e-2: {0: 0.05, 1: 0.2}}) == (1e-3, 3e-4, 3e-3, 1e-2)
+    assert grid(1e-3, {**found, 1e-2: {0: 0.05, 1: 0.05}}) == (1e-3, 3e-4, 3e-3, 1e-2, 3e-2)
     low = {3e-4: {0: 0.1, 1: 0.1}, 1e-3: {0: 0.2, 1: 0.2}, 3e-3: {0: 0.3, 1: 0.3}}
-    assert grid("middle", low) == (1e-3, 3e-4, 3e-3, 1e-4)
+    assert grid(1e-3, low) == (1e-3, 3e-4, 3e-3, 1e-4)
     nothing = {key: {0: None, 1: None} for key in (0.0003, 0.001, 0.003)}
-    assert len(grid("middle", nothing)) >= 4, "no rate reaches the target: higher or lower ones are tried"
+    assert len(grid(1e-3, nothing)) >= 4, "no rate reaches the target: higher or lower ones are tried"
 
 
 def test_a_rate_that_misses_the_target_is_worse():
@@ -192,15 +197,15 @@ def test_spread_over_rates():
 def test_the_page_from_no_rows_some_rows_and_all_rows(tmp_path):
     empty = Analysis(SMALL, Rows(tmp_path / "none"))
     assert draw(empty, tmp_path / "none") == []
-    assert set(language_page.sections(empty, language_page.RESULTS).values()) == {language_page.NOT_RUN, ""}
+    assert set(page.sections(empty, PROTOCOL.results).values()) == {page.NOT_RUN, ""}
     for seeds in (1, 5):
         analysis = Analysis(SMALL, rows_of(tmp_path / str(seeds), seeds=seeds))
         assert [path.stat().st_size > 10_000 for path in draw(analysis, tmp_path / str(seeds))] == [True, True]
-        made = language_page.sections(analysis, language_page.RESULTS)
+        made = page.sections(analysis, PROTOCOL.results)
         assert f"{4 * 3 * seeds} runs, 0 of them diverged" in made["progress"]
         assert "off by at most" in made["checks"]
         assert "made up" in made["progress"]
-        assert language_page.NOT_RUN not in "".join(text for name, text in made.items() if name != "rates")
+        assert page.NOT_RUN not in "".join(text for name, text in made.items() if name != "rates")
     assert "0.75" in made["comparisons"]
     assert "lower" in made["comparisons"]
     assert "1.20" in made["rates"], "the outer rates diverge by 20 % more"
@@ -210,46 +215,3 @@ def test_the_same_rows_draw_the_same_pictures(tmp_path):
     analysis = Analysis(SMALL, rows_of(tmp_path, seeds=2))
     first = [path.read_bytes() for path in draw(analysis, tmp_path / "a")]
     assert first == [path.read_bytes() for path in draw(analysis, tmp_path / "b")]
-
-
-def test_targets_are_shares_of_the_reference_runs_improvement(tmp_path):
-    rows = Rows(tmp_path)
-    for run in REFERENCE[:-1]:
-        rows.put(run, made_up(run, 0.4), {})
-    assert with_targets(rows) is None
-    rows.put(REFERENCE[-1], made_up(REFERENCE[-1], 0.4, gain=1.0), {})
-    targets = with_targets(rows).targets
-    assert targets["german", 60] == (4.4, 4.16, 3.98)
-    assert targets[REFERENCE[-1].task, REFERENCE[-1].steps] == (4.5, 4.3, 4.15)
-
-
-def test_the_protocol_has_the_numbers_in_code():
-    text = TEXT.read_text(encoding="utf-8")
-    assert arms_table() in text
-    design = with_targets(Rows(language_page.RESULTS / NAME / "reference"))
-    if design is None:
-        pytest.skip("the runs that fix the targets are not recorded yet")
-    assert targets_table(design) in text
-    assert all(
-        len(targets) == 3 and sorted(targets, reverse=True) == list(targets) for targets in design.targets.values()
-    )
-    assert set(design.targets) == {(task, steps) for task, steps, _ in design.cells()}
-    assert {arm for _, _, arm in design.cells()} == set(ARMS)
-
-
-def test_the_protocols_hash_sees_text_and_numbers_but_no_list_of_changes(monkeypatch, tmp_path):
-    before = protocol_sha256()
-    changed = tmp_path / "PROTOCOL.md"
-    changed.write_text(TEXT.read_text(encoding="utf-8") + "\n- A change.\n", encoding="utf-8")
-    monkeypatch.setattr("studies.language.protocol.TEXT", changed)
-    assert protocol_sha256() == before
-    changed.write_text("Another question.\n" + TEXT.read_text(encoding="utf-8"), encoding="utf-8")
-    assert protocol_sha256() != before
-    monkeypatch.undo()
-    monkeypatch.setitem(ARMS, "full", replace(ARMS["full"], rate=1e-2))
-    assert protocol_sha256() != before
-
-
-def test_the_recorded_page_is_up_to_date(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["page.py", "--check"])
-    assert language_page.main() == 0, capsys.readouterr().err

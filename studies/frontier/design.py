@@ -1,15 +1,14 @@
-"""The numbers of PROTOCOL.md: arms, rates, lengths, targets, and the order in which runs are made."""
+"""A protocol's numbers: arms, rates, lengths, targets, and the order in which runs are made."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Every learning rate is one of these, about a factor of 3 apart; a grid grows along them."""
-
-
 Scores = Mapping[float, Mapping[int, float | None]]
 """By rate and seed: a metric at a target, None if the run does not reach the target."""
 
@@ -34,28 +33,31 @@ class Arm:
     reference: str = "middle"
     scaling: float = 1.0
     pull: float = 0.0
+    inputs = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """More options of :func:`ipca.apply_pc`."""
+        return {}
 
 
-MAIN = ("middle", "lora", "principal", "minor")
-ARMS = {
-    "middle": Arm("middle window", "0.5", 1e-3),
-    "lora": Arm("plain LoRA", "lora", 3e-3),
-    "principal": Arm("principal window", "0.0", 3e-4),
-    "minor": Arm("minor window", "1.0", 1e-3),
-    "frozen-A": Arm("middle window, A frozen", "frozen-A", 3e-3),
-    "frozen-B": Arm("middle window, B frozen", "frozen-B", 3e-3),
-    "0.25": Arm("window at .25", "0.25", 1e-3),
-    "0.75": Arm("window at .75", "0.75", 1e-3),
-    "random": Arm("window at random", "random-window", 1e-3),
-    "rslora": Arm("rsLoRA", "lora", 1e-3, scaling=4.0),
-    "matched-principal": Arm("principal directions, middle's σ", "matched-principal", 1e-3),
-    "matched-minor": Arm("minor directions, middle's σ", "matched-minor", 1e-3),
-    "middle-at-principal": Arm("middle directions, principal's σ", "matched-middle", 3e-4, reference="principal"),
-    "middle-at-minor": Arm("middle directions, minor's σ", "matched-middle", 1e-3, reference="minor"),
-    "lora-pulled": Arm("plain LoRA, pulled to its start", "lora", 3e-3, pull=10.0),
-    "full": Arm("full fine-tuning", "full", 3e-5),
-}
-"""In the order of their importance."""
+@dataclass(frozen=True)
+class OptionArm(Arm):
+    """An arm of an addition to a protocol, with options that the first arms do not have.
+
+    Attributes:
+        train, magnitude: of :func:`ipca.apply_pc`.
+        inputs: what a method that looks at inputs is shown: ``"base"``, sequences drawn from the base that nothing else
+            uses, or ``"new"``, training items of the new task.
+    """
+
+    train: str = "both"
+    magnitude: float | str = "sigma"
+    inputs: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"train": self.train, "magnitude": self.magnitude}
 
 
 @dataclass(frozen=True, order=True)
@@ -91,19 +93,6 @@ class Wave:
     center: bool
 
 
-def waves(short: int, long: int, others: tuple[str, ...]) -> tuple[Wave, ...]:
-    """The protocol's order: the four main arms first, then the others."""
-    five, three, ten = tuple(range(5)), tuple(range(3)), tuple(range(5, 10))
-    groups = [MAIN, *(others[i : i + 6] for i in range(0, len(others), 6))]
-    plan = []
-    for arms in groups:
-        for center in (True, False):
-            plan += [Wave(short, arms, five, center), Wave(long, arms, three, center)]
-    for center in (True, False):
-        plan += [Wave(short, MAIN, ten, center), Wave(long, MAIN, (3, 4), center)]
-    return tuple(plan)
-
-
 @dataclass(frozen=True)
 class Design:
     """A protocol's numbers.
@@ -118,6 +107,18 @@ class Design:
         rank: of every adapter.
         batch: sequences of a step.
         warm_up: steps.
+        arms: by name, in the order of their importance.
+        main: the arms that figures show and whose interpolation is checked.
+        families: of primary comparisons, arm against arm; Holm's correction is over all cells and targets of a family.
+        titles: of tasks and kept texts, for tables and figures; else their names.
+        kept: the kept texts in the order of tables.
+        metric: the primary one, read at equal cross-entropy on the new task: ``kl_`` and the name of a kept text.
+        unit: of a cross-entropy, with its article.
+        item: what a measurement is averaged over, in the plural.
+        enough: seeds below which there is no verdict.
+        autocast: train under bfloat16 autocast; otherwise in the dtype of the weights.
+        root: interpolate the root of a divergence, which is nearly linear in λ, instead of the divergence.
+        itemized: the seeds of which the values of single tokens are kept; None for all.
     """
 
     tasks: tuple[str, ...]
@@ -129,6 +130,28 @@ class Design:
     rank: int = 16
     batch: int = 4
     warm_up: int = 5
+    arms: Mapping[str, Arm] = field(kw_only=True, repr=False)
+    main: tuple[str, ...] = field(kw_only=True, repr=False)
+    families: tuple[tuple[tuple[str, str], ...], ...] = field(kw_only=True, repr=False)
+    titles: Mapping[str, str] = field(kw_only=True, repr=False)
+    kept: tuple[str, ...] = field(kw_only=True, repr=False)
+    metric: str = field(default="kl_samples", kw_only=True, repr=False)
+    unit: str = field(default="a token", kw_only=True, repr=False)
+    item: str = field(default="sequences", kw_only=True, repr=False)
+    enough: int = field(default=5, kw_only=True, repr=False)
+    autocast: bool = field(default=True, kw_only=True, repr=False)
+    root: bool = field(default=False, kw_only=True, repr=False)
+    itemized: tuple[int, ...] | None = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def positions(self) -> dict[str, float]:
+        """The arms that train a window at a given position, with that position, ascending."""
+        found = {name: float(arm.method) for name, arm in self.arms.items() if arm.method[:1].isdigit()}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    def title(self, name: str) -> str:
+        """The title of a task, a kept text or an arm."""
+        return self.arms[name].title if name in self.arms else self.titles.get(name, name)
 
     def steps_measured(self, steps: int) -> tuple[int, ...]:
         """The steps of the checkpoints, ascending; the last one is ``steps``."""
@@ -137,7 +160,8 @@ class Design:
     def is_checked(self, run: Run) -> bool:
         """Whether ``run`` is measured at the finer scales too, which checks the interpolation between the others."""
         first = self.waves[0]
-        return (run.seed, run.steps, run.rate) == (first.seeds[0], first.steps, ARMS[run.arm].rate) and run.arm in MAIN
+        at_center = (run.seed, run.steps, run.rate) == (first.seeds[0], first.steps, self.arms[run.arm].rate)
+        return at_center and run.arm in self.main
 
     def rate_factor(self, step: int, steps: int) -> float:
         """The rate at ``step``, from 1 on, over the run's: warm-up, constant, linear to 0 from half of the steps on."""
@@ -167,8 +191,8 @@ class Design:
         yield from seen
 
 
-def grid(arm: str, scores: Scores) -> tuple[float, ...]:
-    """The rates of an arm in one task at one length, its center first.
+def grid(center: float, scores: Scores) -> tuple[float, ...]:
+    """The rates of an arm in one task at one length, ``center`` first.
 
     Three rates at first. When all of them have two seeds or more and the best is the lowest or the highest, the next
     one of :data:`RATES` on that side is added, again and again.
@@ -176,7 +200,7 @@ def grid(arm: str, scores: Scores) -> tuple[float, ...]:
     Args:
         scores: the divergence on samples at the middle target.
     """
-    start = RATES.index(ARMS[arm].rate)
+    start = RATES.index(center)
     low, high = start - 1, start + 1
     while all(len(scores.get(RATES[i], {})) > 1 for i in range(low, high + 1)):
         best = RATES.index(best_rate({rate: scores[rate] for rate in RATES[low : high + 1]}))

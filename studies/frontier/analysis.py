@@ -15,14 +15,10 @@ from statistics import mean
 import numpy as np
 
 from ipca.lab.statistics import LEVEL, holm
-from studies.language.design import ARMS, Design, Run, Scores, best_rate, grid
-from studies.language.frontier import Curve, along_scale, along_training
-from studies.language.rows import Line, Rows
+from studies.frontier.curve import Curve, along_scale, along_training
+from studies.frontier.design import Design, Run, Scores, best_rate, grid
+from studies.frontier.rows import Line, Rows
 
-METRIC = "kl_samples"
-"""The primary metric: KL(base ‖ tuned) on samples of the base."""
-ENOUGH = 5
-"""Seeds below which there is no verdict."""
 EQUIVALENT = 0.1
 """Two arms are equivalent if the 90 % interval of their ratio is within 1 ± this."""
 
@@ -62,11 +58,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The middle window against another arm at one target.
+    """An arm against another one at one target.
 
     Attributes:
         place: of the target among the three, 0 for the easiest.
-        ratio: of the divergences, middle / other; None if no seed has both.
+        ratio: of the divergences, arm / other; None if no seed has both.
         adjusted: the p-value after Holm's correction over the family.
         obstacle: why there is no verdict; empty if there is one.
     """
@@ -74,6 +70,7 @@ class Comparison:
     task: str
     steps: int
     place: int
+    arm: str
     other: str
     ratio: Ratio | None
     obstacle: str
@@ -102,6 +99,7 @@ class Analysis:
     def __init__(self, design: Design, rows: Rows) -> None:
         self.design = design
         self.rows = rows
+        self._found: dict[tuple[Run, str, bool], list[float | None]] = {}
 
     @cached_property
     def runs(self) -> dict[Run, list[Line]]:
@@ -109,29 +107,46 @@ class Analysis:
         cells = set(self.design.cells())
         return {run: lines for run, lines in self.rows.runs() if (run.task, run.steps, run.arm) in cells}
 
-    def curve(self, run: Run, metric: str = METRIC, *, training: bool = False) -> Curve | None:
-        """Its curve over λ, or over training."""
-        lines = self.runs[run]
-        return along_training(lines, metric) if training else along_scale(lines, metric, self.design.scales)
+    def curve(self, run: Run, metric: str | None = None, *, training: bool = False) -> Curve | None:
+        """The curve of ``metric``, the primary one by default, over λ, or over training."""
+        lines, metric = self.runs[run], metric or self.design.metric
+        root = self.design.root and metric.startswith(("kl_", "cka_"))
+        if training:
+            return along_training(lines, metric, root=root)
+        return along_scale(lines, metric, self.design.scales, root=root)
 
     def of(self, task: str, steps: int, arm: str) -> list[Run]:
         """The complete runs of a cell."""
-        return [run for run in self.runs if (run.task, run.steps, run.arm) == (task, steps, arm)]
+        return self._by_cell.get((task, steps, arm), [])
+
+    @cached_property
+    def _by_cell(self) -> dict[tuple[str, int, str], list[Run]]:
+        found: dict[tuple[str, int, str], list[Run]] = {}
+        for run in self.runs:
+            found.setdefault((run.task, run.steps, run.arm), []).append(run)
+        return found
 
     def scores(
-        self, task: str, steps: int, arm: str, place: int, metric: str = METRIC, *, training: bool = False
+        self, task: str, steps: int, arm: str, place: int, metric: str | None = None, *, training: bool = False
     ) -> Scores:
         """The metric at a target by rate and seed."""
-        target = self.design.targets[task, steps][place]
+        metric = metric or self.design.metric
         found: dict[float, dict[int, float | None]] = {}
         for run in self.of(task, steps, arm):
-            curve = self.curve(run, metric, training=training)
-            found.setdefault(run.rate, {})[run.seed] = None if curve is None else curve.when(target)
+            found.setdefault(run.rate, {})[run.seed] = self._at_targets(run, metric, training)[place]
         return found
+
+    def _at_targets(self, run: Run, metric: str, training: bool) -> list[float | None]:
+        """The metric of a run at each target."""
+        key = (run, metric, training)
+        if key not in self._found:
+            curve, targets = self.curve(run, metric, training=training), self.design.targets[run.task, run.steps]
+            self._found[key] = [None if curve is None else curve.when(target) for target in targets]
+        return self._found[key]
 
     def grid(self, task: str, steps: int, arm: str) -> tuple[float, ...]:
         """The rates that the rows at hand ask for, ascending."""
-        return tuple(sorted(grid(arm, self.scores(task, steps, arm, 1))))
+        return tuple(sorted(grid(self.design.arms[arm].rate, self.scores(task, steps, arm, 1))))
 
     def rates(self, task: str, steps: int, arm: str) -> dict[int, float]:
         """By seed, the rate that is best on the *other* seeds by the primary metric at the middle target.
@@ -147,63 +162,82 @@ class Analysis:
                 if seed in by_seed
             }
             others = {rate: by_seed for rate, by_seed in others.items() if by_seed}
-            chosen[seed] = best_rate(others) if others else min(found, key=lambda r: abs(math.log(r / ARMS[arm].rate)))
+            center = self.design.arms[arm].rate
+            chosen[seed] = best_rate(others) if others else min(found, key=lambda rate: abs(math.log(rate / center)))
         return chosen
 
     def tuned(
-        self, task: str, steps: int, arm: str, place: int, metric: str = METRIC, *, training: bool = False
+        self, task: str, steps: int, arm: str, place: int, metric: str | None = None, *, training: bool = False
     ) -> dict[int, float | None]:
         """The metric at a target by seed, at the rates of :meth:`rates`; None where the target is not reached."""
         found = self.scores(task, steps, arm, place, metric, training=training)
         return {seed: found[rate].get(seed) for seed, rate in self.rates(task, steps, arm).items()}
 
     def compare(
-        self, task: str, steps: int, place: int, other: str, metric: str = METRIC, *, training: bool = False
+        self,
+        task: str,
+        steps: int,
+        place: int,
+        arm: str,
+        other: str,
+        metric: str | None = None,
+        *,
+        training: bool = False,
     ) -> Comparison:
-        """The middle window against ``other``, each seed at the rates that are best on the other seeds."""
-        first, second = (self.tuned(task, steps, arm, place, metric, training=training) for arm in ("middle", other))
+        """``arm`` against ``other``, each seed at the rates that are best on the other seeds."""
+        first, second = (self.tuned(task, steps, each, place, metric, training=training) for each in (arm, other))
         seeds = sorted(first.keys() & second.keys())
         pairs = [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
         ratio = Ratio.of(pairs) if pairs else None
-        obstacle = self._obstacle(task, steps, ("middle", other), len(seeds), len(pairs))
-        return Comparison(task, steps, place, other, ratio, obstacle)
+        obstacle = self.obstacle(task, steps, (arm, other), len(seeds), len(pairs))
+        return Comparison(task, steps, place, arm, other, ratio, obstacle)
 
-    def family(self, others: Iterable[str] = ("lora", "principal", "minor")) -> list[Comparison]:
-        """The primary comparisons, with Holm's correction over those that have a verdict."""
-        others = tuple(others)
-        found = [
-            self.compare(task, steps, place, other)
+    def comparisons(self) -> list[Comparison]:
+        """The primary comparisons, with Holm's correction in each family over those that have a verdict."""
+        return [comparison for pairs in self.design.families for comparison in self._family(pairs)]
+
+    def _family(self, pairs: Iterable[tuple[str, str]]) -> list[Comparison]:
+        pairs, cells = tuple(pairs), set(self.design.cells())
+        return corrected(
+            self.compare(task, steps, place, arm, other)
             for task, steps in self.design.targets
             for place in range(3)
-            for other in others
-        ]
-        ready = [c for c in found if not c.obstacle and c.ratio is not None and not math.isnan(c.ratio.p)]
-        adjusted = dict(zip(map(id, ready), holm([c.ratio.p for c in ready if c.ratio]), strict=True))
-        return [replace(c, adjusted=adjusted.get(id(c), math.nan)) for c in found]
+            for arm, other in pairs
+            if {(task, steps, arm), (task, steps, other)} <= cells
+        )
 
-    def _obstacle(self, task: str, steps: int, arms: Sequence[str], seeds: int, reached: int) -> str:
-        if seeds < ENOUGH:
-            return f"collecting: {seeds} of {ENOUGH} seeds"
+    def obstacle(self, task: str, steps: int, arms: Sequence[str], seeds: int, reached: int) -> str:
+        """Why a comparison of ``arms`` has no verdict; empty if it has one.
+
+        Args:
+            seeds: common to the arms.
+            reached: of them, those with which all arms reach the target.
+        """
+        enough = self.design.enough
+        if seeds < enough:
+            return f"collecting: {seeds} of {enough} seeds"
         for arm in arms:
             found, rates = self.scores(task, steps, arm, 1), self.grid(task, steps, arm)
-            lacking = [rate for rate in rates if len(found.get(rate, {})) < ENOUGH]
+            lacking = [rate for rate in rates if len(found.get(rate, {})) < enough]
             if lacking:
-                return f"collecting: {ARMS[arm].title} at {', '.join(f'{rate:g}' for rate in lacking)}"
+                return f"collecting: {self.design.arms[arm].title} at {', '.join(f'{rate:g}' for rate in lacking)}"
             if best_rate(found) in (rates[0], rates[-1]):
-                return f"{ARMS[arm].title} is best at the edge of its rates, {best_rate(found):g}"
-        if reached < ENOUGH:
-            return f"the target is reached by both arms with {reached} of {seeds} seeds"
+                return f"{self.design.arms[arm].title} is best at the edge of its rates, {best_rate(found):g}"
+        if reached < enough:
+            return f"the target is reached by all arms with {reached} of {seeds} seeds"
         return ""
 
     def interpolation_error(self, metric: str) -> tuple[int, float] | None:
         """The number of finer scales measured, and the largest relative error of the interpolation there."""
         errors = []
         for run, lines in self.runs.items():
-            curve = self.curve(run, metric)
-            for line in lines if curve is not None else ():
-                if curve is not None and line["scale"] in self.design.finer:
-                    read = float(np.interp(line["scale"], curve.at, curve.new if metric == "ce_new" else curve.other))
-                    errors.append(abs(read / line[metric] - 1))
+            finer = [line for line in lines if line["scale"] in self.design.finer]
+            curve = self.curve(run, metric) if finer else None
+            if curve is None:
+                continue
+            for line in finer:
+                read = float(np.interp(line["scale"], curve.at, curve.new if metric == "ce_new" else curve.other))
+                errors.append(abs(read / line[metric] - 1))
         return (len(errors), max(errors)) if errors else None
 
     def one_standard_error(self, task: str, steps: int, arm: str) -> float | None:
@@ -222,12 +256,20 @@ class Analysis:
         return min(rate for rate, values in finite.items() if mean(values) <= mean(best) + error)
 
     def item_error(self, run: Run, name: str) -> float | None:
-        """The standard error of a metric at λ = 1 over the sequences of its text; None if the run diverged."""
+        """The standard error of a metric at λ = 1 over the sequences of its text; None if there are none."""
         items = self.rows.items(run)
         if name not in items:
             return None
-        by_sequence = items[name].double().mean(-1)
+        by_sequence = items[name].double().nanmean(-1)
         return float(by_sequence.std() / math.sqrt(len(by_sequence)))
+
+
+def corrected(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """A family of comparisons with Holm's correction over those that have a verdict."""
+    found = list(comparisons)
+    ready = [c for c in found if not c.obstacle and c.ratio is not None and not math.isnan(c.ratio.p)]
+    adjusted = dict(zip(map(id, ready), holm([c.ratio.p for c in ready if c.ratio]), strict=True))
+    return [replace(c, adjusted=adjusted.get(id(c), math.nan)) for c in found]
 
 
 def final(lines: Sequence[Line], metric: str) -> float:

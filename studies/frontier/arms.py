@@ -1,8 +1,10 @@
-"""The arms of the study as models: adapt, scale the change, and pull it toward the start."""
+"""The arms of a study as models: adapt, scale the change, and pull it toward the start."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from ipca.lab import baselines
 from ipca.lab.baselines.adapt import layer_weights
 from ipca.model import AdapterSettings
 from ipca.svd import SpectralCache
-from studies.language.design import Arm
+from studies.frontier.design import Arm
 
 
 class Tuned:
@@ -24,14 +26,23 @@ class Tuned:
         rank: of the adapter.
         seed: of what the arm draws.
         cache: of decompositions.
+        inputs: batches, for an arm that looks at inputs.
     """
 
-    def __init__(self, model: nn.Module, arm: Arm, rank: int, seed: int, cache: SpectralCache) -> None:
-        settings = AdapterSettings(rank=rank, window=arm.reference, alpha=arm.scaling * rank)
+    def __init__(
+        self,
+        model: nn.Module,
+        arm: Arm,
+        rank: int,
+        seed: int,
+        cache: SpectralCache,
+        inputs: Sequence[Any] | None = None,
+    ) -> None:
+        settings = AdapterSettings(rank=rank, window=arm.reference, alpha=arm.scaling * rank, **arm.options)
         self.arm = arm
         keeps = baselines.kind_of(arm.method) in ("full", "baseline")  # the others' layers hold their base
         self._base = {n: w.clone() for n, w in layer_weights(model, settings).items()} if keeps else None
-        self.model = baselines.apply(model, arm.method, settings, seed=seed, cache=cache)
+        self.model = baselines.apply(model, arm.method, settings, seed=seed, cache=cache, calibration=inputs)
         self.trained: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self._start = {n: p.detach().clone() for n, p in self.trained.items()} if arm.pull else {}
 

@@ -1,9 +1,10 @@
-"""The language study's runs: arms, scales, measurements, and runners that are killed or meet."""
+"""Runs of a study: arms, scales, measurements, and runners that are killed or meet."""
 
 import copy
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +18,18 @@ import torch
 import torch.nn.functional as F
 
 from ipca.analysis import cross_entropy_rise, kl_to_base
-from studies.language import training
-from studies.language.arms import Tuned
-from studies.language.design import ARMS, MAIN, Run, Wave, waves
-from studies.language.measure import Reference
-from studies.language.rows import Rows
-from studies.language.run import Runners, check, collect, how_far
-from tests.helpers import language_study
-from tests.helpers.language_study import DESIGN, LENGTH, VOCABULARY, study
+from studies.frontier import training
+from studies.frontier.arms import Tuned
+from studies.frontier.design import Run, Wave
+from studies.frontier.measure import Reference
+from studies.frontier.rows import Rows
+from studies.frontier.run import Runners, again, check, collect, how_far
+from studies.language.protocol import ARMS, MAIN, PROTOCOL, waves
+from tests.helpers import frontier_study
+from tests.helpers.frontier_study import DESIGN, LENGTH, VOCABULARY, study
 
 RUN = Run("german", 8, "middle", 1e-3, 0)
-SCRIPT = Path(language_study.__file__)
+SCRIPT = Path(frontier_study.__file__)
 ROOT = SCRIPT.parents[2]
 
 
@@ -35,7 +37,7 @@ ROOT = SCRIPT.parents[2]
 def uninterrupted(tmp_path_factory):
     """Everything the small design asks for, made in one go."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    language_study.main(folder)
+    frontier_study.main(folder)
     return folder
 
 
@@ -43,7 +45,7 @@ def uninterrupted(tmp_path_factory):
 def begun(tmp_path_factory):
     """The first runs of the small design."""
     folder = tmp_path_factory.mktemp("begun")
-    language_study.main(folder, limit=3)
+    frontier_study.main(folder, limit=3)
     return folder
 
 
@@ -56,11 +58,15 @@ def logits(model, ids):
     return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("arm", ARMS)
+EXTENDED = PROTOCOL.extended().arms
+
+
+@pytest.mark.parametrize("arm", [arm for arm in EXTENDED if arm not in ("oft", "osf")])  # test_scaled.py has them
 def test_scale_0_is_the_base_and_1_the_tuned_model(arm, tmp_path):
     found = study(tmp_path)
-    ids = found.texts["german"].new
-    tuned = Tuned(copy.deepcopy(found.base), ARMS[arm], 4, 0, found.spectra)
+    ids = found.tasks["german"].new
+    inputs = found.inputs("german", EXTENDED[arm].inputs) if EXTENDED[arm].inputs else None
+    tuned = Tuned(copy.deepcopy(found.base), EXTENDED[arm], 4, 0, found.spectra, inputs)
     before = logits(found.base, ids)
     assert torch.equal(logits(tuned.model, ids), before), "the start is the base"
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +125,7 @@ def test_the_pull_moves_toward_the_start(tmp_path):
 
 def test_measurements_are_cross_entropy_and_divergence(tmp_path):
     found = study(tmp_path)
-    task = found.texts["german"]
+    task = found.tasks["german"]
     reference = Reference(found.base, task)
     same = reference.measure(found.base)
     assert all(not values.any() for values in same.kl.values()), "exactly 0"
@@ -140,7 +146,7 @@ def test_measurements_are_cross_entropy_and_divergence(tmp_path):
 
 def test_means_are_those_of_the_library(tmp_path):
     found = study(tmp_path)
-    task = found.texts["german"]
+    task = found.tasks["german"]
     other = copy.deepcopy(found.base)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight += 0.1
@@ -164,7 +170,7 @@ def test_a_model_with_other_logits_is_refused(tmp_path):
         return output
 
     with pytest.raises(ValueError, match="LlamaForCausalLM does more to its logits"):
-        Reference(capped, found.texts["german"])
+        Reference(capped, found.tasks["german"])
 
 
 def test_a_run_has_a_line_for_every_measurement(tmp_path):
@@ -181,7 +187,7 @@ def test_a_run_has_a_line_for_every_measurement(tmp_path):
         assert line["status"] == "ok"
         assert line["protocol"] == "p"
         assert line["model"] == "m"
-        assert line["text"] == found.texts["german"].sha256()[:12]
+        assert line["text"] == found.tasks["german"].sha256()[:12]
     halves = [line["update"] for line in lines if line["scale"] in (0.5, 1.0) and line["step"] == 8]
     assert halves[0] == pytest.approx(halves[1] / 2)
     items = rows.items(RUN)
@@ -244,7 +250,7 @@ def test_what_was_made_is_not_made_again(uninterrupted):
     assert sum(1 for _ in rows.runs()) >= 24, "three rates of two arms on two tasks with two seeds, or more"
     assert collect(study(uninterrupted / "work"), rows, runners) == 0
     assert contents(uninterrupted) == before
-    text = how_far(DESIGN, rows, runners)
+    text = how_far(DESIGN, rows, runners, 1.0)
     assert "about 0 core hours remain" in text
     assert "at work: nobody" in text
 
@@ -256,7 +262,7 @@ def test_rows_of_another_protocol_model_or_text_are_not_mixed(begun):
     with pytest.raises(ValueError, match="another protocol and model"):
         check(study(begun / "work", protocol="other", model="other"), rows)
     changed = study(begun / "work")
-    changed.texts["cpp"].kept["samples"][0, 0] = VOCABULARY - 1
+    changed.tasks["cpp"].kept["samples"][0, 0] = VOCABULARY - 1
     with pytest.raises(ValueError, match="another text"):
         check(changed, rows)
 
@@ -294,6 +300,20 @@ def test_paused_runners_wait(tmp_path):
     runners.pause(False)
     waiting.join(timeout=10)
     assert not waiting.is_alive()
+
+
+def test_a_recorded_run_is_made_again(begun, tmp_path):
+    found, rows = study(begun / "work"), Rows(begun / "rows")
+    before = contents(begun)
+    assert again(found, rows, 1) == 0.0, "the same bits here"
+    assert contents(begun) == before
+    shutil.copytree(begun / "rows", tmp_path / "rows")
+    for path in (tmp_path / "rows" / "runs").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[-1]["kl_samples"] *= 1.1
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"kl_samples at step 8, λ = 1 is .*, recorded is .*; at most 5% are expected"):
+        again(found, Rows(tmp_path / "rows"), 1)
 
 
 def start(folder):

@@ -1,0 +1,299 @@
+"""Sections of a study's page: pictures, tables and sentences from the rows at hand.
+
+Below five seeds, or where a grid of rates is incomplete or its best rate is an edge, the page says so and draws no
+verdict. The sentences follow from the numbers by the rules of the protocol.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import mean
+
+from studies.frontier.analysis import Analysis, Comparison, Ratio, base, final, spread
+from studies.frontier.positions import best_positions, profile, shapes
+from studies.page import markdown
+
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "results"
+NOT_RUN = "Not run."
+
+
+def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
+    """The text between the markers of a language model's page, by marker; the pictures are in ``folder``."""
+    return {**shared_sections(analysis, folder), "tuned": tuned_table(analysis), "kept": kept_table(analysis)}
+
+
+def shared_sections(analysis: Analysis, folder: Path) -> dict[str, str]:
+    """What the pages of all models have."""
+    found = analysis.comparisons()
+    return {
+        "progress": progress(analysis),
+        "findings": "\n".join(f"- {sentence}" for sentence in sentences(analysis, found)) or NOT_RUN,
+        "frontier": picture(analysis, folder, "frontier"),
+        "comparisons": comparisons_table(analysis, found),
+        "targets": targets_table(analysis),
+        "training": training_table(analysis),
+        "rates": f"{picture(analysis, folder, 'rates')}\n\n{rates_table(analysis)}".strip(),
+        "checks": checks(analysis),
+    }
+
+
+def progress(analysis: Analysis) -> str:
+    """How many runs there are, and of which machines and versions."""
+    runs = analysis.runs
+    if not runs:
+        return NOT_RUN
+    rows = []
+    for task, steps in analysis.design.targets:
+        for arm in analysis.design.arms:
+            found = analysis.of(task, steps, arm)
+            if found:
+                seeds = {rate: sum(run.rate == rate for run in found) for rate in sorted({run.rate for run in found})}
+                each = ", ".join(f"{rate:g}: {count}" for rate, count in seeds.items())
+                rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), each])
+    diverged = sum(any(line["status"] != "ok" for line in lines) for lines in runs.values())
+    made = {tuple(f"{k} {v}" for k, v in lines[0]["environment"].items() if k != "cores") for lines in runs.values()}
+    environments = "; ".join(sorted(", ".join(one) for one in made))
+    head = f"{len(runs)} runs, {diverged} of them diverged. Made with: {environments}."
+    return f"{head}\n\n{markdown(['new task, steps', 'arm', 'seeds at each rate'], rows)}"
+
+
+def sentences(analysis: Analysis, comparisons: list[Comparison]) -> Iterator[str]:
+    """One sentence for each new task, length and pair; it is a verdict only where all three targets have one."""
+    title = analysis.design.title
+    for task, steps in analysis.design.targets:
+        for arm, other in _pairs(analysis):
+            found = [c for c in comparisons if (c.task, c.steps, c.arm, c.other) == (task, steps, arm, other)]
+            if any(c.ratio for c in found):
+                yield f"{cell_title(analysis, task, steps)} steps, {title(arm)} against {title(other)}: {_says(found)}"
+
+
+def _says(found: list[Comparison]) -> str:
+    """A verdict on the three targets, or why there is none."""
+    obstacles = list(dict.fromkeys(c.obstacle for c in found if c.obstacle))
+    if obstacles:
+        return f"no verdict ({'; '.join(obstacles)})."
+    ratios = ", ".join(ratio_text(c.ratio) for c in found)
+    words = {
+        "lower": "diverges less from the base at equal cross-entropy",
+        "higher": "diverges more from the base at equal cross-entropy",
+        "equivalent": "is equivalent within 10 %",
+        "not shown": "no difference is shown, and no equivalence either",
+    }
+    verdicts = list(dict.fromkeys(c.verdict for c in found))
+    if len(verdicts) == 1:
+        return f"{words[verdicts[0]]}, at all three targets (ratios {ratios})."
+    return f"depends on the target: {', '.join(c.verdict for c in found)}, from the easiest on (ratios {ratios})."
+
+
+def comparisons_table(analysis: Analysis, comparisons: list[Comparison]) -> str:
+    """The primary comparisons."""
+    title = analysis.design.title
+    rows = [
+        [
+            cell_title(analysis, c.task, c.steps),
+            str(c.place + 1),
+            title(c.arm),
+            title(c.other),
+            str(c.ratio.n),
+            ratio_text(c.ratio),
+            p_text(c.ratio.p),
+            p_text(c.adjusted),
+            c.verdict,
+        ]
+        for c in comparisons
+        if c.ratio is not None
+    ]
+    head = ["new task, steps", "target", "arm", "against", "n", "ratio of KL [95 %]", "p", "adjusted p", "verdict"]
+    return markdown(head, rows) if rows else NOT_RUN
+
+
+def shape_sentences(analysis: Analysis) -> Iterator[str]:
+    """One sentence for each new task and length on the shape over positions, from the easiest target on."""
+    found = shapes(analysis)
+    for task, steps in analysis.design.targets:
+        verdicts = [shape.verdict for shape in found if (shape.left.task, shape.left.steps) == (task, steps)]
+        if profile(analysis, task, steps, 1):
+            words = verdicts[0] if len(set(verdicts)) == 1 else "; ".join(verdicts)
+            yield f"{cell_title(analysis, task, steps)} steps: {words}."
+
+
+def shapes_table(analysis: Analysis) -> str:
+    """The two lines: the divergence at an end over that at the middle."""
+    rows = []
+    for shape in shapes(analysis):
+        if shape.left.ratio or shape.right.ratio:
+            sides = [f"{ratio_text(c.ratio)}, {p_text(c.adjusted)}" for c in (shape.left, shape.right)]
+            cell = cell_title(analysis, shape.left.task, shape.left.steps)
+            n = str(max(c.ratio.n if c.ratio else 0 for c in (shape.left, shape.right)))
+            rows.append([cell, str(shape.left.place + 1), n, *sides, shape.verdict])
+    head = ["new task, steps", "target", "n", "end 0 / middle [95 %], adjusted p", "end 1 / middle", "verdict"]
+    return markdown(head, rows) if rows else NOT_RUN
+
+
+def positions_table(analysis: Analysis) -> str:
+    """Each position's divergence over the middle's at the three targets, and where it is lowest."""
+    rows, lowest = [], []
+    for task, steps in analysis.design.targets:
+        by_place = [profile(analysis, task, steps, place) for place in range(3)]
+        for arm, at in analysis.design.positions.items():
+            if any(arm in found for found in by_place):
+                ratios = [f"{ratio_text(found.get(arm))} ({found[arm].n if arm in found else 0})" for found in by_place]
+                rows.append([cell_title(analysis, task, steps), f"{at:g}", *ratios])
+        best = best_positions(analysis, task, steps, 1)
+        if best is not None:
+            near = ", ".join(best[1])
+            where = f"lowest at {best[0]}; not shown to be higher: {near}"
+            lowest.append(f"- {cell_title(analysis, task, steps)} steps, middle target: {where}.")
+    head = ["new task, steps", "position", "easiest target", "middle target", "hardest target"]
+    return "\n".join([markdown(head, rows), "", *lowest]).strip() if rows else NOT_RUN
+
+
+def targets_table(analysis: Analysis) -> str:
+    """KL on the base's samples at the three targets, of every arm, each seed at the rate best on the other seeds."""
+    rows = []
+    for (task, steps), _targets in analysis.design.targets.items():
+        for arm in analysis.design.arms:
+            if analysis.of(task, steps, arm):
+                by_place = [analysis.tuned(task, steps, arm, place) for place in range(3)]
+                cells = [_mean_of(found.values()) for found in by_place]
+                rates = ", ".join(f"{rate:g}" for rate in sorted(set(analysis.rates(task, steps, arm).values())))
+                rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), rates, *cells])
+    head = ["new task, steps", "arm", "rate", "easiest target", "middle target", "hardest target"]
+    named = "; ".join(
+        f"{cell_title(analysis, task, steps)} steps: {', '.join(f'{t:g}' for t in targets)}"
+        for (task, steps), targets in analysis.design.targets.items()
+    )
+    return f"{markdown(head, rows)}\n\nTargets, nats {analysis.design.unit}: {named}." if rows else NOT_RUN
+
+
+def training_table(analysis: Analysis) -> str:
+    """The same comparison along training instead of the scale: the checkpoint at which the target is reached."""
+    rows, cells = [], set(analysis.design.cells())
+    for task, steps in analysis.design.targets:
+        for arm, other in _pairs(analysis):
+            if {(task, steps, arm), (task, steps, other)} <= cells:
+                found = [analysis.compare(task, steps, place, arm, other, training=True) for place in range(3)]
+                if any(c.ratio for c in found):
+                    ratios = [f"{ratio_text(c.ratio)}, n = {c.ratio.n}" if c.ratio else "–" for c in found]
+                    rows.append([cell_title(analysis, task, steps), *map(analysis.design.title, (arm, other)), *ratios])
+    head = ["new task, steps", "arm", "against", "easiest target", "middle target", "hardest target"]
+    return markdown(head, rows) if rows else NOT_RUN
+
+
+def tuned_table(analysis: Analysis) -> str:
+    """The model at λ = 1, at the lowest rate within one standard error of the best cross-entropy."""
+    rows = []
+    for task, steps in analysis.design.targets:
+        for arm in analysis.design.arms:
+            rate = analysis.one_standard_error(task, steps, arm)
+            chosen = [run for run in analysis.of(task, steps, arm) if run.rate == rate]
+            if chosen:
+                metrics = ("ce_new", *(f"kl_{name}" for name in analysis.design.kept))
+                means = [mean(final(analysis.runs[run], metric) for run in chosen) for metric in metrics]
+                cells = [f"{rate:g}", str(len(chosen)), *(f"{value:.3f}" for value in means)]
+                rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), *cells])
+    kept = [f"KL, {analysis.design.title(name)}" for name in analysis.design.kept]
+    head = ["new task, steps", "arm", "rate", "n", "CE, new task", *kept]
+    return markdown(head, rows) if rows else NOT_RUN
+
+
+def rates_table(analysis: Analysis) -> str:
+    """How far the rate moves the frontier: highest over lowest KL at the middle target."""
+    rows = []
+    for task, steps in analysis.design.targets:
+        for arm in analysis.design.arms:
+            scores = analysis.scores(task, steps, arm, 1)
+            found = spread(scores)
+            if found is not None:
+                reached = [rate for rate, by_seed in sorted(scores.items()) if None not in by_seed.values()]
+                listed = ", ".join(f"{rate:g}" for rate in reached)
+                rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), listed, f"{found:.2f}"])
+    head = ["new task, steps", "arm", "rates at which every seed reaches the target", "highest / lowest KL"]
+    return markdown(head, rows) if rows else NOT_RUN
+
+
+def kept_table(analysis: Analysis) -> str:
+    """At the middle target: KL and the rise of the cross-entropy on each kept text."""
+    rows, names = [], analysis.design.kept
+    for task, steps in analysis.design.targets:
+        for arm in analysis.design.arms:
+            runs = analysis.of(task, steps, arm)
+            if runs:
+                known = {name: base(analysis.runs[runs[0]], f"ce_{name}") for name in names}
+                divergences = [analysis.tuned(task, steps, arm, 1, f"kl_{name}").values() for name in names]
+                entropies = [
+                    [None if value is None else value - known[name] for value in found.values()]
+                    for name in names
+                    for found in [analysis.tuned(task, steps, arm, 1, f"ce_{name}")]
+                ]
+                cells = [*map(_mean_of, divergences), *(_mean_of(found, sign=True) for found in entropies)]
+                rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), *cells])
+    first, *others = map(analysis.design.title, names)
+    head = ["new task, steps", "arm", f"KL: {first}", *others, f"CE rise: {first}", *others]
+    return markdown(head, rows) if rows else NOT_RUN
+
+
+def checks(analysis: Analysis) -> str:
+    """What the interpolation and the finite texts contribute to the error."""
+    lines, design = [], analysis.design
+    kept = f"KL on the {design.title(design.metric.removeprefix('kl_'))}"
+    for metric, name in (("ce_new", "the cross-entropy on the new task"), (design.metric, kept)):
+        found = analysis.interpolation_error(metric)
+        if found is not None:
+            lines.append(f"- Interpolation of {name} over λ: at {found[0]} finer points off by at most {found[1]:.1%}.")
+    for metric, name in (("ce_new", "cross-entropy on the new task"), (design.metric, kept)):
+        errors = [
+            (error, final(measured, metric))
+            for run, measured in analysis.runs.items()
+            if (error := analysis.item_error(run, metric)) is not None
+        ]
+        if errors:
+            share = mean(error / value for error, value in errors)
+            lines.append(
+                f"- Standard error over the held-out {design.item} of the {name} at λ = 1: {share:.1%} of it on "
+                f"average. All arms share the {design.item}, so that it largely cancels in a ratio; it does not cancel "
+                "in a claim about others."
+            )
+    return "\n".join(lines) or NOT_RUN
+
+
+def cell_title(analysis: Analysis, task: str, steps: int) -> str:
+    """``German manual pages, 60``."""
+    return f"{analysis.design.title(task)}, {steps}"
+
+
+def _pairs(analysis: Analysis) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(pair for pairs in analysis.design.families for pair in pairs))
+
+
+def picture(analysis: Analysis, folder: Path, name: str) -> str:
+    """The picture ``name`` of ``folder``, in Markdown; nothing without runs."""
+    if not analysis.runs:
+        return ""
+    return f"![{name}](../../{(folder / f'{name}.png').relative_to(PAGES.parents[1]).as_posix()})"
+
+
+def ratio_text(found: Ratio | None) -> str:
+    """``0.70 [0.60, 0.80]``."""
+    if found is None:
+        return "–"
+    return f"{found.value:.2f}" if found.low is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _mean_of(values: Iterable[float | None], *, sign: bool = False) -> str:
+    """``0.123 (5)``, a mean with its n; ``0.123 (3 of 5)`` where not every run reaches the target."""
+    found = list(values)
+    reached = [value for value in found if value is not None]
+    if not reached:
+        return f"– (0 of {len(found)})"
+    count = str(len(found)) if len(reached) == len(found) else f"{len(reached)} of {len(found)}"
+    return f"{mean(reached):{'+' if sign else ''}.3f} ({count})".replace("-", "−")
+
+
+def p_text(value: float) -> str:
+    """A p-value to three digits."""
+    if math.isnan(value):
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

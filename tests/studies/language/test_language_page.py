@@ -1,0 +1,28 @@
+"""The language study's protocol and page as recorded."""
+
+import sys
+
+from studies.frontier.protocol import arms_table, targets_table
+from studies.frontier.rows import Rows
+from studies.language import page
+from studies.language.protocol import ARMS, PROTOCOL
+
+
+def test_the_protocol_has_the_numbers_in_code():
+    text = PROTOCOL.text.read_text(encoding="utf-8")
+    assert arms_table(ARMS) in text
+    design = PROTOCOL.with_targets(Rows(PROTOCOL.results / PROTOCOL.model / "reference"))
+    assert targets_table(design) in text
+    assert all(list(targets) == sorted(targets, reverse=True) for targets in design.targets.values())
+    assert set(design.targets) == {(task, steps) for task, steps, _ in design.cells()}
+    assert {arm for _, _, arm in design.cells()} == set(ARMS)
+
+
+def test_the_recorded_rows_are_the_protocols():
+    hashes = {lines[0]["protocol"] for _, lines in Rows(PROTOCOL.results / PROTOCOL.model).runs()}
+    assert hashes == {PROTOCOL.sha256()[:12]}
+
+
+def test_the_recorded_page_is_up_to_date(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["page.py", "--check"])
+    assert page.main() == 0, capsys.readouterr().err
