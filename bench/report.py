@@ -44,6 +44,7 @@ NOT_AS_IN_THE_PAPERS = """\
 - **CorDA** takes PEFT's covariance, in which each batch is divided by its largest input. Padding counts as input.
 - **OPLoRA**: how many components are protected is the paper's parameter `k`; here it is the rank.
 - **LoRA-Null** is the version that trains both factors. The second one freezes the lower factor.
+- **L2 to the start** decays after the step, where AdamW decays before it.
 - **SC-LoRA** (arXiv 2505.23724) is missing: it needs a second set of inputs, which no other method does."""
 PICTURES = "../../bench/results"
 """The folder of the figures, relative to the pages."""

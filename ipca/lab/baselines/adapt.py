@@ -62,14 +62,14 @@ def apply(
     ``"mica"``                             PEFT's MiCA (arXiv 2604.01694): ``B`` is the minor left singular vectors and
                                            frozen, ``A = 0`` trains
     ``"kasa"``                             PEFT's KaSA (2412.06071): the minor components are cut off, and
-                                           ``B diag(ΔΣ) A`` trains; see :func:`penalty`
+                                           ``B diag(ΔΣ) A`` trains; see :func:`ipca.lab.baselines.penalty`
     ``"osf"``                              PEFT's OSF (2504.07097): the lower half of the components trains, by
                                            gradients projected off the upper half; ``rank`` has no effect
     ``"oft"``                              PEFT's OFT (2306.07280) by the exact Cayley transform: ``W R``, ``R``
                                            orthogonal in blocks of 4 · rank, about as many parameters as LoRA's
     ``"corda-ipm"``, ``"corda-kpm"``       PEFT's CorDA (2406.05223): the principal or minor components of
                                            ``W cov(x)``, in the inputs of ``calibration``
-    ``"oplora"``                           LoRA off the ``rank`` leading components, :mod:`ipca.lab.baselines.oplora`
+    ``"oplora"``                           LoRA projected off the ``rank`` leading components on both sides (2510.13003)
     ``"lora-null"``                        LoRA-Null (2503.02659): the part of ``W`` that acts on the ``rank``
                                            directions that the inputs of ``calibration`` use least
     =====================================  =========================================================================

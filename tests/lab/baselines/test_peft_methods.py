@@ -94,6 +94,14 @@ def test_a_failure_leaves_the_model_alone(method, settings, says):
     assert not vars(model.a).keys() & {"eigens", "covariance_matrix", "sample_count", "corda_method", "rank"}
 
 
+def test_a_failure_half_way_puts_the_weights_back():
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 8))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="smaller than min"):  # the first layer has been cut by then
+        baselines.apply(model, "kasa", AdapterSettings(rank=8, targets=("0", "1")))
+    assert snapshot(model) == before
+
+
 def test_layers_that_peft_does_not_adapt_are_named():
     model = nn.Sequential(nn.Embedding(9, 8))
     with pytest.raises(TypeError, match=r"0 is a layer of the kind 'embedding'; PEFT's kasa is for linear layers"):
