@@ -254,6 +254,8 @@ def _saved(layer: WindowLayer) -> SavedLayer:
         report=layer.svd_report,
         bypassed=layer.bypassed,
         certificate=layer.certificate,
+        train=layer.trained,
+        magnitude=layer.magnitude,
     )
 
 
@@ -337,7 +339,8 @@ def _fresh_layers(
             )
         if name not in here:
             raise OtherModelError(f"the adapter holds {name}, which this {type(model).__name__} does not have")
-        target = Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout)
+        options = (form or layer.form, layer.dropout, layer.train, layer.magnitude)
+        target = Target.of(name, here[name], layer.window, layer.alpha, *options)
         if target.kind is not None and target.shape != layer.shape:
             raise ValueError(f"{name} has shape {target.shape}, but the adapter was made for {layer.shape}.")
         targets.append(target)

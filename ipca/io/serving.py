@@ -3,7 +3,8 @@
     lora_A = [A − A0; A0; 0]  (r, in)      lora_B = scaling · [B, B − B0, 0]  (out, r)      r = lora_alpha for all
 
 The product is ``scaling · (B (A − A0) + (B − B0) A0) = scaling · (B A − B0 A0)``, the change of the weight. So what is
-rounded to 16 bits is the change, not the window, and every server scales by 1, whichever fields it reads.
+rounded to 16 bits is the change, not the window, and every server scales by 1, whichever fields it reads. Of a layer
+with one factor as it was at the start only one of the two terms is left, of half the rank.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ipca.io.peft_format import CONFIG, AdapterContents, factor_keys, split_factor, wrappers_around, write_peft
 from ipca.nn.layer_kinds import EXPERTS, LINEAR, is_quantized
+from ipca.nn.offload import stored_tensor
 from ipca.nn.window_layer import WindowLayer
 
 MLX_WEIGHTS = "adapters.safetensors"
@@ -72,8 +74,17 @@ def write_serve(
 
 
 def serving_rank(layers: Mapping[str, WindowLayer]) -> int:
-    """The rank of the LoRA that holds all ``layers``: twice that of the widest window."""
-    return max(2 * layer.rank for layer in layers.values())
+    """The rank of the LoRA that holds all ``layers``: twice that of the widest window, once where one factor trains."""
+    return max(layer.rank * (2 if _moved(layer) == "both" else 1) for layer in layers.values())
+
+
+def _moved(layer: WindowLayer) -> str:
+    """The factors of ``layer`` that its change consists of: those that train, unless the other one has moved too."""
+    frozen = {"A": "B", "B": "A"}.get(layer.trained)
+    if frozen is None:
+        return "both"
+    now, start = (stored_tensor(layer, f"lora_{frozen}{suffix}") for suffix in ("", "0"))
+    return layer.trained if not now.is_meta and torch.equal(now, start.to(now)) else "both"
 
 
 def serving_factors(tensors: Mapping[str, Tensor], layers: Mapping[str, WindowLayer], rank: int) -> dict[str, Tensor]:
@@ -87,14 +98,17 @@ def serving_factors(tensors: Mapping[str, Tensor], layers: Mapping[str, WindowLa
         experts = math.prod(layer.matrix_shape[:-2])
         A, A0 = split_factor("A", tensors[key_A].double(), experts)
         B, B0 = split_factor("B", tensors[key_B].double(), experts)
-        lora_A, lora_B = (A - A0, A0), (layer.scaling * B, layer.scaling * (B - B0))
+        lora_A, lora_B = [A - A0, A0], [layer.scaling * B, layer.scaling * (B - B0)]
+        if (moved := _moved(layer)) != "both":
+            only = "AB".index(moved)
+            lora_A, lora_B = [lora_A[only]], [lora_B[only]]
         made[key_A] = _padded(lora_A, 0, rank, experts).to(tensors[key_A].dtype)
         made[key_B] = _padded(lora_B, 1, rank, experts).to(tensors[key_B].dtype)
     return made
 
 
 def _padded(halves: Sequence[Tensor], axis: int, rank: int, experts: int) -> Tensor:
-    """Two factors in PEFT's shapes one after the other along ``axis``, with zeros up to ``rank``, in each expert."""
+    """Factors in PEFT's shapes one after the other along ``axis``, with zeros up to ``rank``, in each expert."""
     like = halves[0]
     if axis == 0:  # (E r, in, …)
         both = torch.cat([half.reshape(experts, -1, half[0].numel()) for half in halves], dim=1)

@@ -30,7 +30,7 @@ _FIRST_FIELDS = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
 }
 """Fields that every version of PEFT from 0.10 on reads."""
-OWN_FIELDS = ("window", "window_pattern", "tol")
+OWN_FIELDS = ("window", "window_pattern", "tol", "train", "magnitude")
 """Fields of PCConfig that PEFT's configuration cannot hold."""
 
 
@@ -183,9 +183,11 @@ def warn_bypassed(names: list[str], stacklevel: int = 3) -> None:
 
 def _windows(path: Path, layers: dict[str, SavedLayer]) -> dict[str, Any]:
     """The fields that PEFT's file lacks: as saved, or of an adapter by :func:`ipca.save_adapter` from its layers."""
-    starts = {f"^{re.escape(name)}": f"start={layer.start}" for name, layer in layers.items()}
+    starts = {f"^{re.escape(name)}": layer.window.text for name, layer in layers.items()}
     dropout = max(layer.dropout for layer in layers.values())
-    return _own_fields(path) or {"window_pattern": starts, "lora_dropout": dropout}
+    trained = {layer.train for layer in layers.values()}
+    train = trained.pop() if len(trained) == 1 else "both"
+    return _own_fields(path) or {"window_pattern": starts, "lora_dropout": dropout, "train": train}
 
 
 def _own_fields(path: Path) -> dict[str, Any]:

@@ -8,19 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.model.batches import evaluating
-from studies.frontier.texts import Texts
+
+if TYPE_CHECKING:
+    from studies.frontier.texts import Texts
 
 CHUNK = 4
 """Sequences of one forward pass."""
 NEW = "new"
 """The name of the held-out text of the new task beside those of the kept texts."""
+ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
+"""What is kept of every token at λ = 1."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Measurement:
         found |= {f"kl_{name}": values for name, values in self.kl.items()}
         means = {name: float(v[self.scored[name[3:]]].double().mean()) for name, v in found.items()}
         return {name: value if math.isfinite(value) else None for name, value in means.items()}
+
+    def items(self) -> dict[str, Tensor]:
+        """What :data:`ITEMS` names, as float16, NaN for padding: rounding is far below the spread between tokens."""
+        return {
+            f"{kind}_{name}": getattr(self, kind)[name].masked_fill(~self.scored[name], math.nan).half()
+            for kind, names in ITEMS.items()
+            for name in names
+        }
 
 
 class Reference:

@@ -33,8 +33,9 @@ def test_the_hash_sees_text_and_numbers_but_no_list_of_changes(tmp_path):
     changed.text.write_text("Another question.\n" + text, encoding="utf-8")
     assert changed.sha256() != before
     arms = {**PLAN.arms, "full": replace(PLAN.arms["full"], rate=1e-2)}
-    for changes in ({"arms": arms}, {"batch": 5}, {"autocast": False}, {"root": True}):
+    for changes in ({"arms": arms}, {"batch": 5}, {"autocast": False}, {"root": True}, {"metric": "kl_other"}):
         assert replace(PROTOCOL, plan=replace(PLAN, **changes)).sha256() != before
+    assert replace(PROTOCOL, digits=3).sha256() != before
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def extended(tmp_path):
 
 def test_an_addition_has_a_hash_of_its_own(extended):
     assert extended.sha256() == PROTOCOL.sha256()
-    assert PROTOCOL.added_sha256() == {}
+    assert replace(PROTOCOL, additions=()).sha256() == PROTOCOL.sha256()
     before = extended.added_sha256()
     assert set(before) == {"0.1"}
     assert before["0.1"] != extended.sha256()
