@@ -27,8 +27,8 @@ from bench.rows import FACTS, RESULTS, Row, append_rows, facts
 from ipca.lab import baselines
 from ipca.model import AdapterSettings
 from ipca.svd import SpectralCache
-from studies.language.arms import Tuned
-from studies.language.design import Arm
+from studies.frontier.arms import Tuned
+from studies.frontier.design import Arm
 
 COLUMNS = ("baseline", "source", "compared", "difference", "tolerance", *FACTS)
 PATH = RESULTS / "baseline_checks.csv"
