@@ -29,12 +29,12 @@ ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
 
 @dataclass(frozen=True)
 class Measurement:
-    """Values of every predicted token ``(M, length − 1)`` in nats, by text; 0 where ``scored`` is False.
+    """Values of every predicted token ``(M, length − 1)`` in nats, by text.
 
     Attributes:
         ce: cross-entropy, ``−log p(token)``.
         kl: ``KL(base ‖ tuned)`` over the whole vocabulary; of the kept texts only.
-        scored: False for padding.
+        scored: False for padding, whose values mean nothing.
     """
 
     ce: dict[str, Tensor]
@@ -94,8 +94,6 @@ class Reference:
                     entropies.append(_cross_entropy(found, part))
                     divergences.append(F.kl_div(found, known, reduction="none", log_target=True).sum(-1).cpu())
                 ce[name], kl[name] = torch.cat(entropies), torch.cat(divergences)
-        for values in (ce, kl):
-            values.update({name: v.masked_fill(~scored[name], 0) for name, v in values.items()})
         return Measurement(ce, kl, scored)
 
     def _predictions(self, model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

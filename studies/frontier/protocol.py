@@ -22,7 +22,7 @@ class Addition:
     Attributes:
         text: its file, with what is claimed of the new arms and what would refute it.
         arms: by name.
-        waves: their runs, made after all others.
+        waves: their runs, made after all others, of lengths that have targets.
         families: of primary comparisons, also with arms that are there already.
     """
 
