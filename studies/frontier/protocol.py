@@ -43,7 +43,6 @@ class Protocol:
         shares: of the improvement of a reference run; they are the targets, from the easiest on.
         model: the folder of the default model's rows.
         results: the folder of all rows.
-        command: what adds runs.
         seconds: CPU seconds of a step, for the estimate of what remains before a run was made.
         additions: in the order in which they were made.
         digits: of a target.
@@ -55,7 +54,6 @@ class Protocol:
     shares: tuple[float, float, float]
     model: str
     results: Path
-    command: str
     seconds: float
     additions: tuple[Addition, ...] = ()
     digits: int = 2

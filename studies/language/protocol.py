@@ -63,6 +63,5 @@ PROTOCOL = Protocol(
     shares=(0.5, 0.7, 0.85),
     model=NAME,
     results=_HERE / "results",
-    command="make study-language",
     seconds=9.0,
 )

@@ -73,7 +73,6 @@ PROTOCOL = Protocol(
     shares=(0.5, 0.7, 0.85),
     model=NAME,
     results=_HERE / "results",
-    command="make study-position-grid",
     seconds=0.7,
 )
 _TEXT_PLAN = replace(
