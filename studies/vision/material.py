@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +15,22 @@ from torch import Tensor
 
 from ipca._hashing import tensor_sha256
 from studies.cached_tensors import cached
-from studies.vision.measure import PEOPLE, Reference
+from studies.vision.measure import EMOJI, Reference
 from studies.vision.model import SaliencyViT, pooled, tokens_of
-from studies.vision.packages import EMOJI, PHOTOGRAPHS, TEXTILES
+from studies.vision.packages import PHOTOGRAPHS, TEXTILES, VENDORS
 from studies.vision.pictures import SIDE, Emoji, emoji, photographs, pillow_version, textiles
 from studies.vision.probe import Probe
 
-CATEGORIES = (
-    *("Activities", "Animals & Nature", "Food & Drink", "Objects"),
-    *("Smileys & Emotion", "Symbols", "Travel & Places"),
-)
-"""The new task: an emoji's category."""
-GROUPS = ("person-role", "person-activity", "person-sport", "person-fantasy", "person-gesture", "family", "hand")
-"""Subcategories of the kept emoji; all that begin with "hand" are one."""
-HELD_OUT, KEPT, FITTED = 96, 96, 64
-"""Emoji, each of two vendors: held out of the new task, kept ones, and those of them that fit a probe."""
+LEARNED = ("Activities", "Objects", "Smileys & Emotion", "Symbols")
+"""The new task: the subcategory of an emoji of these categories, one of those with :data:`ENOUGH` emoji."""
+ENOUGH = 12
+KEPT = ("Animals & Nature", "Food & Drink", "People & Body", "Travel & Places")
+"""Categories of the kept emoji."""
+KEPT_EACH, HELD_OUT, FITTED = 24, 96, 64
+"""Emoji, each of two vendors: kept ones of each category, held out of the new task, and kept ones that fit a probe."""
 PROBED = 768
 """Training images that fit the new task's probe."""
-TEXTILES_EACH, CROPS_EACH = 16, 8
+TEXTILES_EACH, CROPS_EACH = 16, 9
 
 
 @dataclass(frozen=True)
@@ -93,41 +92,36 @@ def task_images(model: SaliencyViT, folder: Path) -> Images:
     settings = {
         "pillow": pillow_version(),
         "side": SIDE,
-        "counts": [HELD_OUT, KEPT, TEXTILES_EACH, CROPS_EACH],
-        "packages": [package.sha256 for package in (*EMOJI.values(), TEXTILES, PHOTOGRAPHS)],
+        "counts": [ENOUGH, HELD_OUT, KEPT_EACH, TEXTILES_EACH, CROPS_EACH],
+        "packages": [package.sha256 for package in (*VENDORS.values(), TEXTILES, PHOTOGRAPHS)],
     }
     found = cached("vision-images", settings, lambda: _read(folder))
-    train, labels, new, new_labels, groups = (found[n] for n in ("train", "labels", "new", "new_labels", "groups"))
+    train, labels, new, new_labels = (found[name] for name in ("train", "train_labels", "new", "new_labels"))
     with torch.no_grad():
         probe = Probe.fit(pooled(tokens_of(model, train[:PROBED])), labels[:PROBED])
-    kept = {name: found[name] for name in ("photos", PEOPLE, "textiles")}
-    return Images(train, labels, new, new_labels, kept, groups, 2 * FITTED, probe)
+    assert len(probe.bias) == len(labels.unique()), "the probe has seen every class"
+    kept = {name: found[name] for name in ("photos", EMOJI, "textiles")}
+    return Images(train, labels, new, new_labels, kept, found["groups"], 2 * FITTED, probe)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
     everything = emoji(folder)
-    learned = [each for each in everything if each.category in CATEGORIES]
-    people = [each for each in everything if each.category == "People & Body" and _group(each) in GROUPS][:KEPT]
-    new, new_labels = _stacked(learned[:HELD_OUT], [CATEGORIES.index(each.category) for each in learned[:HELD_OUT]])
-    train, labels = _stacked(learned[HELD_OUT:], [CATEGORIES.index(each.category) for each in learned[HELD_OUT:]])
-    kept, groups = _stacked(people, [GROUPS.index(_group(each)) for each in people])
-    return {
-        "train": train,
-        "labels": labels,
-        "new": new,
-        "new_labels": new_labels,
-        PEOPLE: kept,
-        "groups": groups,
-        "photos": photographs(folder, CROPS_EACH),
-        "textiles": textiles(folder, TEXTILES_EACH),
-    }
+    counts = Counter(each.subcategory for each in everything if each.category in LEARNED)
+    classes = sorted(name for name, count in counts.items() if count >= ENOUGH)
+    learned = [each for each in everything if each.category in LEARNED and each.subcategory in classes]
+    by_category = [[each for each in everything if each.category == name][:KEPT_EACH] for name in KEPT]
+    kept = [each for group in zip(*by_category, strict=True) for each in group]
+    found = {"photos": photographs(folder, CROPS_EACH), "textiles": textiles(folder, TEXTILES_EACH)}
+    for name, chosen in (("new", learned[:HELD_OUT]), ("train", learned[HELD_OUT:])):
+        found[name] = _pictures(chosen)
+        found[f"{name}_labels"] = _paired(classes.index(each.subcategory) for each in chosen)
+    return found | {EMOJI: _pictures(kept), "groups": _paired(KEPT.index(each.category) for each in kept)}
 
 
-def _group(found: Emoji) -> str:
-    return "hand" if found.subcategory.startswith("hand") else found.subcategory
+def _pictures(chosen: Iterable[Emoji]) -> Tensor:
+    """The pictures, those of one emoji next to each other."""
+    return torch.stack([picture for each in chosen for picture in each.pictures])
 
 
-def _stacked(chosen: list[Emoji], labels: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Pictures and labels, the pictures of one emoji next to each other."""
-    pictures = torch.stack([picture for each in chosen for picture in each.pictures])
-    return pictures, torch.tensor(list(labels)).repeat_interleave(len(EMOJI))
+def _paired(labels: Iterable[int]) -> Tensor:
+    return torch.tensor(list(labels)).repeat_interleave(len(VENDORS))

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from studies.vision.material import Images
 
 NEIGHBORS = 5
-PEOPLE = "people"
-"""The kept emoji, all of the category "People & Body"."""
+EMOJI = "emoji"
+"""The kept emoji, of other categories than the new task's."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Reference:
         with evaluating(model):
             self._tokens = {name: tokens_of(model, kept) for name, kept in images.kept.items()}
             self._maps = {name: maps_of(model, tokens) for name, tokens in self._tokens.items()}
-        self._probe = self._fitted(pooled(self._tokens[PEOPLE]))
+        self._probe = self._fitted(pooled(self._tokens[EMOJI]))
 
     def measure(self, model: SaliencyViT) -> Measurement:
         """``model`` against the base; each grows with what is lost.
@@ -71,8 +71,8 @@ class Reference:
         ``kl_…``                ``KL(base ‖ tuned)`` of the saliency map, each pixel a Bernoulli distribution
         ``cka_…``               1 − linear CKA of all tokens (Kornblith et al., ICML 2019), which no rotation changes
         ``neighbors_…``         share of an image's five nearest neighbors by cosine that are not the base's
-        ``frozen_people``       error of a probe of the kept emoji's groups that was fitted on the base
-        ``refit_people``        error of one that is fitted on the model's own features
+        ``frozen_emoji``        error of a probe of the kept emoji's categories that was fitted on the base
+        ``refit_emoji``         error of one that is fitted on the model's own features
         ======================  ===================================================================================
         """
         images, kl, others = self.images, {}, {}
@@ -86,11 +86,11 @@ class Reference:
                 others[f"cka_{name}"] = 1 - linear_cka(before.flatten(0, 1), after.flatten(0, 1))
                 then, now = nearest(pooled(before)), nearest(pooled(after))
                 others[f"neighbors_{name}"] = 1 - _share((now[:, :, None] == then[:, None]).any(-1))
-                if name == PEOPLE:
+                if name == EMOJI:
                     features = pooled(after)
         if all(map(math.isfinite, others.values())):
-            others["frozen_people"] = self._error(self._probe, features)
-            others["refit_people"] = self._error(self._fitted(features), features)
+            others["frozen_emoji"] = self._error(self._probe, features)
+            others["refit_emoji"] = self._error(self._fitted(features), features)
         return Measurement(ce, kl, others)
 
     def _fitted(self, features: Tensor) -> Probe:

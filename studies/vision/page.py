@@ -19,14 +19,14 @@ from studies.vision.protocol import MAIN, PLAN, PROTOCOL
 
 FEATURES = {
     "cka_photos": "1 − CKA, photographs",
-    "kl_people": "KL, people",
-    "cka_people": "1 − CKA, people",
+    "kl_emoji": "KL, kept emoji",
+    "cka_emoji": "1 − CKA, kept emoji",
     "kl_textiles": "KL, textiles",
     "cka_textiles": "1 − CKA, textiles",
 }
 """Secondary measures of what was kept, with their titles."""
-NEIGHBORS = {"neighbors_photos": "other neighbors, photographs", "neighbors_people": "other neighbors, people"}
-PROBES = {"frozen_people": "frozen probe, error", "refit_people": "refit probe, error"}
+NEIGHBORS = {"neighbors_photos": "other neighbors, photographs", "neighbors_emoji": "other neighbors, kept emoji"}
+PROBES = {"frozen_emoji": "frozen probe, error", "refit_emoji": "refit probe, error"}
 
 
 def sections(analysis: Analysis, folder: Path) -> dict[str, str]:

@@ -32,7 +32,7 @@ def load(folder: Path | None, device: str) -> Material:
         raise ValueError(f"the vision study has one model, {NAME}; leave --model {folder} out.")
     packages = Path(os.environ.get("IPCA_STUDY_PACKAGES") or DOWNLOADS)
     base = load_model(packages, device)
-    return Material(NAME, base, None, lambda _: {"emoji": task_images(base, packages)})
+    return Material(NAME, base, None, lambda _: {"kinds": task_images(base, packages)})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ RATES = {"middle": 1e-3, "lora": 3e-3}
 def design():
     waves = (Wave(8, TWO, (0,), True), Wave(8, TWO, (0,), False))
     arms = {name: replace(arm, rate=RATES.get(name, arm.rate)) for name, arm in PLAN.arms.items()}
-    return replace(PLAN, waves=waves, arms=arms, targets={("emoji", 8): (0.675, 0.67, 0.665)}, rank=4, batch=8)
+    return replace(PLAN, waves=waves, arms=arms, targets={("kinds", 8): (0.675, 0.67, 0.665)}, rank=4, batch=8)
 
 
 @cache
@@ -58,7 +58,7 @@ def images():
         return (share * patterns[labels] + (1 - share) * noise).to(torch.uint8), labels
 
     (train, labels), (new, new_labels) = some(48, 0.3), some(24, 0.3)
-    kept = {name: some(count)[0] for name, count in (("photos", 8), ("people", 18), ("textiles", 6))}
+    kept = {name: some(count)[0] for name, count in (("photos", 8), ("emoji", 18), ("textiles", 6))}
     with torch.no_grad():
         probe = Probe.fit(pooled(tokens_of(model(), train[:12])), labels[:12])
     return Images(train, labels, new, new_labels, kept, torch.arange(18) % CLASSES, 12, probe)
@@ -66,4 +66,4 @@ def images():
 
 def study(work):
     found = {"protocol": "p", "model": "m"}
-    return Study(design(), model(), {"emoji": images()}, Path(work), found, progress=False)
+    return Study(design(), model(), {"kinds": images()}, Path(work), found, progress=False)

@@ -82,13 +82,13 @@ def test_a_probe_separates_and_does_not_depend_on_scales():
 def test_the_base_measures_zero_and_a_moved_model_does_not():
     reference = Reference(model(), images())
     base = reference.measure(model()).means()
-    for name in ("photos", "people", "textiles"):
+    for name in ("photos", "emoji", "textiles"):
         assert base[f"kl_{name}"] == 0
         assert base[f"cka_{name}"] == pytest.approx(0, abs=1e-12)
         assert base[f"neighbors_{name}"] == 0
-    assert base["frozen_people"] == base["refit_people"]
+    assert base["frozen_emoji"] == base["refit_emoji"]
     near, far = (reference.measure(moved(size)).means() for size in (0.05, 0.5))
-    for name in ("kl_photos", "cka_photos", "kl_people", "cka_people", "kl_textiles", "cka_textiles"):
+    for name in ("kl_photos", "cka_photos", "kl_emoji", "cka_emoji", "kl_textiles", "cka_textiles"):
         assert 0 < near[name] < far[name], name
     items = reference.measure(moved(0.5)).items()
     assert items["kl_photos"].shape == (8, 1)

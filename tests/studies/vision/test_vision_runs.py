@@ -20,7 +20,7 @@ from studies.vision.protocol import ARMS, MAIN, PROTOCOL
 from studies.vision.run import load
 from tests.helpers.vision_study import design, images, study
 
-RUN = Run("emoji", 8, "middle", 1e-3, 0)
+RUN = Run("kinds", 8, "middle", 1e-3, 0)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_a_killed_run_gives_the_same_bits(collected, tmp_path):
 def test_rows_of_other_images_are_not_mixed(collected):
     other = study(collected / "work")
     labels = images().new_labels.roll(1)
-    other.tasks = {"emoji": replace(images(), new_labels=labels)}
-    with pytest.raises(ValueError, match="runs of another images, such as emoji-8-"):
+    other.tasks = {"kinds": replace(images(), new_labels=labels)}
+    with pytest.raises(ValueError, match="runs of another images, such as kinds-8-"):
         check(other, Rows(collected / "rows"))
 
 
@@ -84,10 +84,10 @@ def test_the_page_is_made_from_the_rows(collected):
     analysis = Analysis(design(), Rows(collected / "rows"))
     made = sections(analysis, vision_page.PAGES.parents[1] / "some")
     assert "no verdict (collecting: 1 of 5 seeds)" in made["findings"]
-    (chosen,) = analysis.tuned("emoji", 8, "lora", 1, "cka_photos").values()
+    (chosen,) = analysis.tuned("kinds", 8, "lora", 1, "cka_photos").values()
     assert f"| {chosen:.3f} |" in made["kept"]
-    assert made["final"].count("plain LoRA") == len({run.rate for run in analysis.of("emoji", 8, "lora")})
-    assert "emoji categories, 8 | plain LoRA" in made["features"]
+    assert made["final"].count("plain LoRA") == len({run.rate for run in analysis.of("kinds", 8, "lora")})
+    assert "emoji subcategories, 8 | plain LoRA" in made["features"]
     page = (vision_page.PAGES / "vision.md").read_text()
     assert set(re.findall(r"<!-- study:(\w+) -->", page)) == set(made)
 
