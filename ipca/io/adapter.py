@@ -311,8 +311,8 @@ def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form
         if name not in present:
             raise ValueError(f"the adapter holds {name}, which is not adapted in this model; load onto the plain base.")
         mine = _saved(present[name])
-        wanted = {"shape": layer.shape, "rank": layer.rank, "alpha": layer.alpha, "form": form or layer.form}
-        for field, value in wanted.items():
+        wanted = {field: getattr(layer, field) for field in ("shape", "rank", "alpha", "form", "train")}
+        for field, value in (wanted | ({"form": form} if form else {})).items():
             if getattr(mine, field) != value:
                 raise ValueError(
                     f"{name} has {field} {getattr(mine, field)}, the adapter {value}; load onto the plain base."

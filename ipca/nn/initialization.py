@@ -329,18 +329,25 @@ def _each_block(use: Callable[[Rows, Tensor], T], weight: Tensor, terms: Sequenc
 
 
 class LayerRecord(NamedTuple):
-    """A layer's settings and its window's first index, None before the window is set: its ``_extra_state``, as JSON."""
+    """A layer's settings and its window's first index, None before the window is set: its ``_extra_state``, as JSON.
+
+    Fields at their default are left out; checkpoints without them are read.
+    """
 
     rank: int
     alpha: float
     form: str
     start: int | None
     base_sha256: str | None
+    basis: str = "weight"
+    magnitude: float | str = "sigma"
 
 
 def encode_extra_state(record: LayerRecord) -> Tensor:
     """The record as a 1-D uint8 tensor, which every checkpoint format can hold."""
-    return torch.frombuffer(bytearray(json.dumps(record._asdict()).encode()), dtype=torch.uint8)
+    defaults = LayerRecord._field_defaults
+    values = {k: v for k, v in record._asdict().items() if k not in defaults or v != defaults[k]}
+    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
 
 
 def decode_extra_state(state: Tensor) -> LayerRecord:
@@ -351,12 +358,12 @@ def decode_extra_state(state: Tensor) -> LayerRecord:
     """
     try:
         values = json.loads(bytes(state.cpu().tolist()))
-        missing = set(LayerRecord._fields) - values.keys()
+        missing = set(LayerRecord._fields) - values.keys() - LayerRecord._field_defaults.keys()
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the layer's record is damaged: {error}.") from None
     if missing:
         raise ValueError(f"the layer's record lacks {', '.join(sorted(missing))}.")
-    return LayerRecord(**{name: values[name] for name in LayerRecord._fields})
+    return LayerRecord(**{name: values[name] for name in LayerRecord._fields if name in values})
 
 
 def check_extra_state(record: LayerRecord, state: Tensor) -> None:

@@ -397,17 +397,16 @@ class WindowLayer(nn.Module):
         )
 
     def _record(self) -> LayerRecord:
-        start = None if self.window is None else self.window.index
-        return LayerRecord(self.rank, self.alpha, self.form, start, self.base_sha256)
+        start, basis = (None, "weight") if self.window is None else (self.window.index, self.window.basis)
+        return LayerRecord(self.rank, self.alpha, self.form, start, self.base_sha256, basis, self.magnitude)
 
     def get_extra_state(self) -> Tensor:
         return encode_extra_state(self._record())
 
     def set_extra_state(self, state: Tensor) -> None:
         record = decode_extra_state(state)
-        basis = self.requested_window.basis
-        self.window = None if record.start is None else Window(record.start, self.rank, basis)
-        self.base_sha256 = record.base_sha256
+        self.window = None if record.start is None else Window(record.start, self.rank, record.basis)
+        self.base_sha256, self.magnitude = record.base_sha256, record.magnitude
         self.svd_report = self.certificate = None
 
     def _load_from_state_dict(

@@ -458,11 +458,6 @@ class _WindowConv(WindowLora):
     def base_matrix(self) -> Tensor:
         return self.base_parameter().detach().flatten(1)
 
-    def frozen_layers(self, train: str) -> tuple[str, ...]:
-        """The names of PEFT's dictionaries of factors that are frozen where only ``train`` trains."""
-        other = "B" if train == "A" else "A"
-        return f"lora_{other}", f"lora_embedding_{other}"
-
     def stored(self, initial: InitialFactors, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         A0, B0 = to_peft(self.kind, initial.A0, initial.B0, self.base_parameter().shape[2:])
         return A0.to(A), B0.to(B)

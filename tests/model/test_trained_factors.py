@@ -115,6 +115,14 @@ def test_a_plain_state_dict_is_decomposed_as_the_layer_says():
     assert torch.equal(model[0].lora_A0, want.lora_A0)
 
 
+def test_a_checkpoint_that_trains_another_factor_is_not_resumed_in_place(tmp_path):
+    base = Plain()
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=3, train="A", progress=False), tmp_path)
+    model = ipca.apply_pc(copy.deepcopy(base), rank=3, train="B", progress=False)
+    with pytest.raises(ValueError, match="a has train B, the adapter A; load onto the plain base"):
+        ipca.load_adapter(model, tmp_path)
+
+
 def test_a_summary_says_what_trains():
     model = ipca.apply_pc(Plain(), rank=3, train="A", progress=False)
     assert "only A trains" in str(ipca.summary(model))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ipca
+from ipca.io.adapter_folder import read_layers
 from ipca.lab.continual import ContinualLearner
 from ipca.model import AdapterSettings, calibration
 from ipca.model.calibration import directions_of_inputs, input_energy, part_on_directions
@@ -138,6 +139,20 @@ def test_the_adapter_is_loaded_and_saved_again_without_batches(batches, tmp_path
     state = model.state_dict()
     again.load_state_dict(state)
     assert again.a.window.text == "inputs:start=16"
+
+
+def test_a_state_dict_says_of_what_the_window_is(batches, tmp_path):
+    """And at which size its components start, whatever the layer that takes it was made for."""
+    options = {"rank": 4, "targets": "a", "progress": False}
+    inputs = ipca.apply_pc(Plain(), window="inputs:minor", magnitude=1.0, calibration=batches, **options)
+    weights = ipca.apply_pc(Plain(), window="minor", **options)
+    before = weights.state_dict()
+    weights.load_state_dict(inputs.state_dict())
+    assert (weights.a.window, weights.a.magnitude) == (inputs.a.window, 1.0)
+    ipca.save_adapter(weights, tmp_path)
+    assert read_layers(tmp_path)["a"].window.text == "inputs:start=16"
+    inputs.load_state_dict(before)
+    assert (inputs.a.window, inputs.a.magnitude) == (ipca.Window(8, 4), "sigma")
 
 
 def test_the_summary_and_the_layer_say_of_what_the_windows_are(batches):

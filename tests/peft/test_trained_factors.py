@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import ipca
 import ipca.peft
+from ipca.io.adapter_folder import read_layers
 from ipca.peft import PCConfig, prepare
 from tests.helpers.models import snapshot
 from tests.helpers.peft_models import llama
@@ -70,6 +71,23 @@ def test_one_factor_trains_whatever_peft_switches_on(base, train, names, tmp_pat
     native = ipca.load_adapter(copy.deepcopy(base), tmp_path)
     assert trained(native) == names
     torch.testing.assert_close(logits(native), logits(model))
+
+
+def test_an_adapter_of_apply_pc_keeps_its_options(base, tmp_path):
+    options = {"rank": 3, "train": "B", "magnitude": 1.0, "progress": False}
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), targets=TARGETS, **options), tmp_path / "one")
+    resumed = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one", is_trainable=True)
+    resumed.save_pretrained(tmp_path / "two")
+    for layer in read_layers(tmp_path / "two").values():
+        assert (layer.train, layer.magnitude) == ("B", 1.0)
+
+
+def test_layers_of_several_options_give_a_warning(base, tmp_path):
+    model = ipca.apply_pc(copy.deepcopy(base), rank=3, targets="q_proj", train="A", progress=False)
+    ipca.save_adapter(ipca.apply_pc(model, rank=3, targets="down_proj", progress=False), tmp_path)
+    with pytest.warns(RuntimeWarning, match="layers have train 'A', 'both', and a PCConfig has one for all"):
+        config = PCConfig.from_pretrained(tmp_path)
+    assert (config.train, config.magnitude) == ("both", "sigma")
 
 
 @pytest.mark.parametrize("window", ["inputs:minor", "inputs:0.3", "auto"])
