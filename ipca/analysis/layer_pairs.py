@@ -90,7 +90,7 @@ def weight_pairs(model: nn.Module, base: Base | None = None) -> Iterator[LayerPa
     for given in (model, base):
         if isinstance(given, nn.Module):
             check_not_sharded(given, "gather it first: save_adapter and load_adapter onto the plain base.")
-    inner = _inside_peft(model)
+    inner = inside_peft(model)
     before = named_layers(base) if isinstance(base, nn.Module) else base
     layers: dict[str, nn.Module] = {**adapted_layers(inner)} or peft_layers(inner)
     if before is None and any(not isinstance(layer, WindowLayer) for layer in layers.values()):
@@ -205,6 +205,6 @@ def _check_empty(name: str, layer: nn.Module) -> None:
         raise ValueError(f"{name}: it has no window yet: load a state dict with load_state_dict().")
 
 
-def _inside_peft(model: Any) -> nn.Module:
+def inside_peft(model: Any) -> nn.Module:
     """The model inside a PeftModel, whose paths are those of the plain model."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ipca.analysis.linalg import wide
-from ipca.nn.layer_kinds import ExpertStack, layer_kind, read_layer, to_matrix
+from ipca.nn.layer_kinds import ExpertStack, is_quantized, layer_kind, read_layer, to_matrix
 from ipca.window import Window
 
 _INNER = ".base_layer"
@@ -16,8 +18,8 @@ _ADDITIVE = (
     *("lora", "adalora", "c3a", "deft", "delora", "fourierft", "frod", "gralora", "loha", "lokr", "osf", "peanut"),
     *("psoft", "pvera", "randlora", "shira", "supertuning", "unilora", "vblora", "vera", "waveft"),
 )
-"""The tuners of PEFT whose layers compute ``W + get_delta_weight()``. Others give that name to a factor of ``W``, as
-OFT and HRA, or to what needs ``W`` to become a change, as HiRA."""
+"""The tuners of PEFT whose layers compute ``W + get_delta_weight()``, except LoRA with a variant such as DoRA. Others
+give that name to a factor of ``W``, as OFT and HRA, or to what needs ``W`` to become a change, as HiRA."""
 
 
 def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -39,17 +41,20 @@ def other_tuner(model: nn.Module) -> str | None:
 
 
 def trained_matrix(name: str, layer: Any) -> Tensor:
-    """``W' (out, in)`` or ``(E, out, in)`` in float64: the base layer's weight plus the change of every active adapter.
+    """``W' (out, in)`` or ``(E, out, in)`` in float64: the base layer's weight with the change of every active adapter.
 
-    Once an adapter is merged, PEFT computes with the base layer's weight only, and so does this.
+    Adapters that do more than to add to the weight, as OFT's or DoRA's, are merged by PEFT into a copy of the layer in
+    float64. Once an adapter is merged, PEFT computes with the base layer's weight only, and so does this.
 
     Raises:
-        ValueError: an adapter does not add to the weight, as OFT's or DoRA's, or the weight cannot be read as a matrix.
+        ValueError: PEFT cannot merge an adapter, or the weight cannot be read as a matrix.
     """
     base = _base_layer(name, layer)
+    adapters = [] if layer.merged else _active(layer)
+    if not all(_is_additive(layer, adapter) for adapter in adapters):
+        return _merged(name, layer)
     weight = wide(read_layer(base)[0])
-    for adapter in [] if layer.merged else _active(layer):
-        _check_product(name, layer, adapter)
+    for adapter in adapters:
         change = to_matrix(layer_kind(base) or "linear", layer.get_delta_weight(adapter).detach())
         weight = weight + wide(change).to(weight.device)
     return weight
@@ -80,20 +85,25 @@ def active_window(model: nn.Module, name: str, layer: Any) -> Window | None:
     return None if saved is None else saved.window
 
 
-def _check_product(name: str, layer: Any, adapter: str) -> None:
-    """Raise ValueError for an adapter that does more than to add a matrix to the weight."""
+def _is_additive(layer: Any, adapter: str) -> bool:
+    """Whether the adapter adds ``get_delta_weight()`` to the weight."""
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     modules = [c.__module__.split(".") for c in type(layer).__mro__]
     tuner = next((parts[2] for parts in modules if parts[:2] == ["peft", "tuners"]), None)
-    if type(variant).__module__.startswith("peft."):
-        what = f"is a {type(variant).__name__}, whose change is more than B A"
-    elif tuner is not None and tuner not in _ADDITIVE:
-        what = f"is of PEFT's {tuner}, which is not known to add a change to the weight"
-    else:
-        return
-    raise ValueError(
-        f"{name}: its adapter {adapter!r} {what}; merge_and_unload() a copy of the model and compare that."
-    )
+    return not type(variant).__module__.startswith("peft.") and (tuner is None or tuner in _ADDITIVE)
+
+
+@torch.no_grad()
+def _merged(name: str, layer: Any) -> Tensor:
+    """The weight that PEFT's merging leaves in a copy of the layer in float64."""
+    if is_quantized(layer_kind(layer.get_base_layer())):
+        raise ValueError(f"{name}: {type(layer).__module__} is not read on a quantized weight; adapt a plain one.")
+    copied = copy.deepcopy(layer).double()
+    try:
+        copied.merge()
+    except NotImplementedError as error:
+        raise ValueError(f"{name}: PEFT cannot merge this adapter, so its weight is unknown: {error}") from None
+    return read_layer(copied.get_base_layer())[0]
 
 
 def _active(layer: Any) -> list[str]:

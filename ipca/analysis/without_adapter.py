@@ -42,8 +42,8 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 def check_base(model: nn.Module) -> None:
     """Raise ValueError where ``model`` has no adapter, or does not compute the base's function without it.
 
-    PEFT's PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's start from the base weights: a model without
-    such an adapter is not the base.
+    PEFT's PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's start from the base weights, and KaSA cuts off
+    their smallest components: a model without such an adapter is not the base.
     """
     if adapted_layers(model):
         return
@@ -54,6 +54,11 @@ def check_base(model: nn.Module) -> None:
             raise ValueError(
                 f"the adapter {name!r} has bias={config.bias!r}, which trains biases of the base: without it the model "
                 "is not the base. Pass the pretrained model as base, or train with bias='none'."
+            )
+        if getattr(config, "kasa_config", None) is not None:
+            raise ValueError(
+                f"the adapter {name!r} is KaSA's, which cuts off the smallest components of the base weights: without "
+                "it the model is not the base. Pass the pretrained model as base."
             )
         start = getattr(config, "init_lora_weights", None)
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ipca._version import __version__
-from ipca.lab.names import COMPARISONS, CONTROLS, PICTURES, TASK_EXAMPLES
+from ipca.lab.names import BASELINES, COMPARISONS, CONTROLS, PICTURES, TASK_EXAMPLES
 from ipca.train.settings import DTYPES, LOSS_ON, SCHEDULES, TASKS
-from ipca.window import Window
+from ipca.window import TRAINED, Window
 
 _EXAMPLES = (
     "ipca train path/to/model german.txt --keep english.txt -o german",
@@ -49,6 +49,8 @@ A model is a folder that transformers' save_pretrained wrote. Models and adapter
 Exit status: 0 done, 1 the input is wrong or the command failed (the last line on stderr says why) or doctor found a
 fault, 2 wrong usage, 130 Ctrl-C."""
 SHELLS = ("bash", "zsh", "tcsh")
+_TRAIN = "the factors that train; the other one is frozen (default both)"
+_MAGNITUDE = "size at which all components start, over the root mean square of the singular values (default: their own)"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -173,11 +175,13 @@ def _train(add: argparse.ArgumentParser) -> None:
     )
     window = add.add_argument_group("adapter")
     window.add_argument(
-        "--window", type=window_start, help="principal, middle (default), minor, a fraction, start=256, …"
+        "--window", type=any_window, help="principal, middle (default), minor, a fraction, start=256, inputs:minor, …"
     )
     window.add_argument("--rank", type=positive_int, help="trained components of each layer (default 16)")
     window.add_argument("--alpha", type=positive_number, help="scaling × rank (default: rank)")
     window.add_argument("--targets", nargs="+", metavar="PATTERN", help="names or ends of names (default: all-linear)")
+    window.add_argument("--train", choices=TRAINED, help=_TRAIN)
+    window.add_argument("--magnitude", type=magnitude, metavar="M", help=_MAGNITUDE)
     run = add.add_argument_group("training")
     run.add_argument("--lr", type=positive_number, help="peak learning rate (default 1e-3; principal 3e-4)")
     length = run.add_mutually_exclusive_group()
@@ -279,6 +283,8 @@ def _init(add: argparse.ArgumentParser) -> None:
     _common(add)
     _model(add)
     _choice_of_window(add)
+    add.add_argument("--train", choices=TRAINED, default="both", help=_TRAIN)
+    add.add_argument("--magnitude", type=magnitude, default="sigma", metavar="M", help=_MAGNITUDE)
     add.add_argument(
         "--form",
         choices=("intact", "residual"),
@@ -388,7 +394,7 @@ def _sweep(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--windows",
         nargs="+",
-        type=window_start,
+        type=any_window,
         metavar="W",
         help="fractions or other windows (default 0.0 0.125 0.25 0.5 0.75 0.875 1.0)",
     )
@@ -399,9 +405,10 @@ def _sweep(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--methods",
         nargs="*",
-        choices=("lora", "full", "auto", *CONTROLS),
+        choices=("lora", "full", "auto", *BASELINES, *CONTROLS),
         metavar="METHOD",
-        help=f"lora, full, auto, and the controls {', '.join(CONTROLS)} (default: lora and the controls)",
+        help=f"lora, full, auto, the baselines {', '.join(BASELINES)}, and the controls {', '.join(CONTROLS)} "
+        "(default: lora and the controls)",
     )
     add.add_argument(
         "--comparisons",
@@ -620,15 +627,27 @@ def matrix_shape(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def window_start(text: str) -> str:
-    """A text form of :class:`ipca.Window` that needs no inputs of the model."""
+def any_window(text: str) -> str:
+    """A text form of :class:`ipca.Window`."""
     try:
-        window = Window(text, 1)
+        return Window(text, 1).text
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
-    if window.needs_calibration:
-        raise argparse.ArgumentTypeError(f"{text!r} needs inputs of the model, which commands do not take; use another")
-    return window.text
+
+
+def window_start(text: str) -> str:
+    """A text form of :class:`ipca.Window` that needs no inputs of the model."""
+    start = any_window(text)
+    if Window(start, 1).needs_calibration:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} needs inputs of the model, which this command does not take; use another"
+        )
+    return start
+
+
+def magnitude(text: str) -> float | str:
+    """``"sigma"``, or a positive number."""
+    return text if text == "sigma" else positive_number(text)
 
 
 def svd_tolerance(text: str) -> float | str:

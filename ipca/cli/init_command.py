@@ -110,6 +110,8 @@ def _settings(args: argparse.Namespace) -> AdapterSettings:
         targets=args.targets or "all-linear",
         exclude=args.exclude,
         tol=args.tol,
+        train=args.train,
+        magnitude=args.magnitude,
     )
 
 

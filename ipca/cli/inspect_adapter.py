@@ -56,7 +56,7 @@ def adapter_table(record: Any) -> str:
         shape = row["shape"]
         lines.append(
             f"{_short(row['layer'], 40):40} {' × '.join(map(str, shape)):>14} {row['rank']:5} "
-            f"{row['scaling']:8.3g} {window:>14} {min(shape[-2:]):6} {row.get('form', '–'):>9} {residual}"
+            f"{row['scaling']:8.3g} {window:>14} {_places(row):>6} {row.get('form', '–'):>9} {residual}"
         )
     lines += [f"not certified: {row['layer']}: {row['certificate']}" for row in _uncertified(record["layers"])[:5]]
     lines += [f"fully trained: {', '.join(record['modules_to_save'])}"] * bool(record["modules_to_save"])
@@ -86,8 +86,11 @@ def _ours(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
                 "rank": layer.rank,
                 "scaling": layer.alpha / layer.rank,
                 "window": [layer.start, layer.start + layer.rank],
+                "basis": layer.basis,
+                "train": layer.train,
+                "magnitude": layer.magnitude,
                 "form": layer.form,
-                "trainable": math.prod(experts) * layer.rank * (out + inner),
+                "trainable": math.prod(experts) * layer.rank * {"both": out + inner, "A": inner, "B": out}[layer.train],
                 "certified": None if report is None else report.certified,
                 "certificate": None if report is None else report.certificate,
                 "residual": None if report is None else report.residual,
@@ -129,6 +132,12 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _uncertified(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("certified") is False]
+
+
+def _places(row: dict[str, Any]) -> str:
+    """The number of directions that the window of a layer is one of."""
+    shape = row["shape"]
+    return f"in {shape[-1]}" if row.get("basis") == "inputs" else str(min(shape[-2:]))
 
 
 def _short(name: str, width: int) -> str:

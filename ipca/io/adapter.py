@@ -254,6 +254,8 @@ def _saved(layer: WindowLayer) -> SavedLayer:
         report=layer.svd_report,
         bypassed=layer.bypassed,
         certificate=layer.certificate,
+        train=layer.trained,
+        magnitude=layer.magnitude,
     )
 
 
@@ -309,8 +311,8 @@ def _check_resumable(present: dict[str, WindowLayer], saved: AdapterFolder, form
         if name not in present:
             raise ValueError(f"the adapter holds {name}, which is not adapted in this model; load onto the plain base.")
         mine = _saved(present[name])
-        wanted = {"shape": layer.shape, "rank": layer.rank, "alpha": layer.alpha, "form": form or layer.form}
-        for field, value in wanted.items():
+        wanted = {field: getattr(layer, field) for field in ("shape", "rank", "alpha", "form", "train")}
+        for field, value in (wanted | ({"form": form} if form else {})).items():
             if getattr(mine, field) != value:
                 raise ValueError(
                     f"{name} has {field} {getattr(mine, field)}, the adapter {value}; load onto the plain base."
@@ -337,7 +339,8 @@ def _fresh_layers(
             )
         if name not in here:
             raise OtherModelError(f"the adapter holds {name}, which this {type(model).__name__} does not have")
-        target = Target.of(name, here[name], layer.window, layer.alpha, form or layer.form, layer.dropout)
+        options = (form or layer.form, layer.dropout, layer.train, layer.magnitude)
+        target = Target.of(name, here[name], layer.window, layer.alpha, *options)
         if target.kind is not None and target.shape != layer.shape:
             raise ValueError(f"{name} has shape {target.shape}, but the adapter was made for {layer.shape}.")
         targets.append(target)

@@ -31,7 +31,8 @@ class SavedLayer:
     """The record of one layer in ``ipca.json``; ``shape`` is ``(out, in)``, of experts ``(E, out, in)``.
 
     ``svd`` and ``certificate`` are the fields of :class:`ipca.svd.SVDReport` without the window, and of
-    :class:`ipca.nn.InitCertificate`, where they are known; ``bypassed`` is that of :class:`ipca.nn.WindowLayer`.
+    :class:`ipca.nn.InitCertificate`, where they are known; ``bypassed`` is that of :class:`ipca.nn.WindowLayer`;
+    ``basis`` is that of the :class:`ipca.Window`.
     """
 
     kind: str
@@ -45,6 +46,9 @@ class SavedLayer:
     svd: dict[str, Any] | None
     bypassed: bool = False
     certificate: dict[str, Any] | None = None
+    basis: str = "weight"
+    train: str = "both"
+    magnitude: float | str = "sigma"
 
     @classmethod
     def of(
@@ -60,16 +64,19 @@ class SavedLayer:
         report: SVDReport | None,
         bypassed: bool = False,
         certificate: InitCertificate | None = None,
+        train: str = "both",
+        magnitude: float | str = "sigma",
     ) -> SavedLayer:
         """The record of a layer whose ``window`` is resolved, with what is known of its decomposition and start."""
         svd = None if report is None else svd_record(report)
         start = None if certificate is None else asdict(certificate)
         place = window.index, window.rank
-        return cls(kind, tuple(shape), *place, alpha, form, dropout, base_sha256, svd, bypassed, start)
+        made = (kind, tuple(shape), *place, alpha, form, dropout, base_sha256, svd, bypassed, start)
+        return cls(*made, basis=window.basis, train=train, magnitude=magnitude)
 
     @property
     def window(self) -> Window:
-        return Window(self.start, self.rank)
+        return Window(self.start, self.rank, self.basis)
 
     def report(self) -> SVDReport | None:
         """The report of the decomposition the factors came from."""
@@ -236,8 +243,10 @@ def _layer(values: dict[str, Any]) -> SavedLayer:
     layer = SavedLayer(**{**values, "shape": tuple(values["shape"])})
     if len(layer.shape) != (3 if layer.kind in EXPERTS else 2):
         raise ValueError(f"shape {layer.shape} does not fit a layer of the kind {layer.kind!r}")
-    layer.window.resolve(min(layer.shape[-2:]))
-    check_options(form=layer.form, dropout=layer.dropout, alpha=layer.alpha)
+    layer.window.check_fits(layer.shape)
+    check_options(
+        form=layer.form, dropout=layer.dropout, alpha=layer.alpha, train=layer.train, magnitude=layer.magnitude
+    )
     layer.report()
     layer.init_certificate()
     return layer

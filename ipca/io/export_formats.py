@@ -30,6 +30,7 @@ from ipca.io.peft_format import (
 )
 from ipca.io.serving import (
     check_servable,
+    moved_factors,
     serving_rank,
     warn_rank,
     warn_servers,
@@ -107,7 +108,8 @@ def export(
         unseen = [name for name, layer in contents.layers.items() if not layer.was_called]
         warn_of_reads(model, unseen, "run the model once before exporting, exclude them, or export in another format")
         base_model = base_model or str(Path(folder).absolute() / "base")
-    config = {} if format == "mlx" else _config(model, contents, format, rank, base_model)
+    moved = moved_factors(contents.layers) if format in ("serve", "mlx") else {}
+    config = {} if format == "mlx" else _config(model, contents, format, rank, base_model, moved)
     tensors = adapter_state(model, contents, doubled=format != "residual")
     base = residual_state_dict(model) if format == "residual" else {}
     scalings = {name: layer.scaling for name, layer in contents.layers.items()}
@@ -119,9 +121,9 @@ def export(
             return
         with staged_files(folder, replaced=is_adapter_file) as stage:
             if format == "serve":
-                write_serve(stage, model, contents, tensors, config)
+                write_serve(stage, model, contents, tensors, config, moved)
             elif format == "mlx":
-                write_mlx(stage, model, contents, tensors)
+                write_mlx(stage, model, contents, tensors, moved)
             elif rank is None:
                 write_peft(stage, tensors, config)
             else:
@@ -129,7 +131,7 @@ def export(
 
     write_once(model, write)
     if format == "serve":
-        warn_rank(serving_rank(contents.layers))
+        warn_rank(serving_rank(contents.layers, moved))
     elif format != "mlx" and is_writer(model):
         warn_servers(Path(folder) / "adapter" if format == "residual" else folder)
     if format != "residual" and is_writer(model):  # whose base has them
@@ -202,14 +204,19 @@ def _write_base(model: nn.Module, state: dict[str, Tensor], folder: Path) -> Non
 
 
 def _config(
-    model: nn.Module, contents: AdapterContents, format: str, rank: int | None, base_model: str | None
+    model: nn.Module,
+    contents: AdapterContents,
+    format: str,
+    rank: int | None,
+    base_model: str | None,
+    moved: Mapping[str, str],
 ) -> dict[str, Any]:
     """PEFT's configuration of the adapter in the ``format``."""
     layers = formats(contents, doubled=format != "residual")
     if rank is not None:
         layers = {name: _narrowed(name, layer, rank) for name, layer in layers.items()}
     if format == "serve":
-        one = serving_rank(contents.layers)
+        one = serving_rank(contents.layers, moved)
         layers = {name: layer._replace(r=one, alpha=one) for name, layer in layers.items()}
     return readable_config(model, layers, contents.modules_to_save, base_model, others=True)
 

@@ -3,7 +3,8 @@
     lora_A = [A − A0; A0; 0]  (r, in)      lora_B = scaling · [B, B − B0, 0]  (out, r)      r = lora_alpha for all
 
 The product is ``scaling · (B (A − A0) + (B − B0) A0) = scaling · (B A − B0 A0)``, the change of the weight. So what is
-rounded to 16 bits is the change, not the window, and every server scales by 1, whichever fields it reads.
+rounded to 16 bits is the change, not the window, and every server scales by 1, whichever fields it reads. Of a layer
+with one factor as it was at the start only one of the two terms is left, of half the rank.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ipca._dtensor import full
 from ipca.io.peft_format import CONFIG, AdapterContents, factor_keys, split_factor, wrappers_around, write_peft
 from ipca.nn.layer_kinds import EXPERTS, LINEAR, is_quantized
+from ipca.nn.offload import stored_tensor
 from ipca.nn.window_layer import WindowLayer
 
 MLX_WEIGHTS = "adapters.safetensors"
@@ -49,17 +52,19 @@ def write_serve(
     contents: AdapterContents,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
+    moved: Mapping[str, str],
 ) -> int:
     """Write PEFT's two files of a LoRA with one rank and scale 1 into ``folder``; returns the rank.
 
     Args:
         tensors: those of :func:`ipca.io.peft_format.adapter_state`, doubled.
         config: PEFT's configuration of that LoRA.
+        moved: of :func:`moved_factors`.
 
     Raises:
         ValueError: a list of names cannot tell the adapted layers from others.
     """
-    rank = serving_rank(contents.layers)
+    rank = serving_rank(contents.layers, moved)
     names = [name for name, layer in contents.layers.items() if layer.kind not in EXPERTS]
     excluded = _beside(names, [name for name, _ in model.named_modules()])
     config = dict(config)
@@ -67,16 +72,34 @@ def write_serve(
         parameters = config.get("target_parameters") or []
         names = [name for name in names if f"{name}.weight" not in parameters]
         config |= {"target_modules": names, "exclude_modules": excluded}
-    write_peft(folder, serving_factors(tensors, contents.layers, rank), config)
+    write_peft(folder, serving_factors(tensors, contents.layers, rank, moved), config)
     return rank
 
 
-def serving_rank(layers: Mapping[str, WindowLayer]) -> int:
-    """The rank of the LoRA that holds all ``layers``: twice that of the widest window."""
-    return max(2 * layer.rank for layer in layers.values())
+def serving_rank(layers: Mapping[str, WindowLayer], moved: Mapping[str, str]) -> int:
+    """The rank of the LoRA that holds all ``layers``: twice that of the widest window, once where one factor moved."""
+    return max(layer.rank * (2 if moved[name] == "both" else 1) for name, layer in layers.items())
 
 
-def serving_factors(tensors: Mapping[str, Tensor], layers: Mapping[str, WindowLayer], rank: int) -> dict[str, Tensor]:
+def moved_factors(layers: Mapping[str, WindowLayer]) -> dict[str, str]:
+    """The factors that each layer's change consists of: those that train, or both where the other one has moved too.
+
+    Of sharded layers a collective, which every process must call.
+    """
+    return {name: _moved(layer) for name, layer in layers.items()}
+
+
+def _moved(layer: WindowLayer) -> str:
+    frozen = {"A": "B", "B": "A"}.get(layer.trained)
+    if frozen is None:
+        return "both"
+    now, start = (full(stored_tensor(layer, f"lora_{frozen}{suffix}")) for suffix in ("", "0"))
+    return layer.trained if not now.is_meta and torch.equal(now, start.to(now)) else "both"
+
+
+def serving_factors(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, WindowLayer], rank: int, moved: Mapping[str, str]
+) -> dict[str, Tensor]:
     """``tensors`` of an adapter file, doubled, with the factors of ``layers`` as above, each in its dtype.
 
     The differences are made in float64. A stack of experts has its rows and columns within each expert, as in PEFT.
@@ -87,14 +110,17 @@ def serving_factors(tensors: Mapping[str, Tensor], layers: Mapping[str, WindowLa
         experts = math.prod(layer.matrix_shape[:-2])
         A, A0 = split_factor("A", tensors[key_A].double(), experts)
         B, B0 = split_factor("B", tensors[key_B].double(), experts)
-        lora_A, lora_B = (A - A0, A0), (layer.scaling * B, layer.scaling * (B - B0))
+        lora_A, lora_B = [A - A0, A0], [layer.scaling * B, layer.scaling * (B - B0)]
+        if moved[name] != "both":
+            only = "AB".index(moved[name])
+            lora_A, lora_B = [lora_A[only]], [lora_B[only]]
         made[key_A] = _padded(lora_A, 0, rank, experts).to(tensors[key_A].dtype)
         made[key_B] = _padded(lora_B, 1, rank, experts).to(tensors[key_B].dtype)
     return made
 
 
 def _padded(halves: Sequence[Tensor], axis: int, rank: int, experts: int) -> Tensor:
-    """Two factors in PEFT's shapes one after the other along ``axis``, with zeros up to ``rank``, in each expert."""
+    """Factors in PEFT's shapes one after the other along ``axis``, with zeros up to ``rank``, in each expert."""
     like = halves[0]
     if axis == 0:  # (E r, in, …)
         both = torch.cat([half.reshape(experts, -1, half[0].numel()) for half in halves], dim=1)
@@ -121,18 +147,24 @@ def _beside(names: list[str], all_names: Iterable[str]) -> list[str]:
 # -- mlx-lm
 
 
-def write_mlx(folder: Path, model: nn.Module, contents: AdapterContents, tensors: Mapping[str, Tensor]) -> int:
+def write_mlx(
+    folder: Path,
+    model: nn.Module,
+    contents: AdapterContents,
+    tensors: Mapping[str, Tensor],
+    moved: Mapping[str, str],
+) -> int:
     """Write mlx-lm's two files of the same LoRA into ``folder``; returns the rank.
 
     Args:
-        tensors: those of :func:`ipca.io.peft_format.adapter_state`, doubled.
+        tensors, moved: as for :func:`write_serve`.
 
     Raises:
         ValueError: mlx-lm has no such layer; nothing is written.
     """
-    rank, made = serving_rank(contents.layers), {}
+    rank, made = serving_rank(contents.layers, moved), {}
     keys = [_mlx_key(name, layer) for name, layer in contents.layers.items()]
-    factors = serving_factors(tensors, contents.layers, rank)
+    factors = serving_factors(tensors, contents.layers, rank, moved)
     for name, layer in contents.layers.items():
         for part, tensor in zip("ab", factor_keys(name, layer.kind), strict=True):
             made[f"{name}.lora_{part}"] = factors[tensor].T.contiguous()

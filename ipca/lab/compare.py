@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,8 +81,11 @@ def target_matched(
     return Matched(t, {m: {seed: _retained_at(line, t) for seed, line in seeds.items()} for m, seeds in lines.items()})
 
 
-def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target") -> dict[Any, float]:
+def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target", within_se: float = 0.0) -> dict[Any, float]:
     """For each seed, the learning rate with the best mean ``metric`` over the *other* seeds, ``{seed: lr}``.
+
+    Where the metric hardly depends on the rate, noise chooses. ``within_se=1`` is the one-standard-error rule: the
+    lowest rate whose mean is at most one standard error of the best rate's scores below the best mean.
 
     Taking for each seed its own best rate would report the maximum of several noisy numbers, which is biased upward,
     and more so for more rates. A rate chosen on the other seeds is independent of this seed's noise, so its score is
@@ -94,12 +98,15 @@ def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target") -> d
         rows: of one method in one comparison, each at the end of training: ``lr``, ``seed`` and ``metric``, as numbers
             or as the text of a CSV file. A complete grid: every rate with every seed, once.
         metric: a column, larger is better.
+        within_se: standard errors below the best mean; above 0 it needs three seeds.
 
     Raises:
-        ValueError: fewer than two seeds, a run that is missing or duplicated, or a row that is not a run; the message
-            names it.
+        ValueError: a negative ``within_se``, too few seeds, a run that is missing or duplicated, or a row that is not a
+            run; the message names it.
         KeyError: a row lacks one of the columns.
     """
+    if not within_se >= 0:
+        raise ValueError(f"within_se must be a number of standard errors from 0, such as 1; got {within_se!r}.")
     scores: dict[tuple[float, Any], float] = {}
     for row in rows:
         if row["lr"] in ("", None):
@@ -116,9 +123,13 @@ def best_rate(rows: Iterable[Mapping[str, Any]], *, metric: str = "target") -> d
     missing = [(lr, seed) for lr in rates for seed in seeds if (lr, seed) not in scores]
     if missing:
         raise ValueError(f"no run at lr {missing[0][0]:g} with seed {missing[0][1]}; leave out the rate or the seed.")
-    if len(seeds) < 2:
-        raise ValueError(f"choosing a rate on the other seeds needs at least two seeds; got {len(seeds)}.")
-    return {seed: _best([(lr, [scores[lr, s] for s in seeds if s != seed]) for lr in rates]) for seed in seeds}
+    fewest = 3 if within_se else 2
+    if len(seeds) < fewest:
+        raise ValueError(
+            f"choosing a rate on the other seeds needs at least {('two', 'three')[fewest - 2]} seeds; got {len(seeds)}."
+        )
+    others = {seed: [(lr, [scores[lr, s] for s in seeds if s != seed]) for lr in rates] for seed in seeds}
+    return {seed: _best(candidates, within_se) for seed, candidates in others.items()}
 
 
 def draw_frontier(
@@ -176,11 +187,16 @@ def _retained_at(line: Sequence[Point], t: float) -> float:
     return float(np.interp(t, *_columns(line)))
 
 
-def _best(candidates: Sequence[tuple[float, Sequence[float]]]) -> float:
-    """The rate, ascending, with the largest mean score; NaN if every rate has a NaN among its scores."""
-    means = [(lr, round(math.fsum(scores) / len(scores), 12)) for lr, scores in candidates]
-    known = [(lr, mean) for lr, mean in means if not math.isnan(mean)]
-    return max(known, key=lambda pair: pair[1])[0] if known else math.nan
+def _best(candidates: Sequence[tuple[float, Sequence[float]]], within_se: float) -> float:
+    """The lowest rate with a mean score that close to the largest; NaN if every rate has a NaN among its scores."""
+    means = {lr: round(math.fsum(scores) / len(scores), 12) for lr, scores in candidates}
+    known = {lr: mean for lr, mean in means.items() if not math.isnan(mean)}
+    if not known:
+        return math.nan
+    best = max(known, key=lambda lr: known[lr])
+    scores = dict(candidates)[best]
+    room = within_se * stdev(scores) / math.sqrt(len(scores)) if within_se else 0.0
+    return min(lr for lr, mean in known.items() if mean >= known[best] - room)
 
 
 def _number(value: Any) -> float:

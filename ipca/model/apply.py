@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ipca._atomic import uninterrupted
-from ipca.model.calibration import auto_windows, check_calibration, without_auto
-from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights, decompose_targets
+from ipca.model.calibration import decompose_calibrated
+from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights
 from ipca.model.running_statistics import watch_statistics
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
@@ -44,6 +44,8 @@ def apply_pc(
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_dtype: torch.dtype | str | None = None,
     tol: float | str = "default",
+    train: str = "both",
+    magnitude: float | str = "sigma",
     cache: SpectralCache | str | os.PathLike[str] | None = None,
     unquantized_weights: UnquantizedWeights | None = None,
     calibration: Iterable[Any] | None = None,
@@ -67,14 +69,17 @@ def apply_pc(
         targets, exclude, modules_to_save: likewise. The defaults adapt every linear layer but heads; heads of
             transformers models that are for a task, or new, are trained whole.
         rank_pattern, window_pattern, alpha_pattern, adapter_dtype, tol: likewise.
+        train: ``"both"`` factors, or only ``"A"``, or only ``"B"``: half of the parameters, the other factor frozen.
+        magnitude: ``"sigma"``, or a number ``m``: every component starts at the size ``m ‖W‖_F / √d`` in place of its
+            singular value, so that one learning rate means the same for every window.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
         unquantized_weights: for quantized layers, the weights ``(out, in)`` from before they were quantized, by the
             layer's path: a mapping, a function, or :func:`ipca.load_unquantized_weights` of a checkpoint folder.
             Windows are then taken from those, else from the dequantized weights; :func:`ipca.summary` shows which.
-        calibration: for the window ``"auto"``, which is experimental: batches of unlabeled inputs, each a tensor, a
-            tuple of the model's arguments or a mapping of them by name; consumed once. The model runs over them, and
-            every layer with such a window costs a full SVD more, see :func:`ipca.analysis.suggest_windows`. The
-            adapter stores the starts that were found, so that nothing needs the batches again.
+        calibration: for windows of the inputs, such as ``"inputs:minor"``, and for ``"auto"``: batches of unlabeled
+            inputs, each a tensor, a tuple of the model's arguments or a mapping of them by name; consumed once. The
+            model runs over them. ``"auto"`` is experimental and costs a full SVD of every such layer more, see
+            :func:`ipca.analysis.suggest_windows`. The adapter stores what was found: nothing needs the batches again.
         progress: show progress bars.
         r, lora_alpha, lora_dropout, target_modules: PEFT's names of ``rank``, ``alpha``, ``dropout`` and ``targets``.
 
@@ -111,6 +116,8 @@ def apply_pc(
         alpha_pattern=alpha_pattern or {},
         adapter_dtype=adapter_dtype,
         tol=tol,
+        train=train,
+        magnitude=magnitude,
     )
     return adapt(
         model,
@@ -133,17 +140,12 @@ def adapt(
 ) -> Model:
     """:func:`apply_pc` with its choices as one record."""
     check_inference_mode()
-    check_calibration(settings, calibration)
     saved = find_modules_to_save(model, settings)
-    targets = find_targets(model, without_auto(settings), modules_to_save=saved)
+    targets = find_targets(model, settings, modules_to_save=saved)
     check_unquantized_weights(targets, unquantized_weights)
-    if calibration is not None:
-        targets = auto_windows(
-            model, targets, settings, calibration, unquantized_weights=unquantized_weights, progress=progress
-        )
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
-    found = decompose_targets(
-        model, targets, settings, cache=store, progress=progress, unquantized_weights=unquantized_weights
+    found = decompose_calibrated(
+        model, targets, settings, calibration, cache=store, progress=progress, unquantized_weights=unquantized_weights
     )
     warn_null({target.name: factors.null for target, factors in zip(targets, found, strict=True)})
     with uninterrupted():
@@ -157,7 +159,8 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -
     for target, factors in layers:
         assert target.kind is not None
         plain, cls = get_layer(model, target.name), layer_class(target.kind)
-        layer = cls.from_factors(plain, factors, alpha=target.alpha, form=target.form, dropout=target.dropout)
+        names = ("alpha", "form", "dropout", "train", "magnitude")
+        layer = cls.from_factors(plain, factors, **{name: getattr(target, name) for name in names})
         setattr(layer, INSTALLED, True)
         set_layer(model, target.name, layer)
         if not target.quantized:  # which is called, hook and all
@@ -173,8 +176,7 @@ def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, t
     """
     model.requires_grad_(False)
     for layer in adapted_layers(model).values():
-        layer.lora_A.requires_grad_(trainable)
-        layer.lora_B.requires_grad_(trainable)
+        layer.train_factors(trainable)
     for name in fully_trained:
         setattr(model.get_submodule(name), FULLY_TRAINED, True)
     for module in model.modules():

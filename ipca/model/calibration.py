@@ -1,4 +1,4 @@
-"""Calibration: the use that inputs make of each singular component of a weight, and the window ``"auto"``."""
+"""Calibration: the use that inputs make of each component of a weight, and windows that are found from inputs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca.model.batches import as_batches, evaluating, run_batch
-from ipca.model.decompose import UnquantizedWeights, source_matrix
-from ipca.model.patterns import lookup
+from ipca.model.decompose import UnquantizedWeights, decompose_targets, naming, source_matrix, split_window
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_targets
+from ipca.nn.initialization import InitialFactors
 from ipca.nn.layer_kinds import LINEAR, layer_kind
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import get_layer
+from ipca.svd import SpectralCache, WindowSVD
+from ipca.svd.cache import cached_window_svd
+from ipca.svd.decompose import singular_values
 from ipca.window import Window
 
 AUTO = "auto"
@@ -245,29 +248,45 @@ def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def check_calibration(settings: AdapterSettings, calibration: object) -> None:
-    """Raise ValueError where a window is "auto" and there are no inputs to find it from, or the reverse."""
-    asked = AUTO in (settings.window, *settings.window_pattern.values())
-    if asked and calibration is None:
-        raise ValueError(
-            "window 'auto' is found from inputs of the model; pass some unlabeled batches, calibration=[…], or "
-            "another window."
-        )
-    if calibration is not None and not asked:
-        raise ValueError("calibration is for window='auto', and no layer's window is that; leave one of them out.")
+def decompose_calibrated(
+    model: nn.Module,
+    targets: Sequence[Target],
+    settings: AdapterSettings,
+    calibration: Iterable[Any] | None,
+    *,
+    cache: SpectralCache | None,
+    progress: bool,
+    unquantized_weights: UnquantizedWeights | None = None,
+    share: bool = True,
+) -> list[InitialFactors]:
+    """:func:`ipca.model.decompose.decompose_targets`, and of windows that are found from inputs.
 
+    Args:
+        calibration: batches of inputs, or None where no window needs them.
 
-def without_auto(settings: AdapterSettings) -> AdapterSettings:
-    """``settings`` with "principal" in place of "auto", which fits wherever a window of its rank does."""
-    pattern = {key: "principal" if text == AUTO else text for key, text in settings.window_pattern.items()}
-    return replace(settings, window="principal" if settings.window == AUTO else settings.window, window_pattern=pattern)
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``decompose_targets``, or as :func:`sensitivity`; or ``calibration`` is
+            missing, is not needed, or would differ between several processes.
+    """
+    made: dict[str, InitialFactors] = {}
+    _check_calibration(targets, calibration)
+    if calibration is not None:
+        batches = as_batches(calibration)
+        options: Any = {"unquantized_weights": unquantized_weights, "progress": progress}
+        targets = auto_windows(model, targets, batches, **options)
+        made = _of_inputs(model, targets, settings, batches, cache=cache, **options)
+    rest = [target for target in targets if target.name not in made]
+    found = decompose_targets(
+        model, rest, settings, cache=cache, progress=progress, unquantized_weights=unquantized_weights, share=share
+    )
+    made |= zip((target.name for target in rest), found, strict=True)
+    return [made[target.name] for target in targets]
 
 
 def auto_windows(
     model: nn.Module,
     targets: Sequence[Target],
-    settings: AdapterSettings,
-    calibration: Iterable[Any],
+    batches: Iterable[Any],
     *,
     unquantized_weights: UnquantizedWeights | None = None,
     progress: bool = True,
@@ -275,15 +294,109 @@ def auto_windows(
     """``targets`` with the windows that are found for those of window "auto", each at an explicit index.
 
     Raises:
-        TypeError, ValueError: as :func:`ipca.model.sensitivity`; or there are several processes, which would
-            see different inputs.
+        TypeError, ValueError: as :func:`sensitivity`.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ValueError(
-            f"window 'auto' would differ between the {dist.get_world_size()} processes, as their inputs do; find it in "
-            "one with ipca.analysis.suggest_windows, and give all of them its starts in window_pattern."
-        )
-    batches = as_batches(calibration)
-    names = [t.name for t in targets if lookup(settings.window_pattern, t.name, settings.window) == AUTO]
-    found = sensitivities(model, names, batches, unquantized_weights=unquantized_weights, progress=progress)
+    names = [target.name for target in targets if target.window.start == AUTO]
+    found = {}
+    if names:
+        found = sensitivities(model, names, batches, unquantized_weights=unquantized_weights, progress=progress)
     return [replace(t, window=found[t.name].quietest(t.window.rank)) if t.name in found else t for t in targets]
+
+
+def _of_inputs(
+    model: nn.Module,
+    targets: Sequence[Target],
+    settings: AdapterSettings,
+    batches: Sequence[Any],
+    *,
+    cache: SpectralCache | None,
+    unquantized_weights: UnquantizedWeights | None,
+    progress: bool,
+) -> dict[str, InitialFactors]:
+    """The initial factors of the targets whose windows are of their inputs, by path.
+
+    Layers that one input goes to, as queries, keys and values, have one second moment, which is decomposed once.
+    """
+    wanted = {target.name: target for target in targets if target.window.basis == "inputs"}
+    made: dict[str, InitialFactors] = {}
+    last: tuple[Tensor, Window, WindowSVD] | None = None
+    with tqdm(total=len(wanted), desc="Windows of inputs", unit="layer", disable=not progress) as bar:
+        for name, moment in input_energy(model, list(wanted), batches, progress=progress) if wanted else ():
+            target = wanted[name]
+            with naming(name):
+                matrix = source_matrix(get_layer(model, name), name, unquantized_weights, target.kind)
+                moment = moment.to(matrix.weight.device if matrix.weight.is_cuda else "cpu")
+                if last is None or last[1] != target.window or not torch.equal(last[0], moment):
+                    found = directions_of_inputs(moment, target.window, tol=settings.tol, cache=cache)
+                    last = moment, target.window, found
+                factors = split_window(target, settings, matrix, part_on_directions(matrix.weight, last[2]))
+            device = matrix.weight.device
+            made[name] = replace(factors, A0=factors.A0.to(device), B0=factors.B0.to(device))
+            bar.update()
+    return made
+
+
+def directions_of_inputs(
+    moment: Tensor, window: Window, *, tol: float | str = "default", cache: SpectralCache | None = None
+) -> WindowSVD:
+    """The directions of a layer's inputs in ``window``: the window of ``C = V diag(λ) Vᵀ``, certified.
+
+    Args:
+        moment: ``C = mean of x xᵀ (in, in)``, float64.
+        window: of basis ``"inputs"``.
+        tol, cache: as for :func:`ipca.window_svd`.
+
+    Returns:
+        ``S (rank,)``, the energies ``λ``, descending, and ``Vh (rank, in)``, the directions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`; or the inputs are all 0.
+    """
+    if not bool(moment.any()):
+        raise ValueError("its inputs are all 0 in these batches and have no directions; exclude it.")
+    place = window.of_moment
+    if place.needs_spectrum:
+        place = place.resolve(len(moment), singular_values(moment).sqrt())
+    found = cached_window_svd(moment, place, tol=tol, dtype=torch.float64, cache=cache)
+    report = replace(found.report, window=Window(found.report.window.index, window.rank, "inputs"))
+    return replace(found, reports=(report,))
+
+
+def part_on_directions(weight: Tensor, directions: WindowSVD) -> WindowSVD:
+    """The part of ``weight`` that acts on ``directions``, as singular triplets::
+
+        W V = U diag(S) R,    Vh = R Vᵀ,    U diag(S) Vh = W V Vᵀ
+
+    On the directions of least energy this is the start of LoRA-Null (arXiv 2503.02659).
+
+    Args:
+        weight: ``W (out, in)``, any float dtype.
+        directions: of :func:`directions_of_inputs`, ``Vᵀ = Vh (rank, in)``; the result is on its device.
+
+    Returns:
+        ``U (out, rank)``, ``S (rank,)``, ``Vh (rank, in)`` in float64, with the report of the directions.
+    """
+    V = directions.Vh.mT
+    U, S, R = torch.linalg.svd(weight.detach().to(V) @ V, full_matrices=False)
+    return WindowSVD(U, S, R @ V.mT, directions.reports)
+
+
+def _check_calibration(targets: Sequence[Target], calibration: object) -> None:
+    """Raise ValueError where a window is found from inputs and there are none, or of several processes; or reverse."""
+    asked = [target for target in targets if target.window.needs_calibration]
+    if calibration is None and asked:
+        raise ValueError(
+            f"{asked[0].name}: window {asked[0].window.text!r} is found from inputs of the model; pass some unlabeled "
+            "batches to ipca.apply_pc, or with a PCConfig to ipca.peft.prepare, calibration=[…], or another window."
+        )
+    if calibration is not None and not asked:
+        raise ValueError(
+            "calibration is for windows that are found from inputs, 'auto' and 'inputs:…', and no layer's window is "
+            "one; leave one of them out."
+        )
+    if asked and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"window {asked[0].window.text!r} would differ between the {dist.get_world_size()} processes, as their "
+            "inputs do. Adapt the model in one process, save the adapter, and load it in all of them; the starts of "
+            "'auto' can also be found with ipca.analysis.suggest_windows and given to all in window_pattern."
+        )

@@ -136,6 +136,7 @@ def split_window(target: Target, settings: AdapterSettings, matrix: SourceMatrix
         scaling=target.scaling,
         form=target.form,
         adapter_dtype=settings.factor_dtype(matrix.weight.dtype),
+        magnitude=target.magnitude,
         digest=matrix.digest,
     )
     assert factors.svd is not None

@@ -16,8 +16,8 @@ from ipca.nn.initialization import InitCertificate, count_null, describe_null
 from ipca.nn.quantization import quantization_kind
 from ipca.svd import SVDReport
 
-WindowKind = tuple[tuple[int, ...], int, int, float, str]
-"""``((…, out, in), start, rank, alpha, form)`` of a layer."""
+WindowKind = tuple[tuple[int, ...], int, int, float, str, str, str]
+"""``((…, out, in), start, rank, alpha, form, basis, train)`` of a layer."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Summary:
     Attributes:
         layers: number of adapted layers.
         trainable, total: parameters, as counts; ``total`` is that of the plain model plus the factors.
-        windows: ``(how many, shape (…, out, in), start, rank, alpha, form)`` for each distinct kind of layer.
+        windows: ``(how many, shape (…, out, in), start, rank, alpha, form, basis, train)`` for each distinct kind of
+            layer; ``basis`` is that of the :class:`ipca.Window`, ``train`` names the factors that train.
         svd_seconds: time of the decompositions; 0 where the factors came from a file.
         uncertified: ``(layer, why)`` where the window's indices are not proven.
         worst_residual: the largest relative residual of a decomposition.
@@ -40,7 +41,7 @@ class Summary:
     layers: int
     trainable: int
     total: int
-    windows: tuple[tuple[int, tuple[int, ...], int, int, float, str], ...]
+    windows: tuple[tuple[int, tuple[int, ...], int, int, float, str, str, str], ...]
     svd_seconds: float
     uncertified: tuple[tuple[str, str], ...]
     worst_residual: float
@@ -52,9 +53,11 @@ class Summary:
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
         lines = [f"{self.layers} layers adapted, {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)"]
-        for count, shape, start, rank, alpha, form in self.windows:
-            d = min(shape[-2:])
-            lines.append(f"  {count:4d} × {shape}  window [{start}, {start + rank}) of {d}  alpha {alpha:g}  {form}")
+        for count, shape, start, rank, alpha, form, basis, train in self.windows:
+            places = f"{shape[-1]} inputs" if basis == "inputs" else str(min(shape[-2:]))
+            only = "" if train == "both" else f"  only {train} trains"
+            text = f"  {count:4d} × {shape}  window [{start}, {start + rank}) of {places}  alpha {alpha:g}  {form}"
+            lines.append(text + only)
         if self.null:
             held = {name: (zeros, count) for name, zeros, count in self.null}
             lines.append(f"{describe_null(held)}; they start as plain LoRA's do")
@@ -94,7 +97,11 @@ def summary(model: nn.Module) -> Summary:
     layers = adapted_layers(model)
     if not layers and has_peft_layers(model):
         raise ValueError("these are PEFT's layers; for those of a PCConfig call ipca.peft.summary(model).")
-    windows = [(m.matrix_shape, m.window.index, m.rank, m.alpha, m.form) for m in layers.values() if m.window]
+    windows = [
+        (m.matrix_shape, m.window.index, m.rank, m.alpha, m.form, m.window.basis, m.trained)
+        for m in layers.values()
+        if m.window
+    ]
     reports = {name: m.svd_report for name, m in layers.items() if m.svd_report is not None}
     starts = {name: m.certificate for name, m in layers.items() if m.certificate is not None}
     null = {name: count_null(layers[name].lora_B0) for name in reports if not layers[name].lora_B0.is_meta}

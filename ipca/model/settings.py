@@ -42,6 +42,7 @@ class AdapterSettings:
         rank_pattern, window_pattern, alpha_pattern: exceptions, ``{pattern: value}``; the first match counts.
         adapter_dtype: of the factors, such as ``"float32"``; None means the weight's, float32 for 16-bit weights.
         tol: of the decomposition, see :func:`ipca.window_svd`.
+        train, magnitude: which factors train, and the size they start at, see :class:`ipca.nn.LinearPC`.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
@@ -60,6 +61,8 @@ class AdapterSettings:
     alpha_pattern: Mapping[str, float]
     adapter_dtype: str | None
     tol: float | str
+    train: str
+    magnitude: float | str
 
     def __init__(
         self,
@@ -76,6 +79,8 @@ class AdapterSettings:
         alpha_pattern: Mapping[str, float] = MappingProxyType({}),
         adapter_dtype: torch.dtype | str | None = None,
         tol: float | str = "default",
+        train: str = "both",
+        magnitude: float | str = "sigma",
     ) -> None:
         chosen = as_window(window, rank)
         ranks, alphas = _mapping("rank_pattern", rank_pattern), _mapping("alpha_pattern", alpha_pattern)
@@ -86,7 +91,8 @@ class AdapterSettings:
         for exception in ranks.values():
             Window(chosen.start, exception)
         for value in (chosen.rank if alpha is None else alpha, *alphas.values()):
-            check_options(form=form, dropout=_number("dropout", dropout), alpha=_number("alpha", value))
+            numbers = {"dropout": _number("dropout", dropout), "alpha": _number("alpha", value)}
+            check_options(form=form, train=train, magnitude=magnitude, **numbers)
         if isinstance(adapter_dtype, torch.dtype):
             adapter_dtype = str(adapter_dtype).removeprefix("torch.")
         if adapter_dtype not in (None, *_FLOATS):
@@ -98,7 +104,7 @@ class AdapterSettings:
             _texts("exclude", exclude),
             _texts("modules_to_save", modules_to_save),
         )
-        stored = (*values, *patterns, ranks, windows, alphas, adapter_dtype, tol)
+        stored = (*values, *patterns, ranks, windows, alphas, adapter_dtype, tol, train, magnitude)
         for field, value in zip(fields(self), stored, strict=True):
             object.__setattr__(self, field.name, value)
 

@@ -64,7 +64,7 @@ class Target:
         name: path of the layer.
         kind: see :mod:`ipca.nn.layer_kinds`; None for a module that cannot be adapted.
         shape: of the weight as ``(…, out, in)``; empty where there is no kind.
-        window, alpha, form, dropout: as for :class:`ipca.nn.WindowLayer`.
+        window, alpha, form, dropout, train, magnitude: as for :class:`ipca.nn.WindowLayer`.
     """
 
     name: str
@@ -74,15 +74,25 @@ class Target:
     alpha: float
     form: str
     dropout: float
+    train: str = "both"
+    magnitude: float | str = "sigma"
 
     @classmethod
     def of(
-        cls, name: str, module: nn.Module, window: Window, alpha: float, form: str = "intact", dropout: float = 0.0
+        cls,
+        name: str,
+        module: nn.Module,
+        window: Window,
+        alpha: float,
+        form: str = "intact",
+        dropout: float = 0.0,
+        train: str = "both",
+        magnitude: float | str = "sigma",
     ) -> Target:
         """The layer ``module`` at the path ``name``."""
         kind = layer_kind(module)
         shape = () if kind is None else matrix_shape(module, kind)
-        return cls(name, kind, shape, window, float(alpha), form, dropout)
+        return cls(name, kind, shape, window, float(alpha), form, dropout, train, magnitude)
 
     @property
     def scaling(self) -> float:
@@ -134,7 +144,8 @@ def find_targets(
         window = Window(lookup(settings.window_pattern, name, settings.window), rank)
         alpha = lookup(settings.alpha_pattern, name, settings.alpha)
         alpha = rank if alpha is None else alpha
-        targets.append(Target.of(name, layers[name], window, alpha, settings.form, settings.dropout))
+        options = (settings.form, settings.dropout, settings.train, settings.magnitude)
+        targets.append(Target.of(name, layers[name], window, alpha, *options))
     for field in ("rank_pattern", "window_pattern", "alpha_pattern"):
         for pattern in getattr(settings, field):
             _require_match(pattern, names, f"{field} {pattern!r} matches none of the layers to adapt.")
@@ -434,11 +445,7 @@ def _unsupported_weight(target: Target, module: nn.Module, owners: Counter[int],
     try:
         if values:
             check_matrix(read_layer(module, target.kind)[0], dims=(2, 3))
-        d = min(target.shape[-2:])
-        if not target.window.needs_spectrum:
-            target.window.resolve(d)
-        elif target.window.rank > d:
-            raise ValueError(f"rank {target.window.rank} is above its {d} singular values.")
+        target.window.check_fits(target.shape)
     except (TypeError, ValueError) as error:
         return str(error).rstrip(".") + " (or exclude the layer, or train it fully)"
     return None

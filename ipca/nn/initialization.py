@@ -17,7 +17,7 @@ from ipca._hashing import tensor_sha256
 from ipca.svd.decompose import window_svd
 from ipca.svd.parallel import thread_map
 from ipca.svd.result import SVDReport, WindowSVD
-from ipca.window import Window
+from ipca.window import Window, check_factors
 
 T = TypeVar("T")
 FORMS = ("intact", "residual")
@@ -43,14 +43,17 @@ def one_of(name: str, value: T | None, alias: str, other: T | None) -> T | None:
     return other if value is None else value
 
 
-def check_options(*, form: str, dropout: float, alpha: float) -> None:
-    """Raise ValueError for a value out of range."""
+def check_options(
+    *, form: str, dropout: float, alpha: float, train: str = "both", magnitude: float | str = "sigma"
+) -> None:
+    """Raise TypeError or ValueError for a value out of range."""
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be positive, got {alpha}.")
+    check_factors(train, magnitude)
 
 
 def default_adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
@@ -140,6 +143,7 @@ def initial_factors(
     form: str,
     adapter_dtype: torch.dtype,
     tol: float | str,
+    magnitude: float | str = "sigma",
     digest: str | None = None,
 ) -> InitialFactors:
     """The initial factors of a layer on ``weight (…, out, in)``, decomposed here; ``digest`` is the base's, if known.
@@ -149,7 +153,9 @@ def initial_factors(
         RuntimeError: as :func:`factors_from_svd`.
     """
     found = window_svd(weight, window, tol=tol, dtype=weight.dtype if weight.device.type == "mps" else torch.float64)
-    return factors_from_svd(weight, found, scaling=scaling, form=form, adapter_dtype=adapter_dtype, digest=digest)
+    return factors_from_svd(
+        weight, found, scaling=scaling, form=form, adapter_dtype=adapter_dtype, magnitude=magnitude, digest=digest
+    )
 
 
 def factors_from_svd(
@@ -159,6 +165,7 @@ def factors_from_svd(
     scaling: float,
     form: str,
     adapter_dtype: torch.dtype,
+    magnitude: float | str = "sigma",
     digest: str | None = None,
 ) -> InitialFactors:
     """Split the window ``found`` of ``weight (…, out, in)``, a matrix or a stack, between the factors.
@@ -170,6 +177,8 @@ def factors_from_svd(
 
     Args:
         found: of this matrix or this stack, in float64 where the device has it.
+        magnitude: ``"sigma"``, or a number ``m``: the factors of the other components have
+            ``m ‖W‖_F / √d`` in place of ``S``, ``d = min(out, in)``.
         digest: ``tensor_sha256(weight)``, where it is known already.
 
     Raises:
@@ -177,9 +186,9 @@ def factors_from_svd(
         RuntimeError: the factors overflow their dtype, or the initialization certificate does not hold.
     """
     report = _one_report(found)
-    root = (found.S / scaling).sqrt()
-    A0, B0 = root[..., :, None] * found.Vh, found.U * root[..., None, :]
     live = ~_null(weight, found.S)
+    root = ((found.S if magnitude == "sigma" else _uniform(weight, found.S, float(magnitude))) / scaling).sqrt()
+    A0, B0 = root[..., :, None] * found.Vh, found.U * root[..., None, :]
     if not live.all():
         A0 = torch.where(live[..., :, None], A0, _random_rows(A0, weight))
         B0 = torch.where(live[..., None, :], B0, 0.0)
@@ -196,10 +205,18 @@ def factors_from_svd(
 
 def _null(weight: Tensor, S: Tensor) -> Tensor:
     """Which of the singular values ``S (…, r)`` of ``weight (…, out, in)`` are 0."""
+    return max(_NULL, 4 * torch.finfo(S.dtype).eps) * _frobenius(weight, S) >= S
+
+
+def _uniform(weight: Tensor, S: Tensor, magnitude: float) -> Tensor:
+    """``magnitude ‖W‖_F / √d`` in place of each of the singular values ``S (…, r)``."""
+    return (magnitude / math.sqrt(min(weight.shape[-2:])) * _frobenius(weight, S)).expand_as(S)
+
+
+def _frobenius(weight: Tensor, like: Tensor) -> Tensor:
+    """``‖W‖_F (…, 1)`` of ``weight (…, out, in)``, in the dtype and on the device of ``like``."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=wide).to(S)
-    null = max(_NULL, 4 * torch.finfo(S.dtype).eps) * norm[..., None]
-    return null >= S
+    return torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=wide).to(like)[..., None]
 
 
 def _random_rows(like: Tensor, weight: Tensor) -> Tensor:
@@ -312,18 +329,25 @@ def _each_block(use: Callable[[Rows, Tensor], T], weight: Tensor, terms: Sequenc
 
 
 class LayerRecord(NamedTuple):
-    """A layer's settings and its window's first index, None before the window is set: its ``_extra_state``, as JSON."""
+    """A layer's settings and its window's first index, None before the window is set: its ``_extra_state``, as JSON.
+
+    Fields at their default are left out; checkpoints without them are read.
+    """
 
     rank: int
     alpha: float
     form: str
     start: int | None
     base_sha256: str | None
+    basis: str = "weight"
+    magnitude: float | str = "sigma"
 
 
 def encode_extra_state(record: LayerRecord) -> Tensor:
     """The record as a 1-D uint8 tensor, which every checkpoint format can hold."""
-    return torch.frombuffer(bytearray(json.dumps(record._asdict()).encode()), dtype=torch.uint8)
+    defaults = LayerRecord._field_defaults
+    values = {k: v for k, v in record._asdict().items() if k not in defaults or v != defaults[k]}
+    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
 
 
 def decode_extra_state(state: Tensor) -> LayerRecord:
@@ -334,12 +358,12 @@ def decode_extra_state(state: Tensor) -> LayerRecord:
     """
     try:
         values = json.loads(bytes(state.cpu().tolist()))
-        missing = set(LayerRecord._fields) - values.keys()
+        missing = set(LayerRecord._fields) - values.keys() - LayerRecord._field_defaults.keys()
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the layer's record is damaged: {error}.") from None
     if missing:
         raise ValueError(f"the layer's record lacks {', '.join(sorted(missing))}.")
-    return LayerRecord(**{name: values[name] for name in LayerRecord._fields})
+    return LayerRecord(**{name: values[name] for name in LayerRecord._fields if name in values})
 
 
 def check_extra_state(record: LayerRecord, state: Tensor) -> None:

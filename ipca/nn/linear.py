@@ -64,6 +64,9 @@ class LinearPC(ProductLayer):
         dropout: probability of dropping an entry of the low-rank branch's input while training.
         adapter_dtype: of the factors; default the weight's, but float32 for 16-bit weights.
         tol: of the decomposition, see :func:`ipca.window_svd`.
+        train: ``"both"`` factors, or only ``"A"``, or only ``"B"``: the other one is frozen at its start.
+        magnitude: ``"sigma"``, or a number ``m``: all components start at one size, ``σ_i = m ‖W‖_F / √d`` in the
+            factors, ``d = min(out, in)``. One rate then means the same for every window (:func:`ipca.param_groups`).
         r, lora_alpha, lora_dropout: PEFT's names of ``rank``, ``alpha`` and ``dropout``.
 
     Raises:
@@ -87,6 +90,8 @@ class LinearPC(ProductLayer):
         dropout: float | None = None,
         adapter_dtype: torch.dtype | None = None,
         tol: float | str = "default",
+        train: str = "both",
+        magnitude: float | str = "sigma",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         r: int | None = None,
@@ -104,6 +109,8 @@ class LinearPC(ProductLayer):
             dropout=one_of("dropout", dropout, "lora_dropout", lora_dropout) or 0.0,
             adapter_dtype=adapter_dtype,
             tol=tol,
+            train=train,
+            magnitude=magnitude,
         )
         if not weight.is_meta:
             self.reset_parameters()
@@ -134,6 +141,8 @@ class LinearPC(ProductLayer):
         dropout: float | None = None,
         adapter_dtype: torch.dtype | None = None,
         tol: float | str = "default",
+        train: str = "both",
+        magnitude: float | str = "sigma",
         r: int | None = None,
         lora_alpha: float | None = None,
         lora_dropout: float | None = None,
@@ -144,7 +153,7 @@ class LinearPC(ProductLayer):
             linear: an ``nn.Linear``, a subclass that computes the same, or a transformers ``Conv1D``. The intact form
                 shares the memory of an ``nn.Linear``'s weight, both forms share the bias's.
             window: a window or its start.
-            rank, alpha, form, dropout, adapter_dtype, tol: as for the class.
+            rank, alpha, form, dropout, adapter_dtype, tol, train, magnitude: as for the class.
             r, lora_alpha, lora_dropout: likewise.
 
         Raises:
@@ -159,6 +168,8 @@ class LinearPC(ProductLayer):
             dropout=one_of("dropout", dropout, "lora_dropout", lora_dropout) or 0.0,
             adapter_dtype=adapter_dtype,
             tol=tol,
+            train=train,
+            magnitude=magnitude,
         )
 
     @classmethod

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.nn.initialization import InitialFactors, initial_factors
+from ipca.nn.initialization import InitialFactors
 from ipca.nn.layer_kinds import build_layer
 from ipca.nn.quantization import (
     dequantize,
@@ -109,16 +109,10 @@ class QuantizedLinearPC(ProductLayer):
         self._set_factors(initial)
         self.train(plain.training)
 
-    def _initial_factors(self, weight: Tensor, *, source: str = "dequantized") -> InitialFactors:
-        initial = initial_factors(
-            weight,
-            self.requested_window,
-            scaling=self.scaling,
-            form=self.form,
-            adapter_dtype=self.lora_A.dtype,
-            tol=self.tol,
-            digest=quantized_sha256(self.base),
-        )
+    def _initial_factors(
+        self, weight: Tensor, *, digest: str | None = None, source: str = "dequantized"
+    ) -> InitialFactors:
+        initial = super()._initial_factors(weight, digest=digest or quantized_sha256(self.base))
         assert initial.svd is not None
         return replace(initial, svd=replace(initial.svd, source=source))
 

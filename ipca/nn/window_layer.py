@@ -47,6 +47,8 @@ class LayerOptions(TypedDict, total=False):
     dropout: float
     adapter_dtype: torch.dtype | None
     tol: float | str
+    train: str
+    magnitude: float | str
 
 
 class WindowLayer(nn.Module):
@@ -75,7 +77,7 @@ class WindowLayer(nn.Module):
         shape: of the matrix or the stack, ``(…, out, in)``.
         window: the window, or the rule that finds it.
         kind: of the plain layer, see ``ipca.nn.layer_kinds``.
-        alpha, form, dropout, adapter_dtype, tol: as for :class:`ipca.nn.LinearPC`.
+        alpha, form, dropout, adapter_dtype, tol, train, magnitude: as for :class:`ipca.nn.LinearPC`.
         device, dtype: of the factors, where ``base`` is None: the device, and the dtype that products are computed in.
 
     Raises:
@@ -95,6 +97,8 @@ class WindowLayer(nn.Module):
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
         tol: float | str = "default",
+        train: str = "both",
+        magnitude: float | str = "sigma",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,7 +108,8 @@ class WindowLayer(nn.Module):
         self.requested_window, self.rank, self.kind = window, window.rank, kind
         self.alpha = float(self.rank if alpha is None else alpha)
         self.form, self.dropout, self.tol = form, float(dropout), tol
-        check_options(form=form, dropout=self.dropout, alpha=self.alpha)
+        self.trained, self.magnitude = train, magnitude
+        check_options(form=form, dropout=self.dropout, alpha=self.alpha, train=train, magnitude=magnitude)
         d, one = min(shape[-2:]), tuple(shape[-2:])
         if self.rank > d:
             raise ValueError(f"rank {self.rank} is above the {d} singular values of a {one} weight; lower `rank`.")
@@ -130,6 +135,12 @@ class WindowLayer(nn.Module):
         self.register_buffer("lora_B0", torch.empty_like(self.lora_B, requires_grad=False))
         self.lora_A0: Tensor
         self.lora_B0: Tensor
+        self.train_factors()
+
+    def train_factors(self, trainable: bool = True) -> None:
+        """Have the factors that :attr:`trained` names require gradients, and nothing else; or nothing at all."""
+        self.lora_A.requires_grad_(trainable and self.trained != "B")
+        self.lora_B.requires_grad_(trainable and self.trained != "A")
 
     def check_ready(self) -> None:
         """Raise RuntimeError where ``forward`` is not defined: no window yet, or training while merged."""
@@ -286,10 +297,19 @@ class WindowLayer(nn.Module):
         alpha: float | None = None,
         form: str = "intact",
         dropout: float = 0.0,
+        train: str = "both",
+        magnitude: float | str = "sigma",
     ) -> Layer:
         """As :meth:`from_layer`, from given initial factors: no SVD."""
         layer = cls._meta_like(
-            plain, initial.window, alpha=alpha, form=form, dropout=dropout, adapter_dtype=initial.A0.dtype
+            plain,
+            initial.window,
+            alpha=alpha,
+            form=form,
+            dropout=dropout,
+            adapter_dtype=initial.A0.dtype,
+            train=train,
+            magnitude=magnitude,
         )
         layer._init_from(plain, initial)
         return layer
@@ -307,16 +327,25 @@ class WindowLayer(nn.Module):
         factors = initial.factors()
         self.lora_A, self.lora_B = nn.Parameter(factors["lora_A"]), nn.Parameter(factors["lora_B"])
         self.lora_A0, self.lora_B0 = factors["lora_A0"], factors["lora_B0"]
+        self.train_factors()
         self._record_init(initial)
 
     def _record_init(self, initial: InitialFactors) -> None:
         self.window, self.base_sha256 = initial.window, initial.base_sha256
         self.svd_report, self.certificate = initial.svd, initial.certificate
 
-    def _initial_factors(self, weight: Tensor) -> InitialFactors:
+    def _initial_factors(self, weight: Tensor, *, digest: str | None = None) -> InitialFactors:
         """The initial factors of this layer for the pretrained ``weight (…, out, in)``; the layer is not changed."""
-        window, s, form, dtype = self.requested_window, self.scaling, self.form, self.lora_A.dtype
-        return initial_factors(weight, window, scaling=s, form=form, adapter_dtype=dtype, tol=self.tol)
+        return initial_factors(
+            weight,
+            self.requested_window,
+            scaling=self.scaling,
+            form=self.form,
+            adapter_dtype=self.lora_A.dtype,
+            tol=self.tol,
+            magnitude=self.magnitude,
+            digest=digest,
+        )
 
     def _base_for(self, weight: Tensor, initial: InitialFactors) -> Tensor:
         """The base weight for ``weight (…, out, in)``; in the intact form its own memory, where the layout allows."""
@@ -357,25 +386,27 @@ class WindowLayer(nn.Module):
         where = repr(self.requested_window.text)
         if self.window is not None:
             where = f"[{self.window.index}, {self.window.index + self.rank})"
+            where += " of the inputs" if self.window.basis == "inputs" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, "
             f"window={where}, rank={self.rank}, alpha={self.alpha:g}, form={self.form}"
             + (f", dropout={self.dropout:g}" if self.dropout else "")
+            + (f", train={self.trained}" if self.trained != "both" else "")
             + (", merged" if self.merged else "")
             + (", disabled" if self.is_disabled else "")
         )
 
     def _record(self) -> LayerRecord:
-        start = None if self.window is None else self.window.index
-        return LayerRecord(self.rank, self.alpha, self.form, start, self.base_sha256)
+        start, basis = (None, "weight") if self.window is None else (self.window.index, self.window.basis)
+        return LayerRecord(self.rank, self.alpha, self.form, start, self.base_sha256, basis, self.magnitude)
 
     def get_extra_state(self) -> Tensor:
         return encode_extra_state(self._record())
 
     def set_extra_state(self, state: Tensor) -> None:
         record = decode_extra_state(state)
-        self.window = None if record.start is None else Window(record.start, self.rank)
-        self.base_sha256 = record.base_sha256
+        self.window = None if record.start is None else Window(record.start, self.rank, record.basis)
+        self.base_sha256, self.magnitude = record.base_sha256, record.magnitude
         self.svd_report = self.certificate = None
 
     def _load_from_state_dict(

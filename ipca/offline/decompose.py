@@ -138,6 +138,8 @@ def _decompose(
         base_sha256=initial.base_sha256,
         report=initial.svd,
         certificate=initial.certificate,
+        train=target.train,
+        magnitude=target.magnitude,
     )
     work.write_layer(index, asdict(saved), {"A0": initial.A0, "B0": initial.B0})
     return initial.svd.path

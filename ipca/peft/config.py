@@ -20,7 +20,7 @@ from ipca.peft.dispatch import build_layer
 from ipca.peft.records import LayerRecords
 from ipca.peft.save_load import OWN_FIELDS, load_config, save_config, stock_config
 from ipca.svd.decompose import tolerance
-from ipca.window import Window, as_pattern_window, as_window
+from ipca.window import Window, as_pattern_window, as_window, check_factors
 
 _REFUSED = (
     "use_dora",
@@ -56,10 +56,14 @@ class PCConfig(LoraConfig):
     Args:
         r: components that train in each layer; 16 by default.
         window: where they start: ``"principal"``, ``"middle"``, ``"minor"``, ``0.33``, ``"start=256"``, or an
-            :class:`ipca.Window`, which brings its rank.
+            :class:`ipca.Window`, which brings its rank. A window of the inputs, such as ``"inputs:minor"``, and
+            ``"auto"`` need :func:`ipca.peft.prepare` with ``calibration=``.
         window_pattern: exceptions, ``{pattern: window}``, matched as PEFT matches ``rank_pattern``. A key that matches
             no adapted layer gives a warning.
         tol: tolerance of the decomposition, see :func:`ipca.window_svd`.
+        train: ``"both"`` factors, or only ``"A"``, or only ``"B"``: the other one is frozen at its start.
+        magnitude: ``"sigma"``, or a number ``m``: every component starts at the size ``m ‖W‖_F / √d``, see
+            :class:`ipca.nn.LinearPC`.
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
         progress: show a progress bar while the layers are decomposed.
         lora_alpha: default such that the scaling is 1: ``r``, or ``√r`` with ``use_rslora``.
@@ -86,6 +90,8 @@ class PCConfig(LoraConfig):
     window: Any = field(default="middle", metadata={"help": "Where the window starts", "is_lora_variant": True})
     window_pattern: dict[str, Any] = field(default_factory=dict, metadata={"help": "{pattern: window}"})
     tol: Any = field(default="default", metadata={"help": "Tolerance of the decomposition"})
+    train: str = field(default="both", metadata={"help": "The factors that train: both, A or B"})
+    magnitude: Any = field(default="sigma", metadata={"help": "'sigma', or the size that all components start at"})
     cache: Any = field(default=None, metadata={"help": "A folder of windows decomposed before"})
     progress: bool = field(default=True, metadata={"help": "Show a progress bar while the layers are decomposed"})
 
@@ -95,6 +101,7 @@ class PCConfig(LoraConfig):
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
         tolerance(self.tol)
+        check_factors(self.train, self.magnitude)
         self._check_supported()
         super().__post_init__()
         self.records = LayerRecords()

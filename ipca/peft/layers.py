@@ -49,6 +49,7 @@ class WindowLora(_Mixed):
 
     kind = "linear"
     was_called = was_read = False
+    frozen_peft_weight_names: dict[str, tuple[str, ...]]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, target_name: str = "", **kwargs: Any) -> None:
         self.path = target_name
@@ -93,6 +94,11 @@ class WindowLora(_Mixed):
         own: Any = self._modules  # where an attribute would be looked up after a failed search
         return (own["lora_A"][adapter], "weight"), (own["lora_B"][adapter], "weight")
 
+    def frozen_layers(self, train: str) -> tuple[str, ...]:
+        """The names of PEFT's dictionaries of factors that are frozen where only ``train`` trains."""
+        other = "B" if train == "A" else "A"
+        return f"lora_{other}", f"lora_embedding_{other}"
+
     def stored(self, initial: InitialFactors, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """``A0, B0`` in the shapes, the dtype and on the device of ``A, B``."""
         return initial.A0.to(A), initial.B0.to(B)
@@ -108,6 +114,9 @@ class WindowLora(_Mixed):
         """
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
         A, B, records = in_A.get_parameter(name_A), in_B.get_parameter(name_B), config.records
+        if config.train != "both":  # which PEFT asks for whenever it sets what trains
+            frozen = self.frozen_layers(config.train)
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: frozen}
         if A.is_meta or self.base_parameter().is_meta:  # low_cpu_mem_usage: a file is about to be loaded
             if self._known_base(records) and not self.base_parameter().is_meta:
                 self._check_base(records, self.base_sha256())
@@ -165,7 +174,7 @@ class WindowLora(_Mixed):
             check_rank(self.path, rank, matrix.shape)
             try:
                 options = {"scaling": scaling, "form": "intact", "adapter_dtype": dtype, "tol": config.tol}
-                initial = initial_factors(matrix, window, digest=digest, **options)
+                initial = initial_factors(matrix, window, magnitude=config.magnitude, digest=digest, **options)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise type(error)(f"{self.path}: {in_peft_terms(error)}") from None
         records.saved[self.path] = SavedLayer(
@@ -178,6 +187,9 @@ class WindowLora(_Mixed):
             dropout=0.0 if self.kind == "embedding" else config.lora_dropout,  # PEFT drops nothing of indices
             base_sha256=digest,
             svd=None if initial.svd is None else svd_record(initial.svd),
+            basis=initial.window.basis,
+            train=config.train,
+            magnitude=config.magnitude,
         )
         return initial
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from typing import Any
 
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
@@ -53,7 +54,8 @@ def summary(model: PeftModel, adapter_name: str = "default") -> Summary:
     layers = [m for m in model.modules() if isinstance(m, WindowLora) and m.holds(adapter_name)]
     held = {layer.path: saved[layer.path] for layer in layers if layer.path in saved}
     reports = {path: layer.report() for path, layer in held.items()}
-    windows = [(layer.shape, layer.start, layer.rank, layer.alpha, layer.form) for layer in held.values()]
+    fields = ("shape", "start", "rank", "alpha", "form", "basis", "train")
+    windows: Any = [tuple(getattr(layer, name) for name in fields) for layer in held.values()]
     whole = {
         name.removeprefix(PREFIX): wrapper.modules_to_save[adapter_name]
         for name, wrapper in model.named_modules()

@@ -10,10 +10,12 @@ from itertools import chain
 from typing import Any
 
 from peft import PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ipca.model.apply import check_inference_mode
-from ipca.model.decompose import UnquantizedWeights, decompose_targets
+from ipca.model.calibration import decompose_calibrated
+from ipca.model.decompose import UnquantizedWeights
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
 from ipca.nn.initialization import InitialFactors
@@ -35,6 +37,7 @@ def prepare(
     *,
     cache: SpectralCache | str | os.PathLike[str] | None = None,
     unquantized_weights: UnquantizedWeights | None = None,
+    calibration: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> PCConfig:
     """Find the initial factors of every layer that ``config`` targets, so that PEFT can adapt ``model`` at once.
@@ -54,6 +57,8 @@ def prepare(
         cache: a folder, or a :class:`ipca.SpectralCache`, of windows decomposed before; what is missing is added.
             Default: that of ``config``.
         unquantized_weights: for quantized layers the weights they had before, see :func:`ipca.apply_pc`.
+        calibration: for windows that are found from inputs, such as ``"inputs:minor"``: batches of unlabeled inputs of
+            the base, see :func:`ipca.apply_pc`. Adapters that are there already are off while it runs over them.
         progress: show a progress bar, where that of ``config`` is True too.
 
     Returns:
@@ -79,6 +84,7 @@ def prepare(
         cache=config.cache if cache is None else cache,
         progress=progress and config.progress,
         unquantized_weights=_by_path(unquantized_weights),
+        calibration=calibration,
     )
     admit_windows(base, set(targets))
     config.records.initial = dict(zip(targets, initial, strict=True))
@@ -100,7 +106,7 @@ def start(model: nn.Module, adapter: str, config: PCConfig) -> None:
     targets = _targets(model, adapter, config, whole)
     found: dict[str, InitialFactors] = {}
     if targets:
-        options: Any = {"cache": config.cache, "progress": config.progress, "share": False}
+        options: Any = {"cache": config.cache, "progress": config.progress, "share": False, "calibration": None}
         found = dict(zip(targets, _decompose(model, targets.values(), config, **options), strict=True))
     for layer in waiting:
         layer.set_initial(adapter, config, found.get(layer.path))
@@ -117,7 +123,7 @@ def _decompose(
     """:func:`decompose_targets` with errors in the words of a PCConfig."""
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
     try:
-        return decompose_targets(model, list(targets), AdapterSettings(tol=config.tol), cache=store, **options)
+        return decompose_calibrated(model, list(targets), AdapterSettings(tol=config.tol), cache=store, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(in_peft_terms(error).replace(_INSIDE, "")) from None
 
@@ -137,7 +143,11 @@ def _trial(base: nn.Module, config: PCConfig) -> nn.Module:
     trial, before = copy.deepcopy(base, tensors), [(p, p.requires_grad) for p in base.parameters()]
     admit_windows(trial)
     try:
-        return inject_adapter_in_model(copy.deepcopy(config), trial, _ADAPTER, low_cpu_mem_usage=True)
+        trial = inject_adapter_in_model(copy.deepcopy(config), trial, _ADAPTER, low_cpu_mem_usage=True)
+        for layer in trial.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(False)
+        return trial
     finally:
         for parameter, trains in before:
             parameter.requires_grad_(trains)
@@ -175,5 +185,6 @@ def _targets(model: nn.Module, adapter: str, config: PCConfig, layers: Iterable[
         shape = matrix_shape(get_layer(model, name), layer.kind)
         check_rank(layer.path, rank, shape)
         window, alpha = config.window_of(layer.path, rank), layer.scaling[adapter] * rank
-        targets[layer.path] = Target(name, layer.kind, shape, window, alpha, "intact", config.lora_dropout)
+        options = ("intact", config.lora_dropout, config.train, config.magnitude)
+        targets[layer.path] = Target(name, layer.kind, shape, window, alpha, *options)
     return targets

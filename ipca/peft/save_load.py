@@ -8,7 +8,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ _FIRST_FIELDS = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
 }
 """Fields that every version of PEFT from 0.10 on reads."""
-OWN_FIELDS = ("window", "window_pattern", "tol")
+OWN_FIELDS = ("window", "window_pattern", "tol", "train", "magnitude")
 """Fields of PCConfig that PEFT's configuration cannot hold."""
 
 
@@ -183,9 +183,26 @@ def warn_bypassed(names: list[str], stacklevel: int = 3) -> None:
 
 def _windows(path: Path, layers: dict[str, SavedLayer]) -> dict[str, Any]:
     """The fields that PEFT's file lacks: as saved, or of an adapter by :func:`ipca.save_adapter` from its layers."""
-    starts = {f"^{re.escape(name)}": f"start={layer.start}" for name, layer in layers.items()}
+    starts = {f"^{re.escape(name)}": layer.window.text for name, layer in layers.items()}
     dropout = max(layer.dropout for layer in layers.values())
-    return _own_fields(path) or {"window_pattern": starts, "lora_dropout": dropout}
+    return _own_fields(path) or {"window_pattern": starts, "lora_dropout": dropout, **_factors_of(layers.values())}
+
+
+def _factors_of(layers: Collection[SavedLayer]) -> dict[str, Any]:
+    """``train`` and ``magnitude`` of all layers; of layers that differ PCConfig's default, with a warning."""
+    found: dict[str, Any] = {}
+    for name in ("train", "magnitude"):
+        values = sorted({getattr(layer, name) for layer in layers}, key=str)
+        if len(values) == 1:
+            found[name] = values[0]
+        else:
+            warnings.warn(
+                f"the adapter's layers have {name} {', '.join(map(repr, values))}, and a PCConfig has one for all: its "
+                "default counts where training goes on; ipca.load_adapter keeps each layer's.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+    return found
 
 
 def _own_fields(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ipca.train.examples import pieces, with_break
 from ipca.train.models import Loaded
 from ipca.train.settings import TrainSettings
 from ipca.train.sources import DataError, Source, check_image, find_source
+from ipca.window import Window
 
 BATCH_TOKENS = 512
 """Tokens of a forward pass: its logits, and the base's, are in memory at once."""
@@ -125,6 +126,9 @@ def read_keep(settings: TrainSettings, task: str) -> KeepSource:
         raise ValueError(f"a model for {task} has no distribution to keep: use --max-drift instead of --max-kl.")
     if settings.max_drift is not None and text_model:
         raise ValueError("a language model is limited by --max-kl, not by --max-drift.")
+    found_from_inputs = Window(settings.window, settings.rank).needs_calibration
+    if found_from_inputs and (str(settings.keep).endswith(".py") or (settings.keep is None and not text_model)):
+        raise ValueError(f"the window {settings.window!r} is found from inputs to keep: give text or images as --keep.")
     if settings.keep is None:
         if settings.budget is not None and not text_model:
             raise ValueError(f"a budget needs --keep: nothing is measured by default for the task {task}.")

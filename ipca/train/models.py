@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,8 +102,13 @@ def fitting_length(settings: TrainSettings, loaded: Loaded) -> TrainSettings:
     return replace(settings, max_length=least)
 
 
-def adapt(loaded: Loaded, settings: TrainSettings, task: str, progress: bool) -> Any:
+def adapt(
+    loaded: Loaded, settings: TrainSettings, task: str, progress: bool, calibration: Iterable[Any] | None = None
+) -> Any:
     """The PeftModel that trains the window; processes of a group share the decompositions.
+
+    Args:
+        calibration: inputs, for a window that is found from them.
 
     Raises:
         TypeError, ValueError: as :class:`ipca.peft.PCConfig`, or as :func:`ipca.peft.prepare`.
@@ -114,13 +120,16 @@ def adapt(loaded: Loaded, settings: TrainSettings, task: str, progress: bool) ->
     config = PCConfig(
         r=settings.rank,
         window=settings.window,
+        train=settings.train,
+        magnitude=settings.magnitude,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         target_modules="all-linear" if settings.targets is None else list(settings.targets),
         task_type=_PEFT_TASKS[task],
     )
     with warnings.catch_warnings():  # a float alpha, which PEFT scales with
         warnings.filterwarnings("ignore", message=".*lora_alpha.*")
-        model = get_peft_model(loaded.model, prepare(loaded.model, config, progress=progress))
+        config = prepare(loaded.model, config, calibration=calibration, progress=progress)
+        model = get_peft_model(loaded.model, config)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # no adapter file holds its running statistics
             module.register_forward_pre_hook(_frozen)

@@ -25,7 +25,7 @@ from ipca.train.checkpoints import CHECKPOINTS, last_checkpoint, relocate, train
 from ipca.train.data import Data, read_data
 from ipca.train.examples import split
 from ipca.train.figures import draw_run
-from ipca.train.keep import Kept, build_keep, draw_samples, read_keep
+from ipca.train.keep import Kept, KeptItems, KeptTokens, build_keep, draw_samples, read_keep
 from ipca.train.models import adapt, fitting_length, load_model
 from ipca.train.outcome import CURVE, Outcome, Row, curve_of, read_curve
 from ipca.train.report import write_report
@@ -33,6 +33,7 @@ from ipca.train.scaled_change import Point, save_scaled, search
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
 from ipca.train.sources import find_source
 from ipca.train.trainers import build_trainer, micro_batches, processes
+from ipca.window import Window
 
 log = logging.getLogger("ipca.train")
 SAMPLES = "keep.safetensors"
@@ -76,7 +77,11 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
     if source is None and data.layout.task == "causal-lm":
         samples = _samples(loaded.model.to(state.device), loaded.processor, fitted, None if overwrite else out)
     kept = build_keep(source, fitted, data.layout.task, loaded, samples)
-    model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty())
+    inputs = None
+    if Window(settings.window, settings.rank).needs_calibration:
+        assert isinstance(kept, KeptTokens | KeptItems)  # read_keep has seen to it
+        inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in kept.batches]
+    model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty(), inputs)
     with _locked(out) if state.is_main_process else nullcontext():
         if state.is_main_process:
             _begin(settings, fitted, out, samples, overwrite)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ipca.window import Window
+from ipca.window import Window, check_factors
 
 RUN = "run.yaml"
 """The file of a run's settings, in its folder."""
@@ -52,7 +52,8 @@ class TrainSettings:
         patience: evaluations in a row above the budget after which training stops.
         rescale: where training ends above the budget, scale its change down to it, and keep that where it is better
             on the new data than every checkpoint within the budget; see :func:`ipca.train.tradeoff`.
-        window, rank, alpha, targets: see :class:`ipca.peft.PCConfig`.
+        window, rank, alpha, targets, train, magnitude: see :class:`ipca.peft.PCConfig`. Windows that are found from
+            inputs, such as ``"inputs:minor"``, take those of ``keep``.
         lr: peak learning rate; default 1e-3, for ``window="principal"`` 3e-4: places to begin.
         epochs, steps: the length; ``steps`` goes first.
         batch: rows of a step, over all processes.
@@ -87,6 +88,8 @@ class TrainSettings:
     rank: int = 16
     alpha: float | None = None
     targets: tuple[str, ...] | None = None
+    train: str = "both"
+    magnitude: float | str = "sigma"
     lr: float | None = None
     epochs: float = 3.0
     steps: int | None = None
@@ -122,6 +125,7 @@ class TrainSettings:
         if self.max_kl is not None and self.max_drift is not None:
             raise ValueError("max_kl and max_drift are budgets of different tasks; give one of them.")
         Window(self.window, self.rank)
+        check_factors(self.train, self.magnitude)
 
     @property
     def rate(self) -> float:

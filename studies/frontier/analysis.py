@@ -19,8 +19,6 @@ from studies.frontier.curve import Curve, along_scale, along_training
 from studies.frontier.design import Design, Run, Scores, best_rate, grid
 from studies.frontier.rows import Line, Rows
 
-METRIC = "kl_samples"
-"""The primary metric: KL(base ‖ tuned) on samples of the base."""
 EQUIVALENT = 0.1
 """Two arms are equivalent if the 90 % interval of their ratio is within 1 ± this."""
 
@@ -109,9 +107,10 @@ class Analysis:
         cells = set(self.design.cells())
         return {run: lines for run, lines in self.rows.runs() if (run.task, run.steps, run.arm) in cells}
 
-    def curve(self, run: Run, metric: str = METRIC, *, training: bool = False) -> Curve | None:
-        """Its curve over λ, or over training."""
-        lines, root = self.runs[run], self.design.root and metric.startswith("kl_")
+    def curve(self, run: Run, metric: str | None = None, *, training: bool = False) -> Curve | None:
+        """The curve of ``metric``, the primary one by default, over λ, or over training."""
+        lines, metric = self.runs[run], metric or self.design.metric
+        root = self.design.root and metric.startswith(("kl_", "cka_"))
         if training:
             return along_training(lines, metric, root=root)
         return along_scale(lines, metric, self.design.scales, root=root)
@@ -128,9 +127,10 @@ class Analysis:
         return found
 
     def scores(
-        self, task: str, steps: int, arm: str, place: int, metric: str = METRIC, *, training: bool = False
+        self, task: str, steps: int, arm: str, place: int, metric: str | None = None, *, training: bool = False
     ) -> Scores:
         """The metric at a target by rate and seed."""
+        metric = metric or self.design.metric
         found: dict[float, dict[int, float | None]] = {}
         for run in self.of(task, steps, arm):
             found.setdefault(run.rate, {})[run.seed] = self._at_targets(run, metric, training)[place]
@@ -167,15 +167,25 @@ class Analysis:
         return chosen
 
     def tuned(
-        self, task: str, steps: int, arm: str, place: int, metric: str = METRIC, *, training: bool = False
+        self, task: str, steps: int, arm: str, place: int, metric: str | None = None, *, training: bool = False
     ) -> dict[int, float | None]:
         """The metric at a target by seed, at the rates of :meth:`rates`; None where the target is not reached."""
         found = self.scores(task, steps, arm, place, metric, training=training)
         return {seed: found[rate].get(seed) for seed, rate in self.rates(task, steps, arm).items()}
 
-    def compare(self, task: str, steps: int, place: int, arm: str, other: str, *, training: bool = False) -> Comparison:
+    def compare(
+        self,
+        task: str,
+        steps: int,
+        place: int,
+        arm: str,
+        other: str,
+        metric: str | None = None,
+        *,
+        training: bool = False,
+    ) -> Comparison:
         """``arm`` against ``other``, each seed at the rates that are best on the other seeds."""
-        first, second = (self.tuned(task, steps, each, place, training=training) for each in (arm, other))
+        first, second = (self.tuned(task, steps, each, place, metric, training=training) for each in (arm, other))
         seeds = sorted(first.keys() & second.keys())
         pairs = [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
         ratio = Ratio.of(pairs) if pairs else None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ipca.analysis import update_norm
 from ipca.lab import baselines
+from ipca.lab.baselines.adapt import layer_weights
 from ipca.model import AdapterSettings
-from ipca.model.apply import adapted_layers
 from ipca.svd import SpectralCache
 from studies.frontier.design import Arm
 
@@ -26,53 +26,36 @@ class Tuned:
         rank: of the adapter.
         seed: of what the arm draws.
         cache: of decompositions.
+        inputs: batches, for an arm that looks at inputs.
     """
 
-    def __init__(self, model: nn.Module, arm: Arm, rank: int, seed: int, cache: SpectralCache) -> None:
-        settings = AdapterSettings(rank=rank, window=arm.reference, alpha=arm.scaling * rank)
+    def __init__(
+        self,
+        model: nn.Module,
+        arm: Arm,
+        rank: int,
+        seed: int,
+        cache: SpectralCache,
+        inputs: Sequence[Any] | None = None,
+    ) -> None:
+        settings = AdapterSettings(rank=rank, window=arm.reference, alpha=arm.scaling * rank, **arm.options)
         self.arm = arm
-        self.model = baselines.apply(model, arm.method, settings, seed=seed, cache=cache)
+        keeps = baselines.kind_of(arm.method) in ("full", "baseline")  # the others' layers hold their base
+        self._base = {n: w.clone() for n, w in layer_weights(model, settings).items()} if keeps else None
+        self.model = baselines.apply(model, arm.method, settings, seed=seed, cache=cache, calibration=inputs)
         self.trained: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self._layers = adapted_layers(self.model)
-        self._keeps_start = not self._layers or arm.pull > 0
-        self._start = {n: p.detach().clone() for n, p in self.trained.items()} if self._keeps_start else {}
+        self._start = {n: p.detach().clone() for n, p in self.trained.items()} if arm.pull else {}
 
     @torch.no_grad()
     def pull(self, rate: float) -> None:
         """AdamW's decoupled decay after a step at ``rate``, toward the start instead of toward 0."""
-        if self.arm.pull:
-            for name, parameter in self.trained.items():
-                parameter.lerp_(self._start[name], rate * self.arm.pull)
+        for name, start in self._start.items():
+            self.trained[name].lerp_(start, rate * self.arm.pull)
 
-    @contextmanager
-    def scaled(self, scale: float) -> Iterator[nn.Module]:
+    def scaled(self, scale: float) -> AbstractContextManager[nn.Module]:
         """Within the block, the model with ``W + scale · ΔW`` in every layer: 0 is the base and 1 the tuned model."""
-        if self._layers:
-            alphas = {layer: layer.alpha for layer in self._layers.values()}
-            for layer, alpha in alphas.items():
-                layer.alpha = scale * alpha
-            try:
-                yield self.model
-            finally:
-                for layer, alpha in alphas.items():
-                    layer.alpha = alpha
-            return
-        tuned = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
-        try:
-            self._set({name: self._start[name].lerp(tuned[name], scale) for name in tuned})
-            yield self.model
-        finally:
-            self._set(tuned)
+        return baselines.scaled(self.model, scale, self._base)
 
     def update(self) -> float:
         """``‖ΔW‖ / ‖W‖``, Frobenius norms over all adapted layers together."""
-        if self._layers:
-            return update_norm(self.model)
-        pairs = [(parameter.detach(), self._start[name]) for name, parameter in self.trained.items()]
-        changes, norms = zip(*(((p - w).norm().item(), w.norm().item()) for p, w in pairs), strict=True)
-        return math.hypot(*changes) / math.hypot(*norms)
-
-    @torch.no_grad()
-    def _set(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.trained.items():
-            parameter.copy_(values[name])
+        return update_norm(self.model, self._base)

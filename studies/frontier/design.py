@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Every learning rate is one of these, about a factor of 3 apart; a grid grows along them."""
@@ -32,6 +33,31 @@ class Arm:
     reference: str = "middle"
     scaling: float = 1.0
     pull: float = 0.0
+    inputs = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """More options of :func:`ipca.apply_pc`."""
+        return {}
+
+
+@dataclass(frozen=True)
+class OptionArm(Arm):
+    """An arm of an addition to a protocol, with options that the first arms do not have.
+
+    Attributes:
+        train, magnitude: of :func:`ipca.apply_pc`.
+        inputs: what a method that looks at inputs is shown: ``"base"``, sequences drawn from the base that nothing else
+            uses, or ``"new"``, training items of the new task.
+    """
+
+    train: str = "both"
+    magnitude: float | str = "sigma"
+    inputs: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"train": self.train, "magnitude": self.magnitude}
 
 
 @dataclass(frozen=True, order=True)
@@ -86,6 +112,9 @@ class Design:
         families: of primary comparisons, arm against arm; Holm's correction is over all cells and targets of a family.
         titles: of tasks and kept texts, for tables and figures; else their names.
         kept: the kept texts in the order of tables.
+        metric: the primary one, read at equal cross-entropy on the new task: ``kl_`` and the name of a kept text.
+        unit: of a cross-entropy, with its article.
+        item: what a measurement is averaged over, in the plural.
         enough: seeds below which there is no verdict.
         autocast: train under bfloat16 autocast; otherwise in the dtype of the weights.
         root: interpolate the root of a divergence, which is nearly linear in λ, instead of the divergence.
@@ -106,6 +135,9 @@ class Design:
     families: tuple[tuple[tuple[str, str], ...], ...] = field(kw_only=True, repr=False)
     titles: Mapping[str, str] = field(kw_only=True, repr=False)
     kept: tuple[str, ...] = field(kw_only=True, repr=False)
+    metric: str = field(default="kl_samples", kw_only=True, repr=False)
+    unit: str = field(default="a token", kw_only=True, repr=False)
+    item: str = field(default="sequences", kw_only=True, repr=False)
     enough: int = field(default=5, kw_only=True, repr=False)
     autocast: bool = field(default=True, kw_only=True, repr=False)
     root: bool = field(default=False, kw_only=True, repr=False)

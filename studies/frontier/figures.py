@@ -97,8 +97,8 @@ def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
         axis.axvline(target, color="gray", linestyle=":", linewidth=0.8)
     axis.invert_xaxis()
     logarithmic(axis)
-    axis.set_xlabel("cross-entropy on the new task, nats a token")
-    axis.set_ylabel("KL(base ‖ tuned) on the base's samples")
+    axis.set_xlabel(f"cross-entropy on the new task, nats {analysis.design.unit}")
+    axis.set_ylabel(_metric(analysis))
 
 
 def _positions(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
@@ -139,4 +139,9 @@ def _rates(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
     axis.minorticks_off()
     logarithmic(axis)
     axis.set_xlabel("learning rate")
-    axis.set_ylabel("KL(base ‖ tuned) on the base's samples")
+    axis.set_ylabel(_metric(analysis))
+
+
+def _metric(analysis: Analysis) -> str:
+    metric = analysis.design.metric
+    return analysis.design.titles.get(metric, "KL(base ‖ tuned) on the base's samples")

@@ -8,29 +8,33 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.model.batches import evaluating
-from studies.frontier.texts import Texts
+
+if TYPE_CHECKING:
+    from studies.frontier.texts import Texts
 
 CHUNK = 4
 """Sequences of one forward pass."""
 NEW = "new"
 """The name of the held-out text of the new task beside those of the kept texts."""
+ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
+"""What is kept of every token at λ = 1."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Values of every predicted token ``(M, length − 1)`` in nats, by text; 0 where ``scored`` is False.
+    """Values of every predicted token ``(M, length − 1)`` in nats, by text.
 
     Attributes:
         ce: cross-entropy, ``−log p(token)``.
         kl: ``KL(base ‖ tuned)`` over the whole vocabulary; of the kept texts only.
-        scored: False for padding.
+        scored: False for padding, whose values mean nothing.
     """
 
     ce: dict[str, Tensor]
@@ -43,6 +47,14 @@ class Measurement:
         found |= {f"kl_{name}": values for name, values in self.kl.items()}
         means = {name: float(v[self.scored[name[3:]]].double().mean()) for name, v in found.items()}
         return {name: value if math.isfinite(value) else None for name, value in means.items()}
+
+    def items(self) -> dict[str, Tensor]:
+        """What :data:`ITEMS` names, as float16, NaN for padding: rounding is far below the spread between tokens."""
+        return {
+            f"{kind}_{name}": getattr(self, kind)[name].masked_fill(~self.scored[name], math.nan).half()
+            for kind, names in ITEMS.items()
+            for name in names
+        }
 
 
 class Reference:
@@ -82,8 +94,6 @@ class Reference:
                     entropies.append(_cross_entropy(found, part))
                     divergences.append(F.kl_div(found, known, reduction="none", log_target=True).sum(-1).cpu())
                 ce[name], kl[name] = torch.cat(entropies), torch.cat(divergences)
-        for values in (ce, kl):
-            values.update({name: v.masked_fill(~scored[name], 0) for name, v in values.items()})
         return Measurement(ce, kl, scored)
 
     def _predictions(self, model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

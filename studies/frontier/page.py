@@ -20,7 +20,12 @@ NOT_RUN = "Not run."
 
 
 def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
-    """The text between the markers of the page, by marker; the pictures are in ``folder``."""
+    """The text between the markers of a language model's page, by marker; the pictures are in ``folder``."""
+    return {**shared_sections(analysis, folder), "tuned": tuned_table(analysis), "kept": kept_table(analysis)}
+
+
+def shared_sections(analysis: Analysis, folder: Path) -> dict[str, str]:
+    """What the pages of all models have."""
     found = analysis.comparisons()
     return {
         "progress": progress(analysis),
@@ -29,9 +34,7 @@ def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
         "comparisons": comparisons_table(analysis, found),
         "targets": targets_table(analysis),
         "training": training_table(analysis),
-        "tuned": tuned_table(analysis),
         "rates": f"{picture(analysis, folder, 'rates')}\n\n{rates_table(analysis)}".strip(),
-        "kept": kept_table(analysis),
         "checks": checks(analysis),
     }
 
@@ -162,7 +165,7 @@ def targets_table(analysis: Analysis) -> str:
         f"{cell_title(analysis, task, steps)} steps: {', '.join(f'{t:g}' for t in targets)}"
         for (task, steps), targets in analysis.design.targets.items()
     )
-    return f"{markdown(head, rows)}\n\nTargets, nats a token: {named}." if rows else NOT_RUN
+    return f"{markdown(head, rows)}\n\nTargets, nats {analysis.design.unit}: {named}." if rows else NOT_RUN
 
 
 def training_table(analysis: Analysis) -> str:
@@ -234,12 +237,13 @@ def kept_table(analysis: Analysis) -> str:
 
 def checks(analysis: Analysis) -> str:
     """What the interpolation and the finite texts contribute to the error."""
-    lines = []
-    for metric, name in (("ce_new", "the cross-entropy on the new task"), ("kl_samples", "KL on the samples")):
+    lines, design = [], analysis.design
+    kept = f"KL on the {design.title(design.metric.removeprefix('kl_'))}"
+    for metric, name in (("ce_new", "the cross-entropy on the new task"), (design.metric, kept)):
         found = analysis.interpolation_error(metric)
         if found is not None:
             lines.append(f"- Interpolation of {name} over λ: at {found[0]} finer points off by at most {found[1]:.1%}.")
-    for metric, name in (("ce_new", "cross-entropy on the new task"), ("kl_samples", "KL on the samples")):
+    for metric, name in (("ce_new", "cross-entropy on the new task"), (design.metric, kept)):
         errors = [
             (error, final(measured, metric))
             for run, measured in analysis.runs.items()
@@ -248,9 +252,9 @@ def checks(analysis: Analysis) -> str:
         if errors:
             share = mean(error / value for error, value in errors)
             lines.append(
-                f"- Standard error over the held-out sequences of the {name} at λ = 1: {share:.1%} of it on average. "
-                "All arms share the sequences, so that it largely cancels in a ratio; it does not cancel in a claim "
-                "about other texts."
+                f"- Standard error over the held-out {design.item} of the {name} at λ = 1: {share:.1%} of it on "
+                f"average. All arms share the {design.item}, so that it largely cancels in a ratio; it does not cancel "
+                "in a claim about others."
             )
     return "\n".join(lines) or NOT_RUN
 

@@ -22,7 +22,7 @@ class Addition:
     Attributes:
         text: its file, with what is claimed of the new arms and what would refute it.
         arms: by name.
-        waves: their runs, made after all others.
+        waves: their runs, made after all others, of lengths that have targets.
         families: of primary comparisons, also with arms that are there already.
     """
 
@@ -43,9 +43,9 @@ class Protocol:
         shares: of the improvement of a reference run; they are the targets, from the easiest on.
         model: the folder of the default model's rows.
         results: the folder of all rows.
-        command: what adds runs.
         seconds: CPU seconds of a step, for the estimate of what remains before a run was made.
         additions: in the order in which they were made.
+        digits: of a target.
     """
 
     text: Path
@@ -54,25 +54,25 @@ class Protocol:
     shares: tuple[float, float, float]
     model: str
     results: Path
-    command: str
     seconds: float
     additions: tuple[Addition, ...] = ()
+    digits: int = 2
 
     def with_targets(self, reference: Rows) -> Design | None:
         """The plan with additions and the targets that the rows of ``reference`` fix; None where a run is missing.
 
-        A target is the base's cross-entropy minus a share of the reference run's improvement at its best λ, to 0.01.
+        A target is the base's cross-entropy minus a share of the reference run's improvement at its best λ, rounded.
         """
         lines = dict(reference.runs())
         if not set(self.reference) <= set(lines):
             return None
         targets = {}
         for run in self.reference:
-            curve = along_scale(lines[run], "kl_samples", self.plan.scales)
+            curve = along_scale(lines[run], self.plan.metric, self.plan.scales)
             if curve is None:
                 raise ValueError(f"{run.key} diverged and fixes no target")
             gain = curve.new[0] - curve.lowest
-            first, second, third = (round(curve.new[0] - share * gain, 2) for share in self.shares)
+            first, second, third = (round(curve.new[0] - share * gain, self.digits) for share in self.shares)
             targets[run.task, run.steps] = (first, second, third)
         return replace(self.extended(), targets=targets)
 
@@ -90,6 +90,7 @@ class Protocol:
         numbers = [plan, plan.arms, RATES, self.reference, self.shares]
         parts = [_fixed(self.text), *map(repr, numbers)]
         parts += ["no autocast"] * (not plan.autocast) + ["root"] * plan.root
+        parts += [plan.metric] * (plan.metric != "kl_samples") + [str(self.digits)] * (self.digits != 2)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def added_sha256(self) -> dict[str, str]:

@@ -28,27 +28,28 @@ from ipca._atomic import write_atomic
 from ipca._hashing import tensor_sha256
 from studies.frontier.curve import along_scale
 from studies.frontier.design import Design, Run, grid
+from studies.frontier.material import Task
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
-from studies.frontier.texts import Texts
 from studies.frontier.training import Study, train_run
 
 
 @dataclass(frozen=True)
 class Material:
-    """A model, and what the texts of its tasks are made from.
+    """A model, and what its tasks are made from.
 
     Attributes:
         name: of the folder of its rows.
         base: the pretrained model.
-        draw: draws sequences ``(M, length)`` from the base; called once, they are kept beside the rows.
-        texts: the texts of each task, from those sequences.
+        draw: draws sequences ``(M, length)`` from the base; called once, they are kept beside the rows. None if there
+            are none.
+        tasks: the tasks by name, from those sequences.
     """
 
     name: str
     base: nn.Module
-    draw: Callable[[], Tensor]
-    texts: Callable[[Tensor], Mapping[str, Texts]]
+    draw: Callable[[], Tensor] | None
+    tasks: Callable[[Tensor], Mapping[str, Task]]
 
 
 TOLERANCE = 0.05
@@ -109,7 +110,7 @@ def collect(study: Study, rows: Rows, runners: Runners, limit: int | None = None
     """Make runs in the protocol's order until none is left, or ``limit`` of them; returns their number.
 
     Raises:
-        ValueError: the folder holds rows of another protocol, model or text.
+        ValueError: the folder holds rows of another protocol, model or task.
     """
     check(study, rows)
     made = 0
@@ -136,7 +137,7 @@ def again(study: Study, rows: Rows, count: int) -> float:
     """Make the first ``count`` runs of ``rows`` in the protocol's order again; the largest relative deviation.
 
     Raises:
-        ValueError: another protocol, model or text, or cross-entropy or divergence on the samples deviate by more than
+        ValueError: another protocol, model or task, or cross-entropy or primary divergence deviate by more than
             :data:`TOLERANCE`.
     """
     check(study, rows)
@@ -149,7 +150,7 @@ def again(study: Study, rows: Rows, count: int) -> float:
             train_run(replace(study, work=Path(folder)), run, made)
         for run, lines in made.runs():
             for line, before in zip(lines[1:], known[run][1:], strict=True):
-                for metric in ("ce_new", "kl_samples"):
+                for metric in ("ce_new", study.design.metric):
                     deviation = abs(line[metric] / before[metric] - 1)
                     largest = max(largest, deviation)
                     if not deviation <= TOLERANCE:
@@ -166,14 +167,14 @@ def grids(design: Design, rows: Rows) -> dict[tuple[str, int, str], tuple[float,
     for run, lines in rows.runs():
         cell = (run.task, run.steps, run.arm)
         if cell in scores:
-            curve = along_scale(lines, "kl_samples", design.scales, root=design.root)
+            curve = along_scale(lines, design.metric, design.scales, root=design.root)
             score = None if curve is None else curve.when(design.targets[run.task, run.steps][1])
             scores[cell].setdefault(run.rate, {})[run.seed] = score
     return {cell: grid(design.arms[cell[2]].rate, found) for cell, found in scores.items()}
 
 
 def check(study: Study, rows: Rows) -> None:
-    """Raise ValueError if ``rows`` holds a line of another protocol, model or text."""
+    """Raise ValueError if ``rows`` holds a line of another protocol, model or task."""
     cells = set(study.design.cells())
     for run, lines in rows.runs():
         if (run.task, run.steps, run.arm) not in cells:
@@ -213,18 +214,12 @@ def open_study(protocol: Protocol, material: Material, results: Path, work: Path
     """The study of a model, with the folder of its rows; runs that fix its targets and are missing are made first.
 
     Raises:
-        FileNotFoundError, ValueError, OSError, ImportError: a text cannot be made.
+        FileNotFoundError, ValueError, OSError, ImportError: a task cannot be made.
     """
     hashes = {"model": weights_sha256(material.base)[:12]}
     work, rows = work / material.name, Rows(results / material.name)
-    samples = rows.folder / "samples.json"
     runners = Runners(work)
-    with runners.claim("samples", wait=True):
-        if not samples.exists():
-            rows.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(samples, json.dumps({**hashes, "ids": material.draw().tolist()}).encode())
-    drawn: dict[str, Any] = json.loads(samples.read_text())
-    study = Study(protocol.plan, material.base, material.texts(torch.tensor(drawn["ids"])), work, hashes)
+    study = Study(protocol.plan, material.base, material.tasks(_drawn(material, rows, runners, hashes)), work, hashes)
     reference = reference_of(rows)
     for wait in (False, True):  # first what nobody makes, then what others make
         for run in protocol.reference:
@@ -235,6 +230,19 @@ def open_study(protocol: Protocol, material: Material, results: Path, work: Path
     assert design is not None
     added = {arm: sha256[:12] for arm, sha256 in protocol.added_sha256().items()}
     return replace(study, design=design, hashes={"protocol": protocol.sha256()[:12], **hashes}, added=added), rows
+
+
+def _drawn(material: Material, rows: Rows, runners: Runners, hashes: Mapping[str, str]) -> Tensor:
+    """The sequences drawn from the base, ``(0,)`` if there are none."""
+    if material.draw is None:
+        return torch.empty(0)
+    samples = rows.folder / "samples.json"
+    with runners.claim("samples", wait=True):
+        if not samples.exists():
+            rows.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(samples, json.dumps({**hashes, "ids": material.draw().tolist()}).encode())
+    found: dict[str, Any] = json.loads(samples.read_text())
+    return torch.tensor(found["ids"])
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -304,7 +312,7 @@ def _parser(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
     work = Path("study-out", protocol.results.parent.name)
     add("--results", type=Path, default=protocol.results, help="folder of the rows (default: the study's results)")
     add("--work", type=Path, default=work, help=f"folder of caches and unfinished runs (default: {work})")
-    add("--model", type=Path, help=f"folder of another causal language model (default: {protocol.model})")
+    add("--model", type=Path, help=f"folder of another model (default: {protocol.model})")
     add("--gpu", action="store_true", help="train on a GPU")
     add("--limit", type=int, help="stop after this many runs")
     add("--again", type=int, metavar="N", help="make N recorded runs again, and compare; nothing is recorded")

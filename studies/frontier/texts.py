@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipca._hashing import tensor_sha256
+from studies.frontier.measure import Reference
 
+_SHOWN, _SEED_OF_SHOWN = 32, 1_000_003
+"""Sequences that an arm is shown which looks at inputs; the seed is that of no other sample."""
 IGNORED = -100
 """The label of a token that is not predicted."""
 
@@ -31,6 +34,7 @@ class Texts:
     new: Tensor
     kept: dict[str, Tensor]
     padding: int | None = None
+    kind: ClassVar[str] = "text"
 
     def scored(self, ids: Tensor) -> Tensor:
         """Whether each token but the first is predicted, bool ``(M, length − 1)``."""
@@ -40,6 +44,26 @@ class Texts:
         """The labels of the training sequences ``chosen``."""
         ids = self.train[chosen]
         return ids if self.padding is None else ids.masked_fill(ids == self.padding, IGNORED)
+
+    def loss(self, model: Any, chosen: Tensor) -> Tensor:
+        """The mean cross-entropy of the training sequences ``chosen``."""
+        device = next(model.parameters()).device
+        found: Tensor = model(input_ids=self.train[chosen].to(device), labels=self.labels(chosen).to(device)).loss
+        return found
+
+    def reference(self, model: nn.Module) -> Reference:
+        """The base's predictions on these texts."""
+        return Reference(model, self)
+
+    def inputs(self, of: str, model: nn.Module) -> list[dict[str, Tensor]]:
+        """32 sequences: the first of the ``"new"`` task, or such that are drawn from the ``"base"`` for this alone."""
+        ids = self.train[:_SHOWN]
+        if of == "base":
+            ids = draw_samples(model, _SEED_OF_SHOWN, _SHOWN, self.train.shape[1], self.padding)
+        elif of != "new":
+            raise ValueError(f"inputs are of the 'new' task or of the 'base', not {of!r}.")
+        mask = torch.ones_like(ids) if self.padding is None else (ids != self.padding).long()
+        return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(8), mask.split(8), strict=True)]
 
     def sha256(self) -> str:
         """A hash of all token ids."""

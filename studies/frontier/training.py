@@ -8,7 +8,7 @@ import io
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,18 @@ from ipca.lab.sweep.device import deterministic, device_name
 from ipca.svd import SpectralCache
 from studies.frontier.arms import Tuned
 from studies.frontier.design import Design, Run
-from studies.frontier.measure import NEW, Measurement, Reference
+from studies.frontier.material import Measured, Reference, Task
 from studies.frontier.rows import Line, Rows
-from studies.frontier.texts import Texts
-
-ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
-"""What is kept of every token at λ = 1."""
 
 
 @dataclass
 class Study:
-    """A model and its texts, with what all runs on them share.
+    """A model and its tasks, with what all runs on them share.
 
     Attributes:
         design: the protocol's numbers.
         base: the pretrained model.
-        texts: by task.
+        tasks: their material, by name.
         work: folder of what is not kept: decompositions and states of unfinished runs.
         hashes: of protocol and model, part of every line.
         added: by arm of an addition to the protocol, the hash that takes the protocol's place.
@@ -47,24 +43,32 @@ class Study:
 
     design: Design
     base: nn.Module
-    texts: Mapping[str, Texts]
+    tasks: Mapping[str, Task]
     work: Path
     hashes: Mapping[str, str]
     progress: bool = True
     added: Mapping[str, str] = field(default_factory=dict)
-    _references: dict[str, tuple[Reference, Measurement]] = field(default_factory=dict)
+    _references: dict[str, tuple[Reference, Measured]] = field(default_factory=dict)
+    _inputs: dict[tuple[str, str], Sequence[Any]] = field(default_factory=dict)
 
-    def reference(self, task: str) -> tuple[Reference, Measurement]:
-        """The base's predictions on the texts of ``task``, and its measurement."""
+    def reference(self, task: str) -> tuple[Reference, Measured]:
+        """What measures against the base on ``task``, and the base's own measurement."""
         if task not in self._references:
-            reference = Reference(self.base, self.texts[task])
+            reference = self.tasks[task].reference(self.base)
             self._references[task] = reference, reference.measure(self.base)
         return self._references[task]
 
+    def inputs(self, task: str, of: str) -> Sequence[Any]:
+        """What an arm that looks at inputs is shown, made once."""
+        if (task, of) not in self._inputs:
+            self._inputs[task, of] = self.tasks[task].inputs(of, self.base)
+        return self._inputs[task, of]
+
     def hashes_of(self, run: Run) -> dict[str, str]:
-        """The hashes in the lines of ``run``: of protocol, model and text."""
+        """The hashes in the lines of ``run``: of protocol, model and task."""
         protocol = {"protocol": self.added[run.arm]} if run.arm in self.added else {}
-        return {**self.hashes, **protocol, "text": self.texts[run.task].sha256()[:12]}
+        task = self.tasks[run.task]
+        return {**self.hashes, **protocol, task.kind: task.sha256()[:12]}
 
     @property
     def spectra(self) -> SpectralCache:
@@ -82,14 +86,15 @@ def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lam
     """
     design, arm = study.design, study.design.arms[run.arm]
     reference, base = study.reference(run.task)
-    tuned = Tuned(copy.deepcopy(study.base), arm, design.rank, run.seed, study.spectra)
+    inputs = study.inputs(run.task, arm.inputs) if arm.inputs else None
+    tuned = Tuned(copy.deepcopy(study.base), arm, design.rank, run.seed, study.spectra, inputs)
     optimizer = torch.optim.AdamW(list(tuned.trained.values()), lr=run.rate, weight_decay=0.0)
     state = _State(study.work / "states" / f"{run.key}.pt", tuned, optimizer)
     known = {**asdict(run), **study.hashes_of(run)}
     start = {**known, **_line(0, 0.0, 0.0, base), "environment": environment(study.base)}
     lines = state.load(start)
-    texts = study.texts[run.task]
-    order = torch.randperm(len(texts.train), generator=torch.Generator().manual_seed(run.seed))
+    task = study.tasks[run.task]
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(run.seed))
     done = int(lines[-1]["step"])
     steps = tqdm(range(done + 1, run.steps + 1), desc=run.key, unit="step", disable=not study.progress)
     device = next(tuned.model.parameters()).device
@@ -100,8 +105,7 @@ def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lam
                 wait()
                 rate = run.rate * design.rate_factor(step, run.steps)
                 chosen = order[torch.arange((step - 1) * design.batch, step * design.batch) % len(order)]
-                ids, labels = texts.train[chosen].to(device), texts.labels(chosen).to(device)
-                diverged = not _train_step(tuned, optimizer, rate, ids, labels, autocast=design.autocast)
+                diverged = not _train_step(tuned, optimizer, rate, task, chosen, autocast=design.autocast)
             if step in design.steps_measured(run.steps)[:-1]:
                 found = None if diverged else reference.measure(tuned.model)
                 lines.append({**known, **_line(step, 1.0, tuned.update(), found)})
@@ -114,7 +118,7 @@ def train_run(study: Study, run: Run, rows: Rows, wait: Callable[[], None] = lam
                 found = None if diverged else reference.measure(model)
             lines.append({**known, **_line(run.steps, scale, scale * update, found)})
             if scale == 1.0 and found is not None and (design.itemized is None or run.seed in design.itemized):
-                items = _items(found)
+                items = found.items()
     rows.put(run, lines, items)
     state.delete()
 
@@ -128,14 +132,15 @@ def environment(model: nn.Module) -> dict[str, Any]:
 
 
 def _train_step(
-    tuned: Tuned, optimizer: torch.optim.Optimizer, rate: float, ids: Tensor, labels: Tensor, *, autocast: bool
+    tuned: Tuned, optimizer: torch.optim.Optimizer, rate: float, task: Task, chosen: Tensor, *, autocast: bool
 ) -> bool:
     """One step at ``rate``; False, and no step, if the loss is not finite."""
     tuned.model.train()
     for group in optimizer.param_groups:
         group["lr"] = rate
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=autocast):
-        loss = tuned.model(input_ids=ids, labels=labels).loss
+    device = next(tuned.model.parameters()).device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        loss = task.loss(tuned.model, chosen)
     if not math.isfinite(loss.item()):
         return False
     loss.backward()
@@ -145,7 +150,7 @@ def _train_step(
     return True
 
 
-def _line(step: int, scale: float, update: float, found: Measurement | None) -> Line:
+def _line(step: int, scale: float, update: float, found: Measured | None) -> Line:
     means: dict[str, float | None] = {} if found is None else found.means()
     ok = bool(means) and None not in means.values()
     status = "ok" if ok else "diverged"
@@ -155,15 +160,6 @@ def _line(step: int, scale: float, update: float, found: Measurement | None) -> 
         "status": status,
         "update": update if math.isfinite(update) else None,
         **means,
-    }
-
-
-def _items(found: Measurement) -> dict[str, Tensor]:
-    """What :data:`ITEMS` names, as float16, NaN for padding: rounding is far below the spread between tokens."""
-    return {
-        f"{kind}_{name}": getattr(found, kind)[name].masked_fill(~found.scored[name], math.nan).half()
-        for kind, names in ITEMS.items()
-        for name in names
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from studies.frontier.design import Arm, Design, Run, Wave
+from studies.frontier.options import options
 from studies.frontier.protocol import Protocol
 from studies.language.model import NAME
 
@@ -63,6 +64,14 @@ PROTOCOL = Protocol(
     shares=(0.5, 0.7, 0.85),
     model=NAME,
     results=_HERE / "results",
-    command="make study-language",
     seconds=9.0,
+    additions=(
+        options(
+            _HERE / "OPTIONS.md",
+            middle="middle",
+            rates={"window": 1e-3, "principal": 1e-3, "lora": 3e-3, "full": 3e-4},
+            waves=((60, tuple(range(5))),),
+            without=("lora-pulled", "mica", "oplora"),
+        ),
+    ),
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from studies.frontier.design import Arm, Design, Run, Wave
+from studies.frontier.options import options
 from studies.frontier.protocol import Protocol
 from studies.language.protocol import PLAN as LANGUAGE
 from studies.position_grid.mgm import NAME
@@ -73,8 +74,16 @@ PROTOCOL = Protocol(
     shares=(0.5, 0.7, 0.85),
     model=NAME,
     results=_HERE / "results",
-    command="make study-position-grid",
     seconds=0.7,
+    additions=(
+        options(
+            _HERE / "OPTIONS.md",
+            middle="0.5",
+            rates={"window": 3e-3, "principal": 3e-3, "lora": 1e-2, "full": 3e-4},
+            waves=((_SHORT, _SEEDS),),
+            without=("oft", "osf"),
+        ),
+    ),
 )
 _TEXT_PLAN = replace(
     PLAN,

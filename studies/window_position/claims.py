@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ipca.lab.statistics import LEVEL, estimate, holm, paired_test
+from ipca.lab.statistics import LEVEL, holm, paired_test
 from ipca.lab.sweep.report.data import Sweep
 from studies.window_position.rows import (
     AUTO,
@@ -19,6 +19,7 @@ from studies.window_position.rows import (
     Study,
     Values,
     differences,
+    estimate,
     tuned_values,
     values_of,
 )
@@ -159,8 +160,8 @@ def confirm(study: Study) -> list[dict[str, Any]]:
     """A row of ``tests.csv`` for each of :data:`CLAIMS`.
 
     ``mean`` is that of ``first − second`` over the ``n`` seeds that succeeded in both arms, ``low`` and ``high`` its
-    95 % bootstrap interval, ``p`` that of the exact sign-flip test on the claim's side, ``adjusted`` after Holm's
-    correction over the claims that were run. The verdict is
+    95 % interval (:func:`ipca.lab.statistics.mean_interval`), ``p`` that of the exact sign-flip test on the claim's
+    side, ``adjusted`` after Holm's correction over the claims that were run. The verdict is
 
     - ``"not run"`` if an arm lacks one of the ten seeds, ``"all diverged"`` if no seed succeeded in both;
     - ``"holds"`` if a one-sided claim has ``adjusted`` ≤ 5 %, ``"the opposite holds"`` if the test of the other side

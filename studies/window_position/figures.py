@@ -2,7 +2,7 @@
 
     python -m studies.window_position.figures
 
-Every point is a mean over seeds, every bar through it a 95 % bootstrap interval. Experiments that have not been run are
+Every point is a mean over seeds, every bar through it a 95 % interval. Experiments that have not been run are
 not drawn.
 """
 
@@ -40,7 +40,7 @@ METRICS = {
 }
 COMPARISONS = {"same": "same rate", "sqrt-sigma": "√σ-matched", "update": "equal early\nupdates"}
 POSITION = "window's position f = start / (d − r)"
-NOTE = "mean and 95 % bootstrap interval over seeds"
+NOTE = "mean and 95 % interval over seeds"
 
 
 def positions(tables: Tables) -> Figure | None:

@@ -1,9 +1,9 @@
-"""The derived tables of the study: confirmatory tests, means and differences with intervals, rank correlations.
+"""The derived tables of the study: confirmatory tests, means and differences with intervals, what was analyzed anew.
 
     python -m studies.window_position.findings
 
-Writes ``tests.csv``, ``summary.csv`` and ``ranks.csv`` to ``results``. Experiments that have not been run appear in the
-first only, as "not run".
+Writes ``tests.csv``, ``summary.csv``, ``ranks.csv``, ``rates.csv``, ``equal-target.csv`` and ``claims.csv`` to
+``results``. Experiments that have not been run appear in the first only, as "not run".
 """
 
 from __future__ import annotations
@@ -13,16 +13,28 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ipca.lab.statistics import Estimate, estimate
+from ipca.lab import statistics
+from ipca.lab.statistics import Estimate
 from ipca.lab.sweep.report.data import Sweep
 from studies.window_position.claims import FRESH_MIDDLE, TEST_COLUMNS, confirm
+from studies.window_position.reanalysis import (
+    CLAIM_COLUMNS,
+    EQUAL_COLUMNS,
+    RATE_COLUMNS,
+    chosen_rates,
+    claims_by_place,
+    equal_targets,
+)
 from studies.window_position.rows import (
+    BASE,
+    EXTENSIONS,
     MIDDLE,
     Study,
     Table,
     Values,
     curve_of,
     differences,
+    estimate,
     is_complete,
     tuned_values,
     values_of,
@@ -42,8 +54,10 @@ def summarize(name: str, sweep: Sweep) -> Iterator[dict[str, Any]]:
 
     ``lr`` is the grid's rate, or ``"best"``: for each seed the one with the best mean target over the other seeds.
     ``difference`` is to the middle window in the same comparison at the same rate, paired by seed; 0 for the middle
-    window itself. ``n`` runs and ``pairs`` pairs succeeded, ``failed`` did not.
+    window itself. ``n`` runs and ``pairs`` pairs succeeded, ``failed`` did not. The untrained model comes first.
     """
+    for metric, value in sweep.base.items():
+        yield _summary((name, BASE, "", "", metric), {0: value}, {})
     for method in sweep.methods:
         for metric in sweep.base:
             for comparison in sweep.comparisons:
@@ -96,7 +110,7 @@ def rank_correlations(study: Study, mechanism: Table) -> Iterator[dict[str, Any]
         for lr in sweep.lrs:
             drift = {method: values_of(sweep, method, "drift", lr) for method in sweep.methods if method in curve}
             found = _spearman([curve[method] for method in drift], list(drift.values()))
-            yield dict(zip(RANK_COLUMNS, (name, lr, len(found), *_cells(estimate(found))), strict=True))
+            yield dict(zip(RANK_COLUMNS, (name, lr, len(found), *_cells(statistics.estimate(found))), strict=True))
 
 
 def _spearman(sensitivities: Sequence[float], drift: Sequence[Values]) -> list[float]:
@@ -111,13 +125,21 @@ def _spearman(sensitivities: Sequence[float], drift: Sequence[Values]) -> list[f
 
 
 def write(study: Study) -> None:
-    """Write the three tables from the rows and ``mechanism.csv``."""
-    write_table(study.folder / "tests.csv", TEST_COLUMNS, confirm(study))
-    summaries = [row for name, sweep in study.sweeps.items() for row in summarize(name, sweep)]
+    """Write the tables from the rows and ``mechanism.csv``."""
+    tests = confirm(study)
+    write_table(study.folder / "tests.csv", TEST_COLUMNS, tests)
+    more = {name: sweep for name in EXTENSIONS if (sweep := study.sweep(name)) is not None}
+    summaries = [row for name, sweep in (study.sweeps | more).items() for row in summarize(name, sweep)]
     summaries += summarize_streams(study.table("V2"))
     write_table(study.folder / "summary.csv", SUMMARY_COLUMNS, summaries)
     ranks = rank_correlations(study, study.table("mechanism"))
     write_table(study.folder / "ranks.csv", RANK_COLUMNS, ranks)
+    wider = {name: sweep for name in (*study.sweeps, "V3") if (sweep := study.wider(name)) is not None}
+    rates = [row for name, sweep in wider.items() for row in chosen_rates(name, sweep)]
+    write_table(study.folder / "rates.csv", RATE_COLUMNS, rates)
+    equal = list(equal_targets(study))
+    write_table(study.folder / "equal-target.csv", EQUAL_COLUMNS, equal)
+    write_table(study.folder / "claims.csv", CLAIM_COLUMNS, claims_by_place(study, equal, tests))
 
 
 if __name__ == "__main__":

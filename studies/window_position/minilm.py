@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.lab.demo.data import ARCHIVE, Labeled, load_text
+from ipca.lab.demo.data import ARCHIVE, SOURCES, Labeled, load_text
 from ipca.lab.demo.encoder import Encoder, Settings, accuracy, load_encoder
 from ipca.lab.sweep import Task
 from ipca.model import AdapterSettings
@@ -98,6 +98,9 @@ def task(layers: str = "intermediate", steps: int = 80, source: str = "movie") -
         labels={
             "target": f"accuracy on the sentiment of {HELD_OUT:,} sentences, source: {source}",
             "retained": f"accuracy of the frozen probe of the source, {HELD_OUT:,} sentences",
+            **{f"retained_{name}": f"the same on the sentences whose source is {name}" for name in SOURCES},
+            "refit": "accuracy of a probe fitted anew to the trained model",
+            "cka": "linear CKA between the probe's sentences before and after",
             "drift": "mean 1 − cos of the probe's sentences, before and after",
         },
     )
@@ -122,17 +125,36 @@ def train(source: str, steps: int, model: Classifier, groups: list[dict[str, Any
 
 
 def evaluate(source: str, model: Classifier) -> dict[str, float]:
-    """Target, retained and drift; both test sets are encoded together, sorted by length."""
+    """Target, retained (all and by source), refit, CKA and drift; sentences are encoded together, sorted by length."""
     data, fitted = sentences(source), probe()
+    parts = data.test, data.probe_test, data.probe_train
     model.eval()
     with torch.inference_mode():
-        states = embeddings(model, data.test.ids + data.probe_test.ids)
-        target, after = states.split([len(data.test.ids), len(data.probe_test.ids)])
+        states = embeddings(model, [ids for part in parts for ids in part.ids])
+        target, after, again = states.split([len(part.ids) for part in parts])
+        labels = data.probe_test.labels
+        logits = source_logits(after, fitted)
+        by_source = {
+            f"retained_{name}": accuracy(logits[labels == k], labels[labels == k].tolist())
+            for k, name in enumerate(SOURCES)
+        }
         return {
             "target": accuracy(model.head(target), data.test.labels.tolist()),
-            "retained": accuracy(source_logits(after, fitted), data.probe_test.labels.tolist()),
+            "retained": accuracy(logits, labels.tolist()),
+            **by_source,
+            "refit": accuracy(source_logits(after, fit_sources(again, data.probe_train.labels)), labels.tolist()),
+            "cka": linear_cka(fitted["before"], after),
             "drift": 1 - F.cosine_similarity(fitted["before"], after).mean().item(),
         }
+
+
+def linear_cka(X: Tensor, Y: Tensor) -> float:
+    """``‖Xᵀ Y‖_F² / (‖Xᵀ X‖_F ‖Yᵀ Y‖_F)`` of the centered ``X (n, d)``, ``Y (n, e)``: 1 where only rotated or scaled.
+
+    Kornblith et al., arXiv 1905.00414.
+    """
+    X, Y = (values.double() - values.double().mean(0) for values in (X, Y))
+    return ((X.T @ Y).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm())).item()
 
 
 def calibration(source: str) -> list[Tokens]:
@@ -196,13 +218,23 @@ def probe() -> dict[str, Tensor]:
 
 
 def fit_probe() -> dict[str, Tensor]:
-    """Fit :func:`probe` to the unit-length embeddings of the original model."""
-    from sklearn.linear_model import LogisticRegression
-
+    """Fit :func:`probe` to the embeddings of the original model."""
     model, data = build(), sentences("movie")
     with torch.no_grad():
-        known = F.normalize(embeddings(model, data.probe_train.ids))
+        known = embeddings(model, data.probe_train.ids)
         before = embeddings(model, data.probe_test.ids)
-    fitted = LogisticRegression(max_iter=1000).fit(known.double().numpy(), data.probe_train.labels.numpy())
-    weight, bias = (torch.from_numpy(values).float() for values in (fitted.coef_, fitted.intercept_))
-    return {"weight": weight, "bias": bias, "before": before}
+    return {**fit_sources(known, data.probe_train.labels), "before": before}
+
+
+def fit_sources(states: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """A logistic regression of the source on unit-length embeddings ``(M, 384)``: ``weight (4, 384)``, ``bias (4,)``.
+
+    NaN where an embedding is not finite.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if not states.isfinite().all():
+        return {"weight": torch.full((len(SOURCES), states.shape[1]), torch.nan), "bias": torch.zeros(len(SOURCES))}
+    known = F.normalize(states).double().numpy()
+    fitted = LogisticRegression(max_iter=1000).fit(known, labels.numpy())
+    return {name: torch.from_numpy(v).float() for name, v in (("weight", fitted.coef_), ("bias", fitted.intercept_))}

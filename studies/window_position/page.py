@@ -1,4 +1,4 @@
-"""The page of the study, docs/results/window-position.md: regenerate its sections, or check that they are up to date.
+"""The page of the study, docs/results/window-position.md, and the table of docs/choosing-a-window.md that rests on it.
 
 python -m studies.window_position.page [--check]
 """
@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 from studies.page import update_page
-from studies.window_position.tables import sections
+from studies.window_position.rows import Study
+from studies.window_position.rules import read_tables
+from studies.window_position.tables import begin_section, sections
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "window-position.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE, CHOOSING = DOCS / "results" / "window-position.md", DOCS / "choosing-a-window.md"
 
 
 def main() -> int:
-    """Write the page, or check it; returns the exit status."""
-    return update_page(PAGE, sections, "make study-page", __doc__)
+    """Write the generated sections of both pages, or check them; returns the exit status."""
+    pages = {PAGE: sections, CHOOSING: lambda: {"begin": begin_section(read_tables(Study()))}}
+    return max(update_page(page, made, "make study-page", __doc__) for page, made in pages.items())
 
 
 if __name__ == "__main__":

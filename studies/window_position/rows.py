@@ -1,8 +1,7 @@
 """Rows of the study in ``results``: one sweep per experiment, the streams, and the tables derived from them.
 
 For every sweep ``run.py`` writes ``<name>.csv``, one row per run, and ``<name>.json``, its settings; for the streams it
-writes ``V2.csv``. ``findings.py`` and ``mechanism.py`` write ``tests.csv``, ``summary.csv``, ``ranks.csv`` and
-``mechanism.csv``.
+writes ``V2.csv``. ``findings.py`` and ``mechanism.py`` write all other tables.
 """
 
 from __future__ import annotations
@@ -11,11 +10,14 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from statistics import mean
 
 from ipca._atomic import write_atomic
 from ipca.lab.compare import best_rate
+from ipca.lab.statistics import Estimate, mean_interval
 from ipca.lab.sweep.report.data import Sweep, read_sweep
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -24,8 +26,8 @@ Table = list[Row]
 Values = dict[int, float]
 """One number per seed; NaN if the run failed."""
 
-PRINCIPAL, MIDDLE, MINOR, LORA, AUTO = "0.0", "0.5", "1.0", "lora", "auto"
-"""Methods by their names in the rows."""
+PRINCIPAL, MIDDLE, MINOR, LORA, AUTO, BASE = "0.0", "0.5", "1.0", "lora", "auto", "base"
+"""Methods by their names in the rows; ``"base"`` is the untrained model."""
 RATE = 2e-3
 """Learning rate of the confirmatory tests."""
 SWEEPS = {
@@ -42,6 +44,19 @@ SWEEPS = {
 """Titles of the protocol's sweeps by file name."""
 EXPLORATORY = ("G1", "G2")
 """Sweeps that need a GPU and that no test uses."""
+WIDER = {"M1": ("M1-low",), "V3": ("V3-low", "V3-high")}
+"""Exploratory rows with further rates and methods of a sweep, by the sweep."""
+BY_SOURCE = ("M1-low", "M1-middle", "M1-others")
+"""Exploratory rows that have retention by source."""
+EXTENSIONS = {
+    "M1-low": "M1: principal at lower rates, exploratory",
+    "M1-middle": "M1: middle again, by source, exploratory",
+    "M1-others": "M1: minor and plain LoRA again, by source, exploratory",
+    "V3": "V3: as V1 on a second pretrained ViT, exploratory",
+    "V3-low": "V3: principal and full fine-tuning at lower rates, exploratory",
+    "V3-high": "V3: minor and frozen factors at higher rates, exploratory",
+}
+"""Titles of the rows added after the protocol's."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class Study:
     _read: dict[str, Sweep | None] = field(default_factory=dict, compare=False)
 
     def sweep(self, name: str) -> Sweep | None:
-        """One of :data:`SWEEPS`; None if it was not run.
+        """One of :data:`SWEEPS` or :data:`EXTENSIONS`; None if it was not run.
 
         Raises:
             FileNotFoundError: its settings are missing.
@@ -65,8 +80,29 @@ class Study:
 
     @property
     def sweeps(self) -> dict[str, Sweep]:
-        """The sweeps that were run, by name."""
+        """The protocol's sweeps that were run, by name."""
         return {name: sweep for name in SWEEPS if (sweep := self.sweep(name)) is not None}
+
+    def wider(self, name: str, *, partly: bool = False) -> Sweep | None:
+        """:meth:`sweep` with those rates of :data:`WIDER` that a method was run at with all of the sweep's seeds.
+
+        ``partly``: with all of those rates, but only the seeds that have them all; None if that is no other sweep.
+        """
+        found = self.sweep(name)
+        if found is None:
+            return None
+        sweeps = [sweep for each in WIDER.get(name, ()) if (sweep := self.sweep(each)) is not None]
+        more = [run for sweep in sweeps for run in sweep.ends if run.seed in found.seeds]
+        seeds: dict[tuple[str, float | None], set[int | None]] = {}
+        for run in more:
+            seeds.setdefault((run.method, run.lr), set()).add(run.seed)
+        if not partly:
+            complete = [run for run in more if seeds[run.method, run.lr] == set(found.seeds)]
+            return replace(found, runs=(*found.runs, *complete))
+        common = set.intersection(set(found.seeds), *seeds.values())
+        if len(common) in (0, len(found.seeds)):
+            return None
+        return replace(found, runs=tuple(run for run in (*found.runs, *more) if run.seed in common))
 
     def table(self, name: str) -> Table:
         """The rows of another CSV file; empty if there is no file."""
@@ -92,6 +128,24 @@ def tuned_values(sweep: Sweep, method: str, metric: str) -> Values:
     runs = [run for run in sweep.ends if (run.method, run.comparison) == (method, "same")]
     rates = best_rate({"lr": run.lr, "seed": run.seed, "target": run.metrics.get("target")} for run in runs)
     return {seed: values_of(sweep, method, metric, lr).get(seed, math.nan) for seed, lr in rates.items()}
+
+
+def rates_of(sweep: Sweep, method: str) -> list[float]:
+    """The rates at which ``method`` was run, ascending."""
+    return sorted({run.lr for run in sweep.ends if (run.method, run.comparison) == (method, "same") and run.lr})
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """The mean with the interval of :func:`ipca.lab.statistics.mean_interval`; None without values."""
+    numbers = tuple(values)
+    return _estimate(numbers) if numbers else None
+
+
+@cache
+def _estimate(numbers: tuple[float, ...]) -> Estimate:
+    found = mean_interval(numbers)
+    low, high = found if math.isfinite(found.low) else (None, None)
+    return Estimate(mean(numbers), low, high, len(numbers))
 
 
 def is_complete(sweep: Sweep, method: str) -> bool:

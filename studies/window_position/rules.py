@@ -1,17 +1,30 @@
-"""Evaluation of the protocol's "What would refute": sentences derived from the tables by rules fixed beforehand.
+"""Sentences derived from the tables by the rules of PROTOCOL.md: those fixed beforehand, and those of its Changes.
 
-The rules are those of PROTOCOL.md; for cases that they leave open, the sentence states the result and claims nothing.
+For cases that the rules leave open, the sentence states the result and claims nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ipca.lab.sweep.report.words import listed
-from studies.window_position.claims import FRESH_MIDDLE, SUPPORTS
-from studies.window_position.rows import MIDDLE, MINOR, PRINCIPAL, RATE, Row, Study, Table, curve_of
-from studies.window_position.words import claim_result, effect, estimate_cell, percent
+from studies.window_position.claims import SUPPORTS
+from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
+from studies.window_position.rows import (
+    BASE,
+    BY_SOURCE,
+    LORA,
+    MIDDLE,
+    MINOR,
+    PRINCIPAL,
+    RATE,
+    Row,
+    Study,
+    Table,
+    curve_of,
+)
+from studies.window_position.words import effect, estimate_cell, method_name, p_cell, percent
 
 NOT_RUN = "not run"
 UNTESTED = (NOT_RUN, "all diverged")
@@ -27,12 +40,20 @@ class Tables:
         summary: ``{(experiment, method, comparison, rate, metric): row of summary.csv}``, the rate as text.
         ranks: ``{(experiment, rate): row of ranks.csv}``.
         mechanism: the rows of mechanism.csv.
+        base: ``{(experiment, metric): mean of the untrained model}``, which is not in ``summary``.
+        claims: ``{(claim, method against, place): row of claims.csv}``.
+        equal: ``{(experiment, first, second, level): row of equal-target.csv}``.
+        rates: ``{(experiment, method): row of rates.csv}``.
     """
 
     tests: Mapping[str, Row]
     summary: Mapping[tuple[str, str, str, str, str], Row]
     ranks: Mapping[tuple[str, str], Row]
     mechanism: Table
+    base: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    claims: Mapping[tuple[str, str, str], Row] = field(default_factory=dict)
+    equal: Mapping[tuple[str, str, str, str], Row] = field(default_factory=dict)
+    rates: Mapping[tuple[str, str], Row] = field(default_factory=dict)
 
     def verdict(self, claim: str) -> str:
         return self.tests[claim]["verdict"] if claim in self.tests else NOT_RUN
@@ -45,50 +66,246 @@ class Tables:
 
 def read_tables(study: Study) -> Tables:
     """The tables written by ``findings.py`` and ``mechanism.py``."""
-    keys = ("experiment", "method", "comparison", "lr", "metric")
+    keys, summary = ("experiment", "method", "comparison", "lr", "metric"), study.table("summary")
     return Tables(
         {row["claim"]: row for row in study.table("tests")},
-        {tuple(row[key] for key in keys): row for row in study.table("summary")},  # type: ignore[misc]
+        {tuple(row[key] for key in keys): row for row in summary if row["method"] != BASE},  # type: ignore[misc]
         {(row["experiment"], row["lr"]): row for row in study.table("ranks")},
         study.table("mechanism"),
+        {
+            (row["experiment"], row["metric"]): float(row["mean"])
+            for row in summary
+            if row["method"] == BASE and row["mean"]
+        },
+        {(row["claim"], row["against"], row["place"]): row for row in study.table("claims")},
+        {(row["experiment"], row["first"], row["second"], row["level"]): row for row in study.table("equal-target")},
+        {(row["experiment"], row["method"]): row for row in study.table("rates")},
     )
 
 
 def sentences(tables: Tables) -> list[str]:
-    """A paragraph for each rule; if plain LoRA is better, that comes first."""
-    rules: list[Callable[[Tables], str]] = [shape, better_than_lora, magnitude, mechanism, others]
-    if where_lora_is_better(tables):
-        rules = [better_than_lora, shape, magnitude, mechanism, others]
+    """A paragraph for each question."""
+    rules: list[Callable[[Tables], str]] = [against_lora, left_arm, right_arm, high_rates, accuracy]
+    rules += [sources, magnitude, directions, frozen_factors, mechanism, continual, as_fixed]
     return [rule(tables) for rule in rules]
 
 
-def shape(tables: Tables) -> str:
-    """The U: C1 to C4 of M1."""
+def by_place(tables: Tables, claim: str, against: str, *, numbers: bool = False) -> str:
+    """``holds on M1; not shown on M5``, with ``numbers`` the differences; empty if it was not run anywhere."""
+    parts = []
+    for said in (HOLDS, REVERSED, EDGE, NOT_SHOWN):
+        rows = [row for key, row in tables.claims.items() if key[:2] == (claim, against) and row["verdict"] == said]
+        places = [f"{row['place']}{_effect(row) * numbers}" for row in rows]
+        if places:
+            parts.append(f"{_SAID[said]} on {listed(places)}")
+    return "; ".join(parts)
+
+
+_SAID = {HOLDS: "holds", REVERSED: "the opposite", EDGE: "an edge, no verdict,", NOT_SHOWN: "not shown"}
+
+
+def _effect(row: Row) -> str:
+    if not row["mean"]:
+        return ""
+    floor = ", p at its floor" if row["verdict"] == NOT_SHOWN and row["p"] == row["smallest"] else ""
+    return f" ({estimate_cell(row, sign=True)}{floor})"
+
+
+def _by_comparison(tables: Tables, against: str, claims: Mapping[str, str]) -> str:
+    """A sentence for each of ``{claim: how it is introduced}`` that was run."""
+    found = {words: by_place(tables, claim, against, numbers=against == LORA) for claim, words in claims.items()}
+    return " ".join(f"{words}: {text}." for words, text in found.items() if text) or "Not run."
+
+
+def against_lora(tables: Tables) -> str:
+    """Retention of the middle window and plain LoRA; at equal target it decides."""
+    verdicts = [row["verdict"] for key, row in tables.claims.items() if key[:2] == ("equal target", LORA)]
+    better, worse = HOLDS in verdicts, REVERSED in verdicts
+    head = "The middle window and plain LoRA each retain more somewhere."
+    if not (better and worse):
+        head = "Better than LoRA: in places." if better else "Plain LoRA retains more, in places."
+    if not (better or worse):
+        head = "No difference to plain LoRA is shown." if verdicts else "Better than LoRA?"
+    words = {
+        "equal target": "The middle retains more at equal target",
+        "same rate": "At the same rate, which asks another question",
+        "equal early updates": "At equal early updates (in the row of M1 those of M3), after which LoRA moves further",
+    }
+    return f"**{head}** {_by_comparison(tables, LORA, words)}"
+
+
+def left_arm(tables: Tables) -> str:
+    """Principal against the middle."""
+    words = {
+        "same rate": "The principal window retains less than the middle one at one rate",
+        "equal early updates": "At equal early updates (M1: M3)",
+        "equal target": "At equal target",
+    }
+    wider = {key: row for key, row in tables.equal.items() if key[0].endswith("wider") and key[2] == PRINCIPAL}
+    more = [
+        f" With {row['rates_second']} rates of the principal window, {name.split(',')[0]}, n = {row['n']}: "
+        f"{_at_equal_target(wider[name, MIDDLE, PRINCIPAL, 'each seed'])} at each seed's target, "
+        f"{_at_equal_target(row)} at that of all."
+        for (name, _, _, level), row in wider.items()
+        if level == "all seeds"
+    ]
+    return f"**The left arm of the U.** {_by_comparison(tables, PRINCIPAL, words)}{''.join(more)}"
+
+
+def right_arm(tables: Tables) -> str:
+    """Minor against the middle."""
+    words = {
+        "same rate": "The minor window retains less than the middle one at one rate",
+        "equal early updates": "At equal early updates (M1: M3)",
+        "equal target": "At equal target",
+    }
+    return f"**The right arm.** {_by_comparison(tables, MINOR, words)}"
+
+
+def high_rates(tables: Tables) -> str:
+    """Whether the middle loses less from the lowest to the highest rate."""
+    parts = [f"against {name}, {by_place(tables, 'high rates', method)}" for method, name in _AGAINST.items()]
+    run = any(key[0] == "high rates" for key in tables.claims)
+    return f"**High rates cost the middle less.** {_upper('; '.join(parts)) + '.' if run else 'Not run.'}"
+
+
+def accuracy(tables: Tables) -> str:
+    """Targets at best rates."""
+    parts = [f"against {name}, {by_place(tables, 'accuracy', method)}" for method, name in _AGAINST.items()]
+    run = any(key[0] == "accuracy" for key in tables.claims)
+    return f"**The middle learns more,** each at its best rate. {_upper('; '.join(parts)) + '.' if run else 'Not run.'}"
+
+
+_AGAINST = {PRINCIPAL: "principal", MINOR: "minor", LORA: "plain LoRA"}
+
+
+def sources(tables: Tables) -> str:
+    """What the frozen probe on M retains of the learned domain and of the others."""
+    head, found = "**What `retained` measures on M.**", by_source(tables)
+    if not found:
+        return f"{head} Not run."
+    parts = []
+    for name, lr, row, base in found:
+        changes = (row[each] - base[each] for each in ("movie", "others", "refit"))
+        parts.append(f"{name} at {float(lr):g} {', '.join(f'{change:+.3f}' for change in changes)}".replace("-", "−"))
+    return (
+        f"{head} The frozen probe counts sentences of the learned domain, movies. Change of its accuracy on movies, on "
+        f"the other sources, and of the accuracy of a probe fitted anew: {'; '.join(parts)}."
+    )
+
+
+Means = dict[str, float]
+
+
+def by_source(tables: Tables) -> list[tuple[str, str, Means, Means]]:
+    """Method, rate, means, and those of the untrained model; ``"others"`` is the mean of all sources but movies."""
+    found = []
+    for name in BY_SOURCE:
+        means: dict[tuple[str, str], Means] = {}
+        for (experiment, method, _, lr, metric), row in tables.summary.items():
+            if experiment == name and lr != "best":
+                means.setdefault((method, lr), {"n": float(row["n"])})[metric] = float(row["mean"])
+        base = _with_sources({metric: value for (each, metric), value in tables.base.items() if each == name})
+        found += [(method_name(m).split(",")[0], lr, _with_sources(each), base) for (m, lr), each in means.items()]
+    return found
+
+
+def _with_sources(means: Means) -> Means:
+    others = [v for name, v in means.items() if name.startswith("retained_") and name != "retained_movie"]
+    if not others:
+        return {}
+    return {**means, "movie": means["retained_movie"], "others": sum(others) / len(others)}
+
+
+def directions(tables: Tables) -> str:
+    """The controls: directions of the ends, random windows and random directions, all at the middle's magnitudes."""
+    names = {"matched-principal": "the principal window's directions", "matched-minor": "the minor window's"}
+    names |= {"random-window": "a random window", "haar": "random directions"}
+    parts = []
+    for place in ("M3", "V1"):
+        rows = {name: tables.summary.get((place, m, "same", f"{RATE:g}", "retained")) for m, name in names.items()}
+        said = [f"{name} {effect(row)}" for name, row in rows.items() if row and row["difference"]]
+        parts += [f"{listed(said)} on {place}"] if said else []
+    return (
+        f"**Directions at the middle's magnitudes.** Retained at {RATE:g}, minus the middle: {'; '.join(parts)}."
+        if parts
+        else "**Directions at the middle's magnitudes.** Not run."
+    )
+
+
+def frozen_factors(tables: Tables) -> str:
+    """Windows with a frozen factor against plain LoRA, at equal target of each seed."""
+    found = {key: row for key, row in tables.equal.items() if key[1].startswith("frozen") and key[3] == "each seed"}
+    parts = [f"{key[1]} − plain LoRA on {key[0]} {_at_equal_target(row)}" for key, row in found.items()]
+    return f"**One factor frozen,** retained at equal target: {'; '.join(parts) or 'not run'}."
+
+
+def _at_equal_target(row: Row) -> str:
+    edge = [method_name(method).split(",")[0] for method in row["edge"].split()]
+    note = f", {listed(edge)} at an edge" if edge else ""
+    return f"{estimate_cell(row, sign=True)}, p {p_cell(row['p'])}{note}"
+
+
+def continual(tables: Tables) -> str:
+    """The streams: fresh middle windows against other methods."""
+    names = {"pissa": "fresh principal", "milora": "fresh minor", "lora-fresh": "fresh plain LoRA"}
+    rows = {names.get(key[1], key[1]): row for key, row in tables.claims.items() if key[0] == "continual"}
+    if not rows:
+        return "**Five tasks in a row.** Not run."
+    parts = []
+    for said in (HOLDS, NOT_SHOWN, REVERSED):
+        found = [f"{name} {estimate_cell(row, sign=True)}" for name, row in rows.items() if row["verdict"] == said]
+        if found:
+            parts.append(f"{_STREAM[said]} {listed(found)}")
+    return f"**Five tasks in a row,** one rate, tuned for none: fresh middle windows end {'; '.join(parts)}."
+
+
+_STREAM = {HOLDS: "above", NOT_SHOWN: "not clearly apart from", REVERSED: "below"}
+
+
+def as_fixed(tables: Tables) -> str:
+    """What the rules fixed beforehand say, where this page no longer rests on them."""
+    return f"**By the rules fixed beforehand,** of the tests below: {_shape(tables)} {_best_tuned(tables)}"
+
+
+def _shape(tables: Tables) -> str:
     found = {claim: tables.verdict(claim) for claim in ("C1", "C2", "C3", "C4")}
     hold = [claim for claim, verdict in found.items() if verdict == "holds"]
     missing = tables.untested(*found)
     opposite = [claim for claim, verdict in found.items() if verdict == "the opposite holds"]
     if missing:
-        said = f"not tested: {missing}."
+        said = f"the U was not tested: {missing}."
     elif len(hold) == 4:
-        said = "it stands on M: C1 to C4 hold, both ends of the spectrum drift further and retain less than the middle."
+        said = "the U stands on M (C1 to C4 hold), at one rate, with the layers and the task of the pilot."
     elif hold == ["C1", "C2"]:
         said = "a left arm only: the principal end forgets (C1 and C2 hold), nothing is shown against the minor end."
     elif not hold:
         said = "none of C1 to C4 holds"
-        said += "." if opposite else "; by the rule fixed beforehand the position of the window does not matter here."
+        said += "." if opposite else "; the position of the window does not matter on M."
     else:
         fail = [claim for claim in found if claim not in hold]
-        said = f"it does not stand: {listed(hold)} hold{'s' * (len(hold) == 1)}, {listed(fail)} not shown."
-    if opposite and not missing:
-        said += f" For {listed(opposite)} the opposite was found."
-    return f"**The U.** {said[0].upper()}{said[1:]}"
+        said = f"the U does not stand: {listed(hold)} hold{'s' * (len(hold) == 1)}, {listed(fail)} not shown."
+    return f"{said} For {listed(opposite)} the opposite was found." if opposite and not missing else said
 
 
-def where_lora_is_better(tables: Tables) -> list[str]:
-    """The experiments in which C5, or C6 or C11 with its support, all of middle − LoRA, favors LoRA."""
-    on_m = "below" in (tables.verdict("C5"), supported(tables, "C6"))
-    return ["M1"] * on_m + ["V1"] * (supported(tables, "C11") == "below")
+def _best_tuned(tables: Tables) -> str:
+    """C6 and C11, which compare at rates chosen by target."""
+    parts = []
+    for claim in ("C6", "C11"):
+        support, verdict = SUPPORTS[claim].name, tables.verdict(claim)
+        if verdict in UNTESTED:
+            continue
+        words = verdict_of(tables.tests[claim])
+        if verdict in ("above", "below") and supported(tables, claim) == "unsupported":
+            words += f", which {support} does not support"
+        elif verdict in ("above", "below") and _same_test(tables, claim):
+            words += f"; {support} is the same comparison, as every seed picks {RATE:g}, so that it supports nothing"
+        parts.append(f"{claim}: {words}")
+    return f"At best-tuned rates {'; '.join(parts)}." if parts else ""
+
+
+def _same_test(tables: Tables, claim: str) -> bool:
+    return all(tables.tests[claim][cell] == tables.tests[SUPPORTS[claim].name][cell] for cell in ("mean", "dz", "p"))
 
 
 def supported(tables: Tables, claim: str) -> str:
@@ -98,33 +315,8 @@ def supported(tables: Tables, claim: str) -> str:
     return verdict if agrees else "unsupported"
 
 
-def better_than_lora(tables: Tables) -> str:
-    """C6 (M) and C11 (V) on ``retained``, C5 on ``target``."""
-    missing = tables.untested("C5", "C6", "C11")
-    parts = [_retention(tables, claim, where) for claim, where in (("C6", "M1"), ("C11", "V1"))]
-    if tables.verdict("C5") == "below":
-        parts.insert(0, f"on M1 the target of plain LoRA is higher ({claim_result(tables.tests['C5'])})")
-    text = "; ".join(parts) + "."
-    better = where_lora_is_better(tables)
-    headline = f"Plain LoRA is better on {listed(better)}:" if better else "Better than LoRA?"
-    note = f" Not tested: {missing}." if missing else ""
-    return f"**{headline}** {text[0].upper()}{text[1:]}{note}"
-
-
-def _retention(tables: Tables, claim: str, where: str) -> str:
-    verdict = supported(tables, claim)
-    if verdict in UNTESTED:
-        return f"on {where} nothing was tested"
-    test = claim_result(tables.tests[claim])
-    if verdict == "unsupported":
-        return f"on {where} what is retained differs at best rates ({test}) but not alike at the same rate: no claim"
-    if verdict == "below":
-        return f"on {where} plain LoRA retains more, each at its best rate ({test})"
-    if verdict == "above" and tables.verdict("C5") in ("above", "not shown"):
-        return f"on {where} the middle window retains more, each at its best rate ({test}), and C5 does not favor LoRA"
-    if verdict == "above":
-        return f"on {where} the middle window retains more ({test}), which without C5 in its favor is no claim"
-    return f"on {where} neither is shown to retain more, each at its best rate ({test})"
+def _upper(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def magnitude(tables: Tables) -> str:
@@ -190,26 +382,13 @@ def mechanism(tables: Tables) -> str:
         said = "not decided, as M1 was not run"
     else:
         holds.append(float(rank["mean"]) > 0)
-        text.append(f"Over the windows of M1 Spearman's ρ with drift is {estimate_cell(rank)}, n = {rank['n']}.")
+        windows = len(curve_of(tables.mechanism, "M1"))
+        over = f"Over {windows} windows of M1 Spearman's ρ with drift is {estimate_cell(rank)}, n = {rank['n']}"
+        text.append(f"{over}; the interval is over seeds, not over windows.")
         said = "it does not fail" if all(holds) else "it fails"
         if all(holds) and rank["low"] and float(rank["low"]) <= 0:
             said = "not shown, as the interval of ρ holds 0"
     return f"**The mechanism.** {said[0].upper()}{said[1:]}. {' '.join(text)}"
-
-
-def others(tables: Tables) -> str:
-    """The tests that no rule above uses, and the best stream."""
-    lines = []
-    for claim in ("C7", "C8", "C9", "C10", "C12", "C13", "C14"):
-        if tables.verdict(claim) not in UNTESTED:
-            test = tables.tests[claim]
-            lines.append(f"- {claim}, {test['where']}, {test['statement']}: {verdict_of(test)} ({claim_result(test)}).")
-    accuracies = {key[1]: row for key, row in tables.summary.items() if (key[0], key[4]) == ("V2", "acc")}
-    if accuracies:
-        best = max(accuracies, key=lambda method: float(accuracies[method]["mean"]))
-        first, ours = (estimate_cell(accuracies[method]) for method in (best, FRESH_MIDDLE))
-        lines.append(f"- Of all streams {best} has the highest ACC, {first}; fresh middle windows have {ours}.")
-    return "\n".join(["**The other tests.**\n", *(lines or ["- Not run."])])
 
 
 def verdict_of(test: Row) -> str:

@@ -1,6 +1,7 @@
 """Run the experiments of PROTOCOL.md and copy their rows to ``results``.
 
     python -m studies.window_position.run --out study-out V1 M1 M5      (default: all, in this order)
+    python -m studies.window_position.run --out study-out --extensions  (exploratory rows: wider grids, by source)
     python -m studies.window_position.run --out study-out --gpu         (G1 and G2, which are not included in all)
 
 Interrupted experiments resume. ``make study`` runs everything, then writes tables, figures and the page;
@@ -83,6 +84,21 @@ EXPERIMENTS = (
     Experiment("M2-query-value", "query-value", partial(minilm.task, "query-value"), _grid(WINDOWS, _BESIDE, RATES, 5)),
     Experiment("M2-all", "all-linear", partial(minilm.task, "all"), _grid(WINDOWS, _BESIDE, RATES, 5)),
 )
+_AGAIN = "feed-forward-by-source"
+EXTENSIONS = (
+    Experiment("M1-low", _AGAIN, _FEED_FORWARD, _grid((0.0,), (), (1e-4, 2.5e-4), 10)),
+    Experiment("M1-middle", _AGAIN, _FEED_FORWARD, _grid((0.5,), (), (5e-4,), 5)),
+    Experiment("M1-others", _AGAIN, _FEED_FORWARD, _grid((1.0,), ("lora",), (1e-3,), 5)),
+    Experiment("V3", "digits-again", digits.task, _grid((0.5,), ("lora",), (1e-3, 2e-3, 4e-3), 10)),
+    Experiment("V3-low", "digits-again", digits.task, _grid((0.0,), ("full",), (1e-4, 2.5e-4, 5e-4, 1e-3), 10)),
+    Experiment(
+        "V3-high",
+        "digits-again",
+        digits.task,
+        _grid((1.0,), ("auto", "frozen-A", "frozen-B"), (2e-3, 4e-3, 8e-3, 1.6e-2), 10),
+    ),
+)
+"""Exploratory, after all others (PROTOCOL.md, Changes): rates beyond an edge of a grid, and retention by source."""
 
 
 def gpu_experiments(devices: Sequence[str], seeds: int = 10) -> tuple[Experiment, ...]:
@@ -128,12 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     on_gpu = gpu_experiments(args.devices, args.seeds)
-    experiments = {experiment.name: experiment for experiment in (*EXPERIMENTS, *on_gpu)}
+    experiments = {experiment.name: experiment for experiment in (*EXPERIMENTS, *EXTENSIONS, *on_gpu)}
     unknown = sorted(set(args.experiments) - {*experiments, "V2"})
     if unknown:
         parser.error(f"no experiment {unknown[0]}; there are {', '.join([*experiments, 'V2'])}")
-    usual = [experiment.name for experiment in (on_gpu if args.gpu else EXPERIMENTS)]
-    names = args.experiments or (usual if args.gpu else [*usual, "V2"])
+    usual = on_gpu if args.gpu else EXTENSIONS if args.extensions else EXPERIMENTS
+    names = args.experiments or [*(experiment.name for experiment in usual), *["V2"] * (usual is EXPERIMENTS)]
     chosen = [experiment for name, experiment in experiments.items() if name in names]
     if args.status:
         report_status([experiment for experiment in chosen if experiment in on_gpu], args.out, args.results)
@@ -156,11 +172,13 @@ def report_status(experiments: Sequence[Experiment], out: Path, results: Path) -
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    names = ", ".join([*(experiment.name for experiment in EXPERIMENTS), "V2"])
-    add("experiments", nargs="*", metavar="NAME", help=f"any of {names}, G1, G2 (default: all except G1, G2)")
+    names = ", ".join([*(experiment.name for experiment in (*EXPERIMENTS, *EXTENSIONS)), "V2"])
+    default = f"the protocol's: {EXPERIMENTS[0].name} to {EXPERIMENTS[-1].name}, V2"
+    add("experiments", nargs="*", metavar="NAME", help=f"any of {names}, G1, G2 (default: {default})")
     add("--out", type=Path, default=Path("study-out"), help="folder of the sweeps (default: study-out)")
     add("--results", type=Path, default=RESULTS, help="folder of the tables (default: results beside this file)")
     add("--workers", type=int, help=f"processes (default: all cores; for G1, G2: {PER_DEVICE} per device)")
+    add("--extensions", action="store_true", help="run the exploratory extensions if no experiment is named")
     add("--gpu", action="store_true", help="run G1 and G2 if no experiment is named")
     add("--devices", nargs="+", default=["cuda:0"], help="devices of G1 and G2 (default: cuda:0)")
     add("--seeds", type=int, default=10, help="seeds of G1 and G2 (default: 10); more can be added later")

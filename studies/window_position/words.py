@@ -51,8 +51,3 @@ def p_cell(text: str) -> str:
     if not text:
         return "–"
     return "< 0.001" if float(text) < 0.001 else f"{float(text):.3f}"
-
-
-def claim_result(test: Mapping[str, str]) -> str:
-    """A row of ``tests.csv`` as ``+0.053 [+0.031, +0.072], adjusted p 0.014``."""
-    return f"{estimate_cell(test, sign=True)}, adjusted p {p_cell(test['adjusted'])}"

@@ -182,12 +182,32 @@ def test_methods_that_add_to_the_weight_are_read_as_what_they_compute(tuner):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("OFTConfig", {"oft_block_size": 4}), *((name, {"r": 4}) for name in ("HRAConfig", "HiraConfig", "MissConfig"))],
+    [
+        ("OFTConfig", {"oft_block_size": 4}),
+        *((name, {"r": 4}) for name in ("HRAConfig", "HiraConfig", "MissConfig")),
+        ("LoraConfig", {"r": 4, "use_dora": True}),
+        ("LoraConfig", {"r": 4, "init_lora_weights": "mica"}),
+        ("LoraConfig", {"r": 4, "kasa_config": peft.KasaConfig()}),
+    ],
 )
-def test_methods_that_do_something_else_are_refused(name, options):
+def test_methods_that_do_more_than_add_are_read_as_what_they_compute(name, options):
     base = nn.ModuleDict({"a": nn.Linear(24, 24)})
-    with pytest.raises(ValueError, match=r"a: its adapter 'default' is of PEFT's \w+, which is not known to add"):
-        analysis.update_norm(in_tuner(base, name, options), base)
+    model = in_tuner(base, name, options)
+    before, random = snapshot(model), torch.get_rng_state()
+    (pair,) = analysis.weight_pairs(model, base)
+    assert snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), random)
+    with torch.no_grad():
+        computed = (model.double().get_base_model()["a"](torch.eye(24).double()) - base["a"].bias).mT
+    assert pair.change.norm() > 1e-4
+    assert (pair.trained - computed).abs().max() <= 1e-12
+
+
+def test_an_adapter_that_peft_cannot_merge_is_refused():
+    base = nn.ModuleDict({"a": nn.Linear(24, 24)})
+    model = in_tuner(base, "LoraConfig", {"r": 4, "alora_invocation_tokens": [1]})
+    with pytest.raises(ValueError, match=r"a: PEFT cannot merge this adapter, so its weight is unknown: .*aLoRA"):
+        analysis.update_norm(model, base)
 
 
 def test_a_method_without_a_change_of_the_weight_is_no_unchanged_model():
@@ -255,8 +275,6 @@ def test_what_cannot_be_measured_is_said():
     for config in (LoraConfig(target_modules=["a"]), PCConfig(r=3, target_modules=["a"])):
         with pytest.raises(ValueError, match=r"these are PEFT's layers, .* the residual W − B A\); pass base"):
             analysis.update_norm(wrap(base, config))
-    with pytest.raises(ValueError, match="a: its adapter 'default' is a DoraLinearVariant, whose change is more than"):
-        analysis.update_norm(wrap(base, LoraConfig(target_modules=["a"], use_dora=True)), base)
     with pytest.raises(ValueError, match=r"a: a Linear does not keep its initial factors"):
         analysis.principal_angles(wrap(base, LoraConfig(target_modules=["a"])), base)
     with pytest.raises(ValueError, match=r"base: a is a peft\.tuners\.lora\.layer\.Linear, not a plain layer"):

@@ -155,7 +155,6 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
     names = (
         "german_curve",
         "german_tradeoff",
-        "sentiment",
         "apply_memory",
         "adapter_load",
         "quantized_start",
@@ -163,6 +162,7 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         "versus_peft_cpu",
         "init_checkpoint",
         "start_cpu",
+        "baseline_checks",
     )
     for name in (*(f"{name}.csv" for name in names), "change_error.csv"):
         shutil.copy(report.RESULTS / name, results)
@@ -175,21 +175,21 @@ def test_the_command_writes_the_pages_and_checks_them(monkeypatch, tmp_path, cap
         return report.main()
 
     assert command("--check") == 1
-    assert "benchmarks.md, fine-tuning.md out of date; run: make report" in capsys.readouterr().err
+    assert "benchmarks.md, fine-tuning.md, baselines.md out of date; run: make report" in capsys.readouterr().err
     assert not pages.exists()
     assert not (results / "pc_linear_h100.png").exists()
     assert command() == 0
     assert command("--check") == 0
     assert (results / "pc_linear_h100.png").exists()
     assert "| 1.10 |" in (pages / "benchmarks.md").read_text()
-    assert "| middle | 0.7" in (pages / "fine-tuning.md").read_text()
     written(results, layer_rows({OURS[0]: 1.3}, M=256))
     assert command("--check") == 1
     assert "benchmarks.md out of date" in capsys.readouterr().err
 
 
 def test_the_pages_are_up_to_date_and_their_pictures_exist():
-    for name, text in {"benchmarks.md": report.benchmarks_page, "fine-tuning.md": report.fine_tuning_page}.items():
-        page = report.ROOT / "docs" / "results" / name
+    pages = {"benchmarks": report.benchmarks_page, "fine-tuning": report.fine_tuning_page}
+    for name, text in {**pages, "baselines": report.baselines_page}.items():
+        page = report.ROOT / "docs" / "results" / f"{name}.md"
         assert page.read_text(encoding="utf-8") == text(report.RESULTS)
         assert all((page.parent / link).exists() for link in re.findall(r"\]\((\.\./[^)]+)\)", page.read_text()))

@@ -55,6 +55,7 @@ OPTIONS = {
     "minor": (("--window", "minor", "--alpha", "2"), {"window": "minor", "alpha": 2}),
     "erank": (("--window", "erank"), {"window": "erank"}),
     "tol": (("--tol", "1e-9"), {"tol": 1e-9}),
+    "one factor": (("--train", "A", "--magnitude", "1.5"), {"train": "A", "magnitude": 1.5}),
 }
 
 

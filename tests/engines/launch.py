@@ -36,6 +36,15 @@ def adapted(form):
     return ipca.apply_pc(base(), rank=RANK, form=form, targets=["up", "down"], modules_to_save=["2"], progress=False)
 
 
+def one_factor():
+    """Only the factors A train, and have."""
+    model = ipca.apply_pc(base(), rank=RANK, train="A", targets=["up", "down"], progress=False)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.mul_(1.5)
+    return model
+
+
 def in_peft():
     """The same in PEFT's layers."""
     config = PCConfig(r=RANK, target_modules=["up", "down"], modules_to_save=["2"])

@@ -80,6 +80,11 @@ def train_kinds(form):
     ipca.save_adapter(model, folder / f"{form}-kinds")
 
 
+def export_one_factor():
+    model = fully_shard(launch.one_factor(), mesh=mesh)
+    ipca.export(model, folder / "one-factor", format="serve")
+
+
 def mixed_precision():
     """The largest difference that adapting makes before training, where parameters are gathered as bfloat16."""
     policy, x, found = MixedPrecisionPolicy(param_dtype=torch.bfloat16), launch.batch(0)[0], {}
@@ -110,6 +115,7 @@ for form in ("intact", "residual"):
     train_kinds(form)
     facts[form] |= outside_forward(model, folder / f"{form}-form")
 facts["cast"] = cast(model)
+export_one_factor()
 facts["mixed_precision"] = mixed_precision()
 facts["tensor_parallel"] = tensor_parallel()
 (folder / f"{rank}.json").write_text(json.dumps(facts))

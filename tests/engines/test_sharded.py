@@ -107,6 +107,11 @@ def test_exports_are_byte_for_byte_those_of_one_process(told, alone, form, tmp_p
     assert (tmp_path / weights).read_bytes() == (folder / weights).read_bytes()
 
 
+def test_a_server_gets_one_factor_of_a_sharded_model(told, tmp_path):
+    ipca.export(launch.one_factor(), tmp_path, format="serve")
+    assert same_adapter(told[0] / "one-factor", tmp_path)
+
+
 @both_forms
 def test_other_kinds_of_layers_train_and_save_as_in_one_process(told, form, tmp_path):
     model = launch.kinds(form)

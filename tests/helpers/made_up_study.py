@@ -14,6 +14,7 @@ from tests.helpers.sweep_rows import Made
 WINDOWS = ("0.0", "0.125", "0.25", "0.5", "0.75", "1.0")
 BESIDE = ("lora", "full", "auto")
 STREAMS = {"fresh": 0.9, "fixed": 0.85, "disjoint": 0.86, "pissa": 0.7, "milora": 0.88, "lora": 0.8, "lora-fresh": 0.9}
+STREAMS |= {"o-lora": 0.95, "osf": 0.94}
 STREAM_COLUMNS = (
     *("method", "seed", "acc", "bwt", "fm", "retained_before", "retained_after", "trained", "parameters", "bytes"),
 )

@@ -104,6 +104,14 @@ def test_of_equally_good_rates_the_lowest_is_taken():
     assert best_rate(grid(low=[0.15, 0.15, 0.0], high=[0.1, 0.2, 0.0]))[2] == 1e-3  # 0.1 + 0.2 rounds up
 
 
+def test_within_a_standard_error_of_the_best_rate_the_lowest_is_taken():
+    low, high = [0.50, 0.52, 0.54, 0.56], [0.51, 0.53, 0.55, 0.57]
+    assert set(best_rate(grid(low=low, high=high)).values()) == {2e-3}
+    assert set(best_rate(grid(low=low, high=high), within_se=1).values()) == {1e-3}  # 0.01 below; SE 0.012
+    assert set(best_rate(grid(low=low, high=high), within_se=0.5).values()) == {2e-3}
+    assert set(best_rate(grid(low=[0.4, None, 0.4, 0.4], high=high), within_se=9).values()) == {1e-3, 2e-3}
+
+
 def test_a_rate_at_which_another_seed_failed_comes_last():
     assert best_rate(grid(low=[0.5, 0.5, 0.5], high=[0.9, None, 0.9])) == {0: 1e-3, 1: 2e-3, 2: 1e-3}
 
@@ -137,6 +145,13 @@ def test_rows_may_be_the_text_of_a_file_and_the_metric_another():
 def test_what_is_no_grid_is_refused(rows, words):
     with pytest.raises(ValueError, match=words):
         best_rate(rows)
+
+
+def test_a_standard_error_takes_three_seeds():
+    with pytest.raises(ValueError, match="needs at least three seeds; got 2"):
+        best_rate(grid(low=[0.5, 0.6]), within_se=1)
+    with pytest.raises(ValueError, match="within_se must be a number of standard errors from 0, such as 1; got -1"):
+        best_rate(grid(low=[0.5, 0.6, 0.7]), within_se=-1)
 
 
 def test_a_row_without_the_metric_is_refused():

@@ -17,6 +17,7 @@ from ipca.lab.statistics import (
     difference,
     estimate,
     holm,
+    mean_interval,
     paired_bootstrap,
     paired_test,
 )
@@ -74,8 +75,37 @@ def test_a_statistic_that_no_single_value_moves_gives_no_interval():
     ],
 )
 def test_bad_values_are_refused(values, options, words):
-    with pytest.raises(ValueError, match=words):
-        bootstrap_interval(values, **options)
+    for interval in (bootstrap_interval, mean_interval):
+        with pytest.raises(ValueError, match=words):
+            interval(values, **options)
+
+
+@pytest.mark.parametrize("n", [6, 7, 10])
+def test_the_interval_holds_exactly_the_means_that_the_test_does_not_reject(n):
+    values = np.random.default_rng(n).normal(0.3, 1, n)
+    low, high = mean_interval(values)
+    for mu in np.linspace(low - 0.5, high + 0.5, 60):
+        assert (low <= mu <= high) == (paired_test(values - mu, np.zeros(n)).p > 0.05)
+
+
+def test_five_values_get_students_interval_as_no_test_of_them_rejects():
+    values = np.array(SCORES[:5])
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values) == pytest.approx((expected.low, expected.high))
+    # at 90 % it can: 1 of 32 sign vectors is less than 5 %
+    assert mean_interval(values, level=0.9) == (min(values), max(values))
+
+
+def test_the_interval_of_many_values_is_about_students():
+    values = np.random.default_rng(0).normal(0, 1, 40)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values) == pytest.approx((expected.low, expected.high), abs=0.05)
+    assert mean_interval(values) == mean_interval(values)
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.9], [0.25] * 7])
+def test_the_mean_of_two_or_of_equal_values_has_no_interval(values):
+    assert all(map(math.isnan, mean_interval(values)))
 
 
 def test_paired_values_are_compared_by_their_differences():

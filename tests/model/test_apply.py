@@ -264,9 +264,9 @@ def test_summary_accounts_for_the_model():
     factors = 3 * 2 * 32 + 4 * 24
     assert (found.layers, found.trainable, found.total) == (4, factors, plain + factors)
     assert found.windows == (
-        (2, (12, 20), 5, 2, 5.0, "residual"),
-        (1, (20, 12), 5, 2, 5.0, "residual"),
-        (1, (12, 12), 4, 4, 5.0, "residual"),
+        (2, (12, 20), 5, 2, 5.0, "residual", "weight", "both"),
+        (1, (20, 12), 5, 2, 5.0, "residual", "weight", "both"),
+        (1, (12, 12), 4, 4, 5.0, "residual", "weight", "both"),
     )
     assert [name for name, _ in found.uncertified] == ["3"]
     assert 0 < found.worst_residual < 1e-12

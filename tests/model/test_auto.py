@@ -110,10 +110,10 @@ def test_the_method_auto_is_this_window(batches):
 REFUSED = [
     ({"window": "auto"}, r"window 'auto' is found from inputs .* calibration=\[…\], or another window"),
     ({"window_pattern": {"a": "auto"}}, r"window 'auto' is found from inputs"),
-    ({"calibration": [torch.ones(3, 20)]}, r"calibration is for window='auto', and no layer's window is that"),
+    ({"calibration": [torch.ones(3, 20)]}, r"calibration is for windows .* 'auto' and 'inputs:…'"),
     ({"window": "auto", "calibration": []}, r"there are no batches"),
     ({"window": "auto", "calibration": [torch.full((3, 20), torch.nan)]}, r"^a: its inputs hold NaN or Inf"),
-    ({"window": "auto", "rank": 99, "calibration": [torch.ones(3, 20)]}, r"needs 99 singular values"),
+    ({"window": "auto", "rank": 99, "calibration": [torch.ones(3, 20)]}, r"rank 99 is above its 12 singular values"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -99,6 +100,18 @@ def test_matched_rates_are_those_of_the_formula(window, alpha, form):
         "layer.lora_B": pytest.approx(expected, rel=1e-9),
         "modules_to_save": 2e-3,
     }
+
+
+def test_a_rate_that_is_raised_more_than_twofold_is_warned_of():
+    factor = math.sqrt(S.square().mean().sqrt() / S[-RANK:].mean())
+    assert factor > 2
+    words = rf"raises the rate of 1 of 1 layers more than 2-fold \(layer × {factor:.1f}\): these windows move further"
+    with pytest.warns(UserWarning, match=words):
+        ipca.param_groups(adapted(One(), window="minor"), 1e-3, match="sqrt-sigma")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ipca.param_groups(adapted(One(), window="minor"), 1e-3)
+        ipca.param_groups(adapted(One(), window="principal"), 1e-3, match="sqrt-sigma")
 
 
 def test_matched_rates_do_not_change_with_training():

@@ -22,6 +22,8 @@ FULL = {
     "alpha_pattern": {"value": 3.0},
     "adapter_dtype": "bfloat16",
     "tol": 1e-7,
+    "train": "B",
+    "magnitude": 2.0,
 }
 
 

@@ -478,3 +478,25 @@ def test_an_encoder_keeps_the_text_of_any_rows(texts, tmp_path):
     )
     asked = settings("model", texts, keep=str(tmp_path / "tokens.jsonl"))
     assert read_keep(asked, "token-classification") == ["a b", "a b"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_window_of_the_inputs_that_are_kept(language_model, texts, tmp_path, keep):
+    asked = settings(language_model, texts, window="inputs:minor", train="A", magnitude=1.0, steps=2, evaluations=1)
+    asked = asked if keep else replace(asked, keep=None)
+    outcome = fine_tune(asked, tmp_path / "out", progress=False)
+    assert outcome.rows[0]["eval_keep_kl"] == 0
+    base = AutoModelForCausalLM.from_pretrained(language_model)
+    model = ipca.load_adapter(base, tmp_path / "out")
+    layers = [layer for layer in model.modules() if isinstance(layer, ipca.nn.LinearPC)]
+    assert {(layer.window.basis, layer.trained) for layer in layers} == {("inputs", "A")}
+    assert all(torch.equal(layer.lora_B, layer.lora_B0) for layer in layers)
+    assert not any(torch.equal(layer.lora_A, layer.lora_A0) for layer in layers)
+
+
+def test_a_window_of_inputs_needs_inputs_to_keep(texts, tmp_path):
+    asked = TrainSettings(model="missing", data=str(texts / "new.txt"), keep=str(tmp_path / "task.py"))
+    with pytest.raises(ValueError, match="'inputs:minor' is found from inputs to keep: give text or images as --keep"):
+        read_keep(replace(asked, window="inputs:minor"), "causal-lm")
+    with pytest.raises(ValueError, match="found from inputs to keep"):
+        read_keep(replace(asked, window="inputs:minor", keep=None), "sequence-classification")

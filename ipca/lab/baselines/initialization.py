@@ -1,4 +1,4 @@
-"""Initial factors of plain LoRA and of the controls, as :class:`ipca.nn.InitialFactors`."""
+"""Initial factors of plain LoRA, of LoRA-Null and of the controls, as :class:`ipca.nn.InitialFactors`."""
 
 from __future__ import annotations
 

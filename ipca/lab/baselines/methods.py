@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from ipca.lab.names import BASELINES as BASELINES
 from ipca.lab.names import CONTROLS as CONTROLS
 from ipca.window import Window
 
 _REVERSE = "matched-middle"
 """A control of the ends: with an end as its reference, only the directions differ from that end."""
 _OTHERS = {"lora": "lora", "full": "full", "auto": "auto"}
+_NEED_INPUTS = ("auto", "corda-ipm", "corda-kpm", "lora-null")
 
 
 def kind_of(method: str) -> str:
-    """``"window"``, ``"lora"``, ``"full"``, ``"auto"`` or ``"control"``.
+    """``"window"``, ``"lora"``, ``"full"``, ``"auto"``, ``"control"`` or ``"baseline"``, a method of another paper.
 
     Args:
         method: a window such as ``"0.25"``, or a name of :func:`apply`'s table.
@@ -21,6 +23,8 @@ def kind_of(method: str) -> str:
     """
     if method in (*CONTROLS, _REVERSE):
         return "control"
+    if method in BASELINES:
+        return "baseline"
     if method in _OTHERS:
         return _OTHERS[method]
     try:
@@ -28,9 +32,22 @@ def kind_of(method: str) -> str:
     except (TypeError, ValueError):
         raise ValueError(
             f"unknown method {method!r}: use a window such as 'middle', '0.25' or 'start=256', "
-            f"{', '.join(map(repr, _OTHERS))}, or a control: {', '.join(map(repr, (*CONTROLS, _REVERSE)))}."
+            f"{', '.join(map(repr, _OTHERS))}, a baseline: {', '.join(map(repr, BASELINES))}, or a control: "
+            f"{', '.join(map(repr, (*CONTROLS, _REVERSE)))}."
         ) from None
     return "window"
+
+
+def needs_inputs(method: str) -> bool:
+    """Whether a method looks at inputs of the model before it adapts it.
+
+    Args:
+        method: as for :func:`kind_of`.
+
+    Raises:
+        ValueError: as :func:`kind_of`.
+    """
+    return method in _NEED_INPUTS or (kind_of(method) == "window" and Window(method, 1).needs_calibration)
 
 
 def check_method(method: str) -> str:

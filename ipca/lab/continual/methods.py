@@ -92,7 +92,7 @@ class _Basis:
     def _block(self, model: nn.Module, target: Target) -> WindowSVD:
         weight = source_matrix(get_layer(model, target.name), target.name).weight
         check_finite(target.name, weight)
-        window = Window(target.window.start, self.windows * target.window.rank)
+        window = replace(target.window, rank=self.windows * target.window.rank)
         return window_of(target, self.setup.settings, weight, window=window, cache=self.setup.cache)
 
     def _initial_factors(self, model: nn.Module, target: Target, block: WindowSVD, index: int) -> InitialFactors:
@@ -222,7 +222,7 @@ def check_room(targets: Iterable[Target], tasks: int) -> None:
                 f"{tasks} tasks of rank {target.window.rank} need {wanted} disjoint components, but {target.name} "
                 f"has {d}; use fewer tasks, a lower rank, or the method 'fixed' or 'fresh'."
             )
-        window = Window(target.window.start, wanted)
+        window = replace(target.window, rank=wanted)
         try:
             if not window.needs_spectrum:
                 window.resolve(d)

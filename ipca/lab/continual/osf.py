@@ -20,10 +20,9 @@ from torch import nn
 
 from ipca._atomic import uninterrupted
 from ipca.analysis.linalg import check_finite
+from ipca.lab.baselines.peft_methods import ADAPTER, inject, remove_peft_config, require_peft
 from ipca.lab.continual.method import Adapter, Method, Setup
 from ipca.nn.registry import set_layer
-
-_ADAPTER = "default"
 
 
 def osf_method(setup: Setup) -> Method:
@@ -34,10 +33,7 @@ def osf_method(setup: Setup) -> Method:
     Raises:
         ImportError: PEFT is missing.
     """
-    try:
-        import peft.tuners.osf  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(f"method 'osf' needs PEFT ({error}); pip install 'ipca-lora[peft]'.") from None
+    require_peft("osf")
     names = [target.name for target in setup.targets]
 
     def begin(model: nn.Module, index: int) -> None:
@@ -68,28 +64,16 @@ def inject_osf(model: nn.Module, layers: Sequence[str], protected: float) -> Non
         ValueError: ``protected`` is out of range, or leaves nothing to train in a layer.
         TypeError: a layer is not an ``nn.Linear``.
     """
-    from peft import OSFConfig, inject_adapter_in_model
+    from peft import OSFConfig
 
     if not 0 < protected < 1:
         raise ValueError(f"protected must be a share of the components above 0 and below 1, got {protected}.")
-    before = {name: model.get_submodule(name) for name in layers}
-    sizes = {name: _protected_size(name, module, protected) for name, module in before.items()}
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    sizes = {name: _protected_size(name, model.get_submodule(name), protected) for name in layers}
     config = OSFConfig(
         target_modules="|".join(re.escape(name) for name in layers),
         rank_pattern={f"^{re.escape(name)}$": size for name, size in sizes.items()},
     )
-    try:
-        inject_adapter_in_model(config, model, _ADAPTER)
-    except BaseException:
-        for name, module in before.items():
-            set_layer(model, name, module)
-        for parameter, required in requires_grad:
-            parameter.requires_grad_(required)
-        _remove_peft_config(model)
-        raise
-    for name, module in before.items():
-        model.get_submodule(name).train(module.training)
+    inject(model, config, layers)
 
 
 @torch.no_grad()
@@ -101,9 +85,9 @@ def fold_osf(model: nn.Module) -> None:
         if isinstance(layer, OSFLinear):
             plain = layer.get_base_layer()
             assert isinstance(plain, nn.Linear)
-            plain.weight.add_(layer.get_delta_weight(_ADAPTER))
+            plain.weight.add_(layer.get_delta_weight(ADAPTER))
             set_layer(model, name, plain.train(layer.training).requires_grad_(False))
-    _remove_peft_config(model)
+    remove_peft_config(model)
 
 
 def _protected_size(name: str, module: nn.Module, protected: float) -> int:
@@ -114,9 +98,3 @@ def _protected_size(name: str, module: nn.Module, protected: float) -> int:
     if size == d:
         raise ValueError(f"{name} has {d} singular components, and protecting {size} leaves none to train.")
     return size
-
-
-def _remove_peft_config(model: nn.Module) -> None:
-    """Remove the attribute that PEFT leaves on a model it injects layers into."""
-    if hasattr(model, "peft_config"):
-        del model.peft_config

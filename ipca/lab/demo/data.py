@@ -35,12 +35,22 @@ class Labeled:
 
 @dataclass(frozen=True)
 class Text:
-    """Disjoint sets of sentences: the new task (sentiment) and the earlier ability (source classification)."""
+    """Disjoint sets of sentences: the new task (sentiment) and the earlier ability (source classification).
+
+    Attributes:
+        learned: the class of the probe's sets whose source the task learns, too.
+    """
 
     train: Labeled
     test: Labeled
     probe_train: Labeled
     probe_test: Labeled
+    learned: int
+
+    def kept(self) -> list[str]:
+        """The probe's held-out sentences of the other sources: learning the task should leave them alone."""
+        labeled = zip(self.probe_test.texts, self.probe_test.labels, strict=True)
+        return [text for text, label in labeled if label != self.learned]
 
 
 def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int = 400, source: str = "movie") -> Text:
@@ -76,7 +86,8 @@ def load_text(archive: Path, *, train: int = 2000, test: int = 400, probe: int =
         raise ValueError(
             f"the text does not have {train} + {test} {source} sentences besides a probe of {probe}; request fewer."
         )
-    return Text(_labeled(clear[:train]), _labeled(clear[train : train + test]), sets[1], sets[0])
+    learned = list(SOURCES).index(source)
+    return Text(_labeled(clear[:train]), _labeled(clear[train : train + test]), sets[1], sets[0], learned)
 
 
 def _take(items: list[tuple[float, str]], count: int) -> list[tuple[float, str]]:

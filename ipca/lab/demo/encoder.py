@@ -89,24 +89,38 @@ def load_encoder(settings: Settings) -> Encoder:
 
 
 class Probe:
-    """The earlier ability: a linear classifier of the source, fitted to the *original* embeddings, then frozen."""
+    """The earlier ability: a linear classifier of the source, fitted to the *original* embeddings, then frozen.
+
+    Sentences of the source that the task learns are counted apart: that they leave their old class is not forgetting.
+    """
 
     def __init__(self, encoder: Encoder, text: Text) -> None:
-        self.test = text.probe_test
-        self.before = encoder.embed(self.test.texts)
-        self.weights = _logistic_regression(
-            encoder.embed(text.probe_train.texts), torch.tensor(text.probe_train.labels)
-        )
-        self.accuracy_before = self._accuracy(self.before)
+        self.text, self.before = text, encoder.embed(text.probe_test.texts)
+        self.weights = self._fit(encoder)
+        self.kept = torch.tensor(text.probe_test.labels) != text.learned
 
-    def __call__(self, encoder: Encoder) -> tuple[float, float]:
-        """Accuracy lost, and embedding drift ``mean(1 − cos)``, of ``encoder`` against the original."""
-        after = encoder.embed(self.test.texts)
-        drift = 1 - F.cosine_similarity(self.before, after, dim=1).mean().item()
-        return self.accuracy_before - self._accuracy(after), drift
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """What ``encoder`` retains.
 
-    def _accuracy(self, embeddings: Tensor) -> float:
-        return accuracy(_standard(embeddings) @ self.weights, self.test.labels)
+        - ``"retained"``, ``"retained_own"``: the frozen probe's accuracy on the other sources, and on the learned one;
+        - ``"refit"``: as ``"retained"``, of a probe fitted anew to this encoder's embeddings;
+        - ``"drift"``: ``mean(1 − cos)`` of the other sources' embeddings against the original ones.
+        """
+        after, kept = encoder.embed(self.text.probe_test.texts), self.kept
+        return {
+            "retained": self._accuracy(self.weights, after, kept),
+            "retained_own": self._accuracy(self.weights, after, ~kept),
+            "refit": self._accuracy(self._fit(encoder), after, kept),
+            "drift": 1 - F.cosine_similarity(self.before[kept], after[kept], dim=1).mean().item(),
+        }
+
+    def _fit(self, encoder: Encoder) -> Tensor:
+        known = self.text.probe_train
+        return _logistic_regression(encoder.embed(known.texts), torch.tensor(known.labels))
+
+    def _accuracy(self, weights: Tensor, embeddings: Tensor, which: Tensor) -> float:
+        labels = torch.tensor(self.text.probe_test.labels)[which].tolist()
+        return accuracy(_standard(embeddings[which]) @ weights, labels)
 
 
 def accuracy(logits: Tensor, labels: list[int]) -> float:

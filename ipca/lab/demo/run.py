@@ -42,7 +42,7 @@ def run_demo(
         archive: the text, see ``ipca.lab.demo.data``.
         out: new, empty or of an earlier run; a run that was killed goes on.
         steps: of the training.
-        sentences: held-out sentences of the task, and sentences that shall keep their embeddings.
+        sentences: held-out sentences of the task; three quarters as many of other sources shall keep their embeddings.
         overwrite: replace an ``out`` that holds something else.
 
     Returns:
@@ -84,7 +84,7 @@ def write_data(text: Text, folder: Path) -> None:
     with staged_files(folder) as stage:
         for name, part in (("movies.csv", text.train), ("movies-test.csv", text.test)):
             _write_csv(part, stage / name)
-        (stage / "other.txt").write_text("\n".join(text.probe_test.texts) + "\n", encoding="utf-8")
+        (stage / "other.txt").write_text("\n".join(text.kept()) + "\n", encoding="utf-8")
 
 
 def _write_csv(part: Labeled, path: Path) -> None:

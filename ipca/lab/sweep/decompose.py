@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ipca._atomic import write_atomic
 from ipca.lab.baselines.adapt import needed_windows
-from ipca.model.calibration import AUTO, auto_windows, without_auto
+from ipca.model.calibration import AUTO, auto_windows
 from ipca.model.decompose import decompose_targets, precision, source_matrix
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import find_modules_to_save, find_targets
@@ -106,8 +106,8 @@ def auto_settings(
     """
     if not path.exists():
         requested = replace(settings, window=AUTO)
-        targets = find_targets(model, without_auto(requested), modules_to_save=find_modules_to_save(model, settings))
-        found = auto_windows(model, targets, requested, calibration(), progress=progress)
+        targets = find_targets(model, requested, modules_to_save=find_modules_to_save(model, settings))
+        found = auto_windows(model, targets, calibration(), progress=progress)
         write_atomic(path, json.dumps({target.name: target.window.text for target in found}, indent=1).encode())
     windows: dict[str, str] = json.loads(path.read_text())
     settings = replace(settings, window_pattern={re.escape(name): text for name, text in windows.items()})

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 from ipca._version import __version__
+from ipca.lab.baselines.methods import needs_inputs
+from ipca.lab.baselines.peft_methods import PEFT_METHODS, require_peft
 from ipca.lab.sweep.decompose import auto_settings, cache_windows, find_windows
 from ipca.lab.sweep.device import check_devices, device_name, device_of, num_threads, use_device
 from ipca.lab.sweep.plan import (
@@ -281,8 +283,12 @@ def _check_options(counts: dict[str, int], task: Task, grid: Grid) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    if "auto" in grid.methods and task.calibration is None:
-        raise ValueError("the method 'auto' needs the task's `calibration`, which returns unlabeled batches.")
+    needing = [method for method in grid.all_methods() if needs_inputs(method)]
+    if needing and task.calibration is None:
+        raise ValueError(f"the method {needing[0]!r} needs the task's `calibration`, which returns unlabeled batches.")
+    for method in grid.methods:
+        if method in PEFT_METHODS:
+            require_peft(method)
 
 
 def _check_environment(

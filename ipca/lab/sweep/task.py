@@ -36,7 +36,8 @@ class Task:
             (the new task) and ``"retained"`` (what the model knew) are required, and larger is better for both; other
             metrics are optional.
         settings: layers, rank, ``modules_to_save`` (the head). Its window is the reference of the controls.
-        calibration: returns unlabeled batches for the method ``"auto"``; called once for all of its trials.
+        calibration: returns unlabeled batches for the method ``"auto"``, called once for all of its trials, and for
+            CorDA and LoRA-Null, called for each of theirs.
         labels: axis labels of metrics, with units: ``{"target": "accuracy on …"}``.
     """
 

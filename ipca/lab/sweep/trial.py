@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,21 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ipca.analysis import update_norm
 from ipca.lab import baselines
+from ipca.lab.baselines.adapt import layer_weights
+from ipca.lab.baselines.methods import needs_inputs
 from ipca.lab.sweep.device import deterministic, device_of
 from ipca.lab.sweep.task import Task, error_note
 from ipca.model.apply import adapt, adapted_layers
 from ipca.model.batches import evaluating
-from ipca.model.decompose import source_matrix
 from ipca.model.optim import param_groups
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import find_modules_to_save, find_targets
-from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache
 
 Row = dict[str, Any]
@@ -103,7 +103,8 @@ def run_trial(
         assert auto is not None
         adapt(model, auto, cache=cache, progress=False)
     else:
-        baselines.apply(model, trial.method, task.settings, seed=trial.seed, cache=cache)
+        inputs = task.calibration() if task.calibration and needs_inputs(trial.method) else None
+        baselines.apply(model, trial.method, task.settings, seed=trial.seed, cache=cache, calibration=inputs)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         groups = rate_groups(model, trial)
@@ -112,7 +113,7 @@ def run_trial(
             raise
         nothing = dict.fromkeys(_REQUIRED, math.nan)  # a window in a null space has no matching rate
         return [_row(trial, parameters, None, None, math.nan, nothing) | {"status": f"failed: {error}"}]
-    before = None if adapted_layers(model) else _weights(base, task)
+    before = None if adapted_layers(model) else layer_weights(base, task.settings)
     rows: list[Row] = []
     updates: dict[int, float] = {}
     metrics_of = partial(evaluate_task, task, trial=trial, seed=trial.seed)
@@ -213,13 +214,6 @@ def _number(value: Any, name: str, trial: object) -> float:
         raise ValueError(f"{trial}: evaluate() must return numbers, {name} is {value!r}.") from None
 
 
-def _weights(base: nn.Module, task: Task) -> dict[str, Tensor]:
-    """By path, the pretrained weights ``(out, in)`` of fully trained layers; adapted layers hold their own."""
-    modules_to_save = find_modules_to_save(base, task.settings)
-    targets = find_targets(base, task.settings, modules_to_save=modules_to_save, values=False)
-    return {t.name: source_matrix(get_layer(base, t.name), t.name, None).weight for t in targets}
-
-
 def rate_groups(model: nn.Module, trial: Trial) -> list[dict[str, Any]]:
     """The parameter groups of ``trial``; one group of all trainable parameters for a model without adapted layers.
 
@@ -228,7 +222,9 @@ def rate_groups(model: nn.Module, trial: Trial) -> list[dict[str, Any]]:
     if not adapted_layers(model):
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": trial.lr_used, "name": "full"}]
     match = "sqrt-sigma" if trial.comparison == "sqrt-sigma" else None
-    groups = param_groups(model, trial.lr_used, match=match)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", 'match="sqrt-sigma" raises')  # rows have the update that came of it
+        groups = param_groups(model, trial.lr_used, match=match)
     for group in groups:
         if group["name"] == "modules_to_save":
             group["lr"] = trial.lr

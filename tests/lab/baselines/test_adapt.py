@@ -15,13 +15,14 @@ from tests.helpers.models import Plain, snapshot
 from tests.helpers.quantized_layers import quantized_layer
 
 SETTINGS = AdapterSettings(rank=3, targets=("a", "b"), modules_to_save=("head",))
-METHODS = ("principal", "0.25", "start=2", "erank", "lora", "full", *baselines.CONTROLS)
+METHODS = ("principal", "0.25", "start=2", "erank", "lora", "full", "oplora", "lora-null", *baselines.CONTROLS)
 
 
 def adapted(method, seed=0, settings=SETTINGS, **options):
     torch.manual_seed(5)
     base = Plain()
-    return base, baselines.apply(copy.deepcopy(base), method, settings, seed=seed, **options)
+    calibration = [torch.randn(30, 20)]
+    return base, baselines.apply(copy.deepcopy(base), method, settings, seed=seed, calibration=calibration, **options)
 
 
 @pytest.mark.parametrize("form", ["residual", "intact"])
@@ -138,7 +139,7 @@ def test_full_trains_the_weights_of_the_layers_and_the_head():
     assert trains == {"a.weight", "b.weight", "head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize("method", ["0.25", "middle", *baselines.CONTROLS])
+@pytest.mark.parametrize("method", ["0.25", "middle", "oplora", *baselines.CONTROLS])
 def test_what_a_method_decomposes_is_what_it_says(method, tmp_path, monkeypatch):
     base = Plain()
     cache = SpectralCache(tmp_path)
@@ -170,8 +171,8 @@ def test_a_weight_with_nan_leaves_the_model_alone():
 
 
 def test_kinds_and_positions():
-    assert [baselines.kind_of(m) for m in ("0.3", "lora", "full", "auto", "haar", "energy=0.9")] == [
-        *("window", "lora", "full", "auto", "control", "window")
+    assert [baselines.kind_of(m) for m in ("0.3", "lora", "full", "auto", "mica", "haar", "energy=0.9")] == [
+        *("window", "lora", "full", "auto", "baseline", "control", "window")
     ]
     positions = [baselines.position_of(m) for m in ("principal", "0.25", "minor", "start=3", "erank", "lora")]
     assert positions == [0.0, 0.25, 1.0, None, None, None]

@@ -197,6 +197,42 @@ def test_auto_uses_the_calibration(tmp_path):
         sweep.run(sweep_task.task(), tmp_path / "b", **options)
 
 
+def test_every_baseline_runs_and_is_reported(tmp_path):
+    task = replace(sweep_task.task(), calibration=sweep_task.calibration)
+    options = {**GRID, "comparisons": ("same",), "methods": baselines.BASELINES, "windows": (0.5,), "lrs": (1e-2,)}
+    rows = sweep.run(task, tmp_path, **{**options, "report": True})
+    found = [row for row in rows if row["kind"] == "baseline"]
+    assert len(found) == 2 * len(baselines.BASELINES)
+    assert all(row["status"] == "ok" and row["update"] > 0 and row["early_update"] > 0 for row in found)
+    assert {row["method"] for row in found} == set(baselines.BASELINES)
+    assert "LoRA-Null" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert sweep.run(task, tmp_path / "again", **options) == rows
+    with pytest.raises(ValueError, match="'corda-ipm' needs the task's `calibration`"):
+        sweep.run(TASK, tmp_path / "c", **options)
+
+
+def test_windows_of_the_inputs_are_windows_of_a_sweep(tmp_path):
+    task = replace(sweep_task.task(), calibration=sweep_task.calibration)
+    options = {**GRID, "windows": (0.5, "inputs:minor", "inputs:0.5"), "methods": ("lora-null", "lora"), "lrs": (1e-2,)}
+    rows = sweep.run(task, tmp_path, **{**options, "report": True})
+    of_inputs = [row for row in rows if row["method"].startswith("inputs:") and row["comparison"] == "same"]
+    assert len(of_inputs) == 4
+    assert all(row["status"] == "ok" and row["kind"] == "window" for row in of_inputs)
+    null = [row for row in rows if row["method"] == "lora-null" and row["comparison"] == "same"]
+    minor = [row for row in of_inputs if row["method"] == "inputs:minor"]
+    assert [row["update"] for row in null] == [row["update"] for row in minor]
+    assert "inputs:0.5" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="'inputs:minor' needs the task's `calibration`"):
+        sweep.run(TASK, tmp_path / "c", **options)
+
+
+def test_a_baseline_of_peft_without_peft_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"method 'mica' needs PEFT .*; pip install 'ipca-lora\[peft\]'"):
+        sweep.run(TASK, tmp_path, **{**GRID, "comparisons": ("same",), "methods": ("mica",)})
+    assert not (tmp_path / "rows.csv").exists()
+
+
 def test_tuning_goes_on_where_it_was(tmp_path, monkeypatch):
     options = {**GRID, "comparisons": ("same",), "methods": ("lora",), "windows": (0.5,), "tune": 3}
     rows = sweep.run(TASK, tmp_path, **options)

@@ -24,7 +24,7 @@ from studies.frontier.design import Run, Wave
 from studies.frontier.measure import Reference
 from studies.frontier.rows import Rows
 from studies.frontier.run import Runners, again, check, collect, how_far
-from studies.language.protocol import ARMS, MAIN, waves
+from studies.language.protocol import ARMS, MAIN, PROTOCOL, waves
 from tests.helpers import frontier_study
 from tests.helpers.frontier_study import DESIGN, LENGTH, VOCABULARY, study
 
@@ -58,11 +58,15 @@ def logits(model, ids):
     return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("arm", ARMS)
+EXTENDED = PROTOCOL.extended().arms
+
+
+@pytest.mark.parametrize("arm", [arm for arm in EXTENDED if arm not in ("oft", "osf")])  # test_scaled.py has them
 def test_scale_0_is_the_base_and_1_the_tuned_model(arm, tmp_path):
     found = study(tmp_path)
-    ids = found.texts["german"].new
-    tuned = Tuned(copy.deepcopy(found.base), ARMS[arm], 4, 0, found.spectra)
+    ids = found.tasks["german"].new
+    inputs = found.inputs("german", EXTENDED[arm].inputs) if EXTENDED[arm].inputs else None
+    tuned = Tuned(copy.deepcopy(found.base), EXTENDED[arm], 4, 0, found.spectra, inputs)
     before = logits(found.base, ids)
     assert torch.equal(logits(tuned.model, ids), before), "the start is the base"
     generator = torch.Generator().manual_seed(0)
@@ -121,7 +125,7 @@ def test_the_pull_moves_toward_the_start(tmp_path):
 
 def test_measurements_are_cross_entropy_and_divergence(tmp_path):
     found = study(tmp_path)
-    task = found.texts["german"]
+    task = found.tasks["german"]
     reference = Reference(found.base, task)
     same = reference.measure(found.base)
     assert all(not values.any() for values in same.kl.values()), "exactly 0"
@@ -142,7 +146,7 @@ def test_measurements_are_cross_entropy_and_divergence(tmp_path):
 
 def test_means_are_those_of_the_library(tmp_path):
     found = study(tmp_path)
-    task = found.texts["german"]
+    task = found.tasks["german"]
     other = copy.deepcopy(found.base)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight += 0.1
@@ -166,7 +170,7 @@ def test_a_model_with_other_logits_is_refused(tmp_path):
         return output
 
     with pytest.raises(ValueError, match="LlamaForCausalLM does more to its logits"):
-        Reference(capped, found.texts["german"])
+        Reference(capped, found.tasks["german"])
 
 
 def test_a_run_has_a_line_for_every_measurement(tmp_path):
@@ -183,7 +187,7 @@ def test_a_run_has_a_line_for_every_measurement(tmp_path):
         assert line["status"] == "ok"
         assert line["protocol"] == "p"
         assert line["model"] == "m"
-        assert line["text"] == found.texts["german"].sha256()[:12]
+        assert line["text"] == found.tasks["german"].sha256()[:12]
     halves = [line["update"] for line in lines if line["scale"] in (0.5, 1.0) and line["step"] == 8]
     assert halves[0] == pytest.approx(halves[1] / 2)
     items = rows.items(RUN)
@@ -258,7 +262,7 @@ def test_rows_of_another_protocol_model_or_text_are_not_mixed(begun):
     with pytest.raises(ValueError, match="another protocol and model"):
         check(study(begun / "work", protocol="other", model="other"), rows)
     changed = study(begun / "work")
-    changed.texts["cpp"].kept["samples"][0, 0] = VOCABULARY - 1
+    changed.tasks["cpp"].kept["samples"][0, 0] = VOCABULARY - 1
     with pytest.raises(ValueError, match="another text"):
         check(changed, rows)
 

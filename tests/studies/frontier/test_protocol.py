@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from studies.frontier.design import Arm, Wave
-from studies.frontier.protocol import Addition
+from studies.frontier.design import Arm, Run, Wave
+from studies.frontier.protocol import Addition, Protocol
 from studies.frontier.rows import Rows
-from studies.frontier.run import check
+from studies.frontier.run import Material, check, main
 from studies.language.protocol import PLAN, PROTOCOL
-from tests.helpers.frontier_study import DESIGN, study
+from tests.helpers.frontier_study import DESIGN, model, study, texts
 from tests.studies.frontier.test_frontier_analysis import made_up
 
 
@@ -33,8 +33,9 @@ def test_the_hash_sees_text_and_numbers_but_no_list_of_changes(tmp_path):
     changed.text.write_text("Another question.\n" + text, encoding="utf-8")
     assert changed.sha256() != before
     arms = {**PLAN.arms, "full": replace(PLAN.arms["full"], rate=1e-2)}
-    for changes in ({"arms": arms}, {"batch": 5}, {"autocast": False}, {"root": True}):
+    for changes in ({"arms": arms}, {"batch": 5}, {"autocast": False}, {"root": True}, {"metric": "kl_other"}):
         assert replace(PROTOCOL, plan=replace(PLAN, **changes)).sha256() != before
+    assert replace(PROTOCOL, digits=3).sha256() != before
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def extended(tmp_path):
 
 def test_an_addition_has_a_hash_of_its_own(extended):
     assert extended.sha256() == PROTOCOL.sha256()
-    assert PROTOCOL.added_sha256() == {}
+    assert replace(PROTOCOL, additions=()).sha256() == PROTOCOL.sha256()
     before = extended.added_sha256()
     assert set(before) == {"0.1"}
     assert before["0.1"] != extended.sha256()
@@ -66,7 +67,7 @@ def test_rows_of_an_added_arm_are_tied_to_the_addition(extended, tmp_path):
     design = replace(DESIGN, arms=extended.extended().arms, waves=(*DESIGN.waves, *added.waves))
     found = replace(study(tmp_path / "work", design), added={"0.1": "addition"})
     rows = Rows(tmp_path / "rows")
-    for run in list(design.order(dict.fromkeys(design.cells(), (0.001,)))):
+    for run in (Run("cpp", 8, arm, 1e-3, 0) for arm in ("middle", "0.1")):
         lines = made_up(run, 0.3)
         hashes = {**found.hashes_of(run), "protocol": "addition" if run.arm == "0.1" else "p"}
         rows.put(run, [{**line, **hashes} for line in lines], {})
@@ -75,3 +76,42 @@ def test_rows_of_an_added_arm_are_tied_to_the_addition(extended, tmp_path):
         check(replace(found, added={"0.1": "other"}), rows)
     with pytest.raises(ValueError, match=r"cpp-8-0\.1-1e-03-seed0, which no protocol here asks for"):
         check(study(tmp_path / "work"), rows)
+
+
+def test_a_study_from_its_command_line(tmp_path, capsys):
+    """Samples are drawn once, then come the runs that fix the targets, then the protocol's; a call goes on."""
+    drawn = []
+
+    def load(folder, device):
+        assert (folder, device) == (None, "cpu")
+
+        def draw():
+            drawn.append(texts()["german"].kept["samples"])
+            return drawn[-1]
+
+        def made(samples):
+            return {name: replace(t, kept={**t.kept, "samples": samples}) for name, t in texts().items()}
+
+        return Material("tiny", model(), draw, made)
+
+    (tmp_path / "PROTOCOL.md").write_text("A question.\n", encoding="utf-8")
+    plan = replace(DESIGN, targets={})
+    reference = tuple(Run(task, 8, "lora", 3e-3, 1000) for task in plan.tasks)
+    results = tmp_path / "results"
+    protocol = Protocol(tmp_path / "PROTOCOL.md", plan, reference, (0.5, 0.7, 0.85), "tiny", results, 2.0)
+    work = ["--work", str(tmp_path / "work")]
+    main(protocol, load, None, [*work, "--how-far"])
+    assert "the runs that fix the targets come first" in capsys.readouterr().out
+    for made in (1, 2):
+        main(protocol, load, None, [*work, "--limit", "1"])
+        assert "1 runs made" in capsys.readouterr().out
+        assert len(list(Rows(results / "tiny").runs())) == made
+    assert len(drawn) == 1
+    assert {run for run, _ in Rows(results / "tiny" / "reference").runs()} == set(reference)
+    main(protocol, load, None, [*work, "--how-far"])
+    assert "2 of 24 runs" in capsys.readouterr().out
+    main(protocol, load, None, [*work, "--again", "1"])
+    assert "largest deviation 0.00%" in capsys.readouterr().out
+    protocol.text.write_text("Another question.\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="another protocol"):
+        main(protocol, load, None, work)

@@ -16,7 +16,7 @@ from studies.frontier.texts import Texts
 from studies.frontier.training import Study, train_run
 from studies.position_grid import mgm
 from studies.position_grid.mgm import END, PADDING, START, Genus
-from studies.position_grid.protocol import ARMS, PLAN
+from studies.position_grid.protocol import ARMS, PLAN, PROTOCOL
 
 GENERA = {"Common": Genus(4, 0.5, 0.1), "Rare": Genus(5, 0.01, 0.01), "Middling": Genus(6, 0.1, 0.1)}
 
@@ -112,16 +112,21 @@ def sentences(count, seed):
     return mgm.pad([[START, *torch.randint(4, 7, (n,), generator=draw).tolist(), END] for n in lengths])
 
 
-@pytest.mark.parametrize("arm", ["0.5", "lora", "random", "frozen-A", "rslora", "full"])
+EXTENDED = PROTOCOL.extended()
+_FIRST = ("0.5", "lora", "random", "frozen-A", "rslora", "full")
+
+
+@pytest.mark.parametrize("arm", [*_FIRST, *(name for name in EXTENDED.arms if name not in ARMS)])
 def test_a_run_of_an_arm_on_sentences_of_unequal_length(arm, wheel, tmp_path):
     texts = Texts(sentences(20, 1), sentences(6, 2), {"samples": sentences(6, 3), "other": sentences(4, 4)}, PADDING)
     base = mgm.load_model()
-    design = replace(PLAN, rank=4)
-    tuned = Tuned(copy.deepcopy(base), ARMS[arm], 4, 0, Study(design, base, {}, tmp_path, {}).spectra)
+    design, made = replace(EXTENDED, rank=4), EXTENDED.arms[arm]
+    study = Study(design, base, {"twins": texts}, tmp_path, {"protocol": "p", "model": "m"}, progress=False)
+    inputs = study.inputs("twins", made.inputs) if made.inputs else None
+    tuned = Tuned(copy.deepcopy(base), made, 4, 0, study.spectra, inputs)
     ids = texts.new
     assert torch.equal(tuned.model(input_ids=ids).logits, base(input_ids=ids).logits), "the start is the base"
-    study = Study(design, base, {"twins": texts}, tmp_path, {"protocol": "p", "model": "m"}, progress=False)
-    run, rows = Run("twins", 8, arm, ARMS[arm].rate, 0), Rows(tmp_path / "rows")
+    run, rows = Run("twins", 8, arm, made.rate, 0), Rows(tmp_path / "rows")
     train_run(study, run, rows)
     lines = dict(rows.runs())[run]
     assert {line["status"] for line in lines} == {"ok"}

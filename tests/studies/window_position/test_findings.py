@@ -9,7 +9,7 @@ from torch import nn
 from ipca.lab import sweep
 from ipca.lab.statistics import holm
 from ipca.model import AdapterSettings
-from studies.window_position import claims, findings, mechanism, rules, run
+from studies.window_position import claims, findings, mechanism, reanalysis, rules, run
 from studies.window_position import rows as study_rows
 from studies.window_position import tables as study_tables
 from studies.window_position.rows import Study
@@ -27,7 +27,10 @@ def confirmed(folder):
 
 def test_the_names_of_the_sweeps_are_those_of_the_runs():
     assert set(study_rows.SWEEPS) == {e.name for e in (*run.EXPERIMENTS, *run.gpu_experiments(["cuda:0"]))}
-    assert tuple(run.RATES) == tuple(map(float, study_tables.RATES))
+    assert set(study_rows.EXTENSIONS) == {e.name for e in run.EXTENSIONS}
+    assert {name for names in study_rows.WIDER.values() for name in names} <= set(study_rows.EXTENSIONS)
+    assert set(reanalysis.PLACES) <= {*study_rows.SWEEPS, "V3"}
+    assert set(study_rows.BY_SOURCE) == {name for name in study_rows.EXTENSIONS if name.startswith("M")}
     assert mechanism.M_WINDOWS == run.WINDOWS
     assert run.EXPERIMENTS[0].grid["windows"] == mechanism.V_WINDOWS
 
@@ -106,8 +109,8 @@ def test_the_opposite_is_said(tmp_path):
     assert {found[name]["verdict"] for name in ("C1", "C2", "C3", "C4")} == {"the opposite holds"}
     assert found["C1"]["adjusted"] == 1
     findings.write(Study(folder))
-    said = rules.shape(rules.read_tables(Study(folder)))
-    assert said == "**The U.** None of C1 to C4 holds. For C1, C2, C3 and C4 the opposite was found."
+    said = rules.as_fixed(rules.read_tables(Study(folder)))
+    assert "none of C1 to C4 holds. For C1, C2, C3 and C4 the opposite was found." in said
 
 
 def test_the_opposite_is_corrected_too(tmp_path):
@@ -170,8 +173,9 @@ def test_an_arm_that_always_diverged_has_no_test(tmp_path):
     found = {row["claim"]: row for row in study_made.rows_of(folder, "tests")}
     assert [found[claim]["verdict"] for claim in U] == ["all diverged", "all diverged", "holds", "holds"]
     assert found["C1"]["p"] == ""
-    said = rules.shape(rules.read_tables(Study(folder)))
-    assert said == "**The U.** Not tested: C1 (all diverged) and C2 (all diverged)."
+    assert "the U was not tested: C1 (all diverged) and C2 (all diverged)." in rules.as_fixed(
+        rules.read_tables(Study(folder))
+    )
     assert "principal, f = 0 (same, 0.002): 10" in study_tables.sections(folder)["runs"]
 
 

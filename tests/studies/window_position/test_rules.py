@@ -20,67 +20,99 @@ def tables(tests=None, summary=None, ranks=None, curve=None):
 @pytest.mark.parametrize(
     ("verdicts", "said"),
     [
-        (("holds",) * 4, "It stands on M: C1 to C4 hold"),
-        (("holds", "holds", "not shown", "not shown"), "A left arm only"),
-        (("not shown",) * 4, "the position of the window does not matter here"),
-        (("holds", "holds", "holds", "not shown"), "It does not stand: C1, C2 and C3 hold, C4 not shown."),
-        (("holds", "not shown", "not shown", "not shown"), "It does not stand: C1 holds, C2, C3 and C4 not shown."),
-        (("holds", "holds", "the opposite holds", "not shown"), "A left arm only"),
-        (("holds", "holds", "holds", "not run"), "Not tested: C4 (not run)."),
+        (("holds",) * 4, "the U stands on M (C1 to C4 hold), at one rate"),
+        (("holds", "holds", "not shown", "not shown"), "a left arm only"),
+        (("not shown",) * 4, "the position of the window does not matter on M"),
+        (("holds", "holds", "holds", "not shown"), "the U does not stand: C1, C2 and C3 hold, C4 not shown."),
+        (("holds", "not shown", "not shown", "not shown"), "does not stand: C1 holds, C2, C3 and C4 not shown."),
+        (("holds", "holds", "the opposite holds", "not shown"), "a left arm only"),
+        (("holds", "holds", "holds", "not run"), "the U was not tested: C4 (not run)."),
     ],
 )
 def test_the_rule_of_the_u(verdicts, said):
-    assert said in rules.shape(tables(dict(zip(U, verdicts, strict=True))))
+    assert said in rules.as_fixed(tables(dict(zip(U, verdicts, strict=True))))
+
+
+def claim(verdict, *, mean="0.1", p="0.01", n="10"):
+    smallest = str(2.0 ** (1 - int(n)))
+    return {"mean": mean, "low": "0.05", "high": "0.15", "p": p, "n": n, "smallest": smallest, "verdict": verdict}
+
+
+def with_claims(found):
+    """``{(claim, against, place): row}``, each row with its place."""
+    made = tables()
+    rows = {key: {**row, "place": key[2], "test": ""} for key, row in found.items()}
+    return rules.Tables(made.tests, made.summary, made.ranks, made.mechanism, claims=rows)
 
 
 @pytest.mark.parametrize(
-    ("c5", "c6", "c11", "said"),
+    ("verdicts", "headline"),
     [
-        ("not shown", "above", "not shown", "on M1 the middle window retains more, each at its best rate (+0.100"),
-        ("not shown", "not shown", "above", "on V1 the middle window retains more"),
-        (
-            "above",
-            "above",
-            "not run",
-            "and C5 does not favor LoRA; on V1 nothing was tested. Not tested: C11 (not run).",
-        ),
-        ("not run", "above", "not shown", "which without C5 in its favor is no claim"),
-        ("not shown", "not shown", "not shown", "on M1 neither is shown to retain more"),
+        ({}, "**Better than LoRA?** Not run."),
+        ({"M1": "not shown", "V1": "edge"}, "**No difference to plain LoRA is shown.**"),
+        ({"M1": "holds", "V1": "not shown"}, "**Better than LoRA: in places.**"),
+        ({"M1": "reversed", "V1": "not shown"}, "**Plain LoRA retains more, in places.**"),
+        ({"M1": "reversed", "V1": "holds"}, "**The middle window and plain LoRA each retain more somewhere.**"),
     ],
 )
-def test_the_rule_of_lora(c5, c6, c11, said):
-    made = tables({"C5": c5, "C6": c6, "C11": c11, "S6": c6, "S11": c11})
-    text = rules.better_than_lora(made)
-    assert said.casefold() in text.casefold()
-    assert text.startswith("**Better than LoRA?**")
-    assert rules.sentences(made)[0].startswith("**The U.**")
+def test_the_headline_is_that_of_equal_target(verdicts, headline):
+    found = {("equal target", "lora", place): claim(verdict) for place, verdict in verdicts.items()}
+    found["same rate", "lora", "M2-all"] = claim("reversed")
+    text = rules.against_lora(with_claims(found if verdicts else {}))
+    assert text.startswith(headline)
+    if verdicts:
+        assert "the opposite on M2-all (+0.100 [+0.050, +0.150])" in text
 
 
-@pytest.mark.parametrize(
-    ("claim", "said"),
-    [
-        ("C5", "the target of plain LoRA is higher"),
-        ("C6", "on M1 plain LoRA retains more"),
-        ("C11", "on V1 plain LoRA retains more"),
-    ],
-)
-def test_where_lora_is_better_that_is_the_headline(claim, said):
-    same = {"S6": "below" if claim == "C6" else "above", "S11": "below"}
-    made = tables({"C5": "not shown", "C6": "above", "C11": "not shown"} | same | {claim: "below"})
-    first = rules.sentences(made)[0]
-    assert first.startswith(f"**Plain LoRA is better on {'V1' if claim == 'C11' else 'M1'}:**")
-    assert said.casefold() in first.casefold()
-    if claim == "C5":
-        assert "is no claim" in first
+def test_a_claim_names_where_it_holds_and_where_not_and_its_floor():
+    found = {
+        ("same rate", "1.0", "M1"): claim("holds"),
+        ("same rate", "1.0", "V1"): claim("reversed"),
+        ("same rate", "1.0", "M5"): claim("not shown", p="0.2"),
+        ("equal target", "1.0", "V1"): claim("edge"),
+    }
+    text = rules.right_arm(with_claims(found))
+    assert "at one rate: holds on M1; the opposite on V1; not shown on M5." in text
+    assert text.endswith("At equal target: an edge, no verdict, on V1.")
+    five = {("same rate", "lora", "M2-all"): claim("not shown", p="0.0625", n="5")}
+    assert "not shown on M2-all (+0.100 [+0.050, +0.150], p at its floor)" in rules.against_lora(with_claims(five))
 
 
-@pytest.mark.parametrize("verdict", ["above", "below"])
-@pytest.mark.parametrize("same", ["not shown", "not run", "the other"])
-def test_best_rates_alone_make_no_claim(verdict, same):
-    other = {"above": "below", "below": "above"}[verdict] if same == "the other" else same
-    made = tables({"C5": "not shown", "C6": verdict, "C11": "not shown", "S6": other})
-    assert "not alike at the same rate: no claim" in rules.better_than_lora(made)
-    assert rules.where_lora_is_better(made) == []
+def test_a_condition_that_is_the_test_itself_supports_nothing():
+    made = tables({"C6": "below", "C11": "below", "S6": "not shown", "S11": "below"})
+    for name, row in made.tests.items():
+        row.update({"first": "middle", "second": "plain LoRA", "dz": "1" if name.endswith("11") else name, "p": "0.01"})
+    text = rules.as_fixed(made)
+    assert "C6: middle below plain LoRA, which S6 does not support" in text
+    assert "C11: middle below plain LoRA; S11 is the same comparison, as every seed picks 0.002" in text
+    made.tests["S11"]["dz"] = "2"
+    assert "S11 is the same comparison" not in rules.as_fixed(made)
+
+
+def test_streams_are_named_by_verdict():
+    found = {
+        ("continual", "pissa", "V2"): claim("holds"),
+        ("continual", "lora-fresh", "V2"): claim("not shown"),
+        ("continual", "osf", "V2"): claim("reversed", mean="-0.1"),
+    }
+    assert rules.continual(with_claims(found)).endswith(
+        "fresh middle windows end above fresh principal +0.100 [+0.050, +0.150]; not clearly apart from fresh plain "
+        "LoRA +0.100 [+0.050, +0.150]; below osf −0.100 [+0.050, +0.150]."
+    )
+
+
+def test_retention_by_source_sets_the_learned_domain_apart():
+    made = tables()
+    before = {"target": 0.5, "retained": 0.9, "retained_movie": 0.9, "retained_tweet": 0.8, "retained_NYT": 1.0}
+    after = {"target": 0.8, "retained": 0.7, "retained_movie": 0.4, "retained_tweet": 0.9, "retained_NYT": 0.7}
+    base = {("M1-middle", name): value for name, value in (before | {"refit": 0.9, "cka": 1.0}).items()}
+    rows = {
+        ("M1-middle", "0.5", "same", "0.0005", name): {"mean": str(value), "n": "5"}
+        for name, value in (after | {"refit": 0.88, "cka": 0.5}).items()
+    }
+    made = rules.Tables({}, rows, {}, [], base=base)
+    assert "middle at 0.0005 −0.500, −0.100, −0.020." in rules.sources(made)
+    assert rules.sources(tables()).endswith("Not run.")
 
 
 def effects(same, update):
@@ -136,20 +168,3 @@ PREDICTED = {"M1": (9, 2), "M2-query-value": (9, 0.5)}
 )
 def test_the_rule_of_the_mechanism(curve, ranks, said):
     assert said in rules.mechanism(tables(ranks=ranks, curve=curve))
-
-
-def test_the_other_tests_and_the_best_stream_are_named():
-    words = {"where": "V1, 2e-3", "statement": "retained: minor against middle", "first": "minor", "second": "middle"}
-    made = tables({"C10": "above", "C12": "not run", "C1": "holds"})
-    made.tests["C10"].update(words)
-    accuracies = {"fresh": "0.8", "osf": "0.9", "lora": "0.7"}
-    for method, mean in accuracies.items():
-        made.summary["V2", method, "", "", "acc"] = {"mean": mean, "low": "", "high": ""}
-    assert rules.others(made).splitlines() == [
-        "**The other tests.**",
-        "",
-        "- C10, V1, 2e-3, retained: minor against middle: minor above middle "
-        "(+0.100 [+0.050, +0.150], adjusted p 0.010).",
-        "- Of all streams osf has the highest ACC, 0.900; fresh middle windows have 0.800.",
-    ]
-    assert rules.others(tables()).endswith("- Not run.")

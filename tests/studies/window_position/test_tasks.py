@@ -252,6 +252,22 @@ def test_the_layers_that_a_text_task_adapts(layers, count):
     assert all(".layer." in target.name for target in targets)
 
 
+def test_cka_ignores_rotation_and_scale_and_nothing_else():
+    X, Q = torch.randn(50, 8), torch.linalg.qr(torch.randn(8, 8)).Q
+    assert minilm.linear_cka(X, 3 * X @ Q + 5) == pytest.approx(1, abs=1e-5)
+    assert minilm.linear_cka(X, torch.randn(50, 8)) < 0.5
+    assert minilm.linear_cka(X, X @ torch.diag(torch.linspace(0, 1, 8))) < 0.99
+
+
+def test_a_probe_is_fitted_anew_and_not_to_nan():
+    labels = torch.arange(40) % 4
+    states = torch.eye(4)[labels] + 0.1 * torch.randn(40, 4)
+    fitted = minilm.fit_sources(states, labels)
+    assert (minilm.source_logits(states, fitted).argmax(1) == labels).all()
+    states[0, 0] = torch.nan
+    assert minilm.fit_sources(states, labels)["weight"].isnan().all()
+
+
 @pytest.mark.slow
 @needs_minilm
 @pytest.mark.usefixtures("small")
@@ -260,6 +276,11 @@ def test_the_original_encoder_has_no_drift_and_the_probe_is_kept(folder):
     found = task.evaluate(task.build())
     assert found["drift"] == pytest.approx(0, abs=1e-5)
     assert found["retained"] > 0.5  # of four sources
+    assert found["retained"] == found["refit"]
+    by_source = [found[f"retained_{name}"] for name in ("tweet", "movie", "Amazon", "NYT")]
+    assert sum(by_source) / 4 == pytest.approx(found["retained"])
+    assert found["cka"] == pytest.approx(1)
+    assert set(found) == set(task.labels)
     assert found["target"] == (minilm.sentences("movie").test.labels == 0).double().mean().item()
     assert len(list(folder.glob("minilm-probe-*.safetensors"))) == 1
 

@@ -157,7 +157,7 @@ def rate_panels(sweep: Sweep, styles: Mapping[str, Style]) -> list[Panel]:
     """Target and retained over the rate, for windows and for controls; empty for a single rate."""
     if len(sweep.lrs) < 2:
         return []
-    beside = [method for method in sweep.methods if kind_of(method) in ("lora", "full", "auto")]
+    beside = [method for method in sweep.methods if kind_of(method) in ("lora", "full", "auto", "baseline")]
     windows = [method for method in sweep.methods if kind_of(method) == "window"]
     controls = [method for method in sweep.methods if kind_of(method) == "control"]
     groups = {"Windows": windows + beside}

@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ipca.lab.baselines import CONTROLS, position_of
+from ipca.lab.baselines import BASELINES, CONTROLS, position_of
 from ipca.lab.sweep.store import ROWS, SETTINGS
 from ipca.lab.sweep.trial import COLUMNS
 
 METRICS = ("target", "retained")
 """Larger is better for both. Of the other metrics only ``drift``, smaller is better, is tested."""
 _REQUIRED = ("method", "kind", "position", "comparison", "lr", "seed", "step", "status")
-_OTHERS = ("lora", "full", "auto", *CONTROLS)
+_OTHERS = ("lora", "full", "auto", *BASELINES, *CONTROLS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ipca.analysis.figures import DASHES, FAINT, INK, house_style
-from ipca.lab.baselines import CONTROLS, kind_of
+from ipca.lab.baselines import BASELINES, CONTROLS, kind_of
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.words import name
 
@@ -33,11 +33,13 @@ _FIXED = {  # light, dark, mark, dashes
     "full": ("#55555e", "#b8b8c2", "D", ":"),
     "auto": ("#c2478f", "#f090c5", "*", "-."),
 }
+_PAIRS = (("#d55e00", "#ff8f3f"), ("#00805e", "#3fd0a5"), ("#c2478f", "#f090c5"), ("#a06f00", "#e6b93f"))
 _CONTROLS = {  # one color per pair that tests the same
     **dict.fromkeys(("random-window", "haar"), ("#00805e", "#3fd0a5")),
     **dict.fromkeys(("frozen-A", "frozen-B"), ("#a06f00", "#e6b93f")),
     **dict.fromkeys(("matched-principal", "matched-minor"), ("#1d1d23", "#e8e8ef")),
 }
+_BASELINES = {m: (*_PAIRS[i // 2], "phd8"[i % 4], ("--", ":")[i // 4]) for i, m in enumerate(BASELINES)}
 _CONTROL_MARKS = dict(zip(CONTROLS, (">", "P", "^", "v", "<", "X"), strict=True))
 _SVG_DASHES = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "5 2.5 1.5 2.5"}
 
@@ -63,6 +65,8 @@ def style_of(method: str, position: float | None = None) -> Style:
     """The style of ``method``; for a window that of its ``position`` in [0, 1]."""
     if method in _FIXED:
         return Style(*_FIXED[method])
+    if method in BASELINES:
+        return Style(*_BASELINES[method])
     if method in CONTROLS:
         return Style(*_CONTROLS[method], _CONTROL_MARKS[method], DASHES[CONTROLS.index(method)])
     f = 0.0 if position is None else position

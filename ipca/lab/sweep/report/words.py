@@ -17,7 +17,20 @@ class Finding(NamedTuple):
     details: tuple[str, ...] = ()
 
 
-NAMES = {"lora": "plain LoRA", "full": "full fine-tuning", "auto": "auto windows", "base": "untrained model"}
+NAMES = {
+    "lora": "plain LoRA",
+    "full": "full fine-tuning",
+    "auto": "auto windows",
+    "base": "untrained model",
+    "mica": "MiCA",
+    "kasa": "KaSA",
+    "osf": "OSF",
+    "oft": "OFT",
+    "corda-ipm": "CorDA, IPM",
+    "corda-kpm": "CorDA, KPM",
+    "oplora": "OPLoRA",
+    "lora-null": "LoRA-Null",
+}
 CONTROLS = {
     "random-window": "windows at random positions",
     "haar": "the reference's singular values on random directions",

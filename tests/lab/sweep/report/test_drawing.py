@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ipca.lab.baselines import CONTROLS
+from ipca.lab.baselines import BASELINES, CONTROLS
 from ipca.lab.statistics import Difference, Estimate
 from ipca.lab.sweep.report.data import read_sweep
 from ipca.lab.sweep.report.drawing import limits, near, spread
@@ -62,9 +62,10 @@ def test_words():
 
 
 def test_every_method_has_a_look_of_its_own(tmp_path):
-    sweep = read_sweep(Made(seeds=1, lrs=(1e-3,), comparisons=("same",)).write(tmp_path))
+    methods = ("lora", "full", "auto", *BASELINES, *CONTROLS)
+    sweep = read_sweep(Made(seeds=1, lrs=(1e-3,), comparisons=("same",), methods=methods).write(tmp_path))
     look = styles(sweep)
-    assert set(look) == set(sweep.methods) >= set(CONTROLS)
+    assert set(look) == set(sweep.methods) >= set(methods)
     assert len({(style.color, style.mark) for style in look.values()}) == len(look)
     assert len({(style.dark, style.mark) for style in look.values()}) == len(look)
 

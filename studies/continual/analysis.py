@@ -1,0 +1,113 @@
+"""What the rows say by PROTOCOL.md's rules: each method at its best rate, fresh middle windows against the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ipca.lab.statistics import LEVEL, Interval, difference, estimate, holm, mean_interval
+from studies.continual.design import COMPARED, SEEDS, Scores, best_rate, grid
+from studies.continual.rows import Rows
+
+MIDDLE = "fresh"
+ALIKE = 0.01
+"""Largest difference of ACC between methods that are called alike."""
+METRICS = ("acc", "bwt", "retained_after")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """ACC of fresh middle windows minus that of ``method``, over the ``n`` seeds of both.
+
+    Attributes:
+        interval, narrow: 95 % and 90 %, of the mean.
+        p, adjusted: of the exact sign-flip test, without and with Holm's correction; the latter where it was made.
+        why: the reason why there is no verdict; empty if there is one.
+    """
+
+    method: str
+    n: int
+    mean: float
+    interval: Interval
+    narrow: Interval
+    p: float
+    why: str
+    adjusted: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``"higher"``, ``"lower"``, ``"alike"`` or ``"not shown"``; empty without a verdict."""
+        if self.why or self.adjusted is None:
+            return ""
+        if self.adjusted <= LEVEL:
+            return "higher" if self.mean > 0 else "lower"
+        ends = [abs(end) for end in self.narrow if math.isfinite(end)]  # none if all differences are equal
+        return "alike" if max(ends, default=abs(self.mean)) <= ALIKE else "not shown"
+
+
+class Analysis:
+    """The rows of a folder."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows, self._scores = rows.all(), rows.scores()
+
+    def seeds(self, method: str) -> list[int]:
+        """The seeds that have a stream at every rate of the method's grid."""
+        scores = self._scores.get(method, {})
+        rates = grid(method, scores)
+        return [seed for seed in range(SEEDS) if all(seed in scores.get(rate, {}) for rate in rates)]
+
+    def rates(self, method: str) -> tuple[float, ...]:
+        """The method's grid."""
+        return grid(method, self._scores.get(method, {}))
+
+    def best(self, method: str) -> float | None:
+        """The rate with the highest mean ACC over the complete seeds; None without two of them."""
+        seeds = self.seeds(method)
+        return best_rate(self._of(method, seeds)) if len(seeds) > 1 else None
+
+    def is_edge(self, method: str) -> bool:
+        """Whether the best rate is the lowest or the highest of the grid."""
+        rates = self.rates(method)
+        return self.best(method) in (rates[0], rates[-1])
+
+    def tuned(self, method: str, metric: str = "acc") -> dict[int, float]:
+        """By seed the metric at the rate that is best on the other seeds; 0 of a stream that diverged."""
+        seeds = self.seeds(method)
+        if len(seeds) < 2:
+            return {}
+        chosen = {seed: best_rate(self._of(method, [s for s in seeds if s != seed])) for seed in seeds}
+        at = {(run.rate, run.seed): row for run, row in self._rows.items() if run.method == method}
+        return {seed: at[rate, seed].get(metric, 0.0) for seed, rate in chosen.items()}
+
+    def compared(self) -> list[Compared]:
+        """The primary comparisons that have two seeds, with the correction over all that have a verdict."""
+        found = [each for each in map(self._compared, COMPARED) if each is not None]
+        adjusted = iter(holm([each.p for each in found if not each.why]))
+        return [each if each.why else replace(each, adjusted=next(adjusted)) for each in found]
+
+    def _compared(self, method: str) -> Compared | None:
+        ours, theirs = self.tuned(MIDDLE), self.tuned(method)
+        found = difference(ours, theirs)
+        if found is None:
+            return None
+        values = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        intervals = mean_interval(values), mean_interval(values, level=0.9)
+        return Compared(method, found.n, found.mean, *intervals, found.p, self._why(method, found.n))
+
+    def _why(self, method: str, n: int) -> str:
+        if n < SEEDS:
+            return f"collecting: {n} of {SEEDS} seeds"
+        edges = [each for each in (MIDDLE, method) if self.is_edge(each)]
+        return f"the best rate of {' and '.join(edges)} is an edge of the grid" if edges else ""
+
+    def _of(self, method: str, seeds: list[int]) -> Scores:
+        scores: Mapping[float, Mapping[int, float]] = self._scores[method]
+        return {rate: {seed: scores[rate][seed] for seed in seeds} for rate in self.rates(method)}
+
+    def mean_of(self, method: str, metric: str) -> tuple[float, Interval] | None:
+        """The mean of a metric at best rates, and its 95 % interval; None without values."""
+        values = [value for value in self.tuned(method, metric).values() if math.isfinite(value)]
+        found = estimate(values)
+        return None if found is None else (found.mean, mean_interval(values))

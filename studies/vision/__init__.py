@@ -1,0 +1,1 @@
+"""Study of the window's position on a pretrained vision transformer: protocol, resumable runs, and their report."""
