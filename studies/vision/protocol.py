@@ -61,7 +61,6 @@ PROTOCOL = Protocol(
     shares=(0.5, 0.7, 0.85),
     model=NAME,
     results=_HERE / "results",
-    command="make study-vision",
     seconds=2.5,
     digits=3,
 )
