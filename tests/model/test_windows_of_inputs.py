@@ -155,6 +155,17 @@ def test_a_state_dict_says_of_what_the_window_is(batches, tmp_path):
     assert (inputs.a.window, inputs.a.magnitude) == (ipca.Window(8, 4), "sigma")
 
 
+def test_a_window_of_the_inputs_does_not_replace_one_of_the_weight(batches, tmp_path):
+    base, options = Plain(), {"rank": 4, "targets": "a", "progress": False}
+    model = ipca.apply_pc(copy.deepcopy(base), window="start=8", **options)
+    with torch.no_grad():
+        model.a.lora_A.mul_(1.5)
+    ipca.save_adapter(model, tmp_path)
+    other = ipca.apply_pc(base, window="inputs:start=8", calibration=batches, **options)
+    with pytest.raises(FileExistsError, match="holds an adapter that is trained"):
+        ipca.save_adapter(other, tmp_path)
+
+
 def test_the_summary_and_the_layer_say_of_what_the_windows_are(batches):
     model = ipca.apply_pc(Plain(), rank=4, window="inputs:minor", calibration=batches, progress=False)
     assert "window [16, 20) of 20 inputs" in str(ipca.summary(model))
