@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NAMED = {"principal": 0.0, "middle": 0.5, "minor": 1.0}
-_FORMS = '"principal", "middle", "minor", a fraction such as "0.33", "start=256", "energy=0.9" or "erank"'
+_FORMS = (
+    '"principal", "middle", "minor", a fraction such as "0.33", "start=256", "energy=0.9" or "erank", each also after '
+    '"inputs:"'
+)
 _INPUTS = "inputs:"
 TRAINED = ("both", "A", "B")
 """What may train: both factors, or one of them beside the other, which is frozen at its start."""

@@ -121,7 +121,7 @@ def _is_earlier(folder: Path, held: set[str], layers: Mapping[str, SavedLayer]) 
         there = read_layers(folder)
     except (OSError, ValueError):
         return False
-    same = ("kind", "shape", "start", "rank", "base_sha256")
+    same = ("kind", "shape", "start", "basis", "rank", "base_sha256")
     return there.keys() == layers.keys() and all(
         getattr(there[name], field) == getattr(layer, field) for name, layer in layers.items() for field in same
     )

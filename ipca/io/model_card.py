@@ -97,30 +97,47 @@ def _front_matter(base: str) -> str:
 
 
 def _head(base: str, adapter: AdapterFolder) -> str:
-    trained = sum(f.A.numel() + f.B.numel() for f in adapter.factors.values())
+    trained = sum(
+        sum(getattr(adapter.factors[name], part).numel() for part in "AB" if layer.train in ("both", part))
+        for name, layer in adapter.layers.items()
+    )
     more = ", and fully trained modules beside them" if adapter.modules_to_save else ""
     return (
         f"# Adapter of {base}\n\n"
-        "A window of the singular components of each adapted weight was trained ([arXiv 2602.03493]"
+        f"A window of {_what(adapter)} was trained ([arXiv 2602.03493]"
         f"(https://arxiv.org/abs/2602.03493)): {trained:,} parameters in {len(adapter.layers)} layers{more}. "
         "The file is a LoRA of twice the rank for the original base."
     )
 
 
+def _what(adapter: AdapterFolder) -> str:
+    """What the windows count."""
+    counted = {
+        "weight": "the singular components of each adapted weight",
+        "inputs": "the directions of each adapted layer's inputs",
+    }
+    bases = {layer.basis for layer in adapter.layers.values()}
+    return " or ".join(words for basis, words in counted.items() if basis in bases)
+
+
 def _layers(adapter: AdapterFolder) -> str:
-    kinds = Counter((x.kind, x.shape, x.start, x.rank, x.alpha, x.form) for x in adapter.layers.values())
+    names = ("kind", "shape", "start", "rank", "basis", "alpha", "form", "train")
+    kinds = Counter(tuple(getattr(layer, name) for name in names) for layer in adapter.layers.values())
+    one_factor = any(layer.train != "both" for layer in adapter.layers.values())
     rows = [
         (
             count,
             kind,
             " × ".join(map(str, shape)),
-            f"[{start}, {start + rank}) of {min(shape[-2:])}",
+            f"[{start}, {start + rank}) of " + (f"{shape[-1]} inputs" if basis == "inputs" else str(min(shape[-2:]))),
             f"{alpha:g}",
             form,
+            *([train] if one_factor else []),
         )
-        for (kind, shape, start, rank, alpha, form), count in kinds.items()
+        for (kind, shape, start, rank, basis, alpha, form, train), count in kinds.items()
     ]
-    return "## Windows\n\n" + _table(("layers", "kind", "weight", "window", "alpha", "form"), rows)
+    head = ("layers", "kind", "weight", "window", "alpha", "form", *(["trains"] if one_factor else []))
+    return "## Windows\n\n" + _table(head, rows)
 
 
 def _exactness(adapter: AdapterFolder) -> str:

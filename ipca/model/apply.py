@@ -147,7 +147,7 @@ def adapt(
     found = decompose_calibrated(
         model, targets, settings, calibration, cache=store, progress=progress, unquantized_weights=unquantized_weights
     )
-    warn_null({target.name: factors.null for target, factors in zip(targets, found, strict=True)})
+    warn_null({target.name: factors.null for target, factors in zip(targets, found, strict=True)}, settings.train)
     with uninterrupted():
         install(model, zip(targets, found, strict=True))
         train_only_adapter(model, saved)

@@ -154,7 +154,8 @@ def input_energy(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each layer's path and the second moment ``C = mean of x xᵀ (in, in)`` of its inputs, float64, on the CPU.
 
-    The mean is over every position of every call, but those where the batch's ``attention_mask`` is 0, where the
+    The mean is over every position of every call, but those where the batch's ``attention_mask`` is 0 (for the
+    decoder's own positions in an encoder-decoder model of transformers, its ``decoder_attention_mask``), where the
     layer's input has the mask's shape (or is that flattened). ``v_iᵀ C v_i`` is the energy along a direction.
 
     Args, Raises: as :func:`sensitivity`; ``layers`` are paths.
@@ -165,9 +166,9 @@ def input_energy(
     with tqdm(total=len(groups) * len(held), desc="Calibration", unit="batch", disable=not progress) as bar:
         for group in groups:
             sums = {name: _Moment(_in_features(modules[name])) for name in group}
-            with evaluating(model), _watched({modules[name]: sums[name] for name in group}) as mask:
+            with evaluating(model), _watched(model, {modules[name]: sums[name] for name in group}) as masks:
                 for batch in held:
-                    mask[:] = [_mask_of(batch)]
+                    masks[:] = _masks_of(batch)
                     run_batch(model, batch)
                     bar.update()
             for name in group:
@@ -199,24 +200,43 @@ class _Moment:
 
 
 @contextmanager
-def _watched(moments: Mapping[nn.Module, _Moment]) -> Iterator[list[Tensor | None]]:
-    """Add the inputs of every call of a module within the block; the list holds the mask of the batch."""
-    mask: list[Tensor | None] = [None]
+def _watched(model: Any, moments: Mapping[nn.Module, _Moment]) -> Iterator[list[Tensor | None]]:
+    """Add the inputs of every call of a module within the block; the list holds the masks of the batch."""
+    masks: list[Tensor | None] = [None, None]
+    encoded: list[Tensor | None] = [None]
+    decoder = _decoder(model)
+    decoding = set() if decoder is None else set(decoder.modules())
+
+    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        encoded[:] = [kwargs.get("encoder_hidden_states")]
 
     def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        moments[module].add(args[0] if args else next(iter(kwargs.values())), mask[0])
+        x = args[0] if args else next(iter(kwargs.values()))
+        own = module in decoding and x is not encoded[0]  # keys and values of cross-attention are the encoder's
+        moments[module].add(x, masks[own])
 
     handles = [module.register_forward_hook(called, with_kwargs=True) for module in moments]
+    if decoder is not None:
+        handles.append(decoder.register_forward_pre_hook(entered, with_kwargs=True))
     try:
-        yield mask
+        yield masks
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _mask_of(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
+def _decoder(model: Any) -> nn.Module | None:
+    """The decoder of an encoder-decoder model of transformers."""
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder")
+    found = model.get_decoder() if both else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _masks_of(batch: Any) -> list[Tensor | None]:
+    """The mask of the inputs, and that of a decoder's own."""
+    given = batch if isinstance(batch, Mapping) else {}
+    masks = [given.get(name) for name in ("attention_mask", "decoder_attention_mask")]
+    return [mask if isinstance(mask, Tensor) else None for mask in masks]
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module:

@@ -117,14 +117,15 @@ def count_null(B0: Tensor) -> tuple[int, int]:
     return int(zero.sum()), zero.numel()
 
 
-def warn_null(null: Mapping[str, tuple[int, int]]) -> None:
+def warn_null(null: Mapping[str, tuple[int, int]], train: str) -> None:
     """Warn in one line of layers with components that are 0; ``null`` is :func:`count_null` by the layer's path."""
     text = describe_null(null)
     if text:
+        then = "train; exclude a layer to leave it as it is"
+        if train == "A":
+            then = "never train, as train='A' freezes B: set train to 'B' or 'both', or choose an earlier window"
         warnings.warn(
-            f"{text}. These start as those of plain LoRA do, with random A and B = 0, and train; exclude a layer to "
-            "leave it as it is.",
-            stacklevel=3,
+            f"{text}. These start as those of plain LoRA do, with random A and B = 0, and {then}.", stacklevel=3
         )
 
 

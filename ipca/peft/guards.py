@@ -288,7 +288,7 @@ def install_guards() -> None:
         if isinstance(config, PCConfig):
             warn_unmatched(model, config, adapter_name)
             if not loaded:
-                warn_null(null_components(model, adapter_name))
+                warn_null(null_components(model, adapter_name), config.train)
                 layers = [path for path, layer in model.named_modules() if isinstance(layer, WindowLora)]
                 warn_bypassed(weight_reads(model, layers).uncalled, stacklevel=3)
             watch_statistics(model)

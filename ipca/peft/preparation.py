@@ -170,7 +170,7 @@ def _targets(model: nn.Module, adapter: str, config: PCConfig, layers: Iterable[
     Single parameters are left out; they have no module of their own.
 
     Raises:
-        ValueError: a weight has too few singular values.
+        ValueError: a weight has too few singular values, or a single parameter a window that is found from inputs.
     """
     targets, names = {}, {module: name for name, module in model.named_modules()}
     for layer in layers:
@@ -180,6 +180,11 @@ def _targets(model: nn.Module, adapter: str, config: PCConfig, layers: Iterable[
         if isinstance(layer, ParamWrapper) and layer.kind != "linear":
             if layer.parameter_name not in stack_names(base):
                 check_rank(layer.path, rank, layer.base_matrix().shape)
+                if (window := config.window_of(layer.path, rank)).needs_calibration:
+                    raise ValueError(
+                        f"{layer.path}: window {window.text!r} is found from inputs, and this is a bare parameter; "
+                        "name another window in window_pattern, or leave it out of target_parameters."
+                    )
                 continue
             name += f".{layer.parameter_name}"
         shape = matrix_shape(get_layer(model, name), layer.kind)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
@@ -45,6 +46,16 @@ def test_it_states_windows_exactness_and_versions(folder):
     assert f"| torch | {record['versions']['torch']} |" in text
     assert "PeftModel.from_pretrained" in text
     assert "With ipca, to continue training:\n\n```python\nmodel = ipca.load_adapter(" in text
+
+
+def test_it_states_what_the_windows_are_of_and_what_trains(tmp_path):
+    model = nn.Sequential(nn.Linear(20, 12))
+    options = {"calibration": [torch.randn(9, 20)], "train": "A", "progress": False}
+    ipca.save_adapter(ipca.apply_pc(model, rank=3, window="inputs:minor", **options), tmp_path)
+    text = ipca.write_model_card(tmp_path).read_text()
+    assert "A window of the directions of each adapted layer's inputs was trained" in text
+    assert "60 parameters in 1 layers" in text
+    assert "| 1 | linear | 12 × 20 | [17, 20) of 20 inputs | 3 | intact | A |" in text
 
 
 def test_data_and_metrics_are_given_by_the_caller(folder):

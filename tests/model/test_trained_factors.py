@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 import ipca
+import ipca.peft
 from ipca.model import AdapterSettings
 from ipca.model.apply import adapted_layers
 from ipca.nn import LinearPC
@@ -102,6 +104,21 @@ def test_null_components_start_as_those_of_lora():
     with pytest.warns(UserWarning, match="components that are 0"):
         ipca.apply_pc(model, rank=3, window="minor", magnitude=1.0, progress=False)
     assert not model[0].lora_B0.any()
+
+
+def test_null_components_beside_a_frozen_b_are_said_not_to_train():
+    model = nn.Sequential(nn.Linear(20, 12))
+    with torch.no_grad():
+        model[0].weight[6:] = 0
+    options = {"rank": 3, "window": "minor", "train": "A", "progress": False}
+    for adapt in (
+        lambda base: ipca.apply_pc(base, **options),
+        lambda base: get_peft_model(
+            base, ipca.peft.PCConfig(r=3, window="minor", train="A", target_modules=["0"], progress=False)
+        ),
+    ):
+        with pytest.warns(UserWarning, match="3 of 3 of 0.* B = 0, and never train, as train='A' freezes B"):
+            adapt(copy.deepcopy(model))
 
 
 def test_a_plain_state_dict_is_decomposed_as_the_layer_says():

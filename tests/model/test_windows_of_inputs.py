@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import ipca
@@ -116,6 +117,29 @@ def test_masked_positions_do_not_count():
     close(one.a.lora_B0 @ one.a.lora_A0, two.a.lora_B0 @ two.a.lora_A0)
 
 
+def test_a_decoder_has_a_mask_of_its_own():
+    """Of the shape of the encoder's, which is that of the keys of cross-attention."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 31}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids = torch.arange(1, 11).view(2, 5)
+    mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    block = "decoder.block.0.layer"
+    own, encoded = f"{block}.0.SelfAttention.q", f"{block}.1.EncDecAttention.k"
+    rows, batch = {}, {"input_ids": ids, "decoder_input_ids": ids.flip(1), "attention_mask": mask}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda *a, name=name: rows.update({name: a[1][0]}))
+        for name in (own, encoded)
+    ]
+    for decoder_mask in (mask.flip(0), None):
+        masks = {own: torch.ones(2, 5) if decoder_mask is None else decoder_mask, encoded: mask}
+        given = {**batch, "decoder_attention_mask": decoder_mask}
+        for name, moment in input_energy(model, [own, encoded], [given], progress=False):
+            x = rows[name][masks[name].bool()].double()
+            close(moment, x.mT @ x / len(x))
+    for hook in hooks:
+        hook.remove()
+
+
 def test_a_pattern_mixes_windows_of_weights_and_inputs(batches):
     model = Plain()
     options = {"window": "minor", "window_pattern": {"b": "inputs:principal", "head": "auto"}}
@@ -153,6 +177,17 @@ def test_a_state_dict_says_of_what_the_window_is(batches, tmp_path):
     assert read_layers(tmp_path)["a"].window.text == "inputs:start=16"
     inputs.load_state_dict(before)
     assert (inputs.a.window, inputs.a.magnitude) == (ipca.Window(8, 4), "sigma")
+
+
+def test_a_window_of_the_inputs_does_not_replace_one_of_the_weight(batches, tmp_path):
+    base, options = Plain(), {"rank": 4, "targets": "a", "progress": False}
+    model = ipca.apply_pc(copy.deepcopy(base), window="start=8", **options)
+    with torch.no_grad():
+        model.a.lora_A.mul_(1.5)
+    ipca.save_adapter(model, tmp_path)
+    other = ipca.apply_pc(base, window="inputs:start=8", calibration=batches, **options)
+    with pytest.raises(FileExistsError, match="holds an adapter that is trained"):
+        ipca.save_adapter(other, tmp_path)
 
 
 def test_the_summary_and_the_layer_say_of_what_the_windows_are(batches):

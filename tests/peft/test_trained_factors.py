@@ -10,6 +10,7 @@ import ipca
 import ipca.peft
 from ipca.io.adapter_folder import read_layers
 from ipca.peft import PCConfig, prepare
+from tests.helpers.layer_kinds import mixtral
 from tests.helpers.models import snapshot
 from tests.helpers.peft_models import llama
 
@@ -120,6 +121,18 @@ def test_adapters_that_are_there_are_off_while_inputs_are_measured(base, batches
         found.append(prepare(model, config, calibration=batches).records.initial)
     for path, initial in found[0].items():
         torch.testing.assert_close(found[1][path].A0, initial.A0)
+
+
+def test_a_bare_parameter_has_no_inputs(batches):
+    model, parameter = mixtral(), "model.layers.0.mlp.gate.weight"
+    before = snapshot(model)
+    options = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "progress": False}
+    with pytest.raises(ValueError, match=f"^{parameter}: window 'inputs:minor' .* bare parameter; name another window"):
+        prepare(model, PCConfig(window="inputs:minor", **options), calibration=batches)
+    assert snapshot(model) == before
+    config = PCConfig(window="inputs:minor", window_pattern={"gate.weight": "middle"}, **options)
+    model = get_peft_model(model, prepare(model, config, calibration=batches))
+    assert config.records.saved[parameter].basis == "weight"
 
 
 def test_without_inputs_the_message_says_what_to_do(base, batches):

@@ -98,6 +98,10 @@ def apply(
     if kind in ("window", "auto") or method in _OF_WINDOWS:
         chosen = replace(settings, **_OF_WINDOWS.get(method, {"window": method}))
         return adapt(model, chosen, calibration=batches, cache=cache, progress=False)
+    if method in ("lora", "oplora") and settings.train == "A":
+        raise ValueError(
+            f"method {method!r} starts from B = 0, and with train='A' that never trains; use 'B' or 'both'."
+        )
     modules_to_save = find_modules_to_save(model, settings)
     targets = find_targets(model, settings, modules_to_save=modules_to_save)
     if kind == "full":

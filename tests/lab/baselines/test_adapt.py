@@ -160,6 +160,15 @@ def test_an_unknown_method_leaves_the_model_alone():
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("method", ["lora", "oplora"])
+def test_plain_lora_is_refused_where_nothing_would_train(method):
+    model = Plain()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"'{method}' starts from B = 0, and with train='A' that never trains"):
+        baselines.apply(model, method, AdapterSettings(rank=3, train="A"), seed=0)
+    assert snapshot(model) == before
+
+
 def test_a_weight_with_nan_leaves_the_model_alone():
     model = Plain()
     with torch.no_grad():
