@@ -137,7 +137,7 @@ def again(study: Study, rows: Rows, count: int) -> float:
     """Make the first ``count`` runs of ``rows`` in the protocol's order again; the largest relative deviation.
 
     Raises:
-        ValueError: another protocol, model or task; fewer runs; cross-entropy or primary divergence deviate by more than
+        ValueError: another protocol, model or task; fewer runs; or cross-entropy or divergence deviate by more than
             :data:`TOLERANCE`.
     """
     check(study, rows)
