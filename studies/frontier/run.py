@@ -137,13 +137,15 @@ def again(study: Study, rows: Rows, count: int) -> float:
     """Make the first ``count`` runs of ``rows`` in the protocol's order again; the largest relative deviation.
 
     Raises:
-        ValueError: another protocol, model or task, or cross-entropy or primary divergence deviate by more than
+        ValueError: another protocol, model or task; fewer runs; or cross-entropy or divergence deviate by more than
             :data:`TOLERANCE`.
     """
     check(study, rows)
     known, largest = dict(rows.runs()), 0.0
     planned = study.design.order(grids(study.design, rows))
     fine = [run for run in planned if all(line["status"] == "ok" for line in known.get(run, [{"status": ""}]))]
+    if len(fine) < count:
+        raise ValueError(f"{rows.folder} holds {len(fine)} runs that can be made again, fewer than {count}.")
     with tempfile.TemporaryDirectory() as folder:
         made = Rows(Path(folder, "rows"))
         for run in fine[:count]:

@@ -307,6 +307,8 @@ def test_a_recorded_run_is_made_again(begun, tmp_path):
     before = contents(begun)
     assert again(found, rows, 1) == 0.0, "the same bits here"
     assert contents(begun) == before
+    with pytest.raises(ValueError, match="holds 3 runs that can be made again, fewer than 4"):
+        again(found, rows, 4)
     shutil.copytree(begun / "rows", tmp_path / "rows")
     for path in (tmp_path / "rows" / "runs").glob("*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
