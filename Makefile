@@ -1,6 +1,6 @@
 # make demo        needs Python 3.10+ and nothing else: .venv, pinned dependencies, `ipca demo`
 # make test        the fast tests
-# make test-slow   the slow tests           make test-all   every test, those of the nightly job too
+# make test-slow   all other tests          make test-all   every test
 # make zoo         try everything on 224 tiny architectures and write docs/models.md: hours; an interrupted run resumes
 #                             ZOO=--stale again after a change, ZOO=--faulty what is not right, ZOO="llama vit" these
 # make servers     install mlx-lm, vLLM and llama.cpp beside us, and compare what they make of exported adapters;
@@ -44,7 +44,7 @@ STUDY_THREADS ?= 1
 SERVERS ?= mlx vllm llama_cpp
 TRITONS := 3.6.0 3.7.1 3.9.0
 
-# `make test` and `make test-slow` share the suite between them, but for what only the nightly job waits for; plain `pytest` runs all of it.
+# `make test` and `make test-slow` share the suite between them; plain `pytest` runs all of it.
 SLOW := slow or zoo or gpu
 PYTEST = IPCA_DEMO_TEXT=$(TEXT) IPCA_PEFT_SOURCE=$(PEFT) IPCA_PEFT_WHEELS=$(PEFT_WHEELS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -58,7 +58,7 @@ test: $(READY)
 	$(PYTEST) -m "not ($(SLOW))"
 
 test-slow: $(READY)
-	$(PYTEST) -m "($(SLOW)) and not nightly"
+	$(PYTEST) -m "$(SLOW)"
 
 test-all: $(READY)
 	$(PYTEST)

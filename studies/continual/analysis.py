@@ -52,6 +52,12 @@ class Analysis:
     def __init__(self, rows: Rows) -> None:
         self._rows, self._scores = rows.all(), rows.scores()
 
+    @property
+    def before(self) -> float:
+        """The accuracy on digits before the first task, the same for all streams."""
+        found = (row["retained_before"] for row in self._rows.values() if "retained_before" in row)
+        return float(next(found, math.nan))
+
     def seeds(self, method: str) -> list[int]:
         """The seeds that have a stream at every rate of the method's grid."""
         scores = self._scores.get(method, {})

@@ -86,7 +86,8 @@ def methods(analysis: Analysis) -> str:
         rate = "–" if best is None else f"{best:g}{' (edge)' if analysis.is_edge(method) else ''}"
         rates = ", ".join(f"{each:g}" for each in analysis.rates(method))
         rows.append([NAMES[method], rate, rates, str(len(seeds)), *cells])
-    return markdown(["method", "best rate", "rates", "seeds", *_TITLES.values()], rows)
+    table = markdown(["method", "best rate", "rates", "seeds", *_TITLES.values()], rows)
+    return f"{table}\n\nBefore the first task the accuracy on digits is {_number(analysis.before)}."
 
 
 def draw(analysis: Analysis, path: Path) -> None:

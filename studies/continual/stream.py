@@ -18,6 +18,7 @@ from studies.continual.design import BATCH, PAIRS, STEPS, Run, protocol_sha256
 from studies.continual.silhouettes import NAMES, pair
 from studies.window_position import digits
 from studies.window_position.pretraining import Pretraining
+from studies.window_position.stream import digits_accuracy
 from studies.window_position.train_loop import fit, shuffled_batches
 from studies.window_position.vit import ViT
 
@@ -32,7 +33,7 @@ def one_stream(run: Run) -> dict[str, Any]:
     model = digits.build(Pretraining())
     learner = ContinualLearner(model, run.method, digits.SETTINGS, tasks=len(PAIRS), seed=run.seed)
     try:
-        found = run_stream(learner, [_task(first, run.rate) for first in PAIRS], retained=_retained)
+        found = run_stream(learner, [_task(first, run.rate) for first in PAIRS], retained=digits_accuracy)
     except ValueError as error:
         if not any(word in str(error) for word in ("NaN", "finite")):
             raise
@@ -64,9 +65,3 @@ def _evaluate(first: int, model: nn.Module) -> float:
     assert isinstance(model, ViT)
     logits = model.head(digits.features_of(model, pair(first).test))[:, [first, first + 1]]
     return accuracy(logits, pair(first).test_second.tolist()) if bool(logits.isfinite().all()) else math.nan
-
-
-def _retained(model: nn.Module) -> float:
-    assert isinstance(model, ViT)
-    data = digits.images()
-    return accuracy(model.classifier(digits.features_of(model, data.test)), data.test_digits.tolist())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,25 @@ from torch import Tensor, nn
 
 from ipca.model.batches import evaluating
 
-if TYPE_CHECKING:
-    from studies.frontier.texts import Texts
-
 CHUNK = 4
 """Sequences of one forward pass."""
 NEW = "new"
 """The name of the held-out text of the new task beside those of the kept texts."""
 ITEMS = {"ce": (NEW, "samples"), "kl": ("samples",)}
 """What is kept of every token at λ = 1."""
+
+
+class ScoredTexts(Protocol):
+    """Token ids ``(M, length)`` on which models are measured: held out of the new task, and kept, by name."""
+
+    @property
+    def new(self) -> Tensor: ...
+
+    @property
+    def kept(self) -> dict[str, Tensor]: ...
+
+    def scored(self, ids: Tensor) -> Tensor:
+        """Whether each token but the first is predicted, bool ``(M, length − 1)``."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Reference:
         ValueError: the model computes its logits otherwise than by its output head from its last hidden states.
     """
 
-    def __init__(self, model: nn.Module, texts: Texts) -> None:
+    def __init__(self, model: nn.Module, texts: ScoredTexts) -> None:
         self.texts = texts
         with evaluating(model):
             self._states = {name: list(self._hidden(model, ids)) for name, ids in texts.kept.items()}

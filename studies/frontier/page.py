@@ -7,16 +7,42 @@ verdict. The sentences follow from the numbers by the rules of the protocol.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 from studies.frontier.analysis import Analysis, Comparison, Ratio, base, final, spread
 from studies.frontier.positions import best_positions, profile, shapes
-from studies.page import markdown
+from studies.frontier.protocol import Protocol
+from studies.frontier.rows import Rows
+from studies.page import markdown, update_page
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "results"
 NOT_RUN = "Not run."
+
+
+def write_page(
+    protocol: Protocol,
+    page: str,
+    make: Callable[[Analysis, Path], Mapping[str, str]],
+    doc: str | None,
+    draw: Sequence[Callable[[Analysis, Path], object]],
+) -> int:
+    """Command-line entry point of a study's page: draw its pictures and write it, or check it; the exit status.
+
+    Args:
+        page: its file in :data:`PAGES`.
+        make: makes its sections, from the rows and the folder of the pictures.
+        doc: description of the command.
+        draw: each draws pictures into that folder.
+    """
+    folder = protocol.results / protocol.model
+    analysis = Analysis(protocol.with_targets(Rows(folder / "reference")) or protocol.plan, Rows(folder))
+    if "--check" not in sys.argv:
+        for each in draw:
+            each(analysis, folder)
+    return update_page(PAGES / page, lambda: make(analysis, folder), "make study-page", doc)
 
 
 def sections(analysis: Analysis, folder: Path) -> dict[str, str]:

@@ -11,9 +11,7 @@ from pathlib import Path
 from studies.frontier import page
 from studies.frontier.analysis import Analysis
 from studies.frontier.figures import draw, draw_positions
-from studies.frontier.rows import Rows
-from studies.page import update_page
-from studies.position_grid.protocol import PLAN, PROTOCOL
+from studies.position_grid.protocol import PROTOCOL
 
 
 def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
@@ -30,12 +28,16 @@ def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
 
 def main() -> int:
     """Draw the pictures and write the page, or check it; returns the exit status."""
-    folder = PROTOCOL.results / PROTOCOL.model
-    analysis = Analysis(PROTOCOL.with_targets(Rows(folder / "reference")) or PLAN, Rows(folder))
-    if "--check" not in sys.argv:
-        draw(analysis, folder)
-        draw_positions(analysis, folder)
-    return update_page(page.PAGES / "position-grid.md", lambda: sections(analysis, folder), "make study-page", __doc__)
+    return page.write_page(
+        PROTOCOL,
+        "position-grid.md",
+        sections,
+        __doc__,
+        (
+            draw,
+            draw_positions,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ipca._hashing import tensor_sha256
 from studies.cached_tensors import cached
-from studies.vision.measure import EMOJI, Reference
+from studies.vision.measure import EMOJI, Images
 from studies.vision.model import SaliencyViT, pooled, tokens_of
 from studies.vision.packages import PHOTOGRAPHS, TEXTILES, VENDORS
 from studies.vision.pictures import SIDE, Emoji, emoji, photographs, pillow_version, textiles
@@ -31,55 +26,6 @@ KEPT_EACH, HELD_OUT, FITTED = 24, 96, 64
 PROBED = 768
 """Training images that fit the new task's probe."""
 TEXTILES_EACH, CROPS_EACH = 16, 9
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images ``(M, 3, side, side)``, uint8, of one new task and of what is kept.
-
-    Attributes:
-        train, labels: of the new task.
-        new, new_labels: held out of it.
-        kept: by name.
-        groups: of the kept emoji, which come in pairs: one emoji of two vendors.
-        fitted: so many of the kept emoji's images, the first ones, fit a probe of their groups; the rest test it.
-        probe: the new task's, of the base's features; no arm changes it.
-    """
-
-    train: Tensor
-    labels: Tensor
-    new: Tensor
-    new_labels: Tensor
-    kept: dict[str, Tensor]
-    groups: Tensor
-    fitted: int
-    probe: Probe
-    kind: ClassVar[str] = "images"
-
-    def loss(self, model: SaliencyViT, chosen: Tensor) -> Tensor:
-        """The mean cross-entropy of the training images ``chosen``."""
-        logits = self.probe(pooled(model(self.train[chosen])))
-        return F.cross_entropy(logits, self.labels[chosen].to(logits.device))
-
-    def reference(self, model: SaliencyViT) -> Reference:
-        """What measures models against the base ``model``."""
-        return Reference(model, self)
-
-    def inputs(self, of: str, model: SaliencyViT) -> list[Tensor]:
-        """The first 64 training images of the ``"new"`` task; nothing is kept that is not measured.
-
-        Raises:
-            ValueError: of the base's.
-        """
-        if of != "new":
-            raise ValueError(f"this task has inputs of the 'new' task only, not of {of!r}.")
-        return list(self.train[:64].split(16))
-
-    def sha256(self) -> str:
-        """A hash of all images and labels."""
-        kept = [self.kept[name] for name in sorted(self.kept)]
-        parts = [self.train, self.labels, self.new, self.new_labels, *kept, self.groups]
-        return hashlib.sha256(" ".join(map(tensor_sha256, parts)).encode()).hexdigest()
 
 
 def task_images(model: SaliencyViT, folder: Path) -> Images:

@@ -12,10 +12,9 @@ from statistics import mean
 
 from studies.frontier.analysis import Analysis, final
 from studies.frontier.figures import draw
-from studies.frontier.page import NOT_RUN, PAGES, cell_title, ratio_text, shared_sections
-from studies.frontier.rows import Rows
-from studies.page import markdown, update_page
-from studies.vision.protocol import MAIN, PLAN, PROTOCOL
+from studies.frontier.page import NOT_RUN, cell_title, ratio_text, shared_sections, write_page
+from studies.page import markdown
+from studies.vision.protocol import MAIN, PROTOCOL
 
 FEATURES = {
     "cka_photos": "1 − CKA, photographs",
@@ -86,11 +85,7 @@ def _mean_of(values: Iterable[float | None]) -> str:
 
 def main() -> int:
     """Draw the pictures and write the page, or check it; returns the exit status."""
-    folder = PROTOCOL.results / PROTOCOL.model
-    analysis = Analysis(PROTOCOL.with_targets(Rows(folder / "reference")) or PLAN, Rows(folder))
-    if "--check" not in sys.argv:
-        draw(analysis, folder)
-    return update_page(PAGES / "vision.md", lambda: sections(analysis, folder), "make study-page", __doc__)
+    return write_page(PROTOCOL, "vision.md", sections, __doc__, (draw,))
 
 
 if __name__ == "__main__":

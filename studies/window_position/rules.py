@@ -136,11 +136,6 @@ def against_lora(tables: Tables) -> str:
 
 def left_arm(tables: Tables) -> str:
     """Principal against the middle."""
-    words = {
-        "same rate": "The principal window retains less than the middle one at one rate",
-        "equal early updates": "At equal early updates (M1: M3)",
-        "equal target": "At equal target",
-    }
     wider = {key: row for key, row in tables.equal.items() if key[0].endswith("wider") and key[2] == PRINCIPAL}
     more = [
         f" With {row['rates_second']} rates of the principal window, {name.split(',')[0]}, n = {row['n']}: "
@@ -149,17 +144,21 @@ def left_arm(tables: Tables) -> str:
         for (name, _, _, level), row in wider.items()
         if level == "all seeds"
     ]
-    return f"**The left arm of the U.** {_by_comparison(tables, PRINCIPAL, words)}{''.join(more)}"
+    return f"**The left arm of the U.** {_by_comparison(tables, PRINCIPAL, _end_words('principal'))}{''.join(more)}"
 
 
 def right_arm(tables: Tables) -> str:
     """Minor against the middle."""
-    words = {
-        "same rate": "The minor window retains less than the middle one at one rate",
+    return f"**The right arm.** {_by_comparison(tables, MINOR, _end_words('minor'))}"
+
+
+def _end_words(end: str) -> dict[str, str]:
+    """What each comparison asks of a window at an end."""
+    return {
+        "same rate": f"The {end} window retains less than the middle one at one rate",
         "equal early updates": "At equal early updates (M1: M3)",
         "equal target": "At equal target",
     }
-    return f"**The right arm.** {_by_comparison(tables, MINOR, words)}"
 
 
 def high_rates(tables: Tables) -> str:

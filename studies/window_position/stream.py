@@ -51,7 +51,7 @@ def run_streams(folder: Path, results: Path, workers: int) -> None:
 def one_stream(method: str, seed: int) -> dict[str, Any]:
     """One stream: its row of ``V2.csv`` and its rows of ``V2-scores.csv``."""
     learner = ContinualLearner(digits.build(Pretraining()), method, digits.SETTINGS, tasks=len(PAIRS), seed=seed)
-    found = run_stream(learner, [_task(pair) for pair in PAIRS], retained=_retained)
+    found = run_stream(learner, [_task(pair) for pair in PAIRS], retained=digits_accuracy)
     last = found.records[-1]
     summary = {
         "method": method,
@@ -92,7 +92,8 @@ def _evaluate(pair: tuple[int, int], model: ViT) -> float:
     return accuracy(logits[:, pair], (data.test_digits[mine] == pair[1]).tolist())
 
 
-def _retained(model: nn.Module) -> float:
+def digits_accuracy(model: nn.Module) -> float:
+    """The accuracy of the frozen classifier on the upright test images."""
     assert isinstance(model, ViT)
     data = digits.images()
     return accuracy(model.classifier(digits.features_of(model, data.test)), data.test_digits.tolist())

@@ -169,7 +169,6 @@ def interrupt(process, out, step, with_signal):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Triton and /proc")
 def test_a_dry_run_reaches_every_step_and_resumes(tmp_path):
     said = interrupt(dry_run(tmp_path), tmp_path, "goal-tune", signal.SIGTERM)

@@ -8,7 +8,7 @@ import torch
 
 from studies.frontier.design import Wave
 from studies.frontier.training import Study
-from studies.vision.material import Images
+from studies.vision.measure import Images
 from studies.vision.model import SaliencyDecoder, SaliencyViT, pooled, tokens_of
 from studies.vision.probe import Probe
 from studies.vision.protocol import PLAN

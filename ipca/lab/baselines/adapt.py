@@ -77,7 +77,8 @@ def apply(
     The *reference* is ``settings.window``. No method changes the model's function before training, but KaSA, which cuts
     off the ``rank`` smallest components of each weight; CorDA rounds a residual weight. Those of PEFT take linear
     layers only, MiCA and CorDA ``Conv1D`` too; they train in float32 beside a 16-bit weight, OSF in the weight's dtype,
-    and leave ``form``, ``tol`` and ``adapter_dtype`` out; OSF, OFT and ``"full"`` also ``alpha`` and ``dropout``.
+    and leave ``form``, ``tol``, ``adapter_dtype``, ``train`` and ``magnitude`` out; OSF, OFT and ``"full"`` also
+    ``alpha`` and ``dropout``.
 
     Args:
         seed: of random factors, directions and positions; together with the layer's path it determines them.
@@ -95,6 +96,8 @@ def apply(
     batches = calibration if needs_inputs(method) else None
     if needs_inputs(method) and batches is None:
         raise ValueError(f"method {method!r} needs calibration: batches of unlabeled inputs.")
+    if kind == "control" and method != "random-window":
+        _check_reference(method, settings)
     if kind in ("window", "auto") or method in _OF_WINDOWS:
         chosen = replace(settings, **_OF_WINDOWS.get(method, {"window": method}))
         return adapt(model, chosen, calibration=batches, cache=cache, progress=False)
@@ -118,6 +121,16 @@ def apply(
         for target, top in zip(targets, tops, strict=False):
             project_factors(adapted_layers(model)[target.name], top.U, top.Vh)
     return model
+
+
+def _check_reference(method: str, settings: AdapterSettings) -> None:
+    """Raise ValueError where a control would be made from a window that is found from inputs."""
+    for text in (settings.window, *settings.window_pattern.values()):
+        if Window(text, settings.rank).needs_calibration:
+            raise ValueError(
+                f"the control {method!r} differs from the window of the settings, which must be one of the weight, not "
+                f"{text!r}; choose another window there, or leave the control out."
+            )
 
 
 def layer_weights(model: nn.Module, settings: AdapterSettings) -> dict[str, Tensor]:

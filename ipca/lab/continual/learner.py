@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,14 @@ from ipca._atomic import staged_files
 from ipca.io.output_folder import check_output, is_adapter_file
 from ipca.io.peft_format import LayerFormat, adapter_tensors, readable_config, write_peft
 from ipca.lab.continual.method import Adapter, Setup
-from ipca.lab.continual.methods import check_options, check_room, find_kind, find_layers
-from ipca.model.apply import adapted_layers
+from ipca.lab.continual.methods import (
+    OTHER_FACTOR,
+    check_options,
+    check_room,
+    find_kind,
+    find_layers,
+    frozen_factor,
+)
 from ipca.model.settings import AdapterSettings
 from ipca.nn.initialization import add_low_rank
 from ipca.nn.layer_kinds import read_layer
@@ -76,7 +82,8 @@ class ContinualLearner:
         tasks: the number of tasks; more are refused.
         keep: keep the factors of every task after they are folded into the weights, so that :meth:`remove_task` and
             :meth:`save_task` can use them. For methods that fold.
-        frozen: ``"A"`` or ``"B"``, a factor that does not train; for plain LoRA only ``"A"``, since ``B`` starts at 0.
+        frozen: ``"A"`` or ``"B"``, a factor that does not train; the same as ``train`` of the settings, which names the
+            other one. For plain LoRA only ``"A"``, since ``B`` starts at 0.
             With ``"disjoint"`` and ``"A"`` a task cannot change what another task's window reads (docs/continual.md).
         seed: of random factors.
         cache: a folder or an :class:`ipca.SpectralCache` of decompositions.
@@ -108,7 +115,9 @@ class ContinualLearner:
         protected: float | None = None,
     ) -> None:
         kind = find_kind(method)
+        frozen = frozen_factor(settings, frozen)
         check_options(method, kind, tasks, keep, frozen, orthogonality, protected)
+        settings = replace(settings, train=OTHER_FACTOR.get(frozen or "", "both"))
         targets, modules_to_save = find_layers(model, method, kind, settings)
         if method == "disjoint" and tasks is not None:
             check_room(targets, tasks)
@@ -154,9 +163,6 @@ class ContinualLearner:
         if self.tasks is not None and index >= self.tasks:
             raise RuntimeError(f"all {self.tasks} tasks are done; call finish(), or create a learner for more tasks.")
         self._method.begin(self.model, index)
-        if self.frozen:
-            for layer in adapted_layers(self.model).values():
-                layer.get_parameter(f"lora_{self.frozen}").requires_grad_(False)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._trained = sum(p.numel() for p in parameters)
         return parameters

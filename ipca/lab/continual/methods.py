@@ -157,6 +157,24 @@ def find_kind(method: str) -> Kind:
     return METHODS[method]
 
 
+OTHER_FACTOR = {"A": "B", "B": "A"}
+
+
+def frozen_factor(settings: AdapterSettings, frozen: str | None) -> str | None:
+    """The factor that does not train, ``"A"`` or ``"B"``, by a learner's argument or by its settings; None for none.
+
+    Raises:
+        TypeError: ``settings`` are something else.
+        ValueError: they freeze one factor and ``frozen`` names the other.
+    """
+    if not isinstance(settings, AdapterSettings):
+        raise TypeError(f"settings must be an ipca.model.AdapterSettings, got {settings!r}.")
+    given = OTHER_FACTOR.get(settings.train)
+    if frozen and given and frozen != given:
+        raise ValueError(f"train={settings.train!r} in the settings and frozen={frozen!r} leave no factor; omit one.")
+    return frozen or given
+
+
 def check_options(
     method: str,
     kind: Kind,
@@ -174,10 +192,10 @@ def check_options(
     if frozen not in (None, "A", "B"):
         raise ValueError(f"frozen must be 'A', 'B' or None, got {frozen!r}.")
     if frozen and not kind.factors:
-        raise ValueError(f"method {method!r} does not train a single pair of factors; omit frozen.")
+        raise ValueError(f"method {method!r} does not train a single pair of factors; omit frozen, or train.")
     if frozen and frozen not in kind.frozen:
         why = "it starts at B = 0 and would learn nothing" if frozen == "B" else "its penalty acts on A only"
-        raise ValueError(f"method {method!r} cannot freeze {frozen}: {why}; omit frozen.")
+        raise ValueError(f"method {method!r} cannot freeze {frozen}: {why}; omit frozen, or train.")
     if orthogonality is not None and method != "o-lora":
         raise ValueError(f"orthogonality applies to method 'o-lora' only, not to {method!r}; omit it.")
     if orthogonality is not None and not orthogonality >= 0:
@@ -194,8 +212,6 @@ def find_layers(model: nn.Module, method: str, kind: Kind, settings: AdapterSett
     Raises:
         TypeError, ValueError: as :func:`ipca.apply_pc`, or the method does not support a layer; the message names it.
     """
-    if not isinstance(settings, AdapterSettings):
-        raise TypeError(f"settings must be an ipca.model.AdapterSettings, got {settings!r}.")
     present = adapted_layers(model)
     if present:
         raise ValueError(f"{next(iter(present))} is already adapted; call ipca.unload(model) first.")

@@ -98,6 +98,15 @@ def test_plain_lora_trains_like_peft():
     assert torch.allclose(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", sorted({*baselines.CONTROLS} - {"random-window"}))
+def test_a_control_of_a_window_of_the_inputs_is_refused(method):
+    model, settings = Plain(), AdapterSettings(rank=3, targets=("a", "b"), window="inputs:minor")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"the control '{method}' differs .* one of the weight, not 'inputs:minor'"):
+        baselines.apply(model, method, settings, calibration=[torch.randn(30, 20)])
+    assert snapshot(model) == before
+
+
 def test_haar_has_the_reference_s_values_on_other_directions():
     _, reference = adapted("middle")
     _, model = adapted("haar")

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,10 +120,12 @@ def test_a_running_task_is_an_adapter_of_the_weights_it_began_with(method, tmp_p
     assert close(ipca.load_adapter(base, tmp_path)(x), model(x))
 
 
+@pytest.mark.parametrize("by_settings", [False, True])
 @pytest.mark.parametrize(("method", "factor"), [("lora-fresh", "A"), ("fresh", "A"), ("fresh", "B")])
-def test_a_frozen_factor_does_not_train(method, factor):
+def test_a_frozen_factor_does_not_train(method, factor, by_settings):
     model = plain()
-    learner = ContinualLearner(model, method, SETTINGS, frozen=factor)
+    options = {"settings": replace(SETTINGS, train="AB".replace(factor, ""))} if by_settings else {"frozen": factor}
+    learner = ContinualLearner(model, method, **{"settings": SETTINGS, **options})
     learner.begin_task()
     start = model.a.get_parameter(f"lora_{factor}").clone()
     train(learner)
@@ -179,6 +182,9 @@ WRONG = [
     ("osf", {"frozen": "A"}, "method 'osf' does not train a single pair of factors"),
     ("lora", {"frozen": "B"}, "method 'lora' cannot freeze B: it starts at B = 0 and would learn nothing"),
     ("o-lora", {"frozen": "A"}, "method 'o-lora' cannot freeze A: its penalty acts on A only"),
+    ("osf", {"settings": replace(SETTINGS, train="A")}, "method 'osf' does not train a single pair of factors"),
+    ("lora", {"settings": replace(SETTINGS, train="A")}, "method 'lora' cannot freeze B"),
+    ("fresh", {"settings": replace(SETTINGS, train="A"), "frozen": "A"}, "leave no factor; omit one"),
     ("lora", {"orthogonality": 1.0}, "orthogonality applies to method 'o-lora' only, not to 'lora'"),
     ("o-lora", {"orthogonality": -1.0}, "orthogonality must be at least 0, got -1.0"),
     ("fresh", {"protected": 0.5}, "protected applies to method 'osf' only, not to 'fresh'"),
@@ -191,7 +197,7 @@ def test_a_wrong_argument_says_what_fits(method, options, words):
     model = plain()
     before = snapshot(model)
     with pytest.raises(ValueError, match=words):
-        ContinualLearner(model, method, SETTINGS, **options)
+        ContinualLearner(model, method, **{"settings": SETTINGS, **options})
     assert snapshot(model) == before
 
 

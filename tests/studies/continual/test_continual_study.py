@@ -18,7 +18,7 @@ from studies.window_position.pretraining import Pretraining
 
 
 def row(made: Run, acc: float):
-    values = {"acc": acc, "bwt": acc - 1, "retained_after": acc / 2} if acc == acc else {}
+    values = {"acc": acc, "bwt": acc - 1, "retained_after": acc / 2, "retained_before": 0.75} if acc == acc else {}
     return {"method": made.method, "rate": made.rate, "seed": made.seed, "protocol": protocol_sha256(), **values}
 
 
@@ -95,6 +95,7 @@ def test_the_page_is_made_from_rows(tmp_path):
     assert made["findings"].count("\n- ") == len(COMPARED) - 1
     assert "alike, within one point" in made["findings"]
     assert all(page.NAMES[method] in made["methods"] for method in CENTERS)
+    assert "Before the first task the accuracy on digits is 0.750." in made["methods"]
     page.draw(analysis, tmp_path / "methods.png")
     assert (tmp_path / "methods.png").stat().st_size > 5000
     assert page.sections(Analysis(Rows(tmp_path / "none")))["findings"] == "Not run."

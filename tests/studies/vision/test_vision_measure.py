@@ -112,6 +112,13 @@ def test_the_loss_is_that_of_the_chosen_images():
     assert loss.item() == pytest.approx(-right.mean().item())
 
 
+def test_an_arm_is_shown_training_images_only():
+    shown = torch.cat(images().inputs("new", model()))
+    assert torch.equal(shown, images().train[: len(shown)])
+    with pytest.raises(ValueError, match="inputs of the 'new' task only, not of 'base'"):
+        images().inputs("base", model())
+
+
 def test_a_package_that_is_missing_or_another_one_is_named(tmp_path):
     package = Package("some==1", "some.whl", "0" * 64)
     with pytest.raises(FileNotFoundError, match=r"some\.whl; run: python -m studies.vision.packages"):

@@ -10,6 +10,7 @@ import torch
 from studies.frontier.analysis import Analysis
 from studies.frontier.arms import Tuned
 from studies.frontier.design import Run
+from studies.frontier.page import PAGES
 from studies.frontier.protocol import arms_table
 from studies.frontier.rows import Rows
 from studies.frontier.run import Runners, check, collect
@@ -82,13 +83,13 @@ def test_rows_of_other_images_are_not_mixed(collected):
 
 def test_the_page_is_made_from_the_rows(collected):
     analysis = Analysis(design(), Rows(collected / "rows"))
-    made = sections(analysis, vision_page.PAGES.parents[1] / "some")
+    made = sections(analysis, PAGES.parents[1] / "some")
     assert "no verdict (collecting: 1 of 5 seeds)" in made["findings"]
     (chosen,) = analysis.tuned("kinds", 8, "lora", 1, "cka_photos").values()
     assert f"| {chosen:.3f} |" in made["kept"]
     assert made["final"].count("plain LoRA") == len({run.rate for run in analysis.of("kinds", 8, "lora")})
     assert "emoji subcategories, 8 | plain LoRA" in made["features"]
-    page = (vision_page.PAGES / "vision.md").read_text()
+    page = (PAGES / "vision.md").read_text()
     assert set(re.findall(r"<!-- study:(\w+) -->", page)) == set(made)
 
 
