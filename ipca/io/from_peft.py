@@ -217,7 +217,7 @@ def _no_window(name: str, why: str) -> str:
         f"{name}: this is no LoRA of twice a window's rank for this base ({why}). A plain LoRA starts from 0 and "
         "pissa_niter from an approximation, neither of which is a window: use it with PEFT, or merge it there and "
         "adapt the merged model. For a PiSSA adapter on a residual base give the original too. A window of inputs, or "
-        "one with a magnitude, is known by the folder's ipca.json only, which ipca.load_adapter reads."
+        "one with a magnitude, is known by the folder's ipca.json only: with that file it needs no conversion."
     )
 
 
