@@ -11,7 +11,8 @@
 # make results     measure again on this CPU (fine-tuning, memory, throughput, window SVD): CSV files, pictures, pages
 # make study       run the study of docs/results/window-position.md again: hours; an interrupted run resumes
 # make study-language         add runs to docs/results/language.md's study, for as long as the machine is free; resumes
-#                             STUDY=--how-far, --pause, --resume, "--gpu --model folder"; STUDY_THREADS=1 a runner
+#                             STUDY=--how-far, --pause, --resume, "--arms middle lora --steps 60", "--gpu --model folder";
+#                             STUDY_THREADS=1 a runner
 # make study-position-grid    add runs to docs/results/position-grid.md's study, with the same options; --again 2 makes two again
 # make study-vision           add runs to docs/results/vision.md's study, with the same options
 # make study-continual        add streams to docs/results/continual.md's study

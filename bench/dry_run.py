@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import rows
+from bench import rows, timing
 from bench.gpu import DRY_RUN
 
 CAPABILITY = (9, 0)
@@ -44,6 +44,10 @@ def pretend() -> None:
         (tuning, "autotunes", lambda x: os.environ.get("IPCA_AUTOTUNE") == "1"),
         (triton.testing, "do_bench", once),
         (triton.testing, "do_bench_cudagraph", once),
+        (timing, "WARM_UP", 1),
+        (timing, "RUN_SECONDS", 0.0),
+        (timing, "LEAST_ROUNDS", 1),
+        (timing, "MOST_ROUNDS", 1),
     ]
     for module, name, value in changes:
         setattr(module, name, value)

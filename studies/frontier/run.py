@@ -106,23 +106,54 @@ class Runners:
         return sum(found) / len(found) if found else None
 
 
-def collect(study: Study, rows: Rows, runners: Runners, limit: int | None = None) -> int:
+@dataclass(frozen=True)
+class Part:
+    """Which runs are made; of what is empty, all.
+
+    Attributes:
+        tasks, steps, arms: those of the runs.
+    """
+
+    tasks: tuple[str, ...] = ()
+    steps: tuple[int, ...] = ()
+    arms: tuple[str, ...] = ()
+
+    def __contains__(self, run: Run) -> bool:
+        return all(
+            not wanted or found in wanted
+            for found, wanted in ((run.task, self.tasks), (run.steps, self.steps), (run.arm, self.arms))
+        )
+
+    def check(self, design: Design) -> None:
+        """Raise ValueError if ``design`` has no such task, length or arm."""
+        cells = list(design.cells())
+        for kind, wanted, place in (("task", self.tasks, 0), ("length", self.steps, 1), ("arm", self.arms, 2)):
+            there = list(dict.fromkeys(cell[place] for cell in cells))
+            if unknown := [name for name in wanted if name not in there]:
+                raise ValueError(f"no {kind} {unknown[0]} in this study; it has {', '.join(map(str, there))}")
+
+
+ALL = Part()
+
+
+def collect(study: Study, rows: Rows, runners: Runners, limit: int | None = None, part: Part = ALL) -> int:
     """Make runs in the protocol's order until none is left, or ``limit`` of them; returns their number.
 
     Raises:
-        ValueError: the folder holds rows of another protocol, model or task.
+        ValueError: the folder holds rows of another protocol, model or task; or no run is of ``part``.
     """
+    part.check(study.design)
     check(study, rows)
     made = 0
-    while made != limit and _make_next(study, rows, runners):
+    while made != limit and _make_next(study, rows, runners, part):
         made += 1
     return made
 
 
-def _make_next(study: Study, rows: Rows, runners: Runners) -> bool:
-    """Make the first run that is neither complete nor another runner's; False if there is none."""
+def _make_next(study: Study, rows: Rows, runners: Runners, part: Part) -> bool:
+    """Make the first run of ``part`` that is neither complete nor another runner's; False if there is none."""
     for run in study.design.order(grids(study.design, rows)):
-        if rows.has(run):
+        if run not in part or rows.has(run):
             continue
         with runners.claim(run.key) as mine:
             if mine and not rows.has(run):  # it may have been completed since
@@ -190,13 +221,13 @@ def check(study: Study, rows: Rows) -> None:
             )
 
 
-def how_far(design: Design, rows: Rows, runners: Runners, seconds: float) -> str:
+def how_far(design: Design, rows: Rows, runners: Runners, seconds: float, part: Part = ALL) -> str:
     """A table of complete and planned runs by length, task and arm, and the hours that remain.
 
     Args:
         seconds: of a step, for lengths of which no run was made yet.
     """
-    planned = list(design.order(grids(design, rows)))
+    planned = [run for run in design.order(grids(design, rows)) if run in part]
     lines = [f"{'steps':>5}  {'task':8}{'arm':22}{'runs':>9}   rates, each with its complete seeds"]
     for steps, task, arm in dict.fromkeys((run.steps, run.task, run.arm) for run in planned):
         cell = [run for run in planned if (run.steps, run.task, run.arm) == (steps, task, arm)]
@@ -278,14 +309,19 @@ def main(
         protocol = others
     name = protocol.model if args.model is None else args.model.name
     runners = Runners(args.work / name)
+    part = Part(tuple(args.tasks), tuple(args.steps), tuple(args.arms))
     if args.pause or args.resume:
         runners.pause(args.pause)
         return
+    try:
+        part.check(protocol.extended())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if args.how_far:
         rows = Rows(args.results / name)
         design = protocol.with_targets(reference_of(rows))
         far = "the runs that fix the targets come first"
-        print(far if design is None else how_far(design, rows, runners, protocol.seconds))
+        print(far if design is None else how_far(design, rows, runners, protocol.seconds, part))
         return
     torch.set_num_threads(int(os.environ.get("STUDY_THREADS") or 1))
     try:
@@ -294,7 +330,7 @@ def main(
         if args.again:
             print(f"{args.again} runs made again; largest deviation {again(study, rows, args.again):.2%}")
             return
-        made = collect(study, rows, runners, args.limit)
+        made = collect(study, rows, runners, args.limit, part)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"{made} runs made; report them with: make study-page")
@@ -318,6 +354,8 @@ def _parser(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
     add("--gpu", action="store_true", help="train on a GPU")
     add("--limit", type=int, help="stop after this many runs")
     add("--again", type=int, metavar="N", help="make N recorded runs again, and compare; nothing is recorded")
+    for name, kind in (("tasks", str), ("steps", int), ("arms", str)):
+        add(f"--{name}", nargs="+", type=kind, default=(), help=f"only runs of these {name}, in the same order")
     does = parser.add_mutually_exclusive_group()
     does.add_argument("--how-far", action="store_true", help="print what is complete and what remains")
     does.add_argument("--pause", action="store_true", help="let all runners wait before their next step")

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from studies.frontier.arms import Tuned
 from studies.frontier.design import Run, Wave
 from studies.frontier.measure import Reference
 from studies.frontier.rows import Rows
-from studies.frontier.run import Runners, again, check, collect, how_far
+from studies.frontier.run import Part, Runners, again, check, collect, grids, how_far, main
 from studies.language.protocol import ARMS, MAIN, PROTOCOL, waves
 from tests.helpers import frontier_study
 from tests.helpers.frontier_study import DESIGN, LENGTH, VOCABULARY, study
@@ -253,6 +254,31 @@ def test_what_was_made_is_not_made_again(uninterrupted):
     text = how_far(DESIGN, rows, runners, 1.0)
     assert "about 0 core hours remain" in text
     assert "at work: nobody" in text
+
+
+def test_a_part_of_the_runs_in_the_same_order(tmp_path):
+    rows, runners = Rows(tmp_path / "rows"), Runners(tmp_path / "work")
+    part = Part(tasks=("cpp",), steps=(8,), arms=("lora",))
+    assert collect(study(tmp_path / "work"), rows, runners, 3, part) == 3
+    planned = [run for run in DESIGN.order(grids(DESIGN, rows)) if (run.task, run.arm) == ("cpp", "lora")]
+    assert {run for run, _ in rows.runs()} == set(planned[:3])
+    far = how_far(DESIGN, rows, runners, 1.0, part)
+    assert "german" not in far
+    assert "middle" not in far
+    assert "about 0 core hours" in far
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--arms", "lora", "middel"], "no arm middel in this study; it has middle, lora, "),
+        (["--steps", "300"], "no length 300 in this study; it has 60, 240"),
+        (["--tasks", "french", "--how-far"], "no task french in this study; it has german, cpp"),
+    ],
+)
+def test_a_part_that_is_not_in_the_protocol_is_named(words, told):
+    with pytest.raises(SystemExit, match=re.escape(f"error: {told}")):
+        main(PROTOCOL, None, None, words)
 
 
 def test_rows_of_another_protocol_model_or_text_are_not_mixed(begun):
