@@ -35,18 +35,20 @@ class Rows:
         """By run.
 
         Raises:
-            ValueError: a file is damaged, or of another protocol; the message names it.
+            ValueError: a file is damaged, or of another protocol or base model than others; the message names it.
         """
         for path in sorted(self.folder.glob("*.json")):
             if path not in self._read:
                 try:
                     row = json.loads(path.read_text(encoding="utf-8"))
-                    run = Run(row["seed"], row["method"], row["rate"])
+                    run, model = Run(row["seed"], row["method"], row["rate"]), row["model"]
                     known = row["protocol"] == protocol_sha256() and run.method in CENTERS and run.key == path.stem
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(f"{path} is damaged: {error}; delete it, and the run is made again") from None
                 if not known:
                     raise ValueError(f"{path} is a run of another protocol; its rows cannot be mixed with new ones")
+                if any(model != each["model"] for each in self._read.values()):
+                    raise ValueError(f"{path} started from another base model than others in the folder")
                 self._read[path] = row
         return {Run(row["seed"], row["method"], row["rate"]): row for row in self._read.values()}
 
@@ -56,6 +58,10 @@ class Rows:
         for run, row in self.all().items():
             found.setdefault(run.method, {}).setdefault(run.rate, {})[run.seed] = row.get("acc", math.nan)
         return {**found}
+
+    def model(self) -> str | None:
+        """A hash of the weights that all streams started from."""
+        return next((row["model"] for row in self.all().values()), None)
 
     def _path(self, run: Run) -> Path:
         return self.folder / f"{run.key}.json"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -17,13 +18,22 @@ from tqdm import tqdm
 
 from studies.continual.design import CENTERS, order
 from studies.continual.rows import RESULTS, Rows
-from studies.continual.stream import one_stream
-from studies.frontier.run import Runners
+from studies.continual.stream import base, one_stream
+from studies.frontier.run import Runners, weights_sha256
 
 
 def collect(rows: Rows, runners: Runners, limit: int | None = None, *, progress: bool = True) -> int:
-    """Make streams in the protocol's order until none is left, or ``limit`` of them; returns their number."""
-    made = 0
+    """Make streams in the protocol's order until none is left, or ``limit`` of them; returns their number.
+
+    Raises:
+        ValueError: the folder holds streams of another base model, or as :meth:`Rows.all`.
+    """
+    here, made = weights_sha256(base())[:12], 0
+    if rows.model() not in (here, None):
+        raise ValueError(
+            f"{rows.folder} holds streams of another base model ({rows.model()}, here it is {here}): pretraining "
+            "rounds differently on another processor or torch. Go on where they were made, or move the folder away."
+        )
     with tqdm(desc="Streams", unit="stream", disable=not progress) as bar:
         while made != limit and _make_next(rows, runners):
             made += 1
@@ -69,7 +79,11 @@ def main() -> None:
         print(how_far(rows))
         return
     torch.set_num_threads(int(os.environ.get("STUDY_THREADS") or 1))
-    print(f"{collect(rows, Runners(args.work), args.limit)} streams made; report them with: make study-page")
+    try:
+        made = collect(rows, Runners(args.work), args.limit)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{made} streams made; report them with: make study-page")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ipca.lab.continual import ContinualLearner, StreamTask, run_stream
 from ipca.lab.demo.encoder import accuracy
 from studies.continual.design import BATCH, PAIRS, STEPS, Run, protocol_sha256
 from studies.continual.silhouettes import NAMES, pair
+from studies.frontier.run import weights_sha256
 from studies.window_position import digits
 from studies.window_position.pretraining import Pretraining
 from studies.window_position.stream import digits_accuracy
@@ -24,13 +25,15 @@ from studies.window_position.vit import ViT
 
 
 def one_stream(run: Run) -> dict[str, Any]:
-    """The row of a run: ``acc``, ``bwt``, ``fm``, the accuracy on upright digits before and after, and what it kept.
+    """The row of a run: ``acc``, ``bwt``, ``fm``, the accuracy on upright digits before and after, and what it kept;
+    with a hash of the base model's weights, which differ between processors.
 
     A run whose parameters are not finite has no values.
     """
     known = {"method": run.method, "rate": run.rate, "seed": run.seed, "protocol": protocol_sha256()}
     known |= {"torch": str(torch.__version__), "ipca": __version__, "device": platform.machine()}
-    model = digits.build(Pretraining())
+    model = base()
+    known["model"] = weights_sha256(model)[:12]
     learner = ContinualLearner(model, run.method, digits.SETTINGS, tasks=len(PAIRS), seed=run.seed)
     try:
         found = run_stream(learner, [_task(first, run.rate) for first in PAIRS], retained=digits_accuracy)
@@ -43,6 +46,11 @@ def one_stream(run: Run) -> dict[str, Any]:
     scores |= {"retained_before": found.retained[0], "retained_after": found.retained[-1]}
     costs = {"trained": last.trained, "parameters": last.kept_parameters, "bytes": last.kept_bytes}
     return known | {"status": "ok", **scores, **costs, "scores": found.matrix.R.tolist()}
+
+
+def base() -> ViT:
+    """The model that every stream starts from; pretrained on first use."""
+    return digits.build(Pretraining())
 
 
 def _task(first: int, rate: float) -> StreamTask:

@@ -19,7 +19,14 @@ from studies.window_position.pretraining import Pretraining
 
 def row(made: Run, acc: float):
     values = {"acc": acc, "bwt": acc - 1, "retained_after": acc / 2, "retained_before": 0.75} if acc == acc else {}
-    return {"method": made.method, "rate": made.rate, "seed": made.seed, "protocol": protocol_sha256(), **values}
+    return {
+        "method": made.method,
+        "rate": made.rate,
+        "seed": made.seed,
+        "protocol": protocol_sha256(),
+        "model": "m",
+        **values,
+    }
 
 
 def usual(made: Run) -> float:
@@ -136,6 +143,17 @@ def test_a_stream_is_made_once_and_again_to_the_bit(made_up, tmp_path):
     made = next(iter(found))
     assert stream.one_stream(made) == found[made]
     assert "1 of 300 streams" in run.how_far(rows)
+
+
+def test_streams_of_another_base_model_are_not_mixed(made_up, tmp_path):
+    one, two = Run(0, "fresh", 1e-3), Run(1, "fresh", 1e-3)
+    rows = Rows(tmp_path / "rows")
+    rows.put(one, row(one, 0.5))
+    with pytest.raises(ValueError, match=r"rows holds streams of another base model \(m, here it is [0-9a-f]{12}\)"):
+        run.collect(rows, Runners(tmp_path), 1, progress=False)
+    rows.put(two, row(two, 0.5) | {"model": "other"})
+    with pytest.raises(ValueError, match=r"fresh-1e-03-seed1\.json started from another base model than others"):
+        rows.all()
 
 
 def test_a_stream_that_diverges_is_a_row_without_values(made_up):
