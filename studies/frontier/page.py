@@ -98,9 +98,9 @@ def sentences(analysis: Analysis, comparisons: list[Comparison]) -> Iterator[str
 def _says(found: list[Comparison]) -> str:
     """A verdict on the three targets, or why there is none."""
     obstacles = list(dict.fromkeys(c.obstacle for c in found if c.obstacle))
-    if obstacles:
-        return f"no verdict ({'; '.join(obstacles)})."
     ratios = ", ".join(ratio_text(c.ratio) for c in found)
+    if obstacles:
+        return f"no verdict ({'; '.join(obstacles)}); ratios at hand {ratios}."
     words = {
         "lower": "diverges less from the base at equal cross-entropy",
         "higher": "diverges more from the base at equal cross-entropy",
@@ -237,6 +237,8 @@ def rates_table(analysis: Analysis) -> str:
                 listed = ", ".join(f"{rate:g}" for rate in reached)
                 rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), listed, f"{found:.2f}"])
     head = ["new task, steps", "arm", "rates at which every seed reaches the target", "highest / lowest KL"]
+    if analysis.runs and not rows:
+        return "No arm has two rates yet at which every seed reaches the middle target."
     return markdown(head, rows) if rows else NOT_RUN
 
 

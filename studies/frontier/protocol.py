@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from studies.frontier.curve import along_scale
 from studies.frontier.design import RATES, Arm, Design, Run, Wave
@@ -46,6 +47,7 @@ class Protocol:
         seconds: CPU seconds of a step, for the estimate of what remains before a run was made.
         additions: in the order in which they were made.
         digits: of a target.
+        changed: attributes of the plan that the text's list of changes names, with their new values; in no hash.
     """
 
     text: Path
@@ -57,6 +59,7 @@ class Protocol:
     seconds: float
     additions: tuple[Addition, ...] = ()
     digits: int = 2
+    changed: Mapping[str, Any] = field(default_factory=dict)
 
     def with_targets(self, reference: Rows) -> Design | None:
         """The plan with additions and the targets that the rows of ``reference`` fix; None where a run is missing.
@@ -77,8 +80,8 @@ class Protocol:
         return replace(self.extended(), targets=targets)
 
     def extended(self) -> Design:
-        """The plan with the additions' arms, runs and comparisons."""
-        plan = self.plan
+        """The plan with its changes and the additions' arms, runs and comparisons."""
+        plan = replace(self.plan, **self.changed)
         for added in self.additions:
             arms, waves = {**plan.arms, **added.arms}, plan.waves + added.waves
             plan = replace(plan, arms=arms, waves=waves, families=plan.families + added.families)

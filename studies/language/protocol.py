@@ -65,6 +65,7 @@ PROTOCOL = Protocol(
     model=NAME,
     results=_HERE / "results",
     seconds=9.0,
+    changed={"root": True},
     additions=(
         options(
             _HERE / "OPTIONS.md",

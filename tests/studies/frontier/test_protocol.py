@@ -38,6 +38,17 @@ def test_the_hash_sees_text_and_numbers_but_no_list_of_changes(tmp_path):
     assert replace(PROTOCOL, digits=3).sha256() != before
 
 
+def test_a_change_of_the_analysis_is_in_effect_and_in_no_hash():
+    before = replace(PROTOCOL, changed={})
+    assert before.sha256() == PROTOCOL.sha256()
+    assert before.added_sha256() == PROTOCOL.added_sha256()
+    assert not before.extended().root
+    assert PROTOCOL.extended().root
+    design = PROTOCOL.with_targets(Rows(PROTOCOL.results / PROTOCOL.model / "reference"))
+    assert design is not None
+    assert design.root
+
+
 @pytest.fixture
 def extended(tmp_path):
     """The language study's protocol with an arm more, whose text is ``addition.md``."""
