@@ -153,6 +153,7 @@ study-page: $(READY)
 	$(BIN)/python -m studies.position_grid.page
 	$(BIN)/python -m studies.vision.page
 	$(BIN)/python -m studies.continual.page
+	$(BIN)/python -m studies.overview.page
 
 study-check: $(READY)
 	$(BIN)/python -m studies.window_position.page --check
@@ -160,6 +161,7 @@ study-check: $(READY)
 	$(BIN)/python -m studies.position_grid.page --check
 	$(BIN)/python -m studies.vision.page --check
 	$(BIN)/python -m studies.continual.page --check
+	$(BIN)/python -m studies.overview.page --check
 
 # PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:

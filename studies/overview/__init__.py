@@ -1,0 +1,1 @@
+"""What the studies say together, model by model."""
