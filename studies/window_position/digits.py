@@ -53,12 +53,20 @@ class Images:
     test_digits: Tensor
 
 
-def task(size: str = "small", device: str = "cpu", steps: int = 80, pretraining: Pretraining | None = None) -> Task:
+def task(
+    size: str = "small",
+    device: str = "cpu",
+    steps: int = 80,
+    pretraining: Pretraining | None = None,
+    *,
+    known: bool = False,
+) -> Task:
     """All linear layers of the blocks at rank 16; ``steps`` batches of 32 images.
 
     Args:
         size: of the model, one of :data:`vit.SHAPES`.
         device: where it is pretrained and starts, "cpu" or "cuda".
+        known: calibrate on images of the pretraining instead of the new task's.
 
     Raises:
         ValueError: an unknown size.
@@ -71,7 +79,7 @@ def task(size: str = "small", device: str = "cpu", steps: int = 80, pretraining:
         train=partial(train, steps),
         evaluate=partial(evaluate, *made),
         settings=SETTINGS,
-        calibration=calibration,
+        calibration=partial(calibration, known),
         labels=LABELS,
     )
 
@@ -115,9 +123,10 @@ def evaluate(pretraining: Pretraining, size: str, device: str, model: ViT) -> di
         }
 
 
-def calibration() -> list[Tensor]:
-    """Four batches of the new task's training images."""
-    return list(turned(images().train[: 4 * BATCH]).split(BATCH))
+def calibration(known: bool = False) -> list[Tensor]:
+    """Four batches of the new task's training images, or, if ``known``, of the pretraining's."""
+    upright = images().train[: 4 * BATCH]
+    return list((upright if known else turned(upright)).split(BATCH))
 
 
 def turned(upright: Tensor) -> Tensor:

@@ -74,19 +74,20 @@ class Data:
     probe_test: Sentences
 
 
-def task(layers: str = "intermediate", steps: int = 80, source: str = "movie") -> Task:
+def task(layers: str = "intermediate", steps: int = 80, source: str = "movie", *, known: bool = False) -> Task:
     """Rank 16 in some layers, ``steps`` batches of 16 sentences.
 
     Args:
         layers: one of :data:`LAYERS`.
         source: of the sentences, one of :data:`TRAIN`.
+        known: calibrate on sentences of all sources, of those that the probe is fitted to, instead of the new task's.
 
     Raises:
         ValueError: unknown layers or source.
     """
-    for name, value, known in (("layers", layers, LAYERS), ("source", source, TRAIN)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+    for name, value, there in (("layers", layers, LAYERS), ("source", source, TRAIN)):
+        if value not in there:
+            raise ValueError(f"{name} must be one of {', '.join(there)}; got {value!r}.")
     return Task(
         build=build,
         train=partial(train, source, steps),
@@ -94,7 +95,7 @@ def task(layers: str = "intermediate", steps: int = 80, source: str = "movie") -
         settings=AdapterSettings(
             rank=16, window="middle", form="residual", targets=LAYERS[layers], modules_to_save=("head",)
         ),
-        calibration=partial(calibration, source),
+        calibration=partial(calibration, source, known),
         labels={
             "target": f"accuracy on the sentiment of {HELD_OUT:,} sentences, source: {source}",
             "retained": f"accuracy of the frozen probe of the source, {HELD_OUT:,} sentences",
@@ -157,9 +158,10 @@ def linear_cka(X: Tensor, Y: Tensor) -> float:
     return ((X.T @ Y).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm())).item()
 
 
-def calibration(source: str) -> list[Tokens]:
-    """Four batches of sentences of the task's training set."""
-    ids = sentences(source).train.ids
+def calibration(source: str, known: bool = False) -> list[Tokens]:
+    """Four batches of sentences of the task's training set, or, if ``known``, of those that the probe is fitted to."""
+    data = sentences(source)
+    ids = (data.probe_train if known else data.train).ids
     return [padded(ids[start : start + BATCH]) for start in range(0, 4 * BATCH, BATCH)]
 
 

@@ -28,6 +28,8 @@ Values = dict[int, float]
 
 PRINCIPAL, MIDDLE, MINOR, LORA, AUTO, BASE = "0.0", "0.5", "1.0", "lora", "auto", "base"
 """Methods by their names in the rows; ``"base"`` is the untrained model."""
+NEW_INPUTS, KNOWN_INPUTS = "inputs:principal", "inputs:minor"
+"""Windows of the layers' inputs: directions that the new task has most of, and that what is known has least of."""
 RATE = 2e-3
 """Learning rate of the confirmatory tests."""
 SWEEPS = {
@@ -44,7 +46,11 @@ SWEEPS = {
 """Titles of the protocol's sweeps by file name."""
 EXPLORATORY = ("G1", "G2")
 """Sweeps that need a GPU and that no test uses."""
-WIDER = {"M1": ("M1-low",), "V3": ("V3-low", "V3-high")}
+WIDER = {
+    "M1": ("M1-low", "M1-frozen", "M1-inputs", "M1-null"),
+    "V1": ("V1-low", "V1-high", "V1-inputs", "V1-null"),
+    "V3": ("V3-low", "V3-high"),
+}
 """Exploratory rows with further rates and methods of a sweep, by the sweep."""
 BY_SOURCE = ("M1-low", "M1-middle", "M1-others")
 """Exploratory rows that have retention by source."""
@@ -52,6 +58,13 @@ EXTENSIONS = {
     "M1-low": "M1: principal at lower rates, exploratory",
     "M1-middle": "M1: middle again, by source, exploratory",
     "M1-others": "M1: minor and plain LoRA again, by source, exploratory",
+    "M1-frozen": "M1: frozen factors, and the middle again, by source, exploratory",
+    "M1-inputs": "M1: directions of the new task's inputs, by source, exploratory",
+    "M1-null": "M1: directions that known sentences have least of, exploratory",
+    "V1-low": "V1: principal and full fine-tuning at lower rates, exploratory",
+    "V1-high": "V1: windows from .75 on, `auto` and frozen factors at higher rates, exploratory",
+    "V1-inputs": "V1: directions of the new task's inputs, exploratory",
+    "V1-null": "V1: directions that known images have least of, exploratory",
     "V3": "V3: as V1 on a second pretrained ViT, exploratory",
     "V3-low": "V3: principal and full fine-tuning at lower rates, exploratory",
     "V3-high": "V3: minor and frozen factors at higher rates, exploratory",

@@ -28,6 +28,7 @@ from ipca.lab.baselines import CONTROLS
 from ipca.lab.sweep.plan import Grid
 from studies.window_position import digits, minilm, stream
 from studies.window_position import language_model as text
+from studies.window_position.rows import KNOWN_INPUTS, NEW_INPUTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WINDOWS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
@@ -55,7 +56,9 @@ class Experiment:
     grid: dict[str, Any] = field(default_factory=dict)
 
 
-def _grid(windows: tuple[float, ...], methods: tuple[str, ...], lrs: tuple[float, ...], seeds: int) -> dict[str, Any]:
+def _grid(
+    windows: tuple[float | str, ...], methods: tuple[str, ...], lrs: tuple[float, ...], seeds: int
+) -> dict[str, Any]:
     return {"windows": windows, "methods": methods, "lrs": lrs, "seeds": seeds, "comparisons": ("same",)}
 
 
@@ -84,11 +87,30 @@ EXPERIMENTS = (
     Experiment("M2-query-value", "query-value", partial(minilm.task, "query-value"), _grid(WINDOWS, _BESIDE, RATES, 5)),
     Experiment("M2-all", "all-linear", partial(minilm.task, "all"), _grid(WINDOWS, _BESIDE, RATES, 5)),
 )
-_AGAIN = "feed-forward-by-source"
+_AGAIN, _MORE = "feed-forward-by-source", "digits-more"
 EXTENSIONS = (
     Experiment("M1-low", _AGAIN, _FEED_FORWARD, _grid((0.0,), (), (1e-4, 2.5e-4), 10)),
     Experiment("M1-middle", _AGAIN, _FEED_FORWARD, _grid((0.5,), (), (5e-4,), 5)),
     Experiment("M1-others", _AGAIN, _FEED_FORWARD, _grid((1.0,), ("lora",), (1e-3,), 5)),
+    Experiment("V1-low", _MORE, digits.task, _grid((0.0,), ("full",), (1e-4, 2.5e-4, 5e-4), 10)),
+    Experiment(
+        "V1-high",
+        _MORE,
+        digits.task,
+        _grid((0.75, 0.875, 1.0), ("auto", "frozen-A", "frozen-B"), (8e-3, 1.6e-2), 10),
+    ),
+    Experiment("V1-inputs", _MORE, digits.task, _grid((NEW_INPUTS,), (), (2.5e-4, 5e-4, 1e-3, 2e-3), 10)),
+    Experiment(
+        "V1-null", "digits-null", partial(digits.task, known=True), _grid((KNOWN_INPUTS,), (), (*RATES, 8e-3), 10)
+    ),
+    Experiment("M1-frozen", _AGAIN, _FEED_FORWARD, _grid((0.5,), ("frozen-A", "frozen-B"), (1e-3, 2e-3, 4e-3), 6)),
+    Experiment("M1-inputs", _AGAIN, _FEED_FORWARD, _grid((NEW_INPUTS,), (), (1e-4, 2.5e-4, 5e-4), 6)),
+    Experiment(
+        "M1-null",
+        "feed-forward-null",
+        partial(_FEED_FORWARD, known=True),
+        _grid((KNOWN_INPUTS,), (), (1e-3, 2e-3, 4e-3), 6),
+    ),
     Experiment("V3", "digits-again", digits.task, _grid((0.5,), ("lora",), (1e-3, 2e-3, 4e-3), 10)),
     Experiment("V3-low", "digits-again", digits.task, _grid((0.0,), ("full",), (1e-4, 2.5e-4, 5e-4, 1e-3), 10)),
     Experiment(
