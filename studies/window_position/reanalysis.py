@@ -16,9 +16,12 @@ from ipca.lab.statistics import FEWEST, LEVEL, paired_test
 from ipca.lab.sweep.report.data import Sweep
 from studies.window_position.claims import FRESH_LORA, FRESH_MIDDLE, FRESH_PRINCIPAL, stream_accuracy
 from studies.window_position.rows import (
+    FROZEN,
+    KNOWN_INPUTS,
     LORA,
     MIDDLE,
     MINOR,
+    NEW_INPUTS,
     PRINCIPAL,
     RATE,
     Study,
@@ -156,7 +159,8 @@ def tested(first: Values, second: Values) -> dict[str, Any]:
 
 
 def equal_targets(study: Study) -> Iterator[dict[str, Any]]:
-    """The rows of ``equal-target.csv``: the middle window against others, frozen factors against plain LoRA.
+    """The rows of ``equal-target.csv``: the middle window against others; frozen factors and windows of the layers'
+    inputs against plain LoRA and the middle window.
 
     Where wider grids were run with some of the seeds, these have rows of their own, of the experiment ``"M1, wider"``.
     """
@@ -166,7 +170,7 @@ def equal_targets(study: Study) -> Iterator[dict[str, Any]]:
             continue
         beside = [LORA] if name == "M3" else [LORA, PRINCIPAL, MINOR]
         pairs = [(MIDDLE, other) for other in (*beside, "random-window")]
-        pairs += [(frozen, LORA) for frozen in ("frozen-A", "frozen-B")]
+        pairs += [(arm, other) for arm in (*FROZEN, NEW_INPUTS, KNOWN_INPUTS) for other in (LORA, MIDDLE)]
         for first, second in pairs:
             if {first, second} <= set(sweep.methods):
                 yield from equal_target(name, sweep, second, first)

@@ -18,7 +18,7 @@ from statistics import mean
 from ipca._atomic import write_atomic
 from ipca.lab.compare import best_rate
 from ipca.lab.statistics import Estimate, mean_interval
-from ipca.lab.sweep.report.data import Sweep, read_sweep
+from ipca.lab.sweep.report.data import Run, Sweep, read_sweep
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]
@@ -28,6 +28,8 @@ Values = dict[int, float]
 
 PRINCIPAL, MIDDLE, MINOR, LORA, AUTO, BASE = "0.0", "0.5", "1.0", "lora", "auto", "base"
 """Methods by their names in the rows; ``"base"`` is the untrained model."""
+FROZEN = ("frozen-A", "frozen-B")
+"""The middle window with one factor frozen."""
 NEW_INPUTS, KNOWN_INPUTS = "inputs:principal", "inputs:minor"
 """Windows of the layers' inputs: directions that the new task has most of, and that what is known has least of."""
 RATE = 2e-3
@@ -52,7 +54,7 @@ WIDER = {
     "V3": ("V3-low", "V3-high"),
 }
 """Exploratory rows with further rates and methods of a sweep, by the sweep."""
-BY_SOURCE = ("M1-low", "M1-middle", "M1-others")
+BY_SOURCE = ("M1-low", "M1-middle", "M1-others", "M1-frozen", "M1-inputs", "M1-null")
 """Exploratory rows that have retention by source."""
 EXTENSIONS = {
     "M1-low": "M1: principal at lower rates, exploratory",
@@ -97,25 +99,44 @@ class Study:
         return {name: sweep for name in SWEEPS if (sweep := self.sweep(name)) is not None}
 
     def wider(self, name: str, *, partly: bool = False) -> Sweep | None:
-        """:meth:`sweep` with those rates of :data:`WIDER` that a method was run at with all of the sweep's seeds.
+        """:meth:`sweep` with what :data:`WIDER` has beyond it: further rates of its methods, and other methods.
 
-        ``partly``: with all of those rates, but only the seeds that have them all; None if that is no other sweep.
+        Of a method of the sweep, those rates that it was run at with all of the sweep's seeds; of another one all, if
+        every rate has the same seeds. ``partly``: of the methods of the sweep all further rates, but only the seeds
+        that have them all; None if that is no other sweep.
+
+        Raises:
+            ValueError: rows of another base model.
         """
         found = self.sweep(name)
         if found is None:
             return None
-        sweeps = [sweep for each in WIDER.get(name, ()) if (sweep := self.sweep(each)) is not None]
-        more = [run for sweep in sweeps for run in sweep.ends if run.seed in found.seeds]
+        more = [run for each in WIDER.get(name, ()) for run in self._beside(found, name, each)]
         seeds: dict[tuple[str, float | None], set[int | None]] = {}
         for run in more:
             seeds.setdefault((run.method, run.lr), set()).add(run.seed)
+        new = {method for method, _ in seeds} - set(found.methods)
         if not partly:
-            complete = [run for run in more if seeds[run.method, run.lr] == set(found.seeds)]
-            return replace(found, runs=(*found.runs, *complete))
-        common = set.intersection(set(found.seeds), *seeds.values())
+            uneven = {m for m in new if len({frozenset(s) for (each, _), s in seeds.items() if each == m}) > 1}
+            whole = {key for key, some in seeds.items() if key[0] in new - uneven or some == set(found.seeds)}
+            return replace(found, runs=(*found.runs, *(run for run in more if (run.method, run.lr) in whole)))
+        known = [run for run in more if run.method not in new]
+        common = set(found.seeds).intersection(*(some for (method, _), some in seeds.items() if method not in new))
         if len(common) in (0, len(found.seeds)):
             return None
-        return replace(found, runs=tuple(run for run in (*found.runs, *more) if run.seed in common))
+        return replace(found, runs=tuple(run for run in (*found.runs, *known) if run.seed in common))
+
+    def _beside(self, sweep: Sweep, name: str, other: str) -> list[Run]:
+        """The runs of ``other`` with the seeds of ``sweep``, without those that repeat one of it."""
+        added = self.sweep(other)
+        if added is None:
+            return []
+        if added.settings.get("model_sha256") != sweep.settings.get("model_sha256"):
+            raise ValueError(
+                f"{other}.json and {name}.json are of different base models; their rows cannot be combined"
+            )
+        there = {(run.method, run.lr, run.seed) for run in sweep.ends}
+        return [run for run in added.ends if run.seed in sweep.seeds and (run.method, run.lr, run.seed) not in there]
 
     def table(self, name: str) -> Table:
         """The rows of another CSV file; empty if there is no file."""

@@ -5,7 +5,7 @@ For cases that the rules leave open, the sentence states the result and claims n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ipca.lab.sweep.report.words import listed
@@ -14,9 +14,12 @@ from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
 from studies.window_position.rows import (
     BASE,
     BY_SOURCE,
+    FROZEN,
+    KNOWN_INPUTS,
     LORA,
     MIDDLE,
     MINOR,
+    NEW_INPUTS,
     PRINCIPAL,
     RATE,
     Row,
@@ -86,7 +89,7 @@ def read_tables(study: Study) -> Tables:
 def sentences(tables: Tables) -> list[str]:
     """A paragraph for each question."""
     rules: list[Callable[[Tables], str]] = [against_lora, left_arm, right_arm, high_rates, accuracy]
-    rules += [sources, magnitude, directions, frozen_factors, mechanism, continual, as_fixed]
+    rules += [sources, magnitude, directions, frozen_factors, input_directions, mechanism, continual, as_fixed]
     return [rule(tables) for rule in rules]
 
 
@@ -233,10 +236,24 @@ def directions(tables: Tables) -> str:
 
 
 def frozen_factors(tables: Tables) -> str:
-    """Windows with a frozen factor against plain LoRA, at equal target of each seed."""
-    found = {key: row for key, row in tables.equal.items() if key[1].startswith("frozen") and key[3] == "each seed"}
-    parts = [f"{key[1]} − plain LoRA on {key[0]} {_at_equal_target(row)}" for key, row in found.items()]
-    return f"**One factor frozen,** retained at equal target: {'; '.join(parts) or 'not run'}."
+    """Windows with a frozen factor, at equal target of each seed."""
+    return f"**One factor frozen,** retained at equal target: {_each_pair(tables, FROZEN)}."
+
+
+def input_directions(tables: Tables) -> str:
+    """Windows of directions of the layers' inputs, at equal target of each seed."""
+    found = _each_pair(tables, (NEW_INPUTS, KNOWN_INPUTS))
+    return f"**Directions of the layers' inputs,** retained at equal target: {found}."
+
+
+def _each_pair(tables: Tables, arms: Sequence[str]) -> str:
+    """The differences of ``arms`` to plain LoRA and to the middle window, at each seed's target."""
+    parts = []
+    for (place, first, second, level), row in tables.equal.items():
+        if first in arms and level == "each seed":
+            pair = " − ".join(method_name(method).split(",")[0] for method in (first, second))
+            parts.append(f"{pair} on {place} {_at_equal_target(row)}, n = {row['n']}")
+    return "; ".join(parts) or "not run"
 
 
 def _at_equal_target(row: Row) -> str:

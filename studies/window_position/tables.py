@@ -14,9 +14,12 @@ from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
 from studies.window_position.rows import (
     EXPLORATORY,
     EXTENSIONS,
+    FROZEN,
+    KNOWN_INPUTS,
     LORA,
     MIDDLE,
     MINOR,
+    NEW_INPUTS,
     PRINCIPAL,
     RATE,
     RESULTS,
@@ -273,7 +276,7 @@ def rates_section(tables: Tables) -> str:
     return markdown([*head, "retained − middle's"], rows) if rows else NOT_RUN
 
 
-_TUNED = (PRINCIPAL, MIDDLE, MINOR, LORA, "full", "frozen-A", "frozen-B")
+_TUNED = (PRINCIPAL, MIDDLE, MINOR, LORA, "full", *FROZEN, NEW_INPUTS, KNOWN_INPUTS)
 
 
 def lengths_section(tables: Tables) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 from ipca.lab.statistics import Estimate
 from ipca.lab.sweep.report.words import estimated, number, signed
+from studies.window_position.rows import KNOWN_INPUTS, NEW_INPUTS
 
 _NAMES = {"0.0": "principal, f = 0", "0.5": "middle, f = 0.5", "1.0": "minor, f = 1"}
+_NAMES |= {NEW_INPUTS: "most of the new inputs", KNOWN_INPUTS: "least of the known inputs"}
 _NAMES |= {"lora": "plain LoRA", "full": "full fine-tuning", "auto": "auto"}
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -120,6 +121,34 @@ def test_wider_grids_count_for_the_new_rules_and_for_no_fixed_test(tmp_path):
     partly = [row for row in reanalysis.equal_targets(Study(folder)) if row["experiment"] == "M1, wider"]
     assert {(row["first"], row["second"], row["rates_second"], row["n"]) for row in partly} == {("0.5", "0.0", 6, 9)}
     assert Study(folder).wider("M4", partly=True) is None
+
+
+def test_methods_that_an_extension_adds_are_compared_on_the_seeds_they_have(tmp_path):
+    folder = study_made.study(tmp_path, sweeps=("M1",), streams={}, curves={})
+    extra = {"windows": ("0.5",), "methods": ("frozen-A",), "lrs": (1e-3, 2e-3), "seeds": 6}
+    study_made.Truth({"comparisons": ("same",)}, {"M1-frozen": extra}, {}, {}).write(folder)
+    wider = Study(folder).wider("M1")
+    assert wider.seeds == tuple(range(10))
+    middle = [run for run in wider.ends if (run.method, run.lr, run.comparison) == (MIDDLE, 1e-3, "same")]
+    assert [run.seed for run in middle] == list(range(10)), "repeated runs do not count twice"
+    rows = [row for row in reanalysis.equal_targets(Study(folder)) if row["first"] == "frozen-A"]
+    assert {(row["second"], row["n"]) for row in rows} == {("lora", 6), ("0.5", 6)}
+    study_made.change(folder, "M1-frozen", lambda row: (row["method"], row["seed"]) != ("frozen-A", "3"))
+    assert {row["n"] for row in reanalysis.equal_targets(Study(folder)) if row["first"] == "frozen-A"} == {5}
+    only = ("frozen-A", "0.001", "4")
+    study_made.change(folder, "M1-frozen", lambda row: (row["method"], row["lr"], row["seed"]) != only)
+    assert "frozen-A" not in Study(folder).wider("M1").methods, "rates with different seeds are no grid"
+
+
+def test_rows_of_two_base_models_are_not_combined(tmp_path):
+    folder = study_made.study(tmp_path, sweeps=("M1",), streams={}, curves={})
+    wider = {"windows": ("0.0",), "methods": (), "lrs": (1e-4, 2.5e-4)}
+    study_made.Truth({"comparisons": ("same",)}, {"M1-low": wider}, {}, {}).write(folder)
+    path = folder / "M1-low.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "fixed": {**settings.get("fixed", {}), "model_sha256": "other"}}))
+    with pytest.raises(ValueError, match=r"M1-low\.json and M1\.json are of different base models"):
+        Study(folder).wider("M1")
 
 
 def test_confirmatory_verdicts_stand_in_the_table_of_claims(whole):
