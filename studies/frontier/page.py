@@ -218,7 +218,7 @@ def tuned_table(analysis: Analysis) -> str:
             if chosen:
                 metrics = ("ce_new", *(f"kl_{name}" for name in analysis.design.kept))
                 means = [mean(final(analysis.runs[run], metric) for run in chosen) for metric in metrics]
-                cells = [f"{rate:g}", str(len(chosen)), *(f"{value:.3f}" for value in means)]
+                cells = [f"{rate:g}", str(len(chosen)), f"{means[0]:.3f}", *(f"{value:#.3g}" for value in means[1:])]
                 rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), *cells])
     kept = [f"KL, {analysis.design.title(name)}" for name in analysis.design.kept]
     head = ["new task, steps", "arm", "rate", "n", "CE, new task", *kept]
@@ -317,7 +317,7 @@ def _mean_of(values: Iterable[float | None], *, sign: bool = False) -> str:
     if not reached:
         return f"– (0 of {len(found)})"
     count = str(len(found)) if len(reached) == len(found) else f"{len(reached)} of {len(found)}"
-    return f"{mean(reached):{'+' if sign else ''}.3f} ({count})".replace("-", "−")
+    return f"{mean(reached):{'+.3f' if sign else '#.3g'}} ({count})".replace("-", "−")
 
 
 def p_text(value: float) -> str:

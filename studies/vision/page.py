@@ -72,7 +72,7 @@ def final_table(analysis: Analysis) -> str:
             for rate in sorted({run.rate for run in runs}):
                 chosen = [run for run in runs if run.rate == rate]
                 means = [mean(final(analysis.runs[run], metric) for run in chosen) for metric in titles]
-                cells = [f"{rate:g}", str(len(chosen)), *(f"{value:.3f}" for value in means)]
+                cells = [f"{rate:g}", str(len(chosen)), f"{means[0]:.3f}", *(f"{value:#.3g}" for value in means[1:])]
                 rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), *cells])
     return markdown(["new task, steps", "arm", "rate", "n", *titles.values()], rows) if rows else NOT_RUN
 
@@ -80,7 +80,7 @@ def final_table(analysis: Analysis) -> str:
 def _mean_of(values: Iterable[float | None]) -> str:
     """The mean of the runs that reach the target."""
     reached = [value for value in values if value is not None]
-    return f"{mean(reached):.3f}" if reached else "–"
+    return f"{mean(reached):#.3g}" if reached else "–"
 
 
 def main() -> int:

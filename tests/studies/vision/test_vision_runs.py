@@ -86,7 +86,7 @@ def test_the_page_is_made_from_the_rows(collected):
     made = sections(analysis, PAGES.parents[1] / "some")
     assert "no verdict (collecting: 1 of 5 seeds)" in made["findings"]
     (chosen,) = analysis.tuned("kinds", 8, "lora", 1, "cka_photos").values()
-    assert f"| {chosen:.3f} |" in made["kept"]
+    assert f"| {chosen:#.3g} |" in made["kept"]
     assert made["final"].count("plain LoRA") == len({run.rate for run in analysis.of("kinds", 8, "lora")})
     assert "emoji subcategories, 8 | plain LoRA" in made["features"]
     page = (PAGES / "vision.md").read_text()
