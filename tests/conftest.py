@@ -91,4 +91,4 @@ def pytest_collection_modifyitems(items):
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(
         key=lambda item: item.path not in slow
-    )  # long tests first, so that no worker is left with one at the end
+    )  # no worker is left with a long test at the end
