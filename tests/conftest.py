@@ -89,6 +89,4 @@ def pytest_collection_modifyitems(items):
         elif item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(
-        key=lambda item: item.path not in slow
-    )  # no worker is left with a long test at the end
+    items.sort(key=lambda item: item.path not in slow)  # no worker is left with a long test at the end
