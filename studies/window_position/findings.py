@@ -134,7 +134,7 @@ def write(study: Study) -> None:
     write_table(study.folder / "summary.csv", SUMMARY_COLUMNS, summaries)
     ranks = rank_correlations(study, study.table("mechanism"))
     write_table(study.folder / "ranks.csv", RANK_COLUMNS, ranks)
-    wider = {name: sweep for name in (*study.sweeps, "V3") if (sweep := study.wider(name)) is not None}
+    wider = {name: sweep for name in study.sweeps if (sweep := study.wider(name)) is not None}
     rates = [row for name, sweep in wider.items() for row in chosen_rates(name, sweep)]
     write_table(study.folder / "rates.csv", RATE_COLUMNS, rates)
     equal = list(equal_targets(study))

@@ -35,7 +35,7 @@ from studies.window_position.rows import (
 
 EDGE, HOLDS, REVERSED, NOT_SHOWN = "edge", "holds", "reversed", "not shown"
 """Verdicts of a claim in one place."""
-PLACES = ("M1", "M5", "M2-query-value", "M2-all", "V1", "V3")
+PLACES = ("M1", "M5", "M2-query-value", "M2-all", "V1")
 """Sweeps of 80 steps with different models, tasks or layers; M3 repeats runs of M1."""
 _TEST = ("n", "mean", "low", "high", "p", "smallest")
 RATE_COLUMNS = (
@@ -164,7 +164,7 @@ def equal_targets(study: Study) -> Iterator[dict[str, Any]]:
 
     Where wider grids were run with some of the seeds, these have rows of their own, of the experiment ``"M1, wider"``.
     """
-    for name in ("M1", "M2-query-value", "M2-all", "M3", "M4", "V1", "V3"):
+    for name in ("M1", "M2-query-value", "M2-all", "M3", "M4", "V1"):
         sweep = study.wider(name)
         if sweep is None or len(rates_of(sweep, MIDDLE)) < 2:
             continue

@@ -51,7 +51,6 @@ EXPLORATORY = ("G1", "G2")
 WIDER = {
     "M1": ("M1-low", "M1-frozen", "M1-inputs", "M1-null"),
     "V1": ("V1-low", "V1-high", "V1-inputs", "V1-null"),
-    "V3": ("V3-low", "V3-high"),
 }
 """Exploratory rows with further rates and methods of a sweep, by the sweep."""
 BY_SOURCE = ("M1-low", "M1-middle", "M1-others", "M1-frozen", "M1-inputs", "M1-null")
@@ -67,9 +66,7 @@ EXTENSIONS = {
     "V1-high": "V1: windows from .75 on, `auto` and frozen factors at higher rates, exploratory",
     "V1-inputs": "V1: directions of the new task's inputs, exploratory",
     "V1-null": "V1: directions that known images have least of, exploratory",
-    "V3": "V3: as V1 on a second pretrained ViT, exploratory",
-    "V3-low": "V3: principal and full fine-tuning at lower rates, exploratory",
-    "V3-high": "V3: minor and frozen factors at higher rates, exploratory",
+    "V3-low": "V3: principal and full fine-tuning on a ViT pretrained elsewhere, given up",
 }
 """Titles of the rows added after the protocol's."""
 

@@ -111,14 +111,6 @@ EXTENSIONS = (
         partial(_FEED_FORWARD, known=True),
         _grid((KNOWN_INPUTS,), (), (1e-3, 2e-3, 4e-3), 6),
     ),
-    Experiment("V3", "digits-again", digits.task, _grid((0.5,), ("lora",), (1e-3, 2e-3, 4e-3), 10)),
-    Experiment("V3-low", "digits-again", digits.task, _grid((0.0,), ("full",), (1e-4, 2.5e-4, 5e-4, 1e-3), 10)),
-    Experiment(
-        "V3-high",
-        "digits-again",
-        digits.task,
-        _grid((1.0,), ("auto", "frozen-A", "frozen-B"), (2e-3, 4e-3, 8e-3, 1.6e-2), 10),
-    ),
 )
 """Exploratory, after all others (PROTOCOL.md, Changes): rates beyond an edge of a grid, and retention by source."""
 

@@ -173,7 +173,6 @@ PLACE_NAMES = {
     "M2-query-value": "MiniLM query and value",
     "M2-all": "MiniLM all linear",
     "V1": "ViT",
-    "V3": "second ViT",
 }
 """Models and layers on the decision page."""
 
@@ -265,7 +264,7 @@ def rates_section(tables: Tables) -> str:
     """For each method the best rate and that of the one-standard-error rule, or that they are an edge."""
     rows = []
     for (name, method), row in tables.rates.items():
-        if name in (*CURVES, "V3") and method in _TUNED:
+        if name in CURVES and method in _TUNED:
             edge = row["edge"].split()
             best, one_se = (f"{row[r]}{', edge' * (r in edge)}" for r in ("best", "one_se"))
             numbers = [f"{float(row[m]):.3f}" if row[m] else "–" for m in ("target", "retained", "drift")]

@@ -8,8 +8,9 @@ from torch import nn
 
 from ipca.lab import sweep
 from ipca.lab.statistics import holm
+from ipca.lab.sweep.workers import model_sha256
 from ipca.model import AdapterSettings
-from studies.window_position import claims, findings, mechanism, reanalysis, rules, run
+from studies.window_position import claims, digits, findings, mechanism, reanalysis, rules, run
 from studies.window_position import rows as study_rows
 from studies.window_position import tables as study_tables
 from studies.window_position.rows import Study
@@ -27,9 +28,9 @@ def confirmed(folder):
 
 def test_the_names_of_the_sweeps_are_those_of_the_runs():
     assert set(study_rows.SWEEPS) == {e.name for e in (*run.EXPERIMENTS, *run.gpu_experiments(["cuda:0"]))}
-    assert set(study_rows.EXTENSIONS) == {e.name for e in run.EXTENSIONS}
+    assert set(study_rows.EXTENSIONS) == {e.name for e in run.EXTENSIONS} | {"V3-low"}
     assert {name for names in study_rows.WIDER.values() for name in names} <= set(study_rows.EXTENSIONS)
-    assert set(reanalysis.PLACES) <= {*study_rows.SWEEPS, "V3"}
+    assert set(reanalysis.PLACES) <= set(study_rows.SWEEPS)
     assert set(study_rows.BY_SOURCE) == {name for name in study_rows.EXTENSIONS if name.startswith("M")}
     assert mechanism.M_WINDOWS == run.WINDOWS
     assert run.EXPERIMENTS[0].grid["windows"] == mechanism.V_WINDOWS
@@ -243,3 +244,8 @@ def test_sensitivities_are_summed_over_each_window():
 def test_numbers_are_written_with_six_digits_and_nothing_for_nan(tmp_path):
     study_rows.write_table(tmp_path / "a.csv", ("x", "y", "z"), [{"x": 1 / 3, "y": math.nan, "z": None}])
     assert (tmp_path / "a.csv").read_text() == "x,y,z\n0.333333,,\n"
+
+
+def test_the_weights_in_the_repository_are_those_of_the_rows():
+    known = {name: Study().sweep(name).settings["model_sha256"] for name in ("V1", *study_rows.WIDER["V1"])}
+    assert set(known.values()) == {model_sha256(digits.task().build())}
