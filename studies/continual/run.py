@@ -31,8 +31,8 @@ def collect(rows: Rows, runners: Runners, limit: int | None = None, *, progress:
     here, made = weights_sha256(base())[:12], 0
     if rows.model() not in (here, None):
         raise ValueError(
-            f"{rows.folder} holds streams of another base model ({rows.model()}, here it is {here}): move the folder away, "
-            "or restore digits-vit.safetensors of the study of the window's position"
+            f"{rows.folder} holds streams of another base model ({rows.model()}, here it is {here}): move the "
+            "folder away, or restore digits-vit.safetensors of the study of the window's position"
         )
     with tqdm(desc="Streams", unit="stream", disable=not progress) as bar:
         while made != limit and _make_next(rows, runners):
