@@ -26,7 +26,7 @@ from studies.window_position.vit import ViT
 
 def one_stream(run: Run) -> dict[str, Any]:
     """The row of a run: ``acc``, ``bwt``, ``fm``, the accuracy on upright digits before and after, and what it kept;
-    with a hash of the base model's weights, which differ between processors.
+    with a hash of the base model's weights.
 
     A run whose parameters are not finite has no values.
     """
@@ -49,7 +49,7 @@ def one_stream(run: Run) -> dict[str, Any]:
 
 
 def base() -> ViT:
-    """The model that every stream starts from; pretrained on first use."""
+    """The model that every stream starts from."""
     return digits.build(Pretraining())
 
 

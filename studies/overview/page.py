@@ -6,9 +6,11 @@ python -m studies.overview.page [--check]
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipca.analysis.figures import INK, PALETTE
 from studies.frontier.analysis import Analysis, Comparison
@@ -20,6 +22,9 @@ from studies.page import markdown, update_page
 from studies.plots import sheet
 from studies.position_grid.protocol import PROTOCOL as GRID
 from studies.vision.protocol import PROTOCOL as VISION
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "choosing-a-window.md"
 PICTURE = Path(__file__).resolve().parent / "results" / "ratios.png"
@@ -34,6 +39,9 @@ QUESTIONS = {
 """Pairs of arms by what they are to answer."""
 POSITIONS = {"middle": "0.5", "principal": "0.0", "minor": "1.0"}
 """Names of the same arms in the study of positions."""
+Key = tuple[str, int, int, str, str]
+"""Task, steps, place of the target, arm, other arm."""
+_TICKS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _WORDS = {"lower": "moves the model less", "higher": "moves it more"}
 
 
@@ -69,6 +77,11 @@ class Found:
     claimed: bool
 
     @property
+    def n(self) -> int:
+        """The most seeds at a target."""
+        return max(c.ratio.n for c in self.targets if c.ratio is not None)
+
+    @property
     def is_decided(self) -> bool:
         """Whether there is a verdict at each target."""
         return self.claimed and not any(c.obstacle for c in self.targets)
@@ -100,102 +113,104 @@ def sources() -> list[Source]:
     return found
 
 
-def answers(question: str, studies: list[Source]) -> Iterator[Found]:
-    """The pairs of a question in all studies, where two seeds or more have both arms."""
+def answers(studies: Iterable[Source]) -> dict[str, list[Found]]:
+    """By question, its pairs in all studies where two seeds or more have both arms; only questions with such pairs."""
+    found: dict[str, list[Found]] = {question: [] for question in QUESTIONS}
     for study in studies:
-        analysis, title = study.analysis, study.analysis.design.title
-        claims = {(c.task, c.steps, c.place, c.arm, c.other): c for c in analysis.comparisons()}
-        for task, steps in analysis.design.targets:
-            for pair in QUESTIONS[question]:
+        claims = {(c.task, c.steps, c.place, c.arm, c.other): c for c in study.analysis.comparisons()}
+        for question, pairs in QUESTIONS.items():
+            for (task, steps), pair in product(study.analysis.design.targets, pairs):
                 arm, other = (study.names.get(name, name) for name in pair)
-                if not (analysis.of(task, steps, arm) and analysis.of(task, steps, other)):
-                    continue
-                keys = [(task, steps, place, arm, other) for place in range(3)]
-                targets = tuple(claims.get(key) or analysis.compare(*key) for key in keys)
-                if any(c.ratio is not None and c.ratio.n > 1 for c in targets):
-                    cell = f"{study.model}, {cell_title(analysis, task, steps)} steps"
-                    yield Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims)
+                found[question] += _pair(study, claims, task, steps, arm, other)
+    return {question: pairs for question, pairs in found.items() if pairs}
 
 
-def table(studies: list[Source]) -> str:
-    """The ratios at the three targets, with the verdict of each study's protocol."""
-    rows = [
-        [found.arms, found.cell, str(_n(found)), *(ratio_text(c.ratio) for c in found.targets), found.verdict]
-        for question in QUESTIONS
-        for found in answers(question, studies)
-    ]
-    head = ["ratio", "model, new task", "n", "easiest target", "middle target", "hardest target", "verdict"]
-    return markdown(head, rows) if rows else NOT_RUN
+def _pair(study: Source, claims: Mapping[Key, Comparison], task: str, steps: int, arm: str, other: str) -> list[Found]:
+    """The pair in one cell; empty with fewer than two seeds."""
+    analysis, title = study.analysis, study.analysis.design.title
+    if not (analysis.of(task, steps, arm) and analysis.of(task, steps, other)):
+        return []
+    keys = [(task, steps, place, arm, other) for place in range(3)]
+    targets = tuple(claims.get(key) or analysis.compare(*key) for key in keys)
+    if not any(c.ratio is not None and c.ratio.n > 1 for c in targets):
+        return []
+    cell = f"{study.model}, {cell_title(analysis, task, steps)} steps"
+    return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims)]
 
 
-def sentences(studies: list[Source]) -> str:
+def sections(found: Mapping[str, list[Found]]) -> dict[str, str]:
+    """The text between the markers of the page, by marker."""
+    picture = f"![ratios](../{PICTURE.relative_to(PAGE.parents[1]).as_posix()})"
+    return {"ratios": "\n\n".join([sentences(found), picture, table(found)]) if found else NOT_RUN}
+
+
+def sentences(found: Mapping[str, list[Found]]) -> str:
     """One line for each question: the cells by verdict."""
     lines = []
-    for question in QUESTIONS:
+    for question, pairs in found.items():
         by_verdict: dict[str, list[str]] = {}
-        for found in answers(question, studies):
-            verdict = found.verdict if found.is_decided else "no verdict yet"
-            by_verdict.setdefault(verdict, []).append(found.cell)
-        if by_verdict:
-            told = ", ".join(f"{verdict} ({'; '.join(dict.fromkeys(cells))})" for verdict, cells in by_verdict.items())
-            lines.append(f"- {question[0].upper()}{question[1:]}: {told}.")
-    return "\n".join(lines) or NOT_RUN
+        for pair in pairs:
+            by_verdict.setdefault(pair.verdict if pair.is_decided else "no verdict yet", []).append(pair.cell)
+        told = ", ".join(f"{verdict} ({'; '.join(dict.fromkeys(cells))})" for verdict, cells in by_verdict.items())
+        lines.append(f"- {question[0].upper()}{question[1:]}: {told}.")
+    return "\n".join(lines)
 
 
-def draw(studies: list[Source], path: Path) -> None:
-    """A panel for each question with answers: ratios at the middle target with intervals, one line a cell."""
-    panels = {question: list(answers(question, studies)) for question in QUESTIONS}
-    panels = {question: found for question, found in panels.items() if found}
-    if not panels:
+def table(found: Mapping[str, list[Found]]) -> str:
+    """The ratios at the three targets, with the verdict of each study's protocol."""
+    rows = [
+        [pair.arms, pair.cell, str(pair.n), *(ratio_text(c.ratio) for c in pair.targets), pair.verdict]
+        for pairs in found.values()
+        for pair in pairs
+    ]
+    head = ["ratio", "model, new task", "n", "easiest target", "middle target", "hardest target", "verdict"]
+    return markdown(head, rows)
+
+
+def draw(found: Mapping[str, list[Found]], path: Path) -> None:
+    """A panel for each question: ratios at the middle target with intervals, one line a pair."""
+    if not found:
         return
     what = "KL to the base at equal success (middle target), 95 % intervals"
     note = f"{what}\nfilled: with a verdict by the protocol; hollow: without"
-    tallest = max(map(len, panels.values()))
-    with sheet(-(-len(panels) // 2), min(2, len(panels)), note, wide=5.0, high=0.9 + 0.3 * tallest) as (figure, axes):
+    high = 0.9 + 0.3 * max(map(len, found.values()))
+    with sheet(-(-len(found) // 2), min(2, len(found)), note, wide=5.0, high=high) as (figure, axes):
         flat = list(axes.flat)
-        for axis, (question, cells) in zip(flat, panels.items(), strict=False):
-            for line, found in enumerate(cells):
-                ratio = found.targets[1].ratio
-                if ratio is None:
-                    continue
-                if ratio.low is not None and ratio.high is not None:
-                    axis.hlines(line, ratio.low, ratio.high, color=PALETTE[0], linewidth=1.3)
-                face = PALETTE[0] if found.is_decided else "white"
-                axis.plot(ratio.value, line, "o", color=PALETTE[0], markerfacecolor=face, markersize=5)
-            several = len(QUESTIONS[question]) > 1
-            names = [f"{found.arms.partition(' / ')[0]}\n{found.cell}" if several else found.cell for found in cells]
-            axis.set_yticks(range(len(cells)), names, fontsize=7)
-            axis.set_ylim(len(cells) - 0.5, -0.5)
-            axis.axvline(1.0, color=INK, linewidth=0.8)
-            axis.set_xscale("log")
-            ticks = (0.25, 0.5, 1.0, 2.0, 4.0)
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.set_xlim(0.3, 3.3)
-            axis.minorticks_off()
-            axis.set_title(question)
-        for axis in flat[len(panels) :]:
+        for axis, (question, pairs) in zip(flat, found.items(), strict=False):
+            _panel(axis, question, pairs)
+        for axis in flat[len(found) :]:
             axis.remove()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def sections(studies: list[Source]) -> dict[str, str]:
-    """The text between the markers of the page, by marker."""
-    shown = any(True for question in QUESTIONS for _ in answers(question, studies))
-    picture = f"![ratios](../{PICTURE.relative_to(PAGE.parents[1]).as_posix()})"
-    return {"ratios": "\n\n".join([sentences(studies), picture, table(studies)]) if shown else NOT_RUN}
-
-
-def _n(found: Found) -> int:
-    return max(c.ratio.n for c in found.targets if c.ratio is not None)
+def _panel(axis: Axes, question: str, pairs: list[Found]) -> None:
+    color = PALETTE[0]
+    for line, pair in enumerate(pairs):
+        ratio = pair.targets[1].ratio
+        if ratio is not None:
+            if ratio.low is not None and ratio.high is not None:
+                axis.hlines(line, ratio.low, ratio.high, color=color, linewidth=1.3)
+            face = color if pair.is_decided else "white"
+            axis.plot(ratio.value, line, "o", color=color, markerfacecolor=face, markersize=5)
+    several = len(QUESTIONS[question]) > 1
+    names = [f"{pair.arms.partition(' / ')[0]}\n{pair.cell}" if several else pair.cell for pair in pairs]
+    axis.set_yticks(range(len(pairs)), names, fontsize=7)
+    axis.set_ylim(len(pairs) - 0.5, -0.5)
+    axis.axvline(1.0, color=INK, linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    axis.set_xlim(min(0.4, *axis.get_xlim()), max(2.5, *axis.get_xlim()))
+    axis.minorticks_off()
+    axis.set_title(question)
 
 
 def main() -> int:
     """Draw the picture and write the page, or check it; returns the exit status."""
-    studies = sources()
+    found = answers(sources())
     if "--check" not in sys.argv:
-        draw(studies, PICTURE)
-    return update_page(PAGE, lambda: sections(studies), "make study-page", __doc__)
+        draw(found, PICTURE)
+    return update_page(PAGE, lambda: sections(found), "make study-page", __doc__)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ def source(folder, model="model", **changes):
 
 def test_a_pair_with_its_verdict_and_one_without(tmp_path):
     studies = [source(tmp_path / "a", "large"), source(tmp_path / "b", "small", seeds=4)]
-    first, second = answers(LORA, studies)
+    found = answers(studies)
+    first, second = found[LORA]
     assert (first.verdict, first.is_decided) == ("moves the model less", True)
     assert (second.verdict, second.is_decided) == ("collecting: 4 of 5 seeds", False)
-    text = sections(studies)["ratios"]
+    text = sections(found)["ratios"]
     told = "moves the model less (large, German manual pages, 60 steps)"
     assert f"- Middle window against plain LoRA: {told}, no verdict yet (small, German manual pages, 60 steps)." in text
     assert "| middle window / plain LoRA | large, German manual pages, 60 steps | 5 | 0.75" in text
@@ -28,14 +29,13 @@ def test_a_pair_with_its_verdict_and_one_without(tmp_path):
 
 def test_a_pair_that_the_protocol_claims_nothing_about_has_no_verdict(tmp_path):
     design = replace(SMALL, families=())
-    (found,) = answers(LORA, [Source("model", Analysis(design, rows_of(tmp_path)), {})])
+    (found,) = answers([Source("model", Analysis(design, rows_of(tmp_path)), {})])[LORA]
     assert (found.verdict, found.is_decided) == ("described only", False)
     assert found.targets[1].ratio.n == 5
 
 
 def test_verdicts_that_differ_between_targets_are_all_named(tmp_path):
-    study = source(tmp_path)
-    (found,) = answers(LORA, [study])
+    (found,) = answers([source(tmp_path)])[LORA]
     mixed = replace(found, targets=(replace(found.targets[0], adjusted=0.5), *found.targets[1:]))
     assert mixed.verdict == "not shown, moves the model less, moves the model less"
 
@@ -49,8 +49,10 @@ def test_every_question_names_arms_that_a_study_has():
 
 
 def test_the_chart_has_a_panel_for_each_question_with_rows(tmp_path):
-    page.draw([source(tmp_path / "a")], tmp_path / "chart.png")
+    found = answers([source(tmp_path / "a")])
+    assert list(found) == list(QUESTIONS)[:3]
+    page.draw(found, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
-    page.draw([], tmp_path / "none.png")
+    page.draw({}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-    assert sections([]) == {"ratios": "Not run."}
+    assert sections(answers([])) == {"ratios": "Not run."}
