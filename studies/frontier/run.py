@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,17 +112,21 @@ class Part:
 
     Attributes:
         tasks, steps, arms: those of the runs.
+        center: only the first rate of each arm.
     """
 
     tasks: tuple[str, ...] = ()
     steps: tuple[int, ...] = ()
     arms: tuple[str, ...] = ()
+    center: bool = False
 
-    def __contains__(self, run: Run) -> bool:
-        return all(
-            not wanted or found in wanted
-            for found, wanted in ((run.task, self.tasks), (run.steps, self.steps), (run.arm, self.arms))
-        )
+    def of(self, runs: Iterable[Run], design: Design) -> Iterator[Run]:
+        """Those of ``runs`` that are made, in their order."""
+        for run in runs:
+            rates = (design.arms[run.arm].rate,) if self.center else ()
+            chosen = ((run.task, self.tasks), (run.steps, self.steps), (run.arm, self.arms), (run.rate, rates))
+            if all(not wanted or found in wanted for found, wanted in chosen):
+                yield run
 
     def check(self, design: Design) -> None:
         """Raise ValueError if ``design`` has no such task, length or arm."""
@@ -152,8 +156,8 @@ def collect(study: Study, rows: Rows, runners: Runners, limit: int | None = None
 
 def _make_next(study: Study, rows: Rows, runners: Runners, part: Part) -> bool:
     """Make the first run of ``part`` that is neither complete nor another runner's; False if there is none."""
-    for run in study.design.order(grids(study.design, rows)):
-        if run not in part or rows.has(run):
+    for run in part.of(study.design.order(grids(study.design, rows)), study.design):
+        if rows.has(run):
             continue
         with runners.claim(run.key) as mine:
             if mine and not rows.has(run):  # it may have been completed since
@@ -227,7 +231,7 @@ def how_far(design: Design, rows: Rows, runners: Runners, seconds: float, part: 
     Args:
         seconds: of a step, for lengths of which no run was made yet.
     """
-    planned = [run for run in design.order(grids(design, rows)) if run in part]
+    planned = list(part.of(design.order(grids(design, rows)), design))
     lines = [f"{'steps':>5}  {'task':8}{'arm':22}{'runs':>9}   rates, each with its complete seeds"]
     for steps, task, arm in dict.fromkeys((run.steps, run.task, run.arm) for run in planned):
         cell = [run for run in planned if (run.steps, run.task, run.arm) == (steps, task, arm)]
@@ -309,7 +313,7 @@ def main(
         protocol = others
     name = protocol.model if args.model is None else args.model.name
     runners = Runners(args.work / name)
-    part = Part(tuple(args.tasks), tuple(args.steps), tuple(args.arms))
+    part = Part(tuple(args.tasks), tuple(args.steps), tuple(args.arms), args.first_rates)
     if args.pause or args.resume:
         runners.pause(args.pause)
         return
@@ -356,6 +360,7 @@ def _parser(protocol: Protocol, doc: str | None) -> argparse.ArgumentParser:
     add("--again", type=int, metavar="N", help="make N recorded runs again, and compare; nothing is recorded")
     for name, kind in (("tasks", str), ("steps", int), ("arms", str)):
         add(f"--{name}", nargs="+", type=kind, default=(), help=f"only runs of these {name}, in the same order")
+    add("--first-rates", action="store_true", help="only runs at the first rate of each arm")
     does = parser.add_mutually_exclusive_group()
     does.add_argument("--how-far", action="store_true", help="print what is complete and what remains")
     does.add_argument("--pause", action="store_true", help="let all runners wait before their next step")

@@ -266,6 +266,9 @@ def test_a_part_of_the_runs_in_the_same_order(tmp_path):
     assert "german" not in far
     assert "middle" not in far
     assert "about 0 core hours" in far
+    first = list(Part(arms=("lora",), center=True).of(DESIGN.order(grids(DESIGN, rows)), DESIGN))
+    assert {(run.arm, run.rate) for run in first} == {("lora", ARMS["lora"].rate)}
+    assert len(first) == 4, "two tasks, two seeds"
 
 
 @pytest.mark.parametrize(
