@@ -50,7 +50,7 @@ EXPLORATORY = ("G1", "G2")
 """Sweeps that need a GPU and that no test uses."""
 WIDER = {
     "M1": ("M1-low", "M1-frozen", "M1-inputs", "M1-null"),
-    "V1": ("V1-low", "V1-high", "V1-inputs", "V1-null"),
+    "V1": ("V1-low", "V1-high", "V1-middle", "V1-minor", "V1-inputs", "V1-null"),
 }
 """Exploratory rows with further rates and methods of a sweep, by the sweep."""
 BY_SOURCE = ("M1-low", "M1-middle", "M1-others", "M1-frozen", "M1-inputs", "M1-null")
@@ -64,6 +64,8 @@ EXTENSIONS = {
     "M1-null": "M1: directions that known sentences have least of, exploratory",
     "V1-low": "V1: principal and full fine-tuning at lower rates, exploratory",
     "V1-high": "V1: windows from .75 on, `auto` and frozen factors at higher rates, exploratory",
+    "V1-middle": "V1: middle and plain LoRA at lower and higher rates, exploratory",
+    "V1-minor": "V1: minor and frozen factors at a lower rate, exploratory",
     "V1-inputs": "V1: directions of the new task's inputs, exploratory",
     "V1-null": "V1: directions that known images have least of, exploratory",
     "V3-low": "V3: principal and full fine-tuning on a ViT pretrained elsewhere, given up",

@@ -99,9 +99,14 @@ EXTENSIONS = (
         digits.task,
         _grid((0.75, 0.875, 1.0), ("auto", "frozen-A", "frozen-B"), (8e-3, 1.6e-2), 10),
     ),
-    Experiment("V1-inputs", _MORE, digits.task, _grid((NEW_INPUTS,), (), (2.5e-4, 5e-4, 1e-3, 2e-3), 10)),
+    Experiment("V1-middle", _MORE, digits.task, _grid((0.5,), ("lora",), (2.5e-4, 5e-4, 8e-3), 10)),
+    Experiment("V1-minor", _MORE, digits.task, _grid((1.0,), ("frozen-A", "frozen-B"), (5e-4,), 10)),
+    Experiment("V1-inputs", _MORE, digits.task, _grid((NEW_INPUTS,), (), (1e-4, 2.5e-4, *RATES), 10)),
     Experiment(
-        "V1-null", "digits-null", partial(digits.task, known=True), _grid((KNOWN_INPUTS,), (), (*RATES, 8e-3), 10)
+        "V1-null",
+        "digits-null",
+        partial(digits.task, known=True),
+        _grid((KNOWN_INPUTS,), (), (2.5e-4, *RATES, 8e-3), 10),
     ),
     Experiment("M1-frozen", _AGAIN, _FEED_FORWARD, _grid((0.5,), ("frozen-A", "frozen-B"), (1e-3, 2e-3, 4e-3), 6)),
     Experiment("M1-inputs", _AGAIN, _FEED_FORWARD, _grid((NEW_INPUTS,), (), (1e-4, 2.5e-4, 5e-4), 6)),
