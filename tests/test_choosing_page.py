@@ -20,16 +20,6 @@ def mean(experiment, method, rate, metric):
     return float(row["mean"])
 
 
-def test_the_differences_between_streams_are_those_of_the_claims():
-    found = {row["against"]: row for row in rows("claims") if row["claim"] == "continual"}
-    below = [f"{-float(found[name]['mean']):.3f}" for name in ("o-lora", "osf")]
-    assert f"they ended {below[0]} and {below[1]} above fresh middle windows" in TEXT
-    assert f"these {float(found['pissa']['mean']):.3f} above fresh principal ones" in TEXT
-    verdicts = {name: row["verdict"] for name, row in found.items()}
-    shown = {"pissa": "holds", "o-lora": "reversed", "osf": "reversed"}
-    assert verdicts == {"milora": "not shown", "lora-fresh": "not shown", **shown}
-
-
 def test_no_difference_to_lora_is_shown_at_equal_target():
     found = {row["verdict"] for row in rows("claims") if (row["claim"], row["against"]) == ("equal target", "lora")}
     assert found <= {"not shown", "edge"}

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ipca.lab import statistics
 from ipca.lab.statistics import Estimate
 from ipca.lab.sweep.report.data import Sweep
 from studies.window_position.claims import FRESH_MIDDLE, TEST_COLUMNS, confirm
@@ -110,7 +109,12 @@ def rank_correlations(study: Study, mechanism: Table) -> Iterator[dict[str, Any]
         for lr in sweep.lrs:
             drift = {method: values_of(sweep, method, "drift", lr) for method in sweep.methods if method in curve}
             found = _spearman([curve[method] for method in drift], list(drift.values()))
-            yield dict(zip(RANK_COLUMNS, (name, lr, len(found), *_cells(statistics.estimate(found))), strict=True))
+            yield dict(zip(RANK_COLUMNS, (name, lr, len(found), *_clipped(estimate(found))), strict=True))
+
+
+def _clipped(found: Estimate | None) -> tuple[float | None, ...]:
+    """Mean and interval of a correlation, which is within ±1."""
+    return tuple(None if value is None else min(max(value, -1.0), 1.0) for value in _cells(found))
 
 
 def _spearman(sensitivities: Sequence[float], drift: Sequence[Values]) -> list[float]:

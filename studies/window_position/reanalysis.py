@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from ipca.lab.compare import Matched, best_rate, frontier, target_matched
-from ipca.lab.statistics import FEWEST, LEVEL, paired_test
+from ipca.lab.statistics import FEWEST, LEVEL, holm, paired_test
 from ipca.lab.sweep.report.data import Sweep
 from studies.window_position.claims import FRESH_LORA, FRESH_MIDDLE, FRESH_PRINCIPAL, stream_accuracy
 from studies.window_position.rows import (
@@ -35,8 +35,8 @@ from studies.window_position.rows import (
 
 EDGE, HOLDS, REVERSED, NOT_SHOWN = "edge", "holds", "reversed", "not shown"
 """Verdicts of a claim in one place."""
-PLACES = ("M1", "M5", "M2-query-value", "M2-all", "V1")
-"""Sweeps of 80 steps with different models, tasks or layers; M3 repeats runs of M1."""
+PLACES = ("M1", "M4", "M5", "M2-query-value", "M2-all", "V1")
+"""Sweeps with different models, tasks, layers or lengths; M3 repeats runs of M1."""
 _TEST = ("n", "mean", "low", "high", "p", "smallest")
 RATE_COLUMNS = (
     *("experiment", "method", "seeds", "rates", "best", "one_se", "edge", "target", "retained", "drift"),
@@ -220,12 +220,14 @@ def _claims(study: Study, equal: Sequence[Mapping[str, Any]]) -> Iterator[dict[s
     for row in equal:
         levels.setdefault((row["experiment"], row["first"], row["second"]), {})[row["level"]] = row
     for (name, first, other), rows in levels.items():
-        if first == MIDDLE and other in (PRINCIPAL, MINOR, LORA) and name in (*PLACES, "M4"):
+        if first == MIDDLE and other in (PRINCIPAL, MINOR, LORA) and name in PLACES:
             yield _claim("equal target", other, name, rows["each seed"], _equal_verdict(rows))
     fresh = stream_accuracy(FRESH_MIDDLE)(study)
-    for other in (FRESH_PRINCIPAL, "milora", FRESH_LORA, "o-lora", "osf") if fresh else ():
-        found = tested(fresh, stream_accuracy(other)(study))
-        yield _claim("continual", other, "V2", found, verdict(found))
+    if fresh:
+        others = (FRESH_PRINCIPAL, "milora", FRESH_LORA, "o-lora", "osf")
+        streams = [tested(fresh, stream_accuracy(other)(study)) for other in others]
+        for other, found, adjusted in zip(others, streams, holm([found["p"] for found in streams]), strict=True):
+            yield _claim("continual", other, "V2", found, verdict({**found, "p": adjusted}))
 
 
 Arms = Callable[[Sweep, str], tuple[Values, Values] | str | None]
@@ -254,14 +256,11 @@ def verdict(found: Mapping[str, Any]) -> str:
 
 
 def _equal_verdict(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Each seed's comparison decides, if the common one has the same sign and the worse arm is at no edge."""
+    """Each seed's comparison decides, if the common one has the same sign; an edge if the worse arm is at one."""
     own, common = rows["each seed"], rows["all seeds"]
-    said = verdict(own)
-    if said == NOT_SHOWN:
-        return said
     if (own["second"] if own["mean"] > 0 else own["first"]) in own["edge"].split():
         return EDGE
-    return said if own["mean"] * common["mean"] > 0 else NOT_SHOWN
+    return verdict(own) if own["mean"] * common["mean"] > 0 else NOT_SHOWN
 
 
 def _at_rate(metric: str) -> Arms:

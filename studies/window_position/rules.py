@@ -117,24 +117,33 @@ def _effect(row: Row) -> str:
 def _by_comparison(tables: Tables, against: str, claims: Mapping[str, str]) -> str:
     """A sentence for each of ``{claim: how it is introduced}`` that was run."""
     found = {words: by_place(tables, claim, against, numbers=against == LORA) for claim, words in claims.items()}
-    return " ".join(f"{words}: {text}." for words, text in found.items() if text) or "Not run."
+    return " ".join(f"{words} {_upper(text)}." for words, text in found.items() if text) or "Not run."
 
 
 def against_lora(tables: Tables) -> str:
     """Retention of the middle window and plain LoRA; at equal target it decides."""
     verdicts = [row["verdict"] for key, row in tables.claims.items() if key[:2] == ("equal target", LORA)]
     better, worse = HOLDS in verdicts, REVERSED in verdicts
-    head = "The middle window and plain LoRA each retain more somewhere."
+    head = "The middle window and plain LoRA each retain more somewhere, at equal target."
     if not (better and worse):
-        head = "Better than LoRA: in places." if better else "Plain LoRA retains more, in places."
+        head = f"{'The middle window' if better else 'Plain LoRA'} retains more at equal target, in places."
     if not (better or worse):
-        head = "No difference to plain LoRA is shown." if verdicts else "Better than LoRA?"
+        head = "No difference to plain LoRA is shown at equal target." if verdicts else "Better than LoRA?"
     words = {
-        "equal target": "The middle retains more at equal target",
-        "same rate": "At the same rate, which asks another question",
-        "equal early updates": "At equal early updates (in the row of M1 those of M3), after which LoRA moves further",
+        "equal target": "Does the middle retain more at equal target?",
+        "same rate": "At the same rate, which asks another question?",
+        "equal early updates": "At equal early updates (in the row of M1 those of M3)?",
     }
-    return f"**{head}** {_by_comparison(tables, LORA, words)}"
+    return f"**{head}** {_fixed_beforehand(tables)}{_by_comparison(tables, LORA, words)}"
+
+
+def _fixed_beforehand(tables: Tables) -> str:
+    """C6 and C11, the protocol's own tests against plain LoRA."""
+    claims = [claim for claim in SUPPORTS if tables.verdict(claim) not in UNTESTED]
+    if not claims:
+        return ""
+    found = listed([f"{claim} {verdict_of(tables.tests[claim])}" for claim in claims])
+    return f"The tests fixed beforehand, at best-tuned rates, say: {found} (see the end of this section). "
 
 
 def left_arm(tables: Tables) -> str:
@@ -158,9 +167,9 @@ def right_arm(tables: Tables) -> str:
 def _end_words(end: str) -> dict[str, str]:
     """What each comparison asks of a window at an end."""
     return {
-        "same rate": f"The {end} window retains less than the middle one at one rate",
-        "equal early updates": "At equal early updates (M1: M3)",
-        "equal target": "At equal target",
+        "same rate": f"Does the {end} window retain less than the middle one at one rate?",
+        "equal early updates": "At equal early updates (M1: M3)?",
+        "equal target": "At equal target?",
     }
 
 
@@ -315,7 +324,7 @@ def _best_tuned(tables: Tables) -> str:
         if verdict in ("above", "below") and supported(tables, claim) == "unsupported":
             words += f", which {support} does not support"
         elif verdict in ("above", "below") and _same_test(tables, claim):
-            words += f"; {support} is the same comparison, as every seed picks {RATE:g}, so that it supports nothing"
+            words += f"; {support} is the same comparison, as every seed picks {RATE:g}: at that rate it holds"
         parts.append(f"{claim}: {words}")
     return f"At best-tuned rates {'; '.join(parts)}." if parts else ""
 
@@ -342,7 +351,11 @@ def magnitude(tables: Tables) -> str:
     if kinds == {NOT_RUN}:
         return "**Magnitude, not direction.** Not run, or all diverged (M3)."
     said = _MAGNITUDE[kinds.pop()] if len(kinds) == 1 else "Undecided, drift and retained do not say the same"
-    return f"**Magnitude, not direction.** {said}. {' '.join(text for _, text in parts)}"
+    text = " ".join(text for _, text in parts)
+    if row := tables.claims.get(("equal early updates", PRINCIPAL, "V1")):
+        text += f" On V1, n = {row['n']}, middle − principal in retained at equal early updates: "
+        text += f"{_SAID[row['verdict']]}{_effect(row)}."
+    return f"**Magnitude, not direction.** {said} (the rule fixed beforehand, with t intervals). {text}"
 
 
 _MAGNITUDE = {

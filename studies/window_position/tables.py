@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 from ipca.lab.sweep.report.data import Sweep
@@ -38,6 +39,7 @@ from studies.window_position.rules import (
     supported,
     verdict_of,
 )
+from studies.window_position.run import EXTENSIONS as PLANNED
 from studies.window_position.words import effect, estimate_cell, method_name, number_cell, p_cell, percent
 
 NOT_RUN = "Not run."
@@ -126,7 +128,7 @@ def claims_section(tables: Tables) -> str:
 CLAIMS = {
     "same rate": f"retains more at the same rate, {RATE:g}",
     "equal early updates": "retains more at equal early updates",
-    "equal target": "retains more at equal target",
+    "equal target": "retains more at equal target, each seed's",
     "high rates": "loses less from the lowest to the highest rate",
     "accuracy": "learns more, each at its best rate",
 }
@@ -137,7 +139,7 @@ def begin_section(tables: Tables) -> str:
     """The decision page's table: where the middle window retains more than another method, in words."""
     if not tables.claims:
         return NOT_RUN
-    claims = {"same rate": f"at one rate, {RATE:g}", "equal target": "having learned equally much"}
+    claims = {"same rate": f"at one rate, {RATE:g}", "equal target": "at equal target"}
     rows = [
         [title, *(_in_words(tables, claim, method) for claim in claims)]
         for method, title in ((PRINCIPAL, '`"principal"`'), (MINOR, '`"minor"`'), (LORA, "plain LoRA"))
@@ -164,7 +166,7 @@ _IN_WORDS = {
     HOLDS: '`"middle"` retains more',
     REVERSED: '`"middle"` retains less',
     NOT_SHOWN: "no difference shown",
-    EDGE: "no verdict, as the rates end too high",
+    EDGE: "no verdict, an arm's lowest rate is still too high",
 }
 PLACE_NAMES = {
     "M1": "MiniLM feed-forward",
@@ -300,17 +302,18 @@ def mechanism_section(tables: Tables) -> str:
             cells = [f"{curve[f] / curve['0.5']:.3g}" if f in curve else "–" for f in windows]
             arms = listed(arms_of(curve_of(tables.mechanism, name)) or ["none"])
             rows.append([SWEEPS[name], *cells, arms, *(_layers_with(tables, name, end) for end in (PRINCIPAL, MINOR))])
-        if rank := tables.ranks.get((name, f"{RATE:g}")):
-            ranks.append([SWEEPS[name], rank["n"], estimate_cell(rank, sign=True)])
+        ranks += [
+            [SWEEPS[name], f"{float(lr):g}", rank["n"], estimate_cell(rank, sign=True)]
+            for (each, lr), rank in tables.ranks.items()
+            if each == name
+        ]
     if not rows:
         return NOT_RUN
     head = ["Σ S_i · energy_i, that of the middle = 1", *(f"f = {f}" for f in windows)]
     head += ["ends above the middle", "in layers, principal", "minor"]
     parts = [markdown(head, rows)]
     if ranks:
-        parts.append(
-            markdown([f"Spearman's ρ with drift over windows, at {RATE:g}", "n", "mean [95 % interval]"], ranks)
-        )
+        parts.append(markdown(["Spearman's ρ with drift over windows", "rate", "n", "mean [95 % interval]"], ranks))
     return "\n\n".join(parts)
 
 
@@ -357,7 +360,21 @@ def runs_section(study: Study) -> str:
     missing = [name for name in missing if name not in EXPLORATORY]
     note = f"Not run: {', '.join(missing)}." if missing else "Everything in the protocol's grid was run."
     note += f" Not run either, as they need a GPU and no test uses them: {listed(for_gpu)}." if for_gpu else ""
+    parts = [f"{name} ({there} of {planned} seeds)" if there else name for name, there, planned in _unfinished(study)]
+    note += f" Announced in the protocol's changes and not complete: {listed(parts)}." if parts else ""
     return f"{markdown(['', 'runs', 'diverged'], rows)}\n\n{note} Measured on {'; and on '.join(machines)}."
+
+
+def _unfinished(study: Study) -> Iterator[tuple[str, int, int]]:
+    """Name, complete seeds and planned seeds of the extensions that lack runs."""
+    for planned in PLANNED:
+        sweep, seeds = study.sweep(planned.name), planned.grid["seeds"]
+        arms = product((*planned.grid["windows"], *planned.grid["methods"]), planned.grid["lrs"])
+        keys = [(str(method), lr) for method, lr in arms]
+        made = {(run.method, run.lr, run.seed) for run in sweep.ends} if sweep else set()
+        there = sum(all((*key, seed) in made for key in keys) for seed in range(seeds))
+        if there < seeds:
+            yield planned.name, there, seeds
 
 
 def _diverged(sweep: Sweep) -> str:

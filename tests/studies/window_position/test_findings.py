@@ -247,5 +247,5 @@ def test_numbers_are_written_with_six_digits_and_nothing_for_nan(tmp_path):
 
 
 def test_the_weights_in_the_repository_are_those_of_the_rows():
-    known = {name: Study().sweep(name).settings["model_sha256"] for name in ("V1", *study_rows.WIDER["V1"])}
-    assert set(known.values()) == {model_sha256(digits.task().build())}
+    made = [sweep for name in ("V1", *study_rows.WIDER["V1"]) if (sweep := Study().sweep(name)) is not None]
+    assert {sweep.settings["model_sha256"] for sweep in made} == {model_sha256(digits.task().build())}

@@ -38,9 +38,9 @@ def claim(verdict, *, mean="0.1", p="0.01", n="10"):
     return {"mean": mean, "low": "0.05", "high": "0.15", "p": p, "n": n, "smallest": smallest, "verdict": verdict}
 
 
-def with_claims(found):
+def with_claims(found, summary=None):
     """``{(claim, against, place): row}``, each row with its place."""
-    made = tables()
+    made = tables(summary=summary or {})
     rows = {key: {**row, "place": key[2], "test": ""} for key, row in found.items()}
     return rules.Tables(made.tests, made.summary, made.ranks, made.mechanism, claims=rows)
 
@@ -49,10 +49,13 @@ def with_claims(found):
     ("verdicts", "headline"),
     [
         ({}, "**Better than LoRA?** Not run."),
-        ({"M1": "not shown", "V1": "edge"}, "**No difference to plain LoRA is shown.**"),
-        ({"M1": "holds", "V1": "not shown"}, "**Better than LoRA: in places.**"),
-        ({"M1": "reversed", "V1": "not shown"}, "**Plain LoRA retains more, in places.**"),
-        ({"M1": "reversed", "V1": "holds"}, "**The middle window and plain LoRA each retain more somewhere.**"),
+        ({"M1": "not shown", "V1": "edge"}, "**No difference to plain LoRA is shown at equal target.**"),
+        ({"M1": "holds", "V1": "not shown"}, "**The middle window retains more at equal target, in places.**"),
+        ({"M1": "reversed", "V1": "not shown"}, "**Plain LoRA retains more at equal target, in places.**"),
+        (
+            {"M1": "reversed", "V1": "holds"},
+            "**The middle window and plain LoRA each retain more somewhere",
+        ),
     ],
 )
 def test_the_headline_is_that_of_equal_target(verdicts, headline):
@@ -61,7 +64,7 @@ def test_the_headline_is_that_of_equal_target(verdicts, headline):
     text = rules.against_lora(with_claims(found if verdicts else {}))
     assert text.startswith(headline)
     if verdicts:
-        assert "the opposite on M2-all (+0.100 [+0.050, +0.150])" in text
+        assert "The opposite on M2-all (+0.100 [+0.050, +0.150])" in text
 
 
 def test_a_claim_names_where_it_holds_and_where_not_and_its_floor():
@@ -72,10 +75,10 @@ def test_a_claim_names_where_it_holds_and_where_not_and_its_floor():
         ("equal target", "1.0", "V1"): claim("edge"),
     }
     text = rules.right_arm(with_claims(found))
-    assert "at one rate: holds on M1; the opposite on V1; not shown on M5." in text
-    assert text.endswith("At equal target: an edge, no verdict, on V1.")
+    assert "at one rate? Holds on M1; the opposite on V1; not shown on M5." in text
+    assert text.endswith("At equal target? An edge, no verdict, on V1.")
     five = {("same rate", "lora", "M2-all"): claim("not shown", p="0.0625", n="5")}
-    assert "not shown on M2-all (+0.100 [+0.050, +0.150], p at its floor)" in rules.against_lora(with_claims(five))
+    assert "Not shown on M2-all (+0.100 [+0.050, +0.150], p at its floor)" in rules.against_lora(with_claims(five))
 
 
 def test_a_condition_that_is_the_test_itself_supports_nothing():
@@ -87,6 +90,7 @@ def test_a_condition_that_is_the_test_itself_supports_nothing():
     assert "C11: middle below plain LoRA; S11 is the same comparison, as every seed picks 0.002" in text
     made.tests["S11"]["dz"] = "2"
     assert "S11 is the same comparison" not in rules.as_fixed(made)
+    assert "say: C6 middle below plain LoRA and C11 middle below plain LoRA" in rules.against_lora(made)
 
 
 def test_streams_are_named_by_verdict():
@@ -144,6 +148,11 @@ def test_magnitude_takes_both_metrics():
     mixed |= {key: row for key, row in effects((0.4, 0.3, 0.5), (0.2, 0.1, 0.3)).items() if key[-1] == "drift"}
     assert "Undecided, drift and retained do not say the same" in rules.magnitude(tables(summary=mixed))
     assert rules.magnitude(tables()) == "**Magnitude, not direction.** Not run, or all diverged (M3)."
+    second = {("equal early updates", "0.0", "V1"): claim("holds")}
+    made = with_claims(second, effects((0.4, 0.3, 0.5), (0.2, 0.1, 0.3)))
+    assert "On V1, n = 10, middle − principal in retained at equal early updates: holds (+0.100" in rules.magnitude(
+        made
+    )
 
 
 def rho(value, low, high):
