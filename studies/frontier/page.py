@@ -92,7 +92,10 @@ def sentences(analysis: Analysis, comparisons: list[Comparison]) -> Iterator[str
         for arm, other in _pairs(analysis):
             found = [c for c in comparisons if (c.task, c.steps, c.arm, c.other) == (task, steps, arm, other)]
             if any(c.ratio for c in found):
-                yield f"{cell_title(analysis, task, steps)} steps, {title(arm)} against {title(other)}: {_says(found)}"
+                stopped = [analysis.compare(task, steps, place, arm, other, training=True) for place in range(3)]
+                along = f"Stopped at the target instead of scaled: {', '.join(ratio_text(c.ratio) for c in stopped)}."
+                head = f"{cell_title(analysis, task, steps)} steps, {title(arm)} against {title(other)}"
+                yield f"{head}: {_says(found)} {along}"
 
 
 def _says(found: list[Comparison]) -> str:
@@ -104,7 +107,7 @@ def _says(found: list[Comparison]) -> str:
     words = {
         "lower": "diverges less from the base at equal cross-entropy",
         "higher": "diverges more from the base at equal cross-entropy",
-        "equivalent": "is equivalent within 10 %",
+        "equivalent": "is equivalent within 10 %, uncorrected",
         "not shown": "no difference is shown, and no equivalence either",
     }
     verdicts = list(dict.fromkeys(c.verdict for c in found))
@@ -124,7 +127,7 @@ def comparisons_table(analysis: Analysis, comparisons: list[Comparison]) -> str:
             title(c.other),
             str(c.ratio.n),
             ratio_text(c.ratio),
-            p_text(c.ratio.p),
+            "–" if c.obstacle else p_text(c.ratio.p),
             p_text(c.adjusted),
             c.verdict,
         ]

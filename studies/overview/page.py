@@ -77,9 +77,10 @@ class Found:
     claimed: bool
 
     @property
-    def n(self) -> int:
-        """The most seeds at a target."""
-        return max(c.ratio.n for c in self.targets if c.ratio is not None)
+    def n(self) -> str:
+        """The numbers of seeds at the targets, ``"5"`` or ``"4–5"``."""
+        numbers = sorted({c.ratio.n if c.ratio is not None else 0 for c in self.targets})
+        return "–".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
 
     @property
     def is_decided(self) -> bool:
@@ -150,7 +151,8 @@ def sentences(found: Mapping[str, list[Found]]) -> str:
     for question, pairs in found.items():
         by_verdict: dict[str, list[str]] = {}
         for pair in pairs:
-            by_verdict.setdefault(pair.verdict if pair.is_decided else "no verdict yet", []).append(pair.cell)
+            said = pair.verdict if pair.is_decided or not pair.claimed else "no verdict"
+            by_verdict.setdefault(said, []).append(pair.cell)
         told = ", ".join(f"{verdict} ({'; '.join(dict.fromkeys(cells))})" for verdict, cells in by_verdict.items())
         lines.append(f"- {question[0].upper()}{question[1:]}: {told}.")
     return "\n".join(lines)
@@ -159,7 +161,7 @@ def sentences(found: Mapping[str, list[Found]]) -> str:
 def table(found: Mapping[str, list[Found]]) -> str:
     """The ratios at the three targets, with the verdict of each study's protocol."""
     rows = [
-        [pair.arms, pair.cell, str(pair.n), *(ratio_text(c.ratio) for c in pair.targets), pair.verdict]
+        [pair.arms, pair.cell, pair.n, *(ratio_text(c.ratio) for c in pair.targets), pair.verdict]
         for pairs in found.values()
         for pair in pairs
     ]
