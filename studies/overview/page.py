@@ -30,8 +30,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "choosing-a-window.md"
 PICTURE = Path(__file__).resolve().parent / "results" / "ratios.png"
 QUESTIONS = {
     "middle window against plain LoRA": (("middle", "lora"),),
-    "middle window against the principal": (("middle", "principal"),),
-    "middle window against the minor": (("middle", "minor"),),
+    "middle window against the principal one": (("middle", "principal"),),
+    "middle window against the minor one": (("middle", "minor"),),
     "middle window with a frozen factor against plain LoRA": (("frozen-A", "lora"), ("frozen-B", "lora")),
     "directions of inputs against plain LoRA": (("inputs-minor", "lora"), ("inputs-principal", "lora")),
     "full fine-tuning against plain LoRA": (("full", "lora"),),
@@ -204,7 +204,7 @@ def _panel(axis: Axes, question: str, pairs: list[Found]) -> None:
     axis.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axis.set_xlim(min(0.4, *axis.get_xlim()), max(2.5, *axis.get_xlim()))
     axis.minorticks_off()
-    axis.set_title(question)
+    axis.set_title(question, fontsize=9)
 
 
 def main() -> int:
