@@ -4,6 +4,10 @@ import csv
 from pathlib import Path
 from statistics import fmean
 
+from studies.continual.analysis import Analysis
+from studies.continual.design import CENTERS
+from studies.continual.rows import Rows
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = " ".join((ROOT / "docs" / "choosing-a-window.md").read_text(encoding="utf-8").split())
 
@@ -18,6 +22,19 @@ def mean(experiment, method, rate, metric):
     wanted = {"experiment": experiment, "method": method, "comparison": "same", "lr": rate, "metric": metric}
     (row,) = [row for row in rows("summary") if all(row[key] == value for key, value in wanted.items())]
     return float(row["mean"])
+
+
+def test_the_streams_are_those_of_the_continual_study():
+    study = Analysis(Rows())
+    found = {method: {m: study.mean_of(method, m)[0] for m in ("acc", "retained_after")} for method in CENTERS}
+    accuracies = [each["acc"] for each in found.values()]
+    assert f"five tasks ({min(accuracies):.3f} to {max(accuracies):.3f})" in TEXT
+    pairs = {each.method: each for each in study.compared()}
+    assert {name: pairs[name].verdict for name in ("lora-fresh", "osf")} == {"lora-fresh": "higher", "osf": "lower"}
+    said = f"{pairs['lora-fresh'].mean:.3f} above fresh LoRA and {-pairs['osf'].mean:.3f} below OSF"
+    assert f"fresh middle windows {said}" in TEXT
+    kept = [f"{found[name]['retained_after']:.3f}" for name in ("lora-fresh", "fresh")]
+    assert f"fresh LoRA kept {kept[0]} and fresh middle windows {kept[1]}" in TEXT
 
 
 def test_no_difference_to_lora_is_shown_at_equal_target():
