@@ -57,8 +57,8 @@ def test_what_is_written_of_intervals_and_tests_is_what_was_found():
     shares = {row["what"].removeprefix("called different: "): 100 * float(row["share"]) for row in rows}
     tuned, both, one_se = (shares[name] for name in ("best rates", "best rates and same rate", "one standard error"))
     (equal,) = {f"{share:.0f} %" for name, share in shares.items() if name.startswith("equal target")}
-    assert f"this calls {equal} different, best rates {tuned:.0f} %" in study
-    assert f"a standard error of the best {one_se:.0f} %" in study
+    assert f"called different in {equal} of simulated cases by this comparison, in {tuned:.0f} % at best rates" in study
+    assert f"in {one_se:.0f} % at the lowest rates within a standard error of the best" in study
     assert (
         f"different in {one_se:.0f} % of pairs at the rates of the one-standard-error rule, and in {equal}" in protocol
     )
