@@ -37,6 +37,17 @@ def test_the_streams_are_those_of_the_continual_study():
     assert f"fresh LoRA kept {kept[0]} and fresh middle windows {kept[1]}" in TEXT
 
 
+def test_the_guide_to_continual_learning_says_what_the_claims_say_at_one_rate():
+    found = {row["against"]: row["verdict"] for row in rows("claims") if row["claim"] == "continual"}
+    alike = dict.fromkeys(("milora", "lora-fresh", "osf"), "not shown")
+    assert found == {"pissa": "holds", "o-lora": "reversed", **alike}
+    guide = " ".join((ROOT / "docs" / "continual.md").read_text(encoding="utf-8").split())
+    assert (
+        "fresh middle windows end above fresh principal ones; no difference to fresh minor windows, fresh LoRA" in guide
+    )
+    assert "or OSF is shown; O-LoRA ends higher." in guide
+
+
 def test_no_difference_to_lora_is_shown_at_equal_target():
     found = {row["verdict"] for row in rows("claims") if (row["claim"], row["against"]) == ("equal target", "lora")}
     assert found <= {"not shown", "edge"}

@@ -144,7 +144,7 @@ def collect(study: Study, rows: Rows, runners: Runners, limit: int | None = None
     """Make runs in the protocol's order until none is left, or ``limit`` of them; returns their number.
 
     Raises:
-        ValueError: the folder holds rows of another protocol, model or task; or no run is of ``part``.
+        ValueError: the folder holds rows of another protocol, model or task; or as :meth:`Part.check`.
     """
     part.check(study.design)
     check(study, rows)
@@ -168,8 +168,8 @@ def _make_next(study: Study, rows: Rows, runners: Runners, part: Part) -> bool:
     return False
 
 
-def again(study: Study, rows: Rows, count: int) -> float:
-    """Make the first ``count`` runs of ``rows`` in the protocol's order again; the largest relative deviation.
+def again(study: Study, rows: Rows, count: int, part: Part = ALL) -> float:
+    """Make the first ``count`` recorded runs of ``part`` again; the largest relative deviation.
 
     Raises:
         ValueError: another protocol, model or task; fewer runs; or cross-entropy or divergence deviate by more than
@@ -177,7 +177,7 @@ def again(study: Study, rows: Rows, count: int) -> float:
     """
     check(study, rows)
     known, largest = dict(rows.runs()), 0.0
-    planned = study.design.order(grids(study.design, rows))
+    planned = part.of(study.design.order(grids(study.design, rows)), study.design)
     fine = [run for run in planned if all(line["status"] == "ok" for line in known.get(run, [{"status": ""}]))]
     if len(fine) < count:
         raise ValueError(f"{rows.folder} holds {len(fine)} runs that can be made again, fewer than {count}.")
@@ -332,7 +332,7 @@ def main(
         material = load(args.model, "cuda" if args.gpu else "cpu")
         study, rows = open_study(protocol, material, args.results, args.work)
         if args.again:
-            print(f"{args.again} runs made again; largest deviation {again(study, rows, args.again):.2%}")
+            print(f"{args.again} runs made again; largest deviation {again(study, rows, args.again, part):.2%}")
             return
         made = collect(study, rows, runners, args.limit, part)
     except (OSError, ValueError, ImportError) as error:

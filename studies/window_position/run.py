@@ -117,7 +117,7 @@ EXTENSIONS = (
         _grid((KNOWN_INPUTS,), (), (1e-3, 2e-3, 4e-3), 6),
     ),
 )
-"""Exploratory, after all others (PROTOCOL.md, Changes): rates beyond an edge of a grid, and retention by source."""
+"""Exploratory, after all others (PROTOCOL.md, Changes): wider grids, options of windows, and retention by source."""
 
 
 def gpu_experiments(devices: Sequence[str], seeds: int = 10) -> tuple[Experiment, ...]:

@@ -335,6 +335,8 @@ def test_a_recorded_run_is_made_again(begun, tmp_path):
     found, rows = study(begun / "work"), Rows(begun / "rows")
     before = contents(begun)
     assert again(found, rows, 1) == 0.0, "the same bits here"
+    with pytest.raises(ValueError, match="holds 0 runs that can be made again, fewer than 1"):
+        again(found, rows, 1, Part(steps=(9,)))
     assert contents(begun) == before
     with pytest.raises(ValueError, match="holds 3 runs that can be made again, fewer than 4"):
         again(found, rows, 4)

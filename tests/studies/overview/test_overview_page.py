@@ -8,6 +8,7 @@ from studies.overview.page import QUESTIONS, Source, answers, sections
 from tests.studies.frontier.test_frontier_analysis import SMALL, rows_of
 
 LORA = "middle window against plain LoRA"
+QUESTION_ARMS = {name for pairs in QUESTIONS.values() for pair in pairs for name in pair}
 
 
 def source(folder, model="model", **changes):
@@ -43,12 +44,11 @@ def test_verdicts_that_differ_between_targets_are_all_named(tmp_path):
     assert mixed.verdict == "not shown, moves the model less, moves the model less"
 
 
-def test_every_question_names_arms_that_a_study_has():
-    for study in page.sources():
-        arms = study.analysis.design.arms
-        for pairs in QUESTIONS.values():
-            assert any(study.names.get(arm, arm) in arms for arm, _ in pairs) or study.model == "DINOv2-small"
-            assert all(study.names.get(other, other) in arms for _, other in pairs)
+def test_every_arm_of_a_question_is_in_a_study_and_what_it_is_compared_with_in_all():
+    studies = page.sources()
+    arms = [{name for name in QUESTION_ARMS if s.names.get(name, name) in s.analysis.design.arms} for s in studies]
+    assert set.union(*arms) == QUESTION_ARMS
+    assert all({"lora", "principal", "minor"} <= there for there in arms)
 
 
 def test_the_chart_has_a_panel_for_each_question_with_rows(tmp_path):

@@ -1,11 +1,12 @@
 import sys
+from statistics import mean
 
 import pytest
 
 from studies.page import render
 from studies.window_position import figures, findings, page, rules
 from studies.window_position import tables as study_tables
-from studies.window_position.rows import Study, read_table, write_table
+from studies.window_position.rows import RESULTS, Study, read_table, write_table
 from tests.helpers import made_up_study as study_made
 
 
@@ -179,3 +180,12 @@ def test_the_command_writes_the_page_and_checks_it(monkeypatch, tmp_path, capsys
     choosing.write_text(choosing.read_text().replace("plain", "fancy"))
     assert command("--check") == 1
     assert "choosing-a-window.md is out of date" in capsys.readouterr().err
+
+
+def test_how_equal_early_updates_were_is_in_the_rows():
+    lora = study_made.by_seed(RESULTS, "M3", "lora", "early_update", 2e-3, "update")
+    middle = study_made.by_seed(RESULTS, "M3", "0.5", "early_update", 2e-3)
+    assert len(lora) == 5
+    ratio = mean(lora[seed] / middle[seed] for seed in lora)
+    text = " ".join(page.PAGE.read_text(encoding="utf-8").split())
+    assert f"for plain LoRA on M3 it was {ratio:.2f} times as much" in text
