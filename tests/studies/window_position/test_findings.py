@@ -1,11 +1,13 @@
 import math
 import shutil
+import sys
 from statistics import mean, stdev
 
 import pytest
 import torch
 from torch import nn
 
+from ipca._atomic import read_checksummed
 from ipca.lab import sweep
 from ipca.lab.statistics import holm
 from ipca.lab.sweep.workers import model_sha256
@@ -249,3 +251,14 @@ def test_numbers_are_written_with_six_digits_and_nothing_for_nan(tmp_path):
 def test_the_weights_in_the_repository_are_those_of_the_rows():
     made = [sweep for name in ("V1", *study_rows.WIDER["V1"]) if (sweep := Study().sweep(name)) is not None]
     assert {sweep.settings["model_sha256"] for sweep in made} == {model_sha256(digits.task().build())}
+
+
+def test_a_pretraining_that_rounds_otherwise_is_said(tmp_path, monkeypatch, capsys):
+    known = read_checksummed(digits.WEIGHTS)[1]
+    other = {name: value + 1e-3 * (name == "head.bias") for name, value in known.items()}
+    monkeypatch.setattr(sys, "argv", ["digits", str(tmp_path / "again")])
+    for made, said in ((known, "again: the same bits"), (other, "again: other bits, weights differ by up to 0.001")):
+        monkeypatch.setattr(digits, "pretrain", lambda settings, made=made: made)
+        digits.main()
+        assert said in capsys.readouterr().out
+        assert read_checksummed(tmp_path / "again")[1].keys() == known.keys()
