@@ -28,16 +28,7 @@ def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
 
 def main() -> int:
     """Draw the pictures and write the page, or check it; returns the exit status."""
-    return page.write_page(
-        PROTOCOL,
-        "position-grid.md",
-        sections,
-        __doc__,
-        (
-            draw,
-            draw_positions,
-        ),
-    )
+    return page.write_page(PROTOCOL, "position-grid.md", sections, __doc__, (draw, draw_positions))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,6 @@ WIDER = {
     "V1": ("V1-low", "V1-high", "V1-middle", "V1-minor", "V1-inputs", "V1-null"),
 }
 """Exploratory rows with further rates and methods of a sweep, by the sweep."""
-BY_SOURCE = ("M1-low", "M1-middle", "M1-others", "M1-frozen", "M1-inputs", "M1-null")
-"""Exploratory rows that have retention by source."""
 EXTENSIONS = {
     "M1-low": "M1: principal at lower rates, exploratory",
     "M1-middle": "M1: middle again, by source, exploratory",
@@ -71,6 +69,8 @@ EXTENSIONS = {
     "V3-low": "V3: principal and full fine-tuning on a ViT pretrained elsewhere, given up",
 }
 """Titles of the rows added after the protocol's."""
+BY_SOURCE = tuple(name for name in EXTENSIONS if name.startswith("M"))
+"""Those that have retention by source."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def test_the_names_of_the_sweeps_are_those_of_the_runs():
     assert set(study_rows.EXTENSIONS) == {e.name for e in run.EXTENSIONS} | {"V3-low"}
     assert {name for names in study_rows.WIDER.values() for name in names} <= set(study_rows.EXTENSIONS)
     assert set(reanalysis.PLACES) <= set(study_rows.SWEEPS)
-    assert set(study_rows.BY_SOURCE) == {name for name in study_rows.EXTENSIONS if name.startswith("M")}
+    by_source = [name for name in study_rows.BY_SOURCE if (sweep := Study().sweep(name)) and sweep.ends]
+    assert all("retained_tweet" in Study().sweep(name).metrics for name in by_source)
+    assert by_source
     assert mechanism.M_WINDOWS == run.WINDOWS
     assert run.EXPERIMENTS[0].grid["windows"] == mechanism.V_WINDOWS
 
