@@ -49,7 +49,7 @@ def sections(analysis: Analysis) -> dict[str, str]:
 def sentence(found: Compared) -> str:
     """What the protocol says of a comparison."""
     pair = f"{NAMES[MIDDLE].capitalize()} against {NAMES[found.method]}"
-    result = f"{_signed(found.mean)} {_interval(found.interval)}"
+    result = mean_text(found)
     if found.why:
         return f"{pair}: no verdict ({found.why})."
     words = {
@@ -61,13 +61,18 @@ def sentence(found: Compared) -> str:
     return f"{pair}: {words}, adjusted p {found.adjusted:.3f}, n = {found.n}."
 
 
+def mean_text(found: Compared) -> str:
+    """``+0.003 [0.002, 0.004]``, the difference of the accuracies."""
+    return f"{_signed(found.mean)} {_interval(found.interval)}"
+
+
 def comparisons(compared: list[Compared]) -> str:
     """The primary comparisons as a table."""
     rows = [
         [
             NAMES[each.method],
             str(each.n),
-            f"{_signed(each.mean)} {_interval(each.interval)}",
+            mean_text(each),
             f"{each.p:.3f}",
             "–" if each.adjusted is None else f"{each.adjusted:.3f}",
             each.verdict or each.why,

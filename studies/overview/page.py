@@ -53,11 +53,13 @@ class Source:
         model: for tables and the chart.
         analysis: of its rows.
         names: its names of arms, where they differ.
+        kind: ``"language"`` or ``"vision"``.
     """
 
     model: str
     analysis: Analysis
     names: Mapping[str, str]
+    kind: str = "language"
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ class Found:
         arms: titles of the two.
         targets: the comparisons at the three targets, the easiest first.
         claimed: whether the protocol has a claim about the pair; otherwise there is no verdict.
+        kind: of the study.
     """
 
     cell: str
     arms: str
     targets: tuple[Comparison, ...]
     claimed: bool
+    kind: str
 
     @property
     def n(self) -> str:
@@ -100,17 +104,17 @@ class Found:
 
 def sources() -> list[Source]:
     """The studies whose targets are fixed."""
-    studies: list[tuple[str, Protocol, Mapping[str, str]]] = [
-        ("SmolLM2-135M", LANGUAGE, {}),
-        ("MGM", GRID, POSITIONS),
-        ("DINOv2-small", VISION, {}),
+    studies: list[tuple[str, Protocol, Mapping[str, str], str]] = [
+        ("SmolLM2-135M", LANGUAGE, {}, "language"),
+        ("MGM", GRID, POSITIONS, "language"),
+        ("DINOv2-small", VISION, {}, "vision"),
     ]
     found = []
-    for model, protocol, names in studies:
+    for model, protocol, names, kind in studies:
         rows = Rows(protocol.results / protocol.model)
         design = protocol.with_targets(Rows(rows.folder / "reference"))
         if design is not None:
-            found.append(Source(model, Analysis(design, rows), names))
+            found.append(Source(model, Analysis(design, rows), names, kind))
     return found
 
 
@@ -136,7 +140,7 @@ def _pair(study: Source, claims: Mapping[Key, Comparison], task: str, steps: int
     if not any(c.ratio is not None and c.ratio.n > 1 for c in targets):
         return []
     cell = f"{study.model}, {cell_title(analysis, task, steps)} steps"
-    return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims)]
+    return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims, study.kind)]
 
 
 def sections(found: Mapping[str, list[Found]]) -> dict[str, str]:

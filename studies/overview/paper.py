@@ -1,0 +1,156 @@
+"""What the paper reports, claim by claim and model by model: docs/results/paper.md.
+
+python -m studies.overview.paper [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from studies.continual.analysis import Analysis as Continual
+from studies.continual.page import NAMES as METHODS
+from studies.continual.page import mean_text
+from studies.continual.rows import Rows as Streams
+from studies.frontier.page import NOT_RUN, ratio_text
+from studies.overview.page import Found, Source, answers, sources
+from studies.page import markdown, update_page
+from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
+from studies.window_position.rows import LORA, MINOR, PRINCIPAL, RATE, Study
+from studies.window_position.rules import Tables, read_tables
+from studies.window_position.tables import PLACE_NAMES
+from studies.window_position.words import estimate_cell
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "paper.md"
+EQUAL, ONE_RATE = "forget less, at equal success", f"forget less, at one rate ({RATE:g})"
+HIGH, ACCURACY = "lose less from the lowest rate to the highest", "learn more, each at its best rate"
+CONTINUAL = "end higher after five tasks"
+ALIKE, MIXED, NO_VERDICT = "alike", "depends on the target", "no verdict"
+LANGUAGE, VISION = "language", "vision"
+_AGAINST = {"the first (principal)": PRINCIPAL, "the last (minor)": MINOR, "plain LoRA": LORA}
+_QUESTIONS = dict(zip(_AGAINST, ("the principal one", "the minor one", "plain LoRA"), strict=True))
+_SWEEPS = {EQUAL: "equal target", ONE_RATE: "same rate", HIGH: "high rates", ACCURACY: "accuracy"}
+"""The names of ``claims.csv``."""
+_VERDICTS = {"moves the model less": HOLDS, "moves it more": REVERSED, "equivalent": ALIKE, NOT_SHOWN: NOT_SHOWN}
+_STREAMS = {"higher": HOLDS, "lower": REVERSED, "alike": ALIKE, "not shown": NOT_SHOWN}
+_ORDER = (HOLDS, REVERSED, ALIKE, NOT_SHOWN, MIXED, NO_VERDICT)
+_KINDS = (LANGUAGE, VISION)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One claim on one model.
+
+    Attributes:
+        claim: what intermediate components are said to do.
+        against: in comparison with what.
+        kind: ``"language"`` or ``"vision"``.
+        model: with its task or layers.
+        n: seeds.
+        figure: the difference or ratio with its interval.
+        verdict: one of the words of the page.
+        why: the reason where there is no verdict.
+    """
+
+    claim: str
+    against: str
+    kind: str
+    model: str
+    n: str
+    figure: str
+    verdict: str
+    why: str = ""
+
+
+def results(tables: Tables, studies: Iterable[Source], streams: Continual) -> list[Result]:
+    """All results, by claim, then by what the windows are compared with."""
+    found = [*_of_sweeps(tables), *_of_frontiers(studies), *_of_streams(streams)]
+    claims = [*_SWEEPS, CONTINUAL]
+    against = [*_AGAINST, *dict.fromkeys(each.against for each in found)]
+    return sorted(found, key=lambda each: (claims.index(each.claim), against.index(each.against)))
+
+
+def _of_sweeps(tables: Tables) -> Iterator[Result]:
+    """The window study: MiniLM and the small ViT. Positive differences speak for the claim."""
+    for (claim, name), (against, method) in product(_SWEEPS.items(), _AGAINST.items()):
+        for place, title in PLACE_NAMES.items():
+            row = tables.claims.get((name, method, place))
+            if row is not None:
+                kind = VISION if place.startswith("V") else LANGUAGE
+                verdict, why = row["verdict"], ""
+                if verdict == EDGE:
+                    verdict, why = NO_VERDICT, "a best rate, or one that the comparison rests on, is an edge"
+                elif verdict == NOT_SHOWN and row["p"] == row["smallest"]:
+                    why = "p at its floor, too few seeds"
+                measured = "accuracy on the new task" if claim == ACCURACY else "retained accuracy"
+                figure = f"{measured} {estimate_cell(row, sign=True)}" if row["mean"] else "–"
+                yield Result(claim, against, kind, title, row["n"] or "–", figure, verdict, why)
+
+
+def _of_frontiers(studies: Iterable[Source]) -> Iterator[Result]:
+    """The studies at equal success: ratios of KL at the middle target; below 1 they speak for the claim."""
+    found = answers(studies)
+    for against, question in _QUESTIONS.items():
+        for pair in found.get(f"middle window against {question}", []):
+            verdict, why = _verdict(pair)
+            model, _, task = pair.cell.partition(", ")
+            figure = f"KL × {ratio_text(pair.targets[1].ratio)}"
+            yield Result(EQUAL, against, pair.kind, f"{model} ({task})", pair.n, figure, verdict, why)
+
+
+def _verdict(pair: Found) -> tuple[str, str]:
+    """The word for the three targets, and why there is none."""
+    if not pair.is_decided:
+        return NO_VERDICT, pair.verdict
+    word = _VERDICTS.get(pair.verdict, MIXED)
+    return word, pair.verdict if word == MIXED else ""
+
+
+def _of_streams(streams: Continual) -> Iterator[Result]:
+    """The continual study: differences of the accuracy over all tasks; positive ones speak for the claim."""
+    for each in streams.compared():
+        figure = f"accuracy {mean_text(each)}"
+        verdict = _STREAMS.get(each.verdict, NO_VERDICT)
+        yield Result(CONTINUAL, METHODS[each.method], VISION, "ViT", str(each.n), figure, verdict, each.why)
+
+
+def sections(found: list[Result]) -> dict[str, str]:
+    """The text between the markers of the page, by marker."""
+    return {"short": short(found) if found else NOT_RUN, "results": table(found) if found else NOT_RUN}
+
+
+def short(found: list[Result]) -> str:
+    """A row for each claim and comparison: the models by verdict."""
+    rows = []
+    for claim, against in dict.fromkeys((each.claim, each.against) for each in found):
+        of = [each for each in found if (each.claim, each.against) == (claim, against)]
+        rows.append([claim, against, *(_by_verdict([each for each in of if each.kind == kind]) for kind in _KINDS)])
+    return markdown(["intermediate components", "compared with", *_KINDS], rows)
+
+
+def _by_verdict(found: list[Result]) -> str:
+    groups = {word: [each.model for each in found if each.verdict == word] for word in _ORDER}
+    return "; ".join(f"**{word}**: {', '.join(models)}" for word, models in groups.items() if models) or "–"
+
+
+def table(found: list[Result]) -> str:
+    """Every result with its figure."""
+    head = ["intermediate components", "compared with", "model", "n", "middle window, 95 % interval", "verdict"]
+    rows = []
+    for each in found:
+        verdict = f"{each.verdict} ({each.why})" if each.why else each.verdict
+        rows.append([each.claim, each.against, each.model, each.n, each.figure, verdict])
+    return markdown(head, rows)
+
+
+def main() -> int:
+    """Write the page, or check it; returns the exit status."""
+    found = results(read_tables(Study()), sources(), Continual(Streams()))
+    return update_page(PAGE, lambda: sections(found), "make study-page", __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

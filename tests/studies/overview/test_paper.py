@@ -1,0 +1,93 @@
+"""The page of the paper's claims: which word each result gets, and that no result is lost in the short table."""
+
+from dataclasses import replace
+
+import pytest
+
+from studies.continual.analysis import Analysis as Continual
+from studies.continual.rows import Rows as Streams
+from studies.frontier.analysis import Analysis
+from studies.overview import paper
+from studies.overview.page import Source, sources
+from studies.overview.paper import ACCURACY, CONTINUAL, EQUAL, HIGH, ONE_RATE, results, sections
+from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
+from studies.window_position.rows import Study
+from studies.window_position.rules import Tables, read_tables
+from tests.studies.frontier.test_frontier_analysis import SMALL, rows_of
+
+
+def row(verdict, mean="0.1", p="0.02", smallest="0.002"):
+    ends = {"low": "0.05", "high": "0.15"} if mean else {"low": "", "high": ""}
+    return {"n": "10" if mean else "", "mean": mean, **ends, "p": p, "smallest": smallest, "verdict": verdict}
+
+
+def found_in(tmp_path, claims=None, studies=()):
+    tables = Tables({}, {}, {}, [], claims=claims or {})
+    return results(tables, studies, Continual(Streams(tmp_path / "streams")))
+
+
+def test_the_words_of_the_window_study(tmp_path):
+    claims = {
+        ("equal target", "0.0", "M1"): row(EDGE),
+        ("equal target", "1.0", "M1"): row(HOLDS),
+        ("equal target", "lora", "M2-all"): row(NOT_SHOWN, p="0.0625", smallest="0.0625"),
+        ("same rate", "1.0", "V1"): row(REVERSED, mean="-0.1"),
+        ("accuracy", "lora", "M4"): row(EDGE, mean=""),
+        ("equal early updates", "0.0", "M1"): row(HOLDS),
+    }
+    found = found_in(tmp_path, claims)
+    assert [(each.claim, each.kind, each.verdict, bool(each.why)) for each in found] == [
+        (EQUAL, "language", "no verdict", True),
+        (EQUAL, "language", "holds", False),
+        (EQUAL, "language", "not shown", True),
+        (ONE_RATE, "vision", "reversed", False),
+        (ACCURACY, "language", "no verdict", True),
+    ], "matched updates are no claim of the paper"
+    assert [each.figure for each in found] == [
+        *["retained accuracy +0.100 [+0.050, +0.150]"] * 3,
+        "retained accuracy −0.100 [+0.050, +0.150]",
+        "–",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"), [({}, "holds"), ({"middle": 2.0}, "reversed"), ({"lora": 0.75}, "alike")]
+)
+def test_the_words_of_a_study_at_equal_success(tmp_path, factor, verdict):
+    studies = [Source("model", Analysis(SMALL, rows_of(tmp_path / "a", **factor)), {}, "vision")]
+    (found,) = [each for each in found_in(tmp_path, studies=studies) if each.against == "plain LoRA"]
+    assert (found.claim, found.kind, found.n, found.verdict) == (EQUAL, "vision", "5", verdict)
+    assert found.model == "model (German manual pages, 60 steps)"
+    assert found.figure.startswith("KL × ")
+
+
+def test_a_study_without_enough_seeds_has_no_verdict_and_says_why(tmp_path):
+    studies = [Source("model", Analysis(SMALL, rows_of(tmp_path / "a", seeds=4)), {})]
+    found = found_in(tmp_path, studies=studies)
+    assert {(each.verdict, each.why) for each in found} == {("no verdict", "collecting: 4 of 5 seeds")}
+
+
+def test_a_pair_without_a_claim_in_its_protocol_is_only_described(tmp_path):
+    analysis = Analysis(replace(SMALL, families=()), rows_of(tmp_path / "a"))
+    found = found_in(tmp_path, studies=[Source("model", analysis, {})])
+    assert {(each.verdict, each.why) for each in found} == {("no verdict", "described only")}
+
+
+def test_every_result_at_hand_is_in_both_tables_under_its_word():
+    found = results(read_tables(Study()), sources(), Continual(Streams()))
+    assert {EQUAL, ONE_RATE, HIGH, ACCURACY, CONTINUAL} == {each.claim for each in found}
+    text = sections(found)
+    for each in found:
+        assert (
+            f"| {each.claim} | {each.against} | {each.model} | {each.n} | {each.figure} | {each.verdict}"
+            in (text["results"])
+        )
+        (line,) = [line for line in text["short"].splitlines() if line.startswith(f"| {each.claim} | {each.against} |")]
+        cell = line.split(" | ")[2 if each.kind == "language" else 3]
+        (group,) = [part for part in cell.split("**")[1:] if part == each.verdict]
+        assert each.model in cell.split(f"**{group}**: ")[1].split(";")[0]
+
+
+def test_nothing_collected():
+    assert sections([]) == {"short": "Not run.", "results": "Not run."}
+    assert paper.PAGE.exists()
