@@ -22,6 +22,7 @@ from ipca.io.peft_format import NOT_CALLED, LayerFormat, readable_config, warn_o
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, few, find_modules_to_save, find_targets
 from ipca.model.weight_reads import weight_reads
+from ipca.nn.initialization import warn_null
 from ipca.nn.registry import get_layer
 from ipca.offline.adapter_files import write_adapter, write_residual
 from ipca.offline.decompose import FinishedLayer, decompose_layers, install_layers
@@ -96,12 +97,19 @@ def _run(args: argparse.Namespace, ranks: Ranks, work: WorkFolder) -> tuple[Reco
     if ranks.is_main:
         work.finish()
     ranks.barrier()
+    if ranks.is_main and args.train == "A":  # otherwise they train, and the account names them
+        warn_null({layer.target.name: layer.null for layer in layers}, args.train)
     hits = ranks.sum(cache.hits if cache else 0)
     return _account(args, plan, layers, before, hits, time.perf_counter() - began)
 
 
 def _settings(args: argparse.Namespace) -> AdapterSettings:
     """The options of layers and windows as one record."""
+    if args.form == "residual" and args.train != "both":
+        raise ValueError(
+            f"--train {args.train} is lost with --form residual, which writes a stock LoRA that trains both factors; "
+            "leave one of them out."
+        )
     return AdapterSettings(
         rank=args.rank,
         window=args.window,

@@ -57,6 +57,8 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 _ONLY_PEFT = {"bias": "none", "trainable_token_indices": None}
 """Fields of PEFT's configuration that say what trains beside the factors, and their values where nothing does."""
 _FSDP1 = "_fsdp_wrapped_module"
+_ROUNDED = 1e-2
+"""Relative distance that a factor may have after casts to 16 bits."""
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -75,7 +77,7 @@ def save_adapter(
             parameters is written as a whole, as PEFT's ``modules_to_save``.
         folder: made if missing.
         base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
-        overwrite: replace an adapter of other layers, windows or bases.
+        overwrite: replace an adapter of other layers, windows, options or bases.
 
     A model that ``fully_shard`` has spread over processes must be saved by all of them: they gather it tensor by
     tensor, rank 0 writes, and none returns before the files are complete.
@@ -93,7 +95,7 @@ def save_adapter(
     """
     contents = collect_adapter(model)
     layers = {name: _saved(layer) for name, layer in contents.layers.items()}
-    resumes = partial(_is_earlier, Path(folder), layers=layers)
+    resumes = partial(_is_earlier, Path(folder), layers=layers, adapted=contents.layers)
     write_once(model, partial(check_output, folder, overwrite=overwrite, resumes=resumes))
     config = readable_config(model, formats(contents), contents.modules_to_save, base_model)
     tensors = adapter_state(model, contents)
@@ -113,18 +115,40 @@ def save_adapter(
             warnings.warn(f"{words}. ipca.load_adapter and ipca merge read them right.", RuntimeWarning, stacklevel=2)
 
 
-def _is_earlier(folder: Path, held: set[str], layers: Mapping[str, SavedLayer]) -> bool:
-    """Whether ``folder``, where ``held`` are the weights, has no adapter but one of the same windows and base."""
+def _is_earlier(
+    folder: Path, held: set[str], layers: Mapping[str, SavedLayer], adapted: Mapping[str, WindowLayer]
+) -> bool:
+    """Whether ``folder``, where ``held`` are the weights, has no adapter but one of the same starts and base."""
     if not any(name.startswith("adapter") and name.endswith(WEIGHT_ENDINGS) for name in held):
         return True  # of a training checkpoint, beside which an adapter may lie
     try:
         there = read_layers(folder)
     except (OSError, ValueError):
         return False
-    same = ("kind", "shape", "start", "basis", "rank", "base_sha256")
-    return there.keys() == layers.keys() and all(
-        getattr(there[name], field) == getattr(layer, field) for name, layer in layers.items() for field in same
-    )
+    if there.keys() != layers.keys() or any(_start(there[name]) != _start(layer) for name, layer in layers.items()):
+        return False
+    of_inputs = [name for name, layer in layers.items() if layer.basis == "inputs"]
+    return not of_inputs or _same_directions(folder, {name: adapted[name] for name in of_inputs})
+
+
+def _start(layer: SavedLayer) -> tuple[object, ...]:
+    """What decides from which components a layer starts, at which size, and what trains."""
+    place = (layer.kind, layer.shape, layer.start, layer.basis, layer.rank, layer.base_sha256)
+    return *place, layer.train, layer.magnitude
+
+
+def _same_directions(folder: Path, layers: Mapping[str, WindowLayer]) -> bool:
+    """Whether the adapter in ``folder`` starts as ``layers`` do: their inputs decide it, which no record holds."""
+    try:
+        factors = read_adapter(folder, modules_to_save=False).factors
+    except (OSError, ValueError):
+        return False
+
+    def distance(name: str, layer: WindowLayer) -> float:
+        there, here = factors[name].A0.float(), layer.lora_A0.cpu().float()
+        return float((there - here).norm() / here.norm().clamp_min(torch.finfo(here.dtype).tiny))
+
+    return all(distance(name, layer) <= _ROUNDED for name, layer in layers.items())
 
 
 def load_adapter(

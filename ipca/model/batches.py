@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ipca.nn.offload import execution_device, is_offloaded
+from ipca.nn.quantization import packs_when_evaluated
 
 
 def as_batches(batches: Iterable[Any]) -> list[Any]:
@@ -34,7 +38,7 @@ def check_batches(batches: Any) -> None:
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """The output of ``model`` for one batch, whose tensors are moved to the device of its first parameter.
+    """The output of ``model`` for one batch, whose tensors are moved to the device that it starts to compute on.
 
     Args:
         batch: a tensor, a tuple or list of the model's arguments, or a mapping of them by name, as a BatchEncoding.
@@ -42,7 +46,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     Raises:
         TypeError: it is something else.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _first_device(model)
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
@@ -59,9 +63,29 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     )
 
 
+def _first_device(model: nn.Module) -> torch.device:
+    """That of the first parameter, or where accelerate moves the weights that it keeps elsewhere."""
+    for module in model.modules():
+        own = next(module.parameters(recurse=False), None)
+        if own is not None:
+            return (execution_device(module) if is_offloaded(module) else None) or own.device
+    return torch.device("cpu")
+
+
+def arguments_of(model: nn.Module, batch: Any) -> Mapping[str, Any]:
+    """The arguments by name with which :func:`run_batch` calls ``model``, as far as its ``forward`` names them."""
+    if isinstance(batch, Mapping):
+        return batch
+    given = batch if isinstance(batch, tuple | list) else (batch,)
+    return inspect.signature(model.forward).bind_partial(*given).arguments
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients within the block; modes and random generators are restored afterward."""
+    """Evaluate without gradients within the block; modes and random generators are restored afterward.
+
+    Layers quantized by bitsandbytes keep their weights as they are: some would pack them at the first call.
+    """
     modes = {module: module.training for model in models for module in model.modules()}
     parameters = [parameter for model in models for parameter in model.parameters()]
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
@@ -69,6 +93,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         try:
             for model in models:
                 model.eval()
+            for module in filter(packs_when_evaluated, modes):
+                module.training = True
             yield
         finally:
             for module, training in modes.items():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipca.model.batches import as_batches, evaluating, run_batch
+from ipca.model.batches import arguments_of, as_batches, evaluating, run_batch
 from ipca.model.decompose import UnquantizedWeights, decompose_targets, naming, source_matrix, split_window
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_targets
@@ -168,7 +168,7 @@ def input_energy(
             sums = {name: _Moment(_in_features(modules[name])) for name in group}
             with evaluating(model), _watched(model, {modules[name]: sums[name] for name in group}) as masks:
                 for batch in held:
-                    masks[:] = _masks_of(batch)
+                    masks[:] = _masks_of(model, batch)
                     run_batch(model, batch)
                     bar.update()
             for name in group:
@@ -232,9 +232,9 @@ def _decoder(model: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _masks_of(batch: Any) -> list[Tensor | None]:
+def _masks_of(model: nn.Module, batch: Any) -> list[Tensor | None]:
     """The mask of the inputs, and that of a decoder's own."""
-    given = batch if isinstance(batch, Mapping) else {}
+    given = arguments_of(model, batch)
     masks = [given.get(name) for name in ("attention_mask", "decoder_attention_mask")]
     return [mask if isinstance(mask, Tensor) else None for mask in masks]
 

@@ -124,9 +124,7 @@ def warn_null(null: Mapping[str, tuple[int, int]], train: str) -> None:
         then = "train; exclude a layer to leave it as it is"
         if train == "A":
             then = "never train, as train='A' freezes B: set train to 'B' or 'both', or choose an earlier window"
-        warnings.warn(
-            f"{text}. These start as those of plain LoRA do, with random A and B = 0, and {then}.", stacklevel=3
-        )
+        warnings.warn(f"{text}. These start as those of plain LoRA do, with B = 0, and {then}.", stacklevel=3)
 
 
 def describe_null(null: Mapping[str, tuple[int, int]], shown: int = 3) -> str:
@@ -174,7 +172,7 @@ def factors_from_svd(
     ``B0 = U √(S / scaling)`` and ``A0 = √(S / scaling) Vh``, rounded to the dtype of ``weight`` and held in
     ``adapter_dtype``, so that a cast to the compute dtype changes nothing before training. Components whose singular
     value is 0 would have zero gradients forever: they start as those of LoRA, with a random row of ``A0`` (uniform in
-    ``±1 / √in``) and 0 in ``B0``.
+    ``±1 / √in``; in a window of the inputs the direction itself, of that length) and 0 in ``B0``.
 
     Args:
         found: of this matrix or this stack, in float64 where the device has it.
@@ -191,14 +189,18 @@ def factors_from_svd(
     root = ((found.S if magnitude == "sigma" else _uniform(weight, found.S, float(magnitude))) / scaling).sqrt()
     A0, B0 = root[..., :, None] * found.Vh, found.U * root[..., None, :]
     if not live.all():
-        A0 = torch.where(live[..., :, None], A0, _random_rows(A0, weight))
+        rows = found.Vh / 3**0.5 if report.window.basis == "inputs" else _random_rows(A0, weight)
+        A0 = torch.where(live[..., :, None], A0, rows)
         B0 = torch.where(live[..., None, :], B0, 0.0)
     A0, B0 = (factor.to(weight.dtype).to(adapter_dtype) for factor in (A0, B0))
+    sized = magnitude != "sigma"
     if live.any() and not (A0[live].any() and B0.mT[live].any()):
-        raise ValueError(f"the factors are all 0 in {weight.dtype} and could never train; lower alpha.")
+        change = "lower alpha, or raise magnitude" if sized else "lower alpha"
+        raise ValueError(f"the factors are all 0 in {weight.dtype} and could never train; {change}.")
     if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
+        change = "lower magnitude" if sized else "raise alpha"
         raise RuntimeError(
-            f"the factors overflow {weight.dtype} or {adapter_dtype}; raise alpha, or keep them in a wider dtype."
+            f"the factors overflow {weight.dtype} or {adapter_dtype}; {change}, or keep them in a wider dtype."
         )
     certificate = certify_init(weight, A0, B0, scaling=scaling, form=form)
     return InitialFactors(A0, B0, report.window, digest or tensor_sha256(weight), report, certificate)
@@ -254,6 +256,13 @@ def certify_init(weight: Tensor, A0: Tensor, B0: Tensor, *, scaling: float, form
     base = frozen_weight(weight, A0, B0, scaling=scaling, form=form)
     certificate = measure_init(weight, base, A0, B0, scaling=scaling)
     if not certificate.holds:
+        norm, window = _norm(weight), scaling * _norm_of_product(B0, A0)
+        if 2 * norm < window < math.inf:  # by its magnitude: no window of a weight is larger than the weight
+            raise RuntimeError(
+                f"the window is {window / norm:.3g} times as large as the weight, and rounding W_res moves the start "
+                f"by {certificate.relative:.1e} (relative); lower magnitude, or use the intact form, which rounds "
+                "nothing."
+            )
         raise RuntimeError(
             f"the effective weight is off by {certificate.relative:.1e} (relative) before training, "
             f"but one rounding to {certificate.dtype} explains at most {certificate.bound:.1e}; "
@@ -288,6 +297,12 @@ def measure_init(weight: Tensor, base: Tensor, A0: Tensor, B0: Tensor, *, scalin
 
 def _norm(factor: Tensor) -> float:
     return factor.to(torch.promote_types(factor.dtype, torch.float32)).norm().item()
+
+
+def _norm_of_product(B: Tensor, A: Tensor) -> float:
+    """``‖B A‖_F``, of a stack that of all its matrices, without the product."""
+    B, A = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (B, A))
+    return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
 
 
 def add_low_rank(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype | None = None) -> Tensor:
@@ -342,6 +357,7 @@ class LayerRecord(NamedTuple):
     base_sha256: str | None
     basis: str = "weight"
     magnitude: float | str = "sigma"
+    train: str = "both"
 
 
 def encode_extra_state(record: LayerRecord) -> Tensor:
@@ -368,9 +384,9 @@ def decode_extra_state(state: Tensor) -> LayerRecord:
 
 
 def check_extra_state(record: LayerRecord, state: Tensor) -> None:
-    """Raise ValueError where the saved ``state`` has another rank, alpha or form than ``record``."""
+    """Raise ValueError where the saved ``state`` has another rank, alpha, form or frozen factor than ``record``."""
     saved = decode_extra_state(state)
-    for name in ("rank", "alpha", "form"):
+    for name in ("rank", "alpha", "form", "train"):
         if getattr(saved, name) != getattr(record, name):
             raise ValueError(
                 f"the state dict was saved with {name}={getattr(saved, name)!r}, "

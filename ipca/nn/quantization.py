@@ -47,6 +47,15 @@ def quantization_kind(module: nn.Module) -> str | None:
     return {"Int8Tensor": "torchao-int8"}.get(name, f"torchao-{name}")
 
 
+def packs_when_evaluated(module: nn.Module) -> bool:
+    """Whether the layer may pack its weight for good when it is evaluated, as 4-bit ones do on some CPUs.
+
+    In training mode it computes the same from the weight as it is: the mode has no other effect on such a layer.
+    """
+    bnb: Any = sys.modules.get("bitsandbytes")
+    return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
+
+
 def unsupported_quantization(module: nn.Module) -> str | None:
     """The reason why a layer with a :func:`quantization_kind` cannot be adapted, or None."""
     kind, weight = quantization_kind(module), module.weight

@@ -398,7 +398,8 @@ class WindowLayer(nn.Module):
 
     def _record(self) -> LayerRecord:
         start, basis = (None, "weight") if self.window is None else (self.window.index, self.window.basis)
-        return LayerRecord(self.rank, self.alpha, self.form, start, self.base_sha256, basis, self.magnitude)
+        settings = (self.rank, self.alpha, self.form, start, self.base_sha256, basis, self.magnitude, self.trained)
+        return LayerRecord(*settings)
 
     def get_extra_state(self) -> Tensor:
         return encode_extra_state(self._record())

@@ -168,13 +168,15 @@ class WindowLora(_Mixed):
         rank, scaling = self.r[adapter], self.scaling[adapter]
         digest = self.base_sha256() if found is None else found.base_sha256
         self._check_base(records, digest)
-        initial = found or records.initial.pop(self.path, None)
+        initial, magnitude = found or records.initial.pop(self.path, None), config.magnitude
+        if initial is not None and found is None and self.path in records.saved:  # of an adapter that is loaded
+            magnitude = records.saved[self.path].magnitude
         if initial is None:
             matrix, window = self.base_matrix(), config.window_of(self.path, rank)
             check_rank(self.path, rank, matrix.shape)
             try:
                 options = {"scaling": scaling, "form": "intact", "adapter_dtype": dtype, "tol": config.tol}
-                initial = initial_factors(matrix, window, magnitude=config.magnitude, digest=digest, **options)
+                initial = initial_factors(matrix, window, magnitude=magnitude, digest=digest, **options)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise type(error)(f"{self.path}: {in_peft_terms(error)}") from None
         records.saved[self.path] = SavedLayer(
@@ -189,7 +191,7 @@ class WindowLora(_Mixed):
             svd=None if initial.svd is None else svd_record(initial.svd),
             basis=initial.window.basis,
             train=config.train,
-            magnitude=config.magnitude,
+            magnitude=magnitude,
         )
         return initial
 

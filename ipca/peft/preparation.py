@@ -66,6 +66,7 @@ def prepare(
 
     Raises:
         TypeError: ``config`` is not a PCConfig.
+        ValueError: an adapter is merged into the weights.
         TypeError, ValueError, RuntimeError: as PEFT, or as :func:`ipca.apply_pc`; the message begins with the layer's
             path.
     """
@@ -73,6 +74,7 @@ def prepare(
         raise TypeError(f"config must be an ipca.peft.PCConfig, got {type(config).__name__}.")
     check_inference_mode()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_unmerged(base)
     trial = _trial(base, config)
     layers = [layer for layer in trial.modules() if isinstance(layer, WindowLora) and layer.holds(_ADAPTER)]
     _check_untied(trial, layers)
@@ -88,6 +90,7 @@ def prepare(
     )
     admit_windows(base, set(targets))
     config.records.initial = dict(zip(targets, initial, strict=True))
+    config.records.saved.clear()
     return config
 
 
@@ -151,6 +154,16 @@ def _trial(base: nn.Module, config: PCConfig) -> nn.Module:
     finally:
         for parameter, trains in before:
             parameter.requires_grad_(trains)
+
+
+def _check_unmerged(model: nn.Module) -> None:
+    """Raise ValueError where an adapter is merged: the weights are not the base's."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and getattr(layer, "merged", False):
+            raise ValueError(
+                f"{name}: the adapter {', '.join(layer.merged_adapters)!r} is merged into its weight, which is not the "
+                "base's then; call unmerge_adapter() first."
+            )
 
 
 def _check_untied(model: nn.Module, layers: Iterable[WindowLora]) -> None:

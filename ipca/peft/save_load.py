@@ -189,20 +189,19 @@ def _windows(path: Path, layers: dict[str, SavedLayer]) -> dict[str, Any]:
 
 
 def _factors_of(layers: Collection[SavedLayer]) -> dict[str, Any]:
-    """``train`` and ``magnitude`` of all layers; of layers that differ PCConfig's default, with a warning."""
-    found: dict[str, Any] = {}
-    for name in ("train", "magnitude"):
-        values = sorted({getattr(layer, name) for layer in layers}, key=str)
-        if len(values) == 1:
-            found[name] = values[0]
-        else:
-            warnings.warn(
-                f"the adapter's layers have {name} {', '.join(map(repr, values))}, and a PCConfig has one for all: its "
-                "default counts where training goes on; ipca.load_adapter keeps each layer's.",
-                RuntimeWarning,
-                stacklevel=6,
-            )
-    return found
+    """``train`` and ``magnitude`` of all layers, or nothing where they differ: PCConfig's default.
+
+    Of ``train``, which counts where training goes on, that is said; the starts are in the file whatever the magnitude.
+    """
+    values = {name: sorted({getattr(layer, name) for layer in layers}, key=str) for name in ("train", "magnitude")}
+    if len(values["train"]) > 1:
+        warnings.warn(
+            f"the adapter's layers have train {', '.join(map(repr, values['train']))}, and a PCConfig has one for all: "
+            "its default counts where training goes on; ipca.load_adapter keeps each layer's.",
+            RuntimeWarning,
+            stacklevel=6,
+        )
+    return {name: found[0] for name, found in values.items() if len(found) == 1}
 
 
 def _own_fields(path: Path) -> dict[str, Any]:

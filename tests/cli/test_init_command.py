@@ -270,6 +270,21 @@ def test_uncertified_layers_are_named(tmp_path, capsys):
     assert "8 of 14 windows certified" in text
 
 
+def test_components_that_never_train_are_named(tmp_path):
+    model = LlamaForCausalLM(llama_config())
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match="4 of 4 of model.layers.0.self_attn.o_proj.* never train, as train='A'"):
+        assert init(tmp_path / "model", tmp_path / "out", "--train", "A") == 0
+
+
+def test_a_frozen_factor_that_the_residual_files_cannot_hold_is_refused(llama, tmp_path, capsys):
+    assert init(llama, tmp_path / "out", "--form", "residual", "--train", "B") == 1
+    assert "--train B is lost with --form residual" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("by", ["option", "environment"])
 def test_a_cache_is_used_where_it_is_named(llama, tmp_path, monkeypatch, capsys, decomposed, by):
     cache = tmp_path / "cache"

@@ -255,3 +255,17 @@ def test_inputs_that_are_not_finite_are_named(batches):
     batches[1][0, 0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"^a: its inputs hold NaN or Inf"):
         sensitivity(Plain(), batches, targets=TARGETS, progress=False)
+
+
+def test_a_mask_counts_by_position_as_by_name():
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+    )
+    model, ids, mask = transformers.BertModel(config).eval(), torch.arange(24).view(3, 8) % 31, torch.ones(3, 8)
+    mask[0, 5:] = 0
+    layers = ["encoder.layer.0.attention.self.query"]
+    named = moments(model, layers, [{"input_ids": ids, "attention_mask": mask}])
+    for batch in ((ids, mask), [ids, mask]):
+        assert torch.equal(moments(model, layers, [batch])[layers[0]], named[layers[0]])
+    without = moments(model, layers, [(ids,)])
+    assert not close(without[layers[0]], named[layers[0]])

@@ -172,3 +172,20 @@ def test_layers_decomposed_one_by_one_make_the_same_adapter(tmp_path):
     ipca.load_adapter(model, job.out)
     assert torch.equal(model(x), before)
     assert ipca.summary(model).sources == ((2, "dequantized"),)
+
+
+def test_what_runs_a_model_for_measurements_packs_no_weight():
+    model, _, x = quantized_model(KIND)
+    layers = {name: layer for name, layer in model.named_modules() if quantization_kind(layer) == KIND}
+    for layer in layers.values():
+        layer.support_avx512bf16_for_cpu = True  # as bitsandbytes finds on such a CPU, where it packs
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    model.eval()
+    ipca.analysis.sensitivity(model, [x], targets="all-linear", progress=False)
+    with pytest.raises(ValueError, match="start"):
+        ipca.apply_pc(model, rank=3, window="inputs:start=1000", calibration=[x], progress=False)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
+    assert not any(layer.training for layer in model.modules())
+    ipca.apply_pc(model, rank=3, window="inputs:minor", calibration=[x], progress=False)
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in ipca.adapter_parameters(model))

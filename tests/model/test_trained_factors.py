@@ -180,3 +180,16 @@ def test_a_server_gets_one_term_of_half_the_rank(train, tmp_path):
     A, B = (tensors[f"base_model.model.a.lora_{part}.weight"] for part in "AB")
     assert A.shape == ((6 if train == "both" else 3), 20)
     torch.testing.assert_close(B @ A, model.a.effective_weight() - base.a.weight.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"magnitude": 100, "form": "residual"}, "times as large as the weight.*; lower magnitude, or use the intact"),
+        ({"magnitude": 1e300}, "the factors overflow .*; lower magnitude"),
+        ({"magnitude": 1e-300}, "the factors are all 0 .*; lower alpha, or raise magnitude"),
+    ],
+)
+def test_a_magnitude_that_cannot_be_held_is_named(options, words):
+    with pytest.raises((RuntimeError, ValueError), match=f"^a: .*{words}"):
+        ipca.apply_pc(Plain(), rank=3, targets="a", progress=False, **options)

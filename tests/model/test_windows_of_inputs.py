@@ -281,3 +281,42 @@ def test_a_window_of_a_matrix(batches):
     V = eigenvectors(moment)[:, 8:12]
     close(found.U * found.S @ found.Vh, weight.double() @ V @ V.mT)
     close(found.Vh @ found.Vh.mT, torch.eye(4).double())
+
+
+@pytest.mark.parametrize("train", ["B", "both"])
+def test_directions_that_the_weight_does_not_use_are_trained_all_the_same(train):
+    """Inputs that are 0 in the features for which the weight is 0: what is learned there changes nothing for them."""
+    model, inputs = nn.Sequential(nn.Linear(20, 12)), torch.randn(200, 20)
+    inputs[:, 16:] = 0
+    with torch.no_grad():
+        model[0].weight[:, 16:] = 0
+    before = model(inputs)
+    options = {"rank": 4, "window": "inputs:minor", "calibration": [inputs], "train": train, "progress": False}
+    with pytest.warns(UserWarning, match="components that are 0 in the window: 4 of 4 of 0.* B = 0, and train"):
+        ipca.apply_pc(model, **options)
+    A0 = model[0].lora_A0
+    assert not A0[:, :16].any()
+    close(A0[:, 16:] @ A0[:, 16:].mT, torch.eye(4) / 3)
+    with torch.no_grad():
+        model[0].lora_B.normal_()
+    close(model(inputs), before)
+    assert not torch.allclose(model(torch.ones(1, 20)), model[0].base_product(torch.ones(1, 20)))
+
+
+def test_another_adapter_of_other_inputs_is_not_replaced(batches, tmp_path):
+    def adapted(inputs, **options):
+        return ipca.apply_pc(
+            Plain(), rank=4, window="inputs:minor", targets="a", calibration=inputs, progress=False, **options
+        )
+
+    model = adapted(batches)
+    with torch.no_grad():
+        model.a.lora_B.add_(1.0)
+    ipca.save_adapter(model, tmp_path)
+    ipca.save_adapter(model, tmp_path)
+    with torch.no_grad():
+        model.a.lora_B.add_(1.0)
+    ipca.save_adapter(model.bfloat16().float(), tmp_path)
+    for other in (adapted([batch.flip(-1) for batch in batches]), adapted(batches, train="A")):
+        with pytest.raises(FileExistsError, match="holds an adapter that is trained"):
+            ipca.save_adapter(other, tmp_path)

@@ -196,9 +196,10 @@ def test_own_state_dict_restores_without_svd(form, through, monkeypatch):
     [
         ({"alpha": 9.0}, r"0: the state dict was saved with alpha=9\.0, this layer has 5\.0"),
         ({"form": "intact"}, "0: the state dict was saved with form='intact', this layer has 'residual'"),
+        ({"train": "A"}, "0: the state dict was saved with train='A', this layer has 'both'"),
         ({"rank": 4, "alpha": 5.0}, "0: the state dict was saved with rank=4, this layer has 5"),
     ],
-    ids=["alpha", "form", "rank"],
+    ids=["alpha", "form", "train", "rank"],
 )
 def test_state_dict_of_other_settings_is_reported(change, words):
     source = nn.Sequential(LinearPC.from_linear(nn.Linear(23, 37), **{"rank": 5, "form": "residual", **change}))

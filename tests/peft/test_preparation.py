@@ -190,3 +190,27 @@ def test_a_tied_head_is_refused_by_name():
 def test_another_configuration_is_refused(config):
     with pytest.raises(TypeError, match=rf"config must be an ipca\.peft\.PCConfig, got {type(config).__name__}\."):
         prepare(Small(), config)
+
+
+@pytest.mark.parametrize("kind", [PCConfig, LoraConfig])
+def test_a_merged_adapter_is_refused_and_nothing_moves(kind):
+    model, x = get_peft_model(Small(), kind(r=3, target_modules=["a"])), ids()
+    train(model, x)
+    model.merge_adapter()
+    before, y = snapshot(model), output(model, x)
+    with pytest.raises(ValueError, match=r"^a: the adapter 'default' is merged .* call unmerge_adapter\(\) first"):
+        prepare(model, PCConfig(r=2, target_modules=["a"]), progress=False)
+    assert snapshot(model) == before
+    assert torch.equal(output(model, x), y)
+    model.unmerge_adapter()
+    prepare(model, PCConfig(r=2, target_modules=["a"]), progress=False)
+
+
+def test_inputs_are_measured_on_an_offloaded_base():
+    accelerate = pytest.importorskip("accelerate")
+    base, x = Small(), ids()
+    options = {"r": 2, "window": "inputs:principal", "target_modules": ["a"], "progress": False}
+    want = prepare(copy.deepcopy(base), PCConfig(**options), calibration=[x])
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    found = prepare(base, PCConfig(**options), calibration=[x])
+    assert torch.equal(found.records.initial["a"].A0, want.records.initial["a"].A0)

@@ -146,3 +146,22 @@ def test_without_inputs_the_message_says_what_to_do(base, batches):
     with pytest.raises(ValueError, match="calibration is for windows that are found from inputs"):
         prepare(model, PCConfig(r=3, target_modules=TARGETS), calibration=batches)
     assert snapshot(model) == before
+
+
+def test_each_layer_keeps_the_magnitude_it_started_with(base, tmp_path):
+    model = ipca.apply_pc(copy.deepcopy(base), rank=3, targets="q_proj", magnitude=1.0, progress=False)
+    ipca.save_adapter(ipca.apply_pc(model, rank=3, targets="down_proj", progress=False), tmp_path / "one")
+    PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one", is_trainable=True).save_pretrained(
+        tmp_path / "two"
+    )
+    one, two = ({n: layer.magnitude for n, layer in read_layers(tmp_path / name).items()} for name in ("one", "two"))
+    assert one == two
+    assert set(one.values()) == {1.0, "sigma"}
+
+
+def test_a_config_that_is_prepared_again_counts_again(base):
+    config = PCConfig(r=3, target_modules=TARGETS, magnitude=1.0, progress=False)
+    get_peft_model(copy.deepcopy(base), prepare(base, config))
+    config.magnitude = 2.0
+    get_peft_model(copy.deepcopy(base), prepare(base, config))
+    assert {layer.magnitude for layer in config.records.saved.values()} == {2.0}
