@@ -117,7 +117,23 @@ def _effect(row: Row) -> str:
 def _by_comparison(tables: Tables, against: str, claims: Mapping[str, str]) -> str:
     """A sentence for each of ``{claim: how it is introduced}`` that was run."""
     found = {words: by_place(tables, claim, against, numbers=against == LORA) for claim, words in claims.items()}
-    return " ".join(f"{words} {_upper(text)}." for words, text in found.items() if text) or "Not run."
+    text = " ".join(f"{words} {_upper(text)}." for words, text in found.items() if text) or "Not run."
+    return f"{text}{_both_targets(tables, against)}"
+
+
+def _both_targets(tables: Tables, against: str) -> str:
+    """Of each verdict at equal target its two comparisons, of which the first one decides."""
+    shown = [
+        (place, [tables.equal[place, MIDDLE, against, level] for level in ("each seed", "all seeds")])
+        for (claim, other, place), row in tables.claims.items()
+        if (claim, other) == ("equal target", against) and row["verdict"] in (HOLDS, REVERSED)
+        if (place, MIDDLE, against, "all seeds") in tables.equal
+    ]
+    return "".join(
+        f" On {place}, with {own['rates_first']} rates of the middle and {own['rates_second']} of the other, that is "
+        f"{_at_equal_target(own)} at each seed's target; at that of all seeds {_at_equal_target(common)}."
+        for place, (own, common) in shown
+    )
 
 
 def against_lora(tables: Tables) -> str:

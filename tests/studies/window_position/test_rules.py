@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from studies.window_position import rules
@@ -79,6 +81,22 @@ def test_a_claim_names_where_it_holds_and_where_not_and_its_floor():
     assert text.endswith("At equal target? An edge, no verdict, on V1.")
     five = {("same rate", "lora", "M2-all"): claim("not shown", p="0.0625", n="5")}
     assert "Not shown on M2-all (+0.100 [+0.050, +0.150], p at its floor)" in rules.against_lora(with_claims(five))
+
+
+def test_a_verdict_at_equal_target_is_shown_with_both_comparisons():
+    made = with_claims({("equal target", "0.0", "M1"): claim("holds"), ("equal target", "0.0", "V1"): claim("edge")})
+    rates = {"rates_first": "4", "rates_second": "6"}
+    equal = {
+        (place, "0.5", "0.0", level): {**claim("holds", mean=mean), "edge": edge, **rates}
+        for place in ("M1", "V1")
+        for level, mean, edge in (("each seed", "0.1", ""), ("all seeds", "0.06", "0.5 0.0"))
+    }
+    text = rules.left_arm(replace(made, equal=equal))
+    assert text.endswith(
+        "At equal target? Holds on M1; an edge, no verdict, on V1. On M1, with 4 rates of the middle and 6 of the other, "
+        "that is +0.100 [+0.050, +0.150], p 0.010 at each seed's target; at that of all seeds +0.060 [+0.050, +0.150], "
+        "p 0.010, middle and principal at an edge."
+    )
 
 
 def test_a_condition_that_is_the_test_itself_supports_nothing():
