@@ -192,6 +192,15 @@ class Analysis:
         obstacle = self.obstacle(task, steps, (arm, other), len(seeds), len(pairs))
         return Comparison(task, steps, place, arm, other, ratio, obstacle)
 
+    def at_first_rates(self, task: str, steps: int, place: int, arm: str, other: str) -> Ratio | None:
+        """The ratio that one rate each would have given, the first of each grid; None if no seed reaches the target."""
+        first, second = (
+            self.scores(task, steps, each, place).get(self.design.arms[each].rate, {}) for each in (arm, other)
+        )
+        seeds = sorted(first.keys() & second.keys())
+        pairs = [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
+        return Ratio.of(pairs) if pairs else None
+
     def comparisons(self) -> list[Comparison]:
         """The primary comparisons, with Holm's correction in each family over those that have a verdict."""
         return [comparison for pairs in self.design.families for comparison in self._family(pairs)]
@@ -224,7 +233,7 @@ class Analysis:
             if best_rate(found) in (rates[0], rates[-1]):
                 return f"{self.design.arms[arm].title} is best at the edge of its rates, {best_rate(found):g}"
         if reached < enough:
-            return f"the target is reached by all arms with {reached} of {seeds} seeds"
+            return f"not reached (by all arms with {reached} of {seeds} seeds)"
         return ""
 
     def interpolation_error(self, metric: str) -> tuple[int, float] | None:

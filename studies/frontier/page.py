@@ -86,7 +86,7 @@ def progress(analysis: Analysis) -> str:
 
 
 def sentences(analysis: Analysis, comparisons: list[Comparison]) -> Iterator[str]:
-    """One sentence for each new task, length and pair; it is a verdict only where all three targets have one."""
+    """One sentence for each new task, length and pair, with a verdict on each target that has one."""
     title = analysis.design.title
     for task, steps in analysis.design.targets:
         for arm, other in _pairs(analysis):
@@ -102,7 +102,7 @@ def _says(found: list[Comparison]) -> str:
     """A verdict on the three targets, or why there is none."""
     obstacles = list(dict.fromkeys(c.obstacle for c in found if c.obstacle))
     ratios = ", ".join(ratio_text(c.ratio) for c in found)
-    if obstacles:
+    if all(c.obstacle for c in found):
         return f"no verdict ({'; '.join(obstacles)}); ratios at hand {ratios}."
     words = {
         "lower": "diverges less from the base at equal cross-entropy",

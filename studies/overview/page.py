@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipca.analysis.figures import INK, PALETTE
-from studies.frontier.analysis import Analysis, Comparison
+from studies.frontier.analysis import Analysis, Comparison, Ratio
 from studies.frontier.page import NOT_RUN, cell_title, ratio_text
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
@@ -72,6 +72,7 @@ class Found:
         targets: the comparisons at the three targets, the easiest first.
         claimed: whether the protocol has a claim about the pair; otherwise there is no verdict.
         kind: of the study.
+        first: the ratio at the middle target that the first rate of each arm alone would have given.
     """
 
     cell: str
@@ -79,6 +80,7 @@ class Found:
     targets: tuple[Comparison, ...]
     claimed: bool
     kind: str
+    first: Ratio | None
 
     @property
     def n(self) -> str:
@@ -88,8 +90,8 @@ class Found:
 
     @property
     def is_decided(self) -> bool:
-        """Whether there is a verdict at each target."""
-        return self.claimed and not any(c.obstacle for c in self.targets)
+        """Whether there is a verdict at a target."""
+        return self.claimed and not all(c.obstacle for c in self.targets)
 
     @property
     def verdict(self) -> str:
@@ -139,14 +141,16 @@ def _pair(study: Source, claims: Mapping[Key, Comparison], task: str, steps: int
     targets = tuple(claims.get(key) or analysis.compare(*key) for key in keys)
     if not any(c.ratio is not None and c.ratio.n > 1 for c in targets):
         return []
+    first = analysis.at_first_rates(task, steps, 1, arm, other)
     cell = f"{study.model}, {cell_title(analysis, task, steps)} steps"
-    return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims, study.kind)]
+    return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims, study.kind, first)]
 
 
 def sections(found: Mapping[str, list[Found]]) -> dict[str, str]:
     """The text between the markers of the page, by marker."""
     picture = f"![ratios](../{PICTURE.relative_to(PAGE.parents[1]).as_posix()})"
-    return {"ratios": "\n\n".join([sentences(found), picture, table(found)]) if found else NOT_RUN}
+    parts = [sentences(found), one_rate(found), picture, table(found)]
+    return {"ratios": "\n\n".join(filter(None, parts)) if found else NOT_RUN}
 
 
 def sentences(found: Mapping[str, list[Found]]) -> str:
@@ -160,6 +164,21 @@ def sentences(found: Mapping[str, list[Found]]) -> str:
         told = ", ".join(f"{verdict} ({'; '.join(dict.fromkeys(cells))})" for verdict, cells in by_verdict.items())
         lines.append(f"- {question[0].upper()}{question[1:]}: {told}.")
     return "\n".join(lines)
+
+
+def one_rate(found: Mapping[str, list[Found]]) -> str:
+    """What one rate each would have said where several were tried; empty where that is nowhere."""
+    told = [
+        f"{ratio_text(pair.first)} instead of {ratio_text(pair.targets[1].ratio)} ({pair.arms}, {pair.cell})"
+        for pair in [pair for pairs in found.values() for pair in pairs]
+        if pair.first is not None and not pair.targets[1].obstacle
+    ]
+    if not told:
+        return ""
+    return (
+        "One rate each decides nothing: the first ones alone would have given, at the middle target, "
+        f"{'; '.join(told)}. Ratios without a verdict may move as far."
+    )
 
 
 def table(found: Mapping[str, list[Found]]) -> str:
@@ -197,7 +216,7 @@ def _panel(axis: Axes, question: str, pairs: list[Found]) -> None:
         if ratio is not None:
             if ratio.low is not None and ratio.high is not None:
                 axis.hlines(line, ratio.low, ratio.high, color=color, linewidth=1.3)
-            face = color if pair.is_decided else "white"
+            face = color if pair.claimed and not pair.targets[1].obstacle else "white"
             axis.plot(ratio.value, line, "o", color=color, markerfacecolor=face, markersize=5)
     several = len(QUESTIONS[question]) > 1
     names = [f"{pair.arms.partition(' / ')[0]}\n{pair.cell}" if several else pair.cell for pair in pairs]

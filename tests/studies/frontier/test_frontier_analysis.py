@@ -157,7 +157,7 @@ def test_no_verdict_where_the_target_is_not_reached(tmp_path):
     rows = rows_of(tmp_path)
     run = Run("german", 60, "lora", 3e-3, 0)
     rows.put(run, made_up(run, 0.1, gain=0.85), {})
-    assert comparison(Analysis(SMALL, rows), "lora", 2).verdict == "the target is reached by all arms with 4 of 5 seeds"
+    assert comparison(Analysis(SMALL, rows), "lora", 2).verdict == "not reached (by all arms with 4 of 5 seeds)"
     assert comparison(Analysis(SMALL, rows), "lora", 0).obstacle == ""
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from studies.frontier.analysis import Analysis
 from studies.overview import page
 from studies.overview.page import QUESTIONS, Source, answers, sections
@@ -42,6 +44,26 @@ def test_verdicts_that_differ_between_targets_are_all_named(tmp_path):
     (found,) = answers([source(tmp_path)])[LORA]
     mixed = replace(found, targets=(replace(found.targets[0], adjusted=0.5), *found.targets[1:]))
     assert mixed.verdict == "not shown, moves the model less, moves the model less"
+
+
+def test_a_target_without_a_verdict_does_not_hide_the_others(tmp_path):
+    (found,) = answers([source(tmp_path)])[LORA]
+    last = replace(found.targets[2], obstacle="not reached (by all arms with 4 of 5 seeds)")
+    partly = replace(found, targets=(*found.targets[:2], last))
+    assert partly.is_decided
+    assert partly.verdict == "moves the model less, moves the model less, not reached (by all arms with 4 of 5 seeds)"
+    none = replace(found, targets=tuple(replace(c, obstacle="collecting") for c in found.targets))
+    assert (none.is_decided, none.verdict) == (False, "collecting")
+
+
+def test_what_one_rate_would_have_said_is_shown_beside_a_verdict_only(tmp_path):
+    found = answers([source(tmp_path / "a"), source(tmp_path / "b", "small", seeds=4)])
+    (sure, open_) = found[LORA]
+    assert sure.first.value == pytest.approx(0.75, rel=0.1), "the first rates of these rows are the best"
+    text = page.one_rate({LORA: [sure, open_]})
+    assert text.count("instead of") == 1
+    assert "(middle window / plain LoRA, model, German manual pages, 60 steps). Ratios without" in text
+    assert page.one_rate({LORA: [open_]}) == ""
 
 
 def test_every_arm_of_a_question_is_in_a_study_and_what_it_is_compared_with_in_all():

@@ -8,7 +8,7 @@ from studies.continual.analysis import Analysis as Continual
 from studies.continual.rows import Rows as Streams
 from studies.frontier.analysis import Analysis
 from studies.overview import paper
-from studies.overview.page import Source, sources
+from studies.overview.page import Source, answers, sources
 from studies.overview.paper import ACCURACY, CONTINUAL, EQUAL, HIGH, ONE_RATE, results, sections
 from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
 from studies.window_position.rows import Study
@@ -65,6 +65,22 @@ def test_a_study_without_enough_seeds_has_no_verdict_and_says_why(tmp_path):
     studies = [Source("model", Analysis(SMALL, rows_of(tmp_path / "a", seeds=4)), {})]
     found = found_in(tmp_path, studies=studies)
     assert {(each.verdict, each.why) for each in found} == {("no verdict", "collecting: 4 of 5 seeds")}
+
+
+def test_verdicts_that_differ_between_targets_are_all_given(tmp_path):
+    analysis = Analysis(SMALL, rows_of(tmp_path / "a"))
+    kept = analysis.obstacle
+
+    def obstacle(task, steps, arms, seeds, reached):
+        return kept(task, steps, arms, seeds, reached) or ("not reached" if "minor" in arms else "")
+
+    analysis.obstacle = obstacle
+    found = {each.against: each for each in found_in(tmp_path, studies=[Source("model", analysis, {})])}
+    assert (found["the last (minor)"].verdict, found["the last (minor)"].why) == ("no verdict", "not reached")
+    pair = answers([Source("model", analysis, {})])["middle window against plain LoRA"][0]
+    targets = (replace(pair.targets[0], adjusted=0.5), *pair.targets[1:])
+    word, why = paper._verdict(replace(pair, targets=targets))
+    assert (word, why) == ("depends on the target", "not shown, moves the model less, moves the model less")
 
 
 def test_a_pair_without_a_claim_in_its_protocol_is_only_described(tmp_path):

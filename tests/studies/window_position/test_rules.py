@@ -93,9 +93,9 @@ def test_a_verdict_at_equal_target_is_shown_with_both_comparisons():
     }
     text = rules.left_arm(replace(made, equal=equal))
     assert text.endswith(
-        "At equal target? Holds on M1; an edge, no verdict, on V1. On M1, with 4 rates of the middle and 6 of the other, "
-        "that is +0.100 [+0.050, +0.150], p 0.010 at each seed's target; at that of all seeds +0.060 [+0.050, +0.150], "
-        "p 0.010, middle and principal at an edge."
+        "At equal target? Holds on M1; an edge, no verdict, on V1. On M1, with 4 rates of the middle and 6 of the "
+        "other, that is +0.100 [+0.050, +0.150], p 0.010 at each seed's target; at that of all seeds +0.060 [+0.050, "
+        "+0.150], p 0.010, middle and principal at an edge."
     )
 
 
