@@ -7,6 +7,9 @@ from statistics import fmean
 from studies.continual.analysis import Analysis
 from studies.continual.design import CENTERS
 from studies.continual.rows import Rows
+from studies.frontier.analysis import Analysis as FrontierAnalysis
+from studies.frontier.rows import Rows as Frontier
+from studies.position_grid import protocol as position_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = " ".join((ROOT / "docs" / "choosing-a-window.md").read_text(encoding="utf-8").split())
@@ -105,3 +108,23 @@ def test_the_best_rates_are_those_of_the_rows():
     assert [best("0.5", "M2-all")] == ["0.001"]
     said = "principal and middle, were 2.5e-4 and 2e-3 in MiniLM's feed-forward layers, 1e-3 and 2e-3 in its query"
     assert said in TEXT
+
+
+def test_the_window_with_a_frozen_moves_mgm_less_and_nothing_is_shown_elsewhere():
+    protocol = position_grid.PROTOCOL
+    rows_of = Frontier(protocol.results / protocol.model)
+    analysis = FrontierAnalysis(protocol.with_targets(Frontier(rows_of.folder / "reference")), rows_of)
+    cell = ("twins", 60, "frozen-A", "lora")
+    found = [c for c in analysis.comparisons() if (c.task, c.steps, c.arm, c.other) == cell]
+    assert [c.verdict for c in found[:2]] == ["lower", "lower"]
+    assert found[2].obstacle
+    ratios = [f"{c.ratio.value:.2f}" for c in found[:2]]
+    said = f"{' and '.join(ratios)} times as far as plain LoRA (two of three targets)"
+    assert f"it moved MGM, a small GPT-2, {said}" in TEXT
+    elsewhere = [
+        float(row["p"])
+        for row in rows("equal-target")
+        if (row["experiment"] in ("M1", "V1")) and (row["first"], row["second"]) == ("frozen-A", "lora")
+    ]
+    assert len(elsewhere) == 4
+    assert min(elsewhere) > 0.05

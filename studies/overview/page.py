@@ -42,6 +42,7 @@ POSITIONS = {"middle": "0.5", "principal": "0.0", "minor": "1.0"}
 Key = tuple[str, int, int, str, str]
 """Task, steps, place of the target, arm, other arm."""
 _TICKS = (0.25, 0.5, 1.0, 2.0, 4.0)
+_TARGETS = ("easiest", "middle", "hardest")
 _WORDS = {"lower": "moves the model less", "higher": "moves it more"}
 
 
@@ -101,7 +102,10 @@ class Found:
         if not self.is_decided:
             return "; ".join(dict.fromkeys(c.obstacle for c in self.targets if c.obstacle))
         words = [_WORDS.get(c.verdict, c.verdict) for c in self.targets]
-        return words[0] if len(set(words)) == 1 else ", ".join(words)
+        if len(set(words)) == 1:
+            return words[0]
+        places = {word: [name for name, each in zip(_TARGETS, words, strict=True) if each == word] for word in words}
+        return "; ".join(f"{word} at the {' and '.join(names)} target" for word, names in places.items())
 
 
 def sources() -> list[Source]:
@@ -160,8 +164,9 @@ def sentences(found: Mapping[str, list[Found]]) -> str:
         by_verdict: dict[str, list[str]] = {}
         for pair in pairs:
             said = pair.verdict if pair.is_decided or not pair.claimed else "no verdict"
-            by_verdict.setdefault(said, []).append(pair.cell)
-        told = ", ".join(f"{verdict} ({'; '.join(dict.fromkeys(cells))})" for verdict, cells in by_verdict.items())
+            arm = f"{pair.arms.partition(' / ')[0]}, " if len(QUESTIONS[question]) > 1 else ""
+            by_verdict.setdefault(said, []).append(f"{arm}{pair.cell}")
+        told = "; ".join(f"{verdict} ({'; '.join(dict.fromkeys(cells))})" for verdict, cells in by_verdict.items())
         lines.append(f"- {question[0].upper()}{question[1:]}: {told}.")
     return "\n".join(lines)
 

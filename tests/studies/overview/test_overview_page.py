@@ -25,7 +25,7 @@ def test_a_pair_with_its_verdict_and_one_without(tmp_path):
     assert (second.verdict, second.is_decided) == ("collecting: 4 of 5 seeds", False)
     text = sections(found)["ratios"]
     told = "moves the model less (large, German manual pages, 60 steps)"
-    assert f"- Middle window against plain LoRA: {told}, no verdict (small, German manual pages, 60 steps)." in text
+    assert f"- Middle window against plain LoRA: {told}; no verdict (small, German manual pages, 60 steps)." in text
     assert "| middle window / plain LoRA | large, German manual pages, 60 steps | 5 | 0.75" in text
     assert "frozen" not in text, "no rows, no line"
 
@@ -43,7 +43,7 @@ def test_a_pair_that_the_protocol_claims_nothing_about_has_no_verdict(tmp_path):
 def test_verdicts_that_differ_between_targets_are_all_named(tmp_path):
     (found,) = answers([source(tmp_path)])[LORA]
     mixed = replace(found, targets=(replace(found.targets[0], adjusted=0.5), *found.targets[1:]))
-    assert mixed.verdict == "not shown, moves the model less, moves the model less"
+    assert mixed.verdict == "not shown at the easiest target; moves the model less at the middle and hardest target"
 
 
 def test_a_target_without_a_verdict_does_not_hide_the_others(tmp_path):
@@ -51,7 +51,8 @@ def test_a_target_without_a_verdict_does_not_hide_the_others(tmp_path):
     last = replace(found.targets[2], obstacle="not reached (by all arms with 4 of 5 seeds)")
     partly = replace(found, targets=(*found.targets[:2], last))
     assert partly.is_decided
-    assert partly.verdict == "moves the model less, moves the model less, not reached (by all arms with 4 of 5 seeds)"
+    said = "moves the model less at the easiest and middle target"
+    assert partly.verdict == f"{said}; not reached (by all arms with 4 of 5 seeds) at the hardest target"
     none = replace(found, targets=tuple(replace(c, obstacle="collecting") for c in found.targets))
     assert (none.is_decided, none.verdict) == (False, "collecting")
 

@@ -80,7 +80,8 @@ def test_verdicts_that_differ_between_targets_are_all_given(tmp_path):
     pair = answers([Source("model", analysis, {})])["middle window against plain LoRA"][0]
     targets = (replace(pair.targets[0], adjusted=0.5), *pair.targets[1:])
     word, why = paper._verdict(replace(pair, targets=targets))
-    assert (word, why) == ("depends on the target", "not shown, moves the model less, moves the model less")
+    said = "not shown at the easiest target; moves the model less at the middle and hardest target"
+    assert (word, why) == ("depends on the target", said)
 
 
 def test_a_pair_without_a_claim_in_its_protocol_is_only_described(tmp_path):
