@@ -166,8 +166,8 @@ def sentences(found: Mapping[str, list[Found]]) -> str:
             said = pair.verdict if pair.is_decided or not pair.claimed else "no verdict"
             arm = f"{pair.arms.partition(' / ')[0]}, " if len(QUESTIONS[question]) > 1 else ""
             by_verdict.setdefault(said, []).append(f"{arm}{pair.cell}")
-        told = "; ".join(f"{verdict} ({'; '.join(dict.fromkeys(cells))})" for verdict, cells in by_verdict.items())
-        lines.append(f"- {question[0].upper()}{question[1:]}: {told}.")
+        told = " ".join(f"{'; '.join(dict.fromkeys(cells))}: {verdict}." for verdict, cells in by_verdict.items())
+        lines.append(f"- **{question[0].upper()}{question[1:]}.** {told}")
     return "\n".join(lines)
 
 

@@ -24,8 +24,9 @@ def test_a_pair_with_its_verdict_and_one_without(tmp_path):
     assert (first.verdict, first.is_decided) == ("moves the model less", True)
     assert (second.verdict, second.is_decided) == ("collecting: 4 of 5 seeds", False)
     text = sections(found)["ratios"]
-    told = "moves the model less (large, German manual pages, 60 steps)"
-    assert f"- Middle window against plain LoRA: {told}; no verdict (small, German manual pages, 60 steps)." in text
+    cell = "German manual pages, 60 steps"
+    told = f"large, {cell}: moves the model less. small, {cell}: no verdict."
+    assert f"- **Middle window against plain LoRA.** {told}" in text
     assert "| middle window / plain LoRA | large, German manual pages, 60 steps | 5 | 0.75" in text
     assert "frozen" not in text, "no rows, no line"
 
@@ -34,7 +35,7 @@ def test_a_pair_that_the_protocol_claims_nothing_about_has_no_verdict(tmp_path):
     design = replace(SMALL, families=())
     (found,) = answers([Source("model", Analysis(design, rows_of(tmp_path)), {})])[LORA]
     assert (found.verdict, found.is_decided) == ("described only", False)
-    assert "described only (model, German manual pages, 60 steps)" in sections({LORA: [found]})["ratios"]
+    assert "model, German manual pages, 60 steps: described only." in sections({LORA: [found]})["ratios"]
     fewer = replace(found, targets=(*found.targets[:2], replace(found.targets[2], ratio=None)))
     assert (found.n, fewer.n) == ("5", "0–5")
     assert found.targets[1].ratio.n == 5
