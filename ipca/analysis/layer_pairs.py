@@ -14,6 +14,7 @@ from ipca.analysis.peft_layers import active_window, other_tuner, peft_factors, 
 from ipca.model.apply import adapted_layers
 from ipca.model.merge import check_not_sharded
 from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
+from ipca.nn.offload import is_offloaded
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import named_layers
 from ipca.nn.window_layer import WindowLayer
@@ -199,6 +200,8 @@ def _base_matrix(name: str, given: Any) -> Tensor:
 
 
 def _check_empty(name: str, layer: nn.Module) -> None:
+    if is_offloaded(layer):
+        raise ValueError(f"{name}: accelerate keeps its weight off the device; measure before it is offloaded.")
     if any(parameter.is_meta for parameter in layer.parameters()):
         raise ValueError(f"{name}: its weight is on the meta device and holds no values; load the weights first.")
     if isinstance(layer, WindowLayer) and layer.window is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.analysis.without_adapter import check_base, without_adapter
-from ipca.model.batches import check_batches, evaluating
+from ipca.model.batches import check_batches, evaluating, inner_model
 
 Measure = Callable[[nn.Module, Any], Any]
 """``measure(model, batch)``: a tensor with the measurement of each item or token that counts."""
@@ -215,8 +216,8 @@ def _both(
 
     if measure is not None:
         return torch.as_tensor(measure(model, batch)), torch.as_tensor(of_base(measure))
-    now, then = predict(model, batch), of_base(predict)
-    if is_shifted(then):  # the base decides for both: its loss is one that was trained to be low
+    now, (then, shifted) = predict(model, batch), of_base(_with_shift)
+    if shifted:  # the base decides for both: its loss is one that was trained to be low
         now, then = now.shifted(), then.shifted()
     return read(now), read(then)
 
@@ -234,7 +235,9 @@ def _embeddings(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != positions.shape[:2]:
         return positions.mean(1)
     weight = mask.double()[..., None]
-    return (positions * weight).sum(1) / weight.sum(1).clamp_min(1)
+    counted = weight.sum(1) > 0  # an item of nothing but padding has no embedding
+    found = (positions * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return found[counted.squeeze(-1)]
 
 
 def _labeled(found: Predictions) -> tuple[Tensor, Tensor]:
@@ -301,9 +304,9 @@ def predict(model: nn.Module, batch: Any) -> Predictions:
     inputs, labels = batch if is_pair else (batch, None)
     if isinstance(inputs, Mapping):
         labels = inputs.get("labels") if labels is None else labels
-        output = model(**inputs)
+        output = model(**inputs, **(_for_its_loss(model, labels) if "labels" not in inputs else {}))
     elif isinstance(inputs, Tensor):
-        output = model(inputs)
+        output = model(inputs, **_for_its_loss(model, labels))
     else:
         raise TypeError(f"a batch is a mapping, a pair (inputs, labels) or a tensor; got {_described(batch)}.")
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -317,18 +320,40 @@ def predict(model: nn.Module, batch: Any) -> Predictions:
     return Predictions(logits, labels, _mask(model, inputs, logits), _own_loss(model, output))
 
 
+def _for_its_loss(model: nn.Module, labels: Any) -> dict[str, Any]:
+    """The labels of a pair as an argument of a model of transformers, whose loss says how it is to be judged."""
+    inner = inner_model(model)
+    named = "labels" in inspect.signature(inner.forward).parameters
+    return {"labels": labels} if labels is not None and named and hasattr(inner, "config") else {}
+
+
+def _with_shift(model: nn.Module, batch: Any) -> tuple[Predictions, bool]:
+    """:func:`predict`, and whether position ``t`` predicts label ``t + 1``."""
+    found = predict(model, batch)
+    return found, is_shifted(found, lambda labels: predict(model, _relabeled(batch, labels)).loss)
+
+
+def _relabeled(batch: Any, labels: Tensor) -> Any:
+    return {**batch, "labels": labels} if isinstance(batch, Mapping) else (batch[0], labels)
+
+
 def _own_loss(model: nn.Module, output: Any) -> Any:
     """The model's loss, without the share of a mixture of experts that balances its router."""
     loss, balance = getattr(output, "loss", None), getattr(output, "aux_loss", None)
-    share = getattr(getattr(model, "config", None), "router_aux_loss_coef", None)
+    share = getattr(getattr(inner_model(model), "config", None), "router_aux_loss_coef", None)
     return loss if loss is None or balance is None or share is None else loss - share * balance
 
 
-def is_shifted(found: Predictions) -> bool:
+def is_shifted(found: Predictions, loss_of: Callable[[Tensor], Tensor | None]) -> bool:
     """Whether the model's own loss shows that position ``t`` predicts label ``t + 1``, as in causal language models.
 
     No attribute of a model says so reliably. So the mean cross-entropy of the batch is computed both ways and compared
-    with ``found.loss``. Without a loss, or with one label an item, positions predict their own labels.
+    with ``found.loss``. Where the two differ by no more than that is rounded, the loss is asked for once more with the
+    first label of each item alone, which a shifted loss does not count. Without a loss, or with one label an item,
+    positions predict their own labels.
+
+    Args:
+        loss_of: the model's own loss of other labels for the same inputs.
 
     Raises:
         ValueError: the loss is neither of both.
@@ -347,6 +372,12 @@ def is_shifted(found: Predictions) -> bool:
             f"{ways[1]:.4g} with each position predicting the next label; pass loss_of, logits_of or correct_of to "
             "read it."
         )
+    rounding = 4 * torch.finfo(found.loss.dtype).eps * abs(own)
+    if abs(ways[0] - ways[1]) <= rounding:
+        first = torch.full_like(found.labels, IGNORED)
+        first[:, 0] = 0
+        alone = loss_of(first)
+        return alone is None or not math.isfinite(float(alone)) or float(alone) == 0
     return distances[1] < distances[0]
 
 
@@ -387,7 +418,7 @@ def _checked(labels: Any, logits: Tensor) -> Tensor:
 
 def _mask(model: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
     """The attention mask where it has an entry for each row of logits, else all True."""
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    is_encoder_decoder = getattr(getattr(inner_model(model), "config", None), "is_encoder_decoder", False)
     name = "decoder_attention_mask" if is_encoder_decoder else "attention_mask"
     mask = inputs.get(name) if isinstance(inputs, Mapping) else None
     if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:

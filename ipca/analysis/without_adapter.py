@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -27,7 +27,8 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
         model: with an adapter of ipca or of PEFT.
 
     Raises:
-        ValueError: the model has no adapter, or one that has changed the base weights, as PEFT's PiSSA does.
+        ValueError: the model has no adapter, one that has changed the base weights, as PEFT's PiSSA does, or one that
+            PEFT has merged.
     """
     check_base(model)
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -40,50 +41,67 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def check_base(model: nn.Module) -> None:
-    """Raise ValueError where ``model`` has no adapter, or does not compute the base's function without it.
+    """Raise ValueError where ``model`` has no adapter, or would not compute the base's function without it.
 
     PEFT's PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's start from the base weights, and KaSA cuts off
     their smallest components: a model without such an adapter is not the base.
     """
-    if adapted_layers(model):
-        return
-    if not has_peft_layers(model):
+    if not adapted_layers(model) and not has_peft_layers(model):
         raise ValueError(f"this {type(model).__name__} has no adapter; pass the pretrained model as base.")
-    for name, config in getattr(model, "peft_config", {}).items():
-        if getattr(config, "bias", None) not in (None, "none"):
+    for path, module in model.named_modules():
+        if _is_switched(module) and getattr(module, "merged", False):
+            names = ", ".join(module.merged_adapters)
             raise ValueError(
-                f"the adapter {name!r} has bias={config.bias!r}, which trains biases of the base: without it the model "
-                "is not the base. Pass the pretrained model as base, or train with bias='none'."
+                f"{path}: the adapter {names!r} is merged into its weight, and PEFT would unmerge it to switch it off; "
+                "call unmerge_adapter() first."
             )
-        if getattr(config, "kasa_config", None) is not None:
-            raise ValueError(
-                f"the adapter {name!r} is KaSA's, which cuts off the smallest components of the base weights: without "
-                "it the model is not the base. Pass the pretrained model as base."
-            )
-        start = getattr(config, "init_lora_weights", None)
-        if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-            raise ValueError(
-                f"the adapter {name!r} has init_lora_weights={start!r}, which changes the base weights: without it the "
-                "model is not the base. Pass the pretrained model as base, or train a window with ipca.peft.PCConfig, "
-                "which leaves the base as it is; window='principal' trains PiSSA's components."
-            )
+        configs = getattr(module, "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, Mapping) else ():
+            why = change_of_the_base(vars(config))
+            if why:
+                raise ValueError(f"the adapter {name!r} {why}.")
+
+
+def change_of_the_base(config: Mapping[str, Any]) -> str:
+    """Why a model without the adapter of a PEFT ``config`` is not its base; empty where it is."""
+    if config.get("bias") not in (None, "none"):
+        return (
+            f"has bias={config['bias']!r}, which trains biases of the base: without it the model is not the base. Pass "
+            "the pretrained model as base, or train with bias='none'"
+        )
+    if config.get("kasa_config") is not None:
+        return (
+            "is KaSA's, which cuts off the smallest components of the base weights: without it the model is not the "
+            "base. Pass the pretrained model as base"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        return (
+            f"has init_lora_weights={start!r}, which changes the base weights: without it the model is not the base. "
+            "Pass the pretrained model as base, or train a window with ipca.peft.PCConfig, which leaves the base as it "
+            "is; window='principal' trains PiSSA's components"
+        )
+    return ""
 
 
 @contextmanager
 def _disabled(model: Any) -> Iterator[None]:
-    if adapted_layers(model):
-        with disabled(model):
-            yield
-    elif hasattr(model, "disable_adapter"):  # peft.PeftModel
-        with model.disable_adapter():
-            yield
-    else:  # PEFT's layers in another model
-        layers = [module for module in model.modules() if hasattr(module, "enable_adapters") and module is not model]
-        states = [layer.disable_adapters for layer in layers]
-        try:
-            for layer in layers:
+    """All layers of ipca and of PEFT off, wherever in ``model`` they are."""
+    with ExitStack() as stack:
+        if adapted_layers(model):
+            stack.enter_context(disabled(model))
+        whole = [module for module in model.modules() if hasattr(module, "disable_adapter")]  # peft.PeftModel
+        for module in whole:
+            stack.enter_context(module.disable_adapter())
+        inside = {id(part) for module in whole for part in module.modules()}
+        for layer in model.modules():
+            if _is_switched(layer) and id(layer) not in inside:
+                stack.callback(layer.enable_adapters, not layer.disable_adapters)
                 layer.enable_adapters(False)
-            yield
-        finally:
-            for layer, was_disabled in zip(layers, states, strict=True):
-                layer.enable_adapters(not was_disabled)
+        yield
+
+
+def _is_switched(module: Any) -> bool:
+    """Whether ``module`` is one of PEFT's that has an adapter to switch off; models of transformers have methods of
+    the same names."""
+    return isinstance(getattr(module, "disable_adapters", None), bool)

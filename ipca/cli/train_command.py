@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ipca.train import TrainSettings
 
 Record = dict[str, object]
+log = logging.getLogger("ipca.train")
 RANK = int(os.environ.get("RANK", 0))
 """Of this process, under torchrun; only that of rank 0 prints."""
 OVER_BUDGET = 2
@@ -66,6 +67,7 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
                 check_spared(args.out, (args.model, args.data, args.keep))
             check_output(args.out, whole=True, overwrite=args.force, option="--force")
         adapter = adapter_folder(args.adapter)
+        settings = _measured_as_in(adapter, settings, args)
         scales = {*(args.scales or (SCALES if args.scale is None else (0.0, 1.0)))}
         scales |= ({args.scale} if args.scale else set()) | ({1.0} if args.gate else set())
         with open_adapter(settings, adapter, check_base=not args.any_base) as (trainer, kept):
@@ -124,6 +126,20 @@ def _settings(args: argparse.Namespace) -> TrainSettings:
         them = "them" if len(missing) > 1 else "it"
         args.fail(f"give {' and '.join(missing)}, or --config with a file that names {them}")
     return TrainSettings.from_dict({**values, **given})
+
+
+def _measured_as_in(adapter: Path, settings: TrainSettings, args: argparse.Namespace) -> TrainSettings:
+    """``settings`` with what decides how the run of ``adapter`` measured, where the command line does not say it."""
+    from ipca.train.settings import RUN, TrainSettings, read_settings
+
+    if not (adapter / RUN).is_file():
+        return settings
+    run = read_settings(adapter / RUN)
+    unsaid: list[str] = [name for name in ("max_length", "keep_tokens", "seed") if getattr(args, name) is None]
+    found = {name: run[name] for name in unsaid if name in run and run[name] != getattr(settings, name)}
+    if found:
+        log.info("as in the run of %s: %s", adapter, ", ".join(f"{name} {value}" for name, value in found.items()))
+    return TrainSettings.from_dict({**settings.to_dict(), **found})
 
 
 def _check_packages() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ipca._atomic import staged_files, uninterrupted
 from ipca._dtensor import is_writer, write_once
@@ -59,7 +60,7 @@ _ONLY_PEFT = {"bias": "none", "trainable_token_indices": None}
 _FSDP1 = "_fsdp_wrapped_module"
 _ROUNDED = 1e-2
 """Relative distance that a factor may have after casts to 16 bits."""
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPED = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def save_adapter(
@@ -252,7 +253,7 @@ def _check_layer(model: nn.Module, name: str, layer: WindowLayer, places: int) -
             f"{name}: its factors are flat pieces of FullyShardedDataParallel or ZeRO-3; shard with "
             "torch.distributed.fsdp.fully_shard, or save within deepspeed.zero.GatheredParameters."
         )
-    if _WRAPPERS.intersection(name.split(".")) or isinstance(model, _PARALLEL):
+    if _WRAPPERS.intersection(name.split(".")) or isinstance(model, _WRAPPED):
         raise ValueError(f"{name} belongs to a wrapper, not to the model; save the model inside it.")
     if not name:
         kind = type(layer).__name__

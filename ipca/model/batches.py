@@ -63,6 +63,11 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     )
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model of transformers in ``model``, which may be a wrapper as DataParallel is; else ``model`` itself."""
+    return next((module for module in model.modules() if hasattr(module, "config")), model)
+
+
 def _first_device(model: nn.Module) -> torch.device:
     """That of the first parameter, or where accelerate moves the weights that it keeps elsewhere."""
     for module in model.modules():

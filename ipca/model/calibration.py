@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipca.model.batches import arguments_of, as_batches, evaluating, run_batch
+from ipca.model.batches import arguments_of, as_batches, evaluating, inner_model, run_batch
 from ipca.model.decompose import UnquantizedWeights, decompose_targets, naming, source_matrix, split_window
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_targets
@@ -227,6 +227,7 @@ def _watched(model: Any, moments: Mapping[nn.Module, _Moment]) -> Iterator[list[
 
 def _decoder(model: Any) -> nn.Module | None:
     """The decoder of an encoder-decoder model of transformers."""
+    model = inner_model(model)
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder")
     found = model.get_decoder() if both else None
     return found if isinstance(found, nn.Module) else None

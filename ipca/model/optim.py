@@ -34,7 +34,7 @@ class _Factor(NamedTuple):
 def param_groups(
     model: nn.Module, lr: float, *, match: str | None = None, lora_plus: float | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimizer: ``torch.optim.AdamW(ipca.param_groups(model, 1e-3))``.
+    """Parameter groups for a torch optimizer: ``torch.optim.AdamW(ipca.param_groups(model, 1e-3), weight_decay=0)``.
 
     Every parameter that requires a gradient is in exactly one group ``{"params": […], "lr": float, "name": str}``:
     ``"lora_A"``, ``"lora_B"`` (with ``match`` one each for every layer, ``"<layer path>.lora_A"``), and

@@ -406,7 +406,7 @@ def _unsupported_reason(
 
 def _unsupported_module(name: str, module: nn.Module) -> str:
     stacks = [f"{name}.{leaf}" for leaf in stack_names(module)]
-    if stacks:
+    if stacks and not type(module).__module__.startswith("torch."):  # whose 3-D parameters are no experts
         return f"it is a module of experts; name its stacks of weights, {' and '.join(stacks)}"
     return (
         f"it is a {type(module).__name__}, not an nn.Linear, nn.Embedding, nn.Conv1d, Conv2d or Conv3d, a "

@@ -62,7 +62,7 @@ def pc_linear(
 
 def pc_linear_of_layer(x: Tensor, layer: Layer, dropout: float) -> Tensor:
     """:func:`pc_linear` of a module's tensors: on a CPU plain ones are checked by the products themselves."""
-    compiling = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     plain = type(x) is Tensor and type(layer.A) is nn.Parameter
     if compiling or x.is_cuda or not plain or x.shape[-1] != layer.weight.shape[1]:
         _check(x, layer, dropout)

@@ -70,6 +70,8 @@ class KeepCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         metrics: dict[str, float] = kwargs["metrics"]
+        if self.budget is not None and self._best not in metrics:  # of another one of several evaluation sets
+            return
         found = {f"eval_{name}": value for name, value in self.kept.measure(self._trainer.model).items()}
         metrics |= found
         self._trainer.log(dict(found))
@@ -89,6 +91,14 @@ class KeepCallback(TrainerCallback):
                 self.budget,
             )
             control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.budget is not None and state.best_model_checkpoint is None and state.global_step > 0:
+            log.warning(
+                "no evaluation was within the budget of %g: the model is that of the last step. Raise the budget, "
+                "lower the learning rate, or scale the change down with ipca.train.tradeoff",
+                self.budget,
+            )
 
 
 class EvaluateLast(TrainerCallback):

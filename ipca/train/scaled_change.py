@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ipca._atomic import staged_folder
+from ipca.analysis.without_adapter import change_of_the_base, check_base
 from ipca.io.adapter_folder import SIDECAR
 from ipca.io.peft_format import CONFIG, WEIGHTS
 from ipca.train.keep import Kept, as_kept
@@ -194,8 +195,6 @@ def check_linear(model: Any) -> None:
     """Raise where ``model`` is not its base plus a change that scales with ``lora_alpha``."""
     from peft import LoraConfig, PeftModel
 
-    from ipca.analysis.without_adapter import check_base
-
     if not isinstance(model, PeftModel):
         raise TypeError(f"expected a PeftModel, got a {type(model).__name__}.")
     check_base(model)
@@ -256,6 +255,9 @@ def _check_config(config: Mapping[str, Any], name: str) -> None:
             raise ValueError(f"the adapter {name!r} has {option}: its change is not linear in its scale.")
     if config.get("bias") not in (None, "none"):
         raise ValueError(f"the adapter {name!r} has bias={config['bias']!r}: its biases would not be scaled.")
+    why = change_of_the_base(config)
+    if why:
+        raise ValueError(f"the adapter {name!r} {why}.")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -201,6 +201,14 @@ def test_a_model_without_values_is_refused():
             list(analysis.weight_pairs(trained, given))
 
 
+def test_an_offloaded_model_is_refused_for_what_it_is():
+    accelerate = pytest.importorskip("accelerate")
+    _, model = plain_and_adapted()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="a: accelerate keeps its weight off the device; measure before it is offl"):
+        list(analysis.weight_pairs(model, None))
+
+
 def test_a_layer_without_a_window_is_refused():
     _, model = plain_and_adapted()
     model.b.window = None

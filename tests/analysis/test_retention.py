@@ -1,5 +1,6 @@
 """What a model lost: by hand, and beside torch.nn.functional, scikit-learn and SciPy."""
 
+import copy
 import math
 import random
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
@@ -407,7 +409,6 @@ def test_embedding_drift_is_one_minus_the_cosine_of_mean_states():
 
 
 def test_the_loss_that_balances_a_router_is_no_loss_of_tokens():
-    transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     balanced = {"num_local_experts": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
     config = transformers.MixtralConfig(vocab_size=32, num_key_value_heads=1, **sizes, **balanced)
@@ -420,3 +421,54 @@ def test_the_loss_that_balances_a_router_is_no_loss_of_tokens():
             for each in (model, base)
         ]
     assert found.loss_rise == pytest.approx((wanted[0] - wanted[1]).item(), abs=1e-6)
+
+
+def test_an_item_of_padding_alone_has_no_embedding():
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+    )
+    model = ipca.apply_pc(transformers.BertModel(config), rank=2, progress=False)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.1)
+    ids, mask = torch.arange(24).view(3, 8), torch.ones(3, 8, dtype=torch.long)
+    mask[1] = 0
+    whole = embedding_drift(model, None, [{"input_ids": ids, "attention_mask": mask}])
+    kept = embedding_drift(model, None, [{"input_ids": ids[::2], "attention_mask": mask[::2]}])
+    assert whole == pytest.approx(kept, rel=1e-5)
+    assert whole > 0
+
+
+def test_labels_of_16_bit_models_are_judged_the_same_in_every_batch():
+    """The two ways to judge a new head differ by less than bfloat16 rounds its loss."""
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, num_labels=5
+    )
+    torch.manual_seed(0)
+    base = transformers.BertForTokenClassification(config).eval()
+    model = ipca.apply_pc(copy.deepcopy(base).bfloat16(), rank=2, progress=False)
+    batches = [{"input_ids": torch.randint(31, (2, 6)), "labels": torch.randint(5, (2, 6))} for _ in range(40)]
+    assert forgetting(model, base.bfloat16(), batches).tokens == 40 * 12
+    text_model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=31, n_embd=16, n_layer=1, n_head=2)
+    ).bfloat16()
+    with torch.no_grad():
+        text_model.transformer.wte.weight.zero_()  # every token is as likely as every other
+    texts = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    adapted = ipca.apply_pc(copy.deepcopy(text_model), rank=2, targets=["c_attn"], progress=False)
+    assert forgetting(adapted, text_model, texts).tokens == 40 * 10
+
+
+def test_an_encoder_decoder_in_a_wrapper_is_masked_as_without_it():
+    config = transformers.T5Config(
+        vocab_size=31, d_model=16, d_ff=20, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0, pad_token_id=0
+    )
+    model = ipca.apply_pc(transformers.T5ForConditionalGeneration(config), rank=2, progress=False)
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(model):
+            parameter.add_(0.1)
+    ids, mask = torch.arange(1, 25).view(3, 8), torch.ones(3, 8, dtype=torch.long)
+    mask[:, 4:] = 0
+    batches = [{"input_ids": ids, "attention_mask": mask, "labels": ids.flip(1)}]
+    assert forgetting(nn.DataParallel(model), None, batches) == forgetting(model, None, batches)
+    assert forgetting(model, None, batches).tokens == 24

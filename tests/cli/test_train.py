@@ -221,3 +221,19 @@ def test_a_missing_package_is_named_with_the_extra(words, monkeypatch, capsys):
     monkeypatch.setattr("ipca.cli.train_command.find_spec", lambda name: None if name in ("trl", "datasets") else name)
     assert main(words) == 1
     assert "needs trl, datasets; run: pip install 'ipca-lora[train]'" in capsys.readouterr().err
+
+
+def test_the_tradeoff_measures_as_the_run_did(place, capsys):
+    words = [str(place / name) for name in ("model", "out", "new.txt")]
+    keep = ["--keep", str(place / "keep.txt"), "--scales", "1", "--json"]
+    assert main(["tradeoff", *words, *keep]) == 0
+    said = capsys.readouterr()
+    as_run = json.loads(said.out)["points"][-1]
+    assert "as in the run of" in said.err
+    assert "max_length 64, keep_tokens 640" in said.err
+    last = read_curve(place / "out" / "curve.csv")[-1]
+    assert as_run["forgotten"] == pytest.approx(last["eval_keep_kl"], rel=1e-4)
+    assert main(["tradeoff", *words, *keep, "--max-length", "32", "--keep-tokens", "320"]) == 0
+    said = capsys.readouterr()
+    assert "as in the run of" not in said.err
+    assert json.loads(said.out)["points"][-1]["forgotten"] != as_run["forgotten"]

@@ -190,6 +190,8 @@ def tied_stack(model: nn.Module) -> nn.Module:
         (lambda: nn.Conv1d(4, 6, 3, dilation=2), "0", {}, r"0: it has dilation=\(2,\), which PEFT's"),
         (lambda: nn.Conv2d(4, 6, 3, padding_mode="circular"), "0", {}, "0: it has padding_mode=circular, which PEFT"),
         (lambda: nn.ConvTranspose2d(4, 6, 3), "0", {}, r"0: it is a ConvTranspose2d, not an nn\.Linear, nn\.Embedding"),
+        (lambda: nn.ConvTranspose1d(4, 6, 3), "0", {}, r"0: it is a ConvTranspose1d, not an nn\.Linear, nn\.Embedding"),
+        (lambda: nn.Bilinear(4, 5, 6), "0", {}, r"0: it is a Bilinear, not an nn\.Linear, nn\.Embedding"),
         (lambda: nn.Conv2d(2, 9, 1), "0", {"rank": 3}, "0: .*there are only 2"),
         (lambda: nn.Embedding(9, 6, max_norm=1.0), "0", {}, "0: its max_norm rewrites rows"),
         (lambda: nn.Embedding(9, 6, sparse=True), "0", {}, "0: its sparse or scale_grad_by_freq is about the gradient"),

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ipca
@@ -143,7 +144,7 @@ def test_layers_of_a_peft_adapter_are_refused():
         ipca.apply_pc(model, rank=2, progress=False)
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, AveragedModel])
 def test_a_wrapper_is_not_saved(wrap, tmp_path):
     model = ipca.apply_pc(network(), rank=2, progress=False)
     with pytest.raises(ValueError, match="belongs to a wrapper"):

@@ -74,3 +74,15 @@ def test_what_is_explained_inside_a_transform():
 
     vmap(spy)(torch.randn(5, 12))
     assert found == ["reference"]
+
+
+@FORMS
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_layer_is_traced_by_torch_jit(form, tracked, tmp_path):
+    layer, x = LinearPC.from_linear(torch.nn.Linear(20, 12), rank=3, form=form).eval(), torch.randn(5, 20)
+    with torch.no_grad():
+        layer.lora_B.add_(0.1)
+    with torch.set_grad_enabled(tracked):
+        torch.jit.save(torch.jit.trace(layer, x), tmp_path / "layer.pt")
+    traced, other = torch.jit.load(tmp_path / "layer.pt"), torch.randn(3, 20)
+    torch.testing.assert_close(traced(other), layer(other))

@@ -155,3 +155,29 @@ def test_biases_that_train_are_refused(base, batches, tmp_path):
     trainer = trainer_of(peft.get_peft_model(base, biases), tmp_path)
     with pytest.raises(ValueError, match=r"bias='all', which trains biases of the base"):
         KeepCallback(trainer, batches)
+
+
+def test_a_budget_that_nothing_met_is_said_at_the_end(base, batches, tmp_path, caplog):
+    trainer = trainer_of(
+        peft.get_peft_model(base, configs()["lora"]), tmp_path, load_best_model_at_end=True, max_steps=2
+    )
+    trainer.add_callback(KeepCallback(trainer, batches, max_kl=1e-12))
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is None
+    assert "no evaluation was within the budget of 1e-12: the model is that of the last step" in caplog.text
+
+
+def test_one_of_several_evaluation_sets_decides(base, batches, tmp_path, caplog):
+    trainer = trainer_of(
+        peft.get_peft_model(base, configs()["lora"]),
+        tmp_path,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_b_loss",
+    )
+    trainer.eval_dataset = dict.fromkeys("ab", trainer.eval_dataset)
+    trainer.add_callback(KeepCallback(trainer, batches, max_kl=100.0))
+    trainer.train()
+    losses = {e["step"]: e["eval_b_loss"] for e in trainer.state.log_history if "eval_b_loss" in e}
+    assert losses[trainer.state.best_global_step] == min(losses.values())
+    assert sum("eval_keep_kl" in entry for entry in trainer.state.log_history) == 4
+    assert "no evaluation was within" not in caplog.text

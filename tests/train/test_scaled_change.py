@@ -126,7 +126,20 @@ def test_refusals(language_model, batches, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "OFT"}))
     with pytest.raises(TypeError, match="holds a OFT; only a LoRA"):
         save_scaled(tmp_path / "other", tmp_path / "out", 0.5)
+    base = AutoModelForCausalLM.from_pretrained(language_model)
+    pissa = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    peft.get_peft_model(base, pissa).save_pretrained(tmp_path / "pissa")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base weights"):
+        save_scaled(tmp_path / "pissa", tmp_path / "out", 0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_adapter_is_refused(language_model, batches, tmp_path):
+    trainer = trained(language_model, tmp_path / "run", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.model.merge_adapter()
+    with pytest.raises(ValueError, match=r"is merged into its weight.*unmerge_adapter\(\)"):
+        tradeoff(trainer, batches, progress=False)
+    assert trainer.model.get_model_status().merged_adapters == ["default"]
 
 
 def test_what_trains_whole_is_measured_at_scale_0_too(language_model, batches, tmp_path):

@@ -1,0 +1,112 @@
+"""The base of a model, which is the model without its adapters: of ipca and of PEFT, wherever they are."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+import ipca
+from ipca.analysis import forgetting, kl_to_base
+from ipca.analysis.without_adapter import check_base, without_adapter
+from ipca.peft import PCConfig
+from tests.helpers.models import snapshot
+from tests.helpers.peft_cases import randomize
+from tests.helpers.peft_models import gpt2, llama
+
+IDS = torch.arange(1, 37).view(4, 9) % 31
+BATCHES = [{"input_ids": IDS, "labels": IDS}]
+
+
+class Wrap(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def forward(self, **inputs):
+        return self.inside(**inputs)
+
+
+def moved(model):
+    """``model`` with every trained factor changed."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def base():
+    return llama().eval()
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, PCConfig])
+def test_a_merged_adapter_is_refused_before_peft_unmerges_it(base, kind):
+    model = moved(get_peft_model(base, kind(r=3, target_modules=["q_proj"])))
+    model.merge_adapter()
+    before = snapshot(model)
+    for measure in (lambda: kl_to_base(model, None, BATCHES), lambda: forgetting(model, None, BATCHES)):
+        with pytest.raises(ValueError, match=r"q_proj: the adapter 'default' is merged .* unmerge_adapter\(\) first"):
+            measure()
+    assert snapshot(model) == before
+    model.unmerge_adapter()
+    assert kl_to_base(model, None, BATCHES) > 0
+
+
+def adapted(kind, base):
+    if kind == "ipca, then PEFT":
+        ipca.apply_pc(base, rank=3, targets=["q_proj"], progress=False)
+        return get_peft_model(base, LoraConfig(r=3, target_modules=["up_proj"], init_lora_weights=False))
+    if kind == "PEFT, then ipca":
+        model = get_peft_model(base, LoraConfig(r=3, target_modules=["up_proj"], init_lora_weights=False))
+        return ipca.apply_pc(model, rank=3, targets=["q_proj"], progress=False)
+    config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    if kind == "transformers":
+        base.add_adapter(config)
+        return base
+    if kind == "injected":
+        return inject_adapter_in_model(config, base)
+    return {"parallel": nn.DataParallel, "wrapped": Wrap}[kind](get_peft_model(base, config))
+
+
+KINDS = ["ipca, then PEFT", "PEFT, then ipca", "transformers", "injected", "parallel", "wrapped"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_is_the_model_without_all_its_adapters(base, kind):
+    plain = copy.deepcopy(base)
+    model = moved(adapted(kind, base)).eval()
+    before = model(input_ids=IDS).logits
+    assert kl_to_base(model, None, BATCHES) == pytest.approx(kl_to_base(model, plain, BATCHES), abs=1e-9)
+    assert kl_to_base(model, None, BATCHES) > 1e-6
+    with without_adapter(model):
+        assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_an_adapter_that_changed_the_base_is_found_in_a_wrapper_and_beside_ipca():
+    config = LoraConfig(r=3, target_modules=["up_proj"], init_lora_weights="pissa")
+    for wrap in (nn.DataParallel, Wrap, lambda model: ipca.apply_pc(model, rank=3, targets=["q_proj"], progress=False)):
+        model = wrap(get_peft_model(llama(), config))
+        with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base weights"):
+            check_base(model)
+
+
+def test_stock_adapters_beside_each_other_are_all_off(base):
+    plain, model = copy.deepcopy(base), get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    randomize(model)
+    with without_adapter(model):
+        assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    assert model.active_adapters == ["default"]
+
+
+def test_gpt2_is_measured_the_same_in_pairs_and_in_mappings():
+    model = moved(ipca.apply_pc(gpt2(), rank=3, progress=False))
+    mappings = forgetting(model, None, BATCHES)
+    assert mappings.tokens == 32
+    mask = torch.ones_like(IDS)
+    for inputs in (IDS, {"input_ids": IDS}, {"input_ids": IDS, "attention_mask": mask}):
+        assert forgetting(model, None, [(inputs, IDS)]) == mappings
