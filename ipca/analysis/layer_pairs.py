@@ -109,7 +109,7 @@ def weight_pairs(model: nn.Module, base: Base | None = None) -> Iterator[LayerPa
 
 def _pairs(model: nn.Module, layers: dict[str, nn.Module], before: Mapping[str, Any] | None) -> Iterator[LayerPair]:
     for name, layer in layers.items():
-        _check_empty(name, layer)
+        check_values(name, layer)
         window = layer.window if isinstance(layer, WindowLayer) else active_window(model, name, layer)
         start = None if before is None else _base_matrix(name, before[name])
         shape, read = _read(name, layer)
@@ -191,7 +191,7 @@ def _base_matrix(name: str, given: Any) -> Tensor:
             raise ValueError(
                 f"base: {name} is a {type(given).__module__}.{type(given).__name__}, not a plain layer; {_GIVE}."
             )
-        _check_empty(f"base: {name}", given)
+        check_values(f"base: {name}", given)
         return read_layer(given)[0]
     if not isinstance(given, Tensor) or not given.is_floating_point():
         what = given.dtype if isinstance(given, Tensor) else type(given).__name__
@@ -199,7 +199,8 @@ def _base_matrix(name: str, given: Any) -> Tensor:
     return given
 
 
-def _check_empty(name: str, layer: nn.Module) -> None:
+def check_values(name: str, layer: nn.Module) -> None:
+    """Raise ValueError where the weight of ``layer`` is elsewhere, or it has no window yet."""
     if is_offloaded(layer):
         raise ValueError(f"{name}: accelerate keeps its weight off the device; measure before it is offloaded.")
     if any(parameter.is_meta for parameter in layer.parameters()):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ipca.analysis.layer_pairs import check_values
 from ipca.model.apply import adapted_layers
 from ipca.model.merge import check_not_sharded
 from ipca.model.settings import AdapterSettings
@@ -166,8 +167,8 @@ def spectrum(
     parameters -= sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapted.values())
     rows: list[LayerSpectrum] = []
     for name, layer in _shown(list(adapted.items()), progress):
-        if layer.window is None:
-            raise ValueError(f"{name}: it has no window yet: load a state dict with load_state_dict().")
+        check_values(name, layer)
+        assert layer.window is not None
         rows += _spectra(name, layer.pretrained_weight(), layer.window, layer.form)
     return Spectra(tuple(rows), parameters)
 

@@ -205,8 +205,11 @@ def test_an_offloaded_model_is_refused_for_what_it_is():
     accelerate = pytest.importorskip("accelerate")
     _, model = plain_and_adapted()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="a: accelerate keeps its weight off the device; measure before it is offl"):
-        list(analysis.weight_pairs(model, None))
+    for measure in (lambda: list(analysis.weight_pairs(model, None)), lambda: analysis.spectrum(model, progress=False)):
+        with pytest.raises(
+            ValueError, match="a: accelerate keeps its weight off the device; measure before it is offl"
+        ):
+            measure()
 
 
 def test_a_layer_without_a_window_is_refused():
