@@ -110,16 +110,32 @@ def test_the_best_rates_are_those_of_the_rows():
     assert said in TEXT
 
 
-def test_the_window_with_a_frozen_moves_mgm_less_and_nothing_is_shown_elsewhere():
+def ratios_on_mgm(arm, other):
+    """The comparisons at the two easier targets that have verdicts, as the documents give them."""
     protocol = position_grid.PROTOCOL
-    rows_of = Frontier(protocol.results / protocol.model)
-    analysis = FrontierAnalysis(protocol.with_targets(Frontier(rows_of.folder / "reference")), rows_of)
-    cell = ("twins", 60, "frozen-A", "lora")
-    found = [c for c in analysis.comparisons() if (c.task, c.steps, c.arm, c.other) == cell]
-    assert [c.verdict for c in found[:2]] == ["lower", "lower"]
-    assert found[2].obstacle
-    ratios = [f"{c.ratio.value:.2f}" for c in found[:2]]
-    said = f"{' and '.join(ratios)} times as far as plain LoRA (two of three targets)"
+    found = Frontier(protocol.results / protocol.model)
+    analysis = FrontierAnalysis(protocol.with_targets(Frontier(found.folder / "reference")), found)
+    cell = ("twins", 60, arm, other)
+    pair = [c for c in analysis.comparisons() if (c.task, c.steps, c.arm, c.other) == cell]
+    assert [bool(c.obstacle) for c in pair] == [False, False, True]
+    return [c.verdict for c in pair[:2]], " and ".join(f"{c.ratio.value:.2f}" for c in pair[:2])
+
+
+def test_the_readme_says_of_mgm_what_the_rows_say():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    verdicts, ratios = ratios_on_mgm("0.5", "lora")
+    assert verdicts == ["equivalent", "lower"]
+    assert f"the middle window moved the model {ratios} times as far as LoRA at two equal targets" in readme
+    verdicts, ratios = ratios_on_mgm("0.5", "0.0")
+    assert verdicts == ["lower", "lower"]
+    assert f"{ratios} times as far as the principal window" in readme
+    assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times as far as LoRA" in readme
+
+
+def test_the_window_with_a_frozen_moves_mgm_less_and_nothing_is_shown_elsewhere():
+    verdicts, ratios = ratios_on_mgm("frozen-A", "lora")
+    assert verdicts == ["lower", "lower"]
+    said = f"{ratios} times as far as plain LoRA (two of three targets)"
     assert f"it moved MGM, a small GPT-2, {said}" in TEXT
     elsewhere = [
         float(row["p"])

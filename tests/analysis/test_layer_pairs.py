@@ -206,9 +206,7 @@ def test_an_offloaded_model_is_refused_for_what_it_is():
     _, model = plain_and_adapted()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     for measure in (lambda: list(analysis.weight_pairs(model, None)), lambda: analysis.spectrum(model, progress=False)):
-        with pytest.raises(
-            ValueError, match="a: accelerate keeps its weight off the device; measure before"
-        ):
+        with pytest.raises(ValueError, match="a: accelerate keeps its weight off the device; measure before"):
             measure()
 
 
