@@ -125,18 +125,18 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     verdicts, ratios = ratios_on_mgm("0.5", "lora")
     assert verdicts == ["equivalent", "lower"]
-    assert f"the middle window moved the model {ratios} times as far as LoRA at two equal targets" in readme
+    assert f"the middle window's KL to the base was {ratios} times LoRA's" in readme
     verdicts, ratios = ratios_on_mgm("0.5", "0.0")
     assert verdicts == ["lower", "lower"]
-    assert f"{ratios} times as far as the principal window" in readme
-    assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times as far as LoRA" in readme
+    assert f"{ratios} times the principal window's" in readme
+    assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times LoRA's" in readme
 
 
 def test_the_window_with_a_frozen_moves_mgm_less_and_nothing_is_shown_elsewhere():
     verdicts, ratios = ratios_on_mgm("frozen-A", "lora")
     assert verdicts == ["lower", "lower"]
-    said = f"{ratios} times as far as plain LoRA (two of three targets)"
-    assert f"it moved MGM, a small GPT-2, {said}" in TEXT
+    said = f"{ratios} times plain LoRA's (two of three targets)"
+    assert f"its KL to the base was, on MGM, a small GPT-2, {said}" in TEXT
     elsewhere = [
         float(row["p"])
         for row in rows("equal-target")

@@ -29,14 +29,16 @@ EQUAL, ONE_RATE = "forget less, at equal success", f"forget less, at one rate ({
 HIGH, ACCURACY = "lose less from the lowest rate to the highest", "learn more, each at its best rate"
 CONTINUAL = "end higher after five tasks"
 ALIKE, MIXED, NO_VERDICT = "alike", "depends on the target", "no verdict"
+REACHED = " where reached"
+"""After a word: of the targets that all arms reach with enough seeds; not of all three."""
 LANGUAGE, VISION = "language", "vision"
 _AGAINST = {"the first (principal)": PRINCIPAL, "the last (minor)": MINOR, "plain LoRA": LORA}
 _QUESTIONS = dict(zip(_AGAINST, ("the principal one", "the minor one", "plain LoRA"), strict=True))
 _SWEEPS = {EQUAL: "equal target", ONE_RATE: "same rate", HIGH: "high rates", ACCURACY: "accuracy"}
 """The names of ``claims.csv``."""
-_VERDICTS = {"moves the model less": HOLDS, "moves it more": REVERSED, "equivalent": ALIKE, NOT_SHOWN: NOT_SHOWN}
+_VERDICTS = {"lower": HOLDS, "higher": REVERSED, "equivalent": ALIKE, NOT_SHOWN: NOT_SHOWN}
 _STREAMS = {"higher": HOLDS, "lower": REVERSED, "alike": ALIKE, "not shown": NOT_SHOWN}
-_ORDER = (HOLDS, REVERSED, ALIKE, NOT_SHOWN, MIXED, NO_VERDICT)
+_ORDER = tuple(f"{word}{part}" for word in _VERDICTS.values() for part in ("", REACHED)) + (MIXED, NO_VERDICT)
 _KINDS = (LANGUAGE, VISION)
 
 
@@ -105,8 +107,11 @@ def _verdict(pair: Found) -> tuple[str, str]:
     """The word for the three targets, and why there is none."""
     if not pair.is_decided:
         return NO_VERDICT, pair.verdict
-    word = _VERDICTS.get(pair.verdict, MIXED)
-    return word, pair.verdict if word == MIXED else ""
+    decided = {c.verdict for c in pair.targets if not c.obstacle}
+    if len(decided) > 1:
+        return MIXED, pair.verdict
+    word = _VERDICTS[decided.pop()]
+    return (f"{word}{REACHED}", pair.verdict) if any(c.obstacle for c in pair.targets) else (word, "")
 
 
 def _of_streams(streams: Continual) -> Iterator[Result]:

@@ -82,6 +82,10 @@ def test_verdicts_that_differ_between_targets_are_all_given(tmp_path):
     word, why = paper._verdict(replace(pair, targets=targets))
     said = "not shown at the easiest target; moves the model less at the middle and hardest target"
     assert (word, why) == ("depends on the target", said)
+    out_of_reach = (*pair.targets[:2], replace(pair.targets[2], obstacle="not reached"))
+    word, why = paper._verdict(replace(pair, targets=out_of_reach))
+    said = "moves the model less at the easiest and middle target; not reached at the hardest target"
+    assert (word, why) == ("holds where reached", said)
 
 
 def test_a_pair_without_a_claim_in_its_protocol_is_only_described(tmp_path):
