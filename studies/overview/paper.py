@@ -38,7 +38,7 @@ _SWEEPS = {EQUAL: "equal target", ONE_RATE: "same rate", HIGH: "high rates", ACC
 """The names of ``claims.csv``."""
 _VERDICTS = {"lower": HOLDS, "higher": REVERSED, "equivalent": ALIKE, NOT_SHOWN: NOT_SHOWN}
 _STREAMS = {"higher": HOLDS, "lower": REVERSED, "alike": ALIKE, "not shown": NOT_SHOWN}
-_ORDER = tuple(f"{word}{part}" for word in _VERDICTS.values() for part in ("", REACHED)) + (MIXED, NO_VERDICT)
+_ORDER = (*(f"{word}{part}" for word in _VERDICTS.values() for part in ("", REACHED)), MIXED, NO_VERDICT)
 _KINDS = (LANGUAGE, VISION)
 
 
