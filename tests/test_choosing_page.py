@@ -129,6 +129,7 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     verdicts, ratios = ratios_on_mgm("0.5", "0.0")
     assert verdicts == ["lower", "lower"]
     assert f"{ratios} times the principal window's" in readme
+    assert f"{ratios_on_mgm('0.5', '1.0')[1]} times the minor window's" in readme
     assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times LoRA's" in readme
 
 

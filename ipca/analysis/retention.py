@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipca.analysis.without_adapter import check_base, without_adapter
-from ipca.model.batches import check_batches, evaluating, inner_model
+from ipca.model.batches import check_batches, evaluating, inner_model, names_labels
 
 Measure = Callable[[nn.Module, Any], Any]
 """``measure(model, batch)``: a tensor with the measurement of each item or token that counts."""
@@ -304,9 +303,9 @@ def predict(model: nn.Module, batch: Any) -> Predictions:
     inputs, labels = batch if is_pair else (batch, None)
     if isinstance(inputs, Mapping):
         labels = inputs.get("labels") if labels is None else labels
-        output = model(**inputs, **(_for_its_loss(model, labels) if "labels" not in inputs else {}))
+        output = model(**inputs)
     elif isinstance(inputs, Tensor):
-        output = model(inputs, **_for_its_loss(model, labels))
+        output = model(inputs)
     else:
         raise TypeError(f"a batch is a mapping, a pair (inputs, labels) or a tensor; got {_described(batch)}.")
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -320,21 +319,20 @@ def predict(model: nn.Module, batch: Any) -> Predictions:
     return Predictions(logits, labels, _mask(model, inputs, logits), _own_loss(model, output))
 
 
-def _for_its_loss(model: nn.Module, labels: Any) -> dict[str, Any]:
-    """The labels of a pair as an argument of a model of transformers, whose loss says how it is to be judged."""
-    inner = inner_model(model)
-    named = "labels" in inspect.signature(inner.forward).parameters
-    return {"labels": labels} if labels is not None and named and hasattr(inner, "config") else {}
-
-
 def _with_shift(model: nn.Module, batch: Any) -> tuple[Predictions, bool]:
     """:func:`predict`, and whether position ``t`` predicts label ``t + 1``."""
     found = predict(model, batch)
-    return found, is_shifted(found, lambda labels: predict(model, _relabeled(batch, labels)).loss)
+    return found, is_shifted(found, lambda labels: _loss_of(model, batch, labels))
 
 
-def _relabeled(batch: Any, labels: Tensor) -> Any:
-    return {**batch, "labels": labels} if isinstance(batch, Mapping) else (batch[0], labels)
+def _loss_of(model: nn.Module, batch: Any, labels: Tensor) -> Tensor | None:
+    """The model's own loss of ``labels`` for the inputs of ``batch``; None of a pair for a model that takes none."""
+    inputs = batch if isinstance(batch, Mapping) else batch[0]
+    if inputs is not batch and not names_labels(model):
+        return None
+    output = model(**{**inputs, "labels": labels}) if isinstance(inputs, Mapping) else model(inputs, labels=labels)
+    loss: Tensor | None = _own_loss(model, output)
+    return loss
 
 
 def _own_loss(model: nn.Module, output: Any) -> Any:
@@ -358,9 +356,12 @@ def is_shifted(found: Predictions, loss_of: Callable[[Tensor], Tensor | None]) -
     Raises:
         ValueError: the loss is neither of both.
     """
-    if found.loss is None or found.labels is None or found.labels.ndim < 2:
+    if found.labels is None or found.labels.ndim < 2:
         return False
-    own, ways = float(found.loss), []
+    loss = loss_of(found.labels) if found.loss is None else found.loss
+    if loss is None:
+        return False
+    own, ways = float(loss), []
     for labels in (found.labels, found.shifted().labels):
         assert labels is not None
         logits = at_least_float32(found.logits)
@@ -372,12 +373,12 @@ def is_shifted(found: Predictions, loss_of: Callable[[Tensor], Tensor | None]) -
             f"{ways[1]:.4g} with each position predicting the next label; pass loss_of, logits_of or correct_of to "
             "read it."
         )
-    rounding = 4 * torch.finfo(found.loss.dtype).eps * abs(own)
+    rounding = 4 * torch.finfo(loss.dtype).eps * abs(own)
     if abs(ways[0] - ways[1]) <= rounding:
         first = torch.full_like(found.labels, IGNORED)
         first[:, 0] = 0
         alone = loss_of(first)
-        return alone is None or not math.isfinite(float(alone)) or float(alone) == 0
+        return alone is not None and (not math.isfinite(float(alone)) or float(alone) == 0)
     return distances[1] < distances[0]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ipca.model.apply import adapted_layers
 from ipca.model.merge import disabled
-from ipca.model.targets import has_peft_layers
+from ipca.model.targets import check_unmerged, has_peft_layers
 
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of ``init_lora_weights`` with which PEFT writes into the base weight, and whether one begins so."""
@@ -48,13 +48,8 @@ def check_base(model: nn.Module) -> None:
     """
     if not adapted_layers(model) and not has_peft_layers(model):
         raise ValueError(f"this {type(model).__name__} has no adapter; pass the pretrained model as base.")
-    for path, module in model.named_modules():
-        if _is_switched(module) and getattr(module, "merged", False):
-            names = ", ".join(module.merged_adapters)
-            raise ValueError(
-                f"{path}: the adapter {names!r} is merged into its weight, and PEFT would unmerge it to switch it off; "
-                "call unmerge_adapter() first."
-            )
+    check_unmerged(model)
+    for module in model.modules():
         configs = getattr(module, "peft_config", None)
         for name, config in configs.items() if isinstance(configs, Mapping) else ():
             why = change_of_the_base(vars(config))

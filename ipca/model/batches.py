@@ -64,8 +64,19 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model of transformers in ``model``, which may be a wrapper as DataParallel is; else ``model`` itself."""
-    return next((module for module in model.modules() if hasattr(module, "config")), model)
+    """The model of transformers in ``model``, which may be a wrapper as PeftModel is; else ``model`` itself."""
+    return next((m for m in model.modules() if hasattr(m, "config") and not _passes_on(m)), model)
+
+
+def _passes_on(module: nn.Module) -> bool:
+    """Whether ``forward`` takes ``*args``, as that of a wrapper which calls another module with them."""
+    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values())
+
+
+def names_labels(model: nn.Module) -> bool:
+    """Whether the model of transformers in ``model`` takes an argument ``labels``."""
+    inner = inner_model(model)
+    return hasattr(inner, "config") and "labels" in inspect.signature(inner.forward).parameters
 
 
 def _first_device(model: nn.Module) -> torch.device:
@@ -82,7 +93,8 @@ def arguments_of(model: nn.Module, batch: Any) -> Mapping[str, Any]:
     if isinstance(batch, Mapping):
         return batch
     given = batch if isinstance(batch, tuple | list) else (batch,)
-    return inspect.signature(model.forward).bind_partial(*given).arguments
+    named = inner_model(model) if _passes_on(model) else model
+    return inspect.signature(named.forward).bind_partial(*given).arguments
 
 
 @contextmanager

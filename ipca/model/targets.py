@@ -219,6 +219,17 @@ def has_peft_layers(model: nn.Module) -> bool:
     return any(_of_peft(module) for module in model.modules())
 
 
+def check_unmerged(model: nn.Module) -> None:
+    """Raise ValueError where PEFT has merged an adapter: the weights are not the base's, and PEFT unmerges at will."""
+    for name, module in model.named_modules():
+        if _of_peft(module) and getattr(module, "merged", False):
+            adapters = ", ".join(module.merged_adapters)
+            raise ValueError(
+                f"{name}: the adapter {adapters!r} is merged into its weight, which is not the base's then; call "
+                "unmerge_adapter() first."
+            )
+
+
 def _matching(model: nn.Module, modules: dict[str, nn.Module], settings: AdapterSettings) -> list[str]:
     heads = find_heads(model, settings.targets, settings.exclude)
     excluded = (*settings.exclude, *settings.modules_to_save, *map(re.escape, heads))

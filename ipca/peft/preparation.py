@@ -17,7 +17,7 @@ from ipca.model.apply import check_inference_mode
 from ipca.model.calibration import decompose_calibrated
 from ipca.model.decompose import UnquantizedWeights
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import Target
+from ipca.model.targets import Target, check_unmerged
 from ipca.nn.initialization import InitialFactors
 from ipca.nn.layer_kinds import matrix_shape, stack_names
 from ipca.nn.offload import weights_maps
@@ -74,7 +74,7 @@ def prepare(
         raise TypeError(f"config must be an ipca.peft.PCConfig, got {type(config).__name__}.")
     check_inference_mode()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    _check_unmerged(base)
+    check_unmerged(base)
     trial = _trial(base, config)
     layers = [layer for layer in trial.modules() if isinstance(layer, WindowLora) and layer.holds(_ADAPTER)]
     _check_untied(trial, layers)
@@ -154,16 +154,6 @@ def _trial(base: nn.Module, config: PCConfig) -> nn.Module:
     finally:
         for parameter, trains in before:
             parameter.requires_grad_(trains)
-
-
-def _check_unmerged(model: nn.Module) -> None:
-    """Raise ValueError where an adapter is merged: the weights are not the base's."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and getattr(layer, "merged", False):
-            raise ValueError(
-                f"{name}: the adapter {', '.join(layer.merged_adapters)!r} is merged into its weight, which is not the "
-                "base's then; call unmerge_adapter() first."
-            )
 
 
 def _check_untied(model: nn.Module, layers: Iterable[WindowLora]) -> None:

@@ -70,8 +70,13 @@ class KeepCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         metrics: dict[str, float] = kwargs["metrics"]
-        if self.budget is not None and self._best not in metrics:  # of another one of several evaluation sets
-            return
+        if self.budget is not None and self._best not in metrics:
+            if self._trainer.is_in_train and not isinstance(self._trainer.eval_dataset, Mapping):
+                raise ValueError(
+                    f"the budget goes by {self._best!r}, and the evaluation gives {', '.join(metrics)}; set "
+                    "metric_for_best_model to one of these."
+                )
+            return  # of another one of several evaluation sets
         found = {f"eval_{name}": value for name, value in self.kept.measure(self._trainer.model).items()}
         metrics |= found
         self._trainer.log(dict(found))
@@ -95,8 +100,8 @@ class KeepCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.budget is not None and state.best_model_checkpoint is None and state.global_step > 0:
             log.warning(
-                "no evaluation was within the budget of %g: the model is that of the last step. Raise the budget, "
-                "lower the learning rate, or scale the change down with ipca.train.tradeoff",
+                "no evaluation was within the budget of %g: the model is that of the last step. Scale its change down, "
+                "train at a lower rate, or raise the budget",
                 self.budget,
             )
 

@@ -7,7 +7,7 @@ Everything is computed from the rows at hand. Ratios are geometric means over se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import mean
@@ -186,10 +186,9 @@ class Analysis:
     ) -> Comparison:
         """``arm`` against ``other``, each seed at the rates that are best on the other seeds."""
         first, second = (self.tuned(task, steps, each, place, metric, training=training) for each in (arm, other))
-        seeds = sorted(first.keys() & second.keys())
-        pairs = [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
+        pairs = _pairs(first, second)
         ratio = Ratio.of(pairs) if pairs else None
-        obstacle = self.obstacle(task, steps, (arm, other), len(seeds), len(pairs))
+        obstacle = self.obstacle(task, steps, (arm, other), len(first.keys() & second.keys()), len(pairs))
         return Comparison(task, steps, place, arm, other, ratio, obstacle)
 
     def at_first_rates(self, task: str, steps: int, place: int, arm: str, other: str) -> Ratio | None:
@@ -197,8 +196,7 @@ class Analysis:
         first, second = (
             self.scores(task, steps, each, place).get(self.design.arms[each].rate, {}) for each in (arm, other)
         )
-        seeds = sorted(first.keys() & second.keys())
-        pairs = [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
+        pairs = _pairs(first, second)
         return Ratio.of(pairs) if pairs else None
 
     def comparisons(self) -> list[Comparison]:
@@ -271,6 +269,12 @@ class Analysis:
             return None
         by_sequence = items[name].double().nanmean(-1)
         return float(by_sequence.std() / math.sqrt(len(by_sequence)))
+
+
+def _pairs(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> list[tuple[float, float]]:
+    """The values of the seeds with which both arms reach the target."""
+    seeds = sorted(first.keys() & second.keys())
+    return [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
 
 
 def corrected(comparisons: Iterable[Comparison]) -> list[Comparison]:

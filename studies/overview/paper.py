@@ -31,7 +31,6 @@ CONTINUAL = "end higher after five tasks"
 ALIKE, MIXED, NO_VERDICT = "alike", "depends on the target", "no verdict"
 REACHED = " where reached"
 """After a word: of the targets that all arms reach with enough seeds; not of all three."""
-LANGUAGE, VISION = "language", "vision"
 _AGAINST = {"the first (principal)": PRINCIPAL, "the last (minor)": MINOR, "plain LoRA": LORA}
 _QUESTIONS = dict(zip(_AGAINST, ("the principal one", "the minor one", "plain LoRA"), strict=True))
 _SWEEPS = {EQUAL: "equal target", ONE_RATE: "same rate", HIGH: "high rates", ACCURACY: "accuracy"}
@@ -39,7 +38,7 @@ _SWEEPS = {EQUAL: "equal target", ONE_RATE: "same rate", HIGH: "high rates", ACC
 _VERDICTS = {"lower": HOLDS, "higher": REVERSED, "equivalent": ALIKE, NOT_SHOWN: NOT_SHOWN}
 _STREAMS = {"higher": HOLDS, "lower": REVERSED, "alike": ALIKE, "not shown": NOT_SHOWN}
 _ORDER = (*(f"{word}{part}" for word in _VERDICTS.values() for part in ("", REACHED)), MIXED, NO_VERDICT)
-_KINDS = (LANGUAGE, VISION)
+_KINDS = ("language", "vision")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def _of_sweeps(tables: Tables) -> Iterator[Result]:
         for place, title in PLACE_NAMES.items():
             row = tables.claims.get((name, method, place))
             if row is not None:
-                kind = VISION if place.startswith("V") else LANGUAGE
+                kind = "vision" if place.startswith("V") else "language"
                 verdict, why = row["verdict"], ""
                 if verdict == EDGE:
                     verdict, why = NO_VERDICT, "a best rate, or one that the comparison rests on, is an edge"
@@ -119,7 +118,7 @@ def _of_streams(streams: Continual) -> Iterator[Result]:
     for each in streams.compared():
         figure = f"accuracy {mean_text(each)}"
         verdict = _STREAMS.get(each.verdict, NO_VERDICT)
-        yield Result(CONTINUAL, METHODS[each.method], VISION, "ViT", str(each.n), figure, verdict, each.why)
+        yield Result(CONTINUAL, METHODS[each.method], "vision", "ViT", str(each.n), figure, verdict, each.why)
 
 
 def sections(found: list[Result]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The base of a model, which is the model without its adapters: of ipca and of PEFT, wherever they are."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -110,3 +111,8 @@ def test_gpt2_is_measured_the_same_in_pairs_and_in_mappings():
     mask = torch.ones_like(IDS)
     for inputs in (IDS, {"input_ids": IDS}, {"input_ids": IDS, "attention_mask": mask}):
         assert forgetting(model, None, [(inputs, IDS)]) == mappings
+    wrapped = moved(get_peft_model(gpt2(), LoraConfig(r=3, target_modules=["c_attn"], init_lora_weights=False)))
+    assert "input_ids" not in inspect.signature(wrapped.forward).parameters
+    assert forgetting(wrapped, None, [(IDS, IDS)]) == forgetting(wrapped, None, BATCHES)
+    with pytest.raises(ValueError, match="labels must be class indices"):
+        forgetting(model, None, [(IDS, IDS + 1000)])

@@ -1,5 +1,6 @@
 """The second moment of a layer's inputs, energies and sensitivities against their definitions; nothing else changes."""
 
+import copy
 import importlib
 
 import pytest
@@ -267,5 +268,9 @@ def test_a_mask_counts_by_position_as_by_name():
     named = moments(model, layers, [{"input_ids": ids, "attention_mask": mask}])
     for batch in ((ids, mask), [ids, mask]):
         assert torch.equal(moments(model, layers, [batch])[layers[0]], named[layers[0]])
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["value"]))
+    inside = f"base_model.model.{layers[0]}"
+    assert torch.equal(moments(wrapped, [inside], [(ids, mask)])[inside], named[layers[0]])
     without = moments(model, layers, [(ids,)])
     assert not close(without[layers[0]], named[layers[0]])

@@ -181,3 +181,17 @@ def test_one_of_several_evaluation_sets_decides(base, batches, tmp_path, caplog)
     assert losses[trainer.state.best_global_step] == min(losses.values())
     assert sum("eval_keep_kl" in entry for entry in trainer.state.log_history) == 4
     assert "no evaluation was within" not in caplog.text
+
+
+def refused_in_training(trainer, words):
+    """At the first evaluation, when the model has moved: so that no model is a variable here, and compared."""
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+
+
+def test_a_metric_that_no_evaluation_gives_is_named(base, batches, tmp_path):
+    model = peft.get_peft_model(base, configs()["lora"])
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    trainer = trainer_of(model, tmp_path, **options)
+    trainer.add_callback(KeepCallback(trainer, batches, max_kl=1.0))
+    refused_in_training(trainer, r"by 'eval_accuracy', and the evaluation gives eval_loss.*set metric_for_best_model")
