@@ -4,6 +4,7 @@ python examples/sweep_trainer.py --out sweep-out      (or: ipca sweep examples/s
 """
 
 from functools import partial
+from tempfile import TemporaryDirectory
 
 import torch
 from tiny import options, tiny_data, tiny_model
@@ -16,19 +17,20 @@ from ipca.model import AdapterSettings
 
 def train(steps, model, groups, seed):
     """Train with an optimizer over the sweep's parameter groups, which hold the learning rates."""
-    arguments = TrainingArguments(
-        output_dir="unused",
-        max_steps=steps,
-        seed=seed,
-        per_device_train_batch_size=4,
-        save_strategy="no",
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
-    Trainer(model, arguments, train_dataset=tiny_data(), optimizers=(optimizer, None)).train()
+    with TemporaryDirectory() as folder:  # which the Trainer makes, though nothing is saved
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            seed=seed,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        Trainer(model, arguments, train_dataset=tiny_data(), optimizers=(optimizer, None)).train()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from ipca.io.serving import (
 from ipca.model.apply import adapted_layers
 from ipca.model.merge import check_not_offloaded
 from ipca.model.running_statistics import warn_moved_statistics
+from ipca.model.targets import few
 from ipca.model.transformers_models import plain_key
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
 from ipca.nn.quantized_linear import QuantizedLinearPC
@@ -84,7 +86,8 @@ def export(
         rounding.
 
     Warns:
-        RuntimeWarning: as :func:`ipca.save_adapter`; for ``"serve"``, a rank that servers allow only on request.
+        RuntimeWarning: as :func:`ipca.save_adapter`; for ``"serve"``, a rank that servers allow only on request; for
+            ``"residual"``, layers with a frozen factor, which PEFT trains too where training goes on.
 
     Raises:
         ValueError: as :func:`ipca.save_adapter`, a layer that the model does not call, an unknown ``format``, a
@@ -130,6 +133,8 @@ def export(
                 errors.update(_write_truncated(stage, tensors, scalings, config, rank))
 
     write_once(model, write)
+    if format == "residual" and is_writer(model):
+        _warn_frozen(contents)
     if format == "serve":
         warn_rank(serving_rank(contents.layers, moved))
     elif format != "mlx" and is_writer(model):
@@ -158,6 +163,17 @@ def _check_quantized(model: nn.Module) -> None:
                 f"{name} is quantized ({layer.kind}), and W_res would have to be quantized again; adapt the "
                 "model before it is quantized, export that, and quantize its base."
             )
+
+
+def _warn_frozen(contents: AdapterContents) -> None:
+    """Warn where PEFT would train a factor that is frozen here: a stock LoRA does not say which one trains."""
+    frozen = [name for name, layer in contents.layers.items() if layer.trained != "both"]
+    if frozen:
+        words = (
+            f"a stock LoRA cannot say which factor is frozen, as in {few(frozen)}: the function is the same, but PEFT "
+            "trains both factors where training goes on. save_adapter keeps the frozen one."
+        )
+        warnings.warn(words, RuntimeWarning, stacklevel=3)
 
 
 def _write_residual(

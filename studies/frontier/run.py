@@ -232,13 +232,13 @@ def how_far(design: Design, rows: Rows, runners: Runners, seconds: float, part: 
         seconds: of a step, for lengths of which no run was made yet.
     """
     planned = list(part.of(design.order(grids(design, rows)), design))
-    lines = [f"{'steps':>5}  {'task':8}{'arm':22}{'runs':>9}   rates, each with its complete seeds"]
+    lines = [f"{'steps':>5}  {'task':10}{'arm':22}{'runs':>9}   rates, each with its complete seeds"]
     for steps, task, arm in dict.fromkeys((run.steps, run.task, run.arm) for run in planned):
         cell = [run for run in planned if (run.steps, run.task, run.arm) == (steps, task, arm)]
         done = [run for run in cell if rows.has(run)]
         seeds = {rate: sum(run.rate == rate for run in done) for rate in sorted({run.rate for run in cell})}
         rates = ", ".join(f"{rate:g}: {count}" for rate, count in seeds.items() if count)
-        lines.append(f"{steps:5}  {task:8}{arm:22}{len(done):4}/{len(cell):<4}   {rates}")
+        lines.append(f"{steps:5}  {task:10}{arm:22}{len(done):4}/{len(cell):<4}   {rates}")
     left = [run for run in planned if not rows.has(run)]
     hours = [(runners.mean_seconds(run.steps) or seconds * run.steps) / 3600 for run in left]
     busy = [run.key for run in left if runners.is_claimed(run.key)]

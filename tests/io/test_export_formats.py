@@ -179,3 +179,17 @@ def test_auto_peft_model_finds_the_base(tmp_path):
     for auto in (AutoPeftModel, AutoPeftModelForCausalLM):
         loaded = auto.from_pretrained(tmp_path / "x" / "adapter").eval()
         assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", ["A", "B", "both"])
+def test_a_frozen_factor_that_a_stock_lora_cannot_say(train, tmp_path, recwarn):
+    model = ipca.apply_pc(llama(), rank=4, targets=["q_proj"], train=train, progress=False)
+    model(torch.randint(0, 40, (2, 5)))
+    ipca.export(model, tmp_path / "x", format="residual")
+    said = [str(w.message) for w in recwarn if "frozen" in str(w.message)]
+    if train == "both":
+        assert not said
+    else:
+        assert said[0].startswith(
+            "a stock LoRA cannot say which factor is frozen, as in model.layers.0.self_attn.q_proj: "
+        )
