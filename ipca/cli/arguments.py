@@ -79,14 +79,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_output_folder(args: argparse.Namespace) -> None:
-    """Raise where --out is the adapter that is read, or a model that is read."""
-    given = {name: folder.resolve() for name, folder in vars(args).items() if name in ("model", "original") and folder}
-    if args.out.resolve() in given.values():
-        raise ValueError(
-            f"{args.out} is the model itself, which would then load with the adapter; choose another folder."
-        )
-    if "adapter" in args and args.out.resolve() == args.adapter.resolve():
-        raise ValueError(f"{args.out} is the adapter itself; choose another folder.")
+    """Raise where --out, or what is written in it, is the adapter that is read, or a model that is read."""
+    from ipca.io.output_folder import check_not_read
+
+    given = vars(args)
+    residual = "residual" in (given.get("format"), given.get("form"))
+    check_not_read(
+        args.out, model=[given.get("model"), given.get("original")], adapter=[given.get("adapter")], residual=residual
+    )
 
 
 def find_folders(args: argparse.Namespace) -> None:

@@ -26,12 +26,12 @@ from ipca.io.adapter_folder import (
     file_sha256,
     other_base,
     read_adapter,
-    read_layers,
+    read_record,
     sidecar,
 )
 from ipca.io.hub import adapter_folder
 from ipca.io.model_folder import WEIGHT_ENDINGS
-from ipca.io.output_folder import check_output, is_adapter_file
+from ipca.io.output_folder import check_not_read, check_output, is_adapter_file
 from ipca.io.peft_format import (
     CONFIG,
     MATRIX,
@@ -39,12 +39,13 @@ from ipca.io.peft_format import (
     AdapterContents,
     adapter_state,
     bypassed_words,
+    check_finite,
     formats,
     readable_config,
     write_peft,
 )
 from ipca.io.serving import warn_servers
-from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
+from ipca.model.apply import FULLY_TRAINED, adapted_layers, check_inference_mode, install, train_only_adapter
 from ipca.model.merge import check_not_offloaded, check_not_sharded, fully_trained_modules, require_adapted
 from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.targets import Target, check_endings, validate_targets
@@ -78,7 +79,8 @@ def save_adapter(
             parameters is written as a whole, as PEFT's ``modules_to_save``.
         folder: made if missing.
         base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
-        overwrite: replace an adapter of other layers, windows, options or bases.
+        overwrite: replace an adapter of other layers, windows or bases, or one with fully trained modules that
+            ``model`` does not train.
 
     A model that ``fully_shard`` has spread over processes must be saved by all of them: they gather it tensor by
     tensor, rank 0 writes, and none returns before the files are complete.
@@ -89,19 +91,21 @@ def save_adapter(
             Or the model reads a layer's weight instead of calling it, which PEFT and servers do not see.
 
     Raises:
-        ValueError: nothing is adapted, something trains that an adapter file cannot hold, or PEFT would read another
-            adapter than this one.
+        ValueError: nothing is adapted, something trains that an adapter file cannot hold, PEFT would read another
+            adapter than this one, something holds NaN or Inf, or ``folder`` is where the model was loaded from.
         FileExistsError: ``folder`` holds another adapter, and not ``overwrite``.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
     contents = collect_adapter(model)
     layers = {name: _saved(layer) for name, layer in contents.layers.items()}
-    resumes = partial(_is_earlier, Path(folder), layers=layers, adapted=contents.layers)
+    check_not_read(folder, model=[getattr(model, "name_or_path", None)])
+    resumes = partial(_is_earlier, Path(folder), layers=layers, contents=contents)
     write_once(model, partial(check_output, folder, overwrite=overwrite, resumes=resumes))
     config = readable_config(model, formats(contents), contents.modules_to_save, base_model)
     tensors = adapter_state(model, contents)
 
     def write() -> None:
+        check_finite(contents, tensors)
         with staged_files(folder, replaced=is_adapter_file) as stage:
             write_peft(stage, tensors, config)
             record = sidecar(layers, file_sha256(stage / WEIGHTS), list(contents.modules_to_save))
@@ -116,20 +120,23 @@ def save_adapter(
             warnings.warn(f"{words}. ipca.load_adapter and ipca merge read them right.", RuntimeWarning, stacklevel=2)
 
 
-def _is_earlier(
-    folder: Path, held: set[str], layers: Mapping[str, SavedLayer], adapted: Mapping[str, WindowLayer]
-) -> bool:
-    """Whether ``folder``, where ``held`` are the weights, has no adapter but one of the same starts and base."""
+def _is_earlier(folder: Path, held: set[str], layers: Mapping[str, SavedLayer], contents: AdapterContents) -> bool:
+    """Whether ``folder``, where ``held`` are the weights, has no adapter but one of the same starts and base.
+
+    It may hold fewer fully trained modules, not others, which would be lost.
+    """
     if not any(name.startswith("adapter") and name.endswith(WEIGHT_ENDINGS) for name in held):
         return True  # of a training checkpoint, beside which an adapter may lie
     try:
-        there = read_layers(folder)
+        there, modules = read_record(folder)
     except (OSError, ValueError):
+        return False
+    if not contents.modules_to_save.keys() >= set(modules):
         return False
     if there.keys() != layers.keys() or any(_start(there[name]) != _start(layer) for name, layer in layers.items()):
         return False
     of_inputs = [name for name, layer in layers.items() if layer.basis == "inputs"]
-    return not of_inputs or _same_directions(folder, {name: adapted[name] for name in of_inputs})
+    return not of_inputs or _same_directions(folder, {name: contents.layers[name] for name in of_inputs})
 
 
 def _start(layer: SavedLayer) -> tuple[object, ...]:
@@ -199,6 +206,13 @@ def load_adapter(
         raise ValueError(
             f"{sorted(mixed)[0]} is adapted, but the adapter in {folder} does not hold it; unload it first."
         )
+    whole = {name for name, module in model.named_modules() if getattr(module, FULLY_TRAINED, False)}
+    other = sorted(whole - set(saved.modules_to_save))
+    if other:
+        raise ValueError(
+            f"{other[0]} trains whole in this model, and the adapter in {folder} does not hold it; load onto the plain "
+            "base."
+        )
     if present:
         _check_resumable(present, saved, form, check_base)
         fresh = []
@@ -235,7 +249,10 @@ def collect_adapter(model: nn.Module) -> AdapterContents:
                 f"{name} trains beside an adapted stack of weights, in the module that was moved to that path; freeze "
                 "it, or put the stack into a module of its own."
             )
-    for name in modules_to_save:
+    for name, module in modules_to_save.items():
+        wrapped = [path for path, _ in module.named_modules(prefix=name) if _WRAPPERS.intersection(path.split("."))]
+        if wrapped:
+            raise ValueError(f"{wrapped[0]} belongs to a wrapper, not to the model; save the model without it.")
         inside = [path for path in layers if not name or path.startswith(f"{name}.")]
         if inside:
             raise ValueError(

@@ -191,9 +191,14 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     return AdapterFolder(layers, factors, _module_states(tensors, names) if modules_to_save else {})
 
 
-def read_layers(folder: Path) -> dict[str, SavedLayer]:
-    """The layers that ``ipca.json`` names, without reading the factors; raises OSError or ValueError."""
-    return _read_sidecar(folder / SIDECAR)[0]
+def read_record(folder: Path) -> tuple[dict[str, SavedLayer], list[str]]:
+    """The layers and fully trained modules that ``ipca.json`` names, without any tensors.
+
+    Raises:
+        OSError, ValueError: there is no such file, or a damaged one.
+    """
+    layers, modules_to_save, _ = _read_sidecar(folder / SIDECAR)
+    return layers, modules_to_save
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -278,5 +283,7 @@ def _module_states(tensors: dict[str, Tensor], names: list[str]) -> dict[str, di
         owner = next((name for name in names if key.startswith(f"{PREFIX}{name}.")), None)
         if owner is None:
             raise ValueError(f"{WEIGHTS} holds {key}, which belongs to no layer of the adapter.")
+        if bool(value.isnan().any()):  # Inf may be in a mask
+            raise ValueError(f"{WEIGHTS}: {key} holds NaN; take a checkpoint from before.")
         modules_to_save[owner][key.removeprefix(f"{PREFIX}{owner}.")] = value
     return modules_to_save

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from ipca._atomic import staged_files, staged_folder
 from ipca._dtensor import gathered, is_sharded_model, is_writer, write_once
 from ipca.io.adapter import collect_adapter
-from ipca.io.output_folder import TRUNCATION, check_output, is_adapter_file
+from ipca.io.output_folder import TRUNCATION, check_not_read, check_output, is_adapter_file
 from ipca.io.peft_format import (
     PREFIX,
     AdapterContents,
     LayerFormat,
     adapter_state,
     bypassed_words,
+    check_finite,
     formats,
     readable_config,
     warn_of_reads,
@@ -91,8 +92,8 @@ def export(
 
     Raises:
         ValueError: as :func:`ipca.save_adapter`, a layer that the model does not call, an unknown ``format``, a
-            ``rank`` that does not go with it, or (serve, mlx) modules that train whole or layers that the program
-            cannot take.
+            ``rank`` that does not go with it, (serve, mlx) modules that train whole or layers that the program
+            cannot take, or ``folder`` is where the model was loaded from.
         FileExistsError: ``folder`` holds weights or an adapter, and not ``overwrite``; nothing has changed.
         OSError: ``folder`` cannot be written; nothing has changed.
     """
@@ -100,6 +101,7 @@ def export(
     if format == "residual":
         _check_quantized(model)
         check_not_offloaded(adapted_layers(model))
+    check_not_read(folder, model=[getattr(model, "name_or_path", None)], residual=format == "residual")
     write_once(model, partial(check_output, folder, whole=format == "residual", overwrite=overwrite))
     contents = collect_adapter(model)
     if format in ("serve", "mlx"):
@@ -119,6 +121,7 @@ def export(
     errors: dict[str, float] = {}
 
     def write() -> None:
+        check_finite(contents, tensors)
         if format == "residual":
             _write_residual(Path(folder), model, tensors, base, config, overwrite)
             return

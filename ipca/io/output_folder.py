@@ -63,6 +63,27 @@ def check_spared(folder: str | os.PathLike[str], inputs: Iterable[Any]) -> None:
             raise ValueError(f"replacing {folder} would delete {what}; choose another output folder.")
 
 
+def check_not_read(
+    folder: str | os.PathLike[str], *, model: Iterable[Any] = (), adapter: Iterable[Any] = (), residual: bool = False
+) -> None:
+    """Raise ValueError where writing an adapter into ``folder`` would change the model or the adapter that is read.
+
+    Args:
+        folder: where the adapter is to be written.
+        model: folders of models that are read; what is no folder of a model on this disk is skipped.
+        adapter: folders of adapters that are read.
+        residual: whether it is ``folder/base`` and ``folder/adapter`` that are written.
+    """
+    written = [Path(folder), *(Path(folder) / name for name in ("base", "adapter") if residual)]
+    for what, given, name in (("model", model, "config.json"), ("adapter", adapter, "adapter_config.json")):
+        read = {Path(each).resolve() for each in given if isinstance(each, str | os.PathLike) and str(each)}
+        there = {path for path in read if (path / name).is_file()}
+        for path in written:
+            if path.resolve() in there:
+                change = ", which would then load with the adapter" if what == "model" and path == written[0] else ""
+                raise ValueError(f"{path} is the {what} itself{change}; choose another folder.")
+
+
 def _is_untrained(folder: Path, held: set[str]) -> bool:
     """Whether ``held``, the weights in ``folder``, are an adapter before training, which can be made again."""
     if not all(map(is_adapter_file, held)):

@@ -147,6 +147,18 @@ def adapter_state(model: nn.Module, contents: AdapterContents, *, doubled: bool 
     return gathered(adapter_tensors(*contents, doubled=doubled), keep=is_writer(model))
 
 
+def check_finite(contents: AdapterContents, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where ``tensors``, of :func:`adapter_state`, hold NaN or Inf, which nothing could load."""
+    modules = contents.modules_to_save.items()
+    buffers = {f"{PREFIX}{name}.{key}" for name, module in modules for key, _ in module.named_buffers()}
+    for key, tensor in tensors.items():
+        if key not in buffers and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{key.removeprefix(PREFIX)} holds NaN or Inf: nothing was written. Go back to a state of the training "
+                "from before, and lower the learning rate."
+            )
+
+
 class LayerFormat(NamedTuple):
     """What the file holds of one layer: its kind, its shape ``(…, out, in)``, and PEFT's rank and ``lora_alpha``.
 

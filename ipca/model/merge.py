@@ -106,7 +106,8 @@ def unload(model: Model, *, merge: bool = True) -> Model:
 
     Args:
         model: has adapted layers; changed in place.
-        merge: with the trained function; else with the pretrained one (``form="residual"``: up to rounding).
+        merge: with the trained function; else with the pretrained one (``form="residual"``: up to rounding). Fully
+            trained modules stay as they are.
 
     Like the rest of the model the plain layers are frozen; ``model.requires_grad_(True)`` trains everything again.
     A merged layer that was quantized comes back in floats.
@@ -115,11 +116,14 @@ def unload(model: Model, *, merge: bool = True) -> Model:
         The same model.
 
     Raises:
-        ValueError: as :func:`adapter_parameters`; or the model is sharded over processes or offloaded.
+        ValueError: as :func:`adapter_parameters`; the model is sharded over processes or offloaded; or merging would
+            put NaN or Inf into a weight.
     """
     layers = require_adapted(model)
     check_not_sharded(model, "save_adapter gathers it: load that onto the plain base and unload there.")
     check_not_offloaded(layers)
+    if merge:
+        _check_finite(layers)
     for name, layer in layers.items():
         plain = layer.to_plain(base=not merge).train(layer.training).requires_grad_(False)
         set_layer(model, name, plain)
@@ -127,6 +131,16 @@ def unload(model: Model, *, merge: bool = True) -> Model:
     if merge and any(isinstance(layer, QuantizedLinearPC) for layer in layers.values()):
         _forget_quantization(model)
     return model
+
+
+def _check_finite(layers: Mapping[str, WindowLayer]) -> None:
+    """Raise ValueError where factors hold NaN or Inf, which merging would put into the weight."""
+    for name, layer in layers.items():
+        if not all(bool(factor.isfinite().all()) for factor in (layer.lora_A, layer.lora_B)):
+            raise ValueError(
+                f"{name}: its factors hold NaN or Inf, which merging would put into the weight; load an adapter from "
+                "before, or unload with merge=False."
+            )
 
 
 def _forget_quantization(model: nn.Module) -> None:

@@ -476,9 +476,9 @@ def _beside_stacks(modules: dict[str, nn.Module], targets: Iterable[str], module
 
 
 def _in_peft(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether a tuner layer of PEFT holds the module."""
+    """Whether the module is a tuner layer of PEFT, or in one."""
     parts = name.split(".")
-    return any(_of_peft(modules.get(".".join(parts[:i]))) for i in range(len(parts)))
+    return any(_of_peft(modules.get(".".join(parts[:i]))) for i in range(len(parts) + 1))
 
 
 def _of_peft(module: nn.Module | None) -> bool:

@@ -407,3 +407,22 @@ def test_a_whole_module_is_not_loaded_into_a_tied_weight(load, whole, tmp_path):
     untied.load_state_dict(base.state_dict())
     x = torch.arange(12)[None]
     torch.testing.assert_close(load(untied, tmp_path)(x).logits, model.eval()(x).logits)
+
+
+def test_a_head_that_another_adapter_trained_is_not_kept_silently(tmp_path):
+    base = Net()
+    ipca.save_adapter(adapted(copy.deepcopy(base), modules_to_save=[], targets=["a", "b"]), tmp_path)
+    other = adapted(copy.deepcopy(base), modules_to_save=["head"], targets=["a", "b"])
+    words = "head trains whole in this model, and the adapter in .* does not hold it; load onto the plain base"
+    refuses(other, tmp_path, words)
+    refuses(ipca.unload(other, merge=False), tmp_path, words)  # which leaves the head as it was trained
+
+
+def test_a_compiled_head_is_named_before_it_is_written(tmp_path):
+    model = adapted(Net(), modules_to_save=["head"], targets=["a", "b"])
+    model.head = torch.compile(model.head)
+    with pytest.raises(
+        ValueError, match=r"head\._orig_mod belongs to a wrapper, not to the model; save the model with"
+    ):
+        ipca.save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

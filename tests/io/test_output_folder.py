@@ -1,6 +1,7 @@
 """One rule for folders that are written: what the same call would not go on from is refused, or replaced on request."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -206,3 +207,97 @@ def test_an_adapter_may_lie_in_a_training_checkpoint(tmp_path):
     ipca.save_adapter(trained(), tmp_path)
     ipca.save_adapter(trained("value"), tmp_path, overwrite=True)
     assert all(contents(tmp_path)[name] == b"theirs" for name in ("model.safetensors", "optimizer.pt"))
+
+
+class WithNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm = torch.nn.Linear(20, 12), torch.nn.LayerNorm(12)
+
+    def forward(self, x):
+        return self.norm(self.a(x))
+
+
+def test_an_adapter_with_a_whole_module_is_not_lost_to_one_without(tmp_path):
+    plain, whole = (ipca.apply_pc(WithNorm(), rank=3, targets="a", modules_to_save=m) for m in ([], ["norm"]))
+    with torch.no_grad():  # what is not trained yet may be replaced
+        plain.a.lora_B.mul_(2)
+        whole.a.lora_B.mul_(3)
+    ipca.save_adapter(plain, tmp_path)
+    ipca.save_adapter(whole, tmp_path)  # which holds all that was there
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="holds an adapter"):
+        ipca.save_adapter(plain, tmp_path)
+    assert contents(tmp_path) == before
+    ipca.save_adapter(plain, tmp_path, overwrite=True)
+
+
+# -- what is read is never written
+
+FORMATS = {name: {"format": name} for name in ("peft", "serve", "residual")}
+FORMATS["truncated"] = {"format": "truncated", "rank": 4}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [save, *(partial(export, overwrite=True, **options) for options in FORMATS.values())],
+    ids=["save", *FORMATS],
+)
+def test_the_folder_of_the_base_is_refused_in_python_too(write, tmp_path):
+    bert().save_pretrained(tmp_path / "top" / "base")
+    model = BertModel.from_pretrained(tmp_path / "top" / "base")
+    ipca.apply_pc(model, rank=4, targets="query", progress=False)
+    model(torch.zeros(1, 3, dtype=torch.long))
+    before = contents(tmp_path)
+    residual = isinstance(write, partial) and write.keywords["format"] == "residual"
+    out = tmp_path / "top" / ("." if residual else "base")
+    with pytest.raises(ValueError, match=r"base is the model itself.*; choose another folder"):
+        write(model, out)
+    assert contents(tmp_path) == before
+
+
+def test_a_residual_export_spares_the_base_and_the_adapter_in_its_folder(folders, tmp_path, capsys):
+    for model, adapter, words in (("top/base", "adapter", "base is the model"), ("model", "top/adapter", "is the ada")):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.copytree(folders / "model", tmp_path / model)
+        shutil.copytree(folders / "adapter", tmp_path / adapter)
+        before = contents(tmp_path)
+        arguments = [
+            str(tmp_path / model),
+            str(tmp_path / adapter),
+            "--format",
+            "residual",
+            "-o",
+            str(tmp_path / "top"),
+        ]
+        assert main(["export", *arguments, "--force"]) == 1
+        assert f"{words}" in capsys.readouterr().err
+        assert contents(tmp_path) == before
+
+
+# -- nothing that nothing could load
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["a.lora_B", "norm.weight"])
+def test_factors_and_modules_that_are_not_finite_replace_nothing(where, value, tmp_path):
+    model = ipca.apply_pc(WithNorm(), rank=3, targets="a", modules_to_save=["norm"])
+    model(torch.ones(2, 20))
+    ipca.save_adapter(model, tmp_path / "out")
+    before = contents(tmp_path)
+    with torch.no_grad():
+        model.get_parameter(where).view(-1)[0] = value
+    words = rf"^{where}.* holds NaN or Inf: nothing was written"
+    with pytest.raises(ValueError, match=words):
+        ipca.save_adapter(model, tmp_path / "out")
+    for format, options in {"peft": {}, "residual": {}, "truncated": {"rank": 2}}.items():
+        with pytest.raises(ValueError, match=r"holds NaN or Inf"):
+            ipca.export(model, tmp_path / "new", format=format, **options)
+    assert contents(tmp_path) == before
+    if where == "a.lora_B":
+        unchanged = snapshot(model)
+        with pytest.raises(ValueError, match=r"^a: its factors hold NaN or Inf"):
+            ipca.unload(model)
+        assert snapshot(model) == unchanged
+        assert bool(ipca.unload(model, merge=False).a.weight.isfinite().all())

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import ipca
-from ipca.io.adapter_folder import read_layers
+from ipca.io.adapter_folder import read_record
 from ipca.lab.continual import ContinualLearner
 from ipca.model import AdapterSettings, calibration
 from ipca.model.calibration import directions_of_inputs, input_energy, part_on_directions
@@ -174,7 +174,7 @@ def test_a_state_dict_says_of_what_the_window_is(batches, tmp_path):
     weights.load_state_dict(inputs.state_dict())
     assert (weights.a.window, weights.a.magnitude) == (inputs.a.window, 1.0)
     ipca.save_adapter(weights, tmp_path)
-    assert read_layers(tmp_path)["a"].window.text == "inputs:start=16"
+    assert read_record(tmp_path)[0]["a"].window.text == "inputs:start=16"
     inputs.load_state_dict(before)
     assert (inputs.a.window, inputs.a.magnitude) == (ipca.Window(8, 4), "sigma")
 

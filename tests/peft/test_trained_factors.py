@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import ipca
 import ipca.peft
-from ipca.io.adapter_folder import read_layers
+from ipca.io.adapter_folder import read_record
 from ipca.peft import PCConfig, prepare
 from tests.helpers.layer_kinds import mixtral
 from tests.helpers.models import snapshot
@@ -79,7 +79,7 @@ def test_an_adapter_of_apply_pc_keeps_its_options(base, tmp_path):
     ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), targets=TARGETS, **options), tmp_path / "one")
     resumed = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one", is_trainable=True)
     resumed.save_pretrained(tmp_path / "two")
-    for layer in read_layers(tmp_path / "two").values():
+    for layer in read_record(tmp_path / "two")[0].values():
         assert (layer.train, layer.magnitude) == ("B", 1.0)
 
 
@@ -154,7 +154,7 @@ def test_each_layer_keeps_the_magnitude_it_started_with(base, tmp_path):
     PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one", is_trainable=True).save_pretrained(
         tmp_path / "two"
     )
-    one, two = ({n: layer.magnitude for n, layer in read_layers(tmp_path / name).items()} for name in ("one", "two"))
+    one, two = ({n: layer.magnitude for n, layer in read_record(tmp_path / name)[0].items()} for name in ("one", "two"))
     assert one == two
     assert set(one.values()) == {1.0, "sigma"}
 
