@@ -71,8 +71,8 @@ def save_adapter(
 
     Writes ``adapter_model.safetensors`` and ``adapter_config.json``, which stock PEFT (and transformers'
     ``load_adapter``) load on the original base model, and ``ipca.json`` with what only :func:`load_adapter` needs:
-    windows, form, a hash of each base weight. An earlier state of the same adapter in ``folder`` is replaced, once the
-    new files are complete.
+    windows, form, a hash of each adapted base weight. An earlier state of the same adapter in ``folder`` is replaced,
+    once the new files are complete.
 
     Args:
         model: has adapted layers, from :func:`apply_pc` or in its own code. Every other module with trainable
@@ -182,7 +182,7 @@ def load_adapter(
             place). Changed in place.
         folder: written by :func:`save_adapter`, or the id of a repository on the Hub that holds it.
         form: ``"residual"`` or ``"intact"``; default as saved.
-        check_base: compare the hash of every base weight with the one the adapter was made on.
+        check_base: compare the hash of each adapted base weight with the one the adapter was made on.
         trainable: whether the factors and the saved modules train; everything else is frozen.
 
     Returns:

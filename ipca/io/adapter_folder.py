@@ -182,7 +182,10 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     layers, names, digest = _read_sidecar(path / SIDECAR)
     tensors = read_tensors(path / WEIGHTS)
     if digest is not None and file_sha256(path / WEIGHTS) != digest:
-        raise ValueError(f"{path / WEIGHTS} is not the file that {SIDECAR} was written with; save the adapter again.")
+        raise ValueError(
+            f"{path / WEIGHTS} is not the file that {SIDECAR} was written with; save the adapter again, or delete "
+            f"{SIDECAR} where stock PEFT wrote the file."
+        )
     wrappers = wrappers_around({name: layer.kind for name, layer in layers.items()})
     factors = {name: _factors(name, layer, wrappers[name], tensors) for name, layer in layers.items()}
     for name in layers:  # PEFT saves it with an adapted embedding or head; the layer's hash already identifies it

@@ -36,9 +36,12 @@ def check_output(
         option: what the user gives to have it replaced.
 
     Raises:
+        ValueError: its name is empty.
         FileExistsError: it holds something else; the message names it.
         OSError: it cannot be written.
     """
+    if not os.fspath(folder):
+        raise ValueError("the folder's name is empty; for the current folder give '.'.")
     target = Path(folder).absolute()
     check_writable(target)
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ipca._dtensor import full
 from ipca.nn.window_layer import WindowLayer
+from ipca.svd.matrix_batch import frobenius_norm
 
 _FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
 """Factors by a part of a parameter's path, in our layers and in PEFT's."""
@@ -135,7 +136,7 @@ def _sqrt_sigma(model: nn.Module, path: str, adapter: str) -> float:
     A0, B0, scaling, weight = _start(model, path, adapter)
     d = min(weight.shape[-2:])
     sigma_w = scaling * float((_norms(A0, -1) * _norms(B0, -2)).mean())
-    sigma_ref = float(torch.linalg.matrix_norm(_wide(weight)).mean()) / math.sqrt(d)
+    sigma_ref = float(frobenius_norm(weight).mean()) / math.sqrt(d)
     if sigma_w <= torch.finfo(A0.dtype).eps * sigma_ref:
         raise ValueError(
             f"{path}: the singular values it starts from are {sigma_w:.1e} on average, beside {sigma_ref:.1e} "

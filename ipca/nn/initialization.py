@@ -15,6 +15,7 @@ from torch import Tensor
 from ipca._dtensor import full
 from ipca._hashing import tensor_sha256
 from ipca.svd.decompose import window_svd
+from ipca.svd.matrix_batch import frobenius_norm
 from ipca.svd.parallel import thread_map
 from ipca.svd.result import SVDReport, WindowSVD
 from ipca.window import Window, check_factors
@@ -208,18 +209,12 @@ def factors_from_svd(
 
 def _null(weight: Tensor, S: Tensor) -> Tensor:
     """Which of the singular values ``S (…, r)`` of ``weight (…, out, in)`` are 0."""
-    return max(_NULL, 4 * torch.finfo(S.dtype).eps) * _frobenius(weight, S) >= S
+    return max(_NULL, 4 * torch.finfo(S.dtype).eps) * frobenius_norm(weight).to(S)[..., None] >= S
 
 
 def _uniform(weight: Tensor, S: Tensor, magnitude: float) -> Tensor:
     """``magnitude ‖W‖_F / √d`` in place of each of the singular values ``S (…, r)``."""
-    return (magnitude / math.sqrt(min(weight.shape[-2:])) * _frobenius(weight, S)).expand_as(S)
-
-
-def _frobenius(weight: Tensor, like: Tensor) -> Tensor:
-    """``‖W‖_F (…, 1)`` of ``weight (…, out, in)``, in the dtype and on the device of ``like``."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=wide).to(like)[..., None]
+    return (magnitude / math.sqrt(min(weight.shape[-2:])) * frobenius_norm(weight).to(S)[..., None]).expand_as(S)
 
 
 def _random_rows(like: Tensor, weight: Tensor) -> Tensor:

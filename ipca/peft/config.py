@@ -180,7 +180,7 @@ class PCConfig(LoraConfig):
         """
         values = {f.name: getattr(self, f.name) for f in fields(LoraConfig)}
         own = {name: getattr(self, name) for name in OWN_FIELDS}
-        save_config(save_directory, values, own, self.records.saved, **kwargs)
+        save_config(save_directory, values, own, self.records, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -194,8 +194,7 @@ class PCConfig(LoraConfig):
         Raises:
             ValueError: not a folder (or repository of the Hub) that holds an adapter of a PCConfig, or a damaged one.
         """
-        values, adapter = load_config(pretrained_model_name_or_path, subfolder, **kwargs)
+        values, records = load_config(pretrained_model_name_or_path, subfolder, **kwargs)
         config = cls(**values)
-        if adapter is not None:
-            config.records = LayerRecords.of(adapter)
+        config.records = records
         return config

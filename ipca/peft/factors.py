@@ -22,6 +22,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from ipca.io.peft_format import Part, double_factor, split_factor
 from ipca.nn.offload import stored_value
 
+_SAME = 0.5
+"""Share of directions from which two starts count as one window: two decompositions may differ at its ends."""
+
 
 def register_initial(
     owner: nn.Module,
@@ -31,6 +34,7 @@ def register_initial(
     *,
     experts: int = 1,
     on_save: Callable[[], None] | None = None,
+    on_other: Callable[[], None] | None = None,
 ) -> None:
     """Keep ``initial`` beside the parameter ``name`` of ``owner``, and double that parameter in state dicts.
 
@@ -41,11 +45,12 @@ def register_initial(
         initial: ``A0`` or ``B0``, in the parameter's shape.
         experts: stacked in the factor.
         on_save: called whenever the doubled factor is put into a state dict.
+        on_other: called whenever an ``A0`` of another window is loaded.
     """
     owner.register_buffer(initial_name(name), initial, persistent=False)
     hooks = (
         owner.register_state_dict_post_hook(partial(_double, name, part, experts, on_save)),
-        owner.register_load_state_dict_pre_hook(partial(_halve, name, part, experts)),
+        owner.register_load_state_dict_pre_hook(partial(_halve, name, part, experts, on_other)),
     )
     setattr(owner, f"hooks_of_{name}", hooks)
     setattr(owner, f"layout_of_{name}", (part, experts))
@@ -163,10 +168,18 @@ def _double(
         on_save()
 
 
+def _shared(initial: Tensor, loaded: Tensor, experts: int) -> float:
+    """The share of directions, rows of ``A0``, that two starts have in common: 1 of one window, 0 of disjoint ones."""
+    one, two = (rows.reshape(experts, -1, rows[0].numel()).float() for rows in (initial, loaded.to(initial.device)))
+    one, two = (nn.functional.normalize(rows, dim=-1) for rows in (one, two))
+    return float((one @ two.mT).square().sum() / max(1, one.shape[0] * one.shape[1]))
+
+
 def _halve(
     name: str,
     part: Part,
     experts: int,
+    on_other: Callable[[], None] | None,
     owner: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
@@ -191,6 +204,8 @@ def _halve(
     state_dict[key], loaded = split_factor(part, both, experts)
     if isinstance(loaded, DTensor):
         loaded = loaded.full_tensor()
+    if on_other is not None and not initial.is_meta and _shared(initial, loaded, experts) < _SAME:
+        on_other()
     if initial.is_meta or local_metadata.get("assign_to_params_buffers", False):
         owner.register_buffer(initial_name(name), loaded, persistent=False)
     else:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ipca.io.adapter_folder import SIDECAR
-from ipca.io.peft_format import PREFIX
+from ipca.io.peft_format import PREFIX, WEIGHTS
 from ipca.io.peft_reader import misreading_transformers, plain_copy, read_with_peft
 from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, matches
@@ -47,6 +47,7 @@ from ipca.nn.layer_kinds import EXPERTS
 from ipca.nn.offload import is_offloaded
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
+from ipca.peft.factors import initial_factor
 from ipca.peft.layers import WindowLora, null_components
 from ipca.peft.offload import with_stored_factors
 from ipca.peft.preparation import start
@@ -156,6 +157,13 @@ def check_saved(model: PeftModel, adapter: str) -> None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
     layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, WindowLora)}
+    held = {name: layer.owners(adapter) for name, layer in layers.items() if layer.holds(adapter)}
+    swapped = [name for name, owners in held.items() if any(initial_factor(*owner) is None for owner in owners)]
+    if swapped:
+        raise ValueError(
+            f"the factors of {few(swapped)} were hot-swapped, so that {adapter!r} is no window any more; the folder "
+            "they came from holds them."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -237,6 +245,16 @@ def check_load_in_transformers(folder: Any, *, is_trainable: bool, **kwargs: Any
         raise ValueError(
             f"{folder} holds stacks of experts, which load_adapter of transformers {old} misreads; load it with "
             "peft.PeftModel.from_pretrained, or update transformers to 5.7."
+        )
+
+
+def _check_no_older_weights(given: Mapping[str, Any], adapter: str) -> None:
+    """Raise ValueError where PEFT would write a pickle of weights beside a safetensors file, which it loads instead."""
+    folder = Path(given["save_directory"]) / ("" if adapter == "default" else adapter)
+    if not given.get("safe_serialization", True) and (folder / WEIGHTS).is_file():
+        raise ValueError(
+            f"{folder} holds {WEIGHTS}, which PEFT would load in place of the file that is written with "
+            "safe_serialization=False; delete it, choose another folder, or leave safe_serialization out."
         )
 
 
@@ -349,6 +367,7 @@ def install_guards() -> None:
                         "path_initial_model_for_weight_conversion, which is for adapters that changed their base."
                     )
                 check_saved(self, name)
+                _check_no_older_weights(given, name)
         save(self, *args, **with_stored_factors(self, kwargs))
         for name, config in self.peft_config.items():
             warn_bypassed(bypassed_layers(self, name) if isinstance(config, PCConfig) else [])

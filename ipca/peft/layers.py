@@ -157,7 +157,8 @@ class WindowLora(_Mixed):
         saved = records.saved
         on_save = partial(operator.setitem, saved, self.path, saved[self.path]) if self.path in saved else None
         experts = getattr(self, "num_experts", 1)
-        register_initial(in_A, name_A, "A", A0, experts=experts, on_save=on_save)
+        on_other = partial(records.replace, self.path)
+        register_initial(in_A, name_A, "A", A0, experts=experts, on_save=on_save, on_other=on_other)
         register_initial(in_B, name_B, "B", B0, experts=experts, on_save=on_save)
 
     def _initial_factors(

@@ -50,7 +50,8 @@ def summary(model: PeftModel, adapter_name: str = "default") -> Summary:
         TypeError: it is no PeftModel.
         ValueError: the adapter is not one of a PCConfig.
     """
-    saved = config_of(model, adapter_name).records.saved
+    records = config_of(model, adapter_name).records
+    saved = {path: layer for path, layer in records.saved.items() if path not in records.replaced}
     layers = [m for m in model.modules() if isinstance(m, WindowLora) and m.holds(adapter_name)]
     held = {layer.path: saved[layer.path] for layer in layers if layer.path in saved}
     reports = {path: layer.report() for path, layer in held.items()}

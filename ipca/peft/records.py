@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from ipca.io.adapter_folder import AdapterFolder, Factors, SavedLayer
 from ipca.nn.initialization import InitCertificate, InitialFactors
+
+OTHER_WINDOW = (
+    "a state dict was loaded that starts from another window, or from that of another base, than the PCConfig says: it "
+    "is computed right, but saved as a stock LoRA, without ipca.json. To resume a window use "
+    "peft.PeftModel.from_pretrained(base, folder, is_trainable=True), which takes that of the folder"
+)
 
 
 @dataclass
@@ -21,12 +28,19 @@ class LayerRecords:
         initial: factors that were prepared or read from a file; a layer takes its own out.
         base_sha256: hashes of the base weights that an adapter read from a file belongs to.
         saved: what ``ipca.json`` holds of each layer.
+        replaced: layers of which a state dict has brought another window, or that of another base, than ``saved`` says.
     """
 
     waiting: list[Any] = field(default_factory=list)
     initial: dict[str, InitialFactors] = field(default_factory=dict)
     base_sha256: dict[str, str] = field(default_factory=dict)
     saved: dict[str, SavedLayer] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
+
+    def replace(self, path: str) -> None:
+        """Note that a layer starts from another window than its record says, and warn."""
+        self.replaced.add(path)
+        warnings.warn(f"{OTHER_WINDOW}.", RuntimeWarning, stacklevel=2)
 
     @classmethod
     def of(cls, adapter: AdapterFolder) -> LayerRecords:

@@ -19,10 +19,11 @@ from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 
 from ipca._atomic import staged_files
-from ipca.io.adapter_folder import SIDECAR, AdapterFolder, SavedLayer, file_sha256, read_adapter, sidecar
+from ipca.io.adapter_folder import SIDECAR, SavedLayer, file_sha256, read_adapter, sidecar
 from ipca.io.peft_format import PREFIX, WEIGHTS, factor_keys, wrappers_around
 from ipca.io.serving import warn_servers
 from ipca.model.targets import few
+from ipca.peft.records import OTHER_WINDOW, LayerRecords
 
 _FIRST_FIELDS = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
@@ -38,7 +39,7 @@ def save_config(
     folder: str | os.PathLike[str],
     values: Mapping[str, Any],
     own: Mapping[str, Any],
-    layers: Mapping[str, SavedLayer],
+    records: LayerRecords,
     **kwargs: Any,
 ) -> None:
     """Write ``adapter_config.json`` and ``ipca.json``; both files are replaced together.
@@ -49,13 +50,13 @@ def save_config(
         folder: holds the weights already where PEFT saves.
         values: the fields of LoraConfig, of a LoRA of rank ``r``.
         own: the other fields, :data:`OWN_FIELDS`.
-        layers: the record of each layer by its path; some may be another model's.
+        records: with the record of each layer; some may be another model's.
         kwargs: PEFT's, for ``LoraConfig.save_pretrained``.
 
     Raises:
         RuntimeError: the weights lack the initial factors.
     """
-    weights = Path(folder) / WEIGHTS
+    weights, layers = Path(folder) / WEIGHTS, records.saved
     written = "auto_mapping_dict" in kwargs and weights.is_file()  # PEFT writes the weights first, transformers last
     if written:
         layers = doubled_layers(weights, layers)
@@ -63,12 +64,16 @@ def save_config(
     else:
         record = sidecar(layers, None, [], peft=dict(own))
     stock = stock_config(values)
-    with staged_files(folder) as stage:
+    with staged_files(folder, replaced=SIDECAR.__eq__) as stage:
         stock.save_pretrained(str(stage), **kwargs)
         written = json.loads((stage / CONFIG_NAME).read_text())  # sorted, but the first pattern that matches counts
         written |= {"rank_pattern": stock.rank_pattern, "alpha_pattern": stock.alpha_pattern}
         (stage / CONFIG_NAME).write_text(json.dumps(_for_old_peft(written), indent=2) + "\n")
-        (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
+        if not records.replaced:
+            (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
+    if records.replaced:
+        words = f"{few(sorted(records.replaced))}: {OTHER_WINDOW}; ipca.import_peft finds the windows of this folder."
+        warnings.warn(words, RuntimeWarning, stacklevel=6)
     warn_servers(folder, stacklevel=6)
 
 
@@ -146,8 +151,8 @@ def _keys(layers: Mapping[str, SavedLayer]) -> dict[str, tuple[str, str]]:
 
 def load_config(
     folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-) -> tuple[dict[str, Any], AdapterFolder | None]:
-    """Read the fields of a PCConfig, and the adapter where the folder holds one.
+) -> tuple[dict[str, Any], LayerRecords]:
+    """Read the fields of a PCConfig and what is known of its layers: of weights in a pickle only those of the base.
 
     Args:
         folder: on this disk, or a repository of the Hub.
@@ -163,10 +168,10 @@ def load_config(
         raise ValueError(f"{path} holds no adapter of a PCConfig, which is a LoRA of even rank; got r={stock.r}.")
     values = _halved(stock)
     if not (path / WEIGHTS).is_file():
-        return values | _own_fields(path), None
+        return values | _own_fields(path), LayerRecords(base_sha256=_base_hashes(path))
     adapter = read_adapter(path, modules_to_save=False)
     warn_bypassed([name for name, layer in adapter.layers.items() if layer.bypassed], stacklevel=4)
-    return values | _windows(path, adapter.layers), adapter
+    return values | _windows(path, adapter.layers), LayerRecords.of(adapter)
 
 
 def warn_bypassed(names: list[str], stacklevel: int = 3) -> None:
@@ -210,6 +215,12 @@ def _own_fields(path: Path) -> dict[str, Any]:
         return {name: record[name] for name in OWN_FIELDS if name in record}
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path / SIDECAR} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _base_hashes(path: Path) -> dict[str, str]:
+    """The hashes that ``ipca.json`` has of base weights, by layer."""
+    layers = json.loads((path / SIDECAR).read_text()).get("layers", {})
+    return {name: layer["base_sha256"] for name, layer in layers.items() if layer.get("base_sha256")}
 
 
 def _modules_to_save(weights: Path, layers: Mapping[str, SavedLayer]) -> list[str]:

@@ -67,6 +67,8 @@ def window_svd(
         RuntimeError: the full SVD itself missed ``tol``.
     """
     largest = check_matrix(W, dims=(2, 3))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r}.")
     windows = [window] if isinstance(window, Window) else list(window) if isinstance(window, Sequence) else []
     if not windows or not all(isinstance(each, Window) for each in windows):
         raise TypeError(f"window must be a Window, for example Window.middle(16), or several; got {window!r}.")

@@ -21,6 +21,8 @@ _ROWS, _COLUMNS = 256, 512
 _KEPT = 2**19
 """Entries of a matrix that is kept in float64, and not widened for every product."""
 _POWER_STEPS = 16
+_PLAIN = 32
+"""Binary exponent up to which, either way, squares of the entries of a float32 matrix can be summed."""
 
 
 @dataclass(frozen=True)
@@ -213,3 +215,15 @@ def largest_entry(W: Tensor) -> Tensor:
     # not by torch.stack, which autocast on a CPU refuses for float16
     blocks = W.split(_ROWS, dim=1) if W.shape[1] > _ROWS else [W]
     return reduce(torch.maximum, (rows.abs().amax((1, 2)) for rows in blocks))
+
+
+def frobenius_norm(W: Tensor) -> Tensor:
+    """``‖W‖_F (…)`` of ``W (…, m, n)`` in float64, on MPS in float32; squares of entries may over- or underflow."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    largest = largest_entry(W.reshape(-1, *W.shape[-2:])).reshape(W.shape[:-2]).to(wide)
+    extreme = (largest > 0) & ((largest < 2.0**-_PLAIN) | (largest > 2.0**_PLAIN))
+    result = wide if W.device.type == "mps" else torch.float64
+    if not bool(extreme.any()):
+        return torch.linalg.vector_norm(W, dim=(-2, -1), dtype=wide).to(result)
+    unit = torch.where(largest > 0, largest, 1)
+    return torch.linalg.vector_norm(W / unit[..., None, None], dim=(-2, -1), dtype=wide).to(result) * unit.to(result)

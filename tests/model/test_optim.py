@@ -65,6 +65,20 @@ def test_every_trainable_parameter_is_in_one_group(match):
     torch.optim.SGD(groups)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e20])
+def test_matched_rates_do_not_depend_on_the_size_of_the_weight(size):
+    found = []
+    for each in (1.0, size):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(IN, OUT))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(OUT, IN) * each)
+        found.append(
+            rates(ipca.param_groups(ipca.apply_pc(model, rank=RANK, progress=False), 1e-3, match="sqrt-sigma"))
+        )
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
 def test_a_frozen_factor_is_in_no_group(frozen):
     model = adapted(One())

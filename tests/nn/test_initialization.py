@@ -88,6 +88,29 @@ def test_certificate_holds_near_the_ends_of_float32(size):
     assert initial_of(torch.randn(48, 33) * size).certificate.holds
 
 
+EXTREMES = [
+    *((size, torch.float32) for size in (1e-30, 1e-23, 1e19, 1e30)),
+    *((size, torch.bfloat16) for size in (1e-30, 1e30)),
+    *((size, torch.float64) for size in (1e-170, 1e160)),
+]
+
+
+@pytest.mark.parametrize(("size", "dtype"), EXTREMES)
+def test_what_is_null_does_not_depend_on_the_size(size, dtype):
+    torch.manual_seed(0)
+    full, spectrum = torch.randn(24, 32, dtype=torch.float64), torch.cat([torch.linspace(2, 1, 8), torch.zeros(16)])
+    U, _, Vh = torch.linalg.svd(full, full_matrices=False)
+    deficient = (U * spectrum) @ Vh
+    wide = torch.promote_types(dtype, torch.float32)
+    for weight, null in ((full, 0), (deficient, 0 if dtype == torch.bfloat16 else 4)):  # whose rounding fills the rank
+        start = initial_of((weight * size).to(dtype), Window.minor(4), adapter_dtype=wide)
+        assert int((start.B0 == 0).all(0).sum()) == null
+    start = initial_of((full * size).to(dtype), adapter_dtype=wide, magnitude=0.5)
+    sizes = start.A0.double().norm(dim=1) * start.B0.double().norm(dim=0)
+    wanted = 0.5 * float((full * size).to(dtype).double().div(size).norm()) * size / 24**0.5
+    assert sizes.tolist() == pytest.approx([wanted] * len(sizes), rel=1e-2)
+
+
 def test_certificate_fails_for_other_factors():
     weight = torch.randn(2050, 33, dtype=torch.float64)
     start = initial_of(weight, adapter_dtype=torch.float64)

@@ -6,7 +6,13 @@ import warnings
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 
@@ -53,6 +59,80 @@ def test_what_would_leave_a_start_behind_is_not_swapped_in(options, tmp_path):
     with pytest.raises(ValueError, match=r"model\.[ab]: the adapter 'default' trains a window of rank 3, into which"):
         hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
     assert torch.equal(model(x), y)
+
+
+def test_a_window_that_was_swapped_in_is_not_saved_as_the_first_one(tmp_path):
+    base, x = Small(), ids()
+    model, other = wrap(base, window="principal"), wrap(base, window="minor")
+    train(other, x)
+    other.save_pretrained(tmp_path / "minor")
+    hotswap_adapter(model, tmp_path / "minor", "default", torch_device="cpu")
+    with pytest.raises(ValueError, match=r"the factors of a, b were hot-swapped, so that 'default' is no window any"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama", "embedding", "experts", "conv2d"])
+def test_the_state_of_another_window_is_not_saved_as_this_one(name, tmp_path):
+    case = CASES[name]
+    base = case.build()
+    first, other, same = (
+        get_peft_model(copy.deepcopy(base), PCConfig(r=2, window=window, **case.options))
+        for window in ("principal", "minor", "principal")
+    )
+    state = get_peft_model_state_dict(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        set_peft_model_state_dict(same, state)
+    other.save_pretrained(tmp_path)
+    assert (tmp_path / "ipca.json").exists()
+    with pytest.warns(RuntimeWarning, match=r"starts from another window, or from that of another base, than the PCCo"):
+        set_peft_model_state_dict(other, state)
+    x = case.x()
+    with torch.no_grad():
+        assert all(map(torch.equal, tensors(other(x)), tensors(same(x))))
+    with pytest.warns(RuntimeWarning, match=r"saved as a stock LoRA, without ipca\.json.*; ipca\.import_peft finds"):
+        other.save_pretrained(tmp_path)
+    assert not (tmp_path / "ipca.json").exists()
+    assert ipca.peft.summary(other).layers == 0
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    with torch.no_grad():
+        assert all(off(one, two) < 1e-5 for one, two in zip(tensors(stock(x)), tensors(same(x)), strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        set_peft_model_state_dict(other, get_peft_model_state_dict(same))  # which it starts from now
+    with pytest.warns(RuntimeWarning, match=r"saved as a stock LoRA, without ipca\.json"):
+        other.save_pretrained(tmp_path)
+
+
+def tensors(output):
+    return [output] if isinstance(output, torch.Tensor) else [output.logits]
+
+
+def test_a_pickle_of_weights_is_resumed_on_its_base_only(tmp_path):
+    base, x = Small(), ids()
+    model = wrap(base)
+    train(model, x)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    resumed = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert off(resumed(x), model(x)) < 1e-6
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.a.weight.add_(0.1)
+    with pytest.raises(ValueError, match=r"a: this is not the base weight the adapter was made on"):
+        PeftModel.from_pretrained(other, tmp_path, is_trainable=True)
+
+
+def test_a_pickle_of_weights_is_not_written_beside_what_is_loaded_instead(tmp_path):
+    model = wrap(Small())
+    train(model, ids())
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"holds adapter_model\.safetensors, which PEFT would load in place of the file"
+    ):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_factors_without_their_start_are_not_computed_with():
