@@ -5,6 +5,7 @@ A DTensor is recognized by its method, so that nothing here imports ``torch.dist
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
@@ -37,6 +38,21 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether ``model`` is spread over processes, so that all of them must help to write it."""
     return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether a DistributedDataParallel of several processes is in ``model``, is ``model``, or holds it.
+
+    It has listed the parameters that it averages over the processes: those that come later would not be.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    replicated = nn.parallel.DistributedDataParallel
+    if any(isinstance(module, replicated) for module in model.modules()):
+        return True
+    gc.collect()  # one that is gone holds nothing
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), replicated)]
+    return any(module is model for wrapper in wrappers for module in wrapper.modules())
 
 
 def is_writer(model: nn.Module) -> bool:

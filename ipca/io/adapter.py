@@ -48,7 +48,7 @@ from ipca.io.serving import warn_servers
 from ipca.model.apply import FULLY_TRAINED, adapted_layers, check_inference_mode, install, train_only_adapter
 from ipca.model.merge import check_not_offloaded, check_not_sharded, fully_trained_modules, require_adapted
 from ipca.model.running_statistics import warn_moved_statistics
-from ipca.model.targets import Target, check_endings, validate_targets
+from ipca.model.targets import Target, check_endings, check_not_replicated, validate_targets
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import InitialFactors, certify_init
 from ipca.nn.layer_kinds import base_sha256, read_layer
@@ -193,6 +193,7 @@ def load_adapter(
         ValueError: a damaged file, shapes or layers that do not fit, or another base; the model is unchanged.
     """
     check_inference_mode()
+    check_not_replicated(model)
     check_not_sharded(model, "load the adapter first, then shard; torch.distributed.checkpoint resumes a sharded run.")
     folder = adapter_folder(folder)
     _check_peft_fields(folder)

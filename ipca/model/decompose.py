@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, TypedDict, TypeVar
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target
 from ipca.nn.initialization import InitialFactors, factors_from_svd
-from ipca.nn.layer_kinds import is_quantized, layer_kind, read_layer
+from ipca.nn.layer_kinds import base_sha256, is_quantized, layer_kind, read_layer
 from ipca.nn.offload import stored_tensor
 from ipca.nn.quantization import quantized_sha256
 from ipca.nn.quantized_linear import quantized_source
@@ -183,6 +183,7 @@ def decompose_targets(
         error = problem
     if world > 1:
         made, error = _exchange(made, error, rank, world)
+        error = error or _check_same([target.name for target in targets], modules, made, set(mine))
     if error is not None:
         raise error
     return [_to_device(made[i], stored_tensor(module, "weight").device) for i, module in enumerate(modules)]
@@ -291,6 +292,25 @@ def _exchange(
         assert theirs is not None
         everything |= theirs
     return everything, None
+
+
+def _check_same(
+    names: Sequence[str], modules: Sequence[nn.Module], made: Mapping[int, InitialFactors], mine: Container[int]
+) -> Exception | None:
+    """A ValueError, in every process, where one has another weight than that whose factors were made elsewhere."""
+    others = [i for i in range(len(names)) if i not in mine]
+    digests = thread_map(lambda i: base_sha256(modules[i]), others, [1.0] * len(others))
+    differ = [names[i] for i, digest in zip(others, digests, strict=True) if digest != made[i].base_sha256]
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, differ)
+    if not any(found):
+        return None
+    rank = next(rank for rank, names in enumerate(found) if names)
+    return ValueError(
+        f"{found[rank][0]} has other values in the process of rank {rank} ({len(found[rank])} of {len(names)} layers "
+        "differ), and the processes share the windows; load the same weights in all of them, for example after one "
+        "torch.manual_seed."
+    )
 
 
 def _to_device(factors: InitialFactors, device: torch.device) -> InitialFactors:

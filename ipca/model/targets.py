@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ipca._dtensor import is_sharded
+from ipca._dtensor import is_replicated, is_sharded
 from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, lookup, matches, matches_any
 from ipca.model.settings import AdapterSettings
@@ -349,6 +349,15 @@ def _unfit_reason(
     return unsupported_reason(module, target.kind)
 
 
+def check_not_replicated(model: nn.Module) -> None:
+    """Raise ValueError where new factors of ``model`` would drift apart between processes."""
+    if is_replicated(model):
+        raise ValueError(
+            "the model is wrapped by DistributedDataParallel already, as accelerate's prepare does, and that would not "
+            "average the gradients of new factors over the processes; adapt the model first, then wrap it."
+        )
+
+
 def validate_targets(
     model: nn.Module,
     targets: list[Target],
@@ -364,6 +373,7 @@ def validate_targets(
         values: as for :func:`find_targets`.
         layers: those of :func:`ipca.nn.registry.named_layers`, where they are known.
     """
+    check_not_replicated(model)
     layers = named_layers(model) if layers is None else layers
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

@@ -47,11 +47,27 @@ def fsdp1(policy):
     return launch.raised(lambda: ipca.save_adapter(model.module, folder / "refused"))
 
 
+def wrapped_first():
+    """What adapting says to a model that is wrapped already, to its wrapper, and to what accelerate has prepared."""
+    plain = launch.base()
+    wrapper = DistributedDataParallel(plain)
+    found = [
+        launch.raised(lambda model=model: ipca.apply_pc(model, rank=2, progress=False)) for model in (plain, wrapper)
+    ]
+    prepared = Accelerator(cpu=True).prepare(launch.base())
+    found.append(launch.raised(lambda: ipca.apply_pc(prepared, rank=2, progress=False)))
+    found.append(launch.raised(lambda: ipca.load_adapter(wrapper, folder / "intact-ddp")))
+    wrapper = prepared = None  # which lets go of the models
+    ipca.apply_pc(plain, rank=2, progress=False)
+    return found
+
+
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 facts = {form: ddp(form) for form in ("intact", "residual")}
 facts["accelerate"] = accelerated()
+facts["wrapped first"] = wrapped_first()
 facts["fsdp1"] = [fsdp1(None), fsdp1(ModuleWrapPolicy({launch.Block}))]
 (folder / f"{rank}.json").write_text(json.dumps(facts))
 dist.barrier()  # neither ends while the other still talks to it

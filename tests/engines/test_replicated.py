@@ -53,3 +53,12 @@ def test_flat_parameters_are_refused(told):
         assert re.match(r"ValueError: 0\.up: its factors are flat pieces.* shard with .*fully_shard", once)
         assert re.match(r"ValueError: 0\._fsdp_wrapped_module\.up: its factors are flat pieces", nested)
     assert not (told[0] / "refused").exists()
+
+
+def test_a_model_that_is_wrapped_already_is_refused(told):
+    _, facts = told
+    for found in facts:
+        assert len(found["wrapped first"]) == 4
+        for said in found["wrapped first"]:
+            assert "wrapped by DistributedDataParallel already" in said
+            assert "adapt the model first, then wrap it" in said

@@ -1,6 +1,7 @@
 """How layers are shared out: among threads, among processes, and with a cache of what was decomposed before."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ torch.set_num_threads(1)
 rank, folder, failing = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "failing"
 store = dist.FileStore(f"{folder}/store", 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-torch.manual_seed(0)
+torch.manual_seed(rank if sys.argv[3] == "different" else 0)
 model = nn.Sequential(*[nn.Linear(70 + 10 * i, 90) for i in range(5)])
 decomposed = []
 import ipca.model.decompose as starts
@@ -35,7 +36,7 @@ def counted(weight, *args, **options):
 starts.cached_window_svd = counted
 try:
     ipca.apply_pc(model, rank=4, progress=False)
-except RuntimeError as error:
+except (RuntimeError, ValueError) as error:
     print("error", error)
 else:
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values() if p is not None
@@ -77,6 +78,16 @@ def test_the_error_of_one_process_ends_all_with_its_message(tmp_path):
     assert "rank 1:" in here
     assert "no luck" in here
     assert "no luck" in there
+
+
+@pytest.mark.slow
+def test_other_weights_in_one_process_are_named_in_all(tmp_path):
+    (first, here), (second, there) = two_ranks(tmp_path, "different")
+    assert (first, second) == ("error", "error")
+    for said in (here, there):
+        assert re.match(
+            r"[0-4] has other values in the process of rank [01] \([1-4] of 5 layers differ\).*the same weig", said
+        )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
