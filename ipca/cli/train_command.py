@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ipca._atomic import check_writable, staged_files
 from ipca.io.adapter_folder import SIDECAR
 from ipca.io.hub import adapter_folder
 from ipca.io.model_card import write_model_card
@@ -60,8 +60,11 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
     with log_to_stderr(args.quiet):
         from ipca.train.evaluation import open_adapter
         from ipca.train.figures import draw_tradeoff
+        from ipca.train.run_folder import is_run_file
         from ipca.train.scaled_change import SCALES, save_scaled, tradeoff
 
+        if args.plot:
+            check_writable(Path(args.plot).absolute().parent)
         if args.out is not None:
             if args.force:
                 check_spared(args.out, (args.model, args.data, args.keep))
@@ -85,25 +88,27 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
     if args.gate and settings.budget is not None and (at_one is None or not at_one <= settings.budget):
         args.status = OVER_BUDGET
     text = str(found)
-    if args.plot:
-        draw_tradeoff(found.rows(), args.plot, found.description, chosen)
-        text += f"\npicture: {args.plot}"
-    if args.out is not None:
-        if chosen == 0:
-            raise ValueError("only the base itself is within the budget; no adapter was written. Raise the budget.")
+    if args.out is not None and chosen:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=args.out.parent) as folder:  # the adapter may be what is replaced
             made = save_scaled(adapter, Path(folder, "made"), chosen)
-            if args.force and args.out.exists():
-                shutil.rmtree(args.out)
-            made.replace(args.out)
+            with staged_files(args.out, replaced=is_run_file) as stage:
+                for path in made.iterdir():
+                    path.replace(stage / path.name)
         point = next(point for point in found.points if point.scale == chosen)
+        if settings.budget is not None and point.forgotten > settings.budget:
+            text += f"\nabove the budget of {settings.budget:g}: the scale of {chosen:g} was asked for"
         if (args.out / SIDECAR).is_file():
             metrics = {"held-out loss": point.loss, f"forgotten, {found.description}": point.forgotten}
             write_model_card(
                 args.out, data=f"The adapter in {args.adapter} with its change scaled by {chosen:g}.", metrics=metrics
             )
         text += f"\nadapter with the change scaled by {chosen:g}: {args.out}"
+    if args.plot:  # last, as it may be in the folder
+        draw_tradeoff(found.rows(), args.plot, found.description, chosen)
+        text += f"\npicture: {args.plot}"
+    if args.out is not None and not chosen:
+        raise ValueError("only the base itself is within the budget; no adapter was written. Raise the budget.")
     record: Record = {"points": found.rows(), "best": vars(found.best), "scale": chosen, "forgotten": found.description}
     return record | ({"out": str(args.out)} if args.out else {}), text
 

@@ -12,7 +12,6 @@ from transformers import TrainerState
 from ipca._atomic import write_atomic
 
 log = logging.getLogger("ipca.train")
-CHECKPOINTS = "checkpoints"
 _STATE = "trainer_state.json"
 
 

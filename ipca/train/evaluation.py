@@ -14,11 +14,12 @@ from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.peft_format import CONFIG
 from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import get_layer
-from ipca.train.checkpoints import CHECKPOINTS, last_checkpoint
+from ipca.train.checkpoints import last_checkpoint
 from ipca.train.data import read_data
 from ipca.train.examples import HELD_OUT, Examples, examples, parted
 from ipca.train.keep import Kept, build_keep, draw_samples, read_keep
 from ipca.train.models import fitting_length, load_model
+from ipca.train.run_folder import CHECKPOINTS
 from ipca.train.settings import TrainSettings, read_labels
 from ipca.train.sources import find_source
 from ipca.train.trainers import build_trainer

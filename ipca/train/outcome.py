@@ -10,7 +10,6 @@ from typing import Any
 
 from ipca.train.settings import TrainSettings
 
-CURVE = "curve.csv"
 Row = dict[str, float]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
 import shutil
 import sys
@@ -15,28 +16,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ipca._atomic import read_checksummed, staged_files, write_atomic, write_checksummed
 from ipca._version import __version__
 from ipca.io.model_card import write_model_card
 from ipca.io.output_folder import check_output, check_spared
 from ipca.train.callback import EvaluateLast, KeepCallback, Progress
-from ipca.train.checkpoints import CHECKPOINTS, last_checkpoint, relocate, train_from
+from ipca.train.checkpoints import last_checkpoint, relocate, train_from
 from ipca.train.data import Data, read_data
 from ipca.train.examples import split
 from ipca.train.figures import draw_run
 from ipca.train.keep import Kept, KeptItems, KeptTokens, build_keep, draw_samples, read_keep
 from ipca.train.models import adapt, fitting_length, load_model
-from ipca.train.outcome import CURVE, Outcome, Row, curve_of, read_curve
+from ipca.train.outcome import Outcome, Row, curve_of, read_curve
 from ipca.train.report import write_report
+from ipca.train.run_folder import CHECKPOINTS, CURVE, SAMPLES, input_digests, is_run_file
 from ipca.train.scaled_change import Point, save_scaled, search
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
 from ipca.train.sources import find_source
-from ipca.train.trainers import build_trainer, micro_batches, processes
+from ipca.train.trainers import build_trainer, micro_batches, processes, repeated_rows
 from ipca.window import Window
 
 log = logging.getLogger("ipca.train")
-SAMPLES = "keep.safetensors"
 
 
 class OverBudgetError(RuntimeError):
@@ -56,13 +58,14 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
 
     Raises:
         DataError: a row is not what the task needs; found before the model is loaded.
-        FileExistsError: ``out`` holds something else, or a run with other settings.
+        FileExistsError: ``out`` holds something else, or a run with other settings, data or base weights.
         OverBudgetError: nothing but the base is within the budget; ``out/checkpoints`` keeps the last checkpoints.
         ImportError: a package of the extra ``train`` is missing.
         FileNotFoundError, TypeError, ValueError: there is no such model or data, or they do not fit each other.
     """
     state = _process_state()
     micro_batches(settings)
+    get_reporting_integration_callbacks(list(settings.report_to))  # raises where one is not known
     if finished := _check_folder(settings, out, overwrite):
         return finished
     data = read_data(find_source(settings.data), settings.task, settings.columns)
@@ -90,6 +93,9 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
         if trainer.accelerator.num_processes != processes():  # each would train on all of the data
             known = trainer.accelerator.num_processes
             raise RuntimeError(f"{processes()} processes were started, but the Trainer knows of {known}.")
+        repeated = repeated_rows(settings, len(trainer.train_dataset))
+        if repeated and state.is_main_process:
+            log.info("%d rows are repeated in the last step of each epoch, to fill it in all processes", repeated)
         _add_callbacks(trainer, kept, settings, progress)
         train_from(trainer, last_checkpoint(out / CHECKPOINTS))
         return _finish(trainer, settings, out, data, kept, progress)
@@ -115,14 +121,28 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
         return None
     earlier = TrainSettings.from_dict(read_settings(run))
     different = differing(settings, earlier)
-    found = yaml.safe_load(run.read_text(encoding="utf-8"))["found"]
-    if different and ("kept" in found or last_checkpoint(out / CHECKPOINTS)):
+    found = yaml.safe_load(run.read_text(encoding="utf-8")).get("found")
+    if found is None:
+        raise FileExistsError(
+            f"{run} holds settings and is no file of a run, which would replace it; give it another name, or choose "
+            "another folder for the run."
+        )
+    begun = "kept" in found or last_checkpoint(out / CHECKPOINTS)
+    if different and begun:
         words = ", ".join(
             f"{name} {_shown(getattr(earlier, name))} and not {_shown(getattr(settings, name))}" for name in different
         )
         raise FileExistsError(f"{out} holds a run with {words}; choose another folder, or replace it with --force.")
+    now = {} if different else input_digests(settings)
+    changed = [name for name, digest in found.get("inputs", {}).items() if now.get(name, digest) != digest]
+    if changed and begun:
+        words = " and ".join(f"{name} {getattr(settings, name)}" for name in changed)
+        raise FileExistsError(
+            f"{words} {'has' if len(changed) == 1 else 'have'} changed since the run in {out} was begun; choose "
+            "another folder, or replace the run with --force."
+        )
     if "kept" not in found:
-        if different:
+        if different or changed:
             log.info("%s holds a run that had no checkpoint yet; this one takes its place", out)
         return None
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # where the run was killed at its very end
@@ -148,7 +168,8 @@ def _samples(model: Any, tokenizer: Any, settings: TrainSettings, out: Path | No
 
 def _sampled(settings: TrainSettings) -> dict[str, Any]:
     """What samples depend on."""
-    return {name: getattr(settings, name) for name in ("model", "dtype", "keep_tokens", "max_length", "seed")}
+    names = ("model", "dtype", "keep_tokens", "max_length", "seed")
+    return {name: getattr(settings, name) for name in names} | {"model_files": input_digests(settings).get("model")}
 
 
 @contextmanager
@@ -174,11 +195,11 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _begin(settings: TrainSettings, fitted: TrainSettings, out: Path, samples: Tensor | None, overwrite: bool) -> None:
     """Write what a killed run needs to go on."""
-    for path in out.iterdir() if overwrite else ():
+    for path in [each for each in out.iterdir() if overwrite and is_run_file(each.name)]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if samples is not None:
         write_checksummed(out / SAMPLES, _sampled(fitted), {"input_ids": samples})
-    write_atomic(out / RUN, settings_text(settings, {}).encode())
+    write_atomic(out / RUN, settings_text(settings, {"inputs": input_digests(settings)}).encode())
     if checkpoint := last_checkpoint(out / CHECKPOINTS):
         relocate(checkpoint)
 
@@ -233,7 +254,7 @@ def _rescale(
 
 
 def _over_budget(rows: list[Row], settings: TrainSettings, name: str | None, checkpoint: Path | None) -> Exception:
-    trained = [row for row in rows if row["step"]]
+    trained = [row for row in rows if row["step"] and math.isfinite(row.get(f"eval_{name}", math.nan))]
     if settings.budget is None or not trained:
         return RuntimeError("no evaluation gave a finite loss: the run diverged. Train at a lower rate.")
     least = min(trained, key=lambda row: row[f"eval_{name}"])
@@ -266,7 +287,7 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
     )
     write_report(outcome, out / "report.html", data.layout.task)
     versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl", "datasets")}
-    found = {
+    found = _found(out) | {
         "task": data.layout.task,
         "columns": dict(data.layout.columns),
         "labels": list(data.labels),
@@ -280,6 +301,14 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
     }
     write_atomic(out / RUN, settings_text(settings, found).encode())
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def _found(out: Path) -> dict[str, Any]:
+    """What ``run.yaml`` says that the run in ``out`` has found."""
+    import yaml
+
+    found: dict[str, Any] = yaml.safe_load((out / RUN).read_text(encoding="utf-8"))["found"]
+    return found
 
 
 def _version(name: str) -> str | None:

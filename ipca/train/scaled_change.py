@@ -25,12 +25,12 @@ from ipca.analysis.without_adapter import change_of_the_base, check_base
 from ipca.io.adapter_folder import SIDECAR
 from ipca.io.peft_format import CONFIG, WEIGHTS
 from ipca.train.keep import Kept, as_kept
+from ipca.train.run_folder import BESIDE
 
 log = logging.getLogger("ipca.train")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 _SEARCH, _CLOSE = 4, 0.97
 """Measurements that look for the scale of a budget at most, and the share of it at which the search ends."""
-_BESIDE = ("README.md", "run.yaml", "curve.csv", "curve.png", "curve.svg", "report.html", "keep.safetensors")
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def save_scaled(adapter: str | os.PathLike[str], out: str | os.PathLike[str], sc
     config["alpha_pattern"] = {key: value * scale for key, value in (config.get("alpha_pattern") or {}).items()}
     with staged_folder(Path(out)) as stage:
         for path in source.iterdir():
-            if path.is_file() and path.name not in (CONFIG, SIDECAR, *_BESIDE):
+            if path.is_file() and path.name not in (CONFIG, SIDECAR, *BESIDE):
                 (stage / path.name).write_bytes(path.read_bytes())
         _write_json(stage / CONFIG, config)
         if (source / SIDECAR).is_file():

@@ -18,7 +18,7 @@ from ipca.train.settings import TrainSettings
 from ipca.train.sources import DataError
 
 _EVALUATED = 8
-"""Rows of a forward pass in evaluations. The loss is a mean over passes, so it must not depend on the processes."""
+"""Rows of a forward pass in evaluations at most. The loss is a mean over passes."""
 
 
 def build_trainer(
@@ -114,6 +114,11 @@ def micro_batches(settings: TrainSettings) -> tuple[int, int]:
             f"{share} rows of a process cannot be split into micro-batches of {micro}; give a divisor of {share}."
         )
     return micro, share // micro
+
+
+def repeated_rows(settings: TrainSettings, rows: int) -> int:
+    """How many of ``rows`` an epoch repeats, so that all processes have equally many full micro-batches."""
+    return -rows % (micro_batches(settings)[0] * processes()) if processes() > 1 else 0
 
 
 def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:

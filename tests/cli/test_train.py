@@ -83,7 +83,16 @@ def test_the_tradeoff_is_shown_gated_and_written(place, tmp_path, capsys):
     assert json.loads((tmp_path / "quarter" / "adapter_config.json").read_text())["lora_alpha"] == 2
     assert trade(place, "--scale", "0.25", "-o", str(tmp_path / "quarter")) == 1
     assert "is not empty" in capsys.readouterr().err
-    assert trade(place, "--scale", "0.5", "-o", str(tmp_path / "quarter"), "--force") == 0
+    (tmp_path / "quarter" / "notes.txt").write_text("mine")
+    inside = tmp_path / "quarter" / "trade.png"
+    capsys.readouterr()
+    asked = ["--scale", "0.5", "--max-kl", "1e-9", "-o", str(tmp_path / "quarter"), "--force", "--plot", str(inside)]
+    assert trade(place, *asked) == 0
+    assert "above the budget of 1e-09: the scale of 0.5 was asked for" in capsys.readouterr().out
+    assert inside.stat().st_size > 5_000
+    assert (tmp_path / "quarter" / "notes.txt").read_text() == "mine"
+    assert trade(place, "--scales", "1", "--plot", str(place / "new.txt" / "x.png")) == 1
+    assert "new.txt is not a folder" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_model_is_not_traded(place, tmp_path, capsys):

@@ -4,6 +4,8 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from math import nan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from ipca.train.checkpoints import last_checkpoint, relocate
 from ipca.train.keep import KeptTask, build_keep, read_keep
 from ipca.train.models import Loaded, adapt, fitting_length, load_model
 from ipca.train.settings import read_settings
+from ipca.train.trainers import micro_batches, repeated_rows
 
 
 def settings(model, texts, **changes):
@@ -331,8 +334,11 @@ def test_a_folder_with_other_things_is_left_alone(language_model, texts, tmp_pat
 @pytest.mark.slow
 def test_force_replaces_a_run(finished, language_model, texts, tmp_path):
     shutil.copytree(finished.out, tmp_path / "out")
+    (tmp_path / "out" / "mine").mkdir()
+    (tmp_path / "out" / "mine" / "thesis.tex").write_text("mine")
     found = fine_tune(settings(language_model, texts, steps=2), tmp_path / "out", overwrite=True, progress=False)
     assert found.rows[-1]["step"] == 2
+    assert (tmp_path / "out" / "mine" / "thesis.tex").read_text() == "mine"
 
 
 @pytest.mark.slow
@@ -403,6 +409,78 @@ def test_force_deletes_no_input(language_model, texts, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="would delete the current folder"):
         fine_tune(settings(language_model, texts), tmp_path, overwrite=True)
     assert (tmp_path / "texts" / "new.txt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["model", "data", "keep", "held_out"])
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "killed"])
+def test_a_run_does_not_go_on_with_other_data_or_weights(
+    language_model, texts, tmp_path, monkeypatch, setting, is_finished
+):
+    shutil.copytree(language_model, tmp_path / "model")
+    shutil.copytree(texts, tmp_path / "texts")
+    shutil.copy(texts / "new.txt", tmp_path / "texts" / "held_out.txt")
+    held_out = str(tmp_path / "texts" / "held_out.txt")
+    asked = settings(tmp_path / "model", tmp_path / "texts", steps=2, evaluations=1, held_out=held_out)
+    if is_finished:
+        fine_tune(asked, tmp_path / "out", progress=False)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                fine_tune(asked, tmp_path / "out", progress=False)
+    path = tmp_path / "texts" / {"data": "new.txt", "keep": "keep.txt"}.get(setting, "held_out.txt")
+    if setting == "model":
+        path = tmp_path / "model" / "model.safetensors"
+        model = AutoModelForCausalLM.from_pretrained(language_model)
+        with torch.no_grad():
+            model.get_parameter("model.norm.weight").mul_(1.1)
+        model.save_pretrained(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "model.safetensors", path)
+    else:
+        path.write_text(path.read_text() + "More.\n\nAnd more.\n")
+    before = {each: each.read_bytes() for each in (tmp_path / "out").rglob("*") if each.is_file()}
+    with pytest.raises(
+        FileExistsError, match=rf"^{setting} .* has changed since the run in .*out was begun; choose ano"
+    ):
+        fine_tune(asked, tmp_path / "out", progress=False)
+    assert {each: each.read_bytes() for each in (tmp_path / "out").rglob("*") if each.is_file()} == before
+
+
+def test_a_copy_of_the_model_is_the_same_model(finished, language_model, tmp_path):
+    from ipca.train.run_folder import input_digests
+
+    shutil.copytree(language_model, tmp_path / "copy", copy_function=shutil.copyfile)
+    copied = replace(finished.settings, model=str(tmp_path / "copy"))
+    assert input_digests(copied) == input_digests(finished.settings) == read_found(finished.out)["inputs"]
+    assert input_digests(replace(copied, model="some/id", data="some/data")).keys() == {"keep"}
+
+
+def read_found(out):
+    import yaml
+
+    return yaml.safe_load((out / "run.yaml").read_text())["found"]
+
+
+def test_a_file_of_settings_is_not_replaced_by_that_of_the_run(language_model, texts, tmp_path):
+    (tmp_path / "run.yaml").write_text("steps: 2\nmodel: m\ndata: d\n")
+    with pytest.raises(
+        FileExistsError, match=r"run\.yaml holds settings and is no file of a run.*give it another name"
+    ):
+        fine_tune(settings(language_model, texts), tmp_path, progress=False)
+    assert (tmp_path / "run.yaml").read_text() == "steps: 2\nmodel: m\ndata: d\n"
+
+
+def test_an_unknown_tracker_is_named_before_anything_is_made(language_model, texts, tmp_path):
+    with pytest.raises(ValueError, match="nosuch is not supported"):
+        fine_tune(settings(language_model, texts, report_to=("nosuch",)), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverged_is_not_said_to_be_over_its_budget(language_model, texts, tmp_path):
+    rows = [{"step": 0, "eval_loss": 1.0, "eval_keep_kl": 0.0}, {"step": 2, "eval_loss": nan, "eval_keep_kl": nan}]
+    found = run._over_budget(rows, settings(language_model, texts, max_kl=0.1), "keep_kl", tmp_path)
+    assert "the run diverged" in str(found)
 
 
 def test_prompts_that_leave_no_room_for_an_answer(language_model, texts, tmp_path):
@@ -500,3 +578,23 @@ def test_a_window_of_inputs_needs_inputs_to_keep(texts, tmp_path):
         read_keep(replace(asked, window="inputs:minor"), "causal-lm")
     with pytest.raises(ValueError, match="found from inputs to keep"):
         read_keep(replace(asked, window="inputs:minor", keep=None), "sequence-classification")
+
+
+@pytest.mark.parametrize(
+    ("world", "micro", "rows", "wanted"),
+    [(1, None, 7, 0), (2, None, 7, 1), (2, None, 8, 0), (2, 1, 7, 1), (4, 1, 5, 3)],
+)
+def test_rows_that_fill_the_last_step_are_counted(monkeypatch, world, micro, rows, wanted):
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    asked = settings("m", Path("d"), batch=4, micro_batch=micro)
+    assert repeated_rows(asked, rows) == wanted
+    shards = [
+        BatchSamplerShard(
+            BatchSampler(range(rows), micro_batches(asked)[0], False), num_processes=world, process_index=k
+        )
+        for k in range(world)
+    ]
+    assert sum(len(batch) for shard in shards for batch in shard) == rows + wanted
