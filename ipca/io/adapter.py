@@ -30,6 +30,7 @@ from ipca.io.adapter_folder import (
     sidecar,
 )
 from ipca.io.hub import adapter_folder
+from ipca.io.model_card import warn_of_card
 from ipca.io.model_folder import WEIGHT_ENDINGS
 from ipca.io.output_folder import check_not_read, check_output, is_adapter_file
 from ipca.io.peft_format import (
@@ -87,6 +88,7 @@ def save_adapter(
 
     Warns:
         RuntimeWarning: servers would read ``adapter_config.json`` differently from PEFT; the message names the fields.
+            Or ``folder`` has a model card, which still describes what was there before.
             Or running statistics of BatchNorm moved in training, which the adapter does not hold.
             Or the model reads a layer's weight instead of calling it, which PEFT and servers do not see.
 
@@ -113,6 +115,7 @@ def save_adapter(
 
     write_once(model, write)
     if is_writer(model):
+        warn_of_card(folder)
         warn_servers(folder)
         warn_moved_statistics(model, contents.modules_to_save)
         words = bypassed_words(model, contents.layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,14 @@ def write_model_card(
     with staged_files(path) as stage:
         (stage / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return card
+
+
+def warn_of_card(folder: str | os.PathLike[str]) -> None:
+    """Warn where ``folder``, into which an adapter was saved, has a card of :func:`write_model_card` from before."""
+    card = Path(folder) / CARD
+    if card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace"):
+        words = f"{card} describes the adapter that was saved here before; write the card again."
+        warnings.warn(words, RuntimeWarning, stacklevel=3)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -236,11 +236,11 @@ def cached_window_svd(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ipca.window_svd`.
     """
+    if not isinstance(window, Window):
+        raise TypeError(f"window must be a Window, for example Window.middle(16); got {window!r}.")
     if cache is None:
         return window_svd(W, window, tol=tol, dtype=dtype)
     check_matrix(W, dims=(2, 3))
-    if not isinstance(window, Window):
-        raise TypeError(f"window must be a Window, for example Window.middle(16); got {window!r}.")
     stack = W if W.ndim == 3 else W[None]
     hashes: Sequence[str | None] = digests or [None] * len(stack)
     keys = [cache_key(M, window, tol=tol, dtype=dtype, digest=h) for M, h in zip(stack, hashes, strict=True)]

@@ -1,6 +1,7 @@
 """The model card: its contents come from the adapter's files, and a card written by hand is kept."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -103,3 +104,14 @@ def test_an_adapter_without_a_base_or_reports(tmp_path):
     text = ipca.write_model_card(tmp_path).read_text()
     assert "# Adapter of an unnamed base model" in text
     assert "does not say how the windows were found" in text
+
+
+def test_a_card_that_an_adapter_has_outlived_is_named(folder):
+    model = ipca.apply_pc(torch.nn.Sequential(torch.nn.Linear(20, 12)), rank=3, progress=False)
+    ipca.write_model_card(folder)
+    with pytest.warns(RuntimeWarning, match=r"README\.md describes the adapter that was saved here before"):
+        ipca.save_adapter(model, folder, overwrite=True)
+    (folder / "README.md").write_text("by hand")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ipca.save_adapter(model, folder)

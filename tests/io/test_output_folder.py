@@ -301,3 +301,11 @@ def test_factors_and_modules_that_are_not_finite_replace_nothing(where, value, t
             ipca.unload(model)
         assert snapshot(model) == unchanged
         assert bool(ipca.unload(model, merge=False).a.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("write", [save, export])
+def test_an_empty_name_is_not_the_current_folder(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"the folder's name is empty; for the current folder give '\.'"):
+        write(trained(), "")
+    assert contents(tmp_path) == {}

@@ -331,3 +331,10 @@ def test_a_sealed_file_holds_record_and_tensors(tmp_path):
     path.write_bytes(b"\xff" * 40)
     with pytest.raises(CorruptFileError, match="x is damaged"):
         read_checksummed(path)
+
+
+@pytest.mark.parametrize("window", ["middle", [Window.middle(2)], 3])
+def test_a_window_of_another_type_is_named_with_and_without_a_cache(window, tmp_path):
+    for cache in (None, SpectralCache(tmp_path)):
+        with pytest.raises(TypeError, match="window must be a Window, for example"):
+            cached_window_svd(torch.randn(8, 8), window, cache=cache)

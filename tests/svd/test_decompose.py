@@ -209,3 +209,10 @@ def test_autocast_and_a_default_device_change_nothing():
     for other in (cast, elsewhere):
         assert torch.equal(other.Vh, plain.Vh)
         assert torch.equal(other.S, plain.S)
+
+
+@pytest.mark.parametrize("seed", [None, "a", 1.5, True])
+@pytest.mark.parametrize("size", [8, 200])
+def test_a_seed_is_an_int_at_every_size(seed, size):
+    with pytest.raises(TypeError, match="seed must be an int"):
+        window_svd(torch.ones(size, size), Window.middle(2), seed=seed)
