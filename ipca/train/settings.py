@@ -25,9 +25,9 @@ _MINIMUM = {
     "max_length": 2,
     "seed": 0,
     "weight_decay": 0.0,
-    "warmup": 0.0,
 }
-"""The least value of each number that may be it; those of ``_POSITIVE`` must be larger than 0."""
+"""The least value of each number that may be it, whole numbers but for the last; those of ``_POSITIVE`` must be larger
+than 0."""
 _POSITIVE = ("alpha", "epochs", "lr", "max_drift", "max_kl")
 
 
@@ -61,7 +61,7 @@ class TrainSettings:
         max_length: tokens of a sequence; longer rows are cut.
         loss_on: of chats and prompts with completions, ``"answers"`` or ``"all"`` tokens.
         packing: rows are packed into sequences of ``max_length``, see TRL; needs an attention that knows of it.
-        schedule, warmup: of the learning rate; the share of the steps in which it rises.
+        schedule, warmup: of the learning rate; the share of the steps in which it rises, below 1.
         weight_decay: AdamW's. It pulls the factors to 0 and not to where they start, so 0 by default.
         evaluations: how many, evenly over the run.
         seed: of the order, of new heads and of samples.
@@ -70,7 +70,7 @@ class TrainSettings:
         report_to: as ``TrainingArguments.report_to``: ``("tensorboard",)``, ``("wandb",)``, …
 
     Raises:
-        TypeError, ValueError: a value is out of range; the message names it.
+        TypeError, ValueError: a value has the wrong type or is out of range; the message names it.
     """
 
     model: str
@@ -108,20 +108,31 @@ class TrainSettings:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None and each.default is not None:
+                raise TypeError(f"{each.name} is empty; give a value, or leave it out for its default.")
+            if isinstance(each.default, bool) and not isinstance(value, bool):
+                raise TypeError(f"{each.name} must be true or false, got {value!r}.")
         for name in ("targets", "report_to"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "columns", dict(self.columns))
         for name, least in _MINIMUM.items():
-            _check(name, getattr(self, name), lambda value, least=least: value >= least, f"at least {least}")
+            value = getattr(self, name)
+            if isinstance(least, int) and isinstance(value, float) and value.is_integer():
+                object.__setattr__(self, name, value := int(value))  # such as 1e1
+            _check(name, value, lambda value, least=least: value >= least, f"at least {least}", type(least))
         for name in _POSITIVE:
             _check(name, getattr(self, name), lambda value: value > 0, "above 0")
+        _check("warmup", self.warmup, lambda value: 0 <= value < 1, "at least 0 and below 1, a share of the steps")
         choices = {"task": TASKS, "schedule": SCHEDULES, "loss_on": LOSS_ON, "dtype": DTYPES}
         for name, known in choices.items():
             if (value := getattr(self, name)) is not None and value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
-        if isinstance(self.held_out, float | int) and not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be a share between 0 and 1, or a file; got {self.held_out!r}.")
+        share = self.held_out
+        if not isinstance(share, str) and not (isinstance(share, float | int) and 0 < share < 1):
+            raise ValueError(f"held_out must be a share between 0 and 1, or a file; got {share!r}.")
         if self.max_kl is not None and self.max_drift is not None:
             raise ValueError("max_kl and max_drift are budgets of different tasks; give one of them.")
         Window(self.window, self.rank)
@@ -183,7 +194,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _is_float(value: Any) -> bool:
     """Whether ``value`` is a number such as 1e-3, which YAML 1.1 takes for text."""
-    return isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) is not None
 
 
 def read_labels(adapter: Path) -> tuple[str, ...]:
@@ -210,10 +221,10 @@ def differing(one: TrainSettings, other: TrainSettings) -> list[str]:
     return [each.name for each in fields(one) if getattr(one, each.name) != getattr(same, each.name)]
 
 
-def _check(name: str, value: Any, fits: Any, words: str) -> None:
+def _check(name: str, value: Any, fits: Any, words: str, kind: type[float] = float) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | kind):
+        raise TypeError(f"{name} must be a {'whole ' if kind is int else ''}number, got {value!r}.")
     if not (math.isfinite(value) and fits(value)):
         raise ValueError(f"{name} must be {words}, got {value}.")
