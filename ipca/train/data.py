@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 from ipca.train.row_checks import ROW_CHECKS
 from ipca.train.sources import DataError, Row, Source, check_image, datasets_library, load_rows, read_text
+
+log = logging.getLogger("ipca.train")
 
 _NAMES = {
     "messages": ("messages", "conversations", "conversation", "chat"),
@@ -37,6 +41,12 @@ _GUESSES = (
     ("causal-lm", ("text",)),
 )
 """What a data set is for, by the roles that its columns have; the first that fits."""
+_HELD_OUT = ("validation", "val", "test")
+"""Folders of images beside ``train``; the first is held out."""
+_FEW = 10
+"""Rows below which each may have a class of its own."""
+_SHOWN = 8
+"""Names in a message at most."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Data:
 def read_data(
     source: Source, task: str | None = None, columns: Mapping[str, str] | None = None, *, labels: Iterable[str] = ()
 ) -> Data:
-    """All rows of ``source``, checked.
+    """All rows of ``source``, checked; a line of the log says what of it is used for what, and what is left out.
 
     Args:
         task: one of :data:`ipca.train.settings.TASKS`; default: what the columns say.
@@ -96,6 +106,7 @@ def read_data(
     given = tuple(labels) or _declared_labels(train, layout)
     found = {name: _converted(name, each, source, layout, given) for name, each in sets.items()}
     classes = given or _classes(layout, found["train"])
+    _log_use(source, layout, task, train.column_names, classes)
     return Data(
         layout,
         _numbered(found["train"], layout, classes),
@@ -142,7 +153,9 @@ def _read_text(source: Source, task: str | None) -> Data:
     if not any(text.strip() for text in texts):
         raise DataError(f"{source.name} holds no text.")
     rows = datasets_library().Dataset.from_dict({"text": [text for text in texts if text.strip()]})
-    return Data(Layout("causal-lm", {"text": "text"}), rows, None, (), whole=True)
+    layout = Layout("causal-lm", {"text": "text"})
+    _log_use(source, layout, task)
+    return Data(layout, rows, None, (), whole=True)
 
 
 def _read_images(source: Source, task: str | None, known: tuple[str, ...]) -> Data:
@@ -152,17 +165,20 @@ def _read_images(source: Source, task: str | None, known: tuple[str, ...]) -> Da
     root = Path(source.name)
     splits: dict[str, list[tuple[Path, str]]] = {}
     for path in source.files:
-        *outer, label = path.parent.relative_to(root).parts or ("",)
-        first = outer[0] if outer else ""
-        splits.setdefault(first if first in ("train", "validation", "val", "test") else "train", []).append(
-            (path, label)
-        )
-        if not label:
+        parts = path.parent.relative_to(root).parts
+        in_split = parts[:1] and parts[0].lower() in ("train", *_HELD_OUT)
+        split, folders = (parts[0], parts[1:]) if in_split else ("", parts)
+        if len(folders) != 1:
+            got = f"the nested folders {Path(*folders)}" if folders else "no such folder"
             raise DataError(
-                f"{path}: expected an image in a folder named by its class, such as {root}/cat/{path.name}."
+                f"{path}: expected an image in a folder named by its class, such as {root / split / 'cat'}, got {got}; "
+                f"only train, {', '.join(_HELD_OUT)} hold folders of classes."
             )
-    train = splits.get("train") or splits[min(splits)]
-    other = next((splits[name] for name in ("validation", "val", "test") if splits.get(name, train) is not train), None)
+        splits.setdefault(split.lower() or "train", []).append((path, folders[0]))
+    first = "train" if "train" in splits else min(splits)
+    train = splits[first]
+    held_out = [name for name in _HELD_OUT if name in splits and name != first]
+    other = splits[held_out[0]] if held_out else None
     labels = known or tuple(sorted({label for _, label in train}))
     if len(labels) < 2:
         raise DataError(f"{source.name}: expected a folder for each class, at least two; got {', '.join(labels)}.")
@@ -171,7 +187,9 @@ def _read_images(source: Source, task: str | None, known: tuple[str, ...]) -> Da
             raise DataError(f"{path}: the class {label!r} is not one of {', '.join(labels[:8])}.")
         check_image(path)
     made = [None if part is None else _image_set(part, labels) for part in (train, other)]
-    return Data(Layout("image-classification", {"image": "image", "label": "label"}), made[0], made[1], labels, False)
+    layout = Layout("image-classification", {"image": "image", "label": "label"})
+    _log_use(source, layout, task, labels=labels, splits=held_out[1:])
+    return Data(layout, made[0], made[1], labels, False)
 
 
 def _image_set(part: list[tuple[Path, str]], labels: tuple[str, ...]) -> Any:
@@ -179,6 +197,35 @@ def _image_set(part: list[tuple[Path, str]], labels: tuple[str, ...]) -> Any:
     columns = {"image": [str(path) for path, _ in part], "label": [labels.index(label) for _, label in part]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(labels))})
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _log_use(
+    source: Source,
+    layout: Layout,
+    task: str | None,
+    names: Iterable[str] = (),
+    labels: tuple[str, ...] = (),
+    splits: Iterable[str] = (),
+) -> None:
+    """Log what ``source`` is used for: the task where it was found, columns by role, classes, what is left out.
+
+    Args:
+        names: of all columns; empty where there are none.
+        splits: folders of images that are not read.
+    """
+    used = layout.columns | ({"input": layout.input} if layout.input else {})
+    words = [] if task else [f"task {layout.task}"]
+    if names := list(names):
+        words += [", ".join(f"{role} from column {column!r}" for role, column in used.items())]
+    if labels:
+        words += [f"{len(labels)} classes" + (f" ({', '.join(labels)})" if len(labels) <= _SHOWN else "")]
+    if unused := [repr(name) for name in names if name not in used.values()]:
+        words += [f"columns left out: {', '.join(unused)}"]
+    if rest := [f"{name}/" for name in splits] + [str(path.relative_to(source.name)) for path in source.skipped]:
+        more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
+        words += [f"files left out: {', '.join(rest[:_SHOWN])}{more}"]
+    if words:
+        log.info("%s: %s", source.name, "; ".join(words))
 
 
 def _declared_labels(rows: Any, layout: Layout) -> tuple[str, ...]:
@@ -240,13 +287,30 @@ def _classes(layout: Layout, rows: list[Row]) -> tuple[str, ...]:
     role = "label" if "label" in layout.columns else "tags" if "tags" in layout.columns else None
     if role is None:
         return ()
-    values = {str(value) for row in rows for value in _as_list(row[role])}
-    found = sorted(values, key=int if all(map(_is_integer, values)) else None)
+    counts = Counter(str(value) for row in rows for value in _as_list(row[role]))
+    found = sorted(counts, key=int if all(map(_is_integer, counts)) else None)
     if len(found) < 2:
         raise DataError(
             f"column {layout.columns[role]!r}: expected at least two classes, got only {', '.join(map(repr, found))}."
         )
+    fractions, single = _fractions(found), sum(count == 1 for count in counts.values())
+    got = f"numbers with fractions, such as {fractions[0]}" if fractions else ""
+    if len(rows) >= _FEW and single > len(rows) / 2:
+        got = f"{single} rows of {len(rows)} with a class of their own"
+    if role == "label" and got:
+        raise DataError(
+            f"column {layout.columns[role]!r}: expected classes that rows have in common, got {got}. Group the rows "
+            "into classes, or name the column of the classes: --columns label=NAME."
+        )
     return tuple(found)
+
+
+def _fractions(names: list[str]) -> list[str]:
+    """The names that are numbers with fractions, where all are numbers."""
+    try:
+        return [name for name in names if not float(name).is_integer()]
+    except ValueError:
+        return []
 
 
 def _numbered(rows: list[Row], layout: Layout, classes: tuple[str, ...]) -> Any:

@@ -24,7 +24,7 @@ def _check_label(value: Any, place: str, column: str) -> str | int:
         raise DataError(
             f"{place}, column {column!r}: expected the name or the number of a class, got {shortened(value)}."
         )
-    return value
+    return value.strip() if isinstance(value, str) else value
 
 
 def _check_tokens(value: Any, place: str, column: str) -> list[str]:
@@ -36,7 +36,7 @@ def _check_tokens(value: Any, place: str, column: str) -> list[str]:
 def _check_tags(value: Any, place: str, column: str) -> list[str | int]:
     if not isinstance(value, list) or not all(isinstance(each, str | int) for each in value):
         raise DataError(f"{place}, column {column!r}: expected a list of names or numbers, got {shortened(value)}.")
-    return [int(each) if isinstance(each, bool) else each for each in value]
+    return [each.strip() if isinstance(each, str) else int(each) for each in value]
 
 
 def _check_messages(value: Any, place: str, column: str) -> list[dict[str, str]]:

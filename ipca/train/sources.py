@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger("ipca.train")
+
 Row = dict[str, Any]
 
 _KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _KINDS |= {".txt": "text", ".md": "text"}
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_ABOUT = ("LICENCE", "LICENSE", "README")
+"""Files that speak of the data beside them."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -26,11 +31,13 @@ class Source:
         name: as the user gave it.
         kind: ``json``, ``csv``, ``parquet``, ``text``, ``images``, or ``hub``.
         files: of this kind, sorted; empty for the Hub.
+        skipped: the other files of a folder, hidden ones last.
     """
 
     name: str
     kind: str
     files: tuple[Path, ...] = ()
+    skipped: tuple[Path, ...] = ()
 
 
 class DataError(ValueError):
@@ -38,7 +45,7 @@ class DataError(ValueError):
 
 
 def find_source(name: str) -> Source:
-    """Files by their endings, or an id on the Hub.
+    """Files by their endings, or an id on the Hub; of a folder nothing hidden, and no README beside data.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -51,15 +58,20 @@ def find_source(name: str) -> Source:
         if path.suffix or not _HUB_ID.fullmatch(name):
             raise FileNotFoundError(f"there is no file {name}.")
         return Source(name, "hub")
-    files = sorted(each for each in path.rglob("*") if each.is_file() and not each.name.startswith("."))
-    if any(each.suffix.lower() in _IMAGES for each in files):
-        return Source(name, "images", tuple(each for each in files if each.suffix.lower() in _IMAGES))
+    every = sorted(each for each in path.rglob("*") if each.is_file())
+    hidden = [each for each in every if any(part.startswith(".") for part in each.relative_to(path).parts)]
+    files = sorted({*every} - {*hidden})
+    images = [each for each in files if each.suffix.lower() in _IMAGES]
     known = [each for each in files if each.suffix.lower() in _KINDS]
-    kinds = sorted({_KINDS[each.suffix.lower()] for each in known})
+    taken = images or [each for each in known if each.stem.upper() not in _ABOUT] or known
+    skipped = (*sorted({*files} - {*taken}), *hidden)
+    if images:
+        return Source(name, "images", tuple(images), skipped)
+    kinds = sorted({_KINDS[each.suffix.lower()] for each in taken})
     if len(kinds) != 1:
         what = f"holds {' and '.join(kinds)} files; give one kind" if kinds else "holds no file of a known format"
         raise ValueError(f"{name} {what}. Known are {', '.join(_KINDS)} and folders of images.")
-    return Source(name, kinds[0], tuple(known))
+    return Source(name, kinds[0], tuple(taken), skipped)
 
 
 def _kind(path: Path) -> str:
@@ -105,9 +117,11 @@ def load_rows(source: Source) -> dict[str, Any]:
         raise FileNotFoundError(
             f"there is no file {source.name}, and no such data set on the Hub: {one_line(error)}"
         ) from None
-    train = splits["train"] if "train" in splits else splits[next(iter(splits))]
-    other = next((splits[name] for name in ("validation", "test") if name in splits), None)
-    return {"train": train} | ({} if other is None or other is train else {"held_out": other})
+    train = "train" if "train" in splits else next(iter(splits))
+    other = [name for name in ("validation", "test") if name in splits and name != train][:1]
+    if rest := sorted({*splits} - {train, *other}):
+        log.info("%s: not read: the splits %s", source.name, ", ".join(rest))
+    return {"train": splits[train]} | ({"held_out": splits[other[0]]} if other else {})
 
 
 class _Placed:

@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 
 import pytest
@@ -247,3 +248,131 @@ def row(label):
 def test_the_separator_is_that_of_the_first_line_with_words(tmp_path):
     path = write(tmp_path, "a.csv", "\ufeff\n\ntext;label\na, b;x\n\nc;y\n")
     assert read_data(find_source(str(path))).rows["text"] == ["a, b", "c"]
+
+
+USES = {
+    "a context": (
+        "a.jsonl",
+        lines({"context": "c", "question": "q", "answer": "a"}),
+        "task causal-lm; prompt from column 'question', completion from column 'answer'; columns left out: 'context'",
+    ),
+    "a system prompt": (
+        "a.jsonl",
+        lines({"system": "s", "instruction": "i", "input": "n", "output": "o", "id": 1}),
+        "prompt from column 'instruction', completion from column 'output', input from column 'input'; "
+        "columns left out: 'system', 'id'",
+    ),
+    "two columns of text": (
+        "a.csv",
+        "text,body\na,b\n",
+        "task causal-lm; text from column 'text'; columns left out: 'body'",
+    ),
+    "few classes": ("a.csv", "text,label\na,x\nb,y\n", "label from column 'label'; 2 classes (x, y)"),
+    "many classes": (
+        "a.csv",
+        "text,label\n" + "".join(f"a,{k}\n" for k in range(9)),
+        "label from column 'label'; 9 classes",
+    ),
+    "a file of text": ("a.txt", "a", "task causal-lm"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "said"), USES.values(), ids=USES)
+def test_the_log_says_what_is_used_and_what_is_left_out(name, text, said, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "ipca.train")
+    path = write(tmp_path, name, text)
+    read_data(find_source(str(path)))
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: ")
+    assert message.endswith(said)
+
+
+def test_hidden_files_and_a_readme_beside_data_are_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "ipca.train")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("b.txt", "README.md", "LICENSE", ".ipynb_checkpoints/b.txt", ".a.txt"):
+        write(tmp_path, name, name)
+    assert read_data(find_source(str(tmp_path))).rows["text"] == ["b.txt"]
+    assert caplog.messages == [
+        f"{tmp_path}: task causal-lm; files left out: LICENSE, README.md, .a.txt, .ipynb_checkpoints/b.txt"
+    ]
+    (tmp_path / "b.txt").unlink()
+    assert read_data(find_source(str(tmp_path))).rows["text"] == ["README.md"]  # which is all that there is
+    write(tmp_path, "b.jsonl", lines({"text": "b"}))
+    assert read_data(find_source(str(tmp_path))).rows["text"] == ["b"]
+
+
+def test_a_readme_and_hidden_copies_beside_images_are_left_out(tmp_path, caplog):
+    pytest.importorskip("PIL")
+    from tests.helpers.train_runs import save_images
+
+    caplog.set_level(logging.INFO, "ipca.train")
+    for name in ("train", "val", "test", "train/.copy"):
+        save_images(tmp_path / name, count=2)
+    write(tmp_path, "README.md", "x")
+    data = read_data(find_source(str(tmp_path)))
+    assert (len(data.rows), len(data.held_out)) == (4, 4)
+    assert "2 classes (dark, light); files left out: test/, README.md, train/.copy/dark/0.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "got"),
+    [
+        ("train", "no such folder"),
+        ("test", "no such folder"),
+        ("Validation", "no such folder"),
+        ("dark/siamese", "the nested folders dark/siamese"),
+        ("train/dark/siamese", "the nested folders dark/siamese"),
+        ("archive/train/dark", "the nested folders archive/train/dark"),
+    ],
+)
+def test_images_that_lie_elsewhere_than_in_folders_of_classes_are_refused(folder, got, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    from tests.helpers.train_runs import save_images
+
+    save_images(tmp_path, count=1)
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    image.new("RGB", (16, 16)).save(tmp_path / folder / "x.png")
+    with pytest.raises(DataError, match=f"{re.escape(str(tmp_path / folder))}/x.png: expected an image .* got {got}"):
+        read_data(find_source(str(tmp_path)))
+
+
+def test_space_around_labels_makes_no_class(tmp_path):
+    spaced = write(tmp_path, "a.csv", "text, label\na,pos\nb,pos \nc, neg\n")
+    assert read_data(find_source(str(spaced))).labels == ("neg", "pos")
+    tags = write(tmp_path, "a.jsonl", lines({"tokens": ["a", "b", "c"], "tags": ["X", "X ", "O"]}))
+    assert read_data(find_source(str(tags))).labels == ("O", "X")
+
+
+NO_CLASSES = {
+    "floats": ([k * 0.37 for k in range(12)], "12 rows of 12 with a class of their own"),
+    "few floats": ([0.5, 1, 2, 0.5], r"numbers with fractions, such as 0\.5"),
+    "whole numbers": (range(100, 112), "12 rows of 12 with"),
+    "names": ([f"id{k}" for k in range(7)] + ["x"] * 5, "7 rows of 12 with"),
+}
+
+
+@pytest.mark.parametrize(("labels", "words"), NO_CLASSES.values(), ids=NO_CLASSES)
+def test_a_column_without_classes_is_refused(labels, words, tmp_path):
+    path = write(tmp_path, "a.csv", "text,stars\n" + "".join(f"a,{label}\n" for label in labels))
+    with pytest.raises(DataError, match=f"column 'stars': expected classes that rows have in common, got {words}"):
+        read_data(find_source(str(path)), columns={"label": "stars"})
+
+
+@pytest.mark.parametrize(
+    "labels", [["a", "b", "c"], ["0.0", "1.0"] * 6, ["1.5", "x"], [f"c{k // 2}" for k in range(12)]]
+)
+def test_classes_of_few_rows_and_whole_numbers_are_classes(labels, tmp_path):
+    path = write(tmp_path, "a.csv", "text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    assert set(read_data(find_source(str(path))).labels) == set(labels)
+
+
+def test_splits_that_are_not_read_are_named(tmp_path, monkeypatch, caplog):
+    import datasets
+
+    caplog.set_level(logging.INFO, "ipca.train")
+    part = datasets.Dataset.from_dict({"text": ["a"]})
+    splits = datasets.DatasetDict(dict.fromkeys(("train", "test", "validation", "unsupervised"), part))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+    assert read_data(find_source("user/set")).held_out is not None
+    assert "user/set: not read: the splits test, unsupervised" in caplog.messages
