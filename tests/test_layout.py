@@ -16,7 +16,7 @@ import ipca
 LEVELS = {
     **dict.fromkeys(("_cache_folder", "_version"), -1),
     **dict.fromkeys(("window", "_hashing", "_extension", "_C"), 0),
-    **dict.fromkeys(("_atomic", "_dtensor"), 0.5),
+    **dict.fromkeys(("_atomic", "_dtensor", "_error_note"), 0.5),
     "kernels": 0.75,
     **dict.fromkeys(("svd", "ops"), 1),
     "device": 2,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -12,6 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ipca._error_note import error_note
 from ipca.analysis.retention import embedding_drift, forgetting
 from ipca.analysis.without_adapter import without_adapter
 from ipca.model.batches import as_batches, evaluating
@@ -89,13 +92,20 @@ class KeptItems:
 
 class KeptTask:
     """Numbers of a user's function ``measure(model, processor)``, such as accuracies: those of the model, ``keep_…``,
-    and how far they are from the base's, ``keep_…_change``."""
+    and how far they are from the base's, ``keep_…_change``.
+
+    Args:
+        function: returns finite numbers, the same names each time; an error says so.
+        processor: its second argument.
+        file: that holds the function, for messages.
+    """
 
     metric: str | None = None
     description = "the task's own measure"
 
-    def __init__(self, function: Function, processor: Any) -> None:
+    def __init__(self, function: Function, processor: Any, file: str | None = None) -> None:
         self._function, self._processor = function, processor
+        self._place = "measure()" + (f" of {file}" if file else "")
         self._base: dict[str, float] | None = None
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -104,11 +114,27 @@ class KeptTask:
                 self._base = self._numbers(model)
         with evaluating(model):
             now = self._numbers(model)
+        if now.keys() != self._base.keys():
+            names = " and then ".join(", ".join(each) for each in (self._base, now))
+            raise ValueError(f"{self._place} returned {names}; it must return the same names each time.")
         changes = {f"keep_{name}_change": value - self._base[name] for name, value in now.items()}
         return {f"keep_{name}": value for name, value in now.items()} | changes
 
     def _numbers(self, model: nn.Module) -> dict[str, float]:
-        return {name: float(value) for name, value in self._function(model, self._processor).items()}
+        with error_note(f"In {self._place}, which must return numbers by name."):
+            found = self._function(model, self._processor)
+        numbers: dict[str, float] = {}
+        with suppress(AttributeError, RuntimeError, TypeError, ValueError):
+            numbers = {str(name): float(value) for name, value in found.items()}
+        if not numbers:
+            got = repr(found)[:60]
+            raise TypeError(
+                f"{self._place} returned {got}; it must return numbers by name, such as {{'accuracy': 0.9}}."
+            )
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{self._place} returned {value} for {name!r}; each number must be finite.")
+        return numbers
 
 
 KeepSource = Function | Data | list[str] | list[Path] | None
@@ -169,7 +195,7 @@ def build_keep(
     if isinstance(source, Data):
         return _kept_tokens(_sequences(source, settings, loaded.processor), settings, loaded.processor)
     if not isinstance(source, list):
-        return KeptTask(source, loaded.processor)
+        return KeptTask(source, loaded.processor, settings.keep)
     items: list[Any] = source[: max(settings.keep_tokens // ITEM_TOKENS, 1)]
     options = {"padding": True, "truncation": True, "max_length": settings.max_length}
     if task == "image-classification":
@@ -324,7 +350,8 @@ def _measure_of(path: Path) -> Function:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with error_note(f"In the file {path}."):
+        spec.loader.exec_module(module)
     function: Function | None = getattr(module, "measure", None)
     if not callable(function):
         raise ValueError(f"{path} has no function measure(model, processor), which returns numbers by name.")

@@ -544,6 +544,54 @@ def test_kept_data_is_checked_before_the_model_is_loaded(language_model, texts, 
         fine_tune(settings(language_model, texts, keep=str(tmp_path / "task.py")), tmp_path / "out")
 
 
+MEASURES = {
+    "an error": ("    return {'x': 1 / 0}", ZeroDivisionError, "division by zero", True),
+    "a wrong name": ("    return {'x': model.nothing}", AttributeError, "nothing", True),
+    "a number": ("    return 0.3", TypeError, r"returned 0\.3; it must return numbers by name", False),
+    "nothing": ("    pass", TypeError, "returned None; it must return numbers by name", False),
+    "no names": ("    return {}", TypeError, r"returned \{\}; it must return numbers by name", False),
+    "words": ("    return {'x': 'high'}", TypeError, "returned {'x': 'high'}; it must return numbers", False),
+    "NaN": (
+        "    return {'a': 1.0, 'kl': float('nan')}",
+        ValueError,
+        "returned nan for 'kl'; each number must be",
+        False,
+    ),
+    "Inf": ("    return {'kl': float('-inf')}", ValueError, "returned -inf for 'kl'", False),
+    "other names": (
+        "    SEEN.append(0)\n    return {f'x{len(SEEN)}': 1}",
+        ValueError,
+        "returned x1 and then x2; it must return the same names",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "error", "words", "raised"), MEASURES.values(), ids=MEASURES)
+def test_an_error_of_a_measure_names_its_file(body, error, words, raised, language_model, texts, tmp_path):
+    path = tmp_path / "task.py"
+    path.write_text(f"SEEN = []\ndef measure(model, processor):\n{body}\n")
+    asked = settings(language_model, texts, keep=str(path))
+    loaded = load_model(asked, "causal-lm", ())
+    kept = build_keep(read_keep(asked, "causal-lm"), asked, "causal-lm", loaded, None)
+    model = adapt(loaded, asked, "causal-lm", progress=False)
+    with pytest.raises(error, match=words) as found:
+        kept.measure(model)
+    if raised:
+        assert found.value.__notes__ == [f"In measure() of {path}, which must return numbers by name."]
+        assert found.value.place == f"{path}:3"
+    else:
+        assert str(found.value).startswith(f"measure() of {path} ")
+
+
+@pytest.mark.parametrize("text", ["import no_such_module_anywhere", "1 / 0", "def measure(:"])
+def test_an_error_in_the_file_of_a_measure_names_it(text, language_model, texts, tmp_path):
+    (tmp_path / "task.py").write_text(text)
+    with pytest.raises((ImportError, ZeroDivisionError, SyntaxError)) as found:
+        read_keep(settings(language_model, texts, keep=str(tmp_path / "task.py")), "causal-lm")
+    assert found.value.__notes__ == [f"In the file {tmp_path / 'task.py'}."]
+
+
 def test_an_encoder_keeps_the_text_of_any_rows(texts, tmp_path):
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     rows = {"chat": chat, "prompt": {"prompt": "a", "completion": "b"}, "text": {"text": "a\nb", "label": 1}}

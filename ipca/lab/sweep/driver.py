@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
+from ipca._error_note import error_note
 from ipca._version import __version__
 from ipca.lab.baselines.methods import needs_inputs
 from ipca.lab.baselines.peft_methods import PEFT_METHODS, require_peft
@@ -36,7 +37,7 @@ from ipca.lab.sweep.plan import (
 from ipca.lab.sweep.report.page import require_packages, write_report
 from ipca.lab.sweep.schedule import Plan, make_plan
 from ipca.lab.sweep.store import AUTO, SETTINGS, Store, read_settings
-from ipca.lab.sweep.task import Task, error_note, load_task
+from ipca.lab.sweep.task import Task, load_task
 from ipca.lab.sweep.trial import Row, Trial, base_row, build_base, seed_everything
 from ipca.lab.sweep.workers import Work, WorkerPool, check_sendable, model_sha256
 from ipca.model.settings import AdapterSettings

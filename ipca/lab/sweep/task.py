@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-import ipca
+from ipca._error_note import error_note
 from ipca.model.settings import AdapterSettings
 
 
@@ -100,29 +96,3 @@ def load_task(path: Path) -> Task:
     if not isinstance(task, Task):
         raise TypeError(f"task() in {path} returned a {type(task).__name__}; it must return an ipca.lab.sweep.Task.")
     return task
-
-
-@contextmanager
-def error_note(text: str) -> Iterator[None]:
-    """Add ``text`` as a note to any exception raised within the block; tracebacks print notes after the message.
-
-    Its attribute ``place`` is the file and line of the user's code that it came from, also where the exception is sent
-    from another process without its traceback; None where only ipca's own code ran.
-    """
-    try:
-        yield
-    except Exception as error:
-        vars(error).setdefault("__notes__", []).append(text)  # error.add_note needs Python 3.11
-        vars(error).setdefault("place", _place_in_user_code(error))
-        raise
-
-
-def _place_in_user_code(error: Exception) -> str | None:
-    """``file:line`` of the innermost call outside ipca, installed packages and the standard library."""
-    others = (str(Path(ipca.__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(("<", *(f"{folder}{os.sep}" for folder in others)))
-    ]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None

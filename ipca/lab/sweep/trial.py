@@ -20,12 +20,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ipca._error_note import error_note
 from ipca.analysis import update_norm
 from ipca.lab import baselines
 from ipca.lab.baselines.adapt import layer_weights
 from ipca.lab.baselines.methods import needs_inputs
 from ipca.lab.sweep.device import deterministic, device_of
-from ipca.lab.sweep.task import Task, error_note
+from ipca.lab.sweep.task import Task
 from ipca.model.apply import adapt, adapted_layers
 from ipca.model.batches import evaluating
 from ipca.model.optim import param_groups

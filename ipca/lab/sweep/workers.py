@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ipca._error_note import error_note
 from ipca._hashing import tensor_sha256
 from ipca.lab.sweep.device import see_only, use_device
-from ipca.lab.sweep.task import Task, error_note, load_task
+from ipca.lab.sweep.task import Task, load_task
 from ipca.lab.sweep.trial import Row, Trial, build_base, run_trial
 from ipca.model.settings import AdapterSettings
 from ipca.svd import SpectralCache

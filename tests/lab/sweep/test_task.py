@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from ipca._error_note import _place_in_user_code, error_note
 from ipca.lab.sweep import load_task
-from ipca.lab.sweep.task import _place_in_user_code, error_note
 from ipca.model.settings import AdapterSettings
 from ipca.svd.decompose import tolerance
 from tests.helpers import sweep_task
