@@ -1,4 +1,4 @@
-"""Atomic replacement of a file, of several files in a folder or of a folder, and checksummed safetensors files."""
+"""Atomic replacement of a file, of several files in a folder or of a folder, checksummed files, and locked folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,49 @@ def fsync_files(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+@contextmanager
+def locked_folder(folder: Path, does: str) -> Iterator[None]:
+    """Let no other process, and no other call here, work in ``folder`` within the block; a killed process lets go.
+
+    Args:
+        folder: made if missing, and removed again if the block leaves it empty.
+        does: who works there, for the message: ``"sweep runs"``.
+
+    Raises:
+        RuntimeError: another one works there.
+        OSError: ``folder`` cannot be made.
+    """
+    existed = folder.is_dir()
+    if not existed:
+        check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _flock(folder, does) if os.name == "posix" else nullcontext():
+        try:
+            yield
+        finally:
+            if not existed:
+                with suppress(OSError):
+                    folder.rmdir()  # only if it is empty
+
+
+@contextmanager
+def _flock(folder: Path, does: str) -> Iterator[None]:
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"another {does} in {folder}; wait for it, or choose another folder.") from None
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a forked process may have the handle, too
+        os.close(handle)
 
 
 @contextmanager

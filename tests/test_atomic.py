@@ -3,7 +3,11 @@
 import copy
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from torch import nn
 import ipca
 import ipca.io.adapter
 import ipca.io.peft_format
-from ipca._atomic import staged_files, staged_folder
+from ipca._atomic import locked_folder, staged_files, staged_folder
 from ipca.io.adapter_folder import read_adapter
 from tests.helpers.models import Net, adapted, snapshot
 
@@ -214,3 +218,54 @@ def test_a_file_is_as_small_as_a_stock_lora_of_twice_the_rank(rank, tmp_path):
     get_peft_model(base, LoraConfig(r=2 * rank, target_modules=names)).save_pretrained(tmp_path / "stock")
     ours, stock = ((tmp_path / folder / WEIGHTS).stat().st_size for folder in ("ours", "stock"))
     assert ours <= 1.01 * stock
+
+
+# -- one at a time in a folder
+
+HOLD = "import sys, time; from pathlib import Path; from ipca._atomic import locked_folder\n"
+HOLD += "with locked_folder(Path(sys.argv[1]), 'sweep runs'): print('locked', flush=True); time.sleep(60)"
+
+
+def test_a_folder_is_locked_until_the_process_is_killed(tmp_path):
+    held = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert held.stdout.readline() == b"locked\n"
+        with (
+            pytest.raises(RuntimeError, match=r"another process trains in .*; wait for it, or choose another folder"),
+            locked_folder(tmp_path, "process trains"),
+        ):
+            pass
+    finally:
+        held.kill()
+        held.wait()
+        held.stdout.close()
+    with locked_folder(tmp_path, "process trains"):
+        pass
+
+
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    with locked_folder(tmp_path, "sweep runs"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked_folder(tmp_path, "sweep runs"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_that_was_made_and_left_empty_is_removed(tmp_path):
+    with pytest.raises(ValueError, match="mine"), locked_folder(tmp_path / "out", "sweep runs"):
+        raise ValueError("mine")
+    assert not (tmp_path / "out").exists()
+    with locked_folder(tmp_path / "out", "sweep runs"):
+        (tmp_path / "out" / "rows").touch()
+    (tmp_path / "empty").mkdir()
+    with locked_folder(tmp_path / "empty", "sweep runs"):
+        pass
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "rows", "empty"}
+    with pytest.raises(NotADirectoryError, match="rows is not a folder"), locked_folder(tmp_path / "out/rows", "x"):
+        pass

@@ -250,18 +250,19 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
     from ipca.lab import sweep as sweeps
     from ipca.lab.sweep.store import TaskChangedError
 
+    out = args.out.absolute()  # the task may change the current folder
     command = sweeps.plan_sweep if args.dry_run else sweeps.run
     options = [name for name, each in signature(command).parameters.items() if each.kind is each.KEYWORD_ONLY]
     given = {name: value for name, value in vars(args).items() if name in options and value is not None}
     try:
         if args.dry_run:
-            plan = sweeps.plan_sweep(args.task, args.out, overwrite=args.force, **given)
+            plan = sweeps.plan_sweep(args.task, out, overwrite=args.force, **given)
             return plan.record(), str(plan)
-        rows = sweeps.run(args.task, args.out, progress=not args.quiet, overwrite=args.force, **given)
+        rows = sweeps.run(args.task, out, progress=not args.quiet, overwrite=args.force, **given)
     except TaskChangedError as error:
         raise ValueError(f"{error.fact}; keep them with --accept-task-change, or use a new folder.") from None
     failed = [row for row in rows if row["status"] != "ok"]
-    verdict = sweeps.verdict(args.out)
+    verdict = sweeps.verdict(out)
     table, page = args.out / "rows.csv", args.out / "report.html"
     text = f"{verdict}\n{len(rows)} rows, {len(failed)} failed: {table}   report: {page}"
     unreached = sorted({*(args.checkpoints or ())} - {row["step"] for row in rows})

@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from ipca._atomic import read_checksummed, staged_files, write_atomic, write_checksummed
+from ipca._atomic import locked_folder, read_checksummed, staged_files, write_atomic, write_checksummed
 from ipca._version import __version__
 from ipca.io.model_card import write_model_card
 from ipca.io.output_folder import check_output, check_spared
@@ -59,6 +57,7 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
     Raises:
         DataError: a row is not what the task needs; found before the model is loaded.
         FileExistsError: ``out`` holds something else, or a run with other settings, data or base weights.
+        RuntimeError: another process trains in ``out``.
         OverBudgetError: nothing but the base is within the budget; ``out/checkpoints`` keeps the last checkpoints.
         ImportError: a package of the extra ``train`` is missing.
         FileNotFoundError, TypeError, ValueError: there is no such model or data, or they do not fit each other.
@@ -66,6 +65,13 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
     state = _process_state()
     micro_batches(settings)
     get_reporting_integration_callbacks(list(settings.report_to))  # raises where one is not known
+    out = Path(out).absolute()  # the code of `settings.keep` may change the current folder
+    with locked_folder(out, "process trains") if state.is_main_process else nullcontext():
+        return _fine_tune(settings, out, overwrite, progress, state)
+
+
+def _fine_tune(settings: TrainSettings, out: Path, overwrite: bool, progress: bool, state: Any) -> Outcome:
+    """:func:`fine_tune` in an absolute ``out`` that no other process works in."""
     if finished := _check_folder(settings, out, overwrite):
         return finished
     data = read_data(find_source(settings.data), settings.task, settings.columns)
@@ -85,20 +91,19 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
         assert isinstance(kept, KeptTokens | KeptItems)  # read_keep has seen to it
         inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in kept.batches]
     model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty(), inputs)
-    with _locked(out) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            _begin(settings, fitted, out, samples, overwrite)
-        state.wait_for_everyone()
-        trainer = build_trainer(model, parts, fitted, loaded, data, out / CHECKPOINTS)
-        if trainer.accelerator.num_processes != processes():  # each would train on all of the data
-            known = trainer.accelerator.num_processes
-            raise RuntimeError(f"{processes()} processes were started, but the Trainer knows of {known}.")
-        repeated = repeated_rows(settings, len(trainer.train_dataset))
-        if repeated and state.is_main_process:
-            log.info("%d rows are repeated in the last step of each epoch, to fill it in all processes", repeated)
-        _add_callbacks(trainer, kept, settings, progress)
-        train_from(trainer, last_checkpoint(out / CHECKPOINTS))
-        return _finish(trainer, settings, out, data, kept, progress)
+    if state.is_main_process:
+        _begin(settings, fitted, out, samples, overwrite)
+    state.wait_for_everyone()
+    trainer = build_trainer(model, parts, fitted, loaded, data, out / CHECKPOINTS)
+    if trainer.accelerator.num_processes != processes():  # each would train on all of the data
+        known = trainer.accelerator.num_processes
+        raise RuntimeError(f"{processes()} processes were started, but the Trainer knows of {known}.")
+    repeated = repeated_rows(settings, len(trainer.train_dataset))
+    if repeated and state.is_main_process:
+        log.info("%d rows are repeated in the last step of each epoch, to fill it in all processes", repeated)
+    _add_callbacks(trainer, kept, settings, progress)
+    train_from(trainer, last_checkpoint(out / CHECKPOINTS))
+    return _finish(trainer, settings, out, data, kept, progress)
 
 
 def _process_state() -> Any:
@@ -170,27 +175,6 @@ def _sampled(settings: TrainSettings) -> dict[str, Any]:
     """What samples depend on."""
     names = ("model", "dtype", "keep_tokens", "max_length", "seed")
     return {name: getattr(settings, name) for name in names} | {"model_files": input_digests(settings).get("model")}
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Let no other run work in ``out`` within the block; a killed process lets go."""
-    out.mkdir(parents=True, exist_ok=True)
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # of a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RuntimeError(f"another process trains in {out}; wait for it, or choose another folder.") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _begin(settings: TrainSettings, fitted: TrainSettings, out: Path, samples: Tensor | None, overwrite: bool) -> None:

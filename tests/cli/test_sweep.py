@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ipca._atomic import locked_folder
 from ipca.cli.main import main
 from ipca.lab.baselines import CONTROLS
 from tests.helpers import sweep_task
@@ -158,6 +159,26 @@ def test_an_edited_task_keeps_its_trials(tmp_path, capsys):
     path.write_text(text)
     assert main([*command, "--force"]) == 0
     assert log.read_text() == "xx"
+
+
+def test_a_task_that_changes_the_folder_is_reported_all_the_same(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import os\nfrom dataclasses import replace\nfrom tests.helpers import sweep_task\n"
+        f"def train(*given):\n    os.chdir({str(tmp_path.parent)!r})\n    return sweep_task.train(*given)\n"
+        "def task():\n    return replace(sweep_task.task(), train=train)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "mine.py", "-o", "out", *FEW]) == 0
+    assert "2 rows, 0 failed: out/rows.csv" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_second_sweep_in_the_folder_is_one_line(tmp_path, capsys):
+    with locked_folder(tmp_path, "sweep runs"):
+        assert main(["sweep", str(TASK), "-o", str(tmp_path), *FEW, "--force"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"ipca: error: another sweep runs in {tmp_path}; wait for it, or choose another folder."
+    assert not any(tmp_path.iterdir())
 
 
 def test_checkpoints_beyond_the_end_are_said(tmp_path, capsys):

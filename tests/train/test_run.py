@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import ipca
+from ipca._atomic import locked_folder
 from ipca.analysis import cross_entropy_rise, kl_to_base
 from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
 from ipca.train.checkpoints import last_checkpoint, relocate
@@ -389,15 +390,31 @@ def test_samples_of_another_run_are_drawn_again(language_model, texts, tmp_path)
     assert run._samples(loaded.model, loaded.processor, other, tmp_path / "out").numel() == 256
 
 
-def test_one_run_at_a_time(tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_run_at_a_time(overwrite, language_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", None)  # it is refused before
+    asked = settings(language_model, texts)
     with (
-        run._locked(tmp_path / "out"),
-        pytest.raises(RuntimeError, match="another process trains in"),
-        run._locked(tmp_path / "out"),
+        locked_folder(tmp_path / "out", "process trains"),
+        pytest.raises(RuntimeError, match=r"another process trains in .*out; wait for it, or choose another folder"),
     ):
+        fine_tune(asked, tmp_path / "out", overwrite=overwrite, progress=False)
+    with locked_folder(tmp_path / "out", "process trains"):
         pass
-    with run._locked(tmp_path / "out"):
-        pass
+
+
+@pytest.mark.slow
+def test_a_measure_that_changes_the_folder_loses_no_run(language_model, texts, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "keep.py").write_text(
+        "import os\ndef measure(model, processor):\n"
+        f"    os.chdir({str(tmp_path / 'sub')!r})\n    return {{'first': 1.0}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = fine_tune(settings(language_model, texts, keep="keep.py", steps=2), "out", progress=False)
+    assert found.out == tmp_path / "out"
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not any((tmp_path / "sub").iterdir())
 
 
 def test_force_deletes_no_input(language_model, texts, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
+from ipca._atomic import locked_folder
 from ipca._error_note import error_note
 from ipca._version import __version__
 from ipca.lab.baselines.methods import needs_inputs
@@ -30,6 +31,7 @@ from ipca.lab.sweep.plan import (
     DEFAULT_METHODS,
     WINDOWS,
     Grid,
+    count_of,
     require_optuna,
     steps_of,
     tuned_trials,
@@ -119,15 +121,19 @@ def run(
         TypeError, ValueError: an invalid option, task or layer, an untrained model that cannot be evaluated, or ``out``
             belongs to another sweep; ``out`` is unchanged.
         ImportError: a package for the report or for tuning is missing; ``out`` is unchanged.
-        RuntimeError: a worker process was killed. Finished trials are kept.
+        RuntimeError: another sweep runs in ``out``, which is unchanged; or a worker process was killed. Finished trials
+            are kept.
         Exception: any error raised by the task in a trial. Finished trials are kept.
     """
     made, source = _read_task(task)
     grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.settings.window, made.settings.rank)
     steps = steps_of(checkpoints)
-    _check_options({"early": early, "workers": workers, "threads": threads}, made, grid)
+    early, workers, threads = count_of("early", early), count_of("workers", workers), count_of("threads", threads)
+    tune = count_of("tune", tune, least=0)
+    _check_methods(made, grid)
     _check_environment(made, source, workers, devices, tune, report)
-    with num_threads(threads):
+    folder = _folder(out)
+    with num_threads(threads), locked_folder(folder, "sweep runs"):
         use_device(devices[0] if devices else None)
         base = build_base(made)
         windows_of = find_windows(base, made.settings, ((trial.method, trial.seed) for trial in grid.direct_trials()))
@@ -137,7 +143,7 @@ def run(
         model = {"model_sha256": digest, "device": device_name(device_of(base))}
         fixed = {**_fixed_settings(made, source, early, steps, threads), **model}
         options = {"accept_task_change": accept_task_change, "overwrite": overwrite}
-        store = Store(Path(out), fixed, source=_text(source), **options)
+        store = Store(folder, fixed, source=_text(source), **options)
         plan = make_plan(grid, tune, workers, store)
         if progress:
             tqdm.write(plan.line(), file=sys.stderr)
@@ -197,12 +203,15 @@ def plan_sweep(
     made, source = _read_task(task)
     grid = Grid.of(windows, lrs, seeds, methods, comparisons, made.settings.window, made.settings.rank)
     steps = steps_of(checkpoints)
-    _check_options({"early": early, "workers": workers, "threads": threads}, made, grid)
-    then = {} if overwrite else read_settings(Path(out) / SETTINGS).get("fixed", {})
+    early, workers, threads = count_of("early", early), count_of("workers", workers), count_of("threads", threads)
+    tune = count_of("tune", tune, least=0)
+    _check_methods(made, grid)
+    folder = _folder(out)
+    then = {} if overwrite else read_settings(folder / SETTINGS).get("fixed", {})
     model = {name: then.get(name) for name in ("model_sha256", "device")}
     fixed = {**_fixed_settings(made, source, early, steps, threads), **model}
     options = {"accept_task_change": accept_task_change, "overwrite": overwrite}
-    return make_plan(grid, tune, workers, Store(Path(out), fixed, source=_text(source), **options))
+    return make_plan(grid, tune, workers, Store(folder, fixed, source=_text(source), **options))
 
 
 def _read_task(task: Task | str | os.PathLike[str]) -> tuple[Task, Path | None]:
@@ -212,6 +221,14 @@ def _read_task(task: Task | str | os.PathLike[str]) -> tuple[Task, Path | None]:
     if not isinstance(task, str | os.PathLike):
         raise TypeError(f"task must be an ipca.lab.sweep.Task or a Python file with a function task(), got {task!r}.")
     return load_task(Path(task)), Path(task).absolute()
+
+
+def _folder(out: str | os.PathLike[str]) -> Path:
+    """The sweep's folder, absolute since a task may change the current one."""
+    folder = Path(out).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; a sweep needs a folder.")
+    return folder
 
 
 def _text(source: Path | None) -> str | None:
@@ -280,10 +297,7 @@ class _Runner:
         self.written = time.monotonic()
 
 
-def _check_options(counts: dict[str, int], task: Task, grid: Grid) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+def _check_methods(task: Task, grid: Grid) -> None:
     needing = [method for method in grid.all_methods() if needs_inputs(method)]
     if needing and task.calibration is None:
         raise ValueError(f"the method {needing[0]!r} needs the task's `calibration`, which returns unlabeled batches.")
@@ -307,7 +321,7 @@ def _check_environment(
 
 def _auto_settings(base: nn.Module, task: Task, store: Store, progress: bool) -> AdapterSettings:
     """The settings of the method ``"auto"``."""
-    assert task.calibration is not None  # checked by _check_options
+    assert task.calibration is not None  # checked by _check_methods
     cache = SpectralCache(store.spectra)
     seed_everything(0)
     with error_note("While choosing the windows of 'auto'."):

@@ -69,13 +69,15 @@ class Grid:
             TypeError, ValueError: an unknown method or comparison, a rate that is not positive, an empty list, or a
                 duplicate.
         """
-        if isinstance(seeds, int) and seeds < 1:
-            raise ValueError(f"seeds must be a number of at least 1, or a list of seeds; got {seeds}.")
+        if not isinstance(seeds, Iterable):
+            seeds = _whole("seeds", seeds, "a whole number, or a list of seeds")
+            if seeds < 1:
+                raise ValueError(f"seeds must be a number of at least 1, or a list of seeds; got {seeds}.")
         listed = range(seeds) if isinstance(seeds, int) else _list("seeds", seeds)
         grid = cls(
             tuple(_window(window, rank) for window in _list("windows", windows)),
             tuple(sorted(_rate(lr) for lr in _list("lrs", lrs))),
-            tuple(_whole("seeds", seed) for seed in listed),
+            tuple(_whole("seeds", seed, "whole numbers") for seed in listed),
             tuple(check_method(method) for method in _list("methods", methods)),
             _list("comparisons", comparisons),
             check_method(reference),
@@ -169,10 +171,22 @@ def steps_of(checkpoints: Sequence[int]) -> tuple[int, ...]:
     Raises:
         TypeError, ValueError: not a list of integers of at least 1.
     """
-    steps = tuple(sorted({_whole("checkpoints", step) for step in _list("checkpoints", checkpoints)}))
+    steps = tuple(sorted({_whole("checkpoints", step, "whole numbers") for step in _list("checkpoints", checkpoints)}))
     if steps and steps[0] < 1:
         raise ValueError(f"checkpoints must be optimizer steps, counted from 1; got {steps[0]}.")
     return steps
+
+
+def count_of(name: str, value: Any, least: int = 1) -> int:
+    """A count from user input.
+
+    Raises:
+        TypeError, ValueError: not a whole number of at least ``least``.
+    """
+    count = _whole(name, value, "a whole number")
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}.")
+    return count
 
 
 def _list(name: str, values: Any) -> tuple[Any, ...]:
@@ -181,11 +195,13 @@ def _list(name: str, values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: Any, what: str) -> int:
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be whole numbers, got {value!r}.") from None
+        pass
+    raise TypeError(f"{name} must be {what}, got {value!r}.")
 
 
 def _rate(value: Any) -> float:

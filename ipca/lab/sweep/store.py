@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -32,7 +33,8 @@ class TaskChangedError(ValueError):
 class Store:
     """The folder of one sweep; every file in it is written atomically, so a kill leaves no partial files.
 
-    Nothing is written before :meth:`prepare`.
+    Nothing is written before :meth:`prepare`. Each trial's file has a hash of ``fixed``; one without, of an earlier
+    version, counts as one of the settings that the folder's file says.
 
     Args:
         folder: created by :meth:`prepare` if missing.
@@ -44,7 +46,7 @@ class Store:
     Raises:
         TaskChangedError: the trials were run by another text of the task file.
         ValueError: the folder belongs to another sweep (the message names the differences), its settings are damaged,
-            or it holds files with the names of a sweep's files but no settings.
+            it holds files with the names of a sweep's files but no settings, or a trial of other settings.
         OSError: it cannot be read or written.
     """
 
@@ -57,7 +59,7 @@ class Store:
         accept_task_change: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.folder, self.source = folder, source
+        self.folder, self.source, self.overwrite = folder, source, overwrite
         self.trials, self.spectra = folder / "trials", folder / "spectra"
         self.fixed = json.loads(json.dumps(fixed))
         self.earlier_tasks: list[str] = []
@@ -71,6 +73,10 @@ class Store:
             self._go_on(then, accept_task_change)
         else:
             self.stale = True  # no trial was run with these settings
+        tasks = self.fixed.get("task_sha256"), *self.earlier_tasks
+        self.digests = [_digest({**self.fixed, "task_sha256": task}) for task in tasks]
+        for path in self.trials.glob("*.json"):
+            self.read(path.stem)  # raises now, and not between trainings
 
     def prepare(self) -> None:
         """Create the folder, and delete what another sweep has left in it."""
@@ -81,6 +87,9 @@ class Store:
                 (self.folder / name).unlink(missing_ok=True)
         self.trials.mkdir(parents=True, exist_ok=True)
         self.stale = False
+        for path in self.trials.glob("*.json") if self.overwrite else ():
+            if self.read(path.stem) is None:
+                path.unlink()
 
     def _go_on(self, then: Mapping[str, Any], accept_task_change: bool) -> None:
         """Go on with trials of other settings, ``then``, or raise: only the task file may differ."""
@@ -107,18 +116,29 @@ class Store:
         return None if found is None else found["rows"]
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """``rows`` and ``seconds`` of a finished trial, else None."""
+        """``rows`` and ``seconds`` of a finished trial, else None; raises ValueError if it is of other settings."""
         if self.stale:
             return None
+        path = self.trials / f"{key}.json"
         try:
-            found = json.loads((self.trials / f"{key}.json").read_text())
+            found = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return found if isinstance(found, dict) and {"rows", "seconds"} <= set(found) else None
+        if not isinstance(found, dict) or not {"rows", "seconds"} <= set(found):
+            return None
+        if found.get("fixed_sha256", self.digests[0]) not in self.digests:
+            if self.overwrite:
+                return None
+            raise ValueError(
+                f"{path} is a run of other settings than those in {self.folder / SETTINGS}, such as of another sweep "
+                "that worked in the folder; delete the file, and the run is made again, or use a new folder."
+            )
+        return found
 
     def put(self, key: str, rows: Sequence[Row], seconds: float) -> None:
         """Store the rows of a trial that took ``seconds``."""
-        write_atomic(self.trials / f"{key}.json", json.dumps({"rows": rows, "seconds": seconds}).encode())
+        record = {"rows": rows, "seconds": seconds, "fixed_sha256": self.digests[0]}
+        write_atomic(self.trials / f"{key}.json", json.dumps(record).encode())
 
     def table(self, base: Row, trials: Iterable[Trial]) -> list[Row]:
         """Write and return the rows of the untrained model and of the finished ``trials``, in their order."""
@@ -160,6 +180,10 @@ def _is_settings(path: Path) -> bool:
         return False
 
 
+def _digest(fixed: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
 def _same_program(before: str | None, after: str | None) -> bool:
     """Whether two texts of a task file differ in no more than comments and layout."""
     if before is None or after is None:
@@ -184,8 +208,6 @@ def _first_change(before: str | None, after: str | None) -> str:
 
 def _check_overwrite(folder: Path) -> None:
     """Raise if a sweep in ``folder`` would overwrite files that no sweep has written."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; a sweep needs a folder.")
     found = [name for name in (ROWS, SECONDS, REPORT) if (folder / name).exists()]
     if any((folder / "trials").glob("*.json")):
         found.append("folder of finished trials")

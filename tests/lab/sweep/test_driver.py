@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from tests.helpers import sweep_task
 
 TASK = Path(sweep_task.__file__)
 GRID = {"windows": (0.0, 0.5, 1.0), "lrs": (1e-3, 1e-2), "seeds": 2, "early": 2, "progress": False, "report": False}
+SMALL = {"windows": (0.5,), "methods": (), "lrs": (1e-3,), "seeds": 1, "comparisons": ("same",), "early": 2}
 TRIALS = (
     (3 + 7) * 4 + 3 * 4 + 3 * 4
 )  # at the same rate; √σ: windows; equal updates: windows without the reference, LoRA
@@ -317,6 +319,57 @@ def test_counts_are_positive(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         sweep.run(TASK, tmp_path / "out", **{**GRID, name: 0})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [2.5, 1.0, "2", None, True])
+@pytest.mark.parametrize("name", ["early", "workers", "threads", "tune"])
+def test_counts_are_whole_numbers(name, value, tmp_path):
+    options = {"lrs": (1e-3,), "seeds": 1, "early": 2}
+    for command in (sweep.run, sweep.plan_sweep):
+        with pytest.raises(TypeError, match=f"{name} must be a whole number, got {value!r}"):
+            command(TASK, tmp_path / "out", **{**options, name: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_rounds_of_tuning_are_not_negative(tmp_path):
+    with pytest.raises(ValueError, match="tune must be at least 0, got -1"):
+        sweep.run(TASK, tmp_path, **{**GRID, **SMALL}, tune=-1)
+
+
+def test_counts_of_numpy_are_numbers(tmp_path):
+    sweep.run(TASK, tmp_path, **{**GRID, **SMALL, "early": np.int64(2), "checkpoints": np.array([1])})
+    assert sweep.plan_sweep(TASK, tmp_path, **SMALL, checkpoints=(1,)).left == 0
+
+
+def test_a_task_that_changes_the_folder_loses_no_run(tmp_path, monkeypatch):
+    def train(model, groups, seed):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        os.chdir(tmp_path / "sub")
+        sweep_task.train(model, groups, seed)
+
+    monkeypatch.chdir(tmp_path)
+    rows = sweep.run(replace(sweep_task.task(), train=train), "out", **{**GRID, **SMALL, "report": True})
+    assert len(read(tmp_path / "out")) == len(rows) == 2
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not any((tmp_path / "sub").iterdir())
+
+
+@pytest.mark.parametrize("change", [{}, {"early": 3}, {"checkpoints": (1,)}, {"early": 3, "overwrite": True}])
+def test_one_sweep_at_a_time_works_in_a_folder(change, tmp_path):
+    refused = []
+
+    def train(model, groups, seed):
+        other = {**GRID, **SMALL, **change}
+        with pytest.raises(RuntimeError, match=r"another sweep runs in .*out; wait for it, or choose another folder"):
+            sweep.run(TASK, tmp_path / "out", **other)
+        refused.append(seed)
+        sweep_task.train(model, groups, seed)
+
+    options = {**GRID, **SMALL, "seeds": 2}
+    rows = sweep.run(replace(sweep_task.task(), train=train), tmp_path / "out", **options)
+    assert refused == [0, 1]
+    assert rows == sweep.run(sweep_task.task(), tmp_path / "again", **options)
+    assert len(list((tmp_path / "out" / "trials").iterdir())) == 2
 
 
 def test_a_folder_of_another_sweep_is_refused(swept):

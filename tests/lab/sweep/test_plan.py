@@ -106,6 +106,9 @@ def test_bad_grids_say_what_is_wrong(change, says):
         ({"lrs": ("fast",)}, "lrs must be learning rates, positive numbers; got 'fast'"),
         ({"seeds": "8"}, "seeds must be a list, got '8'"),
         ({"seeds": (0.5,)}, "seeds must be whole numbers, got 0.5"),
+        ({"seeds": (True,)}, "seeds must be whole numbers, got True"),
+        ({"seeds": 2.0}, "seeds must be a whole number, or a list of seeds, got 2.0"),
+        ({"seeds": True}, "seeds must be a whole number, or a list of seeds, got True"),
     ],
 )
 def test_options_of_another_kind_are_named(change, says):
@@ -116,6 +119,7 @@ def test_options_of_another_kind_are_named(change, says):
 def test_numbers_of_numpy_are_numbers():
     grid = Grid.of(**{**OPTIONS, "seeds": np.arange(2), "lrs": np.array([1e-3]), "windows": np.array([0.5])})
     assert (grid.seeds, grid.lrs, grid.windows) == ((0, 1), (1e-3,), ("0.5",))
+    assert Grid.of(**{**OPTIONS, "seeds": np.int64(2)}).seeds == (0, 1)
 
 
 def test_checkpoints_are_steps():

@@ -1,6 +1,7 @@
 """A sweep's folder: what it refuses, and what a mistake leaves behind."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -154,3 +155,51 @@ def test_overwriting_deletes_them(settings, tmp_path):
     assert (tmp_path / "trials" / "done.json").exists()
     store.prepare()
     assert [path.name for path in tmp_path.rglob("*")] == ["trials"]
+
+
+# -- trials of other settings never mix
+
+
+def test_a_trial_of_other_settings_is_refused_by_name(tmp_path):
+    opened(tmp_path / "other", early=3).put("theirs", [], 1.0)
+    store = opened(tmp_path / "own", early=2)
+    store.put("mine", [], 1.0)
+    shutil.copy(tmp_path / "other/trials/theirs.json", store.trials)  # as a sweep on a file system without locks does
+    says = r"trials/theirs\.json is a run of other settings than those in .*settings\.json.*; delete the file"
+    with pytest.raises(ValueError, match=says):
+        store.read("theirs")
+    with pytest.raises(ValueError, match=says):
+        Store(tmp_path / "own", {"early": 2})
+    assert (store.trials / "theirs.json").exists()
+    again = Store(tmp_path / "own", {"early": 2}, overwrite=True)
+    assert again.get("theirs") is None
+    again.prepare()
+    assert [path.name for path in store.trials.iterdir()] == ["mine.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"early": 3}, {"settings": {"rank": 4}}, {"task_sha256": "b"}, {"checkpoints": [1]}, {"model_sha256": "n"}],
+)
+def test_every_fixed_setting_counts(change, tmp_path):
+    fixed = {"early": 2, "settings": {"rank": 2}, "task_sha256": "a", "checkpoints": [], "model_sha256": "m"}
+    opened(tmp_path / "other", **{**fixed, **change}).put("a", [], 1.0)
+    shutil.copytree(tmp_path / "other/trials", opened(tmp_path / "own", **fixed).trials, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"a\.json is a run of other settings"):
+        Store(tmp_path / "own", fixed)
+
+
+def test_a_trial_of_an_earlier_version_is_of_the_settings_of_its_folder(tmp_path):
+    store = opened(tmp_path, early=1)
+    (store.trials / "a.json").write_text('{"rows": [], "seconds": 1.0}')
+    assert Store(tmp_path, {"early": 1}).get("a") == []
+    with pytest.raises(ValueError, match="contains another sweep: early differ"):
+        Store(tmp_path, {"early": 2})
+
+
+@pytest.mark.parametrize("earlier", [None, "a"])
+def test_trials_of_an_accepted_text_of_the_task_stay(earlier, tmp_path):
+    of_task(tmp_path, TEXT if earlier else None, earlier).put("done", [], 1.0)
+    of_task(tmp_path, TEXT + "x = 1\n", "b", accept_task_change=True).put("more", [], 1.0)
+    store = of_task(tmp_path, TEXT + "x = 1\n", "b")
+    assert store.get("done") == store.get("more") == []
