@@ -92,6 +92,7 @@ EXTENSIONS = (
     Experiment("M1-low", _AGAIN, _FEED_FORWARD, _grid((0.0,), (), (1e-4, 2.5e-4), 10)),
     Experiment("M1-middle", _AGAIN, _FEED_FORWARD, _grid((0.5,), (), (5e-4,), 5)),
     Experiment("M1-others", _AGAIN, _FEED_FORWARD, _grid((1.0,), ("lora",), (1e-3,), 5)),
+    Experiment("M1-rates", _AGAIN, _FEED_FORWARD, _grid((0.5, 1.0), ("lora",), (1e-4, 2.5e-4), 10)),
     Experiment("V1-low", _MORE, digits.task, _grid((0.0,), ("full",), (1e-4, 2.5e-4, 5e-4), 10)),
     Experiment(
         "V1-high",
