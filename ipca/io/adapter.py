@@ -196,13 +196,14 @@ def load_adapter(
         ValueError: a damaged file, shapes or layers that do not fit, or another base; the model is unchanged.
     """
     check_inference_mode()
-    check_not_replicated(model)
+    present = adapted_layers(model)
+    if not present:
+        check_not_replicated(model)
     check_not_sharded(model, "load the adapter first, then shard; torch.distributed.checkpoint resumes a sharded run.")
     folder = adapter_folder(folder)
     _check_peft_fields(folder)
     saved = read_adapter(folder)
     modules_to_save = modules_to_save_state(model, saved.modules_to_save)
-    present = adapted_layers(model)
     changed = {**present, **{name: model.get_submodule(name) for name in saved.modules_to_save}}
     check_not_offloaded(changed, "load the adapter onto the model without offloading, then offload.")
     mixed = set(present) - set(saved.layers)

@@ -20,6 +20,8 @@ def ddp(form):
     found = launch.losses(model, launch.optimizer(model.module), range(4), launch.half(rank))
     if rank == 0:
         ipca.save_adapter(model.module, folder / f"{form}-ddp")
+    dist.barrier()
+    ipca.load_adapter(model.module, folder / f"{form}-ddp")  # in place: the wrapper knows these factors
     return {"losses": found, "wrapper": launch.raised(lambda: ipca.save_adapter(model, folder / "refused"))}
 
 
