@@ -83,10 +83,9 @@ def check_output_folder(args: argparse.Namespace) -> None:
     from ipca.io.output_folder import check_not_read
 
     given = vars(args)
-    residual = "residual" in (given.get("format"), given.get("form"))
-    check_not_read(
-        args.out, model=[given.get("model"), given.get("original")], adapter=[given.get("adapter")], residual=residual
-    )
+    inside = given.get("force") and "residual" in (given.get("format"), given.get("form"))
+    models = [given.get("model"), given.get("original")]
+    check_not_read(args.out, model=models, adapter=[given.get("adapter")], residual=bool(inside))
 
 
 def find_folders(args: argparse.Namespace) -> None:

@@ -101,7 +101,8 @@ def export(
     if format == "residual":
         _check_quantized(model)
         check_not_offloaded(adapted_layers(model))
-    check_not_read(folder, model=[getattr(model, "name_or_path", None)], residual=format == "residual")
+    inside = overwrite and format == "residual"
+    check_not_read(folder, model=[getattr(model, "name_or_path", None)], residual=inside)
     write_once(model, partial(check_output, folder, whole=format == "residual", overwrite=overwrite))
     contents = collect_adapter(model)
     if format in ("serve", "mlx"):

@@ -75,7 +75,7 @@ def check_not_read(
         folder: where the adapter is to be written.
         model: folders of models that are read; what is no folder of a model on this disk is skipped.
         adapter: folders of adapters that are read.
-        residual: whether it is ``folder/base`` and ``folder/adapter`` that are written.
+        residual: whether ``folder/base`` and ``folder/adapter`` are replaced.
     """
     written = [Path(folder), *(Path(folder) / name for name in ("base", "adapter") if residual)]
     for what, given, name in (("model", model, "config.json"), ("adapter", adapter, "adapter_config.json")):

@@ -429,16 +429,13 @@ def test_force_deletes_no_input(language_model, texts, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["model", "data", "keep", "held_out"])
 @pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "killed"])
-def test_a_run_does_not_go_on_with_other_data_or_weights(
-    language_model, texts, tmp_path, monkeypatch, setting, is_finished
-):
+def test_a_run_does_not_go_on_with_other_data_or_weights(language_model, texts, tmp_path, monkeypatch, is_finished):
     shutil.copytree(language_model, tmp_path / "model")
     shutil.copytree(texts, tmp_path / "texts")
     shutil.copy(texts / "new.txt", tmp_path / "texts" / "held_out.txt")
     held_out = str(tmp_path / "texts" / "held_out.txt")
-    asked = settings(tmp_path / "model", tmp_path / "texts", steps=2, evaluations=1, held_out=held_out)
+    asked = settings(tmp_path / "model", tmp_path / "texts", steps=1, evaluations=1, held_out=held_out)
     if is_finished:
         fine_tune(asked, tmp_path / "out", progress=False)
     else:
@@ -446,21 +443,26 @@ def test_a_run_does_not_go_on_with_other_data_or_weights(
             patch.setattr(run, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 fine_tune(asked, tmp_path / "out", progress=False)
-    path = tmp_path / "texts" / {"data": "new.txt", "keep": "keep.txt"}.get(setting, "held_out.txt")
-    if setting == "model":
-        path = tmp_path / "model" / "model.safetensors"
-        model = AutoModelForCausalLM.from_pretrained(language_model)
-        with torch.no_grad():
-            model.get_parameter("model.norm.weight").mul_(1.1)
-        model.save_pretrained(tmp_path / "other")
-        shutil.copy(tmp_path / "other" / "model.safetensors", path)
-    else:
-        path.write_text(path.read_text() + "More.\n\nAnd more.\n")
+    other = AutoModelForCausalLM.from_pretrained(language_model)
+    with torch.no_grad():
+        other.get_parameter("model.norm.weight").mul_(1.1)
+    other.save_pretrained(tmp_path / "other")
+    more = b"More.\n\nAnd more.\n"
+    changes = {
+        "model": (tmp_path / "model" / "model.safetensors", (tmp_path / "other" / "model.safetensors").read_bytes()),
+        **{
+            setting: (tmp_path / "texts" / name, (tmp_path / "texts" / name).read_bytes() + more)
+            for setting, name in (("data", "new.txt"), ("keep", "keep.txt"), ("held_out", "held_out.txt"))
+        },
+    }
     before = {each: each.read_bytes() for each in (tmp_path / "out").rglob("*") if each.is_file()}
-    with pytest.raises(
-        FileExistsError, match=rf"^{setting} .* has changed since the run in .*out was begun; choose ano"
-    ):
-        fine_tune(asked, tmp_path / "out", progress=False)
+    for setting, (path, changed) in changes.items():
+        kept = path.read_bytes()
+        path.write_bytes(changed)
+        words = rf"^{setting} .* has changed since the run in .*out was begun; choose ano"
+        with pytest.raises(FileExistsError, match=words):
+            fine_tune(asked, tmp_path / "out", progress=False)
+        path.write_bytes(kept)
     assert {each: each.read_bytes() for each in (tmp_path / "out").rglob("*") if each.is_file()} == before
 
 
