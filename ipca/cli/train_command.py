@@ -64,7 +64,7 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
         from ipca.train.scaled_change import SCALES, save_scaled, tradeoff
 
         if args.plot:
-            check_writable(Path(args.plot).absolute().parent)
+            check_writable(args.plot.absolute().parent)
         if args.out is not None:
             if args.force:
                 check_spared(args.out, (args.model, args.data, args.keep))
@@ -105,6 +105,7 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
             )
         text += f"\nadapter with the change scaled by {chosen:g}: {args.out}"
     if args.plot:  # last, as it may be in the folder
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
         draw_tradeoff(found.rows(), args.plot, found.description, chosen)
         text += f"\npicture: {args.plot}"
     if args.out is not None and not chosen:

@@ -116,8 +116,6 @@ def _process_state() -> Any:
 
 def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcome | None:
     """The outcome where this run is finished already; raise where ``out`` holds anything but this run."""
-    import yaml
-
     run = out / RUN
     if overwrite:
         check_spared(out, (settings.model, settings.data, settings.keep, settings.held_out))
@@ -126,7 +124,7 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
         return None
     earlier = TrainSettings.from_dict(read_settings(run))
     different = differing(settings, earlier)
-    found = yaml.safe_load(run.read_text(encoding="utf-8")).get("found")
+    found = _found(out)
     if found is None:
         raise FileExistsError(
             f"{run} holds settings and is no file of a run, which would replace it; give it another name, or choose "
@@ -271,7 +269,7 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
     )
     write_report(outcome, out / "report.html", data.layout.task)
     versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl", "datasets")}
-    found = _found(out) | {
+    found = (_found(out) or {}) | {
         "task": data.layout.task,
         "columns": dict(data.layout.columns),
         "labels": list(data.labels),
@@ -287,11 +285,11 @@ def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
-def _found(out: Path) -> dict[str, Any]:
-    """What ``run.yaml`` says that the run in ``out`` has found."""
+def _found(out: Path) -> dict[str, Any] | None:
+    """What ``run.yaml`` says that the run in ``out`` has found; None where a user has written that file."""
     import yaml
 
-    found: dict[str, Any] = yaml.safe_load((out / RUN).read_text(encoding="utf-8"))["found"]
+    found: dict[str, Any] | None = yaml.safe_load((out / RUN).read_text(encoding="utf-8")).get("found")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from ipca.io.adapter_folder import file_sha256
@@ -43,7 +43,7 @@ def _state(path: Path) -> tuple[int, int]:
     return path.stat().st_size, path.stat().st_mtime_ns
 
 
-@lru_cache
+@cache
 def _sha256(path: Path, size: int, modified: int) -> str:
     """The hash of a file of this ``size`` that was ``modified`` at this time: a model is read once."""
     return file_sha256(path)

@@ -224,14 +224,20 @@ class Analysis:
         if seeds < enough:
             return f"collecting: {seeds} of {enough} seeds"
         for arm in arms:
-            found, rates = self.scores(task, steps, arm, 1), self.grid(task, steps, arm)
-            lacking = [rate for rate in rates if len(found.get(rate, {})) < enough]
-            if lacking:
-                return f"collecting: {self.design.arms[arm].title} at {', '.join(f'{rate:g}' for rate in lacking)}"
-            if best_rate(found) in (rates[0], rates[-1]):
-                return f"{self.design.arms[arm].title} is best at the edge of its rates, {best_rate(found):g}"
+            if untuned := self.untuned(task, steps, arm):
+                return untuned
         if reached < enough:
             return f"not reached (by all arms with {reached} of {seeds} seeds)"
+        return ""
+
+    def untuned(self, task: str, steps: int, arm: str) -> str:
+        """Why the best rate of ``arm`` is not known; empty if it is."""
+        found, rates = self.scores(task, steps, arm, 1), self.grid(task, steps, arm)
+        lacking = [rate for rate in rates if len(found.get(rate, {})) < self.design.enough]
+        if lacking:
+            return f"collecting: {self.design.arms[arm].title} at {', '.join(f'{rate:g}' for rate in lacking)}"
+        if best_rate(found) in (rates[0], rates[-1]):
+            return f"{self.design.arms[arm].title} is best at the edge of its rates, {best_rate(found):g}"
         return ""
 
     def interpolation_error(self, metric: str) -> tuple[int, float] | None:

@@ -106,6 +106,11 @@ def _positions(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:
     found = profile(analysis, task, steps, 1)
     at = [positions[arm] for arm in found]
     axis.plot(at, [ratio.value for ratio in found.values()], marker=style.mark, color=style.color, label="windows")
+    untuned = [(positions[arm], ratio.value) for arm, ratio in found.items() if analysis.untuned(task, steps, arm)]
+    if untuned:
+        axis.plot(
+            *zip(*untuned, strict=True), style.mark, color=style.color, markerfacecolor="white", label="not tuned"
+        )
     for x, ratio in zip(at, found.values(), strict=True):
         if ratio.low is not None and ratio.high is not None:
             axis.vlines(x, ratio.low, ratio.high, color=style.color, linewidth=1.3)

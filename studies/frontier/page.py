@@ -162,20 +162,22 @@ def shapes_table(analysis: Analysis) -> str:
 
 
 def positions_table(analysis: Analysis) -> str:
-    """Each position's divergence over the middle's at the three targets, and where it is lowest."""
+    """Each position's divergence over the middle's at the three targets; once all are tuned, where it is lowest."""
     rows, lowest = [], []
     for task, steps in analysis.design.targets:
         by_place = [profile(analysis, task, steps, place) for place in range(3)]
         for arm, at in analysis.design.positions.items():
             if any(arm in found for found in by_place):
                 ratios = [f"{ratio_text(found.get(arm))} ({found[arm].n if arm in found else 0})" for found in by_place]
-                rows.append([cell_title(analysis, task, steps), f"{at:g}", *ratios])
+                tried = len(analysis.scores(task, steps, arm, 1))
+                rates = f"{tried}, not tuned" if analysis.untuned(task, steps, arm) else f"{tried}"
+                rows.append([cell_title(analysis, task, steps), f"{at:g}", rates, *ratios])
         best = best_positions(analysis, task, steps, 1)
         if best is not None:
             near = ", ".join(best[1])
             where = f"lowest at {best[0]}; not shown to be higher: {near}"
             lowest.append(f"- {cell_title(analysis, task, steps)} steps, middle target: {where}.")
-    head = ["new task, steps", "position", "easiest target", "middle target", "hardest target"]
+    head = ["new task, steps", "position", "rates tried", "easiest target", "middle target", "hardest target"]
     return "\n".join([markdown(head, rows), "", *lowest]).strip() if rows else NOT_RUN
 
 

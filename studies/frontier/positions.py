@@ -69,10 +69,12 @@ def shapes(analysis: Analysis) -> list[Shape]:
 def best_positions(analysis: Analysis, task: str, steps: int, place: int) -> tuple[str, list[str]] | None:
     """The arm of the lowest mean divergence at a target, and all that are not shown to be higher than it.
 
-    Paired t-tests against the lowest, with Holm's correction; None where no seed has all positions.
+    Paired t-tests against the lowest, with Holm's correction; None where no seed has all positions, or the best rate of
+    one is not known.
     """
-    by_arm = _common(analysis, task, steps, place, list(_positions(analysis, task, steps)))[0]
-    if not by_arm:
+    arms = list(_positions(analysis, task, steps))
+    by_arm = _common(analysis, task, steps, place, arms)[0]
+    if not by_arm or any(analysis.untuned(task, steps, arm) for arm in arms):
         return None
     lowest = min(by_arm, key=lambda arm: float(np.mean(np.log(by_arm[arm]))))
     others = [arm for arm in by_arm if arm != lowest]

@@ -91,6 +91,12 @@ def test_the_tradeoff_is_shown_gated_and_written(place, tmp_path, capsys):
     assert "above the budget of 1e-09: the scale of 0.5 was asked for" in capsys.readouterr().out
     assert inside.stat().st_size > 5_000
     assert (tmp_path / "quarter" / "notes.txt").read_text() == "mine"
+    assert (
+        trade(place, "--max-kl", "1e-12", "-o", str(tmp_path / "none"), "--plot", str(tmp_path / "new" / "t.png")) == 1
+    )
+    assert "only the base itself is within the budget" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert (tmp_path / "new" / "t.png").stat().st_size > 5_000
     assert trade(place, "--scales", "1", "--plot", str(place / "new.txt" / "x.png")) == 1
     assert "new.txt is not a folder" in capsys.readouterr().err
 

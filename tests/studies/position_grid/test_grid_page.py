@@ -43,11 +43,27 @@ def test_the_page_from_no_rows_and_from_rows(tmp_path):
     assert picture.stat().st_size > 10_000
     made = page.sections(analysis, PROTOCOL.results)
     assert made["shape"] == "- gut communities, 60 steps: U."
-    assert "| 0.25 | 1.50 [" in made["positions"]
+    assert "| 0.25 | 3 | 1.50 [" in made["positions"]
+    assert "not tuned" not in made["positions"]
     assert "lowest at 0.5; not shown to be higher: 0.5." in made["positions"]
     assert made["lines"].count("| U |") == 3
     assert "middle window against plain LoRA: diverges less" in made["findings"]
     assert "full fine-tuning" not in "".join(made.values()), "no run of it"
+
+
+def test_a_position_with_rates_that_lack_seeds_is_not_compared_as_if_it_were_tuned(tmp_path):
+    rows = Rows(tmp_path / "rows")
+    for arm in WINDOWS:
+        rates = sorted(grid(ARMS[arm].rate, {}))
+        for factor, rate in zip((1.2, 1.0, 1.3), rates, strict=True):
+            for seed in range(10):
+                if arm != "0.25" or rate == rates[1]:
+                    run = Run("twins", 60, arm, rate, seed)
+                    rows.put(run, made_up(run, KL[arm] * factor), {"kl_samples": torch.full((4, 7), KL[arm])})
+    table = page.sections(Analysis(SMALL, rows), PROTOCOL.results)["positions"]
+    assert "| 0.25 | 1, not tuned | 1.50" in table
+    assert "| 0.75 | 3 | " in table
+    assert "lowest at" not in table
 
 
 def test_the_protocol_has_the_numbers_in_code():
