@@ -113,8 +113,6 @@ results: $(READY) $(LANGUAGE_MODEL)
 study: $(READY)
 	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m studies.window_position.run
 	OMP_WAIT_POLICY=PASSIVE IPCA_DEMO_TEXT=$(TEXT) $(BIN)/python -m studies.window_position.mechanism
-	$(BIN)/python -m studies.window_position.findings
-	$(BIN)/python -m studies.window_position.figures
 	$(BIN)/python -m studies.window_position.page
 
 # Bars are redrawn rarely, for a log file. Without a GPU a runner leaves the machine to everything else.

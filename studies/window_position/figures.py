@@ -1,6 +1,4 @@
-"""Figures of the study's page, from the tables in ``results``.
-
-    python -m studies.window_position.figures
+"""Figures of the study's page, from the tables in ``results``; ``page.py`` draws them.
 
 Every point is a mean over seeds, every bar through it a 95 % interval. Experiments that have not been run are
 not drawn.
@@ -16,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ipca._atomic import staged_files
 from ipca.lab.sweep.report.drawing import band
 from studies.plots import Point, line, logarithmic, marks, sheet, style_of, ticks
-from studies.window_position.rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, RESULTS, Study, curve_of
-from studies.window_position.rules import Tables, read_tables
+from studies.window_position.rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, curve_of
+from studies.window_position.rules import Tables
 from studies.window_position.words import method_name
 
 if TYPE_CHECKING:
@@ -269,7 +267,3 @@ def draw(tables: Tables, folder: Path) -> list[Path]:
             with staged_files(folder) as stage:
                 found.savefig(stage / made[-1].name, dpi=110)
     return made
-
-
-if __name__ == "__main__":
-    draw(read_tables(Study()), RESULTS)

@@ -1,16 +1,16 @@
 """The derived tables of the study: confirmatory tests, means and differences with intervals, what was analyzed anew.
 
-    python -m studies.window_position.findings
-
-Writes ``tests.csv``, ``summary.csv``, ``ranks.csv``, ``rates.csv``, ``equal-target.csv`` and ``claims.csv`` to
-``results``. Experiments that have not been run appear in the first only, as "not run".
+``tests.csv``, ``summary.csv``, ``ranks.csv``, ``rates.csv``, ``equal-target.csv`` and ``claims.csv``. Experiments that
+have not been run appear in the first only, as "not run". ``page.py`` writes and checks them.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ipca.lab.statistics import Estimate
@@ -128,23 +128,29 @@ def _spearman(sensitivities: Sequence[float], drift: Sequence[Values]) -> list[f
     return [rho for rho in found if math.isfinite(rho)]
 
 
-def write(study: Study) -> None:
-    """Write the tables from the rows and ``mechanism.csv``."""
-    tests = confirm(study)
-    write_table(study.folder / "tests.csv", TEST_COLUMNS, tests)
+def write(study: Study, folder: Path | None = None) -> list[Path]:
+    """Write the tables from the rows and ``mechanism.csv``, beside them or to ``folder``; returns their paths."""
+    tests, equal = confirm(study), list(equal_targets(study))
     more = {name: sweep for name in EXTENSIONS if (sweep := study.sweep(name)) is not None}
     summaries = [row for name, sweep in (study.sweeps | more).items() for row in summarize(name, sweep)]
-    summaries += summarize_streams(study.table("V2"))
-    write_table(study.folder / "summary.csv", SUMMARY_COLUMNS, summaries)
-    ranks = rank_correlations(study, study.table("mechanism"))
-    write_table(study.folder / "ranks.csv", RANK_COLUMNS, ranks)
     wider = {name: sweep for name in study.sweeps if (sweep := study.wider(name)) is not None}
-    rates = [row for name, sweep in wider.items() for row in chosen_rates(name, sweep)]
-    write_table(study.folder / "rates.csv", RATE_COLUMNS, rates)
-    equal = list(equal_targets(study))
-    write_table(study.folder / "equal-target.csv", EQUAL_COLUMNS, equal)
-    write_table(study.folder / "claims.csv", CLAIM_COLUMNS, claims_by_place(study, equal, tests))
+    made: dict[str, tuple[Sequence[str], Iterable[Mapping[str, Any]]]] = {
+        "tests": (TEST_COLUMNS, tests),
+        "summary": (SUMMARY_COLUMNS, [*summaries, *summarize_streams(study.table("V2"))]),
+        "ranks": (RANK_COLUMNS, rank_correlations(study, study.table("mechanism"))),
+        "rates": (RATE_COLUMNS, [row for name, sweep in wider.items() for row in chosen_rates(name, sweep)]),
+        "equal-target": (EQUAL_COLUMNS, equal),
+        "claims": (CLAIM_COLUMNS, claims_by_place(study, equal, tests)),
+    }
+    paths = [(folder or study.folder) / f"{name}.csv" for name in made]
+    for path, table in zip(paths, made.values(), strict=True):
+        write_table(path, *table)
+    return paths
 
 
-if __name__ == "__main__":
-    write(Study())
+def outdated(study: Study) -> list[str]:
+    """The names of the tables that are missing or not what the rows give."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = write(study, Path(folder))
+        there = (study.folder / path.name for path in made)
+        return [a.name for a, b in zip(there, made, strict=True) if not a.exists() or a.read_bytes() != b.read_bytes()]

@@ -1,4 +1,5 @@
-"""The page of the study, docs/results/window-position.md, and the table of docs/choosing-a-window.md that rests on it.
+"""The derived tables, the pictures and the page of the study, docs/results/window-position.md, and the table of
+docs/choosing-a-window.md that rests on it; from the rows at hand.
 
 python -m studies.window_position.page [--check]
 """
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 from studies.page import update_page
+from studies.window_position import figures, findings
 from studies.window_position.rows import Study
 from studies.window_position.rules import read_tables
 from studies.window_position.tables import begin_section, sections
@@ -18,8 +20,15 @@ PAGE, CHOOSING = DOCS / "results" / "window-position.md", DOCS / "choosing-a-win
 
 
 def main() -> int:
-    """Write the generated sections of both pages, or check them; returns the exit status."""
-    pages = {PAGE: sections, CHOOSING: lambda: {"begin": begin_section(read_tables(Study()))}}
+    """Write tables, pictures and the generated sections of both pages, or check tables and pages; the exit status."""
+    study = Study()
+    if "--check" not in sys.argv:
+        findings.write(study)
+        figures.draw(read_tables(study), study.folder)
+    elif old := findings.outdated(study):
+        print(f"{', '.join(old)} in {study.folder} not as the rows give it; run: make study-page", file=sys.stderr)
+        return 1
+    pages = {PAGE: lambda: sections(study.folder), CHOOSING: lambda: {"begin": begin_section(read_tables(study))}}
     return max(update_page(page, made, "make study-page", __doc__) for page, made in pages.items())
 
 

@@ -110,12 +110,13 @@ EXTENSIONS = (
         _grid((KNOWN_INPUTS,), (), (2.5e-4, *RATES, 8e-3), 10),
     ),
     Experiment("M1-frozen", _AGAIN, _FEED_FORWARD, _grid((0.5,), ("frozen-A", "frozen-B"), (1e-3, 2e-3, 4e-3), 6)),
-    Experiment("M1-inputs", _AGAIN, _FEED_FORWARD, _grid((NEW_INPUTS,), (), (1e-4, 2.5e-4, 5e-4), 6)),
+    Experiment("M1-frozen-rates", _AGAIN, _FEED_FORWARD, _grid((), ("frozen-A", "frozen-B"), (2.5e-4, 5e-4, 8e-3), 6)),
+    Experiment("M1-inputs", _AGAIN, _FEED_FORWARD, _grid((NEW_INPUTS,), (), (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), 6)),
     Experiment(
         "M1-null",
         "feed-forward-null",
         partial(_FEED_FORWARD, known=True),
-        _grid((KNOWN_INPUTS,), (), (1e-3, 2e-3, 4e-3), 6),
+        _grid((KNOWN_INPUTS,), (), (2.5e-4, *RATES, 8e-3), 6),
     ),
 )
 """Exploratory, after all others (PROTOCOL.md, Changes): wider grids, options of windows, and retention by source."""

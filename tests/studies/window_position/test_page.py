@@ -1,3 +1,4 @@
+import shutil
 import sys
 from statistics import mean
 
@@ -156,7 +157,9 @@ def test_a_page_is_made_anew_between_its_markers_and_nowhere_else():
         render(text * 2, {"demo": ""})
 
 
-def test_the_command_writes_the_page_and_checks_it(monkeypatch, tmp_path, capsys):
+def test_the_command_writes_tables_pictures_and_pages_and_checks_them(monkeypatch, tmp_path, capsys, whole):
+    folder = shutil.copytree(whole, tmp_path / "results", ignore=shutil.ignore_patterns("tests.csv"))
+    monkeypatch.setattr(page, "Study", lambda: Study(folder))
     path = tmp_path / "window-position.md"
     names = study_tables.sections(tmp_path)
     path.write_text("".join(f"<!-- study:{name} -->\n<!-- /study:{name} -->\n" for name in names))
@@ -171,10 +174,16 @@ def test_the_command_writes_the_page_and_checks_it(monkeypatch, tmp_path, capsys
 
     before = path.read_text()
     assert command("--check") == 1
+    assert f"tests.csv in {folder} not as the rows give it; run: make study-page" in capsys.readouterr().err
+    (folder / "tests.csv").write_bytes((whole / "tests.csv").read_bytes())
+    assert command("--check") == 1
     assert "window-position.md is out of date; run: make study-page" in capsys.readouterr().err
     assert path.read_text() == before
+    (folder / "claims.csv").write_text("of other rows\n")
     assert command() == 0
     assert command("--check") == 0
+    assert (folder / "claims.csv").read_bytes() == (whole / "claims.csv").read_bytes()
+    assert (folder / "positions.png").read_bytes().startswith(b"\x89PNG")
     assert "**By the rules fixed beforehand,** of the tests below: the U stands on M" in path.read_text()
     assert "| plain LoRA | " in choosing.read_text()
     choosing.write_text(choosing.read_text().replace("plain", "fancy"))
