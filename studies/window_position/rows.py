@@ -59,7 +59,7 @@ EXTENSIONS = {
     "M1-others": "M1: minor and plain LoRA again, by source, exploratory",
     "M1-rates": "M1: middle, minor and plain LoRA at lower rates, exploratory",
     "M1-frozen": "M1: frozen factors, and the middle again, by source, exploratory",
-    "M1-frozen-rates": "M1: frozen factors at lower and higher rates, exploratory",
+    "M1-frozen-rates": "M1: frozen factors, and the middle again, at further rates, exploratory",
     "M1-inputs": "M1: directions of the new task's inputs, by source, exploratory",
     "M1-null": "M1: directions that known sentences have least of, exploratory",
     "V1-low": "V1: principal and full fine-tuning at lower rates, exploratory",

@@ -110,7 +110,9 @@ EXTENSIONS = (
         _grid((KNOWN_INPUTS,), (), (2.5e-4, *RATES, 8e-3), 10),
     ),
     Experiment("M1-frozen", _AGAIN, _FEED_FORWARD, _grid((0.5,), ("frozen-A", "frozen-B"), (1e-3, 2e-3, 4e-3), 6)),
-    Experiment("M1-frozen-rates", _AGAIN, _FEED_FORWARD, _grid((), ("frozen-A", "frozen-B"), (2.5e-4, 5e-4, 8e-3), 6)),
+    Experiment(
+        "M1-frozen-rates", _AGAIN, _FEED_FORWARD, _grid((0.5,), ("frozen-A", "frozen-B"), (2.5e-4, 5e-4, 8e-3), 6)
+    ),
     Experiment("M1-inputs", _AGAIN, _FEED_FORWARD, _grid((NEW_INPUTS,), (), (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), 6)),
     Experiment(
         "M1-null",
