@@ -112,7 +112,10 @@ class Study:
         found = self.sweep(name)
         if found is None:
             return None
-        more = [run for each in WIDER.get(name, ()) for run in self._beside(found, name, each)]
+        runs = (run for each in WIDER.get(name, ()) for run in self._beside(found, name, each))
+        more = list(
+            {(run.method, run.lr, run.seed): run for run in runs}.values()
+        )  # several may have the middle window
         seeds: dict[tuple[str, float | None], set[int | None]] = {}
         for run in more:
             seeds.setdefault((run.method, run.lr), set()).add(run.seed)

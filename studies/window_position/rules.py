@@ -27,7 +27,7 @@ from studies.window_position.rows import (
     Table,
     curve_of,
 )
-from studies.window_position.words import effect, estimate_cell, method_name, p_cell, percent
+from studies.window_position.words import effect, estimate_cell, p_cell, percent, short_name
 
 NOT_RUN = "not run"
 UNTESTED = (NOT_RUN, "all diverged")
@@ -212,12 +212,16 @@ def sources(tables: Tables) -> str:
     if not found:
         return f"{head} Not run."
     parts = []
-    for name, lr, row, base in found:
-        changes = (row[each] - base[each] for each in ("movie", "others", "refit"))
-        parts.append(f"{name} at {float(lr):g} {', '.join(f'{change:+.3f}' for change in changes)}".replace("-", "−"))
+    for method, lr, row, base in found:
+        rates = tables.rates.get(("M1", method))
+        if rates and lr == rates["one_se"]:
+            changes = (row[each] - base[each] for each in ("movie", "others", "refit"))
+            numbers = ", ".join(f"{change:+.3f}" for change in changes).replace("-", "−")
+            parts.append(f"{short_name(method)} ({float(lr):g}) {numbers}")
     return (
         f"{head} The frozen probe counts sentences of the learned domain, movies. Change of its accuracy on movies, on "
-        f"the other sources, and of the accuracy of a probe fitted anew: {'; '.join(parts)}."
+        "the other sources, and of the accuracy of a probe fitted anew, at the lowest rate within one standard error "
+        f"of the best: {'; '.join(parts) or 'not run'}. The other rates are in the [table](#what-the-probe-measures)."
     )
 
 
@@ -225,16 +229,23 @@ Means = dict[str, float]
 
 
 def by_source(tables: Tables) -> list[tuple[str, str, Means, Means]]:
-    """Method, rate, means, and those of the untrained model; ``"others"`` is the mean of all sources but movies."""
-    found = []
+    """Method, rate, means, and those of the untrained model; ``"others"`` is the mean of all sources but movies.
+
+    What several experiments have is taken from the one with the most seeds.
+    """
+    found: dict[tuple[str, str], tuple[Means, Means]] = {}
     for name in BY_SOURCE:
         means: dict[tuple[str, str], Means] = {}
         for (experiment, method, _, lr, metric), row in tables.summary.items():
             if experiment == name and lr != "best":
                 means.setdefault((method, lr), {"n": float(row["n"])})[metric] = float(row["mean"])
         base = _with_sources({metric: value for (each, metric), value in tables.base.items() if each == name})
-        found += [(method_name(m).split(",")[0], lr, _with_sources(each), base) for (m, lr), each in means.items()]
-    return found
+        for key, each in means.items():
+            if key not in found or each["n"] > found[key][0]["n"]:
+                found[key] = _with_sources(each), base
+    methods = list(dict.fromkeys(method for method, _ in found))
+    keys = sorted(found, key=lambda key: (methods.index(key[0]), float(key[1])))
+    return [(*key, *found[key]) for key in keys]
 
 
 def _with_sources(means: Means) -> Means:
@@ -276,13 +287,13 @@ def _each_pair(tables: Tables, arms: Sequence[str]) -> str:
     parts = []
     for (place, first, second, level), row in tables.equal.items():
         if first in arms and level == "each seed":
-            pair = " − ".join(method_name(method).split(",")[0] for method in (first, second))
+            pair = " − ".join(short_name(method) for method in (first, second))
             parts.append(f"{pair} on {place} {_at_equal_target(row)}, n = {row['n']}")
     return "; ".join(parts) or "not run"
 
 
 def _at_equal_target(row: Row) -> str:
-    edge = [method_name(method).split(",")[0] for method in row["edge"].split()]
+    edge = [short_name(method) for method in row["edge"].split()]
     note = f", {listed(edge)} at an edge" if edge else ""
     return f"{estimate_cell(row, sign=True)}, p {p_cell(row['p'])}{note}"
 

@@ -40,7 +40,7 @@ from studies.window_position.rules import (
     verdict_of,
 )
 from studies.window_position.run import EXTENSIONS as PLANNED
-from studies.window_position.words import effect, estimate_cell, method_name, number_cell, p_cell, percent
+from studies.window_position.words import effect, estimate_cell, method_name, number_cell, p_cell, percent, short_name
 
 NOT_RUN = "Not run."
 CURVES = ("M1", "M2-query-value", "M2-all", "V1", *EXPLORATORY)
@@ -120,7 +120,7 @@ def claims_section(tables: Tables) -> str:
             found = {place: tables.claims.get((claim, method, place)) for place in places}
             cells = [_claim_cell(row, pairs[place]) if row else "–" for place, row in found.items()]
             if any(found.values()):
-                rows.append([title, method_name(method).split(",")[0], *cells])
+                rows.append([title, short_name(method), *cells])
     head = ["the middle window", "than", *(f"{place}, n = {pairs[place]}" for place in places)]
     return markdown(head, rows)
 
@@ -194,7 +194,7 @@ def equal_section(tables: Tables) -> str:
     rows = []
     for name, first, second in dict.fromkeys(key[:3] for key in tables.equal):
         own, common = (tables.equal[name, first, second, level] for level in ("each seed", "all seeds"))
-        arms = " − ".join(method_name(method).split(",")[0] for method in (first, second))
+        arms = " − ".join(short_name(method) for method in (first, second))
         cells = [cell for row in (own, common) for cell in (f"{float(row['target']):.3f}", _with_edges(row))]
         rows.append([name, arms, f"{own['rates_first']}, {own['rates_second']}", own["n"], *cells])
     head = ["", "retained", "rates", "n", "each seed's target", "mean difference, p", "all seeds' target"]
@@ -202,7 +202,7 @@ def equal_section(tables: Tables) -> str:
 
 
 def _with_edges(row: Row) -> str:
-    edges = [method_name(method).split(",")[0] for method in row["edge"].split()]
+    edges = [short_name(method) for method in row["edge"].split()]
     note = f"; edge: {listed(edges)}" if edges else ""
     return f"{estimate_cell(row, sign=True)}, {p_cell(row['p'])}{note}"
 
@@ -216,7 +216,8 @@ def sources_section(tables: Tables) -> str:
         return NOT_RUN
     rows = [["untrained", "", "", *(f"{found[0][3][m]:.3f}" for m in names)]]
     rows += [
-        [name, f"{float(lr):g}", f"{row['n']:.0f}", *(f"{row[m]:.3f}" for m in names)] for name, lr, row, _ in found
+        [short_name(method), f"{float(lr):g}", f"{row['n']:.0f}", *(f"{row[m]:.3f}" for m in names)]
+        for method, lr, row, _ in found
     ]
     return markdown(["", "rate", "n", *names.values()], rows)
 

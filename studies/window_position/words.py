@@ -20,6 +20,11 @@ def method_name(method: str) -> str:
     return _NAMES.get(method, f"f = {float(method):g}" if window else method)
 
 
+def short_name(method: str) -> str:
+    """:func:`method_name` without a window's position."""
+    return method_name(method).split(",")[0]
+
+
 def number_cell(text: str, *, sign: bool = False) -> str:
     """A number of a table; a dash if the cell is empty."""
     if not text:

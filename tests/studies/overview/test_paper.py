@@ -12,7 +12,7 @@ from studies.overview.page import Source, answers, sources
 from studies.overview.paper import ACCURACY, CONTINUAL, EQUAL, HIGH, ONE_RATE, results, sections
 from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
 from studies.window_position.rows import Study
-from studies.window_position.rules import Tables, read_tables
+from studies.window_position.rules import Tables, by_source, read_tables
 from tests.studies.frontier.test_frontier_analysis import SMALL, rows_of
 
 
@@ -112,3 +112,14 @@ def test_every_result_at_hand_is_in_both_tables_under_its_word():
 def test_nothing_collected():
     assert sections([]) == {"short": "Not run.", "results": "Not run."}
     assert paper.PAGE.exists()
+
+
+def test_on_the_sources_that_were_not_learned_no_arm_of_minilm_lost_more_than_is_said():
+    tables = read_tables(Study())
+    lost = [
+        base["others"] - means["others"]
+        for method, lr, means, base in by_source(tables)
+        if lr == tables.rates["M1", method]["one_se"]
+    ]
+    assert len(lost) == 8
+    assert f"no arm lost more than {max(lost):.3f} at its lowest rate" in paper.PAGE.read_text(encoding="utf-8")

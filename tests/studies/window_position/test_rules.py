@@ -132,8 +132,15 @@ def test_retention_by_source_sets_the_learned_domain_apart():
         ("M1-middle", "0.5", "same", "0.0005", name): {"mean": str(value), "n": "5"}
         for name, value in (after | {"refit": 0.88, "cka": 0.5}).items()
     }
-    made = rules.Tables({}, rows, {}, [], base=base)
-    assert "middle at 0.0005 −0.500, −0.100, −0.020." in rules.sources(made)
+    fewer = {("M1-rates", *key[1:]): {"mean": "9", "n": "4"} for key in rows}
+    more = {(*key[:3], "0.002", key[4]): row for key, row in rows.items()}
+    rates = {("M1", "0.5"): {"one_se": "0.0005"}}
+    made = rules.Tables({}, more | rows | fewer, {}, [], base=base, rates=rates)
+    assert "best: middle (0.0005) −0.500, −0.100, −0.020. The other rates are" in rules.sources(made)
+    assert [(method, lr, means["n"]) for method, lr, means, _ in rules.by_source(made)] == [
+        ("0.5", "0.0005", 5),
+        ("0.5", "0.002", 5),
+    ]
     assert rules.sources(tables()).endswith("Not run.")
 
 
