@@ -18,17 +18,22 @@ def update_page(page: Path, sections: Callable[[], Mapping[str, str]], command: 
         command: what makes the page, for the message.
         doc: description of the command.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is out of date")
-    args = parser.parse_args()
+    check = checks_only(doc)
     before = page.read_text(encoding="utf-8")
     after = render(before, sections())
-    if not args.check:
+    if not check:
         page.write_text(after, encoding="utf-8")
     elif after != before:
         print(f"{page.name} is out of date; run: {command}", file=sys.stderr)
         return 1
     return 0
+
+
+def checks_only(doc: str | None) -> bool:
+    """Read the command line of a page: whether nothing may be changed. ``--help`` and wrong options end the program."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is out of date")
+    return bool(parser.parse_args().check)
 
 
 def render(text: str, made: Mapping[str, str]) -> str:

@@ -7,7 +7,6 @@ verdict. The sentences follow from the numbers by the rules of the protocol.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -16,7 +15,7 @@ from studies.frontier.analysis import Analysis, Comparison, Ratio, base, final, 
 from studies.frontier.positions import best_positions, profile, shapes
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
-from studies.page import markdown, update_page
+from studies.page import checks_only, markdown, update_page
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "results"
 NOT_RUN = "Not run."
@@ -39,7 +38,7 @@ def write_page(
     """
     folder = protocol.results / protocol.model
     analysis = Analysis(protocol.with_targets(Rows(folder / "reference")) or protocol.plan, Rows(folder))
-    if "--check" not in sys.argv:
+    if not checks_only(doc):
         for each in draw:
             each(analysis, folder)
     return update_page(PAGES / page, lambda: make(analysis, folder), "make study-page", doc)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from studies.page import update_page
+from studies.page import checks_only, update_page
 from studies.window_position import figures, findings
 from studies.window_position.rows import Study
 from studies.window_position.rules import read_tables
@@ -22,11 +22,11 @@ PAGE, CHOOSING = DOCS / "results" / "window-position.md", DOCS / "choosing-a-win
 def main() -> int:
     """Write tables, pictures and the generated sections of both pages, or check tables and pages; the exit status."""
     study = Study()
-    if "--check" not in sys.argv:
+    if not checks_only(__doc__):
         findings.write(study)
         figures.draw(read_tables(study), study.folder)
     elif old := findings.outdated(study):
-        print(f"{', '.join(old)} in {study.folder} not as the rows give it; run: make study-page", file=sys.stderr)
+        print(f"not what the rows in {study.folder} give: {', '.join(old)}; run: make study-page", file=sys.stderr)
         return 1
     pages = {PAGE: lambda: sections(study.folder), CHOOSING: lambda: {"begin": begin_section(read_tables(study))}}
     return max(update_page(page, made, "make study-page", __doc__) for page, made in pages.items())

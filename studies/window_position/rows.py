@@ -103,8 +103,8 @@ class Study:
         """:meth:`sweep` with what :data:`WIDER` has beyond it: further rates of its methods, and other methods.
 
         Of a method of the sweep, those rates that it was run at with all of the sweep's seeds; of another one all, if
-        every rate has the same seeds. ``partly``: of the methods of the sweep all further rates, but only the seeds
-        that have them all; None if that is no other sweep.
+        every rate has the same seeds. A run that several files have counts once. ``partly``: of the methods of the
+        sweep all further rates, but only the seeds that have them all; None if that is no other sweep.
 
         Raises:
             ValueError: rows of another base model.
@@ -112,10 +112,8 @@ class Study:
         found = self.sweep(name)
         if found is None:
             return None
-        runs = (run for each in WIDER.get(name, ()) for run in self._beside(found, name, each))
-        more = list(
-            {(run.method, run.lr, run.seed): run for run in runs}.values()
-        )  # several may have the middle window
+        runs = [run for each in WIDER.get(name, ()) for run in self._beside(found, name, each)]
+        more = list({(run.method, run.lr, run.seed): run for run in runs}.values())
         seeds: dict[tuple[str, float | None], set[int | None]] = {}
         for run in more:
             seeds.setdefault((run.method, run.lr), set()).add(run.seed)

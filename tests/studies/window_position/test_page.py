@@ -173,8 +173,12 @@ def test_the_command_writes_tables_pictures_and_pages_and_checks_them(monkeypatc
         return page.main()
 
     before = path.read_text()
+    for option in ("--help", "--chekc"):
+        with pytest.raises(SystemExit):
+            command(option)
+        assert not (folder / "tests.csv").exists()
     assert command("--check") == 1
-    assert f"tests.csv in {folder} not as the rows give it; run: make study-page" in capsys.readouterr().err
+    assert f"not what the rows in {folder} give: tests.csv; run: make study-page" in capsys.readouterr().err
     (folder / "tests.csv").write_bytes((whole / "tests.csv").read_bytes())
     assert command("--check") == 1
     assert "window-position.md is out of date; run: make study-page" in capsys.readouterr().err

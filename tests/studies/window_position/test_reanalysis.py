@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 
@@ -116,6 +117,13 @@ def test_wider_grids_count_for_the_new_rules_and_for_no_fixed_test(tmp_path):
     rates = {row["method"]: row["rates"] for row in study_made.rows_of(folder, "rates")}
     assert rates[PRINCIPAL] == "0.0001 0.00025 0.0005 0.001 0.002 0.004"
     assert rates[MIDDLE] == "0.0005 0.001 0.002 0.004"
+    for end in (".csv", ".json"):
+        shutil.copyfile(folder / f"M1-low{end}", folder / f"M1-rates{end}")
+    assert Study(folder).sweep("M1-rates").ends
+    findings.write(Study(folder))
+    assert {row["method"]: row["rates"] for row in study_made.rows_of(folder, "rates")} == rates
+    for end in (".csv", ".json"):
+        (folder / f"M1-rates{end}").unlink()
     study_made.change(folder, "M1-low", lambda row: (row["lr"], row["seed"]) != ("0.0001", "9"))
     assert reanalysis.rates_of(Study(folder).wider("M1"), PRINCIPAL)[0] == 2.5e-4  # the seeds of the other are not all
     partly = [row for row in reanalysis.equal_targets(Study(folder)) if row["experiment"] == "M1, wider"]
