@@ -7,26 +7,45 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from studies.plots import outdated, write_pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def update_page(page: Path, sections: Callable[[], Mapping[str, str]], command: str, doc: str | None) -> int:
-    """Command-line entry point of a page: write its sections; with ``--check`` change nothing, 1 if it is out of date.
+def update_page(
+    page: Path,
+    sections: Callable[[], Mapping[str, str]],
+    command: str,
+    doc: str | None,
+    pictures: Callable[[], Mapping[Path, Figure]] = dict,
+) -> int:
+    """Command-line entry point of a page: write its sections and pictures; with ``--check`` only compare them.
 
     Args:
         page: the Markdown file.
         sections: makes the text of each section.
         command: what makes the page, for the message.
         doc: description of the command.
+        pictures: draws the pictures, by file.
+
+    Returns:
+        The exit status: with ``--check``, 1 if the page or a picture is out of date.
     """
-    check = checks_only(doc)
+    check, figures = checks_only(doc), pictures()
+    if not check:
+        write_pictures(figures)
     before = page.read_text(encoding="utf-8")
-    after = render(before, sections())
+    after = render(before, sections())  # may name the pictures that are there
     if not check:
         page.write_text(after, encoding="utf-8")
-    elif after != before:
-        print(f"{page.name} is out of date; run: {command}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+    old = [path.name for path in ([page] if after != before else []) + outdated(figures)]
+    if old:
+        print(f"out of date: {', '.join(old)}; run: {command}", file=sys.stderr)
+    return int(bool(old))
 
 
 def checks_only(doc: str | None) -> bool:

@@ -1,12 +1,20 @@
-"""Drawing primitives of the study's figures: sheets of panels, lines and marks with intervals, styles of methods."""
+"""Drawing primitives of the studies' figures: sheets of panels, lines and marks with intervals, styles of methods.
+
+A picture's file carries a digest of what it shows, so that an outdated one is found without comparing pixels, which
+differ between versions of matplotlib.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipca._atomic import write_atomic
 from ipca.analysis.figures import INK, house_style
 from ipca.lab.baselines import CONTROLS
 from ipca.lab.statistics import Estimate
@@ -17,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_SHOWS = "Shows"
+"""Key of the digest among the texts of a PNG file."""
 _WITH_STYLE = ("lora", "full", "auto", *CONTROLS)
 
 
@@ -105,3 +115,54 @@ def logarithmic(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.5)))
+
+
+def write_pictures(figures: Mapping[Path, Figure]) -> None:
+    """Write each figure as a PNG file with the digest of what it shows."""
+    for path, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None, _SHOWS: digest(figure)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, buffer.getvalue())
+
+
+def outdated(figures: Mapping[Path, Figure]) -> list[Path]:
+    """The files that do not show what their figures do, or are not there."""
+    return [path for path, figure in figures.items() if _shown(path) != digest(figure)]
+
+
+def _shown(path: Path) -> str | None:
+    from PIL import Image
+
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return picture.info.get(_SHOWS)
+
+
+def digest(figure: Figure) -> str:
+    """SHA-256 of a figure's words and of its points to six digits, whatever its size, colors and fonts."""
+    return hashlib.sha256("\n".join(_content(figure)).encode()).hexdigest()
+
+
+def _content(figure: Figure) -> Iterator[str]:
+    from matplotlib.ticker import FixedLocator
+
+    yield figure.get_suptitle()
+    for axis in figure.axes:
+        yield from (axis.get_title(), axis.get_xlabel(), axis.get_ylabel(), *(text.get_text() for text in axis.texts))
+        for scale in (axis.xaxis, axis.yaxis):
+            places = scale.get_major_locator()
+            if isinstance(places, FixedLocator):
+                yield from scale.get_major_formatter().format_ticks(places.locs)
+        for line in axis.lines:
+            yield f"{line.get_label()}: {_numbers(line.get_xydata())}"
+        for collection in axis.collections:
+            yield _numbers(collection.get_offsets())
+            yield from (_numbers(path.vertices) for path in collection.get_paths())
+        for patch in axis.patches:
+            yield _numbers(patch.get_patch_transform().transform_path(patch.get_path()).vertices)
+
+
+def _numbers(points: Any) -> str:
+    return " ".join(f"{value:.6g}" for point in points for value in point)

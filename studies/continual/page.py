@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipca.analysis.figures import PALETTE
 from ipca.lab.statistics import Interval
@@ -17,6 +18,9 @@ from studies.continual.design import CENTERS
 from studies.continual.rows import RESULTS, Rows
 from studies.page import markdown, update_page
 from studies.plots import Point, marks, sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "continual.md"
 NAMES = {
@@ -95,11 +99,11 @@ def methods(analysis: Analysis) -> str:
     return f"{table}\n\nBefore the first task the accuracy on digits is {_number(analysis.before)}."
 
 
-def draw(analysis: Analysis, path: Path) -> None:
+def draw(analysis: Analysis) -> dict[Path, Figure]:
     """One mark a method: the accuracy over its tasks and that on digits, with intervals."""
     known = [method for method in CENTERS if analysis.tuned(method)]
     if not known:
-        return
+        return {}
     note = "each method at its best rate; mean and 95 % interval over seeds"
     with sheet(1, 2, note, wide=4.6, high=3.2) as (figure, axes):
         for axis, metric in zip(axes[0], ("acc", "retained_after"), strict=True):
@@ -113,7 +117,7 @@ def draw(analysis: Analysis, path: Path) -> None:
                 marks(axis, [point], Style(color, color, "o", "-"), "_")
             axis.set_xticks(range(len(known)), [NAMES[method] for method in known], rotation=40, ha="right")
             axis.set_ylabel(_TITLES[metric])
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return {RESULTS / "methods.png": figure}
 
 
 def _mean(found: tuple[float, Interval] | None) -> str:
@@ -135,9 +139,7 @@ def _signed(value: float) -> str:
 def main() -> int:
     """Draw the picture and write the page, or check it; returns the exit status."""
     analysis = Analysis(Rows())
-    if "--check" not in sys.argv:
-        draw(analysis, RESULTS / "methods.png")
-    return update_page(PAGE, lambda: sections(analysis), "make study-page", __doc__)
+    return update_page(PAGE, lambda: sections(analysis), "make study-page", __doc__, lambda: draw(analysis))
 
 
 if __name__ == "__main__":

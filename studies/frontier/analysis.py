@@ -227,7 +227,7 @@ class Analysis:
             if untuned := self.untuned(task, steps, arm):
                 return untuned
         if reached < enough:
-            return f"not reached (by all arms with {reached} of {seeds} seeds)"
+            return f"not reached in enough seeds ({reached} of {seeds})"
         return ""
 
     def untuned(self, task: str, steps: int, arm: str) -> str:

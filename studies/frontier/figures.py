@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ipca._atomic import write_atomic
 from ipca.lab.sweep.report.style import Style
 from studies.frontier.analysis import Analysis
 from studies.frontier.positions import MIDDLE, profile
@@ -18,6 +16,7 @@ from studies.plots import logarithmic, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STYLES = (
     Style("#0072b2", "#0072b2", "o", "-"),
@@ -31,33 +30,34 @@ _SMALLEST = 0.05
 """Share of the cross-entropy's improvement from which on a frontier is drawn: at λ = 0 the divergence is 0."""
 
 
-def draw(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write ``frontier.png`` and ``rates.png``; none without a run of the main arms."""
+def draw(analysis: Analysis, folder: Path) -> dict[Path, Figure]:
+    """``frontier.png`` and ``rates.png`` of ``folder``; none without a run of the main arms."""
     cells = [cell for cell in analysis.design.targets if any(analysis.of(*cell, arm) for arm in analysis.design.main)]
     if not cells:
-        return []
+        return {}
     along = "along the scale λ of the final change\nbands: lowest to highest seed; dotted: the protocol's targets"
     over = "at the middle target; rates at which a seed misses it are left out\nbars: lowest to highest seed"
-    frontier = _sheet(analysis, folder / "frontier.png", cells, _frontiers, along)
-    return [frontier, _sheet(analysis, folder / "rates.png", cells, _rates, over)]
+    return {
+        folder / "frontier.png": _sheet(analysis, cells, _frontiers, along),
+        folder / "rates.png": _sheet(analysis, cells, _rates, over),
+    }
 
 
-def draw_positions(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write ``positions.png``; none without a pair of positions."""
+def draw_positions(analysis: Analysis, folder: Path) -> dict[Path, Figure]:
+    """``positions.png`` of ``folder``; none without a pair of positions."""
     cells = [cell for cell in analysis.design.targets if profile(analysis, *cell, 1)]
     if not cells:
-        return []
+        return {}
     note = "divergence at the middle target over that of the window at 0.5, paired over seeds, with 95 % intervals"
-    return [_sheet(analysis, folder / "positions.png", cells, _positions, note)]
+    return {folder / "positions.png": _sheet(analysis, cells, _positions, note)}
 
 
 def _sheet(
     analysis: Analysis,
-    path: Path,
     cells: list[tuple[str, int]],
     panel: Callable[[Axes, Analysis, str, int], None],
     note: str,
-) -> Path:
+) -> Figure:
     with sheet(-(-len(cells) // 2), min(2, len(cells)), note, wide=4.4, high=3.2) as (figure, axes):
         flat = list(axes.flat)
         for axis, (task, steps) in zip(flat, cells, strict=False):
@@ -65,11 +65,7 @@ def _sheet(
             axis.set_title(f"{analysis.design.title(task)}, {steps} steps")
         for axis in flat[len(cells) :]:
             axis.remove()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
-    return path
+    return figure
 
 
 def _frontiers(axis: Axes, analysis: Analysis, task: str, steps: int) -> None:

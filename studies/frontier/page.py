@@ -10,12 +10,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from studies.frontier.analysis import Analysis, Comparison, Ratio, base, final, spread
 from studies.frontier.positions import best_positions, profile, shapes
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
-from studies.page import checks_only, markdown, update_page
+from studies.page import markdown, update_page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "results"
 NOT_RUN = "Not run."
@@ -26,7 +30,7 @@ def write_page(
     page: str,
     make: Callable[[Analysis, Path], Mapping[str, str]],
     doc: str | None,
-    draw: Sequence[Callable[[Analysis, Path], object]],
+    draw: Sequence[Callable[[Analysis, Path], Mapping[Path, Figure]]],
 ) -> int:
     """Command-line entry point of a study's page: draw its pictures and write it, or check it; the exit status.
 
@@ -34,14 +38,15 @@ def write_page(
         page: its file in :data:`PAGES`.
         make: makes its sections, from the rows and the folder of the pictures.
         doc: description of the command.
-        draw: each draws pictures into that folder.
+        draw: each draws pictures of that folder.
     """
     folder = protocol.results / protocol.model
     analysis = Analysis(protocol.with_targets(Rows(folder / "reference")) or protocol.plan, Rows(folder))
-    if not checks_only(doc):
-        for each in draw:
-            each(analysis, folder)
-    return update_page(PAGES / page, lambda: make(analysis, folder), "make study-page", doc)
+
+    def pictures() -> dict[Path, Figure]:
+        return {path: figure for each in draw for path, figure in each(analysis, folder).items()}
+
+    return update_page(PAGES / page, lambda: make(analysis, folder), "make study-page", doc, pictures)
 
 
 def sections(analysis: Analysis, folder: Path) -> dict[str, str]:

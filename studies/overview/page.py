@@ -25,6 +25,7 @@ from studies.vision.protocol import PROTOCOL as VISION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "choosing-a-window.md"
 PICTURE = Path(__file__).resolve().parent / "results" / "ratios.png"
@@ -43,6 +44,10 @@ Key = tuple[str, int, int, str, str]
 """Task, steps, place of the target, arm, other arm."""
 _TICKS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _TARGETS = ("easiest", "middle", "hardest")
+_ONE_RATE = (
+    "One rate each decides nothing. The column *first rates, middle target* has the ratio that the first rate of each "
+    "arm alone would have given; ratios without a verdict may move as far."
+)
 _WORDS = {"lower": "moves the model less", "higher": "moves it more"}
 
 
@@ -153,7 +158,8 @@ def _pair(study: Source, claims: Mapping[Key, Comparison], task: str, steps: int
 def sections(found: Mapping[str, list[Found]]) -> dict[str, str]:
     """The text between the markers of the page, by marker."""
     picture = f"![ratios](../{PICTURE.relative_to(PAGE.parents[1]).as_posix()})"
-    parts = [sentences(found), one_rate(found), picture, table(found)]
+    first = _ONE_RATE if any(_first(pair) for pairs in found.values() for pair in pairs) else ""
+    parts = [sentences(found), first, picture, table(found)]
     return {"ratios": "\n\n".join(filter(None, parts)) if found else NOT_RUN}
 
 
@@ -171,36 +177,30 @@ def sentences(found: Mapping[str, list[Found]]) -> str:
     return "\n".join(lines)
 
 
-def one_rate(found: Mapping[str, list[Found]]) -> str:
-    """What one rate each would have said where several were tried; empty where that is nowhere."""
-    told = [
-        f"{ratio_text(pair.first)} instead of {ratio_text(pair.targets[1].ratio)} ({pair.arms}, {pair.cell})"
-        for pair in [pair for pairs in found.values() for pair in pairs]
-        if pair.first is not None and not pair.targets[1].obstacle
-    ]
-    if not told:
-        return ""
-    return (
-        "One rate each decides nothing: the first ones alone would have given, at the middle target, "
-        f"{'; '.join(told)}. Ratios without a verdict may move as far."
-    )
-
-
 def table(found: Mapping[str, list[Found]]) -> str:
-    """The ratios at the three targets, with the verdict of each study's protocol."""
+    """The ratios at the three targets, with the verdict of each study's protocol, and what one rate would have said."""
     rows = [
-        [pair.arms, pair.cell, pair.n, *(ratio_text(c.ratio) for c in pair.targets), pair.verdict]
+        [
+            *(pair.arms, pair.cell, pair.n),
+            *(ratio_text(c.ratio) for c in pair.targets),
+            *(ratio_text(_first(pair)), pair.verdict),
+        ]
         for pairs in found.values()
         for pair in pairs
     ]
-    head = ["ratio", "model, new task", "n", "easiest target", "middle target", "hardest target", "verdict"]
-    return markdown(head, rows)
+    targets = [f"{name} target" for name in _TARGETS]
+    return markdown(["ratio", "model, new task", "n", *targets, "first rates, middle target", "verdict"], rows)
 
 
-def draw(found: Mapping[str, list[Found]], path: Path) -> None:
+def _first(pair: Found) -> Ratio | None:
+    """What the first rate of each arm alone would have given; None without a tuned ratio beside it."""
+    return None if pair.targets[1].obstacle else pair.first
+
+
+def draw(found: Mapping[str, list[Found]]) -> dict[Path, Figure]:
     """A panel for each question: ratios at the middle target with intervals, one line a pair."""
     if not found:
-        return
+        return {}
     what = "KL to the base at equal success (middle target), 95 % intervals"
     note = f"{what}\nfilled: with a verdict by the protocol; hollow: without"
     high = 0.9 + 0.3 * max(map(len, found.values()))
@@ -210,8 +210,7 @@ def draw(found: Mapping[str, list[Found]], path: Path) -> None:
             _panel(axis, question, pairs)
         for axis in flat[len(found) :]:
             axis.remove()
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return {PICTURE: figure}
 
 
 def _panel(axis: Axes, question: str, pairs: list[Found]) -> None:
@@ -238,9 +237,7 @@ def _panel(axis: Axes, question: str, pairs: list[Found]) -> None:
 def main() -> int:
     """Draw the picture and write the page, or check it; returns the exit status."""
     found = answers(sources())
-    if "--check" not in sys.argv:
-        draw(found, PICTURE)
-    return update_page(PAGE, lambda: sections(found), "make study-page", __doc__)
+    return update_page(PAGE, lambda: sections(found), "make study-page", __doc__, lambda: draw(found))
 
 
 if __name__ == "__main__":

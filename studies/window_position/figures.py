@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipca._atomic import staged_files
 from ipca.lab.sweep.report.drawing import band
 from studies.plots import Point, line, logarithmic, marks, sheet, style_of, ticks
 from studies.window_position.rows import AUTO, LORA, MIDDLE, MINOR, PRINCIPAL, RATE, curve_of
@@ -257,13 +256,7 @@ def runs(tables: Tables, name: str) -> str:
     return str(max(int(row["n"]) for key, row in tables.summary.items() if key[0] == name))
 
 
-def draw(tables: Tables, folder: Path) -> list[Path]:
-    """Draw the figures that have data, and return their paths."""
-    made = []
-    for figure in FIGURES:
-        found = figure(tables)
-        if found is not None:
-            made.append(folder / f"{figure.__name__}.png")
-            with staged_files(folder) as stage:
-                found.savefig(stage / made[-1].name, dpi=110)
-    return made
+def draw(tables: Tables, folder: Path) -> dict[Path, Figure]:
+    """The figures that have data, by their files in ``folder``."""
+    drawn = {folder / f"{figure.__name__}.png": figure(tables) for figure in FIGURES}
+    return {path: figure for path, figure in drawn.items() if figure is not None}

@@ -24,12 +24,17 @@ def main() -> int:
     study = Study()
     if not checks_only(__doc__):
         findings.write(study)
-        figures.draw(read_tables(study), study.folder)
     elif old := findings.outdated(study):
         print(f"not what the rows in {study.folder} give: {', '.join(old)}; run: make study-page", file=sys.stderr)
         return 1
-    pages = {PAGE: lambda: sections(study.folder), CHOOSING: lambda: {"begin": begin_section(read_tables(study))}}
-    return max(update_page(page, made, "make study-page", __doc__) for page, made in pages.items())
+    tables = read_tables(study)
+    return max(
+        update_page(page, made, "make study-page", __doc__, pictures)
+        for page, made, pictures in (
+            (PAGE, lambda: sections(study.folder), lambda: figures.draw(tables, study.folder)),
+            (CHOOSING, lambda: {"begin": begin_section(tables)}, dict),
+        )
+    )
 
 
 if __name__ == "__main__":

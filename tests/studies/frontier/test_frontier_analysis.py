@@ -13,6 +13,7 @@ from studies.frontier.design import Run, Wave, best_rate, grid
 from studies.frontier.figures import draw
 from studies.frontier.rows import Rows
 from studies.language.protocol import ARMS, MAIN, PLAN, PROTOCOL
+from studies.plots import outdated, write_pictures
 
 TARGETS = (4.4, 4.2, 4.1)
 SMALL = replace(
@@ -157,7 +158,7 @@ def test_no_verdict_where_the_target_is_not_reached(tmp_path):
     rows = rows_of(tmp_path)
     run = Run("german", 60, "lora", 3e-3, 0)
     rows.put(run, made_up(run, 0.1, gain=0.85), {})
-    assert comparison(Analysis(SMALL, rows), "lora", 2).verdict == "not reached (by all arms with 4 of 5 seeds)"
+    assert comparison(Analysis(SMALL, rows), "lora", 2).verdict == "not reached in enough seeds (4 of 5)"
     assert comparison(Analysis(SMALL, rows), "lora", 0).obstacle == ""
 
 
@@ -196,11 +197,11 @@ def test_spread_over_rates():
 
 def test_the_page_from_no_rows_some_rows_and_all_rows(tmp_path):
     empty = Analysis(SMALL, Rows(tmp_path / "none"))
-    assert draw(empty, tmp_path / "none") == []
+    assert draw(empty, tmp_path) == {}
     assert set(page.sections(empty, PROTOCOL.results).values()) == {page.NOT_RUN, ""}
     for seeds in (1, 5):
         analysis = Analysis(SMALL, rows_of(tmp_path / str(seeds), seeds=seeds))
-        assert [path.stat().st_size > 10_000 for path in draw(analysis, tmp_path / str(seeds))] == [True, True]
+        assert [path.stem for path in draw(analysis, tmp_path)] == ["frontier", "rates"]
         made = page.sections(analysis, PROTOCOL.results)
         assert f"{4 * 3 * seeds} runs, 0 of them diverged" in made["progress"]
         assert "off by at most" in made["checks"]
@@ -213,5 +214,17 @@ def test_the_page_from_no_rows_some_rows_and_all_rows(tmp_path):
 
 def test_the_same_rows_draw_the_same_pictures(tmp_path):
     analysis = Analysis(SMALL, rows_of(tmp_path, seeds=2))
-    first = [path.read_bytes() for path in draw(analysis, tmp_path / "a")]
-    assert first == [path.read_bytes() for path in draw(analysis, tmp_path / "b")]
+    for folder in ("a", "b"):
+        write_pictures(draw(analysis, tmp_path / folder))
+    first, second = (sorted((tmp_path / folder).glob("*.png")) for folder in ("a", "b"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert len(first) == 2
+
+
+def test_a_picture_that_shows_other_rows_is_found(tmp_path):
+    folder = tmp_path / "pictures"
+    fewer, more = (Analysis(SMALL, rows_of(tmp_path / str(seeds), seeds=seeds)) for seeds in (2, 3))
+    assert [path.name for path in outdated(draw(fewer, folder))] == ["frontier.png", "rates.png"], "none is there"
+    write_pictures(draw(fewer, folder))
+    assert outdated(draw(fewer, folder)) == []
+    assert [path.name for path in outdated(draw(more, folder))] == ["frontier.png", "rates.png"]

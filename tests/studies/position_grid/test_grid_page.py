@@ -28,7 +28,7 @@ SMALL = replace(
 
 def test_the_page_from_no_rows_and_from_rows(tmp_path):
     empty = Analysis(SMALL, Rows(tmp_path / "none"))
-    assert draw_positions(empty, tmp_path) == []
+    assert draw_positions(empty, tmp_path) == {}
     assert set(page.sections(empty, PROTOCOL.results).values()) == {frontier_page.NOT_RUN, ""}
     rows = Rows(tmp_path / "rows")
     for arm in WINDOWS:
@@ -39,8 +39,9 @@ def test_the_page_from_no_rows_and_from_rows(tmp_path):
                 lines = made_up(run, KL[arm] * factor, jitter=noise, finer=SMALL.scales)
                 rows.put(run, lines, {"kl_samples": torch.full((4, 7), KL[arm])})
     analysis = Analysis(SMALL, rows)
-    (picture,) = draw_positions(analysis, tmp_path)
-    assert picture.stat().st_size > 10_000
+    (figure,) = draw_positions(analysis, tmp_path).values()
+    (axis,) = figure.axes
+    assert [*axis.lines[0].get_xdata()] == sorted(analysis.design.positions.values())
     made = page.sections(analysis, PROTOCOL.results)
     assert made["shape"] == "- gut communities, 60 steps: U."
     assert "| 0.25 | 3 | 1.50 [" in made["positions"]

@@ -5,6 +5,7 @@ from statistics import mean
 import pytest
 
 from studies.page import render
+from studies.plots import write_pictures
 from studies.window_position import figures, findings, page, rules
 from studies.window_position import tables as study_tables
 from studies.window_position.rows import RESULTS, Study, read_table, write_table
@@ -25,6 +26,7 @@ def test_every_picture_is_drawn_with_its_axes_labeled(whole, tmp_path, pictures)
         assert "95 % interval over seeds" in figure.get_suptitle()
     drawn = figures.draw(rules.read_tables(Study(whole)), tmp_path)
     assert [path.stem for path in drawn] == [draw.__name__ for draw in figures.FIGURES]
+    write_pictures(drawn)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
@@ -35,8 +37,8 @@ def _first(axis):
 def test_what_was_not_run_is_not_drawn(tmp_path):
     folder = study_made.study(tmp_path, sweeps=("M5",), streams={}, curves={})
     findings.write(Study(folder))
-    assert figures.draw(rules.read_tables(Study(folder)), folder) == []
-    assert figures.draw(rules.read_tables(Study(tmp_path / "none")), tmp_path) == []
+    assert figures.draw(rules.read_tables(Study(folder)), folder) == {}
+    assert figures.draw(rules.read_tables(Study(tmp_path / "none")), tmp_path) == {}
 
 
 def shown(axis):
@@ -181,7 +183,7 @@ def test_the_command_writes_tables_pictures_and_pages_and_checks_them(monkeypatc
     assert f"not what the rows in {folder} give: tests.csv; run: make study-page" in capsys.readouterr().err
     (folder / "tests.csv").write_bytes((whole / "tests.csv").read_bytes())
     assert command("--check") == 1
-    assert "window-position.md is out of date; run: make study-page" in capsys.readouterr().err
+    assert "out of date: window-position.md, " in capsys.readouterr().err
     assert path.read_text() == before
     (folder / "claims.csv").write_text("of other rows\n")
     assert command() == 0
@@ -192,7 +194,7 @@ def test_the_command_writes_tables_pictures_and_pages_and_checks_them(monkeypatc
     assert "| plain LoRA | " in choosing.read_text()
     choosing.write_text(choosing.read_text().replace("plain", "fancy"))
     assert command("--check") == 1
-    assert "choosing-a-window.md is out of date" in capsys.readouterr().err
+    assert "out of date: choosing-a-window.md; run: make study-page" in capsys.readouterr().err
 
 
 def test_how_equal_early_updates_were_is_in_the_rows():
