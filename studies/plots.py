@@ -154,7 +154,7 @@ def _content(figure: Figure) -> Iterator[str]:
         for scale in (axis.xaxis, axis.yaxis):
             places = scale.get_major_locator()
             if isinstance(places, FixedLocator):
-                yield from scale.get_major_formatter().format_ticks(places())
+                yield from scale.get_major_formatter().format_ticks([*places()])
         for line in axis.lines:
             yield f"{line.get_label()}: {_numbers(line.get_xydata())}"
         for collection in axis.collections:
