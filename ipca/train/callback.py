@@ -29,7 +29,8 @@ class KeepCallback(TrainerCallback):
         trainer.add_callback(KeepCallback(trainer, batches, max_kl=0.1))
 
     ``eval_keep_kl`` and ``eval_keep_loss_rise`` join the metrics of the evaluation, the log history, and whatever
-    ``report_to`` names. The base is the model without its adapter, so there is no second model.
+    ``report_to`` names; with several evaluation sets they are measured once a step, and join the metrics of each. The
+    base is the model without its adapter, so there is no second model.
 
     With a budget, the checkpoint that ``load_best_model_at_end`` loads is the best one on the evaluation data within
     it, by ``metric_for_best_model``, and training stops after ``patience`` evaluations in a row above it.
@@ -43,7 +44,8 @@ class KeepCallback(TrainerCallback):
 
     Raises:
         ValueError: the model has no adapter, or one that has changed the base weights; a budget without
-            ``load_best_model_at_end``, or for something that has no such number.
+            ``load_best_model_at_end``, or for something that has no such number; when training begins, a budget by the
+            metric of no evaluation set.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class KeepCallback(TrainerCallback):
         patience: int = 3,
     ) -> None:
         self._trainer, self.kept, self.budget, self.patience = trainer, as_kept(kept), max_kl, patience
+        self._measured: tuple[int, dict[str, float]] | None = None
         check_base(trainer.model)
         if max_kl is None:
             return
@@ -68,18 +71,32 @@ class KeepCallback(TrainerCallback):
         self._worst = -math.inf if arguments.greater_is_better else math.inf
         arguments.metric_for_best_model = f"eval_{WITHIN}"
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measured = None
+        sets = self._trainer.eval_dataset
+        if self.budget is None or not isinstance(sets, Mapping):
+            return
+        if not any(self._best.startswith(f"eval_{name}_") for name in sets):
+            raise ValueError(
+                f"the budget goes by {self._best!r}, and the evaluation sets are {', '.join(map(str, sets))}; set "
+                f"metric_for_best_model to one of a set, as eval_{next(iter(sets))}_loss."
+            )
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         metrics: dict[str, float] = kwargs["metrics"]
         if self.budget is not None and self._best not in metrics:
-            if self._trainer.is_in_train and not isinstance(self._trainer.eval_dataset, Mapping):
+            if self._trainer.is_in_train and not self._several:
                 raise ValueError(
                     f"the budget goes by {self._best!r}, and the evaluation gives {', '.join(metrics)}; set "
                     "metric_for_best_model to one of these."
                 )
             return  # of another one of several evaluation sets
-        found = {f"eval_{name}": value for name, value in self.kept.measure(self._trainer.model).items()}
+        if not self._several or self._measured is None or self._measured[0] != state.global_step:
+            measured = {f"eval_{name}": value for name, value in self.kept.measure(self._trainer.model).items()}
+            self._measured = state.global_step, measured
+            self._trainer.log(dict(measured))
+        found = self._measured[1]
         metrics |= found
-        self._trainer.log(dict(found))
         if self.budget is None:
             return
         name = f"eval_{self.kept.metric}"
@@ -96,6 +113,11 @@ class KeepCallback(TrainerCallback):
                 self.budget,
             )
             control.should_training_stop = True
+
+    @property
+    def _several(self) -> bool:
+        """Whether this is one of several evaluations of a step."""
+        return self._trainer.is_in_train and isinstance(self._trainer.eval_dataset, Mapping)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.budget is not None and state.best_model_checkpoint is None and state.global_step > 0:

@@ -183,6 +183,35 @@ def test_one_of_several_evaluation_sets_decides(base, batches, tmp_path, caplog)
     assert "no evaluation was within" not in caplog.text
 
 
+class Counted:
+    """What ``kept`` measures, counted."""
+
+    def __init__(self, kept):
+        self._kept, self.metric, self.description, self.times = kept, kept.metric, kept.description, 0
+
+    def measure(self, model):
+        self.times += 1
+        return self._kept.measure(model)
+
+
+def test_several_evaluation_sets_are_measured_once_a_step(base, batches, tmp_path):
+    trainer = trainer_of(ipca.apply_pc(base, rank=4), tmp_path, save_strategy="no", eval_steps=2)
+    trainer.eval_dataset = dict.fromkeys("ab", trainer.eval_dataset)
+    keep = KeepCallback(trainer, batches)
+    keep.kept = counted = Counted(keep.kept)
+    trainer.add_callback(keep)
+    for again in (1, 2):
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "eval_keep_kl" in entry]
+        assert [entry["step"] for entry in logged] == [2, 4]
+        assert counted.times == 2 * again, "also of a second training, whose steps have the same numbers"
+    before = trainer.evaluate()
+    with torch.no_grad():
+        for parameter in ipca.adapter_parameters(trainer.model):
+            parameter.mul_(1.5)
+    assert trainer.evaluate()["eval_keep_kl"] > before["eval_keep_kl"] > 0, "measured anew outside training"
+
+
 def refused_in_training(trainer, words):
     """At the first evaluation, when the model has moved: so that no model is a variable here, and compared."""
     with pytest.raises(ValueError, match=words):
@@ -195,3 +224,11 @@ def test_a_metric_that_no_evaluation_gives_is_named(base, batches, tmp_path):
     trainer = trainer_of(model, tmp_path, **options)
     trainer.add_callback(KeepCallback(trainer, batches, max_kl=1.0))
     refused_in_training(trainer, r"by 'eval_accuracy', and the evaluation gives eval_loss.*set metric_for_best_model")
+
+
+def test_a_budget_by_the_metric_of_no_evaluation_set_is_refused_before_training(base, batches, tmp_path):
+    model = peft.get_peft_model(base, configs()["window"])
+    trainer = trainer_of(model, tmp_path, load_best_model_at_end=True)
+    trainer.eval_dataset = dict.fromkeys("ab", trainer.eval_dataset)
+    trainer.add_callback(KeepCallback(trainer, batches, max_kl=1.0))
+    refused_in_training(trainer, r"by 'eval_loss', and the evaluation sets are a, b; .* as eval_a_loss")
