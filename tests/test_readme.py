@@ -4,6 +4,7 @@ import csv
 import re
 import shlex
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -81,10 +82,19 @@ def test_what_the_study_found_is_in_its_file():
         "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(float(by_place[place][end]) for end in ("mean", "low", "high")))
         for place in ("M1", "V1")
     ]
-    text = f"| no difference shown: {shown[0]} (MiniLM), {shown[1]} (a small ViT) |".replace("-", "−")
+    minilm, vit = (each.replace("-", "−") for each in shown)
+    text = f"| no difference shown: {minilm} (MiniLM, feed-forward layers), {vit} (a small ViT) |"
     assert text in TEXT
     assert {by_place[place]["n"] for place in ("M1", "V1")} == {"10"}
     assert {row["verdict"] for row in found} <= {"not shown", "edge"}
+    tests = {row["claim"]: row for row in rows("studies/window_position/results/tests.csv")}
+    found = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(float(tests["C11"][end]) for end in ("mean", "low", "high")))
+    assert f"on the ViT ({found}, 10 seeds)".replace("-", "−") in TEXT
+    assert {name: tests[name]["verdict"] for name in ("C6", "C11", "S6")} == {
+        "C6": "below",
+        "C11": "below",
+        "S6": "not shown",
+    }
     same = rows("studies/window_position/results/claims.csv", claim="same rate", against="1.0")
     assert {row["place"]: row["verdict"] for row in same}.items() >= {"M1": "holds", "V1": "reversed"}.items()
 
@@ -109,3 +119,21 @@ def test_the_times_of_the_layer_are_those_of_its_file():
 
     ours = f"intact {ratio('ipca-auto', 'intact')}, residual {ratio('ipca-auto', 'residual')}"
     assert f"| {ours}, PEFT's LoRA {ratio('peft-default', '')} |" in TEXT
+
+
+def test_the_times_beside_peft_are_those_of_its_file():
+    found = rows(
+        "bench/results/versus_peft_cpu.csv", provider="PEFT with PCConfig", mode="full", rank="16", status="ok"
+    )
+    ratios = {
+        threads: [float(row["ratio_peft_default"]) for row in found if f"{threads} threads" in row["device"]]
+        for threads in (1, 2)
+    }
+    both = ratios[1] + ratios[2]
+    assert {len(of) for of in ratios.values()} == {24}
+    slower = [sum(ratio > 1.02 for ratio in of) for of in ratios.values()]
+    said = f"median {median(both):.2f}, at worst {max(both):.2f}; slower by over 2 % in {slower[0]} (one thread)"
+    assert (
+        f"| 24 small layers in training, rank 16, `PCConfig`: time over PEFT's LoRA | {said} and {slower[1]} (two)"
+        in TEXT
+    )

@@ -37,13 +37,23 @@ class Compared:
 
     @property
     def verdict(self) -> str:
-        """``"higher"``, ``"lower"``, ``"alike"`` or ``"not shown"``; empty without a verdict."""
+        """``"alike"``, ``"higher"``, ``"lower"`` or ``"not shown"``; empty without a verdict. Alike comes first."""
         if self.why or self.adjusted is None:
             return ""
-        if self.adjusted <= LEVEL:
-            return "higher" if self.mean > 0 else "lower"
         ends = [abs(end) for end in self.narrow if math.isfinite(end)]  # none if all differences are equal
-        return "alike" if max(ends, default=abs(self.mean)) <= ALIKE else "not shown"
+        return "alike" if max(ends, default=abs(self.mean)) <= ALIKE else self.direction or "not shown"
+
+    @property
+    def direction(self) -> str:
+        """``"higher"`` or ``"lower"`` where a difference is shown; empty otherwise."""
+        if self.why or self.adjusted is None or self.adjusted > LEVEL:
+            return ""
+        return "higher" if self.mean > 0 else "lower"
+
+    @property
+    def words(self) -> str:
+        """The verdict, with the direction of methods that are alike where it is shown: ``"alike (higher)"``."""
+        return f"alike ({self.direction})" if self.verdict == "alike" and self.direction else self.verdict
 
 
 class Analysis:
@@ -101,6 +111,18 @@ class Analysis:
         values = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
         intervals = mean_interval(values), mean_interval(values, level=0.9)
         return Compared(method, found.n, found.mean, *intervals, found.p, self._why(method, found.n))
+
+    def difference(self, method: str, metric: str) -> tuple[float, Interval]:
+        """The mean of a metric of fresh middle windows minus that of ``method``, and its 95 % interval.
+
+        Raises:
+            ValueError: no seed has both.
+        """
+        ours, theirs = self.tuned(MIDDLE, metric), self.tuned(method, metric)
+        values = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        if not values:
+            raise ValueError(f"no seed has both {MIDDLE} and {method}.")
+        return sum(values) / len(values), mean_interval(values)
 
     def _why(self, method: str, n: int) -> str:
         if n < SEEDS:

@@ -56,10 +56,11 @@ def sentence(found: Compared) -> str:
     result = mean_text(found)
     if found.why:
         return f"{pair}: no verdict ({found.why})."
+    shown = f", though shown to be {found.direction}" if found.direction else ""
     words = {
         "higher": f"they end with a higher accuracy ({result})",
         "lower": f"they end with a lower accuracy ({result})",
-        "alike": f"alike, within one point ({result})",
+        "alike": f"alike, within one point{shown} ({result})",
         "not shown": f"no difference shown ({result})",
     }[found.verdict]
     return f"{pair}: {words}, adjusted p {found.adjusted:.3f}, n = {found.n}."
@@ -67,7 +68,12 @@ def sentence(found: Compared) -> str:
 
 def mean_text(found: Compared) -> str:
     """``+0.003 [0.002, 0.004]``, the difference of the accuracies."""
-    return f"{_signed(found.mean)} {_interval(found.interval)}"
+    return signed_text(found.mean, found.interval)
+
+
+def signed_text(mean: float, interval: Interval) -> str:
+    """``+0.003 [0.002, 0.004]``."""
+    return f"{_signed(mean)} {_interval(interval)}"
 
 
 def comparisons(compared: list[Compared]) -> str:
@@ -79,7 +85,7 @@ def comparisons(compared: list[Compared]) -> str:
             mean_text(each),
             f"{each.p:.3f}",
             "–" if each.adjusted is None else f"{each.adjusted:.3f}",
-            each.verdict or each.why,
+            each.words or each.why,
         ]
         for each in compared
     ]

@@ -78,14 +78,25 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``"lower"``, ``"higher"``, ``"equivalent"``, ``"not shown"``, or the obstacle."""
+        """``"equivalent"``, ``"lower"``, ``"higher"``, ``"not shown"``, or the obstacle; equivalence comes first."""
         if self.obstacle or self.ratio is None:
             return self.obstacle
-        if self.adjusted <= LEVEL:
-            return "lower" if self.ratio.value < 1 else "higher"
         narrow = self.ratio.narrow
-        within = narrow is not None and narrow[0] >= 1 - EQUIVALENT and narrow[1] <= 1 + EQUIVALENT
-        return "equivalent" if within else "not shown"
+        if narrow is not None and narrow[0] >= 1 - EQUIVALENT and narrow[1] <= 1 + EQUIVALENT:
+            return "equivalent"
+        return self.direction or "not shown"
+
+    @property
+    def direction(self) -> str:
+        """``"lower"`` or ``"higher"`` where the ratio is shown to differ from 1; empty otherwise."""
+        if self.obstacle or self.ratio is None or not self.adjusted <= LEVEL:
+            return ""
+        return "lower" if self.ratio.value < 1 else "higher"
+
+    @property
+    def words(self) -> str:
+        """The verdict, with the direction of an equivalent ratio where it has one: ``"equivalent (lower)"``."""
+        return f"equivalent ({self.direction})" if self.verdict == "equivalent" and self.direction else self.verdict
 
 
 class Analysis:
@@ -148,12 +159,12 @@ class Analysis:
         """The rates that the rows at hand ask for, ascending."""
         return tuple(sorted(grid(self.design.arms[arm].rate, self.scores(task, steps, arm, 1))))
 
-    def rates(self, task: str, steps: int, arm: str) -> dict[int, float]:
-        """By seed, the rate that is best on the *other* seeds by the primary metric at the middle target.
+    def rates(self, task: str, steps: int, arm: str, at: int = 1) -> dict[int, float]:
+        """By seed, the rate that is best on the *other* seeds by the primary metric at a target, the middle one.
 
         The arm's center with one seed, and where the other seeds have no rate in common with it.
         """
-        found = self.scores(task, steps, arm, 1)
+        found = self.scores(task, steps, arm, at)
         chosen = {}
         for seed in sorted({seed for by_seed in found.values() for seed in by_seed}):
             others = {
@@ -167,11 +178,23 @@ class Analysis:
         return chosen
 
     def tuned(
-        self, task: str, steps: int, arm: str, place: int, metric: str | None = None, *, training: bool = False
+        self,
+        task: str,
+        steps: int,
+        arm: str,
+        place: int,
+        metric: str | None = None,
+        *,
+        training: bool = False,
+        at: int = 1,
     ) -> dict[int, float | None]:
-        """The metric at a target by seed, at the rates of :meth:`rates`; None where the target is not reached."""
+        """The metric at a target by seed; None where the target is not reached.
+
+        Args:
+            at: the target by which the rates are chosen.
+        """
         found = self.scores(task, steps, arm, place, metric, training=training)
-        return {seed: found[rate].get(seed) for seed, rate in self.rates(task, steps, arm).items()}
+        return {seed: found[rate].get(seed) for seed, rate in self.rates(task, steps, arm, at).items()}
 
     def compare(
         self,
@@ -183,9 +206,12 @@ class Analysis:
         metric: str | None = None,
         *,
         training: bool = False,
+        at: int = 1,
     ) -> Comparison:
-        """``arm`` against ``other``, each seed at the rates that are best on the other seeds."""
-        first, second = (self.tuned(task, steps, each, place, metric, training=training) for each in (arm, other))
+        """``arm`` against ``other``, each seed at the rates that are best on the other seeds at the target ``at``."""
+        first, second = (
+            self.tuned(task, steps, each, place, metric, training=training, at=at) for each in (arm, other)
+        )
         pairs = _pairs(first, second)
         ratio = Ratio.of(pairs) if pairs else None
         obstacle = self.obstacle(task, steps, (arm, other), len(first.keys() & second.keys()), len(pairs))
@@ -227,7 +253,7 @@ class Analysis:
             if untuned := self.untuned(task, steps, arm):
                 return untuned
         if reached < enough:
-            return f"not reached in enough seeds ({reached} of {seeds})"
+            return f"not reached at the chosen rates ({reached} of {seeds} seeds)"
         return ""
 
     def untuned(self, task: str, steps: int, arm: str) -> str:

@@ -13,6 +13,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from studies.frontier.analysis import Analysis, Comparison, Ratio, base, final, spread
+from studies.frontier.design import RATES, best_rate
 from studies.frontier.positions import best_positions, profile, shapes
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "results"
 NOT_RUN = "Not run."
+TARGETS = ("easiest", "middle", "hardest")
 
 
 def write_page(
@@ -99,7 +101,7 @@ def sentences(analysis: Analysis, comparisons: list[Comparison]) -> Iterator[str
                 stopped = [analysis.compare(task, steps, place, arm, other, training=True) for place in range(3)]
                 along = f"Stopped at the target instead of scaled: {', '.join(ratio_text(c.ratio) for c in stopped)}."
                 head = f"{cell_title(analysis, task, steps)} steps, {title(arm)} against {title(other)}"
-                yield f"{head}: {_says(found)} {along}"
+                yield f"{head} – {_says(found)} {along}"
 
 
 def _says(found: list[Comparison]) -> str:
@@ -107,17 +109,16 @@ def _says(found: list[Comparison]) -> str:
     obstacles = list(dict.fromkeys(c.obstacle for c in found if c.obstacle))
     ratios = ", ".join(ratio_text(c.ratio) for c in found)
     if all(c.obstacle for c in found):
-        return f"no verdict ({'; '.join(obstacles)}); ratios at hand {ratios}."
-    words = {
-        "lower": "diverges less from the base at equal cross-entropy",
-        "higher": "diverges more from the base at equal cross-entropy",
-        "equivalent": "is equivalent within 10 %, uncorrected",
-        "not shown": "no difference is shown, and no equivalence either",
-    }
-    verdicts = list(dict.fromkeys(c.verdict for c in found))
-    if len(verdicts) == 1:
-        return f"{words[verdicts[0]]}, at all three targets (ratios {ratios})."
-    return f"depends on the target: {', '.join(c.verdict for c in found)}, from the easiest on (ratios {ratios})."
+        return f"no verdict ({'; '.join(obstacles)}). Ratios at hand {ratios}."
+    return f"{by_target([c.words for c in found])}. Ratios {ratios}."
+
+
+def by_target(words: Sequence[str]) -> str:
+    """``"easiest and middle target: lower; hardest target: not shown"``, or the word that holds at all three."""
+    places = {word: [name for name, each in zip(TARGETS, words, strict=True) if each == word] for word in words}
+    if len(places) == 1:
+        return f"{words[0]} at all three targets"
+    return "; ".join(f"{' and '.join(names)} target: {word}" for word, names in places.items())
 
 
 def comparisons_table(analysis: Analysis, comparisons: list[Comparison]) -> str:
@@ -126,14 +127,14 @@ def comparisons_table(analysis: Analysis, comparisons: list[Comparison]) -> str:
     rows = [
         [
             cell_title(analysis, c.task, c.steps),
-            str(c.place + 1),
+            TARGETS[c.place],
             title(c.arm),
             title(c.other),
             str(c.ratio.n),
             ratio_text(c.ratio),
             "–" if c.obstacle else p_text(c.ratio.p),
             p_text(c.adjusted),
-            c.verdict,
+            c.words,
         ]
         for c in comparisons
         if c.ratio is not None
@@ -160,7 +161,7 @@ def shapes_table(analysis: Analysis) -> str:
             sides = [f"{ratio_text(c.ratio)}, {p_text(c.adjusted)}" for c in (shape.left, shape.right)]
             cell = cell_title(analysis, shape.left.task, shape.left.steps)
             n = str(max(c.ratio.n if c.ratio else 0 for c in (shape.left, shape.right)))
-            rows.append([cell, str(shape.left.place + 1), n, *sides, shape.verdict])
+            rows.append([cell, TARGETS[shape.left.place], n, *sides, shape.verdict])
     head = ["new task, steps", "target", "n", "end 0 / middle [95 %], adjusted p", "end 1 / middle", "verdict"]
     return markdown(head, rows) if rows else NOT_RUN
 
@@ -181,7 +182,7 @@ def positions_table(analysis: Analysis) -> str:
             near = ", ".join(best[1])
             where = f"lowest at {best[0]}; not shown to be higher: {near}"
             lowest.append(f"- {cell_title(analysis, task, steps)} steps, middle target: {where}.")
-    head = ["new task, steps", "position", "rates tried", "easiest target", "middle target", "hardest target"]
+    head = ["new task, steps", "position", "rates tried", *(f"{name} target" for name in TARGETS)]
     return "\n".join([markdown(head, rows), "", *lowest]).strip() if rows else NOT_RUN
 
 
@@ -195,7 +196,7 @@ def targets_table(analysis: Analysis) -> str:
                 cells = [_mean_of(found.values()) for found in by_place]
                 rates = ", ".join(f"{rate:g}" for rate in sorted(set(analysis.rates(task, steps, arm).values())))
                 rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), rates, *cells])
-    head = ["new task, steps", "arm", "rate", "easiest target", "middle target", "hardest target"]
+    head = ["new task, steps", "arm", "rate", *(f"{name} target" for name in TARGETS)]
     named = "; ".join(
         f"{cell_title(analysis, task, steps)} steps: {', '.join(f'{t:g}' for t in targets)}"
         for (task, steps), targets in analysis.design.targets.items()
@@ -213,7 +214,7 @@ def training_table(analysis: Analysis) -> str:
                 if any(c.ratio for c in found):
                     ratios = [f"{ratio_text(c.ratio)}, n = {c.ratio.n}" if c.ratio else "–" for c in found]
                     rows.append([cell_title(analysis, task, steps), *map(analysis.design.title, (arm, other)), *ratios])
-    head = ["new task, steps", "arm", "against", "easiest target", "middle target", "hardest target"]
+    head = ["new task, steps", "arm", "against", *(f"{name} target" for name in TARGETS)]
     return markdown(head, rows) if rows else NOT_RUN
 
 
@@ -274,7 +275,7 @@ def kept_table(analysis: Analysis) -> str:
 
 def checks(analysis: Analysis) -> str:
     """What the interpolation and the finite texts contribute to the error."""
-    lines, design = [], analysis.design
+    lines, design = list(_grid_steps(analysis)), analysis.design
     kept = f"KL on the {design.title(design.metric.removeprefix('kl_'))}"
     for metric, name in (("ce_new", "the cross-entropy on the new task"), (design.metric, kept)):
         found = analysis.interpolation_error(metric)
@@ -294,6 +295,32 @@ def checks(analysis: Analysis) -> str:
                 "in a claim about others."
             )
     return "\n".join(lines) or NOT_RUN
+
+
+def _grid_steps(analysis: Analysis) -> Iterator[str]:
+    """How much one step of the grid of rates changes the metric, by new task and length, over the tuned arms."""
+    for task, steps in analysis.design.targets:
+        changes, lowest = [], 0
+        for arm in analysis.design.arms:
+            scores = analysis.scores(task, steps, arm, 1)
+            if scores and not analysis.untuned(task, steps, arm):
+                means = {
+                    RATES.index(rate): mean(score for score in by_seed.values() if score is not None)
+                    for rate, by_seed in scores.items()
+                    if None not in by_seed.values()
+                }
+                best = RATES.index(best_rate(scores))
+                around = [means[place] for place in (best - 1, best + 1) if place in means]
+                if best in means and around:
+                    changes.append(min(around) / means[best] - 1)
+                    lowest += best - 1 not in means
+        if changes:
+            yield (
+                f"- {cell_title(analysis, task, steps)} steps, middle target: from an arm's best rate to its better "
+                f"neighbor in the grid the mean changes by {min(changes):.0%} to {max(changes):.0%} "
+                f"({len(changes)} arms; with {lowest} of them, the next lower rate misses the target). Best rates are "
+                "known to one such step only, so that ratios within it may be due to the grid."
+            )
 
 
 def cell_title(analysis: Analysis, task: str, steps: int) -> str:

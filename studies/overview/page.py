@@ -6,6 +6,7 @@ python -m studies.overview.page [--check]
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ipca.analysis.figures import INK, PALETTE
 from studies.frontier.analysis import Analysis, Comparison, Ratio
-from studies.frontier.page import NOT_RUN, cell_title, ratio_text
+from studies.frontier.page import NOT_RUN, TARGETS, by_target, cell_title, ratio_text
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
 from studies.language.protocol import PROTOCOL as LANGUAGE
@@ -43,11 +44,9 @@ POSITIONS = {"middle": "0.5", "principal": "0.0", "minor": "1.0"}
 Key = tuple[str, int, int, str, str]
 """Task, steps, place of the target, arm, other arm."""
 _TICKS = (0.25, 0.5, 1.0, 2.0, 4.0)
-_TARGETS = ("easiest", "middle", "hardest")
-_ONE_RATE = (
-    "One rate each decides nothing. The column *first rates, middle target* has the ratio that the first rate of each "
-    "arm alone would have given; ratios without a verdict may move as far."
-)
+_STOPPED, _TEXT = "stopped", "on "
+_FIRST, _HARDEST = "first rates", "hardest target"
+"""Choices other than the protocol's; a text is named after its prefix."""
 _WORDS = {"lower": "moves the model less", "higher": "moves it more"}
 
 
@@ -78,7 +77,7 @@ class Found:
         targets: the comparisons at the three targets, the easiest first.
         claimed: whether the protocol has a claim about the pair; otherwise there is no verdict.
         kind: of the study.
-        first: the ratio at the middle target that the first rate of each arm alone would have given.
+        otherwise: by what is changed, the ratio at the middle target under another choice than the protocol's.
     """
 
     cell: str
@@ -86,13 +85,13 @@ class Found:
     targets: tuple[Comparison, ...]
     claimed: bool
     kind: str
-    first: Ratio | None
+    otherwise: Mapping[str, Ratio | None]
 
     @property
     def n(self) -> str:
-        """The numbers of seeds at the targets, ``"5"`` or ``"4–5"``."""
-        numbers = sorted({c.ratio.n if c.ratio is not None else 0 for c in self.targets})
-        return "–".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+        """The number of seeds at the middle target."""
+        middle = self.targets[1].ratio
+        return str(middle.n if middle is not None else 0)
 
     @property
     def is_decided(self) -> bool:
@@ -106,11 +105,7 @@ class Found:
             return "described only"
         if not self.is_decided:
             return "; ".join(dict.fromkeys(c.obstacle for c in self.targets if c.obstacle))
-        words = [_WORDS.get(c.verdict, c.verdict) for c in self.targets]
-        if len(set(words)) == 1:
-            return words[0]
-        places = {word: [name for name, each in zip(_TARGETS, words, strict=True) if each == word] for word in words}
-        return "; ".join(f"{word} at the {' and '.join(names)} target" for word, names in places.items())
+        return by_target([_WORDS.get(c.words, c.words) for c in self.targets])
 
 
 def sources() -> list[Source]:
@@ -150,17 +145,31 @@ def _pair(study: Source, claims: Mapping[Key, Comparison], task: str, steps: int
     targets = tuple(claims.get(key) or analysis.compare(*key) for key in keys)
     if not any(c.ratio is not None and c.ratio.n > 1 for c in targets):
         return []
-    first = analysis.at_first_rates(task, steps, 1, arm, other)
+    otherwise = _otherwise(analysis, task, steps, arm, other, bool(targets[1].obstacle))
     cell = f"{study.model}, {cell_title(analysis, task, steps)} steps"
-    return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims, study.kind, first)]
+    return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims, study.kind, otherwise)]
+
+
+def _otherwise(
+    analysis: Analysis, task: str, steps: int, arm: str, other: str, is_open: bool
+) -> dict[str, Ratio | None]:
+    """What one other choice each would give; of an open comparison, whose rates lack seeds, only the first two."""
+    design, cell = analysis.design, (task, steps)
+    found = {_STOPPED: analysis.compare(*cell, 1, arm, other, training=True).ratio}
+    for name in design.kept:
+        if f"kl_{name}" != design.metric:
+            found[f"{_TEXT}{design.title(name)}"] = analysis.compare(*cell, 1, arm, other, f"kl_{name}").ratio
+    if not is_open:
+        found[_FIRST] = analysis.at_first_rates(*cell, 1, arm, other)
+        found[_HARDEST] = analysis.compare(*cell, 2, arm, other, at=2).ratio
+    return found
 
 
 def sections(found: Mapping[str, list[Found]]) -> dict[str, str]:
     """The text between the markers of the page, by marker."""
-    picture = f"![ratios](../{PICTURE.relative_to(PAGE.parents[1]).as_posix()})"
-    first = _ONE_RATE if any(_first(pair) for pairs in found.values() for pair in pairs) else ""
-    parts = [sentences(found), first, picture, table(found)]
-    return {"ratios": "\n\n".join(filter(None, parts)) if found else NOT_RUN}
+    picture = f"![KL to the base at equal success, by question and model](../{PICTURE.relative_to(PAGE.parents[1]).as_posix()})"
+    parts = [sentences(found), picture, table(found)]
+    return {"ratios": "\n\n".join(parts) if found else NOT_RUN, "choices": choices(found) if found else NOT_RUN}
 
 
 def sentences(found: Mapping[str, list[Found]]) -> str:
@@ -172,29 +181,34 @@ def sentences(found: Mapping[str, list[Found]]) -> str:
             said = pair.verdict if pair.is_decided or not pair.claimed else "no verdict"
             arm = f"{pair.arms.partition(' / ')[0]}, " if len(QUESTIONS[question]) > 1 else ""
             by_verdict.setdefault(said, []).append(f"{arm}{pair.cell}")
-        told = " ".join(f"{'; '.join(dict.fromkeys(cells))}: {verdict}." for verdict, cells in by_verdict.items())
+        told = " ".join(f"{'; '.join(dict.fromkeys(cells))} – {verdict}." for verdict, cells in by_verdict.items())
         lines.append(f"- **{question[0].upper()}{question[1:]}.** {told}")
     return "\n".join(lines)
 
 
 def table(found: Mapping[str, list[Found]]) -> str:
-    """The ratios at the three targets, with the verdict of each study's protocol, and what one rate would have said."""
+    """The ratios at the three targets, with the verdict of each study's protocol."""
     rows = [
-        [
-            *(pair.arms, pair.cell, pair.n),
-            *(ratio_text(c.ratio) for c in pair.targets),
-            *(ratio_text(_first(pair)), pair.verdict),
-        ]
+        [pair.arms, pair.cell, pair.n, *(ratio_text(c.ratio) for c in pair.targets), pair.verdict]
         for pairs in found.values()
         for pair in pairs
     ]
-    targets = [f"{name} target" for name in _TARGETS]
-    return markdown(["ratio", "model, new task", "n", *targets, "first rates, middle target", "verdict"], rows)
+    return markdown(["ratio", "model, new task", "n", *(f"{name} target" for name in TARGETS), "verdict"], rows)
 
 
-def _first(pair: Found) -> Ratio | None:
-    """What the first rate of each arm alone would have given; None without a tuned ratio beside it."""
-    return None if pair.targets[1].obstacle else pair.first
+def choices(found: Mapping[str, list[Found]]) -> str:
+    """The ratios at the middle target, and what they would be under other choices."""
+    rows = []
+    for pair in [pair for pairs in found.values() for pair in pairs]:
+        texts = [
+            f"{name.removeprefix(_TEXT)} {ratio_text(ratio)}"
+            for name, ratio in pair.otherwise.items()
+            if name.startswith(_TEXT)
+        ]
+        cells = [ratio_text(pair.targets[1].ratio), ratio_text(pair.otherwise[_STOPPED]), "; ".join(texts)]
+        cells += [ratio_text(pair.otherwise.get(name)) for name in (_FIRST, _HARDEST)]
+        rows.append([pair.arms, pair.cell, *cells])
+    return markdown(["ratio", "model, new task", "as compared", _STOPPED, "other kept texts", _FIRST, _HARDEST], rows)
 
 
 def draw(found: Mapping[str, list[Found]]) -> dict[Path, Figure]:
@@ -231,7 +245,7 @@ def _panel(axis: Axes, question: str, pairs: list[Found]) -> None:
     axis.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axis.set_xlim(min(0.4, *axis.get_xlim()), max(2.5, *axis.get_xlim()))
     axis.minorticks_off()
-    axis.set_title(question, fontsize=9)
+    axis.set_title(textwrap.fill(question, 36), fontsize=9)
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from studies.continual.analysis import Analysis as Continual
 from studies.continual.page import NAMES as METHODS
-from studies.continual.page import mean_text
+from studies.continual.page import mean_text, signed_text
 from studies.continual.rows import Rows as Streams
 from studies.frontier.page import NOT_RUN, ratio_text
 from studies.overview.page import Found, Source, answers, sources
@@ -27,7 +27,9 @@ from studies.window_position.words import estimate_cell
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "paper.md"
 EQUAL, ONE_RATE = "forget less, at equal success", f"forget less, at one rate ({RATE:g})"
 HIGH, ACCURACY = "lose less from the lowest rate to the highest", "learn more, each at its best rate"
-CONTINUAL = "end higher after five tasks"
+TUNED = "retain more, each at its best rate"
+CONTINUAL, ONE_STREAM = "end higher after five tasks", "end higher after five tasks, at one rate"
+KEPT = "keep more of what pretraining taught, after five tasks"
 ALIKE, MIXED, NO_VERDICT = "alike", "depends on the target", "no verdict"
 REACHED = " where reached"
 """After a word: of the targets that all arms reach with enough seeds; not of all three."""
@@ -37,6 +39,11 @@ _SWEEPS = {EQUAL: "equal target", ONE_RATE: "same rate", HIGH: "high rates", ACC
 """The names of ``claims.csv``."""
 _VERDICTS = {"lower": HOLDS, "higher": REVERSED, "equivalent": ALIKE, NOT_SHOWN: NOT_SHOWN}
 _STREAMS = {"higher": HOLDS, "lower": REVERSED, "alike": ALIKE, "not shown": NOT_SHOWN}
+_FIXED = {"C6": "MiniLM feed-forward", "C11": "ViT"}
+"""Tests of the window study's protocol at best-tuned rates, against plain LoRA."""
+_SUPPORT = {"C6": "S6"}
+"""Added comparisons, at one rate, that a verdict needs too; on the ViT every seed's best rate is that one."""
+_SIDES = {"above": HOLDS, "below": REVERSED}
 _ORDER = (*(f"{word}{part}" for word in _VERDICTS.values() for part in ("", REACHED)), MIXED, NO_VERDICT)
 _KINDS = ("language", "vision")
 
@@ -68,8 +75,8 @@ class Result:
 
 def results(tables: Tables, studies: Iterable[Source], streams: Continual) -> list[Result]:
     """All results, by claim, then by what the windows are compared with."""
-    found = [*_of_sweeps(tables), *_of_frontiers(studies), *_of_streams(streams)]
-    claims = [*_SWEEPS, CONTINUAL]
+    found = [*_of_sweeps(tables), *_of_tests(tables), *_of_frontiers(studies), *_of_streams(tables, streams)]
+    claims = [EQUAL, TUNED, ONE_RATE, HIGH, ACCURACY, CONTINUAL, ONE_STREAM, KEPT]
     against = [*_AGAINST, *dict.fromkeys(each.against for each in found)]
     return sorted(found, key=lambda each: (claims.index(each.claim), against.index(each.against)))
 
@@ -89,6 +96,20 @@ def _of_sweeps(tables: Tables) -> Iterator[Result]:
                 measured = "accuracy on the new task" if claim == ACCURACY else "retained accuracy"
                 figure = f"{measured} {estimate_cell(row, sign=True)}" if row["mean"] else "–"
                 yield Result(claim, against, kind, title, row["n"] or "–", figure, verdict, why)
+
+
+def _of_tests(tables: Tables) -> Iterator[Result]:
+    """The window study's tests against plain LoRA that were fixed beforehand, at best-tuned rates."""
+    for name, title in _FIXED.items():
+        if name in tables.tests:
+            row, why = tables.tests[name], f"{name}, fixed beforehand, corrected"
+            verdict = _SIDES.get(row["verdict"], NOT_SHOWN)
+            other = tables.tests.get(_SUPPORT.get(name, ""))
+            if other is not None and _SIDES.get(other["verdict"], NOT_SHOWN) != verdict:
+                verdict, why = NOT_SHOWN, f"{why}, says {verdict}; {_SUPPORT[name]}, at one rate, does not"
+            kind = "vision" if name == "C11" else "language"
+            figure = f"retained accuracy {estimate_cell(row, sign=True)}"
+            yield Result(TUNED, "plain LoRA", kind, title, row["n"], figure, verdict, why)
 
 
 def _of_frontiers(studies: Iterable[Source]) -> Iterator[Result]:
@@ -113,12 +134,20 @@ def _verdict(pair: Found) -> tuple[str, str]:
     return (f"{word}{REACHED}", pair.verdict) if any(c.obstacle for c in pair.targets) else (word, "")
 
 
-def _of_streams(streams: Continual) -> Iterator[Result]:
-    """The continual study: differences of the accuracy over all tasks; positive ones speak for the claim."""
+def _of_streams(tables: Tables, streams: Continual) -> Iterator[Result]:
+    """Tasks in a row: differences of the accuracy over all tasks, and over what was known; positive: for the claim."""
     for each in streams.compared():
-        figure = f"accuracy {mean_text(each)}"
-        verdict = _STREAMS.get(each.verdict, NO_VERDICT)
-        yield Result(CONTINUAL, METHODS[each.method], "vision", "ViT", str(each.n), figure, verdict, each.why)
+        verdict, why = _STREAMS.get(each.verdict, NO_VERDICT), each.why
+        if verdict == ALIKE and each.direction:
+            why = f"within one point, though shown to be {each.direction}"
+        against, n = METHODS[each.method], str(each.n)
+        yield Result(CONTINUAL, against, "vision", "ViT", n, f"accuracy {mean_text(each)}", verdict, why)
+        figure = f"accuracy on digits {signed_text(*streams.difference(each.method, 'retained_after'))}"
+        yield Result(KEPT, against, "vision", "ViT", n, figure, NO_VERDICT, "described only, at the rates above")
+    for (claim, method, _place), row in tables.claims.items():
+        if claim == "continual":
+            figure, why = f"accuracy {estimate_cell(row, sign=True)}", "a rate that was tuned for none"
+            yield Result(ONE_STREAM, METHODS[method], "vision", "ViT", row["n"], figure, row["verdict"], why)
 
 
 def sections(found: list[Result]) -> dict[str, str]:

@@ -145,6 +145,9 @@ def against_lora(tables: Tables) -> str:
         head = f"{'The middle window' if better else 'Plain LoRA'} retains more at equal target, in places."
     if not (better or worse):
         head = "No difference to plain LoRA is shown at equal target." if verdicts else "Better than LoRA?"
+    if lost := [claim for claim in SUPPORTS if supported(tables, claim) == "below"]:
+        places = listed([f"{tables.tests[claim]['where'].partition(',')[0]} ({claim})" for claim in lost])
+        head = f"Plain LoRA retained more on {places} by the test fixed beforehand, at best-tuned rates. {head}"
     words = {
         "equal target": "Does the middle retain more at equal target?",
         "same rate": "At the same rate, which asks another question?",
@@ -193,14 +196,15 @@ def high_rates(tables: Tables) -> str:
     """Whether the middle loses less from the lowest to the highest rate."""
     parts = [f"against {name}, {by_place(tables, 'high rates', method)}" for method, name in _AGAINST.items()]
     run = any(key[0] == "high rates" for key in tables.claims)
-    return f"**High rates cost the middle less.** {_upper('; '.join(parts)) + '.' if run else 'Not run.'}"
+    return f"**Do high rates cost the middle less?** {_upper('; '.join(parts)) + '.' if run else 'Not run.'}"
 
 
 def accuracy(tables: Tables) -> str:
     """Targets at best rates."""
     parts = [f"against {name}, {by_place(tables, 'accuracy', method)}" for method, name in _AGAINST.items()]
     run = any(key[0] == "accuracy" for key in tables.claims)
-    return f"**The middle learns more,** each at its best rate. {_upper('; '.join(parts)) + '.' if run else 'Not run.'}"
+    text = f"{_upper('; '.join(parts))}." if run else "Not run."
+    return f"**Does the middle learn more,** each at its best rate? {text}"
 
 
 _AGAINST = {PRINCIPAL: "principal", MINOR: "minor", LORA: "plain LoRA"}
@@ -376,18 +380,18 @@ def magnitude(tables: Tables) -> str:
     parts = [_remainder(tables, metric) for metric in ("drift", "retained")]
     kinds = {kind for kind, _ in parts}
     if kinds == {NOT_RUN}:
-        return "**Magnitude, not direction.** Not run, or all diverged (M3)."
+        return "**Is it only the size of the steps?** Not run, or all diverged (M3)."
     said = _MAGNITUDE[kinds.pop()] if len(kinds) == 1 else "Undecided, drift and retained do not say the same"
     text = " ".join(text for _, text in parts)
     if row := tables.claims.get(("equal early updates", PRINCIPAL, "V1")):
         text += f" On V1, n = {row['n']}, middle − principal in retained at equal early updates: "
         text += f"{_SAID[row['verdict']]}{_effect(row)}."
-    return f"**Magnitude, not direction.** {said} (the rule fixed beforehand, with t intervals). {text}"
+    return f"**Is it only the size of the steps?** {said} (the rule fixed beforehand, with t intervals). {text}"
 
 
 _MAGNITUDE = {
     "vanishes": "Yes: the place of the window acts through the size of the steps, and a lower rate would do the same",
-    "stays": "No, not only magnitude: at equal early updates a difference remains",
+    "stays": "No: at equal early updates a difference remains",
     "open": "Undecided, the intervals are too wide",
     "nothing": "Nothing to explain, no difference is seen at the same rate",
 }
@@ -418,7 +422,7 @@ def _remainder(tables: Tables, metric: str) -> tuple[str, str]:
 def mechanism(tables: Tables) -> str:
     """The arms of Σ S_i · energy_i, and whether it ranks windows as drift does."""
     if not tables.mechanism:
-        return "**The mechanism.** Not run."
+        return "**Does the predicted mechanism hold?** Not run."
     text, holds = [], []
     for name, title, predicted in (
         ("M1", "feed-forward input layers", ("principal", "minor")),
@@ -441,10 +445,10 @@ def mechanism(tables: Tables) -> str:
         windows = len(curve_of(tables.mechanism, "M1"))
         over = f"Over {windows} windows of M1 Spearman's ρ with drift is {estimate_cell(rank)}, n = {rank['n']}"
         text.append(f"{over}; the interval is over seeds, not over windows.")
-        said = "it does not fail" if all(holds) else "it fails"
+        said = "it is not refuted" if all(holds) else "it is refuted"
         if all(holds) and rank["low"] and float(rank["low"]) <= 0:
             said = "not shown, as the interval of ρ holds 0"
-    return f"**The mechanism.** {said[0].upper()}{said[1:]}. {' '.join(text)}"
+    return f"**Does the predicted mechanism hold?** {said[0].upper()}{said[1:]}. {' '.join(text)}"
 
 
 def verdict_of(test: Row) -> str:

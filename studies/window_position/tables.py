@@ -359,8 +359,8 @@ def runs_section(study: Study) -> str:
     missing = [name for name in SWEEPS if study.sweep(name) is None] + ["V2"] * (not study.table("V2"))
     for_gpu = [name for name in missing if name in EXPLORATORY]
     missing = [name for name in missing if name not in EXPLORATORY]
-    note = f"Not run: {', '.join(missing)}." if missing else "Everything in the protocol's grid was run."
-    note += f" Not run either, as they need a GPU and no test uses them: {listed(for_gpu)}." if for_gpu else ""
+    note = f"Not run: {', '.join(missing)}." if missing else "All of the protocol's grid was run."
+    note += f" Added later and not run, as they need a GPU and no test uses them: {listed(for_gpu)}." if for_gpu else ""
     parts = [f"{name} ({there} of {planned} seeds)" if there else name for name, there, planned in _unfinished(study)]
     note += f" Announced in the protocol's changes and not complete: {listed(parts)}." if parts else ""
     return f"{markdown(['', 'runs', 'diverged'], rows)}\n\n{note} Measured on {'; and on '.join(machines)}."

@@ -79,6 +79,13 @@ def test_a_verdict_follows_the_rules(tmp_path, shift, verdict):
     assert verdict.partition(":")[0] in page.comparisons([found])
 
 
+def test_a_shown_difference_within_one_point_is_alike(tmp_path):
+    rows = fill(tmp_path, lambda made: usual(made) + 0.006 * (made.method == "osf"))
+    found = next(each for each in Analysis(rows).compared() if each.method == "osf")
+    assert (found.verdict, found.direction, found.words) == ("alike", "lower", "alike (lower)")
+    assert "alike, within one point, though shown to be lower (−0.006" in page.sentence(found)
+
+
 def test_a_best_rate_at_an_edge_gives_no_verdict(tmp_path):
     """The lower the better, down to the last rate there is."""
     rows = fill(tmp_path, lambda made: 0.5 - 0.05 * math.log10(made.rate) if made.method == "milora" else usual(made))

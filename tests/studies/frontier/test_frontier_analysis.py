@@ -120,7 +120,7 @@ def test_the_middle_window_moves_the_model_less(tmp_path):
             assert (found.verdict, found.ratio.n) == ("lower", 5)
     assert analysis.tuned("german", 60, "middle", 1).keys() == set(range(5))
     text = "\n".join(page.sentences(analysis, analysis.comparisons()))
-    assert "against plain LoRA: diverges less from the base at equal cross-entropy, at all three targets" in text
+    assert "against plain LoRA – lower at all three targets. Ratios 0.7" in text
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_no_verdict_below_five_seeds(tmp_path):
     assert math.isnan(found.adjusted)
     text = "\n".join(page.sections(analysis, PROTOCOL.results).values())
     assert "no verdict (collecting: 4 of 5 seeds)" in text
-    assert "diverges less" not in text
+    assert "– lower" not in text
 
 
 def test_no_verdict_while_a_rate_lacks_seeds_or_the_best_is_an_edge(tmp_path):
@@ -158,7 +158,7 @@ def test_no_verdict_where_the_target_is_not_reached(tmp_path):
     rows = rows_of(tmp_path)
     run = Run("german", 60, "lora", 3e-3, 0)
     rows.put(run, made_up(run, 0.1, gain=0.85), {})
-    assert comparison(Analysis(SMALL, rows), "lora", 2).verdict == "not reached in enough seeds (4 of 5)"
+    assert comparison(Analysis(SMALL, rows), "lora", 2).verdict == "not reached at the chosen rates (4 of 5 seeds)"
     assert comparison(Analysis(SMALL, rows), "lora", 0).obstacle == ""
 
 
@@ -190,6 +190,17 @@ def test_a_rate_that_misses_the_target_is_worse():
     assert best_rate({1e-3: {0: None}, 3e-3: {0: 0.3}}) == 3e-3
 
 
+def test_an_equivalent_ratio_is_equivalent_also_where_it_is_shown_to_be_lower(tmp_path):
+    found = comparison(Analysis(SMALL, rows_of(tmp_path, jitter=0.002, lora=0.75 / 0.95)), "lora")
+    assert found.adjusted < 0.05
+    assert (found.verdict, found.direction, found.words) == ("equivalent", "lower", "equivalent (lower)")
+
+
+def test_words_by_target():
+    assert page.by_target(["lower"] * 3) == "lower at all three targets"
+    assert page.by_target(["lower", "x", "lower"]) == "easiest and hardest target: lower; middle target: x"
+
+
 def test_spread_over_rates():
     assert spread({1e-3: {0: 0.1, 1: 0.3}, 3e-3: {0: 0.4, 1: 0.4}, 1e-2: {0: 0.1, 1: None}}) == pytest.approx(2.0)
     assert spread({1e-3: {0: 0.1}}) is None
@@ -205,6 +216,7 @@ def test_the_page_from_no_rows_some_rows_and_all_rows(tmp_path):
         made = page.sections(analysis, PROTOCOL.results)
         assert f"{4 * 3 * seeds} runs, 0 of them diverged" in made["progress"]
         assert "off by at most" in made["checks"]
+        assert ("changes by 20% to 20% (4 arms; with 0 of them" in made["checks"]) == (seeds == 5), "tuned arms only"
         assert "made up" in made["progress"]
         assert page.NOT_RUN not in "".join(text for name, text in made.items() if name != "rates")
     assert "0.75" in made["comparisons"]

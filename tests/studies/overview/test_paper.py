@@ -9,7 +9,18 @@ from studies.continual.rows import Rows as Streams
 from studies.frontier.analysis import Analysis
 from studies.overview import paper
 from studies.overview.page import Source, answers, sources
-from studies.overview.paper import ACCURACY, CONTINUAL, EQUAL, HIGH, ONE_RATE, results, sections
+from studies.overview.paper import (
+    ACCURACY,
+    CONTINUAL,
+    EQUAL,
+    HIGH,
+    KEPT,
+    ONE_RATE,
+    ONE_STREAM,
+    TUNED,
+    results,
+    sections,
+)
 from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
 from studies.window_position.rows import Study
 from studies.window_position.rules import Tables, by_source, read_tables
@@ -61,6 +72,32 @@ def test_the_words_of_a_study_at_equal_success(tmp_path, factor, verdict):
     assert found.figure.startswith("KL × ")
 
 
+def test_alike_methods_are_alike_whichever_is_higher():
+    found = {each.against: each for each in results(Tables({}, {}, {}, []), (), Continual(Streams()))}
+    assert (found["fresh plain LoRA"].verdict, found["fresh plain LoRA"].why) == (
+        "no verdict",
+        "described only, at the rates above",
+    ), "what they keep"
+    of_tasks = [each for each in results(Tables({}, {}, {}, []), (), Continual(Streams())) if each.claim == CONTINUAL]
+    assert {each.against: (each.verdict, each.why) for each in of_tasks}["OSF"] == (
+        "alike",
+        "within one point, though shown to be lower",
+    )
+    assert {each.verdict for each in of_tasks} == {"alike"}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "at_one_rate", "verdict"),
+    [("below", "below", "reversed"), ("below", "not shown", "not shown"), ("not shown", "not shown", "not shown")],
+)
+def test_a_test_fixed_beforehand_needs_its_comparison_at_one_rate(tmp_path, fixed, at_one_rate, verdict):
+    tests = {"C6": row(fixed, mean="-0.1"), "S6": row(at_one_rate), "C11": row("above")}
+    minilm, vit = results(Tables(tests, {}, {}, []), (), Continual(Streams(tmp_path)))
+    assert (minilm.claim, minilm.model, minilm.verdict) == (TUNED, "MiniLM feed-forward", verdict)
+    assert ("S6" in minilm.why) == (fixed != at_one_rate)
+    assert (vit.kind, vit.verdict, vit.why) == ("vision", "holds", "C11, fixed beforehand, corrected")
+
+
 def test_a_study_without_enough_seeds_has_no_verdict_and_says_why(tmp_path):
     studies = [Source("model", Analysis(SMALL, rows_of(tmp_path / "a", seeds=4)), {})]
     found = found_in(tmp_path, studies=studies)
@@ -80,11 +117,11 @@ def test_verdicts_that_differ_between_targets_are_all_given(tmp_path):
     pair = answers([Source("model", analysis, {})])["middle window against plain LoRA"][0]
     targets = (replace(pair.targets[0], adjusted=0.5), *pair.targets[1:])
     word, why = paper._verdict(replace(pair, targets=targets))
-    said = "not shown at the easiest target; moves the model less at the middle and hardest target"
+    said = "easiest target: not shown; middle and hardest target: moves the model less"
     assert (word, why) == ("depends on the target", said)
     out_of_reach = (*pair.targets[:2], replace(pair.targets[2], obstacle="not reached"))
     word, why = paper._verdict(replace(pair, targets=out_of_reach))
-    said = "moves the model less at the easiest and middle target; not reached at the hardest target"
+    said = "easiest and middle target: moves the model less; hardest target: not reached"
     assert (word, why) == ("holds where reached", said)
 
 
@@ -96,7 +133,7 @@ def test_a_pair_without_a_claim_in_its_protocol_is_only_described(tmp_path):
 
 def test_every_result_at_hand_is_in_both_tables_under_its_word():
     found = results(read_tables(Study()), sources(), Continual(Streams()))
-    assert {EQUAL, ONE_RATE, HIGH, ACCURACY, CONTINUAL} == {each.claim for each in found}
+    assert {EQUAL, TUNED, ONE_RATE, HIGH, ACCURACY, CONTINUAL, ONE_STREAM, KEPT} == {each.claim for each in found}
     text = sections(found)
     for each in found:
         assert (

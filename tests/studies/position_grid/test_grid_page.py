@@ -48,7 +48,7 @@ def test_the_page_from_no_rows_and_from_rows(tmp_path):
     assert "not tuned" not in made["positions"]
     assert "lowest at 0.5; not shown to be higher: 0.5." in made["positions"]
     assert made["lines"].count("| U |") == 3
-    assert "middle window against plain LoRA: diverges less" in made["findings"]
+    assert "middle window against plain LoRA – lower at all three targets" in made["findings"]
     assert "full fine-tuning" not in "".join(made.values()), "no run of it"
 
 

@@ -66,7 +66,7 @@ def test_the_page_has_a_row_for_each_test_and_names_what_is_missing(whole, tmp_p
     assert "**minor below middle** |" in sections["tests"]
     assert "Holm's correction is over those tested, 14 of 14." in sections["tests"]
     assert (
-        "Everything in the protocol's grid was run. Not run either, as they need a GPU and no test uses them: G1 and "
+        "All of the protocol's grid was run. Added later and not run, as they need a GPU and no test uses them: G1 and "
         "G2. Announced in the protocol's changes and not complete: M1-low, M1-middle, " in sections["runs"]
     )
     assert "and M1-null. Measured on cpu x86_64; python 3.11.7, torch" in sections["runs"]
@@ -96,7 +96,7 @@ def test_a_sweep_for_a_gpu_that_was_cut_short_is_described_as_far_as_it_is(tmp_p
     assert (
         "| G2: language model of 26 M parameters, all linear layers, exploratory | 179 | none |" in (sections["runs"])
     )
-    assert "Not run either, as they need a GPU and no test uses them: G1." in sections["runs"]
+    assert "Added later and not run, as they need a GPU and no test uses them: G1." in sections["runs"]
     best = {method for _, method, _, lr, _ in rules.read_tables(Study(tmp_path)).summary if lr == "best"}
     assert best == {*study_made.WINDOWS, "full", "auto"}
 
