@@ -167,7 +167,8 @@ def _otherwise(
 
 def sections(found: Mapping[str, list[Found]]) -> dict[str, str]:
     """The text between the markers of the page, by marker."""
-    picture = f"![KL to the base at equal success, by question and model](../{PICTURE.relative_to(PAGE.parents[1]).as_posix()})"
+    place = PICTURE.relative_to(PAGE.parents[1]).as_posix()
+    picture = f"![KL to the base at equal success, by question and model](../{place})"
     parts = [sentences(found), picture, table(found)]
     return {"ratios": "\n\n".join(parts) if found else NOT_RUN, "choices": choices(found) if found else NOT_RUN}
 
