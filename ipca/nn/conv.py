@@ -69,8 +69,8 @@ class ConvPC(ProductLayer):
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         conv, kernel = _CONV[self.base_weight.ndim], self.base_weight.shape[1:]
-        h = conv(x, A.to(x.dtype).view(-1, *kernel), None, self.stride, self.padding)
-        return conv(h, B.to(x.dtype).view(*B.shape, *(1 for _ in self.kernel_size)))
+        h = conv(x, A.to(x.dtype).reshape(-1, *kernel), None, self.stride, self.padding)
+        return conv(h, B.to(x.dtype).reshape(*B.shape, *(1 for _ in self.kernel_size)))
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
         weight = self.as_weight(self.pretrained_weight() if base else self.effective_weight())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ipca.nn.layer_kinds import from_matrix, layer_kind, to_matrix, unsupported_reason
 from ipca.nn.subclasses import restore, subclass_of
 from ipca.nn.window_layer import LayerOptions, ProductLayer
+from ipca.ops.pair import one_pair
 from ipca.window import Window
 
 if TYPE_CHECKING:
@@ -73,10 +74,13 @@ class EmbeddingPC(ProductLayer):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, self.padding_idx)
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        # As rows: on more dimensions matmul takes different paths for a trained and a frozen factor.
-        rows = F.embedding(x.reshape(-1), A.mT, self.padding_idx).to(self.base_weight.dtype)
-        return F.linear(rows, B.to(rows.dtype)).view(*x.shape, self.embedding_dim)
+    def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
+        ids, dtype = x.reshape(-1), self.base_weight.dtype
+        rows = [F.embedding(ids, factor.mT, self.padding_idx).mT for factor in (A, self.lora_A0)]  # (rank, M)
+        D, E = (rows[0], B) if self.form == "residual" else one_pair(rows[0], B, rows[1], self.lora_B0)
+        low = F.linear(D.mT.to(dtype), E.to(dtype)).view(*x.shape, self.embedding_dim)
+        y = self.base_product(x)
+        return y + (self.scaling * low).to(y.dtype)
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
         weight = self.as_weight(self.pretrained_weight() if base else self.effective_weight()).contiguous()

@@ -132,10 +132,7 @@ class QuantizedLinearPC(ProductLayer):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        # As rows and with contiguous factors: else F.linear may take different paths for a trained and a frozen factor.
-        rows = x.reshape(-1, self.in_features)
-        low = F.linear(F.linear(rows, A.to(x.dtype).contiguous()), B.to(x.dtype).contiguous())
-        return low.view(*x.shape[:-1], self.out_features)
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
     def to_plain(self, *, base: bool = False) -> nn.Module:
         """An ``nn.Linear`` with the effective weight in floats, or (``base``) the quantized layer itself."""

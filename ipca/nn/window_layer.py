@@ -28,7 +28,7 @@ from ipca.nn.layer_kinds import read_layer, to_matrix
 from ipca.nn.lazy_weight import make_lazy_weight, raise_read_only
 from ipca.nn.subclasses import Subclass
 from ipca.ops.op import without_autocast
-from ipca.ops.pair import drop_kept_pair
+from ipca.ops.pair import Pair, drop_kept_pair, one_pair
 from ipca.svd.result import SVDReport
 from ipca.window import Window
 
@@ -241,12 +241,15 @@ class WindowLayer(nn.Module):
         base = self.base_matrix()
         if disabled and self.form == "intact":
             return self.as_weight(base)
-        B, A = (self.lora_B0, self.lora_A0) if disabled else (self.lora_B, self.lora_A)
+        A, B = (self.lora_A0, self.lora_B0) if disabled else (self.lora_A, self.lora_B)
         with without_autocast(base):
-            low = part_like(B.to(base.dtype) @ A.to(base.dtype), base)
-            if self.form == "intact":
-                low = low - part_like(self.lora_B0.to(base.dtype) @ self.lora_A0.to(base.dtype), base)
+            D, E = self.pair(A, B)
+            low = part_like(E.to(base.dtype) @ D.to(base.dtype), base)
         return self.as_weight(base + self.scaling * low)
+
+    def pair(self, A: Tensor, B: Tensor) -> Pair:
+        """``D, E`` whose product is what ``A, B`` add to the base weight, see ``ipca.ops.pair``."""
+        return one_pair(A, B, self.lora_A0, self.lora_B0, ranks=(-2, -1)) if self.form == "intact" else (A, B)
 
     def _weight_spec(self) -> tuple[torch.Size, torch.dtype, torch.device]:
         """The shape, dtype and device of :attr:`weight`."""
@@ -492,11 +495,11 @@ class WindowLayer(nn.Module):
 
 
 class ProductLayer(WindowLayer):
-    """``y = base_product(x) + scaling · (low_rank(z, A, B) − low_rank(z, A0, B0))``, ``z = dropout(x)``.
+    """``y = base_product(x) + scaling · low_rank(z, D, E)``, ``z = dropout(x)``, with ``D, E = pair(A, B)``.
 
-    The last term is the intact form's. It is computed by the arithmetic of the one before it, so that before training
-    their difference is exactly 0. Subclasses define :meth:`product` and :meth:`low_rank`; one that fuses them defines
-    :meth:`window_product`, one that holds its weight in another way :meth:`base_product`.
+    So the change is 0 before training, and keeps its digits where the factors have moved little. Subclasses define
+    :meth:`product` and :meth:`low_rank`; one that computes them otherwise defines :meth:`window_product`, one that
+    holds its weight in another way :meth:`base_product`.
     """
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -514,10 +517,7 @@ class ProductLayer(WindowLayer):
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         """The output for the factors ``A, B``."""
         y, z = self.base_product(x), F.dropout(x, dropout) if dropout else x
-        low = self.low_rank(z, A, B)
-        if self.form == "intact":
-            low = low - self.low_rank(z, self.lora_A0, self.lora_B0)
-        return y + (self.scaling * low).to(y.dtype)
+        return y + (self.scaling * self.low_rank(z, *self.pair(A, B))).to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_ready()

@@ -23,7 +23,8 @@ from ipca.io.peft_format import to_peft
 from ipca.nn.initialization import InitialFactors, count_null, initial_factors
 from ipca.nn.offload import execution_device, is_offloaded, stored_tensor
 from ipca.ops.linear import pc_linear_of_layer
-from ipca.ops.op import Layer
+from ipca.ops.op import Layer, without_autocast
+from ipca.ops.pair import one_pair
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
 from ipca.peft.records import LayerRecords
 
@@ -252,7 +253,8 @@ class WindowLora(_Mixed):
         assert pair is not None
         wide = torch.promote_types(pair[0].dtype, torch.float32)
         A, B, A0, B0 = (tensor.to(wide) for tensor in pair)
-        return self.in_layout(self.scaling[adapter] * (self.product(B, A) - self.product(B0, A0)))
+        with without_autocast(A):
+            return self.in_layout(self.scaling[adapter] * (self.product(B, A) - self.product(B0, A0)))
 
     def product(self, B: Tensor, A: Tensor) -> Tensor:
         """``B A (out, in)`` of factors as PEFT stores them."""
@@ -270,14 +272,23 @@ class WindowLora(_Mixed):
         return self.change(adapter).to(owner.get_parameter(name).dtype)
 
     def low_rank(self, adapter: str, x: Tensor) -> Tensor:
-        """``scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)``, exactly 0 while ``A = A0`` and ``B = B0``."""
+        """``scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)``, exactly 0 while ``A = A0`` and ``B = B0``.
+
+        It is one product with ``D, E`` of ``ipca.ops.pair``, which keeps the digits of a small change in 16 bits. Where
+        others watch the modules of the factors, these are called, and the difference is taken in the factors' dtype.
+        """
         self.note_call()
         z, lora_A, lora_B = self.lora_dropout[adapter](x), self.lora_A[adapter], self.lora_B[adapter]
-        pair, trained = self.pairs(adapter), lora_B(lora_A(z))
+        pair, scaling = self.pairs(adapter), self.scaling[adapter]
         if pair is None:
-            return trained * self.scaling[adapter]
+            return lora_B(lora_A(z)) * scaling
+        if not (is_watched(lora_A) or is_watched(lora_B) or _has_any_global_hook()):
+            D, E = one_pair(*pair)
+            return self.apply_factor(lora_B, self.apply_factor(lora_A, z, D), E) * scaling
         A0, B0 = pair[2].to(pair[0].dtype), pair[3].to(pair[1].dtype)
-        return (trained - self.apply_factor(lora_B, self.apply_factor(lora_A, z, A0), B0)) * self.scaling[adapter]
+        with without_autocast(z):
+            z = z.to(A0.dtype)
+            return (lora_B(lora_A(z)) - self.apply_factor(lora_B, self.apply_factor(lora_A, z, A0), B0)) * scaling
 
     def apply_factor(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """``module(x)`` with another weight."""
@@ -287,8 +298,7 @@ class WindowLora(_Mixed):
 class WindowVariant(LoraVariant):
     """The LoRA variant that PEFT asks about an adapter of a PCConfig: initialize, compute, merge.
 
-    ``y = base(x) + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)``. The second product is computed as the first one is, so that
-    the difference is exactly 0 while ``A = A0`` and ``B = B0``.
+    ``y = base(x) + scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)``, whose last term is exactly 0 while ``A = A0`` and ``B = B0``.
     """
 
     @staticmethod
@@ -437,10 +447,11 @@ class WindowEmbedding(WindowLora, lora.Embedding):
         pair = self.pairs(adapter)
         A, B = (self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]) if pair is None else pair[:2]
         A, B = A.to(x.device), B.to(x.device)  # which accelerate may keep elsewhere
-        y = self._embed(x, A.T) @ B.T
+        ids = x.reshape(-1)
+        D, E = self._embed(ids, A.T).T, B  # (r, M): the rows that are looked up alone
         if pair is not None:
-            A0, B0 = pair[2].to(A.dtype), pair[3].to(B.dtype)
-            y = y - self._embed(x, A0.T) @ B0.T
+            D, E = one_pair(D, B, self._embed(ids, pair[2].T).T, pair[3])
+        y = (D.T @ E.T).view(*x.shape, -1)
         scale = self._get_embed_scale()
         return y * self.scaling[adapter] if scale is None else y * self.scaling[adapter] * scale.to(y.dtype)
 

@@ -73,6 +73,8 @@ class KeepCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._measured = None
+        handler = self._trainer.callback_handler  # first, as others read the metrics: EarlyStoppingCallback
+        handler.callbacks = [self, *(each for each in handler.callbacks if each is not self)]
         sets = self._trainer.eval_dataset
         if self.budget is None or not isinstance(sets, Mapping):
             return

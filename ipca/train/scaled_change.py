@@ -101,7 +101,8 @@ def tradeoff(
     Raises:
         TypeError: the model has no LoRA.
         ValueError: the adapter's change is not linear in its scale, or the base is not what is left without it;
-            ``kept`` measures nothing that could be drawn against the loss; or the budget is below 0.
+            ``kept`` measures nothing that could be drawn against the loss; the trainer has several evaluation sets; or
+            the budget is below 0.
     """
     return search(trainer, as_kept(kept), {}, scales, max_forgotten, progress)
 
@@ -121,6 +122,11 @@ def search(
         raise ValueError(f"a trade-off needs KL or drift, not {kept.description}.")
     if budget is not None and not budget >= 0:
         raise ValueError(f"a budget must be at least 0, got {budget}.")
+    if isinstance(trainer.eval_dataset, Mapping):
+        raise ValueError(
+            f"a trade-off has one held-out loss, and the trainer has the evaluation sets "
+            f"{', '.join(map(str, trainer.eval_dataset))}; set its eval_dataset to one of them."
+        )
     name = kept.metric
     check_linear(trainer.model)
     bar = tqdm(total=None, desc="Trade-off", unit="scale", disable=None if progress else True)

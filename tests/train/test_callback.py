@@ -8,7 +8,7 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 import peft
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments
 
 import ipca
 from ipca.analysis import forgetting
@@ -77,6 +77,19 @@ def test_a_budget_chooses_the_checkpoint_that_is_loaded(base, batches, tmp_path)
     assert 0 < len(within) < 4
     assert trainer.state.best_global_step in within
     assert keep.kept.measure(trainer.model)["keep_kl"] <= keep.budget
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_goes_by_the_loss_within_the_budget_in_any_order(base, batches, tmp_path, first):
+    trainer = trainer_of(peft.get_peft_model(base, configs()["lora"]), tmp_path, load_best_model_at_end=True)
+    stopping = EarlyStoppingCallback(1, early_stopping_threshold=100.0)  # no evaluation is that much better
+    if first:
+        trainer.add_callback(stopping)
+    trainer.add_callback(KeepCallback(trainer, batches, max_kl=100.0))
+    if not first:
+        trainer.add_callback(stopping)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 class Recorded:

@@ -111,6 +111,10 @@ def test_refusals(language_model, batches, tmp_path):
     for budget in (-1.0, math.nan):
         with pytest.raises(ValueError, match="a budget must be at least 0"):
             tradeoff(trainer, batches, max_forgotten=budget, progress=False)
+    held_out, trainer.eval_dataset = trainer.eval_dataset, dict.fromkeys("ab", trainer.eval_dataset)
+    with pytest.raises(ValueError, match=r"one held-out loss, and the trainer has the evaluation sets a, b; set"):
+        tradeoff(trainer, batches, progress=False)
+    trainer.eval_dataset = held_out
     with pytest.raises(TypeError, match=r"the tensors input_ids and labels; ipca\.train\.token_batches"):
         tradeoff(trainer, [{"text": KEPT}], progress=False)
     trainer.model.save_pretrained(tmp_path / "dora")
