@@ -183,9 +183,10 @@ def scaling_against_stopping(curve: list[Row], scales: list[Row]) -> str:
     within = [row for row in scales if float(row["forgotten"]) <= limit]
     best = min(within, key=lambda row: float(row["loss"]))
     return (
-        f"Stopped at step {float(stopped['step']):.0f}, the run has a KL of {limit:.3f} and a loss of "
-        f"{float(stopped['eval_loss']):.3f}; the whole run scaled by {float(best['scale']):g} has a KL of "
-        f"{float(best['forgotten']):.3f} and a loss of {float(best['loss']):.3f}."
+        f"Stopped at step {float(stopped['step']):.0f}, while its rate was still high, the run has a KL of "
+        f"{limit:.3f} and a loss of {float(stopped['eval_loss']):.3f}; the whole run scaled by {float(best['scale']):g} has a KL of "
+        f"{float(best['forgotten']):.3f} and a loss of {float(best['loss']):.3f}. The two tables evaluate passes of "
+        "other sizes, whose means differ a little, as those of the base do."
     )
 
 

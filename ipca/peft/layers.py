@@ -275,14 +275,16 @@ class WindowLora(_Mixed):
         """``scaling · (z Aᵀ Bᵀ − z A0ᵀ B0ᵀ)``, exactly 0 while ``A = A0`` and ``B = B0``.
 
         It is one product with ``D, E`` of ``ipca.ops.pair``, which keeps the digits of a small change in 16 bits. Where
-        others watch the modules of the factors, these are called, and the difference is taken in the factors' dtype.
+        others watch or replace the modules of the factors, these are called, and the difference is taken in the
+        factors' dtype.
         """
         self.note_call()
         z, lora_A, lora_B = self.lora_dropout[adapter](x), self.lora_A[adapter], self.lora_B[adapter]
         pair, scaling = self.pairs(adapter), self.scaling[adapter]
         if pair is None:
             return lora_B(lora_A(z)) * scaling
-        if not (is_watched(lora_A) or is_watched(lora_B) or _has_any_global_hook()):
+        known = type(lora_A) in _FACTORS and type(lora_B) in _FACTORS
+        if known and not (is_watched(lora_A) or is_watched(lora_B) or _has_any_global_hook()):
             D, E = one_pair(*pair)
             return self.apply_factor(lora_B, self.apply_factor(lora_A, z, D), E) * scaling
         A0, B0 = pair[2].to(pair[0].dtype), pair[3].to(pair[1].dtype)
@@ -412,6 +414,8 @@ class WindowLinear(WindowLora, lora.Linear):
         return Layer(self.in_layout(weight), A, B, base._parameters["bias"], A0, B0, self.scaling[name]), p
 
 
+_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Types of ``lora_A`` and ``lora_B`` whose product is that of their weights."""
 _FUSED = (nn.Linear, Conv1D), (nn.Linear,), (nn.Linear,), (nn.Dropout, nn.Identity)
 """Types of the base, of ``lora_A``, ``lora_B`` and ``lora_dropout`` that the op computes; subclasses may differ."""
 

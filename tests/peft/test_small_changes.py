@@ -59,6 +59,21 @@ def exact(layer, x):
     return x.double() @ change.mT
 
 
+class Doubled(nn.Linear):
+    """A module that somebody has put in the place of a factor."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_module_in_the_place_of_a_factor_is_called():
+    layer, x = adapted()[1]["linear"], inputs("linear")
+    plain, pair = layer.low_rank("default", x), layer.pairs("default")
+    frozen = x @ pair[2].mT @ pair[3].mT
+    layer.lora_B["default"].__class__ = Doubled
+    assert torch.allclose(layer.low_rank("default", x), 2 * (plain + frozen) - frozen, atol=1e-5)
+
+
 def watch(layer):
     for owner, _ in layer.owners("default"):
         owner.register_forward_hook(lambda *_: None)
