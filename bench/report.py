@@ -185,8 +185,9 @@ def scaling_against_stopping(curve: list[Row], scales: list[Row]) -> str:
     return (
         f"Stopped at step {float(stopped['step']):.0f}, while its rate was still high, the run has a KL of "
         f"{limit:.3f} and a loss of {float(stopped['eval_loss']):.3f}; the whole run scaled by "
-        f"{float(best['scale']):g} has a KL of {float(best['forgotten']):.3f} and a loss of {float(best['loss']):.3f}. The two tables evaluate passes of "
-        "other sizes, whose means differ a little, as those of the base do."
+        f"{float(best['scale']):g} has a KL of {float(best['forgotten']):.3f} and a loss of "
+        f"{float(best['loss']):.3f}. The two tables evaluate passes of other sizes, whose means differ a little, as "
+        "those of the base do."
     )
 
 
