@@ -28,7 +28,7 @@ from ipca.nn.layer_kinds import read_layer, to_matrix
 from ipca.nn.lazy_weight import make_lazy_weight, raise_read_only
 from ipca.nn.subclasses import Subclass
 from ipca.ops.op import without_autocast
-from ipca.ops.pair import Pair, drop_kept_pair, one_pair
+from ipca.ops.pair import drop_kept_pair, one_pair
 from ipca.svd.result import SVDReport
 from ipca.window import Window
 
@@ -242,14 +242,13 @@ class WindowLayer(nn.Module):
         if disabled and self.form == "intact":
             return self.as_weight(base)
         A, B = (self.lora_A0, self.lora_B0) if disabled else (self.lora_A, self.lora_B)
+        factors = [(B, A)]
+        if self.form == "intact":  # B A − B0 A0, as differences of factors: those of products lose a small change
+            A0, B0 = part_like(self.lora_A0.to(A.dtype), A), part_like(self.lora_B0.to(B.dtype), B)
+            factors = [(B, A - A0), (B - B0, A0)]
         with without_autocast(base):
-            D, E = self.pair(A, B)
-            low = part_like(E.to(base.dtype) @ D.to(base.dtype), base)
-        return self.as_weight(base + self.scaling * low)
-
-    def pair(self, A: Tensor, B: Tensor) -> Pair:
-        """``D, E`` whose product is what ``A, B`` add to the base weight, see ``ipca.ops.pair``."""
-        return one_pair(A, B, self.lora_A0, self.lora_B0, ranks=(-2, -1)) if self.form == "intact" else (A, B)
+            low = [part_like(E.to(base.dtype) @ D.to(base.dtype), base) for E, D in factors]
+        return self.as_weight(base + self.scaling * (low[0] if len(low) == 1 else low[0] + low[1]))
 
     def _weight_spec(self) -> tuple[torch.Size, torch.dtype, torch.device]:
         """The shape, dtype and device of :attr:`weight`."""
@@ -495,7 +494,7 @@ class WindowLayer(nn.Module):
 
 
 class ProductLayer(WindowLayer):
-    """``y = base_product(x) + scaling · low_rank(z, D, E)``, ``z = dropout(x)``, with ``D, E = pair(A, B)``.
+    """``y = base_product(x) + scaling · low_rank(z, D, E)``, ``z = dropout(x)``, with ``D, E`` of ``ipca.ops.pair``.
 
     So the change is 0 before training, and keeps its digits where the factors have moved little. Subclasses define
     :meth:`product` and :meth:`low_rank`; one that computes them otherwise defines :meth:`window_product`, one that
@@ -517,7 +516,8 @@ class ProductLayer(WindowLayer):
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         """The output for the factors ``A, B``."""
         y, z = self.base_product(x), F.dropout(x, dropout) if dropout else x
-        return y + (self.scaling * self.low_rank(z, *self.pair(A, B))).to(y.dtype)
+        pair = one_pair(A, B, self.lora_A0, self.lora_B0) if self.form == "intact" else (A, B)
+        return y + (self.scaling * self.low_rank(z, *pair)).to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_ready()

@@ -20,19 +20,16 @@ Pair = tuple[Tensor, Tensor]
 """``D (S, K), E (N, S)``."""
 
 
-def one_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, *, ranks: tuple[int, int] = (0, 1)) -> Pair:
+def one_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> Pair:
     """``D, E`` with S = 2 R; or ``A, B`` without a frozen pair.
 
     Subtracted in the factors' own dtype, to be rounded once to that of a product.
-
-    Args:
-        ranks: the dimensions of ``A`` and ``B`` that count the rank: -2 and -1 in a stack, 0 and 1 in kernels.
     """
     if A0 is None or B0 is None:
         return A, B
     if A0.dtype != A.dtype:  # FSDP's mixed precision casts parameters, and leaves buffers as they are
         A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
-    return torch.cat([A - A0, A0], dim=ranks[0]), torch.cat([B, B - B0], dim=ranks[1])
+    return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
 
 
 class _Kept(NamedTuple):
