@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipca.train.row_checks import ROW_CHECKS
+from ipca.train.row_checks import ROW_CHECKS, text_below, unread_fields
 from ipca.train.sources import DataError, Row, Source, check_image, datasets_library, load_rows, read_text
 
 log = logging.getLogger("ipca.train")
@@ -106,7 +106,9 @@ def read_data(
     given = tuple(labels) or _declared_labels(train, layout)
     found = {name: _converted(name, each, source, layout, given) for name, each in sets.items()}
     classes = given or _classes(layout, found["train"])
-    _log_use(source, layout, task, train.column_names, classes)
+    chats = layout.columns.get("messages")
+    fields = () if chats is None else sorted({name for row in train for name in unread_fields(row[chats])})
+    _log_use(source, layout, task, train.column_names, classes, fields=fields)
     return Data(
         layout,
         _numbered(found["train"], layout, classes),
@@ -206,12 +208,14 @@ def _log_use(
     names: Iterable[str] = (),
     labels: tuple[str, ...] = (),
     splits: Iterable[str] = (),
+    fields: Iterable[str] = (),
 ) -> None:
     """Log what ``source`` is used for: the task where it was found, columns by role, classes, what is left out.
 
     Args:
         names: of all columns; empty where there are none.
         splits: folders of images that are not read.
+        fields: of messages that are not read.
     """
     used = layout.columns | ({"input": layout.input} if layout.input else {})
     words = [] if task else [f"task {layout.task}"]
@@ -221,6 +225,8 @@ def _log_use(
         words += [f"{len(labels)} classes" + (f" ({', '.join(labels)})" if len(labels) <= _SHOWN else "")]
     if unused := [repr(name) for name in names if name not in used.values()]:
         words += [f"columns left out: {', '.join(unused)}"]
+    if unread := [repr(name) for name in fields]:
+        words += [f"fields of messages left out: {', '.join(unread)}"]
     if rest := [f"{name}/" for name in splits] + [str(path.relative_to(source.name)) for path in source.skipped]:
         more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
         words += [f"files left out: {', '.join(rest[:_SHOWN])}{more}"]
@@ -247,8 +253,8 @@ def _converted(split: str, rows: Any, source: Source, layout: Layout, labels: tu
     for k, row in enumerate(rows):
         place = places[k] if places else f"{source.name}, row {k + 1}{of_split}"
         found.append({role: ROW_CHECKS[role](row.get(name), place, name) for role, name in layout.columns.items()})
-        if layout.input and isinstance(more := row.get(layout.input), str) and more.strip():
-            found[-1]["prompt"] += f"\n\n{more}"
+        if layout.input:
+            found[-1]["prompt"] += text_below(row.get(layout.input), place, layout.input)
         if layout.task == "token-classification" and len(found[-1]["tokens"]) != len(found[-1]["tags"]):
             raise DataError(
                 f"{place}: expected a tag for each token, got {len(found[-1]['tokens'])} tokens in "

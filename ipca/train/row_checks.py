@@ -9,6 +9,10 @@ from typing import Any
 from ipca.train.sources import DataError, check_image, shortened
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_FIELDS = {"role", "from", "content", "value"}
+"""What is read of a message."""
+_PLAIN: dict[str, tuple[Any, ...]] = {"weight": (None, 1), "tool_calls": (None, []), "function_call": (None,)}
+"""Fields of OpenAI's answers that say what is trained on, and their values where that is the text and nothing else."""
 
 
 def _check_text(value: Any, place: str, column: str) -> str:
@@ -47,15 +51,38 @@ def _check_messages(value: Any, place: str, column: str) -> list[dict[str, str]]
     for k, each in enumerate(value, start=1):
         role = each.get("role", each.get("from")) if isinstance(each, dict) else None
         content = each.get("content", each.get("value")) if isinstance(each, dict) else None
-        if role not in _SPEAKERS or not isinstance(content, str):
+        if not isinstance(role, str) or role not in _SPEAKERS or not isinstance(content, str):
             raise DataError(
                 f"{place}, column {column!r}, message {k}: expected role (system, user or assistant) and content, got "
                 f"{shortened(each)}."
             )
+        for name, plain in _PLAIN.items() if _SPEAKERS[role] == "assistant" else ():
+            if each.get(name) not in plain:
+                raise DataError(
+                    f"{place}, column {column!r}, message {k}: expected an answer that is trained on as its text, got "
+                    f"{name} {shortened(each[name])}; leave the field out, or the conversation."
+                )
         messages.append({"role": _SPEAKERS[role], "content": content})
     if not any(each["role"] == "assistant" for each in messages):
         raise DataError(f"{place}, column {column!r}: expected a message of the assistant, got none.")
     return messages
+
+
+def unread_fields(messages: Any) -> list[str]:
+    """The names of what messages hold and nothing reads."""
+    fields = [(name, value) for each in messages for name, value in each.items() if name not in _FIELDS]
+    return [name for name, value in fields if value not in _PLAIN.get(name, (None,))]
+
+
+def text_below(value: Any, place: str, column: str) -> str:
+    """What an additional input adds to the end of a prompt.
+
+    Raises:
+        DataError: it is neither text nor nothing.
+    """
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{place}, column {column!r}: expected text or nothing, got {shortened(value)}.")
+    return f"\n\n{value}" if value and value.strip() else ""
 
 
 def _check_image_value(value: Any, place: str, column: str) -> Any:

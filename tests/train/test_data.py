@@ -84,6 +84,9 @@ def test_the_values_arrive_as_they_are(tmp_path):
     assert data.rows["messages"][1][0] == {"role": "system", "content": "s"}
     alpaca = write(tmp_path, "b.jsonl", lines({"instruction": "Add.", "input": "1, 2", "output": "3"}))
     assert read_data(find_source(str(alpaca))).rows["prompt"] == ["Add.\n\n1, 2"]
+    empty = [{"instruction": "Add.", "input": value, "output": "3"} for value in (None, "", " \n", "1")]
+    rows = read_data(find_source(str(write(tmp_path, "e.jsonl", lines(*empty, {"instruction": "a", "output": "b"})))))
+    assert rows.rows["prompt"] == ["Add.", "Add.", "Add.", "Add.\n\n1", "a"]
     quoted = write(tmp_path, "c.csv", 'text,label\n"two\nlines, and ""quotes""",a\nb,b\n')
     assert read_data(find_source(str(quoted))).rows["text"][0] == 'two\nlines, and "quotes"'
 
@@ -130,6 +133,25 @@ WRONG = [
         "a.jsonl",
         lines({"tokens": "a b", "tags": [1, 0]}),
         r"line 1, column 'tokens': expected a list of words, got a b",
+    ),
+    *(
+        (
+            "a.jsonl",
+            lines({"instruction": "a", "input": "b", "output": "c"}, {"instruction": "a", "input": got, "output": "c"}),
+            rf"a\.jsonl, line 2, column 'input': expected text or nothing, got {re.escape(json.dumps(got))}\.",
+        )
+        for got in ([2, 3], 4, 0, 0.5, True, {"x": 1}, [])
+    ),
+    *(
+        ("a.jsonl", lines({"messages": [CHAT[0], got]}), rf"line 1, column 'messages', message 2: expected {words}")
+        for got, words in (
+            ({"role": ["assistant"], "content": "a"}, "role"),
+            ({"role": "assistant", "content": ["a"]}, "role"),
+            ({"role": "assistant", "content": None}, "role"),
+            ({**CHAT[1], "weight": 0}, "an answer that is trained on as its text, got weight 0; leave"),
+            ({**CHAT[1], "tool_calls": [{"id": "1"}]}, "an answer .* got tool_calls .*; leave"),
+            ({**CHAT[1], "function_call": {"name": "f"}}, "an answer .* got function_call .*; leave"),
+        )
     ),
     ("a.csv", "text,label\na,b\nc,d,e\n", r"a\.csv, line 3: expected 2 values \(text, label\), got 3"),
     ("a.csv", 'text,label\n"two\nlines",b\nc\n', r"a\.csv, line 4: expected 2 values"),
@@ -261,6 +283,11 @@ USES = {
         lines({"system": "s", "instruction": "i", "input": "n", "output": "o", "id": 1}),
         "prompt from column 'instruction', completion from column 'output', input from column 'input'; "
         "columns left out: 'system', 'id'",
+    ),
+    "fields of messages": (
+        "a.jsonl",
+        lines({"messages": [{**CHAT[0], "name": "Ann", "weight": 0}, {**CHAT[1], "weight": 1, "tool_calls": []}]}),
+        "messages from column 'messages'; fields of messages left out: 'name', 'weight'",
     ),
     "two columns of text": (
         "a.csv",
