@@ -73,7 +73,8 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
         settings = _measured_as_in(adapter, settings, args)
         scales = {*(args.scales or (SCALES if args.scale is None else (0.0, 1.0)))}
         scales |= ({args.scale} if args.scale else set()) | ({1.0} if args.gate else set())
-        with open_adapter(settings, adapter, check_base=not args.any_base) as (trainer, kept):
+        progress = not args.quiet and not args.json
+        with open_adapter(settings, adapter, check_base=not args.any_base, progress=progress) as (trainer, kept):
             if kept is None:
                 raise ValueError(f"give --keep: nothing is measured by default for {settings.data}.")
             found = tradeoff(
@@ -81,7 +82,7 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
                 kept,
                 scales=sorted(scales),
                 max_forgotten=settings.budget,
-                progress=not args.quiet and not args.json,
+                progress=progress,
             )
     chosen = found.best.scale if args.scale is None else args.scale
     at_one = next((point.forgotten for point in found.points if point.scale == 1.0), None)

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ipca.train.row_checks import ROW_CHECKS, text_below, unread_fields
-from ipca.train.sources import DataError, Row, Source, check_image, datasets_library, load_rows, read_text
+from ipca.train.sources import (
+    DataError,
+    Row,
+    Source,
+    check_image,
+    datasets_library,
+    load_rows,
+    read_text,
+    with_bar,
+)
 
 log = logging.getLogger("ipca.train")
 
@@ -82,7 +91,12 @@ class Data:
 
 
 def read_data(
-    source: Source, task: str | None = None, columns: Mapping[str, str] | None = None, *, labels: Iterable[str] = ()
+    source: Source,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    *,
+    labels: Iterable[str] = (),
+    progress: bool = False,
 ) -> Data:
     """All rows of ``source``, checked; a line of the log says what of it is used for what, and what is left out.
 
@@ -90,6 +104,7 @@ def read_data(
         task: one of :data:`ipca.train.settings.TASKS`; default: what the columns say.
         columns: names by role, for those that cannot be found by their names.
         labels: the classes, where they are known already; a row with another one is an error.
+        progress: show a bar where this takes long.
 
     Raises:
         DataError: a row is not what the task needs.
@@ -97,14 +112,14 @@ def read_data(
         FileNotFoundError, ValueError: nothing to read, or columns that fit no task.
     """
     if source.kind == "images":
-        return _read_images(source, task, tuple(labels))
+        return _read_images(source, task, tuple(labels), progress)
     if source.kind == "text":
         return _read_text(source, task)
     sets = load_rows(source)
     train = sets["train"]
     layout = find_layout(train.column_names, task, columns or {}, source.name)
     given = tuple(labels) or _declared_labels(train, layout)
-    found = {name: _converted(name, each, source, layout, given) for name, each in sets.items()}
+    found = {name: _converted(name, each, source, layout, given, progress) for name, each in sets.items()}
     classes = given or _classes(layout, found["train"])
     chats = layout.columns.get("messages")
     fields = () if chats is None else sorted({name for row in train for name in unread_fields(row[chats])})
@@ -160,7 +175,7 @@ def _read_text(source: Source, task: str | None) -> Data:
     return Data(layout, rows, None, (), whole=True)
 
 
-def _read_images(source: Source, task: str | None, known: tuple[str, ...]) -> Data:
+def _read_images(source: Source, task: str | None, known: tuple[str, ...], progress: bool) -> Data:
     """Images in one folder a class, ``train/`` and ``test/`` around them or not."""
     if task not in (None, "image-classification"):
         raise ValueError(f"{source.name} holds images, which are for the task image-classification, not {task}.")
@@ -184,10 +199,12 @@ def _read_images(source: Source, task: str | None, known: tuple[str, ...]) -> Da
     labels = known or tuple(sorted({label for _, label in train}))
     if len(labels) < 2:
         raise DataError(f"{source.name}: expected a folder for each class, at least two; got {', '.join(labels)}.")
-    for path, label in (*train, *(other or ())):
+    every = (*train, *(other or ()))
+    for path, label in every:
         if label not in labels:
             raise DataError(f"{path}: the class {label!r} is not one of {', '.join(labels[:8])}.")
-        check_image(path)
+    for path, _ in with_bar(every, "image", progress):
+        check_image(path, str(path))
     made = [None if part is None else _image_set(part, labels) for part in (train, other)]
     layout = Layout("image-classification", {"image": "image", "label": "label"})
     _log_use(source, layout, task, labels=labels, splits=held_out[1:])
@@ -244,13 +261,18 @@ def _declared_labels(rows: Any, layout: Layout) -> tuple[str, ...]:
     return tuple(getattr(feature, "names", None) or ())
 
 
-def _converted(split: str, rows: Any, source: Source, layout: Layout, labels: tuple[str, ...]) -> list[Row]:
+def _converted(
+    split: str, rows: Any, source: Source, layout: Layout, labels: tuple[str, ...], progress: bool
+) -> list[Row]:
     """Rows with their values by role, each checked."""
+    datasets, image = datasets_library(), layout.columns.get("image", "")
+    if isinstance(getattr(rows, "features", {}).get(image), datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))  # one that cannot be decoded has no place yet
     places = getattr(rows, "places", None)
     declared = _declared_labels(rows, layout)
     of_split = "" if split == "train" else f" of {split}"
     found = []
-    for k, row in enumerate(rows):
+    for k, row in enumerate(with_bar(rows, "row", progress)):
         place = places[k] if places else f"{source.name}, row {k + 1}{of_split}"
         found.append({role: ROW_CHECKS[role](row.get(name), place, name) for role, name in layout.columns.items()})
         if layout.input:

@@ -27,7 +27,7 @@ from ipca.train.trainers import build_trainer
 
 @contextmanager
 def open_adapter(
-    settings: TrainSettings, adapter: Path, *, check_base: bool = True
+    settings: TrainSettings, adapter: Path, *, check_base: bool = True, progress: bool = False
 ) -> Iterator[tuple[Any, Kept | None]]:
     """A trainer of ``settings.model`` with the LoRA in ``adapter``, which evaluates on ``settings.data``; and what is
     measured on ``settings.keep``.
@@ -36,6 +36,7 @@ def open_adapter(
 
     Args:
         check_base: compare base weights with those that an adapter of ipca was made on.
+        progress: show a bar where reading the data takes long.
 
     Raises:
         DataError, FileNotFoundError, ValueError: as :func:`ipca.train.fine_tune`; or PEFT cannot load the adapter, or
@@ -44,17 +45,18 @@ def open_adapter(
     from peft import PeftModel
 
     _check_adapter(adapter)
-    data = read_data(find_source(settings.data), settings.task, settings.columns, labels=read_labels(adapter))
-    source = read_keep(settings, data.layout.task)
+    source, labels = find_source(settings.data), read_labels(adapter)
+    data = read_data(source, settings.task, settings.columns, labels=labels, progress=progress)
+    kept_source = read_keep(settings, data.layout.task, progress=progress)
     loaded = load_model(settings, data.layout.task, data.labels)
     if check_base and (adapter / SIDECAR).is_file():
         _check_base(loaded.model, adapter, settings.model)
     settings = fitting_length(settings, loaded)
     samples = None
-    if source is None and data.layout.task == "causal-lm":
+    if kept_source is None and data.layout.task == "causal-lm":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         samples = draw_samples(loaded.model.to(device), loaded.processor, settings)
-    kept = build_keep(source, settings, data.layout.task, loaded, samples)
+    kept = build_keep(kept_source, settings, data.layout.task, loaded, samples)
     rows = examples(data.rows, data, settings, loaded)
     rows, _ = parted(rows, HELD_OUT, settings.seed)
     try:

@@ -22,7 +22,7 @@ from ipca.train.data import Data, read_data
 from ipca.train.examples import pieces, with_break
 from ipca.train.models import Loaded
 from ipca.train.settings import TrainSettings
-from ipca.train.sources import DataError, Source, check_image, find_source
+from ipca.train.sources import DataError, Source, check_image, find_source, with_bar
 from ipca.window import Window
 
 BATCH_TOKENS = 512
@@ -141,8 +141,11 @@ KeepSource = Function | Data | list[str] | list[Path] | None
 """A function, the data of a language model, texts or images of an encoder; None for samples, or for nothing."""
 
 
-def read_keep(settings: TrainSettings, task: str) -> KeepSource:
+def read_keep(settings: TrainSettings, task: str, *, progress: bool = False) -> KeepSource:
     """Read what ``settings.keep`` names, before the model is loaded.
+
+    Args:
+        progress: show a bar where this takes long.
 
     Raises:
         DataError, FileNotFoundError, ValueError: there is nothing, or not what the task can measure.
@@ -170,9 +173,10 @@ def read_keep(settings: TrainSettings, task: str) -> KeepSource:
         what = "images" if source.kind == "images" else "text"
         raise ValueError(f"{settings.keep} holds {what}, which a model for {task} does not take.")
     if source.kind == "images":
-        for path in source.files:
-            check_image(path)
-        return list(source.files)
+        files = list(source.files[: _items(settings)])  # the others are not measured
+        for path in with_bar(files, "image", progress):
+            check_image(path, str(path))
+        return files
     return read_data(source, "causal-lm") if text_model else _texts(source)
 
 
@@ -196,7 +200,7 @@ def build_keep(
         return _kept_tokens(_sequences(source, settings, loaded.processor), settings, loaded.processor)
     if not isinstance(source, list):
         return KeptTask(source, loaded.processor, settings.keep)
-    items: list[Any] = source[: max(settings.keep_tokens // ITEM_TOKENS, 1)]
+    items: list[Any] = source[: _items(settings)]
     options = {"padding": True, "truncation": True, "max_length": settings.max_length}
     if task == "image-classification":
         from PIL import Image
@@ -204,6 +208,11 @@ def build_keep(
         items, options = [Image.open(path).convert("RGB") for path in items], {}
     groups = (items[k : k + ITEMS] for k in range(0, len(items), ITEMS))
     return KeptItems([dict(loaded.processor(group, return_tensors="pt", **options)) for group in groups])
+
+
+def _items(settings: TrainSettings) -> int:
+    """How many items are measured at most."""
+    return max(settings.keep_tokens // ITEM_TOKENS, 1)
 
 
 def _kept_tokens(sequences: Iterable[list[int]], settings: TrainSettings, tokenizer: Any) -> KeptTokens:

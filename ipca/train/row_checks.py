@@ -86,10 +86,14 @@ def text_below(value: Any, place: str, column: str) -> str:
 
 
 def _check_image_value(value: Any, place: str, column: str) -> Any:
-    if isinstance(value, str):
-        check_image(Path(value))
-    elif value is None:
-        raise DataError(f"{place}, column {column!r}: expected an image, got nothing.")
+    """A path, the bytes of a file, or both as ``datasets`` keeps them: ``{"path": …, "bytes": …}``."""
+    found = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    if not isinstance(found, str | bytes) or not found:
+        raise DataError(f"{place}, column {column!r}: expected an image, got {shortened(value)}.")
+    if isinstance(found, bytes):
+        check_image(found, f"{place}, column {column!r}")
+    else:
+        check_image(Path(found), f"{place}, column {column!r}, {found}")
     return value
 
 

@@ -74,11 +74,13 @@ def _fine_tune(settings: TrainSettings, out: Path, overwrite: bool, progress: bo
     """:func:`fine_tune` in an absolute ``out`` that no other process works in."""
     if finished := _check_folder(settings, out, overwrite):
         return finished
-    data = read_data(find_source(settings.data), settings.task, settings.columns)
+    shown = progress and state.is_main_process
+    data = read_data(find_source(settings.data), settings.task, settings.columns, progress=shown)
     held_out = None
     if isinstance(settings.held_out, str):
-        held_out = read_data(find_source(settings.held_out), data.layout.task, settings.columns, labels=data.labels)
-    source = read_keep(settings, data.layout.task)
+        other, task = find_source(settings.held_out), data.layout.task
+        held_out = read_data(other, task, settings.columns, labels=data.labels, progress=shown)
+    source = read_keep(settings, data.layout.task, progress=shown)
     loaded = load_model(settings, data.layout.task, data.labels)
     fitted = fitting_length(settings, loaded)
     parts = split(data, fitted, loaded, held_out)

@@ -133,6 +133,9 @@ class _Placed:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
 
 def _placed_rows(source: Source) -> Iterator[tuple[str, Row]]:
     for path in source.files:
@@ -217,21 +220,30 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def check_image(path: Path) -> None:
-    """Raise DataError for a file that is no image.
+def check_image(image: Path | bytes, place: str) -> None:
+    """Raise DataError for an image that training could not read: it is decoded, as a header says nothing of the rest.
 
     Raises:
         ImportError: Pillow is missing.
     """
+    datasets = datasets_library()
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import UnidentifiedImageError
     except ImportError:
         raise ImportError("reading images needs Pillow; run: pip install 'ipca-lora[train]'") from None
+    path, data = (None, image) if isinstance(image, bytes) else (str(image.absolute()), None)
     try:
-        with Image.open(path) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{path}: expected an image, and it cannot be read: {one_line(error)}") from None
+        datasets.Image().decode_example({"path": path, "bytes": data}).convert("RGB")
+    except Exception as error:  # each format has its own
+        why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise DataError(f"{place}: expected an image, and it cannot be read: {why}") from None
+
+
+def with_bar(items: Any, unit: str, progress: bool) -> Any:
+    """``items`` with a progress bar, where they take longer than a few seconds to check."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc="Data", unit=unit, delay=5, disable=None if progress else True)
 
 
 def shortened(value: Any) -> str:

@@ -3,6 +3,7 @@ import logging
 import re
 
 import pytest
+import torch
 
 from ipca.train.data import find_layout, read_data
 from ipca.train.settings import TASKS
@@ -15,6 +16,10 @@ def write(folder, name, text):
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def row(label):
+    return {"text": "a", "label": label}
 
 
 def lines(*rows):
@@ -219,6 +224,93 @@ def test_images_by_folder(tmp_path):
         read_data(find_source(str(tmp_path / "flat")))
 
 
+def noise(path):
+    """An image of which no part is enough."""
+    image = pytest.importorskip("PIL.Image")
+    torch.manual_seed(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"quality": 95, "progressive": True} if path.suffix == ".jpeg" else {}
+    image.fromarray(torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()).save(path, **options)
+    return path
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+    return path
+
+
+def by_folder(path):
+    return path.parent.parent
+
+
+def by_path_in_rows(path):
+    rows = [{"image": str(each), "label": each.parent.name} for each in sorted(path.parent.parent.rglob("*.*"))]
+    return write(path.parent.parent, "rows.jsonl", lines(*rows))
+
+
+def by_bytes_in_parquet(path, declared=False):
+    import datasets
+
+    every = sorted(path.parent.parent.rglob("*.*"))
+    images = [{"path": None, "bytes": each.read_bytes()} for each in every]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [each.parent.name for each in every]})
+    rows = rows.cast_column("image", datasets.Image()) if declared else rows
+    rows.to_parquet(path.parent.parent / "rows.parquet")
+    return path.parent.parent / "rows.parquet"
+
+
+def by_declared_bytes_in_parquet(path):
+    return by_bytes_in_parquet(path, declared=True)
+
+
+WAYS = {
+    by_folder: "{path}",
+    by_path_in_rows: "{source}, line 2, column 'image', {path}",
+    by_bytes_in_parquet: "{source}, row 2, column 'image'",
+    by_declared_bytes_in_parquet: "{source}, row 2, column 'image'",
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("ending", ["bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp"])
+def test_a_truncated_image_is_refused_with_its_place(ending, way, tmp_path):
+    for name in ("a/1", "b/1"):
+        noise(tmp_path / "data" / f"{name}.png")
+    path = noise(tmp_path / "data" / "a" / f"2.{ending}")
+    data = read_data(find_source(str(way(path))))
+    assert (len(data.rows), data.labels, data.layout.task) == (3, ("a", "b"), "image-classification")
+    whole = pytest.importorskip("PIL.Image").open(path).convert("RGB")
+    assert data.rows[1]["image"].convert("RGB").tobytes() == whole.tobytes()
+    truncated(path)
+    source = way(path)
+    place = WAYS[way].format(source=source, path=path)
+    with pytest.raises(DataError, match=f"^{re.escape(place)}: expected an image, and it cannot be read: "):
+        read_data(find_source(str(source)))
+
+
+@pytest.mark.parametrize("got", [None, 3, "", [1], {"path": None, "bytes": None}, {}])
+def test_what_is_no_image_is_refused_with_its_place(got, tmp_path):
+    path = write(tmp_path, "a.jsonl", lines({"image": got, "label": 1}))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1, column 'image': expected an image, got "):
+        read_data(find_source(str(path)))
+
+
+def test_a_bar_is_shown_where_reading_takes_long(tmp_path, monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    seen = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            seen.append((options["unit"], options["delay"], options["disable"], self.total))
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    noise(tmp_path / "a" / "1.png"), noise(tmp_path / "b" / "1.png")
+    read_data(find_source(str(tmp_path)), progress=True)
+    read_data(find_source(str(write(tmp_path, "a.jsonl", lines(row(0), row(1))))), progress=False)
+    assert seen == [("image", 5, None, 2), ("row", 5, True, 2)]
+
+
 def test_a_task_needs_its_columns(tmp_path):
     path = write(tmp_path, "a.jsonl", lines({"text": "a"}))
     for task in TASKS[1:]:
@@ -261,10 +353,6 @@ def test_a_data_set_that_names_its_classes_has_their_places(tmp_path):
     found = read_data(find_source(str(tmp_path / "a.parquet")))
     assert found.labels == ("1", "2", "3")
     assert found.rows["label"] == [0, 1]
-
-
-def row(label):
-    return {"text": "a", "label": label}
 
 
 def test_the_separator_is_that_of_the_first_line_with_words(tmp_path):

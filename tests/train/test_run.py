@@ -563,6 +563,20 @@ def test_kept_data_is_checked_before_the_model_is_loaded(language_model, texts, 
         fine_tune(settings(language_model, texts, keep=str(tmp_path / "task.py")), tmp_path / "out")
 
 
+def test_kept_images_are_decoded_before_the_model_is_loaded_as_far_as_they_are_measured(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    images, keep = save_images(tmp_path / "images"), save_images(tmp_path / "keep", count=3)
+    half = (keep / "light" / "0.png").rename(keep / "light" / "0.jpg")  # the fourth
+    pytest.importorskip("PIL.Image").effect_noise((64, 64), 50).save(half)
+    half.write_bytes(half.read_bytes()[:-100])
+    asked = settings("model", texts, data=str(images), keep=str(keep), keep_tokens=256)
+    with pytest.raises(DataError, match=rf"^{half}: expected an image, and it cannot be read: "):
+        fine_tune(asked, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    kept = read_keep(replace(asked, keep_tokens=255), "image-classification")
+    assert kept == [keep / "dark" / f"{k}.png" for k in range(3)]
+
+
 MEASURES = {
     "an error": ("    return {'x': 1 / 0}", ZeroDivisionError, "division by zero", True),
     "a wrong name": ("    return {'x': model.nothing}", AttributeError, "nothing", True),
