@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from ipca._atomic import locked_folder, read_checksummed, staged_files, write_atomic, write_checksummed
 from ipca._version import __version__
+from ipca.io.adapter_folder import SIDECAR
 from ipca.io.model_card import write_model_card
 from ipca.io.output_folder import check_output, check_spared
 from ipca.train.callback import EvaluateLast, KeepCallback, Progress
@@ -29,7 +30,7 @@ from ipca.train.keep import Kept, KeptItems, KeptTokens, build_keep, draw_sample
 from ipca.train.models import adapt, fitting_length, load_model
 from ipca.train.outcome import Outcome, Row, curve_of, read_curve
 from ipca.train.report import write_report
-from ipca.train.run_folder import CHECKPOINTS, CURVE, SAMPLES, input_digests, is_run_file
+from ipca.train.run_folder import CHECKPOINTS, CURVE, SAMPLES, adapter_digests, input_digests, is_run_file
 from ipca.train.scaled_change import Point, save_scaled, search
 from ipca.train.settings import RUN, TrainSettings, differing, read_settings, settings_text
 from ipca.train.sources import find_source
@@ -56,7 +57,8 @@ def fine_tune(settings: TrainSettings, out: Path, *, overwrite: bool = False, pr
 
     Raises:
         DataError: a row is not what the task needs; found before the model is loaded.
-        FileExistsError: ``out`` holds something else, or a run with other settings, data or base weights.
+        FileExistsError: ``out`` holds something else, a run with other settings, data or base weights, or an adapter
+            that is not of this run.
         RuntimeError: another process trains in ``out``.
         OverBudgetError: nothing but the base is within the budget; ``out/checkpoints`` keeps the last checkpoints.
         ImportError: a package of the extra ``train`` is missing.
@@ -146,6 +148,7 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
             f"{words} {'has' if len(changed) == 1 else 'have'} changed since the run in {out} was begun; choose "
             "another folder, or replace the run with --force."
         )
+    _check_adapter(out, found)
     if "kept" not in found:
         if different or changed:
             log.info("%s holds a run that had no checkpoint yet; this one takes its place", out)
@@ -155,6 +158,23 @@ def _check_folder(settings: TrainSettings, out: Path, overwrite: bool) -> Outcom
     return Outcome(
         out, settings, read_curve(out / CURVE), found["kept"], found["scale"], found["metric"], found["description"]
     )
+
+
+def _check_adapter(out: Path, found: dict[str, Any]) -> None:
+    """Raise where the adapter in ``out`` is not what the run has ``found``: other commands may replace it."""
+    was, now = found.get("adapter", {}), adapter_digests(out)
+    other = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    if "kept" in found and other:
+        raise FileExistsError(
+            f"the run in {out} is finished, and its adapter has been changed or replaced since ({', '.join(other)}); "
+            "choose another folder to train again, or replace what is there with --force."
+        )
+    other = [name for name in other if name in now and name != SIDECAR]  # which holds times, too
+    if other:
+        raise FileExistsError(
+            f"{out} holds a run that is not finished, and an adapter that is not of this run ({', '.join(other)}), "
+            "which would be replaced; move the adapter elsewhere to go on, or begin the run again with --force."
+        )
 
 
 def _shown(value: Any) -> str:
@@ -183,7 +203,9 @@ def _begin(settings: TrainSettings, fitted: TrainSettings, out: Path, samples: T
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if samples is not None:
         write_checksummed(out / SAMPLES, _sampled(fitted), {"input_ids": samples})
-    write_atomic(out / RUN, settings_text(settings, {"inputs": input_digests(settings)}).encode())
+    earlier = (_found(out) or {}) if (out / RUN).is_file() else {}  # overwritten, it is gone
+    own = {"adapter": earlier["adapter"]} if "adapter" in earlier else {}
+    write_atomic(out / RUN, settings_text(settings, {"inputs": input_digests(settings), **own}).encode())
     if checkpoint := last_checkpoint(out / CHECKPOINTS):
         relocate(checkpoint)
 
@@ -211,13 +233,16 @@ def _finish(trainer: Any, settings: TrainSettings, out: Path, data: Data, kept: 
         raise _over_budget(rows, settings, name, last_checkpoint(out / CHECKPOINTS))
     outcome = Outcome(out, settings, rows, best, scale, name, description)
     with TemporaryDirectory(dir=out / CHECKPOINTS) as folder:  # removed at the end, also where this is killed
-        target = out if scale == 1 else Path(folder, "unscaled")
-        trainer.save_model(str(target))
+        made = Path(folder, "made")
+        trainer.save_model(str(made))
         if trainer.is_world_process_zero():
             if scale != 1:
-                save_scaled(target, Path(folder, "scaled"), scale)
-                for path in Path(folder, "scaled").iterdir():
-                    path.replace(out / path.name)
+                made = save_scaled(made, Path(folder, "scaled"), scale)
+            (made / "training_args.bin").unlink(missing_ok=True)  # a pickle of what run.yaml says
+            found = (_found(out) or {}) | {"adapter": adapter_digests(made)}  # first: a killed run knows its own files
+            write_atomic(out / RUN, settings_text(settings, found).encode())
+            for path in made.iterdir():
+                path.replace(out / path.name)
             _write(outcome, trainer, data)
         trainer.accelerator.wait_for_everyone()
     return outcome
@@ -252,7 +277,6 @@ def _over_budget(rows: list[Row], settings: TrainSettings, name: str | None, che
 def _write(outcome: Outcome, trainer: Any, data: Data) -> None:
     """The files beside the adapter; ``run.yaml``, which says that the run is finished, last."""
     out, settings, rows = outcome.out, outcome.settings, outcome.rows
-    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle of what run.yaml says
     names = list(dict.fromkeys(name for row in (rows[-1], *rows) for name in row))
     with staged_files(out) as stage, (stage / CURVE).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ipca.io.adapter_folder import file_sha256
 from ipca.io.model_folder import WEIGHT_ENDINGS
-from ipca.io.output_folder import is_weights
+from ipca.io.output_folder import is_adapter_file, is_weights
 from ipca.train.settings import RUN, TrainSettings
 from ipca.train.sources import find_source
 
@@ -37,6 +37,11 @@ def input_digests(settings: TrainSettings) -> dict[str, str]:
             parts = "\n".join(f"{path.name} {_sha256(path, *_state(path))}" for path in files)
             found[name] = hashlib.sha256(parts.encode()).hexdigest()[:16]
     return found
+
+
+def adapter_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of the adapter in ``folder``, by its name."""
+    return {path.name: file_sha256(path)[:16] for path in sorted(folder.iterdir()) if is_adapter_file(path.name)}
 
 
 def _state(path: Path) -> tuple[int, int]:

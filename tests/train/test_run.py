@@ -32,6 +32,7 @@ from transformers import (
 import ipca
 from ipca._atomic import locked_folder
 from ipca.analysis import cross_entropy_rise, kl_to_base
+from ipca.cli.main import main
 from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
 from ipca.train.checkpoints import last_checkpoint, relocate
 from ipca.train.keep import KeptTask, build_keep, read_keep
@@ -330,6 +331,78 @@ def test_a_folder_with_other_things_is_left_alone(language_model, texts, tmp_pat
     with pytest.raises(FileExistsError, match="is not empty"):
         fine_tune(settings(language_model, texts), tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def other_adapter(model):
+    return ipca.apply_pc(AutoModelForCausalLM.from_pretrained(model), rank=3, progress=False)
+
+
+def scaled_in_its_file(out):
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
+
+
+REPLACED = {
+    "init": lambda model, out: main(["init", str(model), "--rank", "4", "-o", str(out), "--force", "--quiet"]),
+    "save": lambda model, out: ipca.save_adapter(other_adapter(model), out, overwrite=True),
+    "export": lambda model, out: ipca.export(other_adapter(model), out, format="peft", overwrite=True),
+    "mlx": lambda model, out: ipca.export(other_adapter(model), out, format="mlx", overwrite=True),
+    "edited": lambda model, out: scaled_in_its_file(out),
+    "deleted": lambda model, out: (out / "adapter_model.safetensors").unlink(),
+    "without its record": lambda model, out: (out / "ipca.json").unlink(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*describes the adapter that was saved here before")
+@pytest.mark.parametrize("way", REPLACED)
+def test_a_finished_run_whose_adapter_was_replaced_is_not_handed_out(way, finished, language_model, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    REPLACED[way](language_model, out)
+    before = files_in(out)
+    words = r"the run in .*out is finished, and its adapter has been changed or replaced since \(\w+.*\); choose"
+    with pytest.raises(FileExistsError, match=words):
+        fine_tune(finished.settings, out, progress=False)
+    assert files_in(out) == before
+
+
+def files_in(folder):
+    return {each.relative_to(folder): each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+
+
+def killed(monkeypatch, where, *given):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(*given, progress=False)
+
+
+@pytest.mark.parametrize("where", ["train_from", "_finish"])
+def test_an_adapter_in_the_folder_of_a_run_that_goes_on_is_not_replaced(
+    where, finished, language_model, tmp_path, monkeypatch
+):
+    asked, out = replace(finished.settings, steps=1, evaluations=1), tmp_path / "out"
+    killed(monkeypatch, where, asked, out)
+    ipca.save_adapter(other_adapter(language_model), out)
+    before = files_in(out)
+    words = r"run that is not finished, and an adapter that is not of this run \(adapter_config\.json, adapter_model"
+    with pytest.raises(FileExistsError, match=words):
+        fine_tune(asked, out, progress=False)
+    assert files_in(out) == before
+    for name in ("adapter_config.json", "adapter_model.safetensors", "ipca.json"):
+        (out / name).rename(tmp_path / name)
+    fine_tune(asked, out, progress=False)
+    whole = fine_tune(asked, tmp_path / "whole", progress=False)
+    assert files_in(out)[Path("adapter_model.safetensors")] == files_in(whole.out)[Path("adapter_model.safetensors")]
+
+
+def test_a_run_that_was_killed_again_and_again_knows_its_own_adapter(finished, tmp_path, monkeypatch):
+    asked, out = replace(finished.settings, steps=1, evaluations=1), tmp_path / "out"
+    for where in ("_write", "_write", "train_from", "_finish"):
+        killed(monkeypatch, where, asked, out)
+        assert (out / "adapter_model.safetensors").is_file()
+    assert fine_tune(asked, out, progress=False).kept == 1
+    assert read_found(out)["adapter"].keys() == {"adapter_config.json", "adapter_model.safetensors", "ipca.json"}
+    assert fine_tune(asked, out, progress=False).kept == 1
 
 
 @pytest.mark.slow
