@@ -29,7 +29,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraModel, PeftModel, get_peft_model_state_dict
 from peft.tuners import MixedModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, hotswap
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
@@ -47,8 +47,8 @@ from ipca.nn.layer_kinds import EXPERTS
 from ipca.nn.offload import is_offloaded
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
-from ipca.peft.factors import initial_factor
-from ipca.peft.layers import WindowLora, null_components
+from ipca.peft.factors import has_initial, initial_factor
+from ipca.peft.layers import WindowLora, WindowVariant, null_components
 from ipca.peft.offload import with_stored_factors
 from ipca.peft.preparation import start
 from ipca.peft.save_load import warn_bypassed
@@ -187,6 +187,23 @@ def check_saved(model: PeftModel, adapter: str) -> None:
         )
 
 
+def is_window(layer: WindowLora, adapter: str) -> bool:
+    """Whether a layer computes an adapter that it has as a window, be it without its initial factors."""
+    variant = isinstance(layer.lora_variant.get(adapter), WindowVariant)
+    return variant or any(has_initial(*owner) for owner in layer.owners(adapter))
+
+
+def check_no_window(model: PeftModel, adapter: str) -> None:
+    """Raise ValueError where layers hold a window under the name of an adapter whose configuration has none."""
+    layers = {path: m for path, m in model.get_base_model().named_modules() if isinstance(m, WindowLora)}
+    held = [path for path, layer in layers.items() if layer.holds(adapter) and is_window(layer, adapter)]
+    if held:
+        raise ValueError(
+            f"{few(held)}: the adapter {adapter!r} is a window there, and its configuration in peft_config is a "
+            f"{type(model.peft_config[adapter]).__name__}, with which it would be read wrong; put the PCConfig back."
+        )
+
+
 def bypassed_layers(model: nn.Module, adapter: str) -> list[str]:
     """The layers of an adapter whose weight the model reads instead of calling them, once the model has run."""
     layers = [m for m in model.modules() if isinstance(m, WindowLora) and m.holds(adapter)]
@@ -266,6 +283,18 @@ def install_guards() -> None:
     from_pretrained = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
     native_load = PeftAdapterMixin.load_adapter
     inject, save = LoraModel.inject_adapter, PeftModel.save_pretrained
+    begin = BaseTuner.__init__
+
+    @wraps(begin)
+    def restoring_begin(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        configs = getattr(model, "peft_config", {})
+        before = dict(configs)
+        try:
+            begin(self, model, *args, **kwargs)
+        except BaseException:
+            configs.clear()
+            configs.update(before)
+            raise
 
     @wraps(swap)
     def checked_swap(
@@ -290,9 +319,9 @@ def install_guards() -> None:
             add_heads(model, config)
             leave_out(model, config)
         names = [name for name, _ in model.named_modules()]
-        undone = all_or_nothing(model, adapter_name, config) if isinstance(config, PCConfig) else nullcontext()
+        windows = isinstance(config, PCConfig) or any(isinstance(module, WindowLora) for module in model.modules())
         try:
-            with undone:
+            with all_or_nothing(model, adapter_name, config) if windows else nullcontext():
                 inject(self, model, adapter_name, *args, **kwargs)
                 if isinstance(config, PCConfig):
                     start(model, adapter_name, config)
@@ -368,6 +397,8 @@ def install_guards() -> None:
                     )
                 check_saved(self, name)
                 _check_no_older_weights(given, name)
+            elif name in self.peft_config:
+                check_no_window(self, name)
         save(self, *args, **with_stored_factors(self, kwargs))
         for name, config in self.peft_config.items():
             warn_bypassed(bypassed_layers(self, name) if isinstance(config, PCConfig) else [])
@@ -382,6 +413,7 @@ def install_guards() -> None:
 
     hotswap.hotswap_adapter_from_state_dict = checked_swap
     LoraModel.add_weighted_adapter = checked_combine  # type: ignore[method-assign]
+    BaseTuner.__init__ = restoring_begin  # type: ignore[method-assign]
     LoraModel.inject_adapter = MixedModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]
     LoraModel.merge_adapter = checked_merge  # type: ignore[assignment,method-assign]
     LoraModel.merge_and_unload = checked_unload  # type: ignore[assignment,method-assign]

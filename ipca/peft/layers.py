@@ -56,6 +56,14 @@ class WindowLora(_Mixed):
         self.path = target_name
         super().__init__(base_layer, adapter_name, **kwargs)
 
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, in the place of one of that name, whose window PEFT would keep beside the new factors."""
+        for owner, name in self.owners(adapter_name) if self.holds(adapter_name) else ():
+            remove_initial(owner, name)
+        self.lora_variant.pop(adapter_name, None)
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        super().update_layer(adapter_name, *args, **kwargs)
+
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The variant of an adapter, which PEFT asks for; PEFT's own layers refuse a config with a window."""
         if getattr(config, "window", None) is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
@@ -20,11 +22,14 @@ from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from ipca.model.targets import MULTIHEAD, SHARED, TIED, narrow_reason, warn_left_out
+from ipca.model.targets import MULTIHEAD, SHARED, TIED, check_unmerged, few, narrow_reason, warn_left_out
 from ipca.nn.layer_kinds import layer_kind, matrix_shape
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import unsupported_reason
-from ipca.peft.layers import WindowLora
+from ipca.peft.parameter import ParamWrapper
+from ipca.peft.records import LayerRecords
+
+_UNLOAD = "call unload() on the earlier PeftModel first, or pass another adapter_name"
 
 
 def leave_out(model: nn.Module, config: PCConfig) -> None:
@@ -99,22 +104,61 @@ def _exclude(config: PCConfig, names: list[str]) -> None:
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module, adapter: str, config: PCConfig) -> Iterator[None]:
-    """Undo what PEFT did to ``model`` for a new adapter, and to the records of ``config``, where it raises within."""
-    children = {module: dict(module._modules) for module in model.modules()}
+def all_or_nothing(model: nn.Module, adapter: str, config: PeftConfig) -> Iterator[None]:
+    """Undo what PEFT did to ``model`` for a new adapter, and to the records of ``config``, where it raises within.
+
+    An earlier adapter of that name is then there again, as PEFT replaces it layer by layer.
+
+    Raises:
+        ValueError: PEFT would not replace an earlier adapter of that name in all layers; or an adapter is merged into
+            the base weights, which a window would be taken from, or which the replaced one could not be taken from.
+    """
+    earlier = _factors(model, adapter)
+    _check_bare(model, adapter)
+    if earlier or isinstance(config, PCConfig):
+        check_unmerged(model)
+    modules = [vars(module) for module in model.modules()]
+    inside = [held for own in modules for held in own.values() if isinstance(held, dict | set)]
+    before = [(held, copy.copy(held)) for held in (*modules, *inside)]  # put back in place: hooks' handles refer to it
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    before = config.records.initial.copy(), config.records.saved.copy()
+    records = config.records if isinstance(config, PCConfig) else LayerRecords()
+    initial, saved = records.initial.copy(), records.saved.copy()
     try:
         yield
+        _check_replaced(earlier, _factors(model, adapter), adapter)
     except BaseException:
-        for module, held in children.items():
-            module._modules.clear()
-            module._modules.update(held)
-        for layer in children:
-            if isinstance(layer, WindowLora) and adapter in layer.r:
-                layer.delete_adapter(adapter)
+        for held, entries in before:
+            held.clear()
+            held.update(entries)
         for parameter, required in trains.items():
             parameter.requires_grad_(required)
-        config.records.initial, config.records.saved = before
-        config.records.waiting.clear()
+        records.initial, records.saved = initial, saved
+        records.waiting.clear()
         raise
+
+
+def _factors(model: nn.Module, adapter: str) -> dict[str, Any]:
+    """What holds the factor ``A`` in each LoRA layer that has an adapter of that name, by the layer's path."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    parts = [(path, part) for path, layer in layers.items() for part in (layer.lora_A, layer.lora_embedding_A)]
+    return {path: part[adapter] for path, part in parts if adapter in part}
+
+
+def _check_bare(model: nn.Module, adapter: str) -> None:
+    """Raise ValueError where a parameter has an adapter of that name, which PEFT would keep beside the new one."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, ParamWrapper) and layer.holds(adapter):
+            raise ValueError(
+                f"{path}: the parameter {layer.parameter_name!r} has an adapter {adapter!r}, and PEFT replaces none "
+                f"there; {_UNLOAD}."
+            )
+
+
+def _check_replaced(earlier: Mapping[str, Any], now: Mapping[str, Any], adapter: str) -> None:
+    """Raise ValueError where a layer still has the ``earlier`` adapter that had the name of the new one."""
+    left = [path for path, factor in earlier.items() if now.get(path) is factor]
+    if left:
+        raise ValueError(
+            f"{few(left)}: an earlier adapter {adapter!r} would stay there, which the new configuration of that name "
+            f"does not target; {_UNLOAD}."
+        )
