@@ -174,7 +174,7 @@ def check_saved(model: PeftModel, adapter: str) -> None:
             part = "lora_A.weight" if adapter in layer.lora_A else "lora_embedding_A"
             root = math.sqrt(layer.r[adapter]) if config["use_rslora"] else layer.r[adapter]
             scalings[f"{PREFIX}{name}.{part}"] = layer.lora_alpha[adapter] / root
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if not is_second(key, adapter, state)}
     reading = read_with_peft(plain_copy(model.get_base_model()), config, shapes, scalings)
     if reading.refusal:
         warnings.warn(f"it was not checked what stock PEFT makes of {adapter!r}: {reading.refusal}", stacklevel=3)
@@ -185,6 +185,15 @@ def check_saved(model: PeftModel, adapter: str) -> None:
             f"stock PEFT would read another adapter than {adapter!r} from its files: {few(wrong)} would not fit what "
             "target_modules, target_parameters, rank_pattern and alpha_pattern say; name layers by their full paths."
         )
+
+
+def is_second(key: str, adapter: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether PEFT writes under ``key``, which it does not read, what it writes under another key of ``state`` too.
+
+    With ``bias="all"`` these are the biases of modules that train whole.
+    """
+    path, whole, rest = key.partition(".modules_to_save.")
+    return bool(whole) and f"{path}.{rest.removeprefix(f'{adapter}.')}" in state
 
 
 def is_window(layer: WindowLora, adapter: str) -> bool:

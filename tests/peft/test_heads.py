@@ -1,6 +1,11 @@
 """Heads under a PCConfig: they train whole and are saved, named or not, with and without a task type."""
 
 import copy
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ import transformers as T
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import ipca
-from ipca.peft import PCConfig, prepare, summary
+from ipca.peft import PCConfig, guards, prepare, summary
 
 X = torch.cat([torch.arange(24).reshape(2, 12) + 3, torch.full((2, 1), 2)], 1)  # BART wants its <eos>
 
@@ -26,6 +31,21 @@ def bart():
     return T.BartForSequenceClassification(config).eval()
 
 
+def encoder(name, **sizes):
+    """A model of the class ``name`` with a head of one layer (BERT) or of two in one module (RoBERTa)."""
+    torch.manual_seed(0)
+    config = getattr(T, name.partition("For")[0] + "Config")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4} | sizes
+    return getattr(T, name)(config(vocab_size=97, **sizes)).eval()
+
+
+def disturb(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
 MODELS = {distilbert: ["pre_classifier", "classifier"], bart: ["classification_head"]}
 
 
@@ -39,10 +59,7 @@ def test_the_head_trains_whole_and_loads_everywhere(make, task, prepared, tmp_pa
     model = get_peft_model(copy.deepcopy(base), config).eval()
     assert torch.equal(model(input_ids=X).logits, base(input_ids=X).logits)
     assert [name for name, _ in summary(model).modules_to_save] == MODELS[make]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    disturb(model)
     right = model(input_ids=X).logits
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -64,3 +81,55 @@ def test_a_head_is_adapted_or_left_out_where_that_is_asked_for(tmp_path):
     model.save_pretrained(tmp_path)  # and it is not added as the file is read
     again = PeftModel.from_pretrained(distilbert(), tmp_path, config=PCConfig.from_pretrained(tmp_path))
     assert summary(again).modules_to_save == ()
+
+
+HEADS = {
+    "BertForSequenceClassification": ("SEQ_CLS", None),
+    "BertForTokenClassification": ("TOKEN_CLS", None),
+    "RobertaForSequenceClassification": ("SEQ_CLS", None),
+}
+CASES = [
+    f"{name}-{task}-{bias}"
+    for name, tasks in HEADS.items()
+    for task, bias in itertools.product(tasks, ("none", "all", "lora_only"))
+]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """For each case how far stock PEFT is from the trained model, in one process that cannot import ipca."""
+    root, moved = tmp_path_factory.mktemp("stock"), {}
+    for case in CASES:
+        name, task, bias = case.split("-")
+        base = encoder(name)
+        config = PCConfig(r=4, target_modules="all-linear", bias=bias, task_type=None if task == "None" else task)
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        disturb(model)
+        model.save_pretrained(root / case / "adapter")
+        y = model(X).logits.detach()
+        moved[case] = ((y - base(X).logits).abs().max() / y.abs().max()).item()
+        for parameter in base.classifier.parameters():  # as a head that is new in the reader's process
+            torch.nn.init.normal_(parameter)
+        torch.save({"base": base, "x": X, "y": y, "transformers": False, "auto": False}, root / case / "case.pt")
+        resumed = PeftModel.from_pretrained(base, root / case / "adapter", is_trainable=True).eval()
+        assert torch.equal(resumed(X).logits, y)
+    command = [sys.executable, "-m", "tests.helpers.stock_process", str(root)]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1]), moved
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_head_and_biases_load_without_ipca(case, stock):
+    found, moved = stock
+    assert max(found[case].values()) < 1e-5 < 1e-2 < moved[case]
+
+
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+def test_the_biases_of_a_head_are_written_twice_only(adapter, tmp_path):
+    config = PCConfig(r=4, target_modules="all-linear", bias="all")
+    model = get_peft_model(encoder("RobertaForSequenceClassification"), config, adapter_name=adapter)
+    guards.check_saved(model, adapter)
+    model.base_model.model.classifier.modules_to_save.other = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"read another adapter .*classifier\.modules_to_save\.other\.bias would not"):
+        guards.check_saved(model, adapter)
