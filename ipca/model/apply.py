@@ -15,7 +15,7 @@ from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights
 from ipca.model.running_statistics import watch_statistics
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
-from ipca.model.transformers_models import INSTALLED, install_saving
+from ipca.model.transformers_models import INSTALLED, mark
 from ipca.nn.initialization import InitialFactors, one_of, warn_null
 from ipca.nn.offload import move_device_hook
 from ipca.nn.registry import get_layer, layer_class, set_layer
@@ -161,11 +161,10 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -
         plain, cls = get_layer(model, target.name), layer_class(target.kind)
         names = ("alpha", "form", "dropout", "train", "magnitude")
         layer = cls.from_factors(plain, factors, **{name: getattr(target, name) for name in names})
-        setattr(layer, INSTALLED, True)
+        setattr(layer, INSTALLED, mark())
         set_layer(model, target.name, layer)
         if not target.quantized:  # which is called, hook and all
             move_device_hook(plain, layer)
-    install_saving(model)
     watch_statistics(model)
 
 

@@ -1,11 +1,11 @@
 """Saving by transformers: ``save_pretrained`` of an adapted model, and Trainer's checkpoints, which resume it.
 
-transformers has no hook for either, so two methods of its ``PreTrainedModel`` are wrapped once such a model is adapted.
-``save_pretrained``, which ``push_to_hub`` and Trainer call too, writes the plain model with the adapter folded in: any
-reader loads the trained function. In a folder that is called ``checkpoint-N``, as Trainer's are, the file has one
-tensor more: the bytes of what trains, in full precision. ``load_state_dict`` of an adapted model recognizes it and
-restores that state instead of the folded weights. Models of diffusers and of huggingface_hub's mixin, which save their
-state dict, are saved as plain models too.
+transformers has no hook for either, so two methods of its ``PreTrainedModel`` are wrapped once a model is adapted, or
+an adapted one is unpickled. ``save_pretrained``, which ``push_to_hub`` and Trainer call too, writes the plain model
+with the adapter folded in: any reader loads the trained function. In a folder that is called ``checkpoint-N``, as
+Trainer's are, the file has one tensor more: the bytes of what trains, in full precision. ``load_state_dict`` of an
+adapted model recognizes it and restores that state instead of the folded weights. Models of diffusers and of
+huggingface_hub's mixin, which save their state dict, are saved as plain models too.
 """
 
 from __future__ import annotations
@@ -40,19 +40,28 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
 
 
-def install_saving(model: nn.Module) -> None:
-    """Wrap the methods by which Hugging Face's libraries save and resume the models that ``model`` has inside."""
+class Mark:
+    """What :data:`INSTALLED` holds. A copy of it wraps the methods too, in whatever process it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return mark, ()
+
+
+def mark() -> Mark:
+    """A mark for a layer, once the methods are wrapped by which Hugging Face's libraries save and resume its model.
+
+    Of libraries that are not imported there is no model.
+    """
     for module, cls, method, wrap in (
         ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained", _wrap_transformers),
         ("diffusers.models.modeling_utils", "ModelMixin", "save_pretrained", _wrap_saving),
         ("huggingface_hub.hub_mixin", "PyTorchModelHubMixin", "_save_pretrained", _wrap_saving),
     ):
         found = getattr(sys.modules.get(module), cls, None)
-        if found is None or hasattr(getattr(found, method), INSTALLED):
-            continue
-        if any(isinstance(inner, found) for inner in model.modules()):
+        if found is not None and not hasattr(getattr(found, method), INSTALLED):
             wrap(found, method)
             setattr(getattr(found, method), INSTALLED, True)
+    return Mark()
 
 
 def _wrap_saving(cls: Any, method: str) -> None:

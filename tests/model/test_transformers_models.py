@@ -1,6 +1,10 @@
 """save_pretrained of adapted transformers models: what from_pretrained loads, what a checkpoint resumes."""
 
 import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +112,80 @@ def test_from_pretrained_loads_the_trained_function(build, form, tmp_path):
     base.save_pretrained(tmp_path / "base")  # nothing else is in the file than in one of the plain model
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("model", "base")]
     assert files[0].keys() == files[1].keys()
+
+
+@pytest.mark.parametrize("build", [llama, mixture])
+def test_unpickling_a_model_wraps_the_methods(build, monkeypatch, tmp_path):
+    base, model, inputs = trained(build)
+    pickled, fresh, cls = pickle.dumps(model), pickle.dumps(adapted(build)[1]), transformers.PreTrainedModel
+    for name in ("save_pretrained", "load_state_dict"):  # as they are in a new process
+        monkeypatch.setattr(cls, name, getattr(cls, name).__wrapped__)
+    before = cls.save_pretrained, cls.load_state_dict
+    restored = pickle.loads(pickled)
+    assert cls.save_pretrained is not before[0]
+    assert cls.load_state_dict is not before[1]
+    for number, twin in enumerate((restored, copy.deepcopy(restored))):
+        twin.save_pretrained(tmp_path / str(number))
+        loaded = type(base).from_pretrained(tmp_path / str(number))
+        assert (logits(loaded, inputs) - logits(model, inputs)).abs().max() < 1e-5
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    other = pickle.loads(fresh)
+    assert not any(other.load_state_dict(load_file(tmp_path / "checkpoint-3" / "model.safetensors"), strict=False))
+    assert same_state(other, model)
+
+
+def in_process(what, folder):
+    """Run tests.helpers.pickled_models, which begins without ipca."""
+    command = [sys.executable, "-m", "tests.helpers.pickled_models", what, str(folder)]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_unpickles_a_model_saves_the_trained_function(tmp_path):
+    models = {f"{build.__name__} {form}": trained(build, form) for build in BUILDERS for form in ("intact", "residual")}
+    for name, (_, model, _) in models.items():
+        torch.save(model, tmp_path / f"{name}.pt")
+    in_process("read", tmp_path)
+    for name, (base, model, inputs) in models.items():
+        base.save_pretrained(tmp_path / "base")
+        for folder in (tmp_path / name, tmp_path / f"{name} copied"):
+            loaded = type(base).from_pretrained(folder)
+            assert (logits(loaded, inputs) - logits(model, inputs)).abs().max() < 1e-5
+            files = [load_file(place / "model.safetensors") for place in (folder, tmp_path / "base")]
+            assert files[0].keys() == files[1].keys()
+
+
+@pytest.mark.slow
+def test_a_model_of_a_notebooks_own_class_is_unpickled_and_saved_plain(tmp_path):
+    in_process("write", tmp_path)
+    in_process("read", tmp_path)
+    assert load_file(tmp_path / "net" / "model.safetensors").keys() == {
+        f"{layer}.{part}" for layer in ("body", "out") for part in ("weight", "bias")
+    }
+
+
+ONE_LAYER = """
+import sys, torch, transformers, ipca
+base = transformers.LlamaForCausalLM.from_pretrained(sys.argv[1])
+layer = ipca.apply_pc(base.model.layers[0], rank=4, progress=False)
+with torch.no_grad():
+    layer.mlp.down_proj.lora_B.add_(0.1)
+base.save_pretrained(sys.argv[2])
+torch.save(base(torch.arange(12)[None]).logits, sys.argv[2] + "/y.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_part_of_a_model_that_was_adapted_is_saved_with_the_model(tmp_path):
+    base = llama()[0]
+    base.save_pretrained(tmp_path / "base")
+    command = [sys.executable, "-c", ONE_LAYER, str(tmp_path / "base"), str(tmp_path / "model")]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    y, ids = torch.load(tmp_path / "model" / "y.pt"), {"input_ids": torch.arange(12)[None]}
+    assert (logits(type(base).from_pretrained(tmp_path / "model"), ids) - y).abs().max() < 1e-5
+    assert (logits(base, ids) - y).abs().max() > 1e-2
 
 
 def test_a_model_of_another_dtype_or_in_shards_keeps_its_function(tmp_path):
