@@ -193,7 +193,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: ``folder`` lacks a file.
-        ValueError: a damaged file, shapes or layers that do not fit, or another base; the model is unchanged.
+        ValueError: a damaged file, shapes or layers that do not fit, another base, or a model with an adapter of PEFT;
+            the model is unchanged.
     """
     check_inference_mode()
     present = adapted_layers(model)

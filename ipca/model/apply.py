@@ -14,7 +14,7 @@ from ipca.model.calibration import decompose_calibrated
 from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights
 from ipca.model.running_statistics import watch_statistics
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import Target, find_modules_to_save, find_targets
+from ipca.model.targets import Target, check_not_in_peft, find_modules_to_save, find_targets
 from ipca.model.transformers_models import INSTALLED, mark
 from ipca.nn.initialization import InitialFactors, one_of, warn_null
 from ipca.nn.offload import move_device_hook
@@ -97,7 +97,8 @@ def apply_pc(
 
     Raises:
         TypeError, ValueError: a bad argument, one that is given by both of its names with different values, nothing
-            matches, or a layer cannot be adapted; the message names every such layer. The model is unchanged.
+            matches, or a layer cannot be adapted; the message names every such layer. Or the model has an adapter of
+            PEFT. The model is unchanged.
         RuntimeError: a layer misses its certificate, or memory ran out during its decomposition; the model is
             unchanged. (Only where memory runs out later, while layers are exchanged, are some of them adapted.)
     """
@@ -140,6 +141,7 @@ def adapt(
 ) -> Model:
     """:func:`apply_pc` with its choices as one record."""
     check_inference_mode()
+    check_not_in_peft(model)
     saved = find_modules_to_save(model, settings)
     targets = find_targets(model, settings, modules_to_save=saved)
     check_unquantized_weights(targets, unquantized_weights)
@@ -155,7 +157,12 @@ def adapt(
 
 
 def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -> None:
-    """Put an adapted layer in each target's place."""
+    """Put an adapted layer in each target's place.
+
+    Raises:
+        ValueError: the model has an adapter of PEFT.
+    """
+    check_not_in_peft(model)
     for target, factors in layers:
         assert target.kind is not None
         plain, cls = get_layer(model, target.name), layer_class(target.kind)

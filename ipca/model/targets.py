@@ -219,6 +219,18 @@ def has_peft_layers(model: nn.Module) -> bool:
     return any(_of_peft(module) for module in model.modules())
 
 
+def check_not_in_peft(model: nn.Module) -> None:
+    """Raise ValueError where ``model`` has an adapter of PEFT: ours would freeze it, and no file would hold both."""
+    layers = (name for name, module in model.named_modules() if _of_peft(module))
+    prompts = (type(m).__name__ for m in model.modules() if any(c.__name__ == "PeftModel" for c in type(m).__mro__))
+    name = next(layers, None) or next(prompts, None)
+    if name is not None:
+        raise ValueError(
+            f"{name}: it belongs to a PEFT adapter; merge and unload that first, or adapt inside PEFT with "
+            "ipca.peft.PCConfig: ipca would freeze it, and each library saves only its own adapter."
+        )
+
+
 def check_unmerged(model: nn.Module) -> None:
     """Raise ValueError where PEFT has merged an adapter: the weights are not the base's, and PEFT unmerges at will."""
     for name, module in model.named_modules():

@@ -5,7 +5,8 @@ an adapted one is unpickled. ``save_pretrained``, which ``push_to_hub`` and Trai
 with the adapter folded in: any reader loads the trained function. In a folder that is called ``checkpoint-N``, as
 Trainer's are, the file has one tensor more: the bytes of what trains, in full precision. ``load_state_dict`` of an
 adapted model recognizes it and restores that state instead of the folded weights. Models of diffusers and of
-huggingface_hub's mixin, which save their state dict, are saved as plain models too.
+huggingface_hub's mixin, which save their state dict, are saved as plain models too. PEFT is kept from putting an
+adapter on an adapted model: each library saves only its own.
 """
 
 from __future__ import annotations
@@ -48,20 +49,53 @@ class Mark:
 
 
 def mark() -> Mark:
-    """A mark for a layer, once the methods are wrapped by which Hugging Face's libraries save and resume its model.
+    """A mark for a layer, once :func:`wrap_libraries` was called."""
+    wrap_libraries()
+    return Mark()
 
-    Of libraries that are not imported there is no model.
+
+def wrap_libraries() -> None:
+    """Wrap the methods by which Hugging Face's libraries save and resume models, and PEFT's that begin an adapter.
+
+    Those of libraries that are not imported are left alone.
     """
     for module, cls, method, wrap in (
         ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained", _wrap_transformers),
         ("diffusers.models.modeling_utils", "ModelMixin", "save_pretrained", _wrap_saving),
         ("huggingface_hub.hub_mixin", "PyTorchModelHubMixin", "_save_pretrained", _wrap_saving),
+        ("peft.peft_model", "PeftModel", "__init__", _wrap_peft),
+        ("peft.tuners.tuners_utils", "BaseTuner", "__init__", _wrap_peft),
     ):
         found = getattr(sys.modules.get(module), cls, None)
         if found is not None and not hasattr(getattr(found, method), INSTALLED):
             wrap(found, method)
             setattr(getattr(found, method), INSTALLED, True)
-    return Mark()
+
+
+def _wrap_peft(cls: Any, method: str) -> None:
+    """Let ``method``, which puts an adapter of PEFT on a model, refuse an adapted one."""
+    begin = getattr(cls, method)
+
+    @wraps(begin)
+    def checked(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_not_adapted(model)
+        begin(self, model, *args, **kwargs)
+
+    setattr(cls, method, checked)
+
+
+def check_not_adapted(model: nn.Module) -> None:
+    """Raise ValueError where ``model`` has adapted layers in the place of plain ones, or of its own that train."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, WindowLayer):
+            continue
+        if getattr(layer, INSTALLED, False) or any(p.requires_grad for p in layer.parameters()):
+            name = name or type(layer).__name__
+            raise ValueError(
+                f"{name}: it is adapted by ipca, and PEFT's save_pretrained would leave that out; "
+                "call ipca.unload(model) first, which folds it into the weight, or adapt all layers inside PEFT with "
+                "ipca.peft.PCConfig."
+            )
 
 
 def _wrap_saving(cls: Any, method: str) -> None:

@@ -10,6 +10,8 @@
 | ``LoraModel.merge_adapter`` | refused for some of several active adapters: PEFT would leave out the others |
 | ``PeftModel.save_pretrained`` | refused where stock PEFT would read another adapter; what it loses is named |
 | ``PeftModel.from_pretrained``, ``load_adapter`` | with ``is_trainable=True`` a window trains on as with its PCConfig |
+| ``PeftModel``, ``BaseTuner`` | refused on a model that ``ipca.apply_pc`` has adapted |
+| ``BaseTuner`` | where it raises, the configurations of the model are as they were |
 | transformers' ``load_adapter`` | refused for a window with ``is_trainable=True``, and where it misreads experts |
 """
 
@@ -41,6 +43,7 @@ from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, matches
 from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
 from ipca.model.targets import few
+from ipca.model.transformers_models import wrap_libraries
 from ipca.model.weight_reads import weight_reads
 from ipca.nn.initialization import warn_null
 from ipca.nn.layer_kinds import EXPERTS
@@ -53,6 +56,9 @@ from ipca.peft.offload import with_stored_factors
 from ipca.peft.preparation import start
 from ipca.peft.save_load import warn_bypassed
 from ipca.peft.selection import all_or_nothing, leave_out
+
+_LOADED = "_hf_peft_config_loaded"
+"""The attribute by which a model of transformers knows that it has an adapter of PEFT."""
 
 
 def check_hotswap(model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str) -> None:
@@ -286,6 +292,7 @@ def _check_no_older_weights(given: Mapping[str, Any], adapter: str) -> None:
 
 def install_guards() -> None:
     """Put the checks above before or after PEFT's functions, for the whole process."""
+    wrap_libraries()  # of which PEFT is imported now
     swap, combine = hotswap.hotswap_adapter_from_state_dict, LoraModel.add_weighted_adapter
     merge, load = LoraModel.merge_adapter, PeftModel.load_adapter
     unload = LoraModel.merge_and_unload
@@ -303,6 +310,8 @@ def install_guards() -> None:
         except BaseException:
             configs.clear()
             configs.update(before)
+            if not before and getattr(model, _LOADED, False):  # which transformers' add_adapter has set
+                setattr(model, _LOADED, False)
             raise
 
     @wraps(swap)
