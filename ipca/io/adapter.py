@@ -50,6 +50,7 @@ from ipca.model.apply import FULLY_TRAINED, adapted_layers, check_inference_mode
 from ipca.model.merge import check_not_offloaded, check_not_sharded, fully_trained_modules, require_adapted
 from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.targets import Target, check_endings, check_not_replicated, validate_targets
+from ipca.model.vocabulary import warn_of_vocabulary
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import InitialFactors, certify_init
 from ipca.nn.layer_kinds import base_sha256, read_layer
@@ -89,7 +90,8 @@ def save_adapter(
     Warns:
         RuntimeWarning: servers would read ``adapter_config.json`` differently from PEFT; the message names the fields.
             Or ``folder`` has a model card, which still describes what was there before.
-            Or running statistics of BatchNorm moved in training, which the adapter does not hold.
+            Or running statistics of BatchNorm moved in training, or a vocabulary was resized after the base was saved,
+            which the adapter does not hold.
             Or the model reads a layer's weight instead of calling it, which PEFT and servers do not see.
 
     Raises:
@@ -118,6 +120,7 @@ def save_adapter(
         warn_of_card(folder)
         warn_servers(folder)
         warn_moved_statistics(model, contents.modules_to_save)
+        warn_of_vocabulary(model, contents.modules_to_save, base_model)
         words = bypassed_words(model, contents.layers)
         if words:
             warnings.warn(f"{words}. ipca.load_adapter and ipca merge read them right.", RuntimeWarning, stacklevel=2)

@@ -44,6 +44,7 @@ from ipca.model.merge import check_not_offloaded
 from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.targets import few
 from ipca.model.transformers_models import plain_key
+from ipca.model.vocabulary import warn_of_vocabulary
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
 from ipca.nn.quantized_linear import QuantizedLinearPC
 
@@ -145,6 +146,7 @@ def export(
         warn_servers(Path(folder) / "adapter" if format == "residual" else folder)
     if format != "residual" and is_writer(model):  # whose base has them
         warn_moved_statistics(model, contents.modules_to_save)
+        warn_of_vocabulary(model, contents.modules_to_save, base_model)
     return errors
 
 

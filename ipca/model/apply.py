@@ -16,6 +16,7 @@ from ipca.model.running_statistics import watch_statistics
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, check_not_in_peft, find_modules_to_save, find_targets
 from ipca.model.transformers_models import INSTALLED, mark
+from ipca.model.vocabulary import warn_of_vocabulary
 from ipca.nn.initialization import InitialFactors, one_of, warn_null
 from ipca.nn.offload import move_device_hook
 from ipca.nn.registry import get_layer, layer_class, set_layer
@@ -145,6 +146,7 @@ def adapt(
     saved = find_modules_to_save(model, settings)
     targets = find_targets(model, settings, modules_to_save=saved)
     check_unquantized_weights(targets, unquantized_weights)
+    warn_of_vocabulary(model, saved)
     store = cache if isinstance(cache, SpectralCache | None) else SpectralCache(cache)
     found = decompose_calibrated(
         model, targets, settings, calibration, cache=store, progress=progress, unquantized_weights=unquantized_weights

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -62,7 +63,7 @@ def _heads(model: nn.Module) -> list[str]:
     ]
     if not any(getattr(parameter, _LOADED, False) for parameter in base.parameters()):
         return outside if _is_for_task(model) else []
-    embeddings = [_embeddings(model, which) for which in ("input", "output")]  # a resized vocabulary is not new
+    embeddings = find_embeddings(model)  # a resized vocabulary is not new
     new = [n for name in outside if model.get_submodule(name) not in embeddings for n in _new(model, name)]
     prefix = "" if base is model else f"{model.base_model_prefix}."
     for name, child in base.named_children():  # such as a pooler
@@ -71,12 +72,15 @@ def _heads(model: nn.Module) -> list[str]:
     return [*outside, *(name for name in new if name not in outside)] if _is_for_task(model) else new
 
 
-def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
-    try:
-        found = getattr(model, f"get_{which}_embeddings")()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Module) else None
+def find_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules by which a transformers model reads tokens in and writes them out."""
+    found: list[Any] = []
+    for which in ("input", "output"):
+        try:
+            found.append(getattr(model, f"get_{which}_embeddings")())
+        except (AttributeError, NotImplementedError):
+            continue
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _new(model: nn.Module, name: str) -> list[str]:
