@@ -6,6 +6,7 @@
 | ``LoraModel.add_weighted_adapter`` | refused: it combines only ``A, B`` |
 | ``LoraModel.inject_adapter`` | adapters named like modules are refused, unmatched window patterns named, heads added |
 | the same | "all-linear" leaves out what no window fits; where it raises, the model is as it was |
+| the same | a PeftModel is refused as a base, around which an adapter would be saved under names that nothing reads |
 | the same | the weights of all layers are decomposed together once PEFT has made these; in ``MixedModel`` too |
 | ``LoraModel.merge_adapter`` | refused for some of several active adapters: PEFT would leave out the others |
 | ``PeftModel.save_pretrained`` | refused where stock PEFT would read another adapter; what it loses is named |
@@ -332,12 +333,17 @@ def install_guards() -> None:
     ) -> None:
         check_names(model, self.peft_config)
         config = self.peft_config[adapter_name]
+        windows = isinstance(config, PCConfig) or any(isinstance(module, WindowLora) for module in model.modules())
+        if windows and isinstance(model, PeftModel):
+            raise ValueError(
+                f"the model is a {type(model).__name__} already, and an adapter around it would be saved under names "
+                "that nothing reads; call unload() on it first, or add_adapter or load_adapter for another one inside."
+            )
         loaded = isinstance(config, PCConfig) and bool(config.records.saved)
         if isinstance(config, PCConfig) and not loaded:
             add_heads(model, config)
             leave_out(model, config)
         names = [name for name, _ in model.named_modules()]
-        windows = isinstance(config, PCConfig) or any(isinstance(module, WindowLora) for module in model.modules())
         try:
             with all_or_nothing(model, adapter_name, config) if windows else nullcontext():
                 inject(self, model, adapter_name, *args, **kwargs)

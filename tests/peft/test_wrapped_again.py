@@ -179,6 +179,28 @@ def test_an_adapter_that_would_stay_in_some_layers_is_named():
     get_peft_model(base, PCConfig(r=2, target_modules=["a"]))
 
 
+def test_a_peft_model_is_no_base(tmp_path):
+    _, model = small()
+    plain, x = copy.deepcopy(model).unload(), ids()
+    model.save_pretrained(tmp_path)
+    y, stock = output(model, x), get_peft_model(Small(), LoraConfig(r=2, target_modules=["a"]))
+    for name in ("default", "other"):
+        for attempt in (
+            lambda name=name: get_peft_model(model, PCConfig(r=2, target_modules=["a"]), adapter_name=name),
+            lambda name=name: get_peft_model(model, LoraConfig(r=2, target_modules=["a"]), adapter_name=name),
+            lambda name=name: get_peft_model(stock, PCConfig(r=2, target_modules=["b"]), adapter_name=name),
+            lambda name=name: PeftModel.from_pretrained(model, tmp_path, adapter_name=name),
+            lambda name=name: PeftModel.from_pretrained(model, tmp_path, adapter_name=name, is_trainable=True),
+        ):
+            with pytest.raises(ValueError, match=r"the model is a PeftModel already, .*; call unload\(\) on it first"):
+                attempt()
+    assert list(model.peft_config) == list(stock.peft_config) == ["default"]
+    model.save_pretrained(tmp_path / "again")
+    assert off(output(read(plain, tmp_path / "again"), x), y) < 1e-6
+    again = get_peft_model(model.unload(), PCConfig(r=2, target_modules=["a"]))
+    assert torch.equal(output(again, x), output(plain, x))
+
+
 @pytest.mark.parametrize("config", [PCConfig, LoraConfig])
 def test_a_merged_window_is_not_replaced(config):
     base, model = small()
