@@ -30,6 +30,7 @@ from ipca.io.adapter_folder import (
     sidecar,
 )
 from ipca.io.hub import adapter_folder
+from ipca.io.labels import class_names, name_classes
 from ipca.io.model_card import warn_of_card
 from ipca.io.model_folder import WEIGHT_ENDINGS
 from ipca.io.output_folder import check_not_read, check_output, is_adapter_file
@@ -73,8 +74,8 @@ def save_adapter(
 
     Writes ``adapter_model.safetensors`` and ``adapter_config.json``, which stock PEFT (and transformers'
     ``load_adapter``) load on the original base model, and ``ipca.json`` with what only :func:`load_adapter` needs:
-    windows, form, a hash of each adapted base weight. An earlier state of the same adapter in ``folder`` is replaced,
-    once the new files are complete.
+    windows, form, a hash of each adapted base weight, the names of classes in ``model.config.id2label``. An earlier
+    state of the same adapter in ``folder`` is replaced, once the new files are complete.
 
     Args:
         model: has adapted layers, from :func:`apply_pc` or in its own code. Every other module with trainable
@@ -112,7 +113,8 @@ def save_adapter(
         check_finite(contents, tensors)
         with staged_files(folder, replaced=is_adapter_file) as stage:
             write_peft(stage, tensors, config)
-            record = sidecar(layers, file_sha256(stage / WEIGHTS), list(contents.modules_to_save))
+            labels = class_names(getattr(model, "config", None))
+            record = sidecar(layers, file_sha256(stage / WEIGHTS), list(contents.modules_to_save), labels)
             (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
 
     write_once(model, write)
@@ -192,7 +194,10 @@ def load_adapter(
         trainable: whether the factors and the saved modules train; everything else is frozen.
 
     Returns:
-        The same model.
+        The same model; ``model.config.id2label`` has the classes of the adapter's head, where it was saved with names.
+
+    Warns:
+        RuntimeWarning: it had other names before, or another order of them.
 
     Raises:
         FileNotFoundError: ``folder`` lacks a file.
@@ -237,6 +242,7 @@ def load_adapter(
         for module, state in modules_to_save:
             module.load_state_dict(state)
         train_only_adapter(model, saved.modules_to_save, trainable=trainable)
+    name_classes(model, saved.labels, stacklevel=2)
     return model
 
 

@@ -98,11 +98,15 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter as read: layers and their factors by path, and the state of fully trained modules."""
+    """An adapter as read: layers and their factors by path, and the state of fully trained modules.
+
+    ``labels`` are the names of the classes of its head, by index; empty where they are not known.
+    """
 
     layers: dict[str, SavedLayer]
     factors: dict[str, Factors]
     modules_to_save: dict[str, dict[str, Tensor]]
+    labels: tuple[str, ...] = ()
 
 
 def svd_record(report: SVDReport) -> dict[str, Any]:
@@ -113,7 +117,11 @@ def svd_record(report: SVDReport) -> dict[str, Any]:
 
 
 def sidecar(
-    layers: Mapping[str, SavedLayer], adapter_sha256: str | None, modules_to_save: Sequence[str], **more: Any
+    layers: Mapping[str, SavedLayer],
+    adapter_sha256: str | None,
+    modules_to_save: Sequence[str],
+    labels: Sequence[str] = (),
+    **more: Any,
 ) -> dict[str, Any]:
     """The contents of ``ipca.json``.
 
@@ -121,6 +129,7 @@ def sidecar(
         layers: by path.
         adapter_sha256: of the file of factors; None where it is not known yet.
         modules_to_save: paths of fully trained modules.
+        labels: names of the model's classes, by index.
         more: entries of other packages' adapters.
     """
     return {
@@ -129,6 +138,7 @@ def sidecar(
         **more,
         "adapter_sha256": adapter_sha256,
         "modules_to_save": list(modules_to_save),
+        **({"labels": list(labels)} if labels else {}),
         "layers": {name: asdict(layer) for name, layer in layers.items()},
     }
 
@@ -179,7 +189,7 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     ):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} has no {name}: {hint}.")
-    layers, names, digest = _read_sidecar(path / SIDECAR)
+    layers, names, digest, labels = _read_sidecar(path / SIDECAR)
     tensors = read_tensors(path / WEIGHTS)
     if digest is not None and file_sha256(path / WEIGHTS) != digest:
         raise ValueError(
@@ -191,7 +201,7 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     for name in layers:  # PEFT saves it with an adapted embedding or head; the layer's hash already identifies it
         for part in ("weight", "bias"):
             tensors.pop(f"{PREFIX}{name}.base_layer.{part}", None)
-    return AdapterFolder(layers, factors, _module_states(tensors, names) if modules_to_save else {})
+    return AdapterFolder(layers, factors, _module_states(tensors, names) if modules_to_save else {}, labels)
 
 
 def read_record(folder: Path) -> tuple[dict[str, SavedLayer], list[str]]:
@@ -200,8 +210,17 @@ def read_record(folder: Path) -> tuple[dict[str, SavedLayer], list[str]]:
     Raises:
         OSError, ValueError: there is no such file, or a damaged one.
     """
-    layers, modules_to_save, _ = _read_sidecar(folder / SIDECAR)
+    layers, modules_to_save, _, _ = _read_sidecar(folder / SIDECAR)
     return layers, modules_to_save
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """The names of the classes of the head that the adapter in ``folder`` was trained with; empty where none are known.
+
+    Raises:
+        ValueError: ``ipca.json`` is damaged.
+    """
+    return _read_sidecar(folder / SIDECAR)[3] if (folder / SIDECAR).is_file() else ()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -231,7 +250,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | None]:
+def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | None, tuple[str, ...]]:
     try:
         record = json.loads(path.read_text())
         if record["format"] != 1:
@@ -241,7 +260,10 @@ def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | N
             raise ValueError("it names no layer")
         if not isinstance(record["modules_to_save"], list):
             raise TypeError(f"modules_to_save is {record['modules_to_save']!r}, not a list")
-        return layers, record["modules_to_save"], record["adapter_sha256"]
+        labels = record.get("labels", [])
+        if not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
+            raise TypeError(f"labels is {labels!r}, not a list of names")
+        return layers, record["modules_to_save"], record["adapter_sha256"], tuple(labels)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 

@@ -26,6 +26,15 @@ def model_folder(name: str | os.PathLike[str]) -> Path:
     return path
 
 
+def config_file(name: str | os.PathLike[str]) -> Path:
+    """The ``config.json`` of a model, which need not exist; of a repository it is the only file that is downloaded.
+
+    Raises:
+        FileNotFoundError: as :func:`model_folder`.
+    """
+    return _find(name, ("config.json",)) / "config.json"
+
+
 def adapter_folder(name: str | os.PathLike[str]) -> Path:
     """The folder of an adapter, as :func:`model_folder`; a repository's name has an owner, ``"owner/name"``."""
     return _find(name, ADAPTER) if "/" in Path(name).as_posix() else Path(name)

@@ -13,7 +13,9 @@ from typing import Any
 
 from ipca._atomic import staged_files
 from ipca.io.adapter_folder import SIDECAR, AdapterFolder, read_adapter
+from ipca.io.model_folder import class_of_adapter
 from ipca.io.peft_format import CONFIG
+from ipca.model.targets import few
 
 CARD = "README.md"
 _MARK = "<!-- written by ipca.write_model_card -->"
@@ -66,6 +68,8 @@ def write_model_card(
         raise FileExistsError(f"{card} was not written by this function; pass overwrite=True to replace it.")
     base = " ".join(str(config.get("base_model_name_or_path") or "an unnamed base model").split())
     parts = [_front_matter(base), _MARK, _head(base, adapter), _layers(adapter), _exactness(adapter), _LOADING]
+    if adapter.labels:
+        parts.insert(-1, _classes(adapter.labels, path))
     if data:
         parts.append(f"## Data\n\n{data.strip()}")
     if metrics:
@@ -149,6 +153,16 @@ def _layers(adapter: AdapterFolder) -> str:
     return "## Windows\n\n" + _table(head, rows)
 
 
+def _classes(labels: tuple[str, ...], folder: Path) -> str:
+    """The classes, and how users of PEFT have them: its files name none."""
+    return (
+        f"## Classes\n\nIn this order: {few([_code(name) for name in labels], 20)}. The base with them:\n\n"
+        f'```python\nlabels = json.loads(pathlib.Path("path/to/this/folder/{SIDECAR}").read_text())["labels"]\n'
+        f"model = transformers.{class_of_adapter(folder) or 'AutoModel'}.from_pretrained(\n"
+        '    "path/to/base", id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True\n)\n```'
+    )
+
+
 def _exactness(adapter: AdapterFolder) -> str:
     """The residuals and certificates of the windows, from the reports that the layers were saved with."""
     reports = [report for layer in adapter.layers.values() if (report := layer.report()) is not None]
@@ -168,6 +182,10 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
 
 def _cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _code(name: str) -> str:
+    return "`" + _cell(name).replace("`", "'") + "`"
 
 
 def _number(value: float | str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ipca.io.adapter_folder import stored_shapes
+from ipca.io.adapter_folder import read_labels, stored_shapes
+from ipca.io.labels import class_names
 from ipca.io.peft_format import CONFIG, PREFIX, WEIGHTS
 
 _AUTO = {
@@ -84,7 +85,7 @@ def load_model(folder: Path, model_class: str | None = None, adapter: Path | Non
 
     Args:
         model_class: as for :func:`read_config`.
-        adapter: the folder of an adapter for it, whose class and number of labels count where they are known.
+        adapter: the folder of an adapter for it, whose class and labels count where they are known.
 
     Raises:
         FileNotFoundError, ImportError: as :func:`read_config`.
@@ -96,19 +97,29 @@ def load_model(folder: Path, model_class: str | None = None, adapter: Path | Non
 def load_with_missing(
     folder: Path, model_class: str | None = None, adapter: Path | None = None
 ) -> tuple[Any, set[str]]:
-    """As :func:`load_model`, and the names of weights that the folder lacks, initialized at random by transformers."""
+    """As :func:`load_model`, and the names of weights that the folder lacks, initialized at random by transformers.
+
+    A head of another number of classes than that of ``adapter``, which holds it, is one of them.
+    """
     cls, config = read_config(folder, model_class)
-    own = None if model_class or adapter is None else _class_of_adapter(adapter)
+    own = None if model_class or adapter is None else class_of_adapter(adapter)
     if own is not None and _fits(own, config):
         cls, config = read_config(folder, own)
+    labels = {} if adapter is None else _labels(cls, config, adapter)
     with _explained(folder):
-        labels = {} if adapter is None else _labels(cls, config, adapter)
         options = {"dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
         model, found = cls.from_pretrained(folder, **options, **labels)
-    return model.eval(), set(found["missing_keys"])
+    other = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
+    held = {} if adapter is None else stored_shapes(adapter / WEIGHTS)
+    if lost := sorted(key for key in other if f"{PREFIX}{key}" not in held):
+        raise ValueError(
+            f"{folder} holds {', '.join(lost[:3])} for another number of classes than the head of the adapter has, "
+            "which does not hold it; give the model that the adapter was trained on."
+        )
+    return model.eval(), set(found["missing_keys"]) | other
 
 
-def _class_of_adapter(folder: Path) -> str | None:
+def class_of_adapter(folder: Path) -> str | None:
     """The name of the base's class in an adapter's configuration, None where it names none."""
     try:
         config = json.loads((folder / CONFIG).read_text())
@@ -118,15 +129,24 @@ def _class_of_adapter(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _labels(cls: Any, config: Any, adapter: Path) -> dict[str, int]:
-    """``num_labels`` of the head that the adapter holds, where the model of this configuration has another number."""
+def _labels(cls: Any, config: Any, adapter: Path) -> dict[str, Any]:
+    """Options for the head that the adapter holds, where the configuration has other classes; names where it has them.
+
+    Raises:
+        ValueError: the adapter's ``ipca.json`` is damaged.
+    """
+    if names := read_labels(adapter):
+        if names == class_names(config):
+            return {}
+        named = {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+        return {"num_labels": len(names), **named, "ignore_mismatched_sizes": True}
     held = stored_shapes(adapter / WEIGHTS)
     build = getattr(cls, "_from_config", None) or cls.from_config  # AutoModel has the latter
     with torch.device("meta"), suppress(RuntimeError, TypeError, AttributeError):  # not every model can be built so
         for key, value in build(config).state_dict().items():
             here, there = tuple(value.shape), held.get(f"{PREFIX}{key}", ())
             if there and here[0] == config.num_labels != there[0] and here[1:] == there[1:]:
-                return {"num_labels": there[0]}
+                return {"num_labels": there[0], "ignore_mismatched_sizes": True}
     return {}
 
 

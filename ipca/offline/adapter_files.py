@@ -22,6 +22,7 @@ from ipca.io.adapter import collect_adapter
 from ipca.io.adapter_folder import SIDECAR, sidecar
 from ipca.io.checkpoint import StoredTensor, raw_bytes, write_in_place
 from ipca.io.export_formats import export
+from ipca.io.labels import class_names
 from ipca.io.peft_format import (
     PREFIX,
     WEIGHTS,
@@ -79,7 +80,8 @@ def write_adapter(
         write_config(folder, readable_config(source.model, written, whole, base_model, others=not doubled))
         if doubled:
             saved = {layer.target.name: layer.saved for layer in layers}
-            record = sidecar(saved, digest, list(contents.modules_to_save))
+            labels = class_names(getattr(source.model, "config", None))
+            record = sidecar(saved, digest, list(contents.modules_to_save), labels)
             (folder / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
     warn_servers(folder)
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ipca.io.adapter_folder import SIDECAR
+from ipca.io.labels import class_names, name_classes
 from ipca.io.peft_format import PREFIX, WEIGHTS
 from ipca.io.peft_reader import misreading_transformers, plain_copy, read_with_peft
 from ipca.model.heads import find_heads, warn_of_loose_parameters
@@ -357,6 +358,8 @@ def install_guards() -> None:
                 raise ValueError(f"{error}{meant}") from None
             raise
         if isinstance(config, PCConfig):
+            name_classes(model, config.records.labels, stacklevel=3)
+            config.records.labels = class_names(getattr(model, "config", None))
             warn_unmatched(model, config, adapter_name)
             if not loaded:
                 warn_null(null_components(model, adapter_name), config.train)
@@ -413,13 +416,15 @@ def install_guards() -> None:
     def checked_save(self: PeftModel, *args: Any, **kwargs: Any) -> None:
         given = signature(save).bind(self, *args, **kwargs).arguments
         for name in given.get("selected_adapters") or list(self.peft_config):
-            if isinstance(self.peft_config.get(name), PCConfig):
+            config: Any = self.peft_config.get(name)
+            if isinstance(config, PCConfig):
                 if given.get("path_initial_model_for_weight_conversion") is not None:
                     raise ValueError(
                         f"the saved adapter of {name!r} fits the original base already; leave out "
                         "path_initial_model_for_weight_conversion, which is for adapters that changed their base."
                     )
                 check_saved(self, name)
+                config.records.labels = class_names(getattr(self.get_base_model(), "config", None))
                 _check_no_older_weights(given, name)
             elif name in self.peft_config:
                 check_no_window(self, name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ipca._atomic import staged_files
 from ipca._dtensor import full
+from ipca.io.labels import class_names
 from ipca.io.peft_format import PREFIX, WEIGHTS
 from ipca.model.report import Summary, account
 from ipca.peft.config import PCConfig
@@ -83,6 +84,7 @@ def save_gathered(model: PeftModel, folder: str | os.PathLike[str], adapter_name
     """
     config = config_of(model, adapter_name)
     check_saved(model, adapter_name)
+    config.records.labels = class_names(getattr(model.get_base_model(), "config", None))
     with gather_params_ctx([p for name, p in model.named_parameters() if f".{adapter_name}" in name]):
         state = get_peft_model_state_dict(model, adapter_name=adapter_name)
         tensors = {key: _gathered(tensor) for key, tensor in state.items()}

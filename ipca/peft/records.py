@@ -28,6 +28,7 @@ class LayerRecords:
         initial: factors that were prepared or read from a file; a layer takes its own out.
         base_sha256: hashes of the base weights that an adapter read from a file belongs to.
         saved: what ``ipca.json`` holds of each layer.
+        labels: the names of the classes of the model, or of the adapter that was read, by index.
         replaced: layers of which a state dict has brought another window, or that of another base, than ``saved`` says.
     """
 
@@ -35,6 +36,7 @@ class LayerRecords:
     initial: dict[str, InitialFactors] = field(default_factory=dict)
     base_sha256: dict[str, str] = field(default_factory=dict)
     saved: dict[str, SavedLayer] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
     replaced: set[str] = field(default_factory=set)
 
     def replace(self, path: str) -> None:
@@ -49,6 +51,7 @@ class LayerRecords:
             initial={path: _initial(layer, adapter.factors[path]) for path, layer in adapter.layers.items()},
             base_sha256={path: layer.base_sha256 for path, layer in adapter.layers.items() if layer.base_sha256},
             saved=dict(adapter.layers),
+            labels=adapter.labels,
         )
 
 

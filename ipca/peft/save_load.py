@@ -60,9 +60,11 @@ def save_config(
     written = "auto_mapping_dict" in kwargs and weights.is_file()  # PEFT writes the weights first, transformers last
     if written:
         layers = doubled_layers(weights, layers)
-        record = sidecar(layers, file_sha256(weights), _modules_to_save(weights, layers), peft=dict(own))
+        record = sidecar(
+            layers, file_sha256(weights), _modules_to_save(weights, layers), records.labels, peft=dict(own)
+        )
     else:
-        record = sidecar(layers, None, [], peft=dict(own))
+        record = sidecar(layers, None, [], records.labels, peft=dict(own))
     stock = stock_config(values)
     with staged_files(folder, replaced=SIDECAR.__eq__) as stage:
         stock.save_pretrained(str(stage), **kwargs)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipca.train.classes import as_list, find_classes, in_order_of_base, place_of
 from ipca.train.row_checks import ROW_CHECKS, text_below, unread_fields
 from ipca.train.sources import (
     DataError,
@@ -52,8 +51,6 @@ _GUESSES = (
 """What a data set is for, by the roles that its columns have; the first that fits."""
 _HELD_OUT = ("validation", "val", "test")
 """Folders of images beside ``train``; the first is held out."""
-_FEW = 10
-"""Rows below which each may have a class of its own."""
 _SHOWN = 8
 """Names in a message at most."""
 
@@ -96,6 +93,7 @@ def read_data(
     columns: Mapping[str, str] | None = None,
     *,
     labels: Iterable[str] = (),
+    base: Iterable[str] = (),
     progress: bool = False,
 ) -> Data:
     """All rows of ``source``, checked; a line of the log says what of it is used for what, and what is left out.
@@ -104,6 +102,7 @@ def read_data(
         task: one of :data:`ipca.train.settings.TASKS`; default: what the columns say.
         columns: names by role, for those that cannot be found by their names.
         labels: the classes, where they are known already; a row with another one is an error.
+        base: the classes of the base model, in whose order the same ones of the data are.
         progress: show a bar where this takes long.
 
     Raises:
@@ -112,25 +111,25 @@ def read_data(
         FileNotFoundError, ValueError: nothing to read, or columns that fit no task.
     """
     if source.kind == "images":
-        return _read_images(source, task, tuple(labels), progress)
+        return _read_images(source, task, tuple(labels), tuple(base), progress)
     if source.kind == "text":
         return _read_text(source, task)
     sets = load_rows(source)
     train = sets["train"]
     layout = find_layout(train.column_names, task, columns or {}, source.name)
-    given = tuple(labels) or _declared_labels(train, layout)
-    found = {name: _converted(name, each, source, layout, given, progress) for name, each in sets.items()}
-    classes = given or _classes(layout, found["train"])
+    declared, role = _declared_labels(train, layout), _class_role(layout)
+    made = [_converted("train", train, source, layout, tuple(labels) or declared, progress)]
+    classes = tuple(labels) if role else ()
+    if role and not classes:
+        found = declared or find_classes(made[0], role, layout.columns[role])
+        classes = in_order_of_base(found, tuple(base), source.name)
+    if "held_out" in sets:
+        made.append(_converted("held_out", sets["held_out"], source, layout, classes, progress))
     chats = layout.columns.get("messages")
     fields = () if chats is None else sorted({name for row in train for name in unread_fields(row[chats])})
     _log_use(source, layout, task, train.column_names, classes, fields=fields)
-    return Data(
-        layout,
-        _numbered(found["train"], layout, classes),
-        _numbered(found["held_out"], layout, classes) if "held_out" in found else None,
-        classes,
-        whole=False,
-    )
+    rows, held_out = [_numbered(each, layout, classes) for each in made] + [None] * (2 - len(made))
+    return Data(layout, rows, held_out, classes, whole=False)
 
 
 def find_layout(names: Iterable[str], task: str | None, columns: Mapping[str, str], source: str) -> Layout:
@@ -175,7 +174,9 @@ def _read_text(source: Source, task: str | None) -> Data:
     return Data(layout, rows, None, (), whole=True)
 
 
-def _read_images(source: Source, task: str | None, known: tuple[str, ...], progress: bool) -> Data:
+def _read_images(
+    source: Source, task: str | None, known: tuple[str, ...], base: tuple[str, ...], progress: bool
+) -> Data:
     """Images in one folder a class, ``train/`` and ``test/`` around them or not."""
     if task not in (None, "image-classification"):
         raise ValueError(f"{source.name} holds images, which are for the task image-classification, not {task}.")
@@ -196,12 +197,13 @@ def _read_images(source: Source, task: str | None, known: tuple[str, ...], progr
     train = splits[first]
     held_out = [name for name in _HELD_OUT if name in splits and name != first]
     other = splits[held_out[0]] if held_out else None
-    labels = known or tuple(sorted({label for _, label in train}))
-    if len(labels) < 2:
-        raise DataError(f"{source.name}: expected a folder for each class, at least two; got {', '.join(labels)}.")
+    found = known or tuple(sorted({label for _, label in train}))
+    if len(found) < 2:
+        raise DataError(f"{source.name}: expected a folder for each class, at least two; got {', '.join(found)}.")
+    labels = known or in_order_of_base(found, base, source.name)
     every = (*train, *(other or ()))
     for path, label in every:
-        if label not in labels:
+        if place_of(label, labels) is None:
             raise DataError(f"{path}: the class {label!r} is not one of {', '.join(labels[:8])}.")
     for path, _ in with_bar(every, "image", progress):
         check_image(path, str(path))
@@ -213,7 +215,7 @@ def _read_images(source: Source, task: str | None, known: tuple[str, ...], progr
 
 def _image_set(part: list[tuple[Path, str]], labels: tuple[str, ...]) -> Any:
     datasets = datasets_library()
-    columns = {"image": [str(path) for path, _ in part], "label": [labels.index(label) for _, label in part]}
+    columns = {"image": [str(path) for path, _ in part], "label": [place_of(label, labels) for _, label in part]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(labels))})
     return datasets.Dataset.from_dict(columns, features=features)
 
@@ -251,11 +253,14 @@ def _log_use(
         log.info("%s: %s", source.name, "; ".join(words))
 
 
+def _class_role(layout: Layout) -> str | None:
+    """The role of the column of classes; None for language models."""
+    return next((role for role in ("label", "tags") if role in layout.columns), None)
+
+
 def _declared_labels(rows: Any, layout: Layout) -> tuple[str, ...]:
     """The names that the data set itself gives its classes."""
-    role = {"sequence-classification": "label", "image-classification": "label", "token-classification": "tags"}.get(
-        layout.task
-    )
+    role = _class_role(layout)
     feature = getattr(rows, "features", {}).get(layout.columns[role]) if role else None
     feature = getattr(feature, "feature", feature)
     return tuple(getattr(feature, "names", None) or ())
@@ -287,8 +292,8 @@ def _converted(
         if "tags" in found[-1]:
             found[-1]["tags"] = [_named(value, declared) for value in found[-1]["tags"]]
         for role in ("label", "tags") if labels else ():
-            for value in _as_list(found[-1].get(role)):
-                if str(value) not in labels and not _is_index(value, labels):
+            for value in as_list(found[-1].get(role)):
+                if place_of(value, labels) is None:
                     raise DataError(
                         f"{place}, column {layout.columns[role]!r}: {value!r} is not one of {', '.join(labels[:8])}."
                     )
@@ -301,64 +306,17 @@ def _named(value: Any, names: tuple[str, ...]) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
-def _is_index(value: Any, labels: tuple[str, ...]) -> bool:
-    """Whether ``value`` is the place of a class, which it cannot be where classes are named by numbers."""
-    return isinstance(value, int) and 0 <= value < len(labels) and not any(map(_is_integer, labels))
-
-
-def _is_integer(name: str) -> bool:
-    return re.fullmatch(r"-?\d+", name) is not None
-
-
-def _classes(layout: Layout, rows: list[Row]) -> tuple[str, ...]:
-    """The names of the classes in ``rows``, numbers in their order; at least two."""
-    role = "label" if "label" in layout.columns else "tags" if "tags" in layout.columns else None
-    if role is None:
-        return ()
-    counts = Counter(str(value) for row in rows for value in _as_list(row[role]))
-    found = sorted(counts, key=int if all(map(_is_integer, counts)) else None)
-    if len(found) < 2:
-        raise DataError(
-            f"column {layout.columns[role]!r}: expected at least two classes, got only {', '.join(map(repr, found))}."
-        )
-    fractions, single = _fractions(found), sum(count == 1 for count in counts.values())
-    got = f"numbers with fractions, such as {fractions[0]}" if fractions else ""
-    if len(rows) >= _FEW and single > len(rows) / 2:
-        got = f"{single} rows of {len(rows)} with a class of their own"
-    if role == "label" and got:
-        raise DataError(
-            f"column {layout.columns[role]!r}: expected classes that rows have in common, got {got}. Group the rows "
-            "into classes, or name the column of the classes: --columns label=NAME."
-        )
-    return tuple(found)
-
-
-def _fractions(names: list[str]) -> list[str]:
-    """The names that are numbers with fractions, where all are numbers."""
-    try:
-        return [name for name in names if not float(name).is_integer()]
-    except ValueError:
-        return []
-
-
 def _numbered(rows: list[Row], layout: Layout, classes: tuple[str, ...]) -> Any:
     """A data set whose labels are indices of ``classes``."""
     datasets = datasets_library()
-    index = {name: k for k, name in enumerate(classes)}
-
-    def number(value: Any) -> int:
-        return index[str(value)] if str(value) in index else int(value)
-
+    values = {value for row in rows for role in ("label", "tags") for value in as_list(row.get(role))}
+    places = {value: place_of(value, classes) for value in values}
     for row in rows:
         if "label" in row:
-            row["label"] = number(row["label"])
+            row["label"] = places[row["label"]]
         if "tags" in row:
-            row["tags"] = [number(value) for value in row["tags"]]
+            row["tags"] = [places[value] for value in row["tags"]]
     made = datasets.Dataset.from_list(rows)
     if "label" in layout.columns:
         made = made.cast_column("label", datasets.ClassLabel(names=list(classes)))
     return made.cast_column("image", datasets.Image()) if "image" in layout.columns else made
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from ipca.io.adapter_folder import SIDECAR, read_adapter
+from ipca.io.adapter_folder import SIDECAR, read_adapter, read_labels
 from ipca.io.peft_format import CONFIG
 from ipca.nn.layer_kinds import base_sha256
 from ipca.nn.registry import get_layer
 from ipca.train.checkpoints import last_checkpoint
+from ipca.train.classes import base_classes
 from ipca.train.data import read_data
 from ipca.train.examples import HELD_OUT, Examples, examples, parted
 from ipca.train.keep import Kept, build_keep, draw_samples, read_keep
 from ipca.train.models import fitting_length, load_model
 from ipca.train.run_folder import CHECKPOINTS
-from ipca.train.settings import TrainSettings, read_labels
+from ipca.train.settings import TrainSettings
 from ipca.train.sources import find_source
 from ipca.train.trainers import build_trainer
 
@@ -45,8 +46,8 @@ def open_adapter(
     from peft import PeftModel
 
     _check_adapter(adapter)
-    source, labels = find_source(settings.data), read_labels(adapter)
-    data = read_data(source, settings.task, settings.columns, labels=labels, progress=progress)
+    source, labels, base = find_source(settings.data), read_labels(adapter), base_classes(settings.model)
+    data = read_data(source, settings.task, settings.columns, labels=labels, base=base, progress=progress)
     kept_source = read_keep(settings, data.layout.task, progress=progress)
     loaded = load_model(settings, data.layout.task, data.labels)
     if check_base and (adapter / SIDECAR).is_file():

@@ -21,8 +21,10 @@ from ipca._version import __version__
 from ipca.io.adapter_folder import SIDECAR
 from ipca.io.model_card import write_model_card
 from ipca.io.output_folder import check_output, check_spared
+from ipca.model.targets import few
 from ipca.train.callback import EvaluateLast, KeepCallback, Progress
 from ipca.train.checkpoints import last_checkpoint, relocate, train_from
+from ipca.train.classes import base_classes
 from ipca.train.data import Data, read_data
 from ipca.train.examples import split
 from ipca.train.figures import draw_run
@@ -77,7 +79,9 @@ def _fine_tune(settings: TrainSettings, out: Path, overwrite: bool, progress: bo
     if finished := _check_folder(settings, out, overwrite):
         return finished
     shown = progress and state.is_main_process
-    data = read_data(find_source(settings.data), settings.task, settings.columns, progress=shown)
+    base = base_classes(settings.model)
+    data = read_data(find_source(settings.data), settings.task, settings.columns, base=base, progress=shown)
+    _check_classes(out, data.labels, overwrite)
     held_out = None
     if isinstance(settings.held_out, str):
         other, task = find_source(settings.held_out), data.layout.task
@@ -96,7 +100,7 @@ def _fine_tune(settings: TrainSettings, out: Path, overwrite: bool, progress: bo
         inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in kept.batches]
     model = adapt(loaded, settings, data.layout.task, progress and sys.stderr.isatty(), inputs)
     if state.is_main_process:
-        _begin(settings, fitted, out, samples, overwrite)
+        _begin(settings, fitted, out, data.labels, samples, overwrite)
     state.wait_for_everyone()
     trainer = build_trainer(model, parts, fitted, loaded, data, out / CHECKPOINTS)
     if trainer.accelerator.num_processes != processes():  # each would train on all of the data
@@ -177,6 +181,18 @@ def _check_adapter(out: Path, found: dict[str, Any]) -> None:
         )
 
 
+def _check_classes(out: Path, labels: tuple[str, ...], overwrite: bool) -> None:
+    """Raise where a run that would go on was begun with other classes, as of a data set or a model on the Hub."""
+    if overwrite or not last_checkpoint(out / CHECKPOINTS):
+        return
+    begun = tuple((_found(out) or {}).get("labels", labels))
+    if begun != labels:
+        raise FileExistsError(
+            f"the run in {out} was begun with the classes {few([*begun], 8)}, in this order, and not with "
+            f"{few([*labels], 8)}; choose another folder, or replace the run with --force."
+        )
+
+
 def _shown(value: Any) -> str:
     return "the default" if value is None else repr(value)
 
@@ -197,7 +213,14 @@ def _sampled(settings: TrainSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names} | {"model_files": input_digests(settings).get("model")}
 
 
-def _begin(settings: TrainSettings, fitted: TrainSettings, out: Path, samples: Tensor | None, overwrite: bool) -> None:
+def _begin(
+    settings: TrainSettings,
+    fitted: TrainSettings,
+    out: Path,
+    labels: tuple[str, ...],
+    samples: Tensor | None,
+    overwrite: bool,
+) -> None:
     """Write what a killed run needs to go on."""
     for path in [each for each in out.iterdir() if overwrite and is_run_file(each.name)]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -205,7 +228,8 @@ def _begin(settings: TrainSettings, fitted: TrainSettings, out: Path, samples: T
         write_checksummed(out / SAMPLES, _sampled(fitted), {"input_ids": samples})
     earlier = (_found(out) or {}) if (out / RUN).is_file() else {}  # overwritten, it is gone
     own = {"adapter": earlier["adapter"]} if "adapter" in earlier else {}
-    write_atomic(out / RUN, settings_text(settings, {"inputs": input_digests(settings), **own}).encode())
+    found = {"inputs": input_digests(settings), "labels": list(labels), **own}
+    write_atomic(out / RUN, settings_text(settings, found).encode())
     if checkpoint := last_checkpoint(out / CHECKPOINTS):
         relocate(checkpoint)
 

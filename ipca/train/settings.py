@@ -197,17 +197,6 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) is not None
 
 
-def read_labels(adapter: Path) -> tuple[str, ...]:
-    """The names of the classes that the run in the folder ``adapter`` was trained on; empty where it does not say."""
-    import yaml
-
-    try:
-        found = yaml.safe_load((adapter / RUN).read_text(encoding="utf-8"))["found"]
-        return tuple(map(str, found["labels"]))
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        return ()
-
-
 def settings_text(settings: TrainSettings, found: Mapping[str, Any]) -> str:
     """YAML of ``settings``, and of what the run found out itself."""
     import yaml

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ipca
-from ipca.io.adapter_folder import file_sha256
+from ipca.io.adapter_folder import file_sha256, read_labels
 from tests.helpers.model_folders import contents
 from tests.helpers.models import Net, Plain, adapted, snapshot
 
@@ -271,3 +271,12 @@ def test_sidecar_with_a_wrong_list(tmp_path, value):
     (tmp_path / "ipca.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"ipca\.json is damaged"):
         ipca.load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("labels", ["ab", {"0": "a"}, [1, 2], None, 3])
+def test_names_of_classes_that_are_none(saved, labels):
+    base, folder = saved
+    change_sidecar(folder, lambda record: record.update(labels=labels))
+    refuses(base, folder, r"ipca\.json is damaged: TypeError: labels is .*, not a list of names")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_labels(folder)

@@ -107,3 +107,16 @@ def test_an_adapter_that_is_nowhere_changes_nothing(cache):
 @pytest.mark.parametrize("name", ["/no/where", "../user/none", "./user/none", "a/b/c", "~/none"])
 def test_paths_are_no_ids(name):
     assert model_folder(name) == Path(name)
+
+
+def test_the_classes_of_a_base_are_read_from_its_configuration_before_its_weights(cache, tmp_path):
+    pytest.importorskip("datasets")
+    from ipca.train.classes import base_classes
+
+    path = stored(tmp_path, "user/model") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "b", "1": "a"}}))
+    for weights in path.parent.glob("*.safetensors"):
+        weights.unlink()
+    assert base_classes("user/model") == ("b", "a")
+    with pytest.raises(FileNotFoundError, match="there is no folder user/other, and the Hugging Face Hub or its local"):
+        base_classes("user/other")

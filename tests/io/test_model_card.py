@@ -1,12 +1,15 @@
 """The model card: its contents come from the adapter's files, and a card written by hand is kept."""
 
 import json
+import pathlib
 import warnings
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import ipca
 from tests.helpers.models import Net, adapted
@@ -115,3 +118,19 @@ def test_a_card_that_an_adapter_has_outlived_is_named(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ipca.save_adapter(model, folder)
+
+
+def test_it_names_the_classes_and_how_to_load_the_base_with_them(tmp_path):
+    config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    config.id2label = {0: "z | `q`", 1: "a\nb"}
+    model = ipca.apply_pc(BertForSequenceClassification(config), rank=3, progress=False)
+    ipca.save_adapter(model, tmp_path)
+    text = ipca.write_model_card(tmp_path).read_text()
+    assert "## Classes\n\nIn this order: `z \\| 'q'`, `a b`. The base with them:\n" in text
+    BertModel(config).save_pretrained(tmp_path / "base")
+    code = text.partition("The base with them:\n\n```python\n")[2].partition("```")[0]
+    assert "transformers.BertForSequenceClassification.from_pretrained" in code
+    code = code.replace("path/to/this/folder", str(tmp_path)).replace("path/to/base", str(tmp_path / "base"))
+    found = {"json": json, "pathlib": pathlib, "transformers": transformers}
+    exec(code, found)
+    assert found["model"].config.id2label == config.id2label

@@ -457,7 +457,7 @@ def test_samples_of_another_run_are_drawn_again(language_model, texts, tmp_path)
     asked = settings(language_model, texts, keep=None, keep_tokens=128)
     (tmp_path / "out").mkdir()
     first = run._samples(loaded.model, loaded.processor, asked, None)
-    run._begin(asked, asked, tmp_path / "out", torch.zeros_like(first), False)
+    run._begin(asked, asked, tmp_path / "out", (), torch.zeros_like(first), False)
     assert (run._samples(loaded.model, loaded.processor, asked, tmp_path / "out") == 0).all()
     other = replace(asked, keep_tokens=256)
     assert run._samples(loaded.model, loaded.processor, other, tmp_path / "out").numel() == 256
@@ -642,7 +642,7 @@ def test_kept_images_are_decoded_before_the_model_is_loaded_as_far_as_they_are_m
     half = (keep / "light" / "0.png").rename(keep / "light" / "0.jpg")  # the fourth
     pytest.importorskip("PIL.Image").effect_noise((64, 64), 50).save(half)
     half.write_bytes(half.read_bytes()[:-100])
-    asked = settings("model", texts, data=str(images), keep=str(keep), keep_tokens=256)
+    asked = settings(tmp_path, texts, data=str(images), keep=str(keep), keep_tokens=256)
     with pytest.raises(DataError, match=rf"^{half}: expected an image, and it cannot be read: "):
         fine_tune(asked, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
