@@ -157,7 +157,8 @@ def _classes(labels: tuple[str, ...], folder: Path) -> str:
     """The classes, and how users of PEFT have them: its files name none."""
     return (
         f"## Classes\n\nIn this order: {few([_code(name) for name in labels], 20)}. The base with them:\n\n"
-        f'```python\nlabels = json.loads(pathlib.Path("path/to/this/folder/{SIDECAR}").read_text())["labels"]\n'
+        "```python\nimport json\nimport pathlib\n\nimport transformers\n\n"
+        f'labels = json.loads(pathlib.Path("path/to/this/folder/{SIDECAR}").read_text())["labels"]\n'
         f"model = transformers.{class_of_adapter(folder) or 'AutoModel'}.from_pretrained(\n"
         '    "path/to/base", id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True\n)\n```'
     )

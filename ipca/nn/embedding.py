@@ -76,8 +76,9 @@ class EmbeddingPC(ProductLayer):
 
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         ids, dtype = x.reshape(-1), self.base_weight.dtype
-        rows = [F.embedding(ids, factor.mT, self.padding_idx).mT for factor in (A, self.lora_A0)]  # (rank, M)
-        D, E = (rows[0], B) if self.form == "residual" else one_pair(rows[0], B, rows[1], self.lora_B0)
+        D, E = F.embedding(ids, A.mT, self.padding_idx).mT, B  # (rank, M): the rows that are looked up alone
+        if self.form == "intact":
+            D, E = one_pair(D, B, F.embedding(ids, self.lora_A0.mT, self.padding_idx).mT, self.lora_B0)
         low = F.linear(D.mT.to(dtype), E.to(dtype)).view(*x.shape, self.embedding_dim)
         y = self.base_product(x)
         return y + (self.scaling * low).to(y.dtype)

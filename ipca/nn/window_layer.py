@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
@@ -248,7 +249,7 @@ class WindowLayer(nn.Module):
             factors = [(B, A - A0), (B - B0, A0)]
         with without_autocast(base):
             low = [part_like(E.to(base.dtype) @ D.to(base.dtype), base) for E, D in factors]
-        return self.as_weight(base + self.scaling * (low[0] if len(low) == 1 else low[0] + low[1]))
+        return self.as_weight(base + self.scaling * reduce(torch.add, low))
 
     def _weight_spec(self) -> tuple[torch.Size, torch.dtype, torch.device]:
         """The shape, dtype and device of :attr:`weight`."""

@@ -463,7 +463,7 @@ class WindowEmbedding(WindowLora, lora.Embedding):
         D, E = self._embed(ids, A.T).T, B  # (r, M): the rows that are looked up alone
         if pair is not None:
             D, E = one_pair(D, B, self._embed(ids, pair[2].T).T, pair[3])
-        y = (D.T @ E.T).view(*x.shape, -1)
+        y = (D.T @ E.T).view(*x.shape, len(E))
         scale = self._get_embed_scale()
         return y * self.scaling[adapter] if scale is None else y * self.scaling[adapter] * scale.to(y.dtype)
 

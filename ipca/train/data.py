@@ -309,13 +309,13 @@ def _named(value: Any, names: tuple[str, ...]) -> Any:
 def _numbered(rows: list[Row], layout: Layout, classes: tuple[str, ...]) -> Any:
     """A data set whose labels are indices of ``classes``."""
     datasets = datasets_library()
-    values = {value for row in rows for role in ("label", "tags") for value in as_list(row.get(role))}
-    places = {value: place_of(value, classes) for value in values}
+    names = {str(value) for row in rows for role in ("label", "tags") for value in as_list(row.get(role))}
+    places = {name: place_of(name, classes) for name in names}
     for row in rows:
         if "label" in row:
-            row["label"] = places[row["label"]]
+            row["label"] = places[str(row["label"])]
         if "tags" in row:
-            row["tags"] = [places[value] for value in row["tags"]]
+            row["tags"] = [places[str(value)] for value in row["tags"]]
     made = datasets.Dataset.from_list(rows)
     if "label" in layout.columns:
         made = made.cast_column("label", datasets.ClassLabel(names=list(classes)))

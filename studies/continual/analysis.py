@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import mean
 
 from ipca.lab.statistics import LEVEL, Interval, difference, estimate, holm, mean_interval
 from studies.continual.design import COMPARED, SEEDS, Scores, best_rate, grid
@@ -104,25 +105,22 @@ class Analysis:
         return [each if each.why else replace(each, adjusted=next(adjusted)) for each in found]
 
     def _compared(self, method: str) -> Compared | None:
-        ours, theirs = self.tuned(MIDDLE), self.tuned(method)
-        found = difference(ours, theirs)
+        found = difference(self.tuned(MIDDLE), self.tuned(method))
         if found is None:
             return None
-        values = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        values = self._differences(method, "acc")
         intervals = mean_interval(values), mean_interval(values, level=0.9)
         return Compared(method, found.n, found.mean, *intervals, found.p, self._why(method, found.n))
 
     def difference(self, method: str, metric: str) -> tuple[float, Interval]:
-        """The mean of a metric of fresh middle windows minus that of ``method``, and its 95 % interval.
+        """The mean of a metric of fresh middle windows minus that of ``method``, and its 95 % interval."""
+        values = self._differences(method, metric)
+        return mean(values), mean_interval(values)
 
-        Raises:
-            ValueError: no seed has both.
-        """
+    def _differences(self, method: str, metric: str) -> list[float]:
+        """A metric of fresh middle windows minus that of ``method``, by seed."""
         ours, theirs = self.tuned(MIDDLE, metric), self.tuned(method, metric)
-        values = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-        if not values:
-            raise ValueError(f"no seed has both {MIDDLE} and {method}.")
-        return sum(values) / len(values), mean_interval(values)
+        return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
     def _why(self, method: str, n: int) -> str:
         if n < SEEDS:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipca.analysis.figures import INK, PALETTE
-from studies.frontier.analysis import Analysis, Comparison, Ratio
+from studies.frontier.analysis import Analysis, Comparison
 from studies.frontier.page import NOT_RUN, TARGETS, by_target, cell_title, ratio_text
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
@@ -44,9 +44,8 @@ POSITIONS = {"middle": "0.5", "principal": "0.0", "minor": "1.0"}
 Key = tuple[str, int, int, str, str]
 """Task, steps, place of the target, arm, other arm."""
 _TICKS = (0.25, 0.5, 1.0, 2.0, 4.0)
-_STOPPED, _TEXT = "stopped", "on "
-_FIRST, _HARDEST = "first rates", "hardest target"
-"""Choices other than the protocol's; a text is named after its prefix."""
+CHOICES = ("stopped", "other kept texts", "first rates", "hardest target")
+"""Choices other than the protocol's, as docs/choosing-a-window.md explains them."""
 _WORDS = {"lower": "moves the model less", "higher": "moves it more"}
 
 
@@ -77,7 +76,7 @@ class Found:
         targets: the comparisons at the three targets, the easiest first.
         claimed: whether the protocol has a claim about the pair; otherwise there is no verdict.
         kind: of the study.
-        otherwise: by what is changed, the ratio at the middle target under another choice than the protocol's.
+        otherwise: by :data:`CHOICES`, the ratio at the middle target under another choice than the protocol's.
     """
 
     cell: str
@@ -85,7 +84,7 @@ class Found:
     targets: tuple[Comparison, ...]
     claimed: bool
     kind: str
-    otherwise: Mapping[str, Ratio | None]
+    otherwise: Mapping[str, str]
 
     @property
     def n(self) -> str:
@@ -150,19 +149,19 @@ def _pair(study: Source, claims: Mapping[Key, Comparison], task: str, steps: int
     return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims, study.kind, otherwise)]
 
 
-def _otherwise(
-    analysis: Analysis, task: str, steps: int, arm: str, other: str, is_open: bool
-) -> dict[str, Ratio | None]:
+def _otherwise(analysis: Analysis, task: str, steps: int, arm: str, other: str, is_open: bool) -> dict[str, str]:
     """What one other choice each would give; of an open comparison, whose rates lack seeds, only the first two."""
     design, cell = analysis.design, (task, steps)
-    found = {_STOPPED: analysis.compare(*cell, 1, arm, other, training=True).ratio}
-    for name in design.kept:
-        if f"kl_{name}" != design.metric:
-            found[f"{_TEXT}{design.title(name)}"] = analysis.compare(*cell, 1, arm, other, f"kl_{name}").ratio
-    if not is_open:
-        found[_FIRST] = analysis.at_first_rates(*cell, 1, arm, other)
-        found[_HARDEST] = analysis.compare(*cell, 2, arm, other, at=2).ratio
-    return found
+    stopped = analysis.compare(*cell, 1, arm, other, training=True).ratio
+    texts = {name: f"kl_{name}" for name in design.kept if f"kl_{name}" != design.metric}
+    there = [
+        f"{design.title(name)} {ratio_text(analysis.compare(*cell, 1, arm, other, metric).ratio)}"
+        for name, metric in texts.items()
+    ]
+    first = None if is_open else analysis.at_first_rates(*cell, 1, arm, other)
+    hardest = None if is_open else analysis.compare(*cell, 2, arm, other, at=2).ratio
+    words = (ratio_text(stopped), "; ".join(there), ratio_text(first), ratio_text(hardest))
+    return dict(zip(CHOICES, words, strict=True))
 
 
 def sections(found: Mapping[str, list[Found]]) -> dict[str, str]:
@@ -199,17 +198,12 @@ def table(found: Mapping[str, list[Found]]) -> str:
 
 def choices(found: Mapping[str, list[Found]]) -> str:
     """The ratios at the middle target, and what they would be under other choices."""
-    rows = []
-    for pair in [pair for pairs in found.values() for pair in pairs]:
-        texts = [
-            f"{name.removeprefix(_TEXT)} {ratio_text(ratio)}"
-            for name, ratio in pair.otherwise.items()
-            if name.startswith(_TEXT)
-        ]
-        cells = [ratio_text(pair.targets[1].ratio), ratio_text(pair.otherwise[_STOPPED]), "; ".join(texts)]
-        cells += [ratio_text(pair.otherwise.get(name)) for name in (_FIRST, _HARDEST)]
-        rows.append([pair.arms, pair.cell, *cells])
-    return markdown(["ratio", "model, new task", "as compared", _STOPPED, "other kept texts", _FIRST, _HARDEST], rows)
+    rows = [
+        [pair.arms, pair.cell, ratio_text(pair.targets[1].ratio), *(pair.otherwise[name] for name in CHOICES)]
+        for pairs in found.values()
+        for pair in pairs
+    ]
+    return markdown(["ratio", "model, new task", "as compared", *CHOICES], rows)
 
 
 def draw(found: Mapping[str, list[Found]]) -> dict[Path, Figure]:

@@ -1,12 +1,10 @@
 """The model card: its contents come from the adapter's files, and a card written by hand is kept."""
 
 import json
-import pathlib
 import warnings
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
@@ -131,6 +129,6 @@ def test_it_names_the_classes_and_how_to_load_the_base_with_them(tmp_path):
     code = text.partition("The base with them:\n\n```python\n")[2].partition("```")[0]
     assert "transformers.BertForSequenceClassification.from_pretrained" in code
     code = code.replace("path/to/this/folder", str(tmp_path)).replace("path/to/base", str(tmp_path / "base"))
-    found = {"json": json, "pathlib": pathlib, "transformers": transformers}
+    found = {}
     exec(code, found)
     assert found["model"].config.id2label == config.id2label

@@ -59,6 +59,12 @@ def exact(layer, x):
     return x.double() @ change.mT
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+def test_a_batch_without_rows(kind):
+    layer, x = adapted()[1][kind], inputs(kind)
+    assert layer.low_rank("default", x[:0]).shape == (0, *layer.low_rank("default", x).shape[1:])
+
+
 class Doubled(nn.Linear):
     """A module that somebody has put in the place of a factor."""
 

@@ -65,8 +65,12 @@ def test_what_the_ratio_would_be_under_other_choices(tmp_path):
     head, _, first, second = table
     assert head[2:] == ["as compared", "stopped", "other kept texts", "first rates", "hardest target"]
     assert first[2] == page.ratio_text(sure.targets[1].ratio)
-    assert sure.otherwise["first rates"].value == pytest.approx(0.75, rel=0.1), "the first rates here are the best"
-    assert first[5:] == [page.ratio_text(sure.otherwise[name]) for name in head[5:]]
+    analysis = Analysis(SMALL, rows_of(tmp_path / "again"))
+    at_first = analysis.at_first_rates("german", 60, 1, "middle", "lora")
+    assert at_first.value == pytest.approx(0.75, rel=0.1), "the first rates here are the best"
+    hardest = analysis.compare("german", 60, 2, "middle", "lora", at=2).ratio
+    assert first[5:] == [page.ratio_text(at_first), page.ratio_text(hardest)]
+    assert first[3] == page.ratio_text(analysis.compare("german", 60, 1, "middle", "lora", training=True).ratio)
     assert second[5:] == ["–", "–"], "while rates lack seeds neither is one other choice"
     texts = [part.rpartition(" [")[0].rpartition(" ")[0] for part in first[4].split("; ")]
     assert texts == [SMALL.title(name) for name in SMALL.kept[1:]]
