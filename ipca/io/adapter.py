@@ -51,7 +51,7 @@ from ipca.model.apply import FULLY_TRAINED, adapted_layers, check_inference_mode
 from ipca.model.merge import check_not_offloaded, check_not_sharded, fully_trained_modules, require_adapted
 from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.targets import Target, check_endings, check_not_replicated, validate_targets
-from ipca.model.vocabulary import warn_of_vocabulary
+from ipca.model.vocabulary import vocab_size, warn_of_other_vocabulary, warn_of_vocabulary
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import InitialFactors, certify_init
 from ipca.nn.layer_kinds import base_sha256, read_layer
@@ -74,8 +74,9 @@ def save_adapter(
 
     Writes ``adapter_model.safetensors`` and ``adapter_config.json``, which stock PEFT (and transformers'
     ``load_adapter``) load on the original base model, and ``ipca.json`` with what only :func:`load_adapter` needs:
-    windows, form, a hash of each adapted base weight, the names of classes in ``model.config.id2label``. An earlier
-    state of the same adapter in ``folder`` is replaced, once the new files are complete.
+    windows, form, a hash of each adapted base weight, the size of the vocabulary, the names of classes in
+    ``model.config.id2label``. An earlier state of the same adapter in ``folder`` is replaced, once the new files are
+    complete.
 
     Args:
         model: has adapted layers, from :func:`apply_pc` or in its own code. Every other module with trainable
@@ -114,7 +115,8 @@ def save_adapter(
         with staged_files(folder, replaced=is_adapter_file) as stage:
             write_peft(stage, tensors, config)
             labels = class_names(getattr(model, "config", None))
-            record = sidecar(layers, file_sha256(stage / WEIGHTS), list(contents.modules_to_save), labels)
+            digest, whole = file_sha256(stage / WEIGHTS), list(contents.modules_to_save)
+            record = sidecar(layers, digest, whole, labels, vocab_size(model))
             (stage / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
 
     write_once(model, write)
@@ -197,7 +199,8 @@ def load_adapter(
         The same model; ``model.config.id2label`` has the classes of the adapter's head, where it was saved with names.
 
     Warns:
-        RuntimeWarning: it had other names before, or another order of them.
+        RuntimeWarning: it had other names before, or another order of them. Or the vocabulary has another size than
+            that of the model that the adapter was trained on.
 
     Raises:
         FileNotFoundError: ``folder`` lacks a file.
@@ -243,6 +246,7 @@ def load_adapter(
             module.load_state_dict(state)
         train_only_adapter(model, saved.modules_to_save, trainable=trainable)
     name_classes(model, saved.labels, stacklevel=2)
+    warn_of_other_vocabulary(model, saved.vocab_size, saved.modules_to_save)
     return model
 
 

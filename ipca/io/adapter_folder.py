@@ -100,13 +100,25 @@ class Factors(NamedTuple):
 class AdapterFolder:
     """An adapter as read: layers and their factors by path, and the state of fully trained modules.
 
-    ``labels`` are the names of the classes of its head, by index; empty where they are not known.
+    ``labels`` are the names of the classes of its head, by index; empty where they are not known. ``vocab_size`` is
+    that of the model it was trained on, where it is known.
     """
 
     layers: dict[str, SavedLayer]
     factors: dict[str, Factors]
     modules_to_save: dict[str, dict[str, Tensor]]
     labels: tuple[str, ...] = ()
+    vocab_size: int | None = None
+
+
+class _Record(NamedTuple):
+    """``ipca.json`` as read."""
+
+    layers: dict[str, SavedLayer]
+    modules_to_save: list[str]
+    adapter_sha256: str | None
+    labels: tuple[str, ...]
+    vocab_size: int | None
 
 
 def svd_record(report: SVDReport) -> dict[str, Any]:
@@ -121,6 +133,7 @@ def sidecar(
     adapter_sha256: str | None,
     modules_to_save: Sequence[str],
     labels: Sequence[str] = (),
+    vocab_size: int | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """The contents of ``ipca.json``.
@@ -130,6 +143,7 @@ def sidecar(
         adapter_sha256: of the file of factors; None where it is not known yet.
         modules_to_save: paths of fully trained modules.
         labels: names of the model's classes, by index.
+        vocab_size: number of tokens of the model, where it has a vocabulary.
         more: entries of other packages' adapters.
     """
     return {
@@ -139,6 +153,7 @@ def sidecar(
         "adapter_sha256": adapter_sha256,
         "modules_to_save": list(modules_to_save),
         **({"labels": list(labels)} if labels else {}),
+        **({"vocab_size": vocab_size} if vocab_size else {}),
         "layers": {name: asdict(layer) for name, layer in layers.items()},
     }
 
@@ -189,9 +204,9 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     ):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} has no {name}: {hint}.")
-    layers, names, digest, labels = _read_sidecar(path / SIDECAR)
-    tensors = read_tensors(path / WEIGHTS)
-    if digest is not None and file_sha256(path / WEIGHTS) != digest:
+    record = _read_sidecar(path / SIDECAR)
+    layers, tensors = record.layers, read_tensors(path / WEIGHTS)
+    if record.adapter_sha256 is not None and file_sha256(path / WEIGHTS) != record.adapter_sha256:
         raise ValueError(
             f"{path / WEIGHTS} is not the file that {SIDECAR} was written with; save the adapter again, or delete "
             f"{SIDECAR} where stock PEFT wrote the file."
@@ -201,7 +216,8 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     for name in layers:  # PEFT saves it with an adapted embedding or head; the layer's hash already identifies it
         for part in ("weight", "bias"):
             tensors.pop(f"{PREFIX}{name}.base_layer.{part}", None)
-    return AdapterFolder(layers, factors, _module_states(tensors, names) if modules_to_save else {}, labels)
+    states = _module_states(tensors, record.modules_to_save) if modules_to_save else {}
+    return AdapterFolder(layers, factors, states, record.labels, record.vocab_size)
 
 
 def read_record(folder: Path) -> tuple[dict[str, SavedLayer], list[str]]:
@@ -210,8 +226,8 @@ def read_record(folder: Path) -> tuple[dict[str, SavedLayer], list[str]]:
     Raises:
         OSError, ValueError: there is no such file, or a damaged one.
     """
-    layers, modules_to_save, _, _ = _read_sidecar(folder / SIDECAR)
-    return layers, modules_to_save
+    record = _read_sidecar(folder / SIDECAR)
+    return record.layers, record.modules_to_save
 
 
 def read_labels(folder: Path) -> tuple[str, ...]:
@@ -220,7 +236,7 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     Raises:
         ValueError: ``ipca.json`` is damaged.
     """
-    return _read_sidecar(folder / SIDECAR)[3] if (folder / SIDECAR).is_file() else ()
+    return _read_sidecar(folder / SIDECAR).labels if (folder / SIDECAR).is_file() else ()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -250,7 +266,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | None, tuple[str, ...]]:
+def _read_sidecar(path: Path) -> _Record:
     try:
         record = json.loads(path.read_text())
         if record["format"] != 1:
@@ -263,7 +279,10 @@ def _read_sidecar(path: Path) -> tuple[dict[str, SavedLayer], list[str], str | N
         labels = record.get("labels", [])
         if not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
             raise TypeError(f"labels is {labels!r}, not a list of names")
-        return layers, record["modules_to_save"], record["adapter_sha256"], tuple(labels)
+        tokens = record.get("vocab_size")
+        if not isinstance(tokens, int | None):
+            raise TypeError(f"vocab_size is {tokens!r}, not a number")
+        return _Record(layers, record["modules_to_save"], record["adapter_sha256"], tuple(labels), tokens)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 

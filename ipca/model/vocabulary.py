@@ -21,11 +21,8 @@ def warn_of_vocabulary(
         base_model: folder or name of the base; default ``model.name_or_path``. One that is not on this disk is not
             compared.
     """
-    within, base = tuple(f"{name}." for name in saved), base_model or getattr(model, "name_or_path", None)
-    here = _tokens(getattr(model, "config", None))
-    modules = find_embeddings(model)
-    names = [name for name, module in model.named_modules() if any(module is each for each in modules)]
-    lost = [name for name in names if not f"{name}.".startswith(within)]
+    base, here = base_model or getattr(model, "name_or_path", None), vocab_size(model)
+    lost = _embeddings(model, saved)
     there = _stored_tokens(model, base) if here and lost and base else None
     if there and there != here:
         warnings.warn(
@@ -38,8 +35,37 @@ def warn_of_vocabulary(
         )
 
 
+def warn_of_other_vocabulary(
+    model: nn.Module, trained: int | None, saved: Iterable[str] = (), *, stacklevel: int = 3
+) -> None:
+    """Warn where ``model`` has another number of tokens than the model whose adapter it gets, which had ``trained``.
+
+    Args:
+        saved: as for :func:`warn_of_vocabulary`.
+    """
+    here, names = vocab_size(model), _embeddings(model, saved)
+    if trained and here and names and here != trained:
+        warnings.warn(
+            f"{', '.join(names)}: this vocabulary has {here} tokens, and the adapter was trained with {trained}, of "
+            "which it does not hold the rows; load it onto the model that it was trained on.",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def vocab_size(model: Any) -> int | None:
+    """The size of the vocabulary by the configuration of a model of transformers; None where there is none."""
+    return _tokens(getattr(model, "config", None))
+
+
+def _embeddings(model: nn.Module, saved: Iterable[str]) -> list[str]:
+    """The paths of the embeddings and the language head of ``model`` that are not in the modules ``saved``."""
+    within, modules = tuple(f"{name}." for name in saved), find_embeddings(model)
+    names = [name for name, module in model.named_modules() if any(module is each for each in modules)]
+    return [name for name in names if not f"{name}.".startswith(within)]
+
+
 def _tokens(config: Any) -> int | None:
-    """The size of the vocabulary by a configuration of transformers; None where there is none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     size = getattr(text, "vocab_size", None)
     return size if isinstance(size, int) else None

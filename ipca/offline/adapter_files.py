@@ -36,6 +36,7 @@ from ipca.io.peft_format import (
 )
 from ipca.io.serving import warn_servers
 from ipca.model.apply import adapted_layers
+from ipca.model.vocabulary import vocab_size
 from ipca.nn.initialization import frozen_weight
 from ipca.nn.layer_kinds import from_matrix
 from ipca.offline.decompose import FinishedLayer
@@ -81,7 +82,7 @@ def write_adapter(
         if doubled:
             saved = {layer.target.name: layer.saved for layer in layers}
             labels = class_names(getattr(source.model, "config", None))
-            record = sidecar(saved, digest, list(contents.modules_to_save), labels)
+            record = sidecar(saved, digest, list(contents.modules_to_save), labels, vocab_size(source.model))
             (folder / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
     warn_servers(folder)
 

@@ -8,6 +8,7 @@
 | the same | "all-linear" leaves out what no window fits; where it raises, the model is as it was |
 | the same | a PeftModel is refused as a base, around which an adapter would be saved under names that nothing reads |
 | the same | the weights of all layers are decomposed together once PEFT has made these; in ``MixedModel`` too |
+| the same, ``LoraModel.unload`` | heads and biases that a window has trained, and that stay so, are named |
 | ``LoraModel.merge_adapter`` | refused for some of several active adapters: PEFT would leave out the others |
 | ``PeftModel.save_pretrained`` | refused where stock PEFT would read another adapter; what it loses is named |
 | ``PeftModel.from_pretrained``, ``load_adapter`` | with ``is_trainable=True`` a window trains on as with its PCConfig |
@@ -28,12 +29,13 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraModel, PeftModel, get_peft_model_state_dict
 from peft.tuners import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, hotswap
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, hotswap
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -238,6 +240,32 @@ def merged_past_calls(model: LoraModel, adapters: Sequence[str] | None) -> list[
     return [path for path in held if path in ran.union(weight_reads(model.model, held).uncalled)]
 
 
+def trained_heads(model: nn.Module, adapter: str) -> list[str]:
+    """The modules that an adapter trains whole, and whose weights have moved."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            before, now = module.original_module.parameters(), module.modules_to_save[adapter].parameters()
+            if any(not torch.equal(old, new.to(old)) for old, new in zip(before, now, strict=True)):
+                found.append(name)
+    return found
+
+
+def warn_unloaded(model: LoraModel) -> None:
+    """Warn of what ``model`` leaves trained in its base where windows are active and it is unloaded."""
+    windows = {n: c for n, c in model.peft_config.items() if n in model.active_adapters and isinstance(c, PCConfig)}
+    left = list(dict.fromkeys(name for adapter in windows for name in trained_heads(model.model, adapter)))
+    biases = {config.bias for config in windows.values()} - {"none"}
+    left += [f"the biases ({each!r})" for each in sorted(biases)]
+    if left:
+        warnings.warn(
+            f"{few(left)} keep what was trained: PEFT's unload takes out only the factors. For the pretrained model "
+            "load the base again.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 def window_config(folder: str | os.PathLike[str], **kwargs: Any) -> PCConfig | None:
     """The configuration of a window in ``folder``, or a repository of the Hub; None where there is another adapter."""
     place = Path(folder, kwargs.get("subfolder") or "")
@@ -297,7 +325,7 @@ def install_guards() -> None:
     wrap_libraries()  # of which PEFT is imported now
     swap, combine = hotswap.hotswap_adapter_from_state_dict, LoraModel.add_weighted_adapter
     merge, load = LoraModel.merge_adapter, PeftModel.load_adapter
-    unload = LoraModel.merge_and_unload
+    merge_and_unload, unload = LoraModel.merge_and_unload, LoraModel.unload
     from_pretrained = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
     native_load = PeftAdapterMixin.load_adapter
     inject, save = LoraModel.inject_adapter, PeftModel.save_pretrained
@@ -344,6 +372,7 @@ def install_guards() -> None:
         if isinstance(config, PCConfig) and not loaded:
             add_heads(model, config)
             leave_out(model, config)
+        heads = [] if loaded or not windows else trained_heads(model, adapter_name)
         names = [name for name, _ in model.named_modules()]
         try:
             with all_or_nothing(model, adapter_name, config) if windows else nullcontext():
@@ -361,6 +390,13 @@ def install_guards() -> None:
             name_classes(model, config.records.labels, stacklevel=3)
             config.records.labels = class_names(getattr(model, "config", None))
             warn_unmatched(model, config, adapter_name)
+            if heads:
+                warnings.warn(
+                    f"{few(heads)}: the weights that an earlier adapter {adapter_name!r} has trained stay, and the new "
+                    "one starts from them; load the base again, or give the adapter another name.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             if not loaded:
                 warn_null(null_components(model, adapter_name), config.train)
                 layers = [path for path, layer in model.named_modules() if isinstance(layer, WindowLora)]
@@ -373,12 +409,16 @@ def install_guards() -> None:
         warn_bypassed(merged_past_calls(self, adapter_names))
         merge(self, adapter_names, *args, **kwargs)
 
+    @wraps(merge_and_unload)
+    def checked_merge_and_unload(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
+        given = signature(merge_and_unload).bind(self, *args, **kwargs).arguments
+        warn_bypassed(merged_past_calls(self, given.get("adapter_names")))
+        return merge_and_unload(self, *args, **kwargs)
+
     @wraps(unload)
-    def checked_unload(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
-        warn_bypassed(
-            merged_past_calls(self, signature(unload).bind(self, *args, **kwargs).arguments.get("adapter_names"))
-        )
-        return unload(self, *args, **kwargs)
+    def warned_unload(self: LoraModel) -> Any:
+        warn_unloaded(self)
+        return unload(self)
 
     @wraps(load)
     def resuming_load(
@@ -445,7 +485,8 @@ def install_guards() -> None:
     BaseTuner.__init__ = restoring_begin  # type: ignore[method-assign]
     LoraModel.inject_adapter = MixedModel.inject_adapter = checked_inject  # type: ignore[assignment,method-assign]
     LoraModel.merge_adapter = checked_merge  # type: ignore[assignment,method-assign]
-    LoraModel.merge_and_unload = checked_unload  # type: ignore[assignment,method-assign]
+    LoraModel.merge_and_unload = checked_merge_and_unload  # type: ignore[assignment,method-assign]
+    LoraModel.unload = warned_unload  # type: ignore[assignment,method-assign]
     PeftAdapterMixin.load_adapter = checked_native_load  # type: ignore[method-assign]
     PeftModel.save_pretrained = checked_save  # type: ignore[method-assign]
     PeftModel.load_adapter = resuming_load  # type: ignore[method-assign]

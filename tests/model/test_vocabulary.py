@@ -1,5 +1,6 @@
 """A vocabulary that was resized after its base was saved: what would lose it is named, and what is advised keeps it."""
 
+import json
 import re
 import warnings
 
@@ -121,6 +122,33 @@ def test_embeddings_that_train_whole_are_in_the_adapter(tmp_path):
     part = trained(stored(llama, tmp_path / "base", 66), modules_to_save=["embed_tokens"])
     (line,) = said(lambda: ipca.save_adapter(part, tmp_path / "part"))
     assert line.startswith("lm_head: this vocabulary has 66 tokens")
+
+
+@pytest.mark.parametrize("make", NAMES)
+def test_loading_names_a_vocabulary_that_was_not_trained(make, tmp_path):
+    ipca.save_adapter(trained(stored(make, tmp_path / "base")), tmp_path / "adapter")
+    model = stored(make, tmp_path / "base", 66)
+    message = f"{NAMES[make]}: this vocabulary has 66 tokens, and the adapter was trained with 64, of which it does not"
+    (line,) = said(lambda: ipca.load_adapter(model, tmp_path / "adapter"))
+    assert line.startswith(message)
+    (line,) = said(lambda: ipca.load_adapter(model, tmp_path / "adapter"))  # resumed in place
+    assert line.startswith(message)
+    assert not said(lambda: ipca.load_adapter(stored(make, tmp_path / "base"), tmp_path / "adapter"))
+
+
+def test_the_commands_say_so_and_an_adapter_of_an_earlier_version_does_not_know(tmp_path):
+    from ipca.cli.main import main
+
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    with pytest.warns(RuntimeWarning, match="this vocabulary has 66 tokens"):
+        ipca.save_adapter(trained(stored(llama, base, 66)), folder)
+    for command in ("merge", "export"):
+        lines = said(lambda command=command: main([command, str(base), str(folder), "-o", str(tmp_path / command)]))
+        assert [line for line in lines if "has 64 tokens, and the adapter was trained with 66" in line] == lines != []
+    record = json.loads((folder / "ipca.json").read_text())
+    assert record.pop("vocab_size") == 66
+    (folder / "ipca.json").write_text(json.dumps(record))
+    assert not said(lambda: ipca.load_adapter(stored(llama, base), folder))
 
 
 @pytest.mark.parametrize("make", [llama, tied])

@@ -1,6 +1,7 @@
 """A base that PEFT has wrapped already, as in a notebook: an adapter of the same name replaces a window whole."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -199,6 +200,42 @@ def test_a_peft_model_is_no_base(tmp_path):
     assert off(output(read(plain, tmp_path / "again"), x), y) < 1e-6
     again = get_peft_model(model.unload(), PCConfig(r=2, target_modules=["a"]))
     assert torch.equal(output(again, x), output(plain, x))
+
+
+def said(call):
+    """The value of ``call``, and what it warns of weights that stay trained."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = call()
+    return value, [str(each.message) for each in caught if "trained" in str(each.message)]
+
+
+def test_a_head_that_stays_trained_is_named():
+    base, x = CASES["vit"].build().eval(), CASES["vit"].x()
+    before, config = copy.deepcopy(base.classifier), PCConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(base, config)
+    assert said(lambda: get_peft_model(base, copy.deepcopy(config)))[1] == []  # nothing has been trained yet
+    train(model, x)
+    (line,) = said(lambda: get_peft_model(base, PCConfig(r=2, target_modules="all-linear")))[1]
+    assert line.startswith("classifier: the weights that an earlier adapter 'default' has trained stay, and the new")
+    new, lines = said(lambda: get_peft_model(base, PCConfig(r=2, target_modules="all-linear"), adapter_name="new"))
+    assert lines == []
+    assert torch.equal(new.base_model.model.classifier.modules_to_save["new"].weight, before.weight)
+
+
+def test_what_unloading_leaves_trained_is_named():
+    base, x = CASES["vit"].build().eval(), CASES["vit"].x()
+    before, model = copy.deepcopy(base.classifier), get_peft_model(base, PCConfig(r=2, target_modules="all-linear"))
+    assert said(copy.deepcopy(model).unload)[1] == []
+    train(model, x)
+    plain, (line,) = said(model.unload)
+    assert line.startswith("classifier keep what was trained: PEFT's unload takes out only the factors.")
+    assert not torch.equal(plain.classifier.weight, before.weight)
+    for config, left in ((PCConfig, ["the biases ('all')"]), (LoraConfig, [])):
+        model = get_peft_model(Small(), config(r=2, target_modules=["a", "b"], bias="all"))
+        assert [each.split(" keep")[0] for each in said(model.unload)[1]] == left
+    _, model = small()
+    assert said(copy.deepcopy(model).unload)[1] == said(copy.deepcopy(model).merge_and_unload)[1] == []
 
 
 @pytest.mark.parametrize("config", [PCConfig, LoraConfig])
