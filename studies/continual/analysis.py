@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import mean
 
 from ipca.lab.statistics import LEVEL, Interval, difference, estimate, holm, mean_interval
-from studies.continual.design import COMPARED, SEEDS, Scores, best_rate, grid
-from studies.continual.rows import Rows
+from studies.continual.design import COMPARED, SEEDS, Scores, best_rate, chosen, grid
+from studies.continual.rows import Row, Rows
 
 MIDDLE = "fresh"
 ALIKE = 0.01
@@ -84,19 +85,30 @@ class Analysis:
         seeds = self.seeds(method)
         return best_rate(self._of(method, seeds)) if len(seeds) > 1 else None
 
+    def taken(self, method: str) -> Counter[float]:
+        """The rates that are best on the other seeds, each with the number of seeds that are taken at it."""
+        return Counter(self._chosen(method).values())
+
     def is_edge(self, method: str) -> bool:
-        """Whether the best rate is the lowest or the highest of the grid."""
+        """Whether the best rate, of all seeds or of the others of one, is the lowest or the highest of the grid."""
         rates = self.rates(method)
-        return self.best(method) in (rates[0], rates[-1])
+        return not {rates[0], rates[-1]}.isdisjoint({self.best(method), *self.taken(method)})
 
     def tuned(self, method: str, metric: str = "acc") -> dict[int, float]:
         """By seed the metric at the rate that is best on the other seeds; 0 of a stream that diverged."""
-        seeds = self.seeds(method)
-        if len(seeds) < 2:
-            return {}
-        chosen = {seed: best_rate(self._of(method, [s for s in seeds if s != seed])) for seed in seeds}
-        at = {(run.rate, run.seed): row for run, row in self._rows.items() if run.method == method}
-        return {seed: at[rate, seed].get(metric, 0.0) for seed, rate in chosen.items()}
+        at = self._at(method)
+        return {seed: at[rate, seed].get(metric, 0.0) for seed, rate in self._chosen(method).items()}
+
+    def at_rate(self, method: str, rate: float, metric: str) -> float | None:
+        """The mean of a metric over all streams at one rate; None where there are none."""
+        found = [row.get(metric, 0.0) for (each, _), row in self._at(method).items() if each == rate]
+        return mean(found) if found else None
+
+    def _at(self, method: str) -> dict[tuple[float, int], Row]:
+        return {(run.rate, run.seed): row for run, row in self._rows.items() if run.method == method}
+
+    def _chosen(self, method: str) -> dict[int, float]:
+        return chosen(self._of(method, self.seeds(method)))
 
     def compared(self) -> list[Compared]:
         """The primary comparisons that have two seeds, with the correction over all that have a verdict."""

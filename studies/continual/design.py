@@ -12,7 +12,8 @@ TEXT = Path(__file__).resolve().parent / "PROTOCOL.md"
 PAIRS = (0, 2, 4, 6, 8)
 """The tasks, each the first of two neighboring animals, in the order of training."""
 STEPS, BATCH, SEEDS = 80, 32, 10
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""The lowest was added when there were rows (PROTOCOL.md, Changes), and is in no hash."""
 CENTERS = {
     "fresh": 3e-4,
     "pissa": 1e-4,
@@ -49,7 +50,7 @@ class Run:
 def protocol_sha256() -> str:
     """A hash of the protocol's text but for its list of changes, and of the numbers here."""
     text = TEXT.read_text(encoding="utf-8").partition("\n## Changes")[0]
-    numbers = (PAIRS, STEPS, BATCH, SEEDS, RATES, CENTERS, COMPARED)
+    numbers = (PAIRS, STEPS, BATCH, SEEDS, RATES[1:], CENTERS, COMPARED)
     return hashlib.sha256(f"{text}\n{numbers!r}".encode()).hexdigest()
 
 
@@ -67,17 +68,27 @@ def grid(method: str, scores: Scores) -> tuple[float, ...]:
     """The rates of a method, ascending.
 
     Three at first. When all of them have two seeds or more and the best is the lowest or the highest, the next one of
-    :data:`RATES` on that side is added, again and again.
+    :data:`RATES` on that side is added, again and again; so is one next to a rate that is best for a seed of ten.
     """
     low = RATES.index(CENTERS[method]) - 1
     high = low + 2
     while all(len(scores.get(rate, {})) > 1 for rate in RATES[low : high + 1]):
-        best = RATES.index(best_rate({rate: scores[rate] for rate in RATES[low : high + 1]}))
-        if (best == low and low > 0) or (best == high and high < len(RATES) - 1):
-            low, high = (low - 1, high) if best == low else (low, high + 1)
+        here = {rate: scores[rate] for rate in RATES[low : high + 1]}
+        taken = {best_rate(here), *(chosen(here).values() if min(map(len, here.values())) == SEEDS else ())}
+        if RATES[low] in taken and low > 0:
+            low -= 1
+        elif RATES[high] in taken and high < len(RATES) - 1:
+            high += 1
         else:
             break
     return RATES[low : high + 1]
+
+
+def chosen(scores: Scores) -> dict[int, float]:
+    """By seed of all rates, the best rate on the *other* seeds; of two seeds or more."""
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in scores.values())))
+    others = {s: {rate: {o: by_seed[o] for o in seeds if o != s} for rate, by_seed in scores.items()} for s in seeds}
+    return {seed: best_rate(found) for seed, found in others.items()} if len(seeds) > 1 else {}
 
 
 def best_rate(scores: Scores) -> float:

@@ -14,7 +14,7 @@ from ipca.analysis.figures import PALETTE
 from ipca.lab.statistics import Interval
 from ipca.lab.sweep.report.style import Style
 from studies.continual.analysis import METRICS, MIDDLE, Analysis, Compared
-from studies.continual.design import CENTERS
+from studies.continual.design import CENTERS, RATES
 from studies.continual.rows import RESULTS, Rows
 from studies.page import markdown, update_page
 from studies.plots import Point, marks, sheet
@@ -47,6 +47,7 @@ def sections(analysis: Analysis) -> dict[str, str]:
         "picture": "![each method](../../studies/continual/results/methods.png)" if compared else _NOTHING,
         "comparisons": comparisons(compared) if compared else _NOTHING,
         "methods": methods(analysis) if any(map(analysis.tuned, CENTERS)) else _NOTHING,
+        "rates": every_rate(analysis) if any(map(analysis.tuned, CENTERS)) else _NOTHING,
     }
 
 
@@ -96,13 +97,25 @@ def methods(analysis: Analysis) -> str:
     """Each method at its best rate as a table."""
     rows = []
     for method in CENTERS:
-        best, seeds = analysis.best(method), analysis.seeds(method)
+        taken, seeds = sorted(analysis.taken(method).items()), analysis.seeds(method)
         cells = [_mean(analysis.mean_of(method, metric)) for metric in METRICS]
-        rate = "–" if best is None else f"{best:g}{' (edge)' if analysis.is_edge(method) else ''}"
+        at = ", ".join(f"{rate:g} ({count})" if len(taken) > 1 else f"{rate:g}" for rate, count in taken) or "–"
+        rate = f"{at}, edge" if taken and analysis.is_edge(method) else at
         rates = ", ".join(f"{each:g}" for each in analysis.rates(method))
         rows.append([NAMES[method], rate, rates, str(len(seeds)), *cells])
-    table = markdown(["method", "best rate", "rates", "seeds", *_TITLES.values()], rows)
+    table = markdown(["method", "best rate (seeds)", "rates", "seeds", *_TITLES.values()], rows)
     return f"{table}\n\nBefore the first task the accuracy on digits is {_number(analysis.before)}."
+
+
+def every_rate(analysis: Analysis) -> str:
+    """Accuracy after five tasks, and on digits, of each method at each rate."""
+    used = [rate for rate in RATES if any(rate in analysis.rates(method) for method in CENTERS)]
+    rows = []
+    for method in CENTERS:
+        pairs = [[analysis.at_rate(method, rate, metric) for metric in ("acc", "retained_after")] for rate in used]
+        cells = [" / ".join(_number(value) for value in pair if value is not None) or "–" for pair in pairs]
+        rows.append([NAMES[method], *cells])
+    return markdown(["method", *(f"{rate:g}" for rate in used)], rows)
 
 
 def draw(analysis: Analysis) -> dict[Path, Figure]:

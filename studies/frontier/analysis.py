@@ -19,6 +19,7 @@ from studies.frontier.curve import Curve, along_scale, along_training
 from studies.frontier.design import Design, Run, Scores, best_rate, grid
 from studies.frontier.rows import Line, Rows
 
+_COLLECTING = "collecting: "
 EQUIVALENT = 0.1
 """Two arms are equivalent if the 90 % interval of their ratio is within 1 ± this."""
 
@@ -159,12 +160,15 @@ class Analysis:
         """The rates that the rows at hand ask for, ascending."""
         return tuple(sorted(grid(self.design.arms[arm].rate, self.scores(task, steps, arm, 1))))
 
-    def rates(self, task: str, steps: int, arm: str, at: int = 1) -> dict[int, float]:
+    def rates(self, task: str, steps: int, arm: str, at: int = 1, *, training: bool = False) -> dict[int, float]:
         """By seed, the rate that is best on the *other* seeds by the primary metric at a target, the middle one.
 
         The arm's center with one seed, and where the other seeds have no rate in common with it.
+
+        Args:
+            training: by the metric at the step that reaches the target, instead of at the smallest λ that does.
         """
-        found = self.scores(task, steps, arm, at)
+        found = self.scores(task, steps, arm, at, training=training)
         chosen = {}
         for seed in sorted({seed for by_seed in found.values() for seed in by_seed}):
             others = {
@@ -191,10 +195,27 @@ class Analysis:
         """The metric at a target by seed; None where the target is not reached.
 
         Args:
+            training: at the step that reaches the target, with the rates that are best for that.
             at: the target by which the rates are chosen.
         """
         found = self.scores(task, steps, arm, place, metric, training=training)
-        return {seed: found[rate].get(seed) for seed, rate in self.rates(task, steps, arm, at).items()}
+        chosen = self.rates(task, steps, arm, at, training=training)
+        return {seed: found[rate].get(seed) for seed, rate in chosen.items()}
+
+    def is_early(self, task: str, steps: int, place: int, *arms: str) -> bool:
+        """Whether more than half of the runs that are stopped at a target reach it before their first checkpoint.
+
+        There a curve along training rests on the base and that checkpoint, and nothing checks it.
+        """
+        first, target = self.design.steps_measured(steps)[0], self.design.targets[task, steps][place]
+        stops = []
+        for arm in arms:
+            chosen = self.rates(task, steps, arm, training=True)
+            runs = [Run(task, steps, arm, rate, seed) for seed, rate in chosen.items()]
+            curves = [self.curve(run, training=True) for run in runs if run in self.runs]
+            stops += [curve.where(target) for curve in curves if curve is not None]
+        reached = [stop for stop in stops if stop is not None]
+        return 2 * sum(stop < first for stop in reached) > len(reached)
 
     def compare(
         self,
@@ -231,13 +252,14 @@ class Analysis:
 
     def _family(self, pairs: Iterable[tuple[str, str]]) -> list[Comparison]:
         pairs, cells = tuple(pairs), set(self.design.cells())
-        return corrected(
+        found = (
             self.compare(task, steps, place, arm, other)
             for task, steps in self.design.targets
             for place in range(3)
             for arm, other in pairs
             if {(task, steps, arm), (task, steps, other)} <= cells
         )
+        return corrected(found, whole=self.design.whole_family)
 
     def obstacle(self, task: str, steps: int, arms: Sequence[str], seeds: int, reached: int) -> str:
         """Why a comparison of ``arms`` has no verdict; empty if it has one.
@@ -248,10 +270,9 @@ class Analysis:
         """
         enough = self.design.enough
         if seeds < enough:
-            return f"collecting: {seeds} of {enough} seeds"
-        for arm in arms:
-            if untuned := self.untuned(task, steps, arm):
-                return untuned
+            return f"{_COLLECTING}{seeds} of {enough} seeds"
+        if untuned := [words for arm in arms if (words := self.untuned(task, steps, arm))]:
+            return "; ".join(untuned).replace(f"; {_COLLECTING}", "; ")
         if reached < enough:
             return f"not reached at the chosen rates ({reached} of {seeds} seeds)"
         return ""
@@ -261,7 +282,7 @@ class Analysis:
         found, rates = self.scores(task, steps, arm, 1), self.grid(task, steps, arm)
         lacking = [rate for rate in rates if len(found.get(rate, {})) < self.design.enough]
         if lacking:
-            return f"collecting: {self.design.arms[arm].title} at {', '.join(f'{rate:g}' for rate in lacking)}"
+            return f"{_COLLECTING}{self.design.arms[arm].title} at {', '.join(f'{rate:g}' for rate in lacking)}"
         if best_rate(found) in (rates[0], rates[-1]):
             return f"{self.design.arms[arm].title} is best at the edge of its rates, {best_rate(found):g}"
         return ""
@@ -279,10 +300,11 @@ class Analysis:
                 errors.append(abs(read / line[metric] - 1))
         return (len(errors), max(errors)) if errors else None
 
-    def one_standard_error(self, task: str, steps: int, arm: str) -> float | None:
+    def one_standard_error(self, task: str, steps: int, arm: str) -> tuple[float, str] | None:
         """The lowest rate whose mean cross-entropy on the new task at λ = 1 is within one standard error of the best.
 
-        None without a run that did not diverge.
+        None without a run that did not diverge. With it ``"only rate"``; ``"edge"`` where it is the lowest rate tried,
+        or the best is the lowest or the highest; or an empty text.
         """
         found: dict[float, list[float]] = {}
         for run in self.of(task, steps, arm):
@@ -290,9 +312,12 @@ class Analysis:
         finite = {rate: values for rate, values in found.items() if all(map(math.isfinite, values))}
         if not finite:
             return None
-        best = min(finite.values(), key=mean)
+        top = min(finite, key=lambda rate: mean(finite[rate]))
+        best = finite[top]
         error = float(np.std(best, ddof=1)) / math.sqrt(len(best)) if len(best) > 1 else 0.0
-        return min(rate for rate, values in finite.items() if mean(values) <= mean(best) + error)
+        chosen = min(rate for rate, values in finite.items() if mean(values) <= mean(best) + error)
+        is_edge = chosen == min(found) or top == max(found)
+        return chosen, "only rate" if len(found) == 1 else "edge" if is_edge else ""
 
     def item_error(self, run: Run, name: str) -> float | None:
         """The standard error of a metric at λ = 1 over the sequences of its text; None if there are none."""
@@ -309,11 +334,17 @@ def _pairs(first: Mapping[int, float | None], second: Mapping[int, float | None]
     return [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
 
 
-def corrected(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """A family of comparisons with Holm's correction over those that have a verdict."""
+def corrected(comparisons: Iterable[Comparison], *, whole: bool = False) -> list[Comparison]:
+    """A family of comparisons with Holm's correction over those that have a verdict.
+
+    Args:
+        whole: over all of them; one without a verdict counts as if its p were 1.
+    """
     found = list(comparisons)
     ready = [c for c in found if not c.obstacle and c.ratio is not None and not math.isnan(c.ratio.p)]
-    adjusted = dict(zip(map(id, ready), holm([c.ratio.p for c in ready if c.ratio]), strict=True))
+    rest = [1.0] * (len(found) - len(ready)) if whole else []
+    values = holm([*(c.ratio.p for c in ready if c.ratio), *rest])[: len(ready)]
+    adjusted = dict(zip(map(id, ready), values, strict=True))
     return [replace(c, adjusted=adjusted.get(id(c), math.nan)) for c in found]
 
 
@@ -329,7 +360,10 @@ def base(lines: Sequence[Line], metric: str) -> float:
 
 
 def spread(scores: Scores) -> float | None:
-    """The highest over the lowest mean divergence among the rates at which every seed reaches the target."""
+    """The highest over the lowest mean divergence among the rates at which every seed reaches the target, from two on.
+
+    A rate that misses the target is in no ratio, however far it moves the model.
+    """
     means = [
         mean(score for score in by_seed.values() if score is not None)
         for by_seed in scores.values()

@@ -29,8 +29,15 @@ class Curve:
 
     def when(self, target: float) -> float | None:
         """The other metric where the cross-entropy on the new task first is ``target`` or less; None if it never is."""
+        return self._first(self.other, target)
+
+    def where(self, target: float) -> float | None:
+        """The λ, or the step, at which the cross-entropy on the new task first is ``target`` or less."""
+        return self._first(self.at, target)
+
+    def _first(self, values: Vector, target: float) -> float | None:
         reached = np.flatnonzero(self.new <= target)
-        return float(self.other[reached[0]]) if len(reached) else None
+        return float(values[reached[0]]) if len(reached) else None
 
     @property
     def lowest(self) -> float:

@@ -118,6 +118,8 @@ class Design:
         enough: seeds below which there is no verdict.
         autocast: train under bfloat16 autocast; otherwise in the dtype of the weights.
         root: interpolate the root of a divergence, which is nearly linear in λ, instead of the divergence.
+        claims_rates: the protocol claims that high rates do the middle window no harm.
+        whole_family: Holm's correction counts comparisons without a verdict, too.
         itemized: the seeds of which the values of single tokens are kept; None for all.
     """
 
@@ -141,6 +143,8 @@ class Design:
     enough: int = field(default=5, kw_only=True, repr=False)
     autocast: bool = field(default=True, kw_only=True, repr=False)
     root: bool = field(default=False, kw_only=True, repr=False)
+    claims_rates: bool = field(default=False, kw_only=True, repr=False)
+    whole_family: bool = field(default=False, kw_only=True, repr=False)
     itemized: tuple[int, ...] | None = field(default=None, kw_only=True, repr=False)
 
     @property

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "results"
 NOT_RUN = "Not run."
 TARGETS = ("easiest", "middle", "hardest")
+EARLY = "†"
+EARLY_NOTE = (
+    f"{EARLY} More than half of these runs reach the target before their first checkpoint, at a quarter of the steps. "
+    "There the curve rests on the base and that checkpoint, and nothing checks the interpolation."
+)
 
 
 def write_page(
@@ -59,9 +64,10 @@ def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
 def shared_sections(analysis: Analysis, folder: Path) -> dict[str, str]:
     """What the pages of all models have."""
     found = analysis.comparisons()
+    said = [*sentences(analysis, found), *(rate_sentences(analysis) if analysis.design.claims_rates else ())]
     return {
         "progress": progress(analysis),
-        "findings": "\n".join(f"- {sentence}" for sentence in sentences(analysis, found)) or NOT_RUN,
+        "findings": "\n".join(f"- {sentence}" for sentence in said) or NOT_RUN,
         "frontier": picture(analysis, folder, "frontier"),
         "comparisons": comparisons_table(analysis, found),
         "targets": targets_table(analysis),
@@ -98,8 +104,8 @@ def sentences(analysis: Analysis, comparisons: list[Comparison]) -> Iterator[str
         for arm, other in _pairs(analysis):
             found = [c for c in comparisons if (c.task, c.steps, c.arm, c.other) == (task, steps, arm, other)]
             if any(c.ratio for c in found):
-                stopped = [analysis.compare(task, steps, place, arm, other, training=True) for place in range(3)]
-                along = f"Stopped at the target instead of scaled: {', '.join(ratio_text(c.ratio) for c in stopped)}."
+                stopped = [stopped_text(analysis, task, steps, place, arm, other) for place in range(3)]
+                along = f"Stopped at the target instead of scaled: {', '.join(stopped)}."
                 head = f"{cell_title(analysis, task, steps)} steps, {title(arm)} against {title(other)}"
                 yield f"{head} – {_says(found)} {along}"
 
@@ -194,7 +200,7 @@ def targets_table(analysis: Analysis) -> str:
             if analysis.of(task, steps, arm):
                 by_place = [analysis.tuned(task, steps, arm, place) for place in range(3)]
                 cells = [_mean_of(found.values()) for found in by_place]
-                rates = ", ".join(f"{rate:g}" for rate in sorted(set(analysis.rates(task, steps, arm).values())))
+                rates = _rates_text(analysis.rates(task, steps, arm))
                 rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), rates, *cells])
     head = ["new task, steps", "arm", "rate", *(f"{name} target" for name in TARGETS)]
     named = "; ".join(
@@ -210,12 +216,29 @@ def training_table(analysis: Analysis) -> str:
     for task, steps in analysis.design.targets:
         for arm, other in _pairs(analysis):
             if {(task, steps, arm), (task, steps, other)} <= cells:
-                found = [analysis.compare(task, steps, place, arm, other, training=True) for place in range(3)]
-                if any(c.ratio for c in found):
-                    ratios = [f"{ratio_text(c.ratio)}, n = {c.ratio.n}" if c.ratio else "–" for c in found]
-                    rows.append([cell_title(analysis, task, steps), *map(analysis.design.title, (arm, other)), *ratios])
-    head = ["new task, steps", "arm", "against", *(f"{name} target" for name in TARGETS)]
-    return markdown(head, rows) if rows else NOT_RUN
+                found = [stopped_text(analysis, task, steps, place, arm, other, seeds=True) for place in range(3)]
+                if set(found) != {"–"}:
+                    names = map(analysis.design.title, (arm, other))
+                    rates = " / ".join(_rates_text(analysis.rates(task, steps, e, training=True)) for e in (arm, other))
+                    rows.append([cell_title(analysis, task, steps), *names, rates, *found])
+    head = ["new task, steps", "arm", "against", "rates", *(f"{name} target" for name in TARGETS)]
+    return f"{markdown(head, rows)}\n\n{EARLY_NOTE}" if rows else NOT_RUN
+
+
+def stopped_text(
+    analysis: Analysis, task: str, steps: int, place: int, arm: str, other: str, *, seeds: bool = False
+) -> str:
+    """The ratio of runs that are stopped at a target, marked where they are early; with its n for ``seeds``."""
+    ratio = analysis.compare(task, steps, place, arm, other, training=True).ratio
+    if ratio is None:
+        return "–"
+    mark = EARLY if analysis.is_early(task, steps, place, arm, other) else ""
+    return f"{ratio_text(ratio)}{mark}" + (f", n = {ratio.n}" if seeds else "")
+
+
+def _rates_text(chosen: Mapping[int, float]) -> str:
+    """The rates that seeds are taken at."""
+    return ", ".join(f"{rate:g}" for rate in sorted(set(chosen.values())))
 
 
 def tuned_table(analysis: Analysis) -> str:
@@ -223,12 +246,14 @@ def tuned_table(analysis: Analysis) -> str:
     rows = []
     for task, steps in analysis.design.targets:
         for arm in analysis.design.arms:
-            rate = analysis.one_standard_error(task, steps, arm)
-            chosen = [run for run in analysis.of(task, steps, arm) if run.rate == rate]
-            if chosen:
+            found = analysis.one_standard_error(task, steps, arm)
+            if found is not None:
+                rate, mark = found
+                chosen = [run for run in analysis.of(task, steps, arm) if run.rate == rate]
                 metrics = ("ce_new", *(f"kl_{name}" for name in analysis.design.kept))
                 means = [mean(final(analysis.runs[run], metric) for run in chosen) for metric in metrics]
-                cells = [f"{rate:g}", str(len(chosen)), f"{means[0]:.3f}", *(f"{value:#.3g}" for value in means[1:])]
+                at = f"{rate:g} ({mark})" if mark else f"{rate:g}"
+                cells = [at, str(len(chosen)), f"{means[0]:.3f}", *(f"{value:#.3g}" for value in means[1:])]
                 rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), *cells])
     kept = [f"KL, {analysis.design.title(name)}" for name in analysis.design.kept]
     head = ["new task, steps", "arm", "rate", "n", "CE, new task", *kept]
@@ -240,16 +265,38 @@ def rates_table(analysis: Analysis) -> str:
     rows = []
     for task, steps in analysis.design.targets:
         for arm in analysis.design.arms:
-            scores = analysis.scores(task, steps, arm, 1)
-            found = spread(scores)
-            if found is not None:
-                reached = [rate for rate, by_seed in sorted(scores.items()) if None not in by_seed.values()]
-                listed = ", ".join(f"{rate:g}" for rate in reached)
-                rows.append([cell_title(analysis, task, steps), analysis.design.title(arm), listed, f"{found:.2f}"])
-    head = ["new task, steps", "arm", "rates at which every seed reaches the target", "highest / lowest KL"]
+            scores = dict(sorted(analysis.scores(task, steps, arm, 1).items()))
+            if len(scores) > 1:
+                counts = {rate: [score is not None for score in by_seed.values()] for rate, by_seed in scores.items()}
+                reached = ", ".join(f"{rate:g}" for rate, each in counts.items() if all(each))
+                missed = ", ".join(
+                    f"{rate:g} ({sum(each)} of {len(each)})" for rate, each in counts.items() if not all(each)
+                )
+                found = spread(scores)
+                ratio = "–" if found is None else f"{found:.2f}"
+                names = [cell_title(analysis, task, steps), analysis.design.title(arm)]
+                rows.append([*names, reached or "–", missed or "–", ratio])
+    reach = ["rates at which every seed reaches the target", "other rates (seeds that reach it)"]
     if analysis.runs and not rows:
-        return "No arm has two rates yet at which every seed reaches the middle target."
-    return markdown(head, rows) if rows else NOT_RUN
+        return "No arm has two rates yet."
+    return markdown(["new task, steps", "arm", *reach, "highest / lowest KL"], rows) if rows else NOT_RUN
+
+
+def rate_sentences(analysis: Analysis) -> Iterator[str]:
+    """One sentence for each new task and length on the claim that high rates do the middle window no harm along λ."""
+    arm, other = _pairs(analysis)[0]
+    for task, steps in analysis.design.targets:
+        found = [spread(analysis.scores(task, steps, each, 1)) for each in (arm, other)]
+        middle, lora = found
+        if middle is not None and lora is not None:
+            untuned = [words for each in (arm, other) if (words := analysis.untuned(task, steps, each))]
+            said = "refuted" if middle > lora else "not refuted"
+            said = f"no verdict ({'; '.join(untuned)})" if untuned else said
+            yield (
+                f'{cell_title(analysis, task, steps)} steps, "high rates do no harm along λ" – {said}. Highest over '
+                f"lowest KL among the rates that reach the middle target with every seed: {middle:.2f}, plain LoRA's "
+                f"{lora:.2f}."
+            )
 
 
 def kept_table(analysis: Analysis) -> str:

@@ -56,13 +56,14 @@ def profile(analysis: Analysis, task: str, steps: int, place: int) -> dict[str, 
 
 
 def shapes(analysis: Analysis) -> list[Shape]:
-    """The two lines of every cell and target, with Holm's correction over all sides that have a verdict."""
-    sides = corrected(
+    """The two lines of every cell and target, with Holm's correction over all sides."""
+    found = (
         _side(analysis, task, steps, place, side)
         for task, steps in analysis.design.targets
         for place in range(3)
         for side in SIDES
     )
+    sides = corrected(found, whole=analysis.design.whole_family)
     return [Shape(left, right) for left, right in zip(sides[::2], sides[1::2], strict=True)]
 
 

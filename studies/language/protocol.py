@@ -55,6 +55,7 @@ PLAN = Design(
     families=(tuple((MAIN[0], other) for other in MAIN[1:]),),
     titles={"german": "German manual pages", "cpp": "C++ headers", "other": "other task"},
     kept=("samples", "prose", "other"),
+    claims_rates=True,
 )
 """Everything but the targets."""
 PROTOCOL = Protocol(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ipca.analysis.figures import INK, PALETTE
 from studies.frontier.analysis import Analysis, Comparison
-from studies.frontier.page import NOT_RUN, TARGETS, by_target, cell_title, ratio_text
+from studies.frontier.page import EARLY_NOTE, NOT_RUN, TARGETS, by_target, cell_title, ratio_text, stopped_text
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
 from studies.language.protocol import PROTOCOL as LANGUAGE
@@ -93,6 +93,13 @@ class Found:
         return str(middle.n if middle is not None else 0)
 
     @property
+    def ratios(self) -> list[str]:
+        """The ratio at each target, with its number of seeds where that is another one than :attr:`n`."""
+        found = [c.ratio for c in self.targets]
+        seeds = ["" if each is None or str(each.n) == self.n else f", n = {each.n}" for each in found]
+        return [ratio_text(each) + n for each, n in zip(found, seeds, strict=True)]
+
+    @property
     def is_decided(self) -> bool:
         """Whether there is a verdict at a target."""
         return self.claimed and not all(c.obstacle for c in self.targets)
@@ -144,23 +151,23 @@ def _pair(study: Source, claims: Mapping[Key, Comparison], task: str, steps: int
     targets = tuple(claims.get(key) or analysis.compare(*key) for key in keys)
     if not any(c.ratio is not None and c.ratio.n > 1 for c in targets):
         return []
-    otherwise = _otherwise(analysis, task, steps, arm, other, bool(targets[1].obstacle))
+    otherwise = _otherwise(analysis, task, steps, arm, other)
     cell = f"{study.model}, {cell_title(analysis, task, steps)} steps"
     return [Found(cell, f"{title(arm)} / {title(other)}", targets, keys[0] in claims, study.kind, otherwise)]
 
 
-def _otherwise(analysis: Analysis, task: str, steps: int, arm: str, other: str, is_open: bool) -> dict[str, str]:
-    """What one other choice each would give; of an open comparison, whose rates lack seeds, only the first two."""
+def _otherwise(analysis: Analysis, task: str, steps: int, arm: str, other: str) -> dict[str, str]:
+    """What one other choice each would give."""
     design, cell = analysis.design, (task, steps)
-    stopped = analysis.compare(*cell, 1, arm, other, training=True).ratio
+    stopped = stopped_text(analysis, *cell, 1, arm, other)
     texts = {name: f"kl_{name}" for name in design.kept if f"kl_{name}" != design.metric}
     there = [
         f"{design.title(name)} {ratio_text(analysis.compare(*cell, 1, arm, other, metric).ratio)}"
         for name, metric in texts.items()
     ]
-    first = None if is_open else analysis.at_first_rates(*cell, 1, arm, other)
-    hardest = None if is_open else analysis.compare(*cell, 2, arm, other, at=2).ratio
-    words = (ratio_text(stopped), "; ".join(there), ratio_text(first), ratio_text(hardest))
+    first = analysis.at_first_rates(*cell, 1, arm, other)
+    hardest = analysis.compare(*cell, 2, arm, other, at=2).ratio
+    words = (stopped, "; ".join(there), ratio_text(first), ratio_text(hardest))
     return dict(zip(CHOICES, words, strict=True))
 
 
@@ -188,11 +195,7 @@ def sentences(found: Mapping[str, list[Found]]) -> str:
 
 def table(found: Mapping[str, list[Found]]) -> str:
     """The ratios at the three targets, with the verdict of each study's protocol."""
-    rows = [
-        [pair.arms, pair.cell, pair.n, *(ratio_text(c.ratio) for c in pair.targets), pair.verdict]
-        for pairs in found.values()
-        for pair in pairs
-    ]
+    rows = [[pair.arms, pair.cell, pair.n, *pair.ratios, pair.verdict] for pairs in found.values() for pair in pairs]
     return markdown(["ratio", "model, new task", "n", *(f"{name} target" for name in TARGETS), "verdict"], rows)
 
 
@@ -203,7 +206,7 @@ def choices(found: Mapping[str, list[Found]]) -> str:
         for pairs in found.values()
         for pair in pairs
     ]
-    return markdown(["ratio", "model, new task", "as compared", *CHOICES], rows)
+    return f"{markdown(['ratio', 'model, new task', 'as compared', *CHOICES], rows)}\n\n{EARLY_NOTE}"
 
 
 def draw(found: Mapping[str, list[Found]]) -> dict[Path, Figure]:

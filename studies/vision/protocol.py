@@ -52,6 +52,7 @@ PLAN = Design(
     item="images",
     autocast=False,
     root=True,
+    claims_rates=True,
 )
 """Everything but the targets."""
 PROTOCOL = Protocol(

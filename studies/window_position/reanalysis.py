@@ -11,7 +11,7 @@ from itertools import product
 from statistics import mean
 from typing import Any
 
-from ipca.lab.compare import Matched, best_rate, frontier, target_matched
+from ipca.lab.compare import Matched, best_rate, target_matched
 from ipca.lab.statistics import FEWEST, LEVEL, holm, paired_test
 from ipca.lab.sweep.report.data import Sweep
 from studies.window_position.claims import FRESH_LORA, FRESH_MIDDLE, FRESH_PRINCIPAL, stream_accuracy
@@ -58,8 +58,8 @@ TESTS = {
     ("continual", FRESH_LORA, "V2"): "C14",
 }
 """Confirmatory tests by claim, the method against and place; their corrected verdicts stand."""
-Points = Mapping[int, Sequence[tuple[float, float]]]
-"""``{seed: [(target, retained), …]}``."""
+Points = Mapping[int, Mapping[float, tuple[float, float]]]
+"""``{seed: {rate: (target, retained)}}``."""
 
 
 def chosen_rates(name: str, sweep: Sweep) -> Iterator[dict[str, Any]]:
@@ -102,15 +102,16 @@ def _chosen(sweep: Sweep, method: str) -> tuple[float, float]:
 def equal_target(name: str, sweep: Sweep, second: str, first: str = MIDDLE) -> list[dict[str, Any]]:
     """Retention of ``first − second`` at equal target, in two rows: one target for all seeds, and each seed's own.
 
-    ``edge`` names the arms whose lowest rate reaches more than the target, or as much, in more than half of the seeds.
+    ``edge`` names the arms whose lowest rate reaches the target in more than half of the seeds.
     No rows if no seed succeeded in both.
     """
     arms = {method: _points(sweep, method) for method in (first, second)}
     seeds = [s for s in arms[first] if s in arms[second]]
     if not seeds:
         return []
-    common = target_matched(arms)
-    own = {seed: target_matched({m: {seed: points[seed]} for m, points in arms.items()}) for seed in seeds}
+    curves = {method: {s: list(found.values()) for s, found in points.items()} for method, points in arms.items()}
+    common = target_matched(curves)
+    own = {seed: target_matched({m: {seed: points[seed]} for m, points in curves.items()}) for seed in seeds}
     return [
         _equal(name, sweep, arms, level, matched)
         for level, matched in (("all seeds", dict.fromkeys(seeds, common)), ("each seed", own))
@@ -124,7 +125,7 @@ def _equal(
     edge = [
         method
         for method, points in arms.items()
-        if 2 * sum(found.target <= _lowest(points[seed]) for seed, found in matched.items()) > len(matched)
+        if 2 * sum(points[seed][min(points[seed])][0] >= found.target for seed, found in matched.items()) > len(matched)
     ]
     retained = [{seed: found.retained[m][seed] for seed, found in matched.items()} for m in arms]
     target, rates = mean(found.target for found in matched.values()), (len(rates_of(sweep, m)) for m in arms)
@@ -133,16 +134,11 @@ def _equal(
 
 
 def _points(sweep: Sweep, method: str) -> Points:
-    points: dict[int, list[tuple[float, float]]] = {}
+    points: dict[int, dict[float, tuple[float, float]]] = {}
     for run in sweep.ends:
-        if (run.method, run.comparison) == (method, "same") and run.seed is not None and run.ok:
-            points.setdefault(run.seed, []).append((run.metrics["target"], run.metrics["retained"]))
+        if (run.method, run.comparison) == (method, "same") and run.seed is not None and run.ok and run.lr is not None:
+            points.setdefault(run.seed, {})[run.lr] = (run.metrics["target"], run.metrics["retained"])
     return points
-
-
-def _lowest(points: Sequence[tuple[float, float]]) -> float:
-    """The smallest target on the frontier."""
-    return points[frontier(points)[0]][0]
 
 
 def tested(first: Values, second: Values) -> dict[str, Any]:

@@ -49,12 +49,13 @@ SWEEPS = {
 EXPLORATORY = ("G1", "G2")
 """Sweeps that need a GPU and that no test uses."""
 WIDER = {
-    "M1": ("M1-low", "M1-rates", "M1-frozen", "M1-frozen-rates", "M1-inputs", "M1-null"),
+    "M1": ("M1-low", "M1-lower", "M1-rates", "M1-frozen", "M1-frozen-rates", "M1-inputs", "M1-null"),
     "V1": ("V1-low", "V1-high", "V1-middle", "V1-minor", "V1-inputs", "V1-null"),
 }
 """Exploratory rows with further rates and methods of a sweep, by the sweep."""
 EXTENSIONS = {
     "M1-low": "M1: principal at lower rates, exploratory",
+    "M1-lower": "M1: principal at still lower rates, exploratory",
     "M1-middle": "M1: middle again, by source, exploratory",
     "M1-others": "M1: minor and plain LoRA again, by source, exploratory",
     "M1-rates": "M1: middle, minor and plain LoRA at lower rates, exploratory",

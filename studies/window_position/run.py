@@ -90,6 +90,7 @@ EXPERIMENTS = (
 _AGAIN, _MORE = "feed-forward-by-source", "digits-more"
 EXTENSIONS = (
     Experiment("M1-low", _AGAIN, _FEED_FORWARD, _grid((0.0,), (), (1e-4, 2.5e-4), 10)),
+    Experiment("M1-lower", _AGAIN, _FEED_FORWARD, _grid((0.0,), (), (1.25e-5, 3e-5, 6e-5), 10)),
     Experiment("M1-middle", _AGAIN, _FEED_FORWARD, _grid((0.5,), (), (5e-4,), 5)),
     Experiment("M1-others", _AGAIN, _FEED_FORWARD, _grid((1.0,), ("lora",), (1e-3,), 5)),
     Experiment("M1-rates", _AGAIN, _FEED_FORWARD, _grid((0.5, 1.0), ("lora",), (1e-4, 2.5e-4), 10)),
