@@ -57,8 +57,10 @@ def target_matched(
     :func:`frontier`; below its lowest target it is that of the frontier's first point, which reaches more. So
     ``retained(t)`` is the largest on the frontier's line with a target of at least ``t``.
 
-    Selecting along the frontier by the scores themselves is biased upward, and more so for more points: give all
-    methods equally many.
+    Selecting along the frontier by the scores themselves is biased upward, and more so for more points near the target:
+    give all methods equally many rates, and as many of them below their best one. In simulated pairs of equal methods
+    with six rates each, three more of which lie below the best of one method, the two differ in 35 %
+    (bench/error_rates.py).
 
     Args:
         curves: ``{method: {seed: [(target, retained), …]}}``; non-finite points are ignored.
