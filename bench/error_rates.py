@@ -18,9 +18,9 @@ one to the next; noise of 0.01 per run, and noise of the seed common to both met
 ``shifted grids``: two equal methods at six rates each, a factor of 2 apart, whose target is nearly flat below the best
 rate and whose retention falls with the rate, about as those of the middle window in MiniLM's feed-forward layers
 (:data:`CURVE`, noise of 0.02 and 0.015 a run). Both methods' rates go from 2⁻⁴ to 2 times the best one, or the second's
-from 2⁻¹ to 2⁴ times. The share of pairs that the study of the window's position calls different at equal target: at most
-5 % for p at each seed's target, the same sign at that of all seeds, and the lowest rate of the method that retains less
-below the target in half of the seeds or more.
+from 2⁻¹ to 2⁴ times. The share of pairs that the study of the window's position calls different at equal target: p ≤
+5 % at each seed's target, the same sign at that of all seeds, and the lowest rate of the method that retains less below
+the target in half of the seeds or more.
 """
 
 from __future__ import annotations

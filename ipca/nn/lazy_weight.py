@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ipca.ops.pair import optimizer_steps
+
 _READ_ONLY = (
     "The weight of an adapted layer is computed from base_weight, lora_A and lora_B, so writing into it would change "
     "nothing. Call ipca.unload(model) first, which puts plain layers back, or write into base_weight, lora_A or "
@@ -89,7 +91,7 @@ class LazyWeight(Tensor):
         layer = None if isinstance(self._source, Tensor) else self._source
         parts = () if layer is None else (*layer._parameters.values(), *layer._buffers.values())
         versions = [(id(part), part._version) for part in parts if part is not None and not part.is_inference()]
-        state = (torch.is_inference_mode_enabled(), versions)
+        state = (torch.is_inference_mode_enabled(), optimizer_steps(), versions)
         if self._held is None or self._held[0] != state:
             with torch.no_grad():
                 self._held = state, self._compute()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Pair = tuple[Tensor, Tensor]
 """``D (S, K), E (N, S)``."""
@@ -35,9 +36,9 @@ def one_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> Pair
 class _Kept(NamedTuple):
     """A pair, and what shows that it is still that of its factors, whose memory ``factors`` holds.
 
-    A write through ``.data`` leaves a tensor's version as it is: ``seen`` are entries of each component in ``A`` and
-    ``B`` as they are, ``copied`` as they were. The owner is ``A0``: PyTorch swaps no tensor that has a weak reference,
-    and ``A`` is what it swaps (``torch.utils.swap_tensors``).
+    Every step of an optimizer ends it. A write through ``.data`` leaves a tensor's version as it is: ``seen`` are
+    entries of each component in ``A`` and ``B`` as they are, ``copied`` as they were. The owner is ``A0``: PyTorch swaps
+    no tensor that has a weak reference, and ``A`` is what it swaps (``torch.utils.swap_tensors``).
     """
 
     owner: weakref.ref[Tensor]
@@ -54,15 +55,30 @@ class _Kept(NamedTuple):
 LEAST_SEEN = 128
 """Entries of a factor that are compared at least, if it has so many."""
 _kept: dict[int, _Kept] = {}
+_steps = [0]
+
+
+def _after_step(*_: object) -> None:
+    _steps[0] += 1
+    _kept.clear()
+
+
+# A fused optimizer (``fused=True``) leaves the versions of the parameters that it writes as they are.
+register_optimizer_step_post_hook(_after_step)
+
+
+def optimizer_steps() -> int:
+    """The number of steps that optimizers have taken in this process since this module is imported."""
+    return _steps[0]
 
 
 def kept_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype) -> Pair:
     """:func:`one_pair` on a CPU as ``dtype``, without gradients; as it was, if the factors are as they were.
 
-    The pair takes the memory of ``A, B, A0, B0`` once more, until a factor changes or ``A0`` is gone. Any write that
-    PyTorch counts is seen, and one through ``.data`` if it changes all of ``A`` or ``B`` or a component of theirs, not
-    single entries, nor ``A0`` or ``B0`` alone. Nothing is kept of tensors without values, nor under a dispatch mode,
-    which makes tensors of its own kind.
+    The pair takes the memory of ``A, B, A0, B0`` once more, until a factor changes, an optimizer takes a step or ``A0``
+    is gone. Any write that PyTorch counts is seen, and one through ``.data`` if it changes all of ``A`` or ``B`` or a
+    component of theirs, not single entries, nor ``A0`` or ``B0`` alone. Nothing is kept of tensors without values, nor
+    under a dispatch mode, which makes tensors of its own kind.
     """
     if A0 is None or B0 is None or type(A) is not nn.Parameter or A.is_meta or torch._C._len_torch_dispatch_stack():
         return _as(dtype, one_pair(A, B, A0, B0))

@@ -1,9 +1,11 @@
 """The pair ``D, E`` of a layer's factors, and its copies kept between calls that need no gradient."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -191,6 +193,35 @@ def test_a_layer_follows_its_training(mode):
         for name, value in held.items():
             getattr(layer, name).data.copy_(value)
         check()
+
+
+FUSED = {
+    "AdamW": partial(torch.optim.AdamW, lr=0.1, weight_decay=0),
+    "SGD": partial(torch.optim.SGD, lr=1.0),
+    "Adagrad": partial(torch.optim.Adagrad, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("train", ["A", "B", "both"])
+@pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
+def test_a_fused_step_that_changes_few_entries_is_seen(make, train):
+    """It writes past the version of a tensor; an input of one column changes nothing else of ``A``."""
+    torch.manual_seed(0)
+    layer = LinearPC.from_linear(nn.Linear(2048, 24), rank=4, train=train)
+    optimizer = make([p for p in (layer.lora_A, layer.lora_B) if p.requires_grad], fused=True)
+    x = F.one_hot(torch.tensor([1234]), 2048).float()
+    weight, versions = layer.weight, [layer.lora_A._version, layer.lora_B._version]
+    for _ in range(3):
+        with torch.no_grad():
+            right = x @ layer.effective_weight().mT + layer.bias
+            torch.testing.assert_close(layer(x), right, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(F.linear(x, weight, layer.bias), right, rtol=1e-5, atol=1e-5)
+        optimizer.zero_grad()
+        layer(x).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert (layer(x) - right).abs().max() > 1e-3
+    assert [layer.lora_A._version, layer.lora_B._version] == versions, "else the optimizers tell by themselves"
 
 
 @pytest.mark.parametrize("M", [24, 200])
