@@ -116,7 +116,7 @@ def _is_called(generator: np.random.Generator, grids: Sequence[Sequence[int]]) -
         return False
     best = [{s: max(run["target"] for run in runs if run["seed"] == s) for s in range(SEEDS)} for runs in pair]
     worse = pair[1 if own.mean > 0 else 0][:SEEDS]  # its lowest rate
-    reached = sum(run["target"] >= min(each[run["seed"]] for each in best) for run in worse)
+    reached = sum(run["target"] >= min(each[s] for each in best) for s, run in enumerate(worse))
     return 2 * reached <= SEEDS
 
 

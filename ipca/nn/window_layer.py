@@ -29,7 +29,7 @@ from ipca.nn.layer_kinds import read_layer, to_matrix
 from ipca.nn.lazy_weight import make_lazy_weight, raise_read_only
 from ipca.nn.subclasses import Subclass
 from ipca.ops.op import without_autocast
-from ipca.ops.pair import drop_kept_pair, one_pair
+from ipca.ops.pair import balanced_pair, drop_kept_pair, one_pair
 from ipca.svd.result import SVDReport
 from ipca.window import Window
 
@@ -517,8 +517,9 @@ class ProductLayer(WindowLayer):
     def window_product(self, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
         """The output for the factors ``A, B``."""
         y, z = self.base_product(x), F.dropout(x, dropout) if dropout else x
-        pair = one_pair(A, B, self.lora_A0, self.lora_B0) if self.form == "intact" else (A, B)
-        return y + (self.scaling * self.low_rank(z, *pair)).to(y.dtype)
+        A0, B0 = (self.lora_A0, self.lora_B0) if self.form == "intact" else (None, None)
+        A, B, A0, B0, scaling = balanced_pair(A, B, A0, B0, self.scaling, z)
+        return y + (scaling * self.low_rank(z, *one_pair(A, B, A0, B0))).to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_ready()

@@ -13,7 +13,7 @@ from ipca.ops import op, reference, torch_kernels
 from ipca.ops.backend import choose, get_backend, linear_shape
 from ipca.ops.dropout import new_noise
 from ipca.ops.op import Layer
-from ipca.ops.pair import one_pair
+from ipca.ops.pair import balanced_pair, one_pair
 
 # The C++ method: torch.autograd.Function.apply adds a binding of default arguments, which there are none of.
 _apply = super(torch.autograd.Function, op.PCLinear).apply
@@ -70,6 +70,7 @@ def pc_linear_of_layer(x: Tensor, layer: Layer, dropout: float) -> Tensor:
     x, weight, bias = to_autocast(x, weight, bias)
     if A0 is not None and B0 is not None and (A0.requires_grad or B0.requires_grad):
         A0, B0 = A0.detach(), B0.detach()
+    A, B, A0, B0, scaling = balanced_pair(A, B, A0, B0, scaling, x)
     layer = Layer(weight, A, B, bias, A0, B0, scaling)
     if transformed():
         return _under_transform(x, layer, dropout)

@@ -10,7 +10,7 @@ digits: a difference of two products would lose them in rounding.
 from __future__ import annotations
 
 import weakref
-from math import gcd
+from math import gcd, log2
 from typing import NamedTuple
 
 import torch
@@ -33,12 +33,34 @@ def one_pair(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> Pair
     return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
 
 
+def balanced_pair(
+    A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, scaling: float, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
+    """``c A, c B, c A0, c B0, scaling / c²``, where products with ``x`` are in float16 and ``scaling`` is below 1/2.
+
+    The factors of a window with the singular values σ are as large as √(σ / scaling), so that ``z A0ᵀ`` could overflow
+    float16 where the layer's output does not, and ``c`` is the power of two nearest to √scaling. Otherwise ``c = 1``.
+    """
+    if scaling >= 0.5 or scaling <= 0 or _dtype_of_products(x) != torch.float16:
+        return A, B, A0, B0, scaling
+    c = 2.0 ** round(log2(scaling) / 2)
+    A0, B0 = (None if factor is None else c * factor for factor in (A0, B0))
+    return c * A, c * B, A0, B0, scaling / c**2
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 class _Kept(NamedTuple):
     """A pair, and what shows that it is still that of its factors, whose memory ``factors`` holds.
 
     Every step of an optimizer ends it. A write through ``.data`` leaves a tensor's version as it is: ``seen`` are
-    entries of each component in ``A`` and ``B`` as they are, ``copied`` as they were. The owner is ``A0``: PyTorch swaps
-    no tensor that has a weak reference, and ``A`` is what it swaps (``torch.utils.swap_tensors``).
+    entries of each component in ``A`` and ``B`` as they are, ``copied`` as they were. The owner is ``A0``: PyTorch
+    swaps no tensor that has a weak reference, and ``A`` is what it swaps (``torch.utils.swap_tensors``).
     """
 
     owner: weakref.ref[Tensor]

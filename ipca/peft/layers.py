@@ -24,7 +24,7 @@ from ipca.nn.initialization import InitialFactors, count_null, initial_factors
 from ipca.nn.offload import execution_device, is_offloaded, stored_tensor
 from ipca.ops.linear import pc_linear_of_layer
 from ipca.ops.op import Layer, without_autocast
-from ipca.ops.pair import one_pair
+from ipca.ops.pair import balanced_pair, one_pair
 from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
 from ipca.peft.records import LayerRecords
 
@@ -293,7 +293,8 @@ class WindowLora(_Mixed):
             return lora_B(lora_A(z)) * scaling
         known = type(lora_A) in _FACTORS and type(lora_B) in _FACTORS
         if known and not (is_watched(lora_A) or is_watched(lora_B) or _has_any_global_hook()):
-            D, E = one_pair(*pair)
+            A, B, A0, B0, scaling = balanced_pair(*pair, scaling, z)
+            D, E = one_pair(A, B, A0, B0)
             return self.apply_factor(lora_B, self.apply_factor(lora_A, z, D), E) * scaling
         A0, B0 = pair[2].to(pair[0].dtype), pair[3].to(pair[1].dtype)
         with without_autocast(z):
