@@ -27,7 +27,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ipca._dtensor import is_sharded_model
 from ipca.nn.experts import ExpertsPC
-from ipca.nn.initialization import add_low_rank, check_extra_state
+from ipca.nn.initialization import LayerRecord, add_low_rank, check_extra_state, decode_extra_state
 from ipca.nn.layer_kinds import EXPERTS, from_matrix
 from ipca.nn.offload import stored_state_dict, stored_value
 from ipca.nn.quantized_linear import QuantizedLinearPC
@@ -252,10 +252,12 @@ def resumable_state(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, Ten
                 "adapt the model as before."
             )
     for name, layer in layers.items():
+        state = saved.pop(f"{name}._extra_state")
         try:
-            check_extra_state(layer._record(), saved.pop(f"{name}._extra_state"))
+            check_extra_state(layer._record(), state)
         except ValueError as error:
             raise ValueError(f"cannot resume {name}: {error} Adapt the model as before.") from None
+        _check_same_start(name, layer._record(), decode_extra_state(state))
         initial = ((layer.lora_A0, saved[f"{name}.lora_A0"]), (layer.lora_B0, saved[f"{name}.lora_B0"]))
         if layer.form == "residual" and not all(torch.equal(mine.cpu(), theirs) for mine, theirs in initial):
             raise ValueError(
@@ -263,6 +265,27 @@ def resumable_state(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, Ten
                 "them in its base weight; adapt the same base by the same window."
             )
     return saved
+
+
+def _check_same_start(name: str, here: LayerRecord, saved: LayerRecord) -> None:
+    """Raise ValueError where a layer and its checkpoint start from other components, at another size or base weight."""
+    places = [(record.basis, record.start) for record in (saved, here)]
+    if None not in (saved.start, here.start) and places[0] != places[1]:
+        words = [f"component {start} of its {basis}" for basis, start in places]
+        raise ValueError(
+            f"cannot resume {name}: the checkpoint starts from {words[0]}, this layer from {words[1]}; adapt the model "
+            "by the same window."
+        )
+    if saved.magnitude != here.magnitude:
+        raise ValueError(
+            f"cannot resume {name}: the checkpoint was saved with magnitude={saved.magnitude!r}, this layer has "
+            f"{here.magnitude!r}. Adapt the model as before."
+        )
+    if saved.base_sha256 and here.base_sha256 and saved.base_sha256 != here.base_sha256:
+        raise ValueError(
+            f"cannot resume {name}: its base weight is another one than the checkpoint's; load the same base, in the "
+            "same dtype."
+        )
 
 
 def _packed(state: dict[str, Tensor]) -> Tensor:

@@ -266,14 +266,27 @@ def test_a_checkpoint_restores_every_bit(build, form, tmp_path):
         ),
         ({"modules_to_save": ["lm_head"]}, "cannot resume: the model has lm_head.weight, the checkpoint has not"),
         ({"alpha": 8.0}, "cannot resume model.layers.0.*alpha=4.0, this layer has 8.0"),
-        ({"window": "principal"}, "cannot resume model.layers.0.*: it starts from other factors than the checkpoint"),
+        (
+            {"window": "principal"},
+            "cannot resume model.layers.0.*from component 14 of .* layer from component 0 of its weight; adapt",
+        ),
+        ({"window": "inputs:start=14"}, "cannot resume model.layers.0.*from component 14 of its inputs; adapt the"),
+        ({"magnitude": 1.0}, "cannot resume model.layers.0.*: the checkpoint was saved with magnitude='sigma', this"),
+        ({"base": 1}, "cannot resume model.layers.0.*: its base weight is another one than the checkpoint's; load the"),
+        ({"base": torch.bfloat16}, "cannot resume model.layers.0.*: its base weight is another one than the check"),
     ],
 )
-def test_a_checkpoint_of_another_adapter_is_refused(options, message, tmp_path):
-    trained(llama, "residual")[1].save_pretrained(tmp_path / "checkpoint-3")
+@pytest.mark.parametrize("form", ["intact", "residual"])
+def test_a_checkpoint_of_another_adapter_is_refused(form, options, message, tmp_path):
+    trained(llama, form)[1].save_pretrained(tmp_path / "checkpoint-3")
     state = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
-    torch.manual_seed(0)
-    model = ipca.apply_pc(llama()[0], **{"rank": 4, "form": "residual", "progress": False, **options})
+    options = {"rank": 4, "form": form, "progress": False, **options}
+    base = options.pop("base", 0)
+    if str(options.get("window")).startswith("inputs"):
+        options["calibration"] = [torch.arange(10)[None]]
+    torch.manual_seed(base if isinstance(base, int) else 0)
+    model = llama()[0]
+    ipca.apply_pc(model.to(base) if isinstance(base, torch.dtype) else model, **options)
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         model.load_state_dict(state, strict=False)
