@@ -1,6 +1,7 @@
 """docs/choosing-a-window.md: its figures are those of the study's files."""
 
 import csv
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -8,6 +9,7 @@ from studies.continual.analysis import Analysis
 from studies.continual.design import CENTERS
 from studies.continual.rows import Rows
 from studies.frontier.analysis import Analysis as FrontierAnalysis
+from studies.frontier.page import checks
 from studies.frontier.rows import Rows as Frontier
 from studies.position_grid import protocol as position_grid
 
@@ -31,19 +33,13 @@ def test_the_streams_are_those_of_the_continual_study():
     study = Analysis(Rows())
     found = {method: {m: study.mean_of(method, m)[0] for m in ("acc", "retained_after")} for method in CENTERS}
     accuracies = [each["acc"] for each in found.values()]
-    assert f"five tasks ({min(accuracies):.3f} to {max(accuracies):.3f})" in TEXT
+    assert f"fresh middle windows (all: {min(accuracies):.3f} to {max(accuracies):.3f})" in TEXT
     assert {each.verdict for each in study.compared()} == {"alike"}
-    assert {study.best(method) for method in CENTERS} == {3e-5, 1e-4}
-    streams = Rows().all().items()
-    low, high = (
-        [
-            fmean(row["retained_after"] for run, row in streams if (run.method, run.rate) == (name, rate))
-            for name in ("lora-fresh", "fresh")
-        ]
-        for rate in (3e-5, 1e-4)
-    )
-    said = f"at 3e-5 fresh plain LoRA kept {low[0]:.3f} and fresh middle windows {low[1]:.3f}"
-    assert f"{said}, at 1e-4 {high[0]:.3f} and {high[1]:.3f}" in TEXT
+    low, high = ([study.at_rate(method, rate, "retained_after") for method in CENTERS] for rate in (3e-5, 1e-4))
+    lost = [before - after for before, after in zip(low, high, strict=True)]
+    assert f"between 3e-5 and 1e-4 each method lost {min(lost):.3f} to {max(lost):.3f} of it" in TEXT
+    between = f"it goes from {min(low):.3f} to {max(low):.3f} at 3e-5 and from {min(high):.3f} to {max(high):.3f} at"
+    assert between in TEXT
 
 
 def test_the_guide_to_continual_learning_says_what_the_claims_say_at_one_rate():
@@ -85,6 +81,22 @@ def test_the_means_are_those_of_the_summary():
     assert f"{target[1]:.2f}" == f"{target[0]:.2f}"
 
 
+def test_how_far_the_weights_moved_at_equal_early_updates_is_in_the_rows():
+    page = " ".join((ROOT / "docs" / "results" / "window-position.md").read_text(encoding="utf-8").split())
+
+    def ratio(name, method):
+        runs = [row for row in rows(name) if row["lr"] == "0.002" and row["status"] == "ok"]
+        middle, other = (
+            [float(row["update"]) for row in runs if (row["method"], row["comparison"]) == key]
+            for key in (("0.5", "same"), (method, "update"))
+        )
+        return f"{fmean(other) / fmean(middle):.2f}"
+
+    lora, minor, principal = ([ratio(name, method) for name in ("V1", "M3")] for method in ("lora", "1.0", "0.0"))
+    assert f"moved over the run {lora[0]} (V1) and {lora[1]} (M3) times as far as with the middle window" in page
+    assert f"{minor[0]} and {minor[1]} times for the minor window, and {principal[0]} and {principal[1]} times" in page
+
+
 def test_how_far_matched_windows_moved_is_in_the_rows():
     def ratios(name, lr, column):
         matched = [row for row in rows(name) if (row["comparison"], row["lr"]) == ("sqrt-sigma", lr)]
@@ -118,21 +130,24 @@ def test_the_best_rates_are_those_of_the_rows():
 
 def ratios_on_mgm(arm, other):
     """The comparisons at the two easier targets that have verdicts, as the documents give them."""
-    protocol = position_grid.PROTOCOL
-    found = Frontier(protocol.results / protocol.model)
-    analysis = FrontierAnalysis(protocol.with_targets(Frontier(found.folder / "reference")), found)
     cell = ("twins", 60, arm, other)
-    pair = [c for c in analysis.comparisons() if (c.task, c.steps, c.arm, c.other) == cell]
+    pair = [c for c in mgm().comparisons() if (c.task, c.steps, c.arm, c.other) == cell]
     assert [bool(c.obstacle) for c in pair] == [False, False, True]
     return [c.verdict for c in pair[:2]], " and ".join(f"{c.ratio.value:.2f}" for c in pair[:2])
 
 
 def on_the_other_text(arm):
-    """The ratio to plain LoRA at the middle target of one task on the text of the other."""
+    """The ratios to plain LoRA at the two easier targets of one task on the text of the other."""
+    analysis = mgm()
+    found = [analysis.compare("twins", 60, place, arm, "lora", "kl_other").ratio.value for place in (0, 1)]
+    return f"{found[0]:.2f} and {found[1]:.2f}"
+
+
+def mgm():
+    """What the rows of the position grid say."""
     protocol = position_grid.PROTOCOL
     found = Frontier(protocol.results / protocol.model)
-    analysis = FrontierAnalysis(protocol.with_targets(Frontier(found.folder / "reference")), found)
-    return f"{analysis.compare('twins', 60, 1, arm, 'lora', 'kl_other').ratio.value:.2f}"
+    return FrontierAnalysis(protocol.with_targets(Frontier(found.folder / "reference")), found)
 
 
 def test_the_readme_says_of_mgm_what_the_rows_say():
@@ -150,13 +165,15 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
         f"{on_the_other_text('0.5')} (middle) and {on_the_other_text('frozen-A')} (`A` frozen) times LoRA's" in readme
     )
     assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times LoRA's" in readme
+    (step,) = re.findall(r"gut communities, 60 steps, .* changes by (\d+)% to (\d+)%", checks(mgm()))
+    assert f"one step of the grid of rates changes it by {step[0]} to {step[1]} %" in readme
 
 
 def test_the_window_with_a_frozen_moves_mgm_less_and_nothing_is_shown_elsewhere():
     verdicts, ratios = ratios_on_mgm("frozen-A", "lora")
     assert verdicts == ["lower", "lower"]
-    said = f"{ratios} times plain LoRA's (two of three targets), but {on_the_other_text('frozen-A')} times on another"
-    assert f"its KL to the base on the base's own samples was {said} text" in TEXT
+    said = f"{ratios} times plain LoRA's (two of three targets), but {on_the_other_text('frozen-A')} times on the same"
+    assert f"its KL to the base on the base's own samples was {said} sentences reversed" in TEXT
     elsewhere = [
         float(row["p"])
         for row in rows("equal-target")

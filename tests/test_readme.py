@@ -83,13 +83,17 @@ def test_what_the_study_found_is_in_its_file():
         for place in ("M1", "V1")
     ]
     minilm, vit = (each.replace("-", "−") for each in shown)
-    text = f"| no difference shown: {minilm} (MiniLM, feed-forward layers), {vit} (a small ViT) |"
+    text = f"| no difference shown: {vit} (ViT), {minilm} (MiniLM) |"
     assert text in TEXT
     assert {by_place[place]["n"] for place in ("M1", "V1")} == {"10"}
     assert {row["verdict"] for row in found} <= {"not shown", "edge"}
     tests = {row["claim"]: row for row in rows("studies/window_position/results/tests.csv")}
-    found = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(float(tests["C11"][end]) for end in ("mean", "low", "high")))
-    assert f"on the ViT ({found}, 10 seeds)".replace("-", "−") in TEXT
+    vit, minilm = (
+        "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(float(tests[name][end]) for end in ("mean", "low", "high")))
+        for name in ("C11", "C6")
+    )
+    said = f"| a small ViT: {vit}; MiniLM, feed-forward layers: {minilm}, but at one rate no difference is shown |"
+    assert said.replace("-", "−").replace("feed−forward", "feed-forward") in TEXT
     assert {name: tests[name]["verdict"] for name in ("C6", "C11", "S6")} == {
         "C6": "below",
         "C11": "below",
@@ -133,7 +137,5 @@ def test_the_times_beside_peft_are_those_of_its_file():
     assert {len(of) for of in ratios.values()} == {24}
     slower = [sum(ratio > 1.02 for ratio in of) for of in ratios.values()]
     said = f"median {median(both):.2f}, at worst {max(both):.2f}; slower by over 2 % in {slower[0]} (one thread)"
-    assert (
-        f"| 24 small layers in training, rank 16, `PCConfig`: time over PEFT's LoRA | {said} and {slower[1]} (two)"
-        in TEXT
-    )
+    what = "small layers in training, 24 cells of rank 16, `PCConfig`: time over PEFT's LoRA"
+    assert f"| {what} | {said} and {slower[1]} (two)" in TEXT

@@ -59,7 +59,7 @@ def target_matched(
 
     Selecting along the frontier by the scores themselves is biased upward, and more so for more points near the target:
     give all methods equally many rates, and as many of them below their best one. In simulated pairs of equal methods
-    with six rates each, three more of which lie below the best of one method, the two differ in 35 %
+    with six rates each, three more of which lie below the best of one method, the two differ in 37 %
     (bench/error_rates.py).
 
     Args:

@@ -108,7 +108,8 @@ class Analysis:
         return {(run.rate, run.seed): row for run, row in self._rows.items() if run.method == method}
 
     def _chosen(self, method: str) -> dict[int, float]:
-        return chosen(self._of(method, self.seeds(method)))
+        seeds = self.seeds(method)
+        return chosen(self._of(method, seeds)) if seeds else {}
 
     def compared(self) -> list[Compared]:
         """The primary comparisons that have two seeds, with the correction over all that have a verdict."""

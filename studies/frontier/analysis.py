@@ -283,8 +283,9 @@ class Analysis:
         lacking = [rate for rate in rates if len(found.get(rate, {})) < self.design.enough]
         if lacking:
             return f"{_COLLECTING}{self.design.arms[arm].title} at {', '.join(f'{rate:g}' for rate in lacking)}"
-        if best_rate(found) in (rates[0], rates[-1]):
-            return f"{self.design.arms[arm].title} is best at the edge of its rates, {best_rate(found):g}"
+        taken = {best_rate(found), *self.rates(task, steps, arm).values()}  # those of single seeds count, too
+        if edge := taken.intersection((rates[0], rates[-1])):
+            return f"{self.design.arms[arm].title} is best at the edge of its rates, {min(edge):g}"
         return ""
 
     def interpolation_error(self, metric: str) -> tuple[int, float] | None:

@@ -4,6 +4,7 @@ import pytest
 
 from bench import error_rates as bench
 from bench.rows import ROOT, read_rows
+from ipca.lab.compare import target_matched
 from ipca.lab.statistics import bootstrap_interval
 
 
@@ -24,6 +25,12 @@ def test_methods_that_are_alike_differ_at_rates_chosen_by_target_and_seldom_at_e
     assert max(shares["equal target of all seeds"], shares["equal target of each seed"]) < 0.12
 
 
+def test_a_shifted_grid_makes_equal_methods_differ():
+    alike, shifted = (float(row["share"]) for row in bench.shifted_grids(200))
+    assert alike < 0.1
+    assert shifted > 0.25
+
+
 def test_intervals_that_agree_with_the_test_hold_the_mean():
     assert float(bench.coverage(5, 300, bench.mean_interval)["share"]) == pytest.approx(0.95, abs=0.04)
 
@@ -32,7 +39,7 @@ def test_the_table_is_the_same_every_time(tmp_path):
     for name in ("a.csv", "b.csv", "a.csv"):
         bench.measure(tmp_path / name, repeats=10)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
-    assert len(read_rows(tmp_path / "a.csv")) == 2 * len(bench.SIZES) + 4
+    assert len(read_rows(tmp_path / "a.csv")) == 2 * len(bench.SIZES) + 6
 
 
 def test_what_is_written_of_intervals_and_tests_is_what_was_found():
@@ -58,6 +65,9 @@ def test_what_is_written_of_intervals_and_tests_is_what_was_found():
     tuned, both, one_se = (shares[name] for name in ("best rates", "best rates and same rate", "one standard error"))
     (equal,) = {f"{share:.0f} %" for name, share in shares.items() if name.startswith("equal target")}
     assert f"called different in {equal} of simulated cases by this comparison, in {tuned:.0f} % at best rates" in study
+    alike, shifted = (100 * float(row["share"]) for row in rows if row["what"].startswith("shifted grids"))
+    assert f"called different in {alike:.0f} % of cases, but in {shifted:.0f} % where one of them has three" in study
+    assert f"the two differ in {shifted:.0f} %" in " ".join(target_matched.__doc__.split())
     assert f"in {one_se:.0f} % at the lowest rates within a standard error of the best" in study
     assert (
         f"different in {one_se:.0f} % of pairs at the rates of the one-standard-error rule, and in {equal}" in protocol

@@ -93,7 +93,47 @@ def test_a_best_rate_at_an_edge_gives_no_verdict(tmp_path):
     assert found["milora"].why == "the best rate of milora is an edge of the grid"
     assert found["milora"].adjusted is None
     assert all(each.verdict for method, each in found.items() if method != "milora")
-    assert "1e-05 (edge)" in page.methods(Analysis(rows))
+    assert "| 3e-06, edge |" in page.methods(Analysis(rows))
+
+
+def test_a_rate_that_is_best_for_one_seed_is_an_edge_and_the_grid_grows(tmp_path):
+    """The center is best on all seeds; without seed 0, with which the lower rate is poor, that one is."""
+    low, center = grid("fresh", {})[:2]
+
+    def acc(made):
+        if made.method != "fresh":
+            return usual(made)
+        if made.rate < low:
+            return 0.5
+        return {low: 0.9 - 0.05 * (made.seed == 0), center: 0.899}.get(made.rate, 0.8)
+
+    analysis = Analysis(fill(tmp_path, acc))
+    assert analysis.best("fresh") == center
+    assert analysis.taken("fresh") == {low: 1, center: SEEDS - 1}
+    assert analysis.rates("fresh")[0] == RATES[RATES.index(low) - 1], "one rate more below it"
+    assert not analysis.is_edge("fresh")
+    for path in tmp_path.glob(f"fresh-{RATES[RATES.index(low) - 1]:.0e}-*"):
+        path.unlink()
+    assert analysis_of_three(tmp_path).is_edge("fresh")
+    assert f"{low:g} (1), {center:g} ({SEEDS - 1})" in page.methods(analysis)
+
+
+def analysis_of_three(folder):
+    """The analysis with the first three rates only."""
+    found = Analysis(Rows(folder))
+    found.rates = lambda method: grid(method, {})
+    found.seeds = lambda method: list(range(SEEDS))
+    return found
+
+
+def test_every_rate_is_in_a_table(tmp_path):
+    analysis = Analysis(fill(tmp_path))
+    lines = page.every_rate(analysis).splitlines()
+    assert lines[0] == "| method | 3e-05 | 0.0001 | 0.0003 | 0.001 | 0.003 |"
+    (fresh,) = (line for line in lines if line.startswith("| fresh middle windows |"))
+    mean = sum(usual(Run(seed, "fresh", 3e-4)) for seed in range(SEEDS)) / SEEDS
+    assert f"| {mean:.3f} / {mean / 2:.3f} |" in fresh
+    assert fresh.startswith("| fresh middle windows | – |")
 
 
 def test_the_rate_of_a_seed_is_chosen_on_the_others(tmp_path):

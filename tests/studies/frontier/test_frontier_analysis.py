@@ -1,5 +1,6 @@
 """The analysis of a study on made-up rows whose answer is known, and the sections of its page."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 
 from studies.frontier import page
-from studies.frontier.analysis import Analysis, Ratio, spread
+from studies.frontier.analysis import Analysis, Ratio, corrected, spread
 from studies.frontier.curve import along_scale, along_training
 from studies.frontier.design import Run, Wave, best_rate, grid
 from studies.frontier.figures import draw
 from studies.frontier.rows import Rows
 from studies.language.protocol import ARMS, MAIN, PLAN, PROTOCOL
 from studies.plots import outdated, write_pictures
+from studies.position_grid import protocol as position_grid
 
 TARGETS = (4.4, 4.2, 4.1)
 SMALL = replace(
@@ -152,6 +154,103 @@ def test_no_verdict_while_a_rate_lacks_seeds_or_the_best_is_an_edge(tmp_path):
         rows.put(run, made_up(run, 0.1), {})
     lacking = comparison(Analysis(SMALL, Rows(tmp_path)), "lora")
     assert lacking.verdict == "collecting: plain LoRA at 0.001, 0.03", "the grid has grown"
+
+
+def test_every_arm_that_lacks_rates_is_named(tmp_path):
+    rows = rows_of(tmp_path)
+    for name in ("lora-1e-03", "middle-3e-03"):
+        (tmp_path / "runs" / f"german-60-{name}-seed4.jsonl").unlink()
+    said = "collecting: middle window at 0.003; plain LoRA at 0.001"
+    assert comparison(Analysis(SMALL, rows), "lora").verdict == said
+
+
+def test_a_rate_that_is_best_for_one_seed_is_an_edge_too(tmp_path):
+    """The center is best on all seeds; without seed 0, with which the lowest rate is poor, that one is."""
+    rows = rows_of(tmp_path, jitter=0.0)
+    for seed in range(5):
+        run = Run("german", 60, "lora", 1e-3, seed)
+        rows.put(run, made_up(run, 0.9 if seed == 0 else 0.39), {})
+    analysis = Analysis(SMALL, rows)
+    assert best_rate(analysis.scores("german", 60, "lora", 1)) == 3e-3
+    assert comparison(analysis, "lora").verdict == "plain LoRA is best at the edge of its rates, 0.001"
+
+
+def test_stopped_runs_have_the_rates_that_are_best_for_stopping(tmp_path):
+    """Training at one more rate costs nothing until the target, and much along λ."""
+    rows = rows_of(tmp_path, jitter=0.0)
+    for seed in range(5):
+        run = Run("german", 60, "lora", 1e-2, seed)
+        lines = made_up(run, 0.45)
+        for line in lines:
+            if line["scale"] == 1.0:  # along training
+                line["kl_samples"] *= 0.1 if line["step"] < 60 else 1.0
+        rows.put(run, lines, {})
+    analysis = Analysis(SMALL, rows)
+    assert set(analysis.rates("german", 60, "lora").values()) == {3e-3}
+    assert set(analysis.rates("german", 60, "lora", training=True).values()) == {1e-2}
+    along, stopped = (
+        analysis.compare("german", 60, 0, "middle", "lora", training=t).ratio.value for t in (False, True)
+    )
+    assert along == pytest.approx(0.75, rel=0.01)
+    assert stopped > 2
+    row = next(line for line in page.training_table(analysis).splitlines() if "plain LoRA" in line)
+    assert "| 0.001 / 0.01 |" in row
+
+
+def test_stops_before_the_first_checkpoint_are_marked(tmp_path):
+    easy = replace(SMALL, targets={("german", 60): (4.8, 4.6, 4.1)})  # at a quarter of the steps it is 4.475
+    found = Analysis(easy, rows_of(tmp_path))
+    assert [found.is_early("german", 60, place, "middle", "lora") for place in range(3)] == [True, True, False]
+    marked = [page.EARLY in page.stopped_text(found, "german", 60, place, "middle", "lora") for place in range(3)]
+    assert marked == [True, True, False]
+
+
+def test_the_whole_family_counts_where_the_protocol_says_so(tmp_path):
+    analysis = Analysis(SMALL, rows_of(tmp_path, jitter=0.05))
+    first, second, *rest = analysis.comparisons()
+    family = [first, second, *(replace(c, obstacle="collecting") for c in rest)]
+    ready, whole = corrected(family), corrected(family, whole=True)
+    low, high = sorted((first, second), key=lambda c: c.ratio.p)
+    for found, m in ((ready, 2), (whole, len(family))):
+        by_other = {c.other: c.adjusted for c in found[:2]}
+        assert by_other[low.other] == pytest.approx(m * low.ratio.p)
+        assert by_other[high.other] == pytest.approx(max(m * low.ratio.p, (m - 1) * high.ratio.p))
+        assert all(math.isnan(c.adjusted) for c in found[2:])
+    assert not SMALL.whole_family
+    assert position_grid.PLAN.whole_family
+
+
+def test_a_rate_that_misses_the_target_is_listed_and_the_claim_about_rates_is_answered(tmp_path):
+    rows = rows_of(tmp_path, jitter=0.0)
+    for seed in range(5):
+        run = Run("german", 60, "middle", 3e-3, seed)
+        rows.put(run, made_up(run, 0.9, gain=GAIN if seed else 0.5), {})
+    analysis = Analysis(SMALL, rows)
+    row = next(line for line in page.rates_table(analysis).splitlines() if "| middle window |" in line)
+    assert "| 0.0003, 0.001 | 0.003 (4 of 5) | 1.20 |" in row
+    (said,) = page.rate_sentences(analysis)
+    assert '"high rates do no harm along λ" – not refuted.' in said
+    assert "1.20, plain LoRA's 1.20" in said
+    for seed in range(5):
+        run = Run("german", 60, "middle", 3e-3, seed)
+        rows.put(run, made_up(run, 0.9), {})
+    (said,) = page.rate_sentences(Analysis(SMALL, Rows(tmp_path)))
+    assert "– refuted. Highest over lowest KL among the rates" in said
+
+
+def test_an_edge_at_the_usual_choice_of_rate_is_marked(tmp_path):
+    rows = rows_of(tmp_path / "all")
+    found = Analysis(SMALL, rows)
+    assert found.one_standard_error("german", 60, "lora") == (1e-3, "edge"), "all rates learn alike here"
+    for rate, seed in itertools.product((1e-3, 1e-2), range(5)):
+        run = Run("german", 60, "lora", rate, seed)
+        rows.put(run, made_up(run, 0.4, gain=1.0), {})
+    assert Analysis(SMALL, Rows(tmp_path / "all")).one_standard_error("german", 60, "lora") == (3e-3, "")
+    only = Rows(tmp_path / "one")
+    run = Run("german", 60, "lora", 3e-3, 0)
+    only.put(run, made_up(run, 0.4), {})
+    assert Analysis(SMALL, only).one_standard_error("german", 60, "lora") == (3e-3, "only rate")
+    assert "| 0.003 (only rate) |" in page.tuned_table(Analysis(SMALL, only))
 
 
 def test_no_verdict_where_the_target_is_not_reached(tmp_path):

@@ -62,7 +62,7 @@ def test_what_the_ratio_would_be_under_other_choices(tmp_path):
     found = answers([source(tmp_path / "a"), source(tmp_path / "b", "small", seeds=4)])
     (sure, open_) = found[LORA]
     table = [line.strip("| ").split(" | ") for line in page.choices({LORA: [sure, open_]}).splitlines()]
-    head, _, first, second = table
+    head, _, first, second = table[:4]
     assert head[2:] == ["as compared", "stopped", "other kept texts", "first rates", "hardest target"]
     assert first[2] == page.ratio_text(sure.targets[1].ratio)
     analysis = Analysis(SMALL, rows_of(tmp_path / "again"))
@@ -71,7 +71,7 @@ def test_what_the_ratio_would_be_under_other_choices(tmp_path):
     hardest = analysis.compare("german", 60, 2, "middle", "lora", at=2).ratio
     assert first[5:] == [page.ratio_text(at_first), page.ratio_text(hardest)]
     assert first[3] == page.ratio_text(analysis.compare("german", 60, 1, "middle", "lora", training=True).ratio)
-    assert second[5:] == ["–", "–"], "while rates lack seeds neither is one other choice"
+    assert "–" not in second[5:], "what an open comparison has so far under other choices is shown, too"
     texts = [part.rpartition(" [")[0].rpartition(" ")[0] for part in first[4].split("; ")]
     assert texts == [SMALL.title(name) for name in SMALL.kept[1:]]
 
