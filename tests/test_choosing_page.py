@@ -167,6 +167,8 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times LoRA's" in readme
     (step,) = re.findall(r"gut communities, 60 steps, .* changes by (\d+)% to (\d+)%", checks(mgm()))
     assert f"one step of the grid of rates changes it by {step[0]} to {step[1]} %" in readme
+    paper = (ROOT / "docs" / "results" / "paper.md").read_text(encoding="utf-8")
+    assert f"one step of their grid only, which changes KL by {step[0]} to {step[1]} %" in " ".join(paper.split())
 
 
 def test_the_window_with_a_frozen_moves_mgm_less_and_nothing_is_shown_elsewhere():
