@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -10,8 +11,8 @@ from torch import nn
 
 from ipca._dtensor import is_sharded_model
 from ipca.model.apply import FULLY_TRAINED, adapted_layers
-from ipca.model.targets import has_peft_layers
-from ipca.nn.offload import is_offloaded, move_device_hook
+from ipca.model.targets import few, has_peft_layers
+from ipca.nn.offload import has_other_hooks, is_offloaded, move_device_hook
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.quantized_linear import QuantizedLinearPC
 from ipca.nn.registry import set_layer
@@ -115,6 +116,9 @@ def unload(model: Model, *, merge: bool = True) -> Model:
     Returns:
         The same model.
 
+    Warns:
+        RuntimeWarning: an adapted layer has hooks, or a ``forward`` of its own, which a plain one does not get.
+
     Raises:
         ValueError: as :func:`adapter_parameters`; the model is sharded over processes or offloaded; or merging would
             put NaN or Inf into a weight.
@@ -124,6 +128,14 @@ def unload(model: Model, *, merge: bool = True) -> Model:
     check_not_offloaded(layers)
     if merge:
         _check_finite(layers)
+    hooked = [name for name, layer in layers.items() if has_other_hooks(layer)]
+    if hooked:
+        warnings.warn(
+            f"{few(hooked)}: the hooks on this adapted layer, or its replaced forward, are gone with it; attach them "
+            "to the plain layer.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     for name, layer in layers.items():
         plain = layer.to_plain(base=not merge).train(layer.training).requires_grad_(False)
         set_layer(model, name, plain)

@@ -1,6 +1,7 @@
 """Whole models of every kind: the same function before training, only the factors train, the base comes back."""
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -193,3 +194,21 @@ def test_functions_on_a_plain_model_say_what_to_do():
     with pytest.raises(ValueError, match="no LinearPC layer"), ipca.disabled(model):
         pass
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_hooks_that_an_unloaded_layer_loses_are_named(merge):
+    def run(*attach):
+        model = ipca.apply_pc(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), rank=2, progress=False)
+        for each in attach:
+            each(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ipca.unload(model, merge=merge)
+        return [str(each.message).partition(",")[0] for each in caught]
+
+    assert run() == run(lambda model: model.register_forward_hook(print)) == []
+    said = ["1: the hooks on this adapted layer"]
+    assert run(lambda model: model[1].register_forward_hook(print)) == said
+    assert run(lambda model: model[1].register_full_backward_pre_hook(print)) == said
+    assert run(lambda model: setattr(model[1], "forward", lambda x: x)) == said
