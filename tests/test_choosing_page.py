@@ -167,6 +167,11 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times LoRA's" in readme
     (step,) = re.findall(r"gut communities, 60 steps, .* changes by (\d+)% to (\d+)%", checks(mgm()))
     assert f"one step of the grid of rates changes it by {step[0]} to {step[1]} %" in readme
+    second = [mgm().compare("reversed", 60, place, "0.5", "lora") for place in (0, 1)]
+    (n,) = {c.ratio.n for c in second}
+    assert {c.obstacle for c in second} == {f"collecting: {n} of 10 seeds"}
+    values = " and ".join(f"{c.ratio.value:.2f}" for c in second)
+    assert f"On a second, made-up task it is {values} times LoRA's so far ({n} of 10 seeds, no verdict)." in readme
     paper = (ROOT / "docs" / "results" / "paper.md").read_text(encoding="utf-8")
     assert f"one step of their grid only, which changes KL by {step[0]} to {step[1]} %" in " ".join(paper.split())
 
