@@ -11,6 +11,7 @@ from studies.continual.rows import Rows
 from studies.frontier.analysis import Analysis as FrontierAnalysis
 from studies.frontier.page import checks
 from studies.frontier.rows import Rows as Frontier
+from studies.language import protocol as language
 from studies.position_grid import protocol as position_grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,6 +175,23 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     assert f"On a second, made-up task it is {values} times LoRA's so far ({n} of 10 seeds, no verdict)." in readme
     paper = (ROOT / "docs" / "results" / "paper.md").read_text(encoding="utf-8")
     assert f"one step of their grid only, which changes KL by {step[0]} to {step[1]} %" in " ".join(paper.split())
+
+
+def test_what_is_said_of_smollm2_is_what_the_rows_say():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = Frontier(language.PROTOCOL.results / language.PROTOCOL.model)
+    analysis = FrontierAnalysis(language.PROTOCOL.with_targets(Frontier(found.folder / "reference")), found)
+    german, cpp = (
+        [c for c in analysis.comparisons() if (c.task, c.steps, c.arm, c.other) == (task, 60, "middle", "lora")]
+        for task in ("german", "cpp")
+    )
+    said = ["{:.2f}, {:.2f} and {:.2f}".format(*(c.ratio.value for c in each)) for each in (german, cpp)]
+    assert [(c.verdict, c.ratio.n) for c in german] == [("lower", 5)] * 3
+    assert f"the middle window's KL to the base was {said[0]} times LoRA's at three equal targets (5 seeds)" in readme
+    assert f"its KL to the base was {said[0]} times LoRA's |" in TEXT
+    assert all(c.obstacle for c in cpp)
+    assert {len(analysis.scores("cpp", 60, arm, 1)) for arm in ("middle", "lora")} == {1}
+    assert f"on C++ headers it is {said[1]} times so far (one rate each, no verdict)" in readme
 
 
 def test_the_window_with_a_frozen_moves_mgm_less_and_nothing_is_shown_elsewhere():
