@@ -67,7 +67,7 @@ def test_the_page_has_a_row_for_each_test_and_names_what_is_missing(whole, tmp_p
     assert "Holm's correction is over those tested, 14 of 14." in sections["tests"]
     assert (
         "All of the protocol's grid was run. Added later and not run, as they need a GPU and no test uses them: G1 and "
-        "G2. Announced in the protocol's changes and not complete: M1-low, M1-middle, " in sections["runs"]
+        "G2. Announced in the protocol's changes and not complete: M1-low, M1-lower, M1-middle, " in sections["runs"]
     )
     assert "and M1-null. Measured on cpu x86_64; python 3.11.7, torch" in sections["runs"]
     assert "full fine-tuning (same, 0.004): 10 |" in sections["runs"]
