@@ -87,7 +87,7 @@ def admit_windows(model: nn.Module, paths: Container[str] | None = None) -> None
             and (paths is None or path in paths)
             and not unsupported_reason(layer.get_base_layer())
         ):
-            layer.__class__, layer.path = _STOCK[type(layer)], path
+            layer.__class__, layer.path, layer.starts = _STOCK[type(layer)], path, {}
 
 
 def unsupported_reason(base: nn.Module) -> str:

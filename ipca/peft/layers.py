@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,16 @@ from ipca.nn.offload import execution_device, is_offloaded, stored_tensor
 from ipca.ops.linear import pc_linear_of_layer
 from ipca.ops.op import Layer, without_autocast
 from ipca.ops.pair import balanced_pair, one_pair
-from ipca.peft.factors import LOST, has_initial, initial_factor, misfit, move_pair, register_initial, remove_initial
+from ipca.peft.factors import (
+    LOST,
+    has_initial,
+    initial_factor,
+    initial_name,
+    misfit,
+    move_pair,
+    register_initial,
+    remove_initial,
+)
 from ipca.peft.records import LayerRecords
 
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -41,6 +50,20 @@ _TERMS = (
 )
 
 
+class Start(NamedTuple):
+    """What an adapter of a layer was asked for, and the record of what it started from.
+
+    Attributes:
+        records: of its configuration.
+        asked: the fields of the configuration on which ``A0, B0`` and the record depend.
+        record: what ``ipca.json`` holds of the layer; None where that is not known.
+    """
+
+    records: LayerRecords
+    asked: tuple[Any, ...]
+    record: SavedLayer | None
+
+
 class WindowLora(_Mixed):
     """Base class of PEFT's LoRA layers that can hold adapters of a PCConfig; other adapters are left to PEFT.
 
@@ -51,15 +74,17 @@ class WindowLora(_Mixed):
     kind = "linear"
     was_called = was_read = False
     frozen_peft_weight_names: dict[str, tuple[str, ...]]
+    starts: dict[str, Start]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, target_name: str = "", **kwargs: Any) -> None:
-        self.path = target_name
+        self.path, self.starts = target_name, {}
         super().__init__(base_layer, adapter_name, **kwargs)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, in the place of one of that name, whose window PEFT would keep beside the new factors."""
         for owner, name in self.owners(adapter_name) if self.holds(adapter_name) else ():
             remove_initial(owner, name)
+        self.starts.pop(adapter_name, None)
         self.lora_variant.pop(adapter_name, None)
         self.frozen_peft_weight_names.pop(adapter_name, None)
         super().update_layer(adapter_name, *args, **kwargs)
@@ -115,8 +140,9 @@ class WindowLora(_Mixed):
     def init_adapter(self, adapter: str, config: Any) -> None:
         """Have a new adapter start from the initial factors that the records of its configuration hold for this layer.
 
-        Where they hold none, the layer waits: :func:`ipca.peft.preparation.start` decomposes the weights of all waiting
-        layers together, once PEFT has made these.
+        Where they hold none, it takes those of another adapter of the same configuration, as TRL's ``"ref"``, to which
+        those of ``"default"`` are copied. Where there is none either, the layer waits, and
+        :func:`ipca.peft.preparation.start` decomposes the weights of all waiting layers once PEFT has made these.
 
         Raises:
             ValueError: the records belong to another base weight; the message begins with the layer's path.
@@ -130,9 +156,11 @@ class WindowLora(_Mixed):
             if self._known_base(records) and not self.base_parameter().is_meta:
                 self._check_base(records, self.base_sha256())
             A0, B0 = torch.empty_like(A, device="meta"), torch.empty_like(B, device="meta")
-            self._register(adapter, records, A0, B0)
+            self._register(adapter, config, A0, B0)
         elif self.path in records.initial:
             self.set_initial(adapter, config)
+        elif (twin := self._twin(adapter, config)) is not None:
+            self._start_as(adapter, config, twin)
         else:
             records.waiting.append(self)
 
@@ -154,16 +182,47 @@ class WindowLora(_Mixed):
         with gather_params_ctx(self.base_parameter()):
             initial = self._initial_factors(adapter, config, A.dtype, found)
             A0, B0 = self.stored(initial, A.detach(), B.detach())
+        self._set_start(adapter, config, A0, B0)
+
+    def _twin(self, adapter: str, config: Any) -> str | None:
+        """The name of another adapter that holds what this one is asked for, of the same configuration; or None."""
+        asked = self._asked(adapter, config)
+        for name, start in self.starts.items():
+            initial = [initial_factor(*owner) for owner in self.owners(name)]
+            there = all(factor is not None and not factor.is_meta for factor in initial)
+            if start.records is config.records and start.asked == asked and there:
+                return name
+        return None
+
+    def _start_as(self, adapter: str, config: Any, twin: str) -> None:
+        """Start from ``A0, B0`` of the adapter ``twin``, with its record, in the dtype that they have there."""
+        record, initial = self.starts[twin].record, []
+        if record is not None:
+            config.records.saved[self.path] = record
+        for (owner, name), other in zip(self.owners(adapter), self.owners(twin), strict=True):
+            initial.append(other[0].get_buffer(initial_name(other[1])).detach().clone())
+            factor = owner.get_parameter(name)
+            same = nn.Parameter(factor.detach().to(initial[-1]), requires_grad=factor.requires_grad)
+            owner.register_parameter(name, same)
+        self._set_start(adapter, config, *initial)
+
+    def _set_start(self, adapter: str, config: Any, A0: Tensor, B0: Tensor) -> None:
         if config.init_lora_weights:
             with torch.no_grad():
-                A.copy_(A0)
-                B.copy_(B0)
-        self._register(adapter, config.records, A0, B0)
+                for (owner, name), initial in zip(self.owners(adapter), (A0, B0), strict=True):
+                    owner.get_parameter(name).copy_(initial)
+        self._register(adapter, config, A0, B0)
 
-    def _register(self, adapter: str, records: LayerRecords, A0: Tensor, B0: Tensor) -> None:
+    def _asked(self, adapter: str, config: Any) -> tuple[Any, ...]:
+        window = config.window_of(self.path, self.r[adapter])
+        return window, self.scaling[adapter], config.tol, config.train, config.magnitude, config.lora_dropout
+
+    def _register(self, adapter: str, config: Any, A0: Tensor, B0: Tensor) -> None:
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
+        records: LayerRecords = config.records
         # two models may share a config: the one that is saved puts its own record back as its state dict is made
         saved = records.saved
+        self.starts[adapter] = Start(records, self._asked(adapter, config), saved.get(self.path))
         on_save = partial(operator.setitem, saved, self.path, saved[self.path]) if self.path in saved else None
         experts = getattr(self, "num_experts", 1)
         on_other = partial(records.replace, self.path)
@@ -233,6 +292,7 @@ class WindowLora(_Mixed):
         """Delete ``A0, B0`` too, which PEFT would leave in an embedding's dictionaries."""
         owners = self.owners(adapter_name) if self.holds(adapter_name) else ()
         super().delete_adapter(adapter_name)
+        self.starts.pop(adapter_name, None)
         for owner, name in owners:
             remove_initial(owner, name)
 
