@@ -368,7 +368,7 @@ def install_guards() -> None:
                 f"the model is a {type(model).__name__} already, and an adapter around it would be saved under names "
                 "that nothing reads; call unload() on it first, or add_adapter or load_adapter for another one inside."
             )
-        loaded = isinstance(config, PCConfig) and bool(config.records.saved)
+        loaded = isinstance(config, PCConfig) and config.records.loaded
         if isinstance(config, PCConfig) and not loaded:
             add_heads(model, config)
             leave_out(model, config)

@@ -238,7 +238,7 @@ class WindowLora(_Mixed):
         digest = self.base_sha256() if found is None else found.base_sha256
         self._check_base(records, digest)
         initial, magnitude = found or records.initial.pop(self.path, None), config.magnitude
-        if initial is not None and found is None and self.path in records.saved:  # of an adapter that is loaded
+        if records.loaded and initial is not None and found is None:
             magnitude = records.saved[self.path].magnitude
         if initial is None:
             matrix, window = self.base_matrix(), config.window_of(self.path, rank)

@@ -91,6 +91,7 @@ def prepare(
     admit_windows(base, set(targets))
     config.records.initial = dict(zip(targets, initial, strict=True))
     config.records.saved.clear()
+    config.records.loaded = False
     return config
 
 

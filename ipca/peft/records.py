@@ -30,6 +30,7 @@ class LayerRecords:
         saved: what ``ipca.json`` holds of each layer.
         labels: the names of the classes of the model, or of the adapter that was read, by index.
         replaced: layers of which a state dict has brought another window, or that of another base, than ``saved`` says.
+        loaded: whether they were read from an adapter's folder, whose configuration names heads and layers already.
     """
 
     waiting: list[Any] = field(default_factory=list)
@@ -38,6 +39,7 @@ class LayerRecords:
     saved: dict[str, SavedLayer] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     replaced: set[str] = field(default_factory=set)
+    loaded: bool = False
 
     def replace(self, path: str) -> None:
         """Note that a layer starts from another window than its record says, and warn."""
@@ -52,6 +54,7 @@ class LayerRecords:
             base_sha256={path: layer.base_sha256 for path, layer in adapter.layers.items() if layer.base_sha256},
             saved=dict(adapter.layers),
             labels=adapter.labels,
+            loaded=True,
         )
 
 

@@ -170,7 +170,7 @@ def load_config(
         raise ValueError(f"{path} holds no adapter of a PCConfig, which is a LoRA of even rank; got r={stock.r}.")
     values = _halved(stock)
     if not (path / WEIGHTS).is_file():
-        return values | _own_fields(path), LayerRecords(base_sha256=_base_hashes(path))
+        return values | _own_fields(path), LayerRecords(base_sha256=_base_hashes(path), loaded=True)
     adapter = read_adapter(path, modules_to_save=False)
     warn_bypassed([name for name, layer in adapter.layers.items() if layer.bypassed], stacklevel=4)
     return values | _windows(path, adapter.layers), LayerRecords.of(adapter)

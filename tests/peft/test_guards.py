@@ -375,6 +375,18 @@ def test_a_layer_that_the_model_does_not_call_is_named_at_once_and_when_it_is_sa
             merge()
 
 
+def test_the_second_model_of_a_configuration_is_warned_of_as_the_first_one():
+    config = PCConfig(r=2, target_modules=["predictions.dense", "query"], progress=False)
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=BYPASSED):
+            get_peft_model(mobilebert(), config)
+    config, base = PCConfig(r=2, target_modules=["a", "b"], progress=False), Small()
+    wrap(base, config)
+    nn.init.zeros_(base.b.weight)
+    with pytest.warns(UserWarning, match="components that are 0 in the window: 2 of 2 of b"):
+        wrap(base, config)
+
+
 def test_a_layer_that_the_model_does_not_call_is_named_when_it_is_loaded(tmp_path):
     native = ipca.apply_pc(mobilebert(), rank=2, targets=["predictions.dense"], progress=False)
     with torch.no_grad():

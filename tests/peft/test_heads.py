@@ -83,6 +83,18 @@ def test_a_head_is_adapted_or_left_out_where_that_is_asked_for(tmp_path):
     assert summary(again).modules_to_save == ()
 
 
+@pytest.mark.parametrize("first", ["BertForMaskedLM", "BertForTokenClassification", "RobertaForSequenceClassification"])
+def test_a_configuration_that_another_model_has_used_gets_the_head_of_this_one(first, tmp_path):
+    config = PCConfig(r=4, target_modules=["query", "value"], progress=False)
+    get_peft_model(encoder(first), config)
+    base = encoder("BertForSequenceClassification")
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    assert [name for name, _ in summary(model).modules_to_save] == ["classifier"]
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()(X).logits, model(X).logits)
+
+
 HEADS = {
     "BertForSequenceClassification": ("SEQ_CLS", None),
     "BertForTokenClassification": ("TOKEN_CLS", None),
