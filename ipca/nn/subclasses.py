@@ -1,4 +1,4 @@
-"""Subclasses of ``nn.Linear`` and ``nn.Embedding`` that compute the same: recognized by their source, and rebuilt."""
+"""Subclasses of plain layers that compute the same: recognized by their source, and rebuilt."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 _MATTERS = {
     *("weight", "bias", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state", "_apply"),
     *("__call__", "_call_impl", "__getattr__", "__getattribute__", "_save_to_state_dict", "_load_from_state_dict"),
+    "_conv_forward",
 }
 """What a subclass must not override, beside ``forward``."""
 _SCALED = (
@@ -51,7 +52,7 @@ def computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
     forwards = [each["forward"] for each in own if "forward" in each]
     if not forwards:
         return not hasattr(module, "embed_scale")  # PEFT would multiply by it
-    known = len(forwards) == 1 and _body(forwards[0]) in _FORWARDS[base]
+    known = len(forwards) == 1 and _body(forwards[0]) in _FORWARDS.get(base, ())
     return known and (base is nn.Linear or _is_scalar(module.embed_scale))
 
 

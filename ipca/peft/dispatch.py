@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ipca.nn.quantization import quantization_kind, unsupported_quantization
+from ipca.nn.subclasses import computes_as
 from ipca.nn.window_layer import WindowLayer
 from ipca.peft.layers import WindowConv1d, WindowConv2d, WindowConv3d, WindowEmbedding, WindowLinear, WindowLora
 from ipca.peft.parameter import ParamWrapper
@@ -22,6 +23,9 @@ _CONVOLUTIONS: dict[type[nn.Module], type[WindowLora]] = {
     nn.Conv2d: WindowConv2d,
     nn.Conv3d: WindowConv3d,
 }
+
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
+"""Classes of base layers; of their subclasses only those fit that compute the same."""
 
 _STOCK: dict[type[nn.Module], type[WindowLora]] = {
     lora.Linear: WindowLinear,
@@ -100,10 +104,11 @@ def unsupported_reason(base: nn.Module) -> str:
         return "nn.MultiheadAttention reads its weights without calling their layers"
     if getattr(base, "_hf_tp_plan", None) is not None:
         return "it is tensor parallel, and no rank has the weight to decompose"
-    if isinstance(base, tuple(_CONVOLUTIONS)):
-        return _unsupported_convolution(base)
-    if not isinstance(base, nn.Linear | Conv1D | nn.Embedding):
+    kind = next((kind for kind in _KINDS if isinstance(base, kind)), None)
+    if kind is None:
         return f"a {type(base).__name__} has no weight matrix that PEFT's format knows"
+    if kind in _CONVOLUTIONS and (why := _unsupported_convolution(base)):
+        return why
     if getattr(base, "max_norm", None) is not None:
         return f"max_norm={base.max_norm} changes the embedding's weight as it is read"
     weight = base.weight
@@ -111,6 +116,8 @@ def unsupported_reason(base: nn.Module) -> str:
         return "its weight is computed from other parameters, so that nothing could be merged into it"
     if not (type(weight.data) is Tensor and weight.is_floating_point()):
         return f"its weight is a {type(weight.data).__name__} of {weight.dtype}"
+    if not computes_as(base, kind):
+        return f"a {type(base).__name__} may compute something else than its base class {kind.__name__}"
     return ""
 
 

@@ -6,6 +6,7 @@
 | ``LoraModel.add_weighted_adapter`` | refused: it combines only ``A, B`` |
 | ``LoraModel.inject_adapter`` | adapters named like modules are refused, unmatched window patterns named, heads added |
 | the same | "all-linear" leaves out what no window fits; where it raises, the model is as it was |
+| the same | a layer that stands in several places is refused: PEFT replaces it in one, or saves it twice |
 | the same | a PeftModel is refused as a base, around which an adapter would be saved under names that nothing reads |
 | the same | the weights of all layers are decomposed together once PEFT has made these; in ``MixedModel`` too |
 | the same, ``LoraModel.unload`` | heads and biases that a window has trained, and that stay so, are named |
@@ -59,7 +60,7 @@ from ipca.peft.layers import WindowLora, WindowVariant, null_components
 from ipca.peft.offload import with_stored_factors
 from ipca.peft.preparation import start
 from ipca.peft.save_load import warn_bypassed
-from ipca.peft.selection import all_or_nothing, leave_out
+from ipca.peft.selection import all_or_nothing, check_places, leave_out
 
 _LOADED = "_hf_peft_config_loaded"
 """The attribute by which a model of transformers knows that it has an adapter of PEFT."""
@@ -102,10 +103,11 @@ def warn_unmatched(model: nn.Module, config: PCConfig, adapter: str) -> None:
     """Warn of keys of ``window_pattern`` and names in ``target_modules`` that match no layer of the adapter."""
     paths = [layer.path for layer in model.modules() if isinstance(layer, WindowLora) and layer.holds(adapter)]
     listed = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
+    excluded = config.exclude_modules if isinstance(config.exclude_modules, (list, set)) else ()
     names = set(listed) - set(config.modules_to_save or ())  # a head that "all-linear" found, and that trains whole
     unmatched = {
         "window_pattern keys": (config.unmatched_windows(paths), paths),
-        "target_modules": (_unmatched(names, paths), [name for name, _ in model.named_modules()]),
+        "target_modules": (_unmatched(names, [*paths, *excluded]), [name for name, _ in model.named_modules()]),
     }
     for field, (patterns, known) in unmatched.items():
         if patterns:
@@ -378,6 +380,7 @@ def install_guards() -> None:
             with all_or_nothing(model, adapter_name, config) if windows else nullcontext():
                 inject(self, model, adapter_name, *args, **kwargs)
                 if isinstance(config, PCConfig):
+                    check_places(model, adapter_name)
                     start(model, adapter_name, config)
         except ValueError as error:
             targets = config.target_modules if isinstance(config, PCConfig) else None

@@ -26,6 +26,7 @@ from ipca.model.targets import MULTIHEAD, SHARED, TIED, check_unmerged, few, nar
 from ipca.nn.layer_kinds import layer_kind, matrix_shape
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import unsupported_reason
+from ipca.peft.layers import WindowLora
 from ipca.peft.parameter import ParamWrapper
 from ipca.peft.records import LayerRecords
 
@@ -55,6 +56,18 @@ def leave_out(model: nn.Module, config: PCConfig) -> None:
                 left.setdefault(narrow, []).append(name)
     if not config.records.initial:  # `prepare` has warned already
         warn_left_out(left)
+
+
+def check_places(model: nn.Module, adapter: str) -> None:
+    """Raise ValueError where the base of a layer that has the adapter stands in several places of ``model``.
+
+    PEFT has replaced it in one of them, or, in a block that stands in several, saves its factors under a name for each.
+    """
+    paths = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    layers = [layer for layer in model.modules() if isinstance(layer, WindowLora) and layer.holds(adapter)]
+    shared = [layer.path for layer in layers if paths[layer.get_base_layer()] > 1]
+    if shared:
+        raise ValueError(f"{few(shared)}: {SHARED}; exclude it, or put a module of its own in each place.")
 
 
 def _taken(model: nn.Module, config: PCConfig) -> list[str]:

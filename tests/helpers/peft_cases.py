@@ -36,6 +36,14 @@ def train(model: nn.Module, x: Tensor, steps: int = 2, optimizer: torch.optim.Op
     return losses
 
 
+@torch.no_grad()
+def disturb(model: nn.Module) -> None:
+    """Move everything that trains."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
 def randomize(model):
     """Let every stock adapter of ``model`` do something."""
     with torch.no_grad():

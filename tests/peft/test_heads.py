@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import ipca
 from ipca.peft import PCConfig, guards, prepare, summary
+from tests.helpers.peft_cases import disturb
 
 X = torch.cat([torch.arange(24).reshape(2, 12) + 3, torch.full((2, 1), 2)], 1)  # BART wants its <eos>
 
@@ -37,13 +38,6 @@ def encoder(name, **sizes):
     config = getattr(T, name.partition("For")[0] + "Config")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4} | sizes
     return getattr(T, name)(config(vocab_size=97, **sizes)).eval()
-
-
-def disturb(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 MODELS = {distilbert: ["pre_classifier", "classifier"], bart: ["classification_head"]}

@@ -81,6 +81,53 @@ def test_the_router_of_a_mixture_is_left_out_or_has_a_rank_of_its_own():
     assert "gate.weight" in config.target_parameters
 
 
+class Shared(nn.Module):
+    """Two places for one module, and one for another layer."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.first = self.second = module
+        self.other = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.other(self.second(self.first(x)))
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+SHARED = {
+    "linear": (lambda: nn.Linear(8, 8), {"target_modules": ["first", "other"]}),
+    "both places": (lambda: nn.Linear(8, 8), {"target_modules": ["first", "second", "other"]}),
+    "pattern": (lambda: nn.Linear(8, 8), {"target_modules": ".*(first|second)"}),
+    "convolution": (lambda: nn.Conv2d(8, 8, 1), {"target_modules": ["first", "other"]}),
+    "embedding": (lambda: nn.Embedding(9, 8), {"target_modules": ["first", "other"]}),
+    "block": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh()), {"target_modules": ["0", "other"]}),
+    "parameter": (Own, {"target_modules": ["other"], "target_parameters": ["first.weight"]}),
+}
+
+
+@pytest.mark.parametrize("way", [get_peft_model, prepare, "second"], ids=["get_peft_model", "prepare", "second"])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_module_in_two_places_is_refused(name, way, decomposed):
+    make, options = SHARED[name]
+    model = Shared(make())
+    if way == "second":
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["other"]))
+        model, way = adapted, lambda model, config: model.add_adapter("second", prepare(model, config))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"first(\.weight|\.0)?: the same module stands in several places"):
+        way(model, PCConfig(r=4, **options))
+    assert snapshot(model) == before
+    assert not decomposed
+
+
 def broken():
     model = Net()
     with torch.no_grad():
