@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -35,13 +35,12 @@ from ipca.peft.factors import (
     register_initial,
     remove_initial,
 )
+from ipca.peft.merging import ExactUnmerge
 from ipca.peft.records import LayerRecords
 
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 """``A, B, A0, B0`` as PEFT stores them."""
 
-# A plain class when it runs, so that Python lets a stock layer take the class of one of ours.
-_Mixed = LoraLayer if TYPE_CHECKING else object
 _TERMS = (
     ("lower `start` or `rank`", "lower window or r, for one layer in window_pattern or rank_pattern"),
     ("lower `rank`", "lower r"),
@@ -64,7 +63,7 @@ class Start(NamedTuple):
     record: SavedLayer | None
 
 
-class WindowLora(_Mixed):
+class WindowLora(ExactUnmerge):
     """Base class of PEFT's LoRA layers that can hold adapters of a PCConfig; other adapters are left to PEFT.
 
     The base weight counts as a matrix ``(out, in)``, ``A, A0`` as ``(r, in)``, ``B, B0`` as ``(out, r)``, in whatever

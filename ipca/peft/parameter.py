@@ -94,6 +94,17 @@ class ParamWrapper(WindowLora, lora.ParamWrapper):
         finally:
             self._remove_parametrizations()
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module, with the adapters of all its parameters merged if that is asked for."""
+        layer: Any = self
+        while isinstance(layer, lora.ParamWrapper):
+            if merge:
+                layer.merge(safe_merge, adapter_names, **({"keep": False} if isinstance(layer, ParamWrapper) else {}))
+            layer = layer.base_layer
+        return self.get_base_layer()
+
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
         """The change of the parameter, in its layout and dtype."""
         if self.pairs(adapter) is None:

@@ -16,11 +16,14 @@ from ipca.peft.layers import WindowLora
 
 
 class QuantizedWindowLora(WindowLora):
-    """A base whose weight is quantized; it stays as it is."""
+    """A base whose weight is quantized; it stays as it is, but for merging, after which PEFT quantizes it anew."""
 
     @property
     def kind(self) -> str:
         return str(quantization_kind(self.get_base_layer()))
+
+    def can_keep(self) -> bool:
+        return False
 
     def base_matrix(self) -> Tensor:
         return dequantize(self.get_base_layer())
