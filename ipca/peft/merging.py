@@ -58,7 +58,7 @@ class ExactUnmerge(_Mixed):
         weight = self._kept_weight() if keep else None
         names = self.active_adapters if adapter_names is None else adapter_names
         if keep and not self.merged and any(map(self.holds, names)) and self.can_keep():
-            weight = self.base_parameter().detach().clone()
+            weight = _copy(self.base_parameter().detach())
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         finally:
@@ -111,3 +111,11 @@ class ExactUnmerge(_Mixed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._keep(state.get("_kept"))
+
+
+def _copy(weight: Tensor) -> Tensor:
+    """A copy beside ``weight``, or on the CPU where its device has no room for one."""
+    try:
+        return weight.clone()
+    except torch.OutOfMemoryError:
+        return weight.to("cpu", copy=True)

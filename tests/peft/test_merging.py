@@ -193,3 +193,19 @@ def test_a_quantized_base_is_left_to_peft(kind):
     assert not kept(model)
     model.unmerge_adapter()
     assert not any(layer.merged for layer in layers)
+
+
+def test_where_the_device_has_no_room_the_base_is_kept_on_the_cpu(monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError
+
+    _, model = small()
+    before, x = bases(model), ids()
+    y = output(model, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", full)
+        model.merge_adapter()
+    assert len(kept(model)) == 3
+    model.unmerge_adapter()
+    assert same(bases(model), before)
+    assert torch.equal(output(model, x), y)
