@@ -51,6 +51,7 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
     options: dict[str, Any] = {}
     if labels:
         options = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "problem_type": None}
+        options["return_dict"] = True  # the loss is that of the outputs' logits
         options |= {"label2id": {name: k for k, name in enumerate(labels)}, "ignore_mismatched_sizes": True}
     dtype = settings.dtype or ("auto" if torch.cuda.is_available() else "float32")
     torch.manual_seed(settings.seed)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import Trainer
 
 from ipca.analysis.retention import IGNORED
 from ipca.train.data import Data
@@ -18,7 +20,7 @@ from ipca.train.settings import TrainSettings
 from ipca.train.sources import DataError
 
 _EVALUATED = 8
-"""Rows of a forward pass in evaluations at most. The loss is a mean over passes."""
+"""Rows of a forward pass in evaluations at most. The loss of a language model is a mean over passes."""
 
 
 def build_trainer(
@@ -60,7 +62,7 @@ def build_trainer(
         "image-classification": lambda: ImageCollator(loaded.processor),
     }
     return _silent(
-        transformers.Trainer(
+        ClassifierTrainer(
             model,
             args=transformers.TrainingArguments(
                 **_arguments(settings, out), label_names=["labels"], remove_unused_columns=False
@@ -69,9 +71,32 @@ def build_trainer(
             train_dataset=examples.train,
             eval_dataset=examples.held_out,
             processing_class=loaded.processor,
+            compute_loss_func=mean_loss,
             compute_metrics=_accuracy,
         )
     )
+
+
+class ClassifierTrainer(Trainer):
+    """A Trainer whose held-out loss is the mean over all labels, however the rows are split into passes."""
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        found: Any = super().evaluation_loop(*args, **options)
+        logits, labels = (torch.from_numpy(each) for each in (_logits(found.predictions), found.label_ids))
+        loss = float(mean_loss({"logits": logits}, labels))
+        found.metrics[f"{options.get('metric_key_prefix', 'eval')}_loss"] = loss
+        return found
+
+
+def mean_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    """The cross-entropy of classes, summed over ``labels`` and divided by the number of all labels of the step.
+
+    Heads of transformers mostly divide by the labels of a pass, so that their losses add up over the passes of a step.
+    """
+    logits, labels = outputs["logits"].float().flatten(0, -2), labels.flatten()
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    total = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORED, reduction="sum")
+    return total / count.to(logits.device)
 
 
 def _silent(trainer: Any) -> Any:
@@ -159,6 +184,10 @@ def _arguments(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     counts = prediction.label_ids != IGNORED
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids)[counts].mean())}
+    return {"accuracy": float((_logits(prediction.predictions).argmax(-1) == prediction.label_ids)[counts].mean())}
+
+
+def _logits(predictions: Any) -> Any:
+    """The first of what a model returns beside its loss."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
