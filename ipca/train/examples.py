@@ -86,7 +86,20 @@ def examples(rows: Any, data: Data, settings: TrainSettings, loaded: Loaded) -> 
         raise ValueError(
             f"the tokenizer of {settings.model} does not tell words; token classification needs a fast one."
         )
+    if not _keeps_spaces(processor):
+        raise ValueError(
+            f"the tokenizer of {settings.model} loses the space before a word of a list, so that its tokens are not "
+            "those of a text; for token classification choose a model whose tokenizer keeps it, such as BERT."
+        )
     return rows.map(align, batched=True, remove_columns=rows.column_names)
+
+
+def _keeps_spaces(tokenizer: Any) -> bool:
+    """Whether the second of two words has the tokens that it has in a text."""
+    text, words = tokenizer("a b", return_offsets_mapping=True), tokenizer(["a", "b"], is_split_into_words=True)
+    ends = [end for _, end in text["offset_mapping"]]
+    after = [token for token, end in zip(text["input_ids"], ends, strict=True) if end > 1]
+    return after == [token for token, word in zip(words["input_ids"], words.word_ids(0), strict=True) if word == 1]
 
 
 def blocks(texts: Iterable[str], tokenizer: Any, length: int) -> Any:

@@ -60,7 +60,8 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
         if task == "image-classification":
             processor: Any = transformers.AutoImageProcessor.from_pretrained(folder)
         else:
-            processor = transformers.AutoTokenizer.from_pretrained(folder)
+            words = {"add_prefix_space": True} if task == "token-classification" else {}
+            processor = transformers.AutoTokenizer.from_pretrained(folder, **words)
     except (OSError, ValueError, KeyError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{settings.model} cannot be loaded for the task {task}: {why}") from None
@@ -73,9 +74,25 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
         if processor.eos_token is None:
             raise ValueError(f"the tokenizer of {settings.model} has neither a padding nor an end token; set one.")
         processor.pad_token = processor.eos_token
+    if task == "token-classification" and processor.is_fast:
+        _put_spaces_before_words(processor.backend_tokenizer.pre_tokenizer)
     if task == "sequence-classification":
         model.config.pad_token_id = processor.pad_token_id  # decoders look for the last token before it
     return Loaded(model, processor)
+
+
+def _put_spaces_before_words(step: Any) -> None:
+    """Let the byte-level parts of a step before tokenization, which may be a sequence, mark the space before a word.
+
+    Tokenizers that transformers has no class for do not take ``add_prefix_space``.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence
+
+    if isinstance(step, Sequence):
+        for part in step:  # type: ignore[attr-defined]
+            _put_spaces_before_words(part)
+    elif isinstance(step, ByteLevel):
+        step.add_prefix_space = True
 
 
 def _reads_both_ways(config: Any) -> bool:
