@@ -51,6 +51,8 @@ _GUESSES = (
 """What a data set is for, by the roles that its columns have; the first that fits."""
 _HELD_OUT = ("validation", "val", "test")
 """Folders of images beside ``train``; the first is held out."""
+NO_COLUMNS = {"text": "running text", "images": "a folder of images"}
+"""Kinds of sources without columns."""
 _SHOWN = 8
 """Names in a message at most."""
 
@@ -108,8 +110,12 @@ def read_data(
     Raises:
         DataError: a row is not what the task needs.
         ImportError: ``datasets`` is missing.
-        FileNotFoundError, ValueError: nothing to read, or columns that fit no task.
+        FileNotFoundError, ValueError: nothing to read, or columns that fit no task, or that the source does not have.
     """
+    if columns and source.kind in NO_COLUMNS:
+        raise ValueError(
+            f"{source.name} holds {NO_COLUMNS[source.kind]}, which has no columns to name; leave --columns out."
+        )
     if source.kind == "images":
         return _read_images(source, task, tuple(labels), tuple(base), progress)
     if source.kind == "text":
@@ -136,7 +142,7 @@ def find_layout(names: Iterable[str], task: str | None, columns: Mapping[str, st
     """What data with columns of these ``names`` is for.
 
     Raises:
-        ValueError: they fit no task, or a named column is not there.
+        ValueError: they fit no task, a named column is not there, or no task, or not this one, takes its role.
     """
     names = list(names)
     for role, column in columns.items():
@@ -147,19 +153,40 @@ def find_layout(names: Iterable[str], task: str | None, columns: Mapping[str, st
     lower = {name.lower(): name for name in names}
     found = {role: lower[each] for role, known in _NAMES.items() for each in reversed(known) if each in lower}
     found |= columns
-    wanted = [(task, roles) for roles in _ROLES[task]] if task else list(_GUESSES)
+    known = [(task, roles) for roles in _ROLES[task]] if task else list(_GUESSES)
+    wanted = [(kind, roles) for kind, roles in known if {*columns} <= {*roles}]
+    if not wanted:
+        raise ValueError(_misfit(columns, task, known, source))
     for kind, roles in wanted:
         if set(roles) <= set(found) and len({found[role] for role in roles}) == len(roles):
             extra = lower.get("input") if roles == ("prompt", "completion") else None
             return Layout(kind, {role: found[role] for role in roles}, extra if extra not in found.values() else None)
-    needed = " or ".join(" + ".join(roles) for _, roles in wanted)
-    shown = wanted[0][1] if task else ("prompt", "completion") if len(names) > 1 else ("text",)
-    example = " ".join(f"{role}={name}" for role, name in zip(shown, names or ["NAME"], strict=False))
+    shown = wanted[0][1] if task or columns else ("prompt", "completion") if len(names) > 1 else ("text",)
+    free = iter([name for name in names if name not in columns.values()])
+    example = " ".join(f"{role}={columns.get(role) or next(free, 'NAME')}" for role in shown)
     raise ValueError(
         f"{source} has the columns {', '.join(names)}; "
         + (f"the task {task} needs" if task else "a task needs")
-        + f" {needed}. Name them, such as --columns {example}."
+        + f" {_either(wanted)}. Name them, such as --columns {example}."
     )
+
+
+def _misfit(
+    columns: Mapping[str, str], task: str | None, known: Iterable[tuple[str, Iterable[str]]], source: str
+) -> str:
+    """Why the roles of ``columns`` fit no layout that is ``known``."""
+    taken = {role for _, roles in known for role in roles}
+    wrong = [role for role in columns if role not in taken] or list(columns)
+    verb, rest = ("has", "it") if len(wrong) == 1 else ("have", "one")
+    return (
+        f"{source}: {f'the task {task}' if task else 'a task'} takes the columns {_either(known)}, where "
+        f"{' and '.join(wrong)} of --columns {verb} no place; leave {rest} out"
+        + (", or choose another --task." if task else ".")
+    )
+
+
+def _either(layouts: Iterable[tuple[str, Iterable[str]]]) -> str:
+    return " or ".join(" + ".join(roles) for _, roles in layouts)
 
 
 def _read_text(source: Source, task: str | None) -> Data:

@@ -25,7 +25,7 @@ from ipca.model.targets import few
 from ipca.train.callback import EvaluateLast, KeepCallback, Progress
 from ipca.train.checkpoints import last_checkpoint, relocate, train_from
 from ipca.train.classes import base_classes
-from ipca.train.data import Data, read_data
+from ipca.train.data import NO_COLUMNS, Data, read_data
 from ipca.train.examples import split
 from ipca.train.figures import draw_run
 from ipca.train.keep import Kept, KeptItems, KeptTokens, build_keep, draw_samples, read_keep
@@ -85,7 +85,8 @@ def _fine_tune(settings: TrainSettings, out: Path, overwrite: bool, progress: bo
     held_out = None
     if isinstance(settings.held_out, str):
         other, task = find_source(settings.held_out), data.layout.task
-        held_out = read_data(other, task, settings.columns, labels=data.labels, progress=shown)
+        columns = {} if other.kind in NO_COLUMNS else settings.columns
+        held_out = read_data(other, task, columns, labels=data.labels, progress=shown)
     source = read_keep(settings, data.layout.task, progress=shown)
     loaded = load_model(settings, data.layout.task, data.labels)
     fitted = fitting_length(settings, loaded)

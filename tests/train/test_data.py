@@ -79,6 +79,76 @@ def test_columns_can_be_named_and_a_task_chosen(tmp_path):
     assert read_data(find_source(str(path)), "causal-lm").rows["text"] == ["x", "y"]
 
 
+NAMED = {
+    "text and a class beside a question and an answer": (
+        ["question", "answer", "rating"],
+        None,
+        {"text": "answer", "label": "rating"},
+        "sequence-classification",
+    ),
+    "text and a class beside an image": (
+        ["image", "review", "stars"],
+        None,
+        {"text": "review", "label": "stars"},
+        "sequence-classification",
+    ),
+    "text beside an instruction": (["instruction", "output", "formatted"], None, {"text": "formatted"}, "causal-lm"),
+    "text of a task": (["messages", "prompt", "completion", "all"], "causal-lm", {"text": "all"}, "causal-lm"),
+    "one of two": (["messages", "question", "reply"], "causal-lm", {"completion": "reply"}, "causal-lm"),
+    "words beside text": (["text", "label", "split", "ner"], None, {"tokens": "split", "tags": "ner"}, None),
+}
+
+
+@pytest.mark.parametrize(("names", "task", "columns", "right"), NAMED.values(), ids=NAMED)
+def test_a_named_column_is_read_whatever_the_others_are_called(names, task, columns, right):
+    found = find_layout(names, task, columns, "a.csv")
+    assert found.columns.items() >= columns.items()
+    assert found.task == (right or "token-classification")
+
+
+MISFITS = {
+    "a role of another task": (
+        ["text", "stars"],
+        "causal-lm",
+        {"label": "stars"},
+        "the task causal-lm takes the columns messages or prompt + completion or text, where label of --columns has no "
+        "place; leave it out, or choose another --task.",
+    ),
+    "two of other tasks": (
+        ["image", "review", "stars"],
+        "image-classification",
+        {"text": "review", "tags": "stars", "image": "image"},
+        "image + label, where text and tags of --columns have no place; leave one out, or choose",
+    ),
+    "roles of two layouts": (
+        ["text", "question", "answer"],
+        None,
+        {"text": "text", "prompt": "question"},
+        "where text and prompt of --columns have no place; leave one out.",
+    ),
+    "half of a layout": (
+        ["question", "reply", "text", "label"],
+        None,
+        {"prompt": "question"},
+        "a task needs prompt + completion. Name them, such as --columns prompt=question completion=reply.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("names", "task", "columns", "said"), MISFITS.values(), ids=MISFITS)
+def test_named_columns_that_fit_no_task_are_refused_by_their_roles(names, task, columns, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        find_layout(names, task, columns, "a.csv")
+
+
+def test_columns_of_what_has_none_are_refused(tmp_path):
+    noise(tmp_path / "images" / "a" / "1.png"), noise(tmp_path / "images" / "b" / "1.png")
+    sources = {write(tmp_path, "a.txt", "x"): "running text", tmp_path / "images": "a folder of images"}
+    for path, words in sources.items():
+        with pytest.raises(ValueError, match=f"holds {words}, which has no columns to name; leave --columns out"):
+            read_data(find_source(str(path)), columns={"text": "x"})
+
+
 def test_the_values_arrive_as_they_are(tmp_path):
     rows = [
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
