@@ -28,13 +28,17 @@ def is_run_file(name: str) -> bool:
 
 
 def input_digests(settings: TrainSettings) -> dict[str, str]:
-    """SHA-256 of what the run reads from this disk, by the name of the setting: the model, and files of data."""
+    """SHA-256 of what the run reads from this disk, by the name of the setting: the model, and files of data.
+
+    Files count by their place in their folder, too: that of an image says its class.
+    """
     found = {}
     for name in ("model", "data", "keep", "held_out"):
         given = getattr(settings, name)
         files = _files(name, Path(given)) if isinstance(given, str) else []
         if files:
-            parts = "\n".join(f"{path.name} {_sha256(path, *_state(path))}" for path in files)
+            folder = Path(given) if Path(given).is_dir() else Path(given).parent
+            parts = "\n".join(f"{path.relative_to(folder).as_posix()} {_sha256(path, *_state(path))}" for path in files)
             found[name] = hashlib.sha256(parts.encode()).hexdigest()[:16]
     return found
 
@@ -61,6 +65,6 @@ def _files(name: str, path: Path) -> list[Path]:
         return []
     if name != "model":
         return list(find_source(str(path)).files)
-    return [
-        each for each in sorted(path.iterdir()) if each.is_file() and each.name.endswith((*WEIGHT_ENDINGS, ".json"))
-    ]
+    endings = (*WEIGHT_ENDINGS, ".json", ".model", ".jinja")
+    files = [each for each in sorted(path.iterdir()) if each.is_file()]
+    return [each for each in files if each.name.endswith(endings) or each.name in _PROCESSOR]

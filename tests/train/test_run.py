@@ -37,6 +37,7 @@ from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
 from ipca.train.checkpoints import last_checkpoint, relocate
 from ipca.train.keep import KeptTask, build_keep, read_keep
 from ipca.train.models import Loaded, adapt, fitting_length, load_model
+from ipca.train.run_folder import input_digests
 from ipca.train.settings import read_settings
 from ipca.train.trainers import micro_batches, repeated_rows
 
@@ -540,12 +541,37 @@ def test_a_run_does_not_go_on_with_other_data_or_weights(language_model, texts, 
 
 
 def test_a_copy_of_the_model_is_the_same_model(finished, language_model, tmp_path):
-    from ipca.train.run_folder import input_digests
-
     shutil.copytree(language_model, tmp_path / "copy", copy_function=shutil.copyfile)
     copied = replace(finished.settings, model=str(tmp_path / "copy"))
     assert input_digests(copied) == input_digests(finished.settings) == read_found(finished.out)["inputs"]
     assert input_digests(replace(copied, model="some/id", data="some/data")).keys() == {"keep"}
+
+
+READ = ("chat_template.jinja", "other.jinja", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.json")
+CHANGES = {
+    "an image of another class": ("data", "images/dog/2.png", "images/cat/2.png"),
+    "a folder of another split": ("held_out", "rows/train/a.jsonl", "rows/test/a.jsonl"),
+    **{f"another {name}": ("model", f"model/{name}", None) for name in READ},
+}
+
+
+@pytest.mark.parametrize(("setting", "name", "moved"), CHANGES.values(), ids=CHANGES)
+def test_what_a_run_reads_is_known_by_places_and_tokenizers_too(setting, name, moved, tmp_path):
+    images = [f"images/{place}.png" for place in ("cat/1", "dog/2", "dog/3")]
+    for each in (*images, "rows/train/a.jsonl", "model/notes.txt", *(f"model/{each}" for each in READ)):
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_text(each)
+    asked = TrainSettings(str(tmp_path / "model"), str(tmp_path / "images"), held_out=str(tmp_path / "rows"))
+    before = input_digests(asked)
+    (tmp_path / "model" / "notes.txt").write_text("which nothing reads")
+    assert input_digests(asked) == before
+    if moved:
+        (tmp_path / moved).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).rename(tmp_path / moved)
+    else:
+        (tmp_path / name).write_text("something else")
+    after = input_digests(asked)
+    assert {each for each in before if after[each] != before[each]} == {setting}
 
 
 def read_found(out):
