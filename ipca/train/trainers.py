@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ipca.train.models import Loaded
 from ipca.train.settings import TrainSettings
 from ipca.train.sources import DataError
 
+log = logging.getLogger("ipca.train")
 _EVALUATED = 8
 """Rows of a forward pass in evaluations at most. The loss of a language model is a mean over passes."""
 
@@ -48,13 +50,7 @@ def build_trainer(
             eval_dataset=examples.held_out,
             processing_class=loaded.processor,
         )
-        made: Any = {"trained on": trainer.train_dataset, "held out": trainer.eval_dataset}
-        for what, rows in made.items():
-            if not len(rows):  # TRL drops them
-                raise DataError(
-                    f"{settings.data}: no row that is {what} has an answer within {settings.max_length} tokens; pass a "
-                    "larger --max-length, shorten the prompts, or train with --loss-on all."
-                )
+        _check_dropped(examples, trainer, settings)
         return _silent(trainer)
     collators: dict[str, Any] = {
         "sequence-classification": lambda: transformers.DataCollatorWithPadding(loaded.processor),
@@ -75,6 +71,36 @@ def build_trainer(
             compute_metrics=_accuracy,
         )
     )
+
+
+def _check_dropped(examples: Examples, trainer: Any, settings: TrainSettings) -> None:
+    """Say of how many rows nothing trains, as no token of their answers is within ``max_length``; or raise."""
+    parts = {"held out": (examples.held_out, trainer.eval_dataset)}
+    if examples.train is not examples.held_out:
+        parts = {"trained on": (examples.train, trainer.train_dataset), **parts}
+    for what, (given, made) in parts.items():
+        left = _answered(made)
+        if not left:
+            raise DataError(
+                f"{settings.data}: no row that is {what} has an answer within {settings.max_length} tokens; pass a "
+                "larger --max-length, shorten the prompts, or train with --loss-on all."
+            )
+        if left < len(given):
+            log.warning(
+                "%d of %d rows %s count nothing: their answers begin after %d tokens; pass a larger --max-length",
+                len(given) - left,
+                len(given),
+                what,
+                settings.max_length,
+            )
+
+
+def _answered(rows: Any) -> int:
+    """How many of a language model's rows have labels: TRL drops the others, or packs them."""
+    if "seq_lengths" not in rows.column_names:
+        return len(rows)
+    packed = (torch.tensor(row["labels"]).split(row["seq_lengths"]) for row in rows)
+    return sum(bool((each != IGNORED).any()) for parts in packed for each in parts)
 
 
 class ClassifierTrainer(Trainer):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.train_runs import TEXT, save_images, tiny
+from tests.helpers.train_runs import TEXT, save_images, save_language_model, tiny
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -110,6 +110,38 @@ def test_micro_batches_change_no_loss_and_no_gradient(model, data, tmp_path):
         assert {name: other[name] for name in names} == pytest.approx({name: row[name] for name in names}, rel=1e-4)
     assert found[1] == pytest.approx(norms, rel=1e-3)
     assert all(torch.allclose(found[2][name], value, atol=1e-5) for name, value in weights.items())
+
+
+LONG = {"prompts": "prompt", "chats": "messages"}
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
+@pytest.mark.parametrize("role", LONG.values(), ids=LONG)
+def test_rows_whose_answers_are_cut_off_are_counted(role, packing, tmp_path, caplog):
+    def row(k, long):
+        question, answer = f"{k} " * (30 if long else 2), f"{k}"
+        if role == "prompt":
+            return {"prompt": question, "completion": answer}
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    paths = []
+    for name, count in (("a", 12), ("b", 5)):
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("\n".join(json.dumps(row(k, k % 4 == 0)) for k in range(count)))
+    save_language_model(tmp_path / "model")
+    settings = TrainSettings(str(tmp_path / "model"), str(paths[0]), max_length=64, packing=packing, batch=2, steps=1)
+    data, held_out = (read_data(find_source(str(path))) for path in paths)
+    loaded = load_model(settings, "causal-lm", ())
+    parts = split(data, settings, loaded, held_out)
+    build_trainer(loaded.model, parts, settings, loaded, data, tmp_path / "out")
+    said = [record.getMessage() for record in caplog.records if record.name == "ipca.train"]
+    words = "count nothing: their answers begin after 64 tokens; pass a larger --max-length"
+    assert said == [f"3 of 12 rows trained on {words}", f"2 of 5 rows held out {words}"]
+    caplog.clear()
+    parts = replace(parts, train=parts.held_out)  # as ipca tradeoff, which trains on nothing
+    build_trainer(loaded.model, parts, settings, loaded, data, tmp_path / "out")
+    assert f"2 of 5 rows held out {words}" in caplog.text
+    assert "trained on" not in caplog.text
 
 
 @pytest.mark.slow
