@@ -196,7 +196,11 @@ def _train(add: argparse.ArgumentParser) -> None:
     run.add_argument("--warmup", type=probability, metavar="SHARE", help="of the steps, in which it rises (0.05)")
     run.add_argument("--weight-decay", type=non_negative_number, help="of AdamW (default 0)")
     run.add_argument("--evaluations", type=positive_int, metavar="N", help="over the run (default 10)")
-    run.add_argument("--dtype", choices=DTYPES, help="of the frozen weights (default: as stored; on a CPU float32)")
+    run.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the frozen weights; factors and heads train in float32 (default: as stored; on a CPU float32)",
+    )
     run.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
     run.add_argument("--report-to", nargs="+", metavar="NAME", help="wandb, tensorboard, … as TrainingArguments")
     add.add_argument("--config", type=Path, metavar="RUN.yaml", help="settings; options of the command line go first")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ipca.io.hub import model_folder
 from ipca.train.settings import TrainSettings
@@ -125,6 +127,8 @@ def adapt(
 ) -> Any:
     """The PeftModel that trains the window; processes of a group share the decompositions.
 
+    Heads train in float32 beside weights of 16 bits, as the factors do: these would lose small steps.
+
     Args:
         calibration: inputs, for a window that is found from them.
 
@@ -132,6 +136,7 @@ def adapt(
         TypeError, ValueError: as :class:`ipca.peft.PCConfig`, or as :func:`ipca.peft.prepare`.
     """
     from peft import get_peft_model
+    from peft.utils import ModulesToSaveWrapper
 
     from ipca.peft import PCConfig, prepare
 
@@ -148,10 +153,27 @@ def adapt(
         warnings.filterwarnings("ignore", message=".*lora_alpha.*")
         config = prepare(loaded.model, config, calibration=calibration, progress=progress)
         model = get_peft_model(loaded.model, config)
-    for module in model.modules():
+    for module in list(model.modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            for head in module.modules_to_save.values():
+                _widen(head)
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # no adapter file holds its running statistics
             module.register_forward_pre_hook(_frozen)
     return model
+
+
+def _widen(head: torch.nn.Module) -> None:
+    """Let ``head`` compute in float32 where it has 16 bits; its inputs and outputs stay those of the model."""
+    dtype = next((each.dtype for each in head.parameters() if each.is_floating_point()), torch.float32)
+    if dtype.itemsize > 2:
+        return
+    head.float()
+    head.register_forward_pre_hook(lambda module, args, kwargs: _cast((args, kwargs), torch.float32), with_kwargs=True)
+    head.register_forward_hook(lambda module, args, output: _cast(output, dtype))
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, values)
 
 
 def _frozen(module: Any, inputs: Any) -> None:

@@ -65,7 +65,7 @@ class TrainSettings:
         weight_decay: AdamW's. It pulls the factors to 0 and not to where they start, so 0 by default.
         evaluations: how many, evenly over the run.
         seed: of the order, of new heads and of samples.
-        dtype: of the frozen weights; default: as stored, on a CPU float32.
+        dtype: of the frozen weights; default: as stored, on a CPU float32. Factors and heads train in float32.
         gradient_checkpointing: less memory, a third more time.
         report_to: as ``TrainingArguments.report_to``: ``("tensorboard",)``, ``("wandb",)``, …
 
