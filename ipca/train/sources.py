@@ -163,10 +163,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     raise DataError(
                         f"{path}, line {k}: expected one JSON object, got {shortened(line)} ({error})"
                     ) from None
+    escaped = "\\u" in text  # which alone makes half of a pair
     for place, row in numbered:
         if not isinstance(row, dict):
             raise DataError(f"{place}: expected an object with named columns, got {shortened(row)}.")
-        if "\\u" in text and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        if escaped and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
             raise DataError(f"{place}: expected text in Unicode, got half of a surrogate pair, such as \\ud800.")
         yield place, row
 

@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
+from ipca.train import sources
 from ipca.train.data import find_layout, read_data
 from ipca.train.settings import TASKS
-from ipca.train.sources import DataError, find_source
+from ipca.train.sources import DataError, find_source, load_rows
 
 pytest.importorskip("datasets")
 
@@ -252,6 +253,26 @@ def test_a_wrong_byte_has_its_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"first\nsecond \xff\n")
     with pytest.raises(DataError, match=r"a\.txt, line 2: expected text in UTF-8, got the byte 0xff"):
         read_data(find_source(str(tmp_path / "a.txt")))
+
+
+class Searched(str):
+    """A text that counts how often it is searched."""
+
+    times = 0
+
+    def __contains__(self, part):
+        Searched.times += 1
+        return super().__contains__(part)
+
+
+@pytest.mark.parametrize(
+    "rows", [lines(*[{"text": "a"}] * 50), json.dumps([{"text": "é"}] * 50)], ids=["lines", "array"]
+)
+def test_a_file_is_searched_once_and_not_for_each_row(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "read_text", lambda path: Searched(path.read_text()))
+    monkeypatch.setattr(Searched, "times", 0)
+    assert len(load_rows(find_source(str(write(tmp_path, "a.json", rows))))["train"]) == 50
+    assert Searched.times <= 1
 
 
 def test_what_is_not_there_or_mixed(tmp_path):
