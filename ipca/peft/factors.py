@@ -3,7 +3,8 @@
 PEFT keeps ``A (r, in)`` as ``lora_A[adapter].weight`` and ``B (out, r)`` as ``lora_B[adapter].weight``. ``A0`` or
 ``B0`` is a buffer of the same module, and the module's state dict holds both under the one key ``weight``:
 ``[A; A0] (2 r, in)``, ``[B, −B0] (out, 2 r)``, a stock LoRA of rank ``2 r``. What PEFT, Trainer or
-torch.distributed.checkpoint save is therefore what stock PEFT loads.
+torch.distributed.checkpoint save is therefore what stock PEFT loads. That tensor is a copy, not the parameter's own
+memory as in stock state dicts: :class:`HandedOut` notices who writes into it.
 
 Experts stacked in one factor of PEFT, ``A (E r, in)`` expert by expert and ``B (out, r E)`` rank by rank, are doubled
 within each expert.
@@ -26,6 +27,43 @@ _SAME = 0.5
 """Share of directions from which two starts count as one window: two decompositions may differ at its ends."""
 
 
+class HandedOut:
+    """What a state dict got last in the place of a factor: a copy, into which somebody may write as into the factor.
+
+    It keeps the version counter of the tensor, not its values. A copy of a model has handed out nothing.
+
+    Args:
+        on_write: called where the tensor has been written into.
+    """
+
+    def __init__(self, on_write: Callable[[], None]) -> None:
+        self.on_write, self.version = on_write, 0
+        self.counter: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HandedOut, (self.on_write,)
+
+    def watch(self, doubled: Tensor) -> None:
+        """Check the tensor that was handed out before, and remember this one."""
+        self.check()
+        if type(doubled) is Tensor and not (doubled.is_meta or doubled.is_inference()):
+            self.counter = doubled.detach().set_()  # type: ignore[call-overload]  # empty, with the same counter
+            self.version = self.counter._version
+
+    def check(self) -> None:
+        """Call ``on_write`` where the tensor was written into since it was handed out."""
+        if self.counter is not None and self.counter._version != self.version:
+            self.counter = None
+            self.on_write()
+
+
+def check_handed_out(owner: nn.Module, name: str) -> None:
+    """Notice writes into what a state dict got in the place of the parameter ``name``."""
+    handed_out: HandedOut | None = vars(owner).get(f"handed_out_{name}")
+    if handed_out is not None:
+        handed_out.check()
+
+
 def register_initial(
     owner: nn.Module,
     name: str,
@@ -35,6 +73,7 @@ def register_initial(
     experts: int = 1,
     on_save: Callable[[], None] | None = None,
     on_other: Callable[[], None] | None = None,
+    on_write: Callable[[], None],
 ) -> None:
     """Keep ``initial`` beside the parameter ``name`` of ``owner``, and double that parameter in state dicts.
 
@@ -46,6 +85,7 @@ def register_initial(
         experts: stacked in the factor.
         on_save: called whenever the doubled factor is put into a state dict.
         on_other: called whenever an ``A0`` of another window is loaded.
+        on_write: called where somebody has written into what a state dict got, and which the factor does not follow.
     """
     owner.register_buffer(initial_name(name), initial, persistent=False)
     hooks = (
@@ -54,6 +94,7 @@ def register_initial(
     )
     setattr(owner, f"hooks_of_{name}", hooks)
     setattr(owner, f"layout_of_{name}", (part, experts))
+    setattr(owner, f"handed_out_{name}", HandedOut(on_write))
 
 
 def remove_initial(owner: nn.Module, name: str) -> None:
@@ -61,6 +102,7 @@ def remove_initial(owner: nn.Module, name: str) -> None:
     if has_initial(owner, name):
         delattr(owner, initial_name(name))
         delattr(owner, f"layout_of_{name}")
+        delattr(owner, f"handed_out_{name}")
         for hook in owner.__dict__.pop(f"hooks_of_{name}"):
             hook.remove()
 
@@ -164,6 +206,7 @@ def _double(
     if isinstance(factor, DTensor):  # every rank has all of the initial factor
         whole = DTensor.from_local(whole, factor.device_mesh, [Replicate()] * factor.device_mesh.ndim)
     state_dict[key] = double_factor(part, factor, whole, experts)
+    vars(owner)[f"handed_out_{name}"].watch(state_dict[key])
     if on_save is not None:
         on_save()
 
@@ -192,6 +235,7 @@ def _halve(
     initial, key = initial_factor(owner, name), prefix + name
     if initial is None or key not in state_dict:
         return
+    vars(owner)[f"handed_out_{name}"].counter = None  # written into to be loaded, as distributed checkpoints are
     both, wanted, axis = state_dict[key], list(initial.shape), 0 if part == "A" else 1
     wanted[axis] *= 2
     if list(both.shape) != wanted:

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ from ipca.nn.layer_kinds import EXPERTS
 from ipca.nn.offload import is_offloaded
 from ipca.peft.config import PCConfig
 from ipca.peft.dispatch import admit_windows
-from ipca.peft.factors import has_initial, initial_factor
+from ipca.peft.factors import check_handed_out, has_initial, initial_factor
 from ipca.peft.layers import WindowLora, WindowVariant, null_components
 from ipca.peft.offload import with_stored_factors
 from ipca.peft.preparation import start
@@ -170,6 +171,8 @@ def check_saved(model: PeftModel, adapter: str) -> None:
         return
     layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, WindowLora)}
     held = {name: layer.owners(adapter) for name, layer in layers.items() if layer.holds(adapter)}
+    for owner in chain.from_iterable(held.values()):
+        check_handed_out(*owner)  # which would warn within the block below
     swapped = [name for name, owners in held.items() if any(initial_factor(*owner) is None for owner in owners)]
     if swapped:
         raise ValueError(

@@ -27,6 +27,7 @@ from ipca.ops.op import Layer, without_autocast
 from ipca.ops.pair import balanced_pair, one_pair
 from ipca.peft.factors import (
     LOST,
+    check_handed_out,
     has_initial,
     initial_factor,
     initial_name,
@@ -225,8 +226,9 @@ class WindowLora(ExactUnmerge):
         on_save = partial(operator.setitem, saved, self.path, saved[self.path]) if self.path in saved else None
         experts = getattr(self, "num_experts", 1)
         on_other = partial(records.replace, self.path)
-        register_initial(in_A, name_A, "A", A0, experts=experts, on_save=on_save, on_other=on_other)
-        register_initial(in_B, name_B, "B", B0, experts=experts, on_save=on_save)
+        options: Any = {"experts": experts, "on_save": on_save, "on_write": partial(records.warn_written, self.path)}
+        register_initial(in_A, name_A, "A", A0, on_other=on_other, **options)
+        register_initial(in_B, name_B, "B", B0, **options)
 
     def _initial_factors(
         self, adapter: str, config: Any, dtype: torch.dtype, found: InitialFactors | None
@@ -302,6 +304,8 @@ class WindowLora(ExactUnmerge):
             RuntimeError: ``A, B`` do not belong to ``A0, B0``, or hold no values yet; see :func:`misfit`.
         """
         (in_A, name_A), (in_B, name_B) = self.owners(adapter)
+        if not torch.compiler.is_compiling():
+            check_handed_out(in_A, name_A)
         A0, B0 = initial_factor(in_A, name_A), initial_factor(in_B, name_B)
         if A0 is None or B0 is None:
             window = isinstance(self.lora_variant.get(adapter), WindowVariant)

@@ -16,6 +16,13 @@ OTHER_WINDOW = (
 )
 
 
+WRITTEN = (
+    "somebody wrote into what state_dict() gave, a copy of the factors of a window beside their initial ones, and the "
+    "model did not change. Average model.parameters() instead, as torch.optim.swa_utils.AveragedModel does, or pass "
+    "what was written to load_state_dict"
+)
+
+
 @dataclass
 class LayerRecords:
     """The state that a PCConfig carries between :func:`ipca.peft.prepare`, the layers, and the adapter's files.
@@ -30,6 +37,7 @@ class LayerRecords:
         saved: what ``ipca.json`` holds of each layer.
         labels: the names of the classes of the model, or of the adapter that was read, by index.
         replaced: layers of which a state dict has brought another window, or that of another base, than ``saved`` says.
+        written: whether it was warned that somebody has written into a state dict.
         loaded: whether they were read from an adapter's folder, whose configuration names heads and layers already.
     """
 
@@ -40,11 +48,18 @@ class LayerRecords:
     labels: tuple[str, ...] = ()
     replaced: set[str] = field(default_factory=set)
     loaded: bool = False
+    written: bool = False
 
     def replace(self, path: str) -> None:
         """Note that a layer starts from another window than its record says, and warn."""
         self.replaced.add(path)
         warnings.warn(f"{OTHER_WINDOW}.", RuntimeWarning, stacklevel=2)
+
+    def warn_written(self, path: str) -> None:
+        """Warn of the first layer of which somebody has written into a state dict, in which the others are too."""
+        if not self.written:
+            self.written = True
+            warnings.warn(f"{path}: {WRITTEN}.", RuntimeWarning, stacklevel=2)
 
     @classmethod
     def of(cls, adapter: AdapterFolder) -> LayerRecords:
