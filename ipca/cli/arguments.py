@@ -188,9 +188,6 @@ def _train(add: argparse.ArgumentParser) -> None:
     length.add_argument("--steps", type=positive_int, help="optimizer steps")
     run.add_argument("--batch", type=positive_int, help="rows of a step, over all processes (default 16)")
     run.add_argument("--micro-batch", type=positive_int, help="rows of a forward pass (default: all)")
-    run.add_argument(
-        "--loss-on", choices=LOSS_ON, help="tokens of chats and of prompts with completions that train (answers)"
-    )
     run.add_argument("--packing", action="store_true", default=None, help="pack rows into sequences of --max-length")
     run.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate (default linear)")
     run.add_argument("--warmup", type=probability, metavar="SHARE", help="of the steps, in which it rises (0.05)")
@@ -239,6 +236,9 @@ def _about_data(add: argparse.ArgumentParser) -> None:
         action=Columns,
         metavar="ROLE=NAME",
         help="columns by role: text, messages, prompt, completion, label, tokens, tags, image",
+    )
+    add.add_argument(
+        "--loss-on", choices=LOSS_ON, help="tokens of chats and of prompts with completions that count (answers)"
     )
     add.add_argument("--max-length", type=positive_int, help="tokens of a sequence (default 512)")
     add.add_argument("--seed", type=int, help="of the order, of new heads and of samples (default 0)")

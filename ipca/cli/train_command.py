@@ -137,16 +137,27 @@ def _settings(args: argparse.Namespace) -> TrainSettings:
 
 def _measured_as_in(adapter: Path, settings: TrainSettings, args: argparse.Namespace) -> TrainSettings:
     """``settings`` with what decides how the run of ``adapter`` measured, where the command line does not say it."""
-    from ipca.train.settings import RUN, TrainSettings, read_settings
+    from ipca.train.data import NO_COLUMNS
+    from ipca.train.settings import RUN, TrainSettings, read_found, read_settings
+    from ipca.train.sources import find_source
 
     if not (adapter / RUN).is_file():
         return settings
     run = read_settings(adapter / RUN)
-    unsaid: list[str] = [name for name in ("max_length", "keep_tokens", "seed") if getattr(args, name) is None]
+    run["task"] = read_found(adapter / RUN).get("task", run.get("task"))
+    names = ["max_length", "keep_tokens", "seed", "loss_on", "task"]
+    names += [] if find_source(settings.data).kind in NO_COLUMNS else ["columns"]
+    unsaid = [name for name in names if getattr(args, name) is None]
     found = {name: run[name] for name in unsaid if name in run and run[name] != getattr(settings, name)}
     if found:
-        log.info("as in the run of %s: %s", adapter, ", ".join(f"{name} {value}" for name, value in found.items()))
+        log.info(
+            "as in the run of %s: %s", adapter, ", ".join(f"{name} {_words(value)}" for name, value in found.items())
+        )
     return TrainSettings.from_dict({**settings.to_dict(), **found})
+
+
+def _words(value: Any) -> str:
+    return " ".join(f"{role}={name}" for role, name in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _check_packages() -> None:

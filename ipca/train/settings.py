@@ -180,6 +180,18 @@ def read_settings(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a mapping in YAML.
     """
+    values = _read(path)
+    values.pop("found", None)
+    return {name: float(value) if _is_float(value) else value for name, value in values.items()}
+
+
+def read_found(path: Path) -> dict[str, Any]:
+    """What a run has found, by name, as its file of settings says; errors as of :func:`read_settings`."""
+    found: dict[str, Any] = _read(path).get("found") or {}
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -188,8 +200,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not settings by name.")
-    values.pop("found", None)
-    return {name: float(value) if _is_float(value) else value for name, value in values.items()}
+    return values
 
 
 def _is_float(value: Any) -> bool:

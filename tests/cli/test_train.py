@@ -250,5 +250,42 @@ def test_the_tradeoff_measures_as_the_run_did(place, capsys):
     assert as_run["forgotten"] == pytest.approx(last["eval_keep_kl"], rel=1e-4)
     assert main(["tradeoff", *words, *keep, "--max-length", "32", "--keep-tokens", "320"]) == 0
     said = capsys.readouterr()
-    assert "as in the run of" not in said.err
+    assert "max_length" not in said.err
+    assert "keep_tokens" not in said.err
     assert json.loads(said.out)["points"][-1]["forgotten"] != as_run["forgotten"]
+
+
+TURNS = [{"role": role, "content": text} for role, text in [("user", "a"), ("assistant", "b")] * 2]
+ASKED = {
+    "a task": ("a.csv", "text,label\n" + "".join(f"word {k},{k % 2}\n" for k in range(12)), ["--task", "causal-lm"]),
+    "the tokens": ("a.jsonl", "\n".join([json.dumps({"messages": TURNS})] * 12), ["--loss-on", "all"]),
+    "columns": ("a.csv", "text,body\n" + "".join(f"{k},word {k}\n" for k in range(12)), ["--columns", "text=body"]),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "options"), ASKED.values(), ids=ASKED)
+def test_the_tradeoff_reads_the_data_as_the_run_did(name, text, options, place, tmp_path, capsys):
+    data, out, keep = tmp_path / name, tmp_path / "out", ["--keep", str(place / "keep.txt"), *SIZES]
+    data.write_text(text)
+    few = ["--rank", "4", "--batch", "4", "--steps", "1", "--evaluations", "1", "--held-out", str(data), "--quiet"]
+    assert main(["train", str(place / "model"), str(data), *options, *keep, *few, "-o", str(out)]) == 0
+    words = ["tradeoff", str(place / "model"), str(out), str(data), "--keep", str(place / "keep.txt"), "--scales", "1"]
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    assert f"{options[0][2:].replace('-', '_')} {options[1]}" in said.err
+    last = read_curve(out / "curve.csv")[-1]
+    assert json.loads(said.out)["points"][-1]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+def test_the_tradeoff_counts_the_tokens_that_it_is_told(place, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(ASKED["the tokens"][1])
+    words = ["tradeoff", *(str(each) for each in (place / "model", place / "out", tmp_path / "a.jsonl")), *SIZES]
+    assert main([*words, "--scales", "1"]) == 1
+    assert "pass --loss-on all" in capsys.readouterr().err
+    assert main([*words, "--scales", "1", "--loss-on", "all"]) == 0
+    (tmp_path / "b.txt").write_text(TEXT)
+    shutil.copytree(place / "out", tmp_path / "out")
+    run = tmp_path / "out" / "run.yaml"
+    run.write_text(run.read_text().replace("columns: {}", "columns: {text: body}"))
+    assert main([*words[:2], str(tmp_path / "out"), str(tmp_path / "b.txt"), *SIZES, "--scales", "1"]) == 0
