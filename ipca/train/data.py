@@ -129,6 +129,9 @@ def read_data(
     if role and not classes:
         found = declared or find_classes(made[0], role, layout.columns[role])
         classes = in_order_of_base(found, tuple(base), source.name)
+    if role and labels and (numbers := {str(value) for row in made[0] for value in as_list(row[role])} - {*classes}):
+        places = [f"{number} {classes[int(number)]}" for number in sorted(numbers, key=int)]
+        log.info("%s: numbers are places among the classes: %s", source.name, ", ".join(places[:_SHOWN]))
     if "held_out" in sets:
         made.append(_converted("held_out", sets["held_out"], source, layout, classes, progress))
     chats = layout.columns.get("messages")

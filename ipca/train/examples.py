@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ipca.train.models import Loaded
 from ipca.train.settings import TrainSettings
 from ipca.train.sources import DataError
 
+log = logging.getLogger("ipca.train")
 HELD_OUT = 512
 """Rows, or sequences, of an evaluation at most."""
 
@@ -42,7 +44,10 @@ def split(data: Data, settings: TrainSettings, loaded: Loaded, held_out: Data | 
             f"{settings.data}: {count} {what} is too little to train on and to evaluate; give more, or a file as "
             "held-out data."
         )
-    share = min(max(round(float(settings.held_out) * count), 1), HELD_OUT, count - 1)
+    asked = max(round(float(settings.held_out) * count), 1)
+    share = min(asked, HELD_OUT, count - 1)
+    if share == HELD_OUT < asked:
+        log.info("%d rows are held out and not %d: give a file as --held-out for more", HELD_OUT, asked)
     share -= share % (64 if share >= 64 else 16 if share >= 16 else 1)  # whole passes, for up to eight processes
     return Examples(*reversed(parted(made, share, settings.seed)))
 

@@ -22,7 +22,7 @@ from ipca.train.data import Data, read_data
 from ipca.train.examples import pieces, with_break
 from ipca.train.models import Loaded
 from ipca.train.settings import TrainSettings
-from ipca.train.sources import DataError, Source, check_image, find_source, with_bar
+from ipca.train.sources import DataError, Source, check_image, find_source, read_image, with_bar
 from ipca.window import Window
 
 BATCH_TOKENS = 512
@@ -203,9 +203,7 @@ def build_keep(
     items: list[Any] = source[: _items(settings)]
     options = {"padding": True, "truncation": True, "max_length": settings.max_length}
     if task == "image-classification":
-        from PIL import Image
-
-        items, options = [Image.open(path).convert("RGB") for path in items], {}
+        items, options = [read_image(path) for path in items], {}
     groups = (items[k : k + ITEMS] for k in range(0, len(items), ITEMS))
     return KeptItems([dict(loaded.processor(group, return_tensors="pt", **options)) for group in groups])
 

@@ -116,7 +116,7 @@ def fitting_length(settings: TrainSettings, loaded: Loaded) -> TrainSettings:
     for name, module in loaded.model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from the padding on
-    least = min(limit for limit in (settings.max_length, *limits) if limit)
+    least = min(limit for limit in (settings.max_length, *limits) if limit and limit > 0)  # XLNet's -1 is none
     if least < settings.max_length:
         log.warning("sequences have %d tokens: %s has no more positions", least, settings.model)
     return replace(settings, max_length=least)

@@ -38,7 +38,7 @@ def _check_tokens(value: Any, place: str, column: str) -> list[str]:
 
 
 def _check_tags(value: Any, place: str, column: str) -> list[str | int]:
-    if not isinstance(value, list) or not all(isinstance(each, str | int) for each in value):
+    if not isinstance(value, list) or not all(isinstance(each, str | int) and str(each).strip() for each in value):
         raise DataError(f"{place}, column {column!r}: expected a list of names or numbers, got {shortened(value)}.")
     return [each.strip() if isinstance(each, str) else int(each) for each in value]
 

@@ -221,20 +221,25 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def read_image(image: Path | bytes) -> Any:
+    """An image in RGB, turned as its EXIF data say, as ``datasets`` reads those that train."""
+    path, data = (None, image) if isinstance(image, bytes) else (str(image.absolute()), None)
+    return datasets_library().Image().decode_example({"path": path, "bytes": data}).convert("RGB")
+
+
 def check_image(image: Path | bytes, place: str) -> None:
     """Raise DataError for an image that training could not read: it is decoded, as a header says nothing of the rest.
 
     Raises:
         ImportError: Pillow is missing.
     """
-    datasets = datasets_library()
+    datasets_library()
     try:
         from PIL import UnidentifiedImageError
     except ImportError:
         raise ImportError("reading images needs Pillow; run: pip install 'ipca-lora[train]'") from None
-    path, data = (None, image) if isinstance(image, bytes) else (str(image.absolute()), None)
     try:
-        datasets.Image().decode_example({"path": path, "bytes": data}).convert("RGB")
+        read_image(image)
     except Exception as error:  # each format has its own
         why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise DataError(f"{place}: expected an image, and it cannot be read: {why}") from None

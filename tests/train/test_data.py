@@ -205,6 +205,14 @@ WRONG = [
         lines({"tokens": ["a", "b"], "tags": [1]}),
         r"line 1: expected a tag for each token, got 2 tokens in 'tokens' and 1 tags",
     ),
+    *(
+        (
+            "a.jsonl",
+            lines({"tokens": ["a", "b"], "tags": [got, "X"]}),
+            r"line 1, column 'tags': expected a list of names",
+        )
+        for got in ("", " ", None, 0.5)
+    ),
     (
         "a.jsonl",
         lines({"tokens": "a b", "tags": [1, 0]}),
@@ -431,6 +439,16 @@ def test_a_number_is_the_place_of_a_class_only_where_no_class_is_named_by_one(tm
     with pytest.raises(DataError, match=r"line 2, column 'label': 1 is not one of 3, 5"):
         read_data(other, labels=train.labels)
     assert read_data(other, labels=("no", "yes", *"abcd")).rows["label"] == [5, 1]
+
+
+def test_numbers_of_a_held_out_file_are_said_to_be_places(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "ipca.train")
+    path = write(tmp_path, "b.csv", "text,label\na,1\nb,0\nc,sports\n")
+    assert read_data(find_source(str(path)), labels=("news", "sports")).rows["label"] == [1, 0, 1]
+    assert f"{path}: numbers are places among the classes: 0 news, 1 sports" in caplog.messages
+    caplog.clear()
+    read_data(find_source(str(write(tmp_path, "c.csv", "text,label\na,1\nb,0\n"))), labels=("0", "1"))
+    assert "places" not in caplog.text
 
 
 def test_a_data_set_that_names_its_classes_has_their_places(tmp_path):

@@ -16,6 +16,7 @@ from tests.helpers.train_runs import save_encoder, save_images, save_language_mo
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
+import datasets
 import peft
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +28,8 @@ from transformers import (
     RobertaModel,
     TrainerCallback,
     ViTImageProcessorPil,
+    XLNetConfig,
+    XLNetModel,
 )
 
 import ipca
@@ -35,11 +38,14 @@ from ipca.analysis import cross_entropy_rise, kl_to_base
 from ipca.cli.main import main
 from ipca.train import DataError, OverBudgetError, TrainSettings, fine_tune, run
 from ipca.train.checkpoints import last_checkpoint, relocate
+from ipca.train.data import Data, Layout, read_data
+from ipca.train.examples import split
 from ipca.train.keep import KeptTask, build_keep, read_keep
 from ipca.train.models import Loaded, adapt, fitting_length, load_model
 from ipca.train.run_folder import input_digests
 from ipca.train.settings import read_settings
-from ipca.train.trainers import micro_batches, repeated_rows
+from ipca.train.sources import find_source
+from ipca.train.trainers import ImageCollator, micro_batches, repeated_rows
 
 
 def settings(model, texts, **changes):
@@ -631,6 +637,43 @@ def test_a_classifier_of_any_folder_counts_its_positions_and_classes(texts, tmp_
     assert fitting_length(asked, loaded).max_length == 38
     ids = torch.full((1, 38), 5)
     assert loaded.model(input_ids=ids, labels=torch.tensor([1])).loss > 0
+
+
+def test_a_model_without_a_limit_of_positions_has_none(texts, tmp_path):
+    config = XLNetConfig(vocab_size=257, d_model=32, n_layer=1, n_head=2, d_inner=32, pad_token_id=256)
+    XLNetModel(config).save_pretrained(tmp_path)
+    tiny().tiny_tokenizer().save_pretrained(tmp_path)
+    asked = settings(tmp_path, texts)
+    loaded = load_model(asked, "sequence-classification", ("no", "yes"))
+    assert loaded.model.config.max_position_embeddings == -1
+    assert fitting_length(asked, loaded).max_length == 64
+
+
+@pytest.mark.parametrize(("held_out", "count", "right"), [(0.5, 4000, 512), (0.1, 6000, 512), (0.1, 5000, 448)])
+def test_a_share_is_512_rows_at_most_and_a_line_says_so(held_out, count, right, caplog):
+    caplog.set_level("INFO", "ipca.train")
+    rows = datasets.Dataset.from_dict({"image": range(count), "label": [0] * count})
+    data = Data(Layout("image-classification", {}), rows, None, ("a", "b"), whole=False)
+    found = split(data, settings("m", Path("d"), held_out=held_out), Loaded(None, None))
+    assert (len(found.held_out), len(found.train)) == (right, count - right)
+    said = f"512 rows are held out and not {int(count * held_out)}: give a file as --held-out for more"
+    assert caplog.messages == ([said] if count * held_out > 512 else [])
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_kept_images_are_turned_as_those_that_train(turn, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    tag = image.Exif()
+    tag[274] = turn
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        image.linear_gradient("L").resize((16, 16)).convert("RGB").save(tmp_path / name / "0.png", exif=tag)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    source = find_source(str(tmp_path))
+    (row, _) = read_data(source).rows
+    asked = settings("m", tmp_path)
+    kept = build_keep(list(source.files), asked, "image-classification", Loaded(None, processor), None)
+    assert torch.equal(kept.batches[0]["pixel_values"][:1], ImageCollator(processor)([row])["pixel_values"])
 
 
 def test_numbers_with_exponents_in_a_file_of_settings(tmp_path):
