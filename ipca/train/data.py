@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipca.model.targets import few
 from ipca.train.classes import as_list, find_classes, in_order_of_base, place_of
 from ipca.train.row_checks import ROW_CHECKS, text_below, unread_fields
 from ipca.train.sources import (
+    HELD_OUT,
     DataError,
     Row,
     Source,
@@ -49,8 +51,6 @@ _GUESSES = (
     ("causal-lm", ("text",)),
 )
 """What a data set is for, by the roles that its columns have; the first that fits."""
-_HELD_OUT = ("validation", "val", "test")
-"""Folders of images beside ``train``; the first is held out."""
 NO_COLUMNS = {"text": "running text", "images": "a folder of images"}
 """Kinds of sources without columns."""
 _SHOWN = 8
@@ -195,13 +195,15 @@ def _either(layouts: Iterable[tuple[str, Iterable[str]]]) -> str:
 def _read_text(source: Source, task: str | None) -> Data:
     if task not in (None, "causal-lm"):
         raise ValueError(f"{source.name} is running text, which is for the task causal-lm; {task} needs rows.")
-    texts = [read_text(path) for path in source.files]
-    if not any(text.strip() for text in texts):
-        raise DataError(f"{source.name} holds no text.")
-    rows = datasets_library().Dataset.from_dict({"text": [text for text in texts if text.strip()]})
+    made = []
+    for files in (source.files, source.held_out):
+        texts = [text for path in files if (text := read_text(path)).strip()]
+        if files and not texts:
+            raise DataError(f"{source.name} holds no text" + (f" in {files[0].name}." if source.held_out else "."))
+        made.append(datasets_library().Dataset.from_dict({"text": texts}) if files else None)
     layout = Layout("causal-lm", {"text": "text"})
     _log_use(source, layout, task)
-    return Data(layout, rows, None, (), whole=True)
+    return Data(layout, made[0], made[1], (), whole=True)
 
 
 def _read_images(
@@ -214,18 +216,18 @@ def _read_images(
     splits: dict[str, list[tuple[Path, str]]] = {}
     for path in source.files:
         parts = path.parent.relative_to(root).parts
-        in_split = parts[:1] and parts[0].lower() in ("train", *_HELD_OUT)
+        in_split = parts[:1] and parts[0].lower() in ("train", *HELD_OUT)
         split, folders = (parts[0], parts[1:]) if in_split else ("", parts)
         if len(folders) != 1:
             got = f"the nested folders {Path(*folders)}" if folders else "no such folder"
             raise DataError(
                 f"{path}: expected an image in a folder named by its class, such as {root / split / 'cat'}, got {got}; "
-                f"only train, {', '.join(_HELD_OUT)} hold folders of classes."
+                f"only train, {', '.join(HELD_OUT)} hold folders of classes."
             )
         splits.setdefault(split.lower() or "train", []).append((path, folders[0]))
     first = "train" if "train" in splits else min(splits)
     train = splits[first]
-    held_out = [name for name in _HELD_OUT if name in splits and name != first]
+    held_out = [name for name in HELD_OUT if name in splits and name != first]
     other = splits[held_out[0]] if held_out else None
     found = known or tuple(sorted({label for _, label in train}))
     if len(found) < 2:
@@ -276,9 +278,10 @@ def _log_use(
         words += [f"columns left out: {', '.join(unused)}"]
     if unread := [repr(name) for name in fields]:
         words += [f"fields of messages left out: {', '.join(unread)}"]
+    if source.held_out:
+        words += [f"held out: {few([str(path.relative_to(source.name)) for path in source.held_out], _SHOWN)}"]
     if rest := [f"{name}/" for name in splits] + [str(path.relative_to(source.name)) for path in source.skipped]:
-        more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
-        words += [f"files left out: {', '.join(rest[:_SHOWN])}{more}"]
+        words += [f"files left out: {few(rest, _SHOWN)}"]
     if words:
         log.info("%s: %s", source.name, "; ".join(words))
 

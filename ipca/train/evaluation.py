@@ -58,7 +58,7 @@ def open_adapter(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         samples = draw_samples(loaded.model.to(device), loaded.processor, settings)
     kept = build_keep(kept_source, settings, data.layout.task, loaded, samples)
-    rows = examples(data.rows, data, settings, loaded)
+    rows = examples(data.rows if data.held_out is None else data.held_out, data, settings, loaded)
     rows, _ = parted(rows, HELD_OUT, settings.seed)
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter))

@@ -64,7 +64,8 @@ def _files(name: str, path: Path) -> list[Path]:
     if not path.is_dir():  # an id on the Hub
         return []
     if name != "model":
-        return list(find_source(str(path)).files)
+        source = find_source(str(path))
+        return [*source.files, *source.held_out]
     endings = (*WEIGHT_ENDINGS, ".json", ".model", ".jinja")
     files = [each for each in sorted(path.iterdir()) if each.is_file()]
     return [each for each in files if each.name.endswith(endings) or each.name in _PROCESSOR]

@@ -20,6 +20,9 @@ _KINDS |= {".txt": "text", ".md": "text"}
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ABOUT = ("LICENCE", "LICENSE", "README")
 """Files that speak of the data beside them."""
+HELD_OUT = ("validation", "val", "test")
+"""Folders and files beside ``train``; the first is held out."""
+_SPLIT = re.compile(rf"(train|{'|'.join(HELD_OUT)})([-_.]\d.*)?", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -32,12 +35,14 @@ class Source:
         kind: ``json``, ``csv``, ``parquet``, ``text``, ``images``, or ``hub``.
         files: of this kind, sorted; empty for the Hub.
         skipped: the other files of a folder, hidden ones last.
+        held_out: files of rows or text beside those of ``train``, by their names or folders.
     """
 
     name: str
     kind: str
     files: tuple[Path, ...] = ()
     skipped: tuple[Path, ...] = ()
+    held_out: tuple[Path, ...] = ()
 
 
 class DataError(ValueError):
@@ -71,7 +76,22 @@ def find_source(name: str) -> Source:
     if len(kinds) != 1:
         what = f"holds {' and '.join(kinds)} files; give one kind" if kinds else "holds no file of a known format"
         raise ValueError(f"{name} {what}. Known are {', '.join(_KINDS)} and folders of images.")
-    return Source(name, kinds[0], tuple(taken), skipped)
+    train, held_out = _splits(path, taken)
+    skipped = (*sorted({*files} - {*train, *held_out}), *hidden)
+    return Source(name, kinds[0], tuple(train), skipped, tuple(held_out))
+
+
+def _splits(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Those of ``train`` and those held out, where every file is of a split; else all, and none."""
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        place = path.relative_to(folder)
+        found = [match[1].lower() for name in (*place.parts[:-1], place.stem) if (match := _SPLIT.fullmatch(name))]
+        splits.setdefault(found[0] if found else "", []).append(path)
+    beside = [name for name in HELD_OUT if name in splits]
+    if "" in splits or "train" not in splits or not beside:
+        return files, []
+    return splits["train"], splits[beside[0]]
 
 
 def _kind(path: Path) -> str:
@@ -96,21 +116,17 @@ def datasets_library() -> Any:
 
 
 def load_rows(source: Source) -> dict[str, Any]:
-    """``train`` and, from the Hub, ``held_out``; JSON and CSV are read line by line, so that an error has its place."""
+    """``train`` and, where the source has it, ``held_out``; rows of JSON and CSV know their places."""
     datasets = datasets_library()
+    parts = {"train": source.files} | ({"held_out": source.held_out} if source.held_out else {})
     if source.kind in ("json", "csv"):
-        placed = list(_placed_rows(source))
-        if not placed:
-            raise DataError(f"{source.name} holds no rows.")
-        names = list(dict.fromkeys(name for _, row in placed for name in row))
-        rows = [{name: row.get(name) for name in names} for _, row in placed]
-        return {"train": _Placed(rows, [place for place, _ in placed], names)}
+        return {split: _placed(source, files) for split, files in parts.items()}
     if source.kind == "parquet":
+        names = {split: [str(path) for path in files] for split, files in parts.items()}
         try:
-            found = datasets.load_dataset("parquet", data_files=[str(path) for path in source.files], split="train")
+            return dict(datasets.load_dataset("parquet", data_files=names))
         except Exception as error:
             raise DataError(f"{source.name} cannot be read as Parquet: {one_line(error)}") from None
-        return {"train": found}
     try:
         splits = datasets.load_dataset(source.name)
     except Exception as error:  # of the network, of the Hub, of a data set with several configurations
@@ -137,12 +153,14 @@ class _Placed:
         return len(self.rows)
 
 
-def _placed_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    for path in source.files:
-        if source.kind == "csv":
-            yield from _csv_rows(path)
-        else:
-            yield from _json_rows(path)
+def _placed(source: Source, files: tuple[Path, ...]) -> _Placed:
+    read = _csv_rows if source.kind == "csv" else _json_rows
+    placed = [each for path in files for each in read(path)]
+    if not placed:
+        raise DataError(f"{source.name} holds no rows" + (f" in {files[0].name}." if source.held_out else "."))
+    names = list(dict.fromkeys(name for _, row in placed for name in row))
+    rows = [{name: row.get(name) for name in names} for _, row in placed]
+    return _Placed(rows, [place for place, _ in placed], names)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:

@@ -188,6 +188,38 @@ def test_parquet_and_folders_of_files(tmp_path):
     assert read_data(find_source(str(folder))).rows["text"] == ["a", "b", "c"]
 
 
+SPLITS = {
+    "files": (["test.jsonl", "train.jsonl", "validation.jsonl"], ["train.jsonl"], ["validation.jsonl"]),
+    "no validation": (["test.jsonl", "train.jsonl"], ["train.jsonl"], ["test.jsonl"]),
+    "parts": (["Train-0-of-2.jsonl", "Train-1-of-2.jsonl", "val_0.jsonl"], None, ["val_0.jsonl"]),
+    "folders": (["test/a.jsonl", "train/a.jsonl", "train/b.jsonl"], ["train/a.jsonl", "train/b.jsonl"], None),
+    "another file": (["test.jsonl", "train.jsonl", "more.jsonl"], ["more.jsonl", "test.jsonl", "train.jsonl"], []),
+    "no training": (["test.jsonl", "validation.jsonl"], ["test.jsonl", "validation.jsonl"], []),
+    "longer names": (["test-set.jsonl", "train.jsonl"], ["test-set.jsonl", "train.jsonl"], []),
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "parquet"])
+@pytest.mark.parametrize(("names", "train", "held_out"), SPLITS.values(), ids=SPLITS)
+def test_files_of_a_split_are_held_out_or_left_out(names, train, held_out, ending, tmp_path, caplog):
+    import datasets
+
+    caplog.set_level(logging.INFO, "ipca.train")
+    train = names[:2] if train is None else train
+    held_out = names[:1] if held_out is None else held_out
+    for name in names:
+        path = (tmp_path / name).with_suffix(f".{ending}")
+        path.parent.mkdir(exist_ok=True)
+        text = {"jsonl": lines({"text": name}), "csv": f"text\n{name}\n", "txt": name}.get(ending)
+        path.write_text(text) if text else datasets.Dataset.from_dict({"text": [name]}).to_parquet(path)
+    data = read_data(find_source(str(tmp_path)))
+    assert data.rows["text"] == train
+    assert (data.held_out["text"] if data.held_out else []) == held_out
+    shown = [f"{name.rpartition('.')[0]}.{ending}" for name in held_out]
+    assert ("held out: " + ", ".join(shown) in caplog.text) == bool(held_out)
+    assert ("files left out: test." in caplog.text) == (len({*names} - {*train, *held_out}) > 0)
+
+
 WRONG = [
     ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: expected one JSON object, got \{\"text\":"),
     ("a.jsonl", '{"text": "a"}\n\n[1, 2]\n', r"a\.jsonl, line 3: expected an object with named columns, got \[1, 2\]"),
