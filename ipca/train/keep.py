@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -33,6 +34,8 @@ ITEMS = 16
 """Items of a forward pass."""
 SAMPLE_TOKENS = 128
 """Tokens of a sample that is drawn from the model."""
+_TEXT = ("messages", "prompt", "completion", "text")
+"""Roles of columns that hold text."""
 
 
 Function = Callable[[nn.Module, Any], Mapping[str, float]]
@@ -177,7 +180,24 @@ def read_keep(settings: TrainSettings, task: str, *, progress: bool = False) -> 
         for path in with_bar(files, "image", progress):
             check_image(path, str(path))
         return files
-    return read_data(source, "causal-lm") if text_model else _texts(source)
+    data = _rows(source, settings.columns, ("causal-lm",) if text_model else ("causal-lm", "token-classification"))
+    return data if text_model else _texts(data)
+
+
+def _rows(source: Source, columns: Mapping[str, str], tasks: Iterable[str]) -> Data:
+    """The text of ``source`` as data of one of ``tasks``, in the ``columns`` of the training data or in its own."""
+    named = {role: name for role, name in columns.items() if role in _TEXT}
+    why = ""
+    for given, task in product((named, {}), tasks):
+        try:
+            return read_data(source, task, given)
+        except DataError:
+            raise
+        except ValueError as error:  # no such columns
+            why = str(error)
+    raise ValueError(
+        f"{why.partition(';')[0]}; what is kept needs text, messages, or prompt + completion: rename a column to text."
+    )
 
 
 def build_keep(
@@ -288,14 +308,8 @@ def _sequences(data: Data, settings: TrainSettings, tokenizer: Any) -> Iterator[
         yield ids[: settings.max_length]
 
 
-def _texts(source: Source) -> list[str]:
+def _texts(data: Data) -> list[str]:
     """Lines of text files, and the text of each row of others."""
-    try:
-        data = read_data(source, "causal-lm")
-    except DataError:
-        raise
-    except ValueError:  # no column of text
-        data = read_data(source, "token-classification")
     if data.whole:
         return [line for text in data.rows["text"] for line in text.splitlines() if line.strip()]
     return list(map(_text, data.rows))

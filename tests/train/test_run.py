@@ -781,6 +781,33 @@ def test_an_encoder_keeps_the_text_of_any_rows(texts, tmp_path):
     assert read_keep(asked, "token-classification") == ["a b", "a b"]
 
 
+OWN_NAMES = {
+    "a classifier": ("sequence-classification", {"text": "comment", "label": "toxic"}, ["a", "b"]),
+    "a language model": ("causal-lm", {"text": "comment"}, ["a", "b"]),
+    "other names": ("sequence-classification", {"text": "remark"}, None),
+    "none": ("causal-lm", {}, None),
+}
+
+
+@pytest.mark.parametrize(("task", "columns", "right"), OWN_NAMES.values(), ids=OWN_NAMES)
+def test_kept_rows_have_the_columns_of_the_training_data(task, columns, right, texts, tmp_path):
+    (tmp_path / "keep.csv").write_text("comment,toxic\na,0\nb,1\n")
+    asked = settings("model", texts, keep=str(tmp_path / "keep.csv"), columns=columns)
+    if right is None:
+        words = (
+            r"keep\.csv has the columns comment, toxic; what is kept needs text, messages, .*: rename a column to text"
+        )
+        with pytest.raises(ValueError, match=words):
+            read_keep(asked, task)
+        return
+    found = read_keep(asked, task)
+    assert (found if isinstance(found, list) else found.rows["text"]) == right
+    (tmp_path / "keep.txt").write_text("a\n\nb")
+    for name in ("keep.txt", "other.jsonl"):
+        (tmp_path / "other.jsonl").write_text('{"text": "a"}')
+        assert read_keep(replace(asked, keep=str(tmp_path / name)), task)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_window_of_the_inputs_that_are_kept(language_model, texts, tmp_path, keep):
     asked = settings(language_model, texts, window="inputs:minor", train="A", magnitude=1.0, steps=2, evaluations=1)
