@@ -174,20 +174,20 @@ def write_images(folder, names):
     return save_images(folder / "images", classes=names, count=20)
 
 
-def read_texts(base):
+def read_texts(folder):
     texts = ["bad thing 4", "good thing 5"]
-    return transformers.AutoTokenizer.from_pretrained(base)(texts, padding=True, return_tensors="pt"), [0, 1]
+    return transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt"), [0, 1]
 
 
-def read_tokens(base):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+def read_tokens(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     found = tokenizer([["Go", "Bob"]], is_split_into_words=True, return_tensors="pt")
     return found, [found.word_ids(0).index(word) for word in (0, 1)]
 
 
-def read_images(base):
+def read_images(folder):
     images = [Image.new("RGB", (16, 16), (gray,) * 3) for gray in (45, 195)]
-    return transformers.AutoImageProcessor.from_pretrained(base)(images, return_tensors="pt"), [0, 1]
+    return transformers.AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt"), [0, 1]
 
 
 KINDS = {
@@ -208,9 +208,9 @@ def with_head(kind, folder, names):
     return folder
 
 
-def names_of(kind, model, base):
-    """What ``model`` calls the two inputs."""
-    inputs, places = kind.inputs(base)
+def names_of(kind, model, out):
+    """What ``model`` calls the two inputs, as the tokenizer or image processor of the run in ``out`` reads them."""
+    inputs, places = kind.inputs(out)
     inputs.pop("token_type_ids", None)
     with torch.no_grad():
         found = model.eval()(**inputs).logits.argmax(-1).flatten()
@@ -220,11 +220,11 @@ def names_of(kind, model, base):
 def check_names(kind, base, out, names, tmp_path, **options):
     auto = getattr(transformers, kind.auto)
     stock = peft.PeftModel.from_pretrained(auto.from_pretrained(base, **options), out)
-    assert names_of(kind, stock, base) == names
+    assert names_of(kind, stock, out) == names
     assert main(["merge", str(base), str(out), "-o", str(tmp_path / "merged"), "--quiet"]) == 0
-    assert names_of(kind, auto.from_pretrained(tmp_path / "merged"), base) == names
+    assert names_of(kind, auto.from_pretrained(tmp_path / "merged"), out) == names
     native = ipca.load_adapter(auto.from_pretrained(base, **options), out)
-    assert names_of(kind, native, base) == names
+    assert names_of(kind, native, out) == names
 
 
 def few_steps(base, data):
