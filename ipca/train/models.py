@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +82,23 @@ def load_model(settings: TrainSettings, task: str, labels: tuple[str, ...]) -> L
     if task == "sequence-classification":
         model.config.pad_token_id = processor.pad_token_id  # decoders look for the last token before it
     return Loaded(model, processor)
+
+
+@contextmanager
+def as_it_was(processor: Any) -> Iterator[None]:
+    """Within the block a fast tokenizer cuts and pads as it is asked to; saved, it would do so for every reader."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    before = None if backend is None else (backend.truncation, backend.padding)
+    try:
+        yield
+    finally:
+        if backend is not None and before is not None:
+            backend.no_truncation()
+            backend.no_padding()
+            if before[0] is not None:
+                backend.enable_truncation(**before[0])
+            if before[1] is not None:
+                backend.enable_padding(**before[1])
 
 
 def _put_spaces_before_words(step: Any) -> None:

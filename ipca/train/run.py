@@ -29,7 +29,7 @@ from ipca.train.data import NO_COLUMNS, Data, read_data
 from ipca.train.examples import split
 from ipca.train.figures import draw_run
 from ipca.train.keep import Kept, KeptItems, KeptTokens, build_keep, draw_samples, read_keep
-from ipca.train.models import adapt, fitting_length, load_model
+from ipca.train.models import adapt, as_it_was, fitting_length, load_model
 from ipca.train.outcome import Outcome, Row, curve_of, read_curve
 from ipca.train.report import write_report
 from ipca.train.run_folder import CHECKPOINTS, CURVE, SAMPLES, adapter_digests, input_digests, is_run_file
@@ -90,11 +90,12 @@ def _fine_tune(settings: TrainSettings, out: Path, overwrite: bool, progress: bo
     source = read_keep(settings, data.layout.task, progress=shown)
     loaded = load_model(settings, data.layout.task, data.labels)
     fitted = fitting_length(settings, loaded)
-    parts = split(data, fitted, loaded, held_out)
     samples = None
-    if source is None and data.layout.task == "causal-lm":
-        samples = _samples(loaded.model.to(state.device), loaded.processor, fitted, None if overwrite else out)
-    kept = build_keep(source, fitted, data.layout.task, loaded, samples)
+    with as_it_was(loaded.processor):
+        parts = split(data, fitted, loaded, held_out)
+        if source is None and data.layout.task == "causal-lm":
+            samples = _samples(loaded.model.to(state.device), loaded.processor, fitted, None if overwrite else out)
+        kept = build_keep(source, fitted, data.layout.task, loaded, samples)
     inputs = None
     if Window(settings.window, settings.rank).needs_calibration:
         assert isinstance(kept, KeptTokens | KeptItems)  # read_keep has seen to it

@@ -45,7 +45,7 @@ def build_trainer(
         )
         trainer = SFTTrainer(
             model,
-            args=arguments,
+            args=_on_one_device(arguments),
             train_dataset=examples.train,
             eval_dataset=examples.held_out,
             processing_class=loaded.processor,
@@ -57,12 +57,11 @@ def build_trainer(
         "token-classification": lambda: transformers.DataCollatorForTokenClassification(loaded.processor),
         "image-classification": lambda: ImageCollator(loaded.processor),
     }
+    options: dict[str, Any] = {"label_names": ["labels"], "remove_unused_columns": False}
     return _silent(
         ClassifierTrainer(
             model,
-            args=transformers.TrainingArguments(
-                **_arguments(settings, out), label_names=["labels"], remove_unused_columns=False
-            ),
+            args=_on_one_device(transformers.TrainingArguments(**_arguments(settings, out), **options)),
             data_collator=collators[data.layout.task](),
             train_dataset=examples.train,
             eval_dataset=examples.held_out,
@@ -71,6 +70,17 @@ def build_trainer(
             compute_metrics=_accuracy,
         )
     )
+
+
+def _on_one_device(arguments: Any) -> Any:
+    """``arguments`` for one GPU a process: Trainer would take all that there are, and a batch of rows for each."""
+    if arguments.n_gpu > 1:
+        log.warning(
+            "one of %d GPUs is used; torchrun --nproc-per-node %d -m ipca train … uses all",
+            *(arguments.n_gpu, arguments.n_gpu),
+        )
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _check_dropped(examples: Examples, trainer: Any, settings: TrainSettings) -> None:

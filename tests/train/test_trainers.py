@@ -19,10 +19,10 @@ pytest.importorskip("datasets")
 from ipca.train import TrainSettings, fine_tune
 from ipca.train.data import read_data
 from ipca.train.examples import split
-from ipca.train.models import adapt, fitting_length, load_model
+from ipca.train.models import adapt, as_it_was, fitting_length, load_model
 from ipca.train.outcome import curve_of, read_curve
 from ipca.train.sources import find_source
-from ipca.train.trainers import build_trainer
+from ipca.train.trainers import _on_one_device, build_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -162,3 +162,34 @@ def test_two_processes_train_and_evaluate_a_classifier_as_one(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for row, other in zip(one.rows, read_curve(tmp_path / "two" / "curve.csv"), strict=True):
         assert other == pytest.approx(row, rel=2e-4)
+
+
+def test_several_gpus_need_several_processes(caplog):
+    arguments = transformers.TrainingArguments("out", use_cpu=True, per_device_train_batch_size=4)
+    assert _on_one_device(arguments).n_gpu == arguments.n_gpu <= 1
+    assert not caplog.messages
+    arguments._n_gpu = 3
+    assert _on_one_device(arguments).train_batch_size == 4
+    assert caplog.messages == ["one of 3 GPUs is used; torchrun --nproc-per-node 3 -m ipca train … uses all"]
+
+
+def test_the_tokenizer_of_a_classifier_is_saved_as_the_base_has_it(tmp_path):
+    """Fast tokenizers are saved with the length that the last call cut at."""
+    save("bert", tmp_path / "model")
+    settings = TrainSettings(str(tmp_path / "model"), str(text(tmp_path)), max_length=8, rank=4, steps=1, evaluations=1)
+    fine_tune(replace(settings, keep=settings.data), tmp_path / "out", progress=False)
+    base, out = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("model", "out"))
+    assert [out[key] for key in ("truncation", "padding")] == [base[key] for key in ("truncation", "padding")]
+
+
+def test_a_tokenizer_that_cuts_by_itself_does_so_afterward():
+    tokenizer = tiny().tiny_tokenizer()
+    for given in (None, {"max_length": 7}):
+        if given:
+            tokenizer.backend_tokenizer.enable_truncation(**given)
+            tokenizer.backend_tokenizer.enable_padding(length=9)
+        before = tokenizer.backend_tokenizer.to_str()
+        with as_it_was(tokenizer):
+            tokenizer(["a b c d"], truncation=True, padding=True, max_length=3)
+            assert tokenizer.backend_tokenizer.to_str() != before
+        assert tokenizer.backend_tokenizer.to_str() == before
