@@ -10,6 +10,7 @@ from studies.continual.design import CENTERS
 from studies.continual.rows import Rows
 from studies.frontier.analysis import Analysis as FrontierAnalysis
 from studies.frontier.page import checks
+from studies.frontier.positions import profile, shapes
 from studies.frontier.rows import Rows as Frontier
 from studies.language import protocol as language
 from studies.position_grid import protocol as position_grid
@@ -168,6 +169,13 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times LoRA's" in readme
     (step,) = re.findall(r"gut communities, 60 steps, .* changes by (\d+)% to (\d+)%", checks(mgm()))
     assert f"one step of the grid of rates changes it by {step[0]} to {step[1]} %" in readme
+    (easiest, middle, hardest) = [each for each in shapes(mgm()) if each.left.task == "twins" and each.left.steps == 60]
+    assert [each.outcome for each in (easiest, middle, hardest)] == ["refuted", "refuted", ""]
+    places = [profile(mgm(), "twins", 60, place) for place in (0, 1)]
+    assert {min(found, key=lambda arm, found=found: found[arm].value) for found in places} == {"0.875"}
+    values = " and ".join(f"{found['0.875'].value:.2f}" for found in places)
+    assert len(places[0]) == 11
+    assert f"lowest at 0.875 of the way to the minor end, {values} times the middle's" in readme
     second = [mgm().compare("reversed", 60, place, "0.5", "lora") for place in (0, 1)]
     (n,) = {c.ratio.n for c in second}
     assert {c.obstacle for c in second} == {f"collecting: {n} of 10 seeds"}

@@ -119,6 +119,7 @@ class Design:
         autocast: train under bfloat16 autocast; otherwise in the dtype of the weights.
         root: interpolate the root of a divergence, which is nearly linear in λ, instead of the divergence.
         claims_rates: the protocol claims that high rates do the middle window no harm.
+        claims_shape: the protocol claims a U over the positions.
         whole_family: Holm's correction counts comparisons without a verdict, too.
         itemized: the seeds of which the values of single tokens are kept; None for all.
     """
@@ -144,6 +145,7 @@ class Design:
     autocast: bool = field(default=True, kw_only=True, repr=False)
     root: bool = field(default=False, kw_only=True, repr=False)
     claims_rates: bool = field(default=False, kw_only=True, repr=False)
+    claims_shape: bool = field(default=False, kw_only=True, repr=False)
     whole_family: bool = field(default=False, kw_only=True, repr=False)
     itemized: tuple[int, ...] | None = field(default=None, kw_only=True, repr=False)
 

@@ -43,6 +43,19 @@ class Shape:
             return both[self.left.verdict]
         return f"no U: the left end is {_words(self.left)}, the right end {_words(self.right)}"
 
+    @property
+    def outcome(self) -> str:
+        """``"holds"``, ``"refuted"`` or ``"not shown"`` of a U; empty without a verdict.
+
+        It is refuted where an end is below the middle, or equivalent to it.
+        """
+        sides = (self.left, self.right)
+        if any(side.obstacle for side in sides):
+            return ""
+        if all(side.verdict == "higher" for side in sides):
+            return "holds"
+        return "refuted" if any(side.verdict in ("lower", "equivalent") for side in sides) else "not shown"
+
 
 def profile(analysis: Analysis, task: str, steps: int, place: int) -> dict[str, Ratio]:
     """By position's arm, its divergence at a target over the middle window's, paired over seeds."""

@@ -15,7 +15,8 @@ from studies.continual.analysis import Analysis as Continual
 from studies.continual.page import NAMES as METHODS
 from studies.continual.page import mean_text, signed_text
 from studies.continual.rows import Rows as Streams
-from studies.frontier.page import NOT_RUN, ratio_text
+from studies.frontier.page import NOT_RUN, by_target, cell_title, ratio_text
+from studies.frontier.positions import shapes
 from studies.overview.page import Found, Source, answers, sources
 from studies.page import markdown, update_page
 from studies.window_position.reanalysis import EDGE, HOLDS, NOT_SHOWN, REVERSED
@@ -30,7 +31,8 @@ HIGH, ACCURACY = "lose less from the lowest rate to the highest", "learn more, e
 TUNED = "retain more, each at its best rate"
 CONTINUAL, ONE_STREAM = "end higher after five tasks", "end higher after five tasks, at one rate"
 KEPT = "keep more of what pretraining taught, after five tasks"
-ALIKE, MIXED, NO_VERDICT = "alike", "depends on the target", "no verdict"
+SHAPE = "forget least of all positions: a U over the spectrum, at equal success"
+ALIKE, MIXED, NO_VERDICT, REFUTED = "alike", "depends on the target", "no verdict", "refuted"
 REACHED = " where reached"
 """After a word: of the targets that all arms reach with enough seeds; not of all three."""
 _AGAINST = {"the first (principal)": PRINCIPAL, "the last (minor)": MINOR, "plain LoRA": LORA}
@@ -44,7 +46,7 @@ _FIXED = {"C6": "MiniLM feed-forward", "C11": "ViT"}
 _SUPPORT = {"C6": "S6"}
 """Added comparisons, at one rate, that a verdict needs too; on the ViT every seed's best rate is that one."""
 _SIDES = {"above": HOLDS, "below": REVERSED}
-_ORDER = (*(f"{word}{part}" for word in _VERDICTS.values() for part in ("", REACHED)), MIXED, NO_VERDICT)
+_ORDER = (*(f"{word}{part}" for word in (*_VERDICTS.values(), REFUTED) for part in ("", REACHED)), MIXED, NO_VERDICT)
 _KINDS = ("language", "vision")
 
 
@@ -75,8 +77,10 @@ class Result:
 
 def results(tables: Tables, studies: Iterable[Source], streams: Continual) -> list[Result]:
     """All results, by claim, then by what the windows are compared with."""
-    found = [*_of_sweeps(tables), *_of_tests(tables), *_of_frontiers(studies), *_of_streams(tables, streams)]
-    claims = [EQUAL, TUNED, ONE_RATE, HIGH, ACCURACY, CONTINUAL, ONE_STREAM, KEPT]
+    studies = list(studies)
+    found = [*_of_sweeps(tables), *_of_tests(tables), *_of_frontiers(studies), *_of_shapes(studies)]
+    found += _of_streams(tables, streams)
+    claims = [EQUAL, SHAPE, TUNED, ONE_RATE, HIGH, ACCURACY, CONTINUAL, ONE_STREAM, KEPT]
     against = [*_AGAINST, *dict.fromkeys(each.against for each in found)]
     return sorted(found, key=lambda each: (claims.index(each.claim), against.index(each.against)))
 
@@ -132,6 +136,26 @@ def _verdict(pair: Found) -> tuple[str, str]:
         return MIXED, pair.verdict
     word = _VERDICTS[decided.pop()]
     return (f"{word}{REACHED}", pair.verdict) if any(c.obstacle for c in pair.targets) else (word, "")
+
+
+def _of_shapes(studies: Iterable[Source]) -> Iterator[Result]:
+    """The studies of many positions: on each side of the middle a line, read at its end, over the middle."""
+    for study in studies:
+        design = study.analysis.design
+        found = shapes(study.analysis) if design.claims_shape else []
+        for task, steps in design.targets:
+            targets = [each for each in found if (each.left.task, each.left.steps) == (task, steps)]
+            if not any(each.left.ratio and each.right.ratio for each in targets):
+                continue
+            decided = [each.outcome for each in targets if each.outcome]
+            word = decided[0] if len(set(decided)) == 1 else MIXED if decided else NO_VERDICT
+            word += REACHED if 0 < len(decided) < len(targets) else ""
+            words = [each.verdict for each in targets]
+            middle = targets[1]
+            n = str(middle.left.ratio.n if middle.left.ratio else 0)
+            figure = f"KL of the ends × {ratio_text(middle.left.ratio)} and {ratio_text(middle.right.ratio)}"
+            model = f"{study.model} ({cell_title(study.analysis, task, steps)} steps)"
+            yield Result(SHAPE, "both ends", study.kind, model, n, figure, word, by_target(words))
 
 
 def _of_streams(tables: Tables, streams: Continual) -> Iterator[Result]:

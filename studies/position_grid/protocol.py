@@ -59,6 +59,7 @@ PLAN = Design(
     autocast=False,
     root=True,
     itemized=_SEEDS[:1],
+    claims_shape=True,
     whole_family=True,
 )
 """Everything but the targets."""

@@ -42,7 +42,9 @@ def test_a_u_and_where_it_is_lowest(tmp_path):
     ratios = {arm: ratio.value for arm, ratio in profile(analysis, "german", 60, 1).items()}
     assert ratios == pytest.approx({"0.0": 2.0, "0.25": 1.25, "0.5": 1.0, "0.75": 1.025, "1.0": 1.5}, rel=0.03)
     found = shapes(analysis)
-    assert [shape.verdict for shape in found] == ["U"] * 3
+    assert [(shape.verdict, shape.outcome) for shape in found] == [("U", "holds")] * 3
+    unsure = replace(found[0], right=replace(found[0].right, adjusted=0.2))
+    assert unsure.outcome == "not shown"
     assert found[1].left.ratio.value == pytest.approx((0.8 / 0.4) ** 1, rel=0.05)
     assert found[1].left.ratio.low > 1
     assert best_positions(analysis, "german", 60, 1) == ("0.5", ["0.5", "0.75"])
@@ -57,12 +59,13 @@ def test_a_u_and_where_it_is_lowest(tmp_path):
     ],
 )
 def test_other_shapes(tmp_path, kl, verdict):
-    assert [shape.verdict for shape in shapes(analysis_of(tmp_path, kl, jitter=0.01))] == [verdict] * 3
+    found = shapes(analysis_of(tmp_path, kl, jitter=0.01))
+    assert [(shape.verdict, shape.outcome) for shape in found] == [(verdict, "refuted")] * 3
 
 
 def test_no_verdict_while_collecting(tmp_path):
     few = analysis_of(tmp_path / "few", (0.8, 0.5, 0.4, 0.5, 0.8), seeds=range(2))
-    assert {shape.verdict for shape in shapes(few)} == {"collecting: 2 of 5 seeds"}
+    assert {(shape.verdict, shape.outcome) for shape in shapes(few)} == {("collecting: 2 of 5 seeds", "")}
     rows = Rows(tmp_path / "few")
     (rows.folder / "runs" / "german-60-0.25-1e-03-seed1.jsonl").unlink()
     assert shapes(Analysis(DESIGN, Rows(rows.folder)))[0].right.ratio.n == 2

@@ -17,6 +17,7 @@ from studies.overview.paper import (
     KEPT,
     ONE_RATE,
     ONE_STREAM,
+    SHAPE,
     TUNED,
     results,
     sections,
@@ -129,7 +130,9 @@ def test_a_pair_without_a_claim_in_its_protocol_is_only_described(tmp_path):
 
 def test_every_result_at_hand_is_in_both_tables_under_its_word():
     found = results(read_tables(Study()), sources(), Continual(Streams()))
-    assert {EQUAL, TUNED, ONE_RATE, HIGH, ACCURACY, CONTINUAL, ONE_STREAM, KEPT} == {each.claim for each in found}
+    assert {EQUAL, SHAPE, TUNED, ONE_RATE, HIGH, ACCURACY, CONTINUAL, ONE_STREAM, KEPT} == {
+        each.claim for each in found
+    }
     text = sections(found)
     for each in found:
         assert (
@@ -157,3 +160,14 @@ def test_on_the_sources_that_were_not_learned_no_arm_of_minilm_lost_more_than_is
     assert len(lost) == 8
     said = f"none of the eight arms that were measured by source lost more than {max(lost):.3f} at its lowest rate"
     assert said in paper.PAGE.read_text(encoding="utf-8")
+
+
+def test_a_shape_that_the_protocol_refutes_is_refuted():
+    """The rows of the position grid: the easier targets of one task have verdicts, those of the other have none yet."""
+    grid = next(study for study in sources() if study.model == "MGM")
+    (found,) = (each for each in paper._of_shapes([grid]) if "gut communities, 60" in each.model)
+    assert (found.claim, found.against, found.n) == (SHAPE, "both ends", "10")
+    assert found.verdict == "refuted where reached"
+    assert "no U" in found.why
+    assert found.verdict in paper._ORDER
+    assert list(paper._of_shapes([study for study in sources() if study.model != "MGM"])) == []
