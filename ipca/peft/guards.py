@@ -251,7 +251,7 @@ def trained_heads(model: nn.Module, adapter: str) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             before, now = module.original_module.parameters(), module.modules_to_save[adapter].parameters()
-            if any(not torch.equal(old, new.to(old)) for old, new in zip(before, now, strict=True)):
+            if any(not (old.is_meta or torch.equal(old, new.to(old))) for old, new in zip(before, now, strict=True)):
                 found.append(name)
     return found
 

@@ -223,6 +223,14 @@ def test_a_head_that_stays_trained_is_named():
     assert torch.equal(new.base_model.model.classifier.modules_to_save["new"].weight, before.weight)
 
 
+def test_a_head_without_values_is_wrapped_again():
+    with torch.device("meta"):
+        base = CASES["vit"].build()
+    for _ in range(2):
+        model = get_peft_model(base, PCConfig(r=2, target_modules="all-linear"), low_cpu_mem_usage=True)
+    assert said(model.unload)[1] == []
+
+
 def test_what_unloading_leaves_trained_is_named():
     base, x = CASES["vit"].build().eval(), CASES["vit"].x()
     before, model = copy.deepcopy(base.classifier), get_peft_model(base, PCConfig(r=2, target_modules="all-linear"))
