@@ -177,10 +177,9 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     assert len(places[0]) == 11
     assert f"lowest at 0.875 of the way to the minor end, {values} times the middle's" in readme
     second = [mgm().compare("reversed", 60, place, "0.5", "lora") for place in (0, 1)]
-    (n,) = {c.ratio.n for c in second}
-    assert {c.obstacle for c in second} == {f"collecting: {n} of 10 seeds"}
+    assert all(c.obstacle.startswith("collecting") for c in second)
     values = " and ".join(f"{c.ratio.value:.2f}" for c in second)
-    assert f"On a second, made-up task it is {values} times LoRA's so far ({n} of 10 seeds, no verdict)." in readme
+    assert f"On a second, made-up task it is {values} times LoRA's so far (collecting, no verdict)." in readme
     paper = (ROOT / "docs" / "results" / "paper.md").read_text(encoding="utf-8")
     assert f"one step of their grid only, which changes KL by {step[0]} to {step[1]} %" in " ".join(paper.split())
 
