@@ -175,6 +175,7 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     assert {min(found, key=lambda arm, found=found: found[arm].value) for found in places} == {"0.875"}
     values = " and ".join(f"{found['0.875'].value:.2f}" for found in places)
     assert len(places[0]) == 11
+    assert "MGM shows no U on gut communities: KL is lowest at 0.875 of the way to the minor end." in TEXT
     assert f"lowest at 0.875 of the way to the minor end, {values} times the middle's" in readme
     second = [mgm().compare("reversed", 60, place, "0.5", "lora") for place in (0, 1)]
     assert all(c.obstacle.startswith("collecting") for c in second)
