@@ -13,7 +13,7 @@ from ipca.ops import op, reference, torch_kernels
 from ipca.ops.backend import choose, get_backend, linear_shape
 from ipca.ops.dropout import new_noise
 from ipca.ops.op import Layer
-from ipca.ops.pair import balanced_pair, one_pair
+from ipca.ops.pair import autocast_dtype, balanced_pair, one_pair
 
 # The C++ method: torch.autograd.Function.apply adds a binding of default arguments, which there are none of.
 _apply = super(torch.autograd.Function, op.PCLinear).apply
@@ -117,10 +117,9 @@ def _traced_on_cuda(x: Tensor, layer: Layer, noise: Tensor | None, dropout: floa
 
 def to_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
     """All tensors in the autocast dtype where autocast is on and ``x`` is not float64, as for ``nn.Linear``."""
-    device = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return [x, *others]
-    dtype = torch.get_autocast_dtype(device)
     return [tensor if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
 
 

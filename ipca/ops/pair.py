@@ -41,17 +41,18 @@ def balanced_pair(
     The factors of a window with the singular values σ are as large as √(σ / scaling), so that ``z A0ᵀ`` could overflow
     float16 where the layer's output does not, and ``c`` is the power of two nearest to √scaling. Otherwise ``c = 1``.
     """
-    if scaling >= 0.5 or scaling <= 0 or _dtype_of_products(x) != torch.float16:
+    if scaling >= 0.5 or scaling <= 0 or (autocast_dtype(x) or x.dtype) != torch.float16:
         return A, B, A0, B0, scaling
     c = 2.0 ** round(log2(scaling) / 2)
     A0, B0 = (None if factor is None else c * factor for factor in (A0, B0))
     return c * A, c * B, A0, B0, scaling / c**2
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives products with ``x``, as for ``nn.Linear``; None where it does not change it."""
     device = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
+        return None
     return torch.get_autocast_dtype(device)
 
 

@@ -12,7 +12,7 @@ from ipca.model.targets import few
 from ipca.train.classes import as_list, find_classes, in_order_of_base, place_of
 from ipca.train.row_checks import ROW_CHECKS, text_below, unread_fields
 from ipca.train.sources import (
-    HELD_OUT,
+    HELD_OUT_SPLITS,
     DataError,
     Row,
     Source,
@@ -216,18 +216,18 @@ def _read_images(
     splits: dict[str, list[tuple[Path, str]]] = {}
     for path in source.files:
         parts = path.parent.relative_to(root).parts
-        in_split = parts[:1] and parts[0].lower() in ("train", *HELD_OUT)
+        in_split = parts[:1] and parts[0].lower() in ("train", *HELD_OUT_SPLITS)
         split, folders = (parts[0], parts[1:]) if in_split else ("", parts)
         if len(folders) != 1:
             got = f"the nested folders {Path(*folders)}" if folders else "no such folder"
             raise DataError(
                 f"{path}: expected an image in a folder named by its class, such as {root / split / 'cat'}, got {got}; "
-                f"only train, {', '.join(HELD_OUT)} hold folders of classes."
+                f"only train, {', '.join(HELD_OUT_SPLITS)} hold folders of classes."
             )
         splits.setdefault(split.lower() or "train", []).append((path, folders[0]))
     first = "train" if "train" in splits else min(splits)
     train = splits[first]
-    held_out = [name for name in HELD_OUT if name in splits and name != first]
+    held_out = [name for name in HELD_OUT_SPLITS if name in splits and name != first]
     other = splits[held_out[0]] if held_out else None
     found = known or tuple(sorted({label for _, label in train}))
     if len(found) < 2:

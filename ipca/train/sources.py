@@ -20,9 +20,9 @@ _KINDS |= {".txt": "text", ".md": "text"}
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ABOUT = ("LICENCE", "LICENSE", "README")
 """Files that speak of the data beside them."""
-HELD_OUT = ("validation", "val", "test")
+HELD_OUT_SPLITS = ("validation", "val", "test")
 """Folders and files beside ``train``; the first is held out."""
-_SPLIT = re.compile(rf"(train|{'|'.join(HELD_OUT)})([-_.]\d.*)?", re.IGNORECASE)
+_SPLIT = re.compile(rf"(train|{'|'.join(HELD_OUT_SPLITS)})([-_.]\d.*)?", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -88,7 +88,7 @@ def _splits(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path]]:
         place = path.relative_to(folder)
         found = [match[1].lower() for name in (*place.parts[:-1], place.stem) if (match := _SPLIT.fullmatch(name))]
         splits.setdefault(found[0] if found else "", []).append(path)
-    beside = [name for name in HELD_OUT if name in splits]
+    beside = [name for name in HELD_OUT_SPLITS if name in splits]
     if "" in splits or "train" not in splits or not beside:
         return files, []
     return splits["train"], splits[beside[0]]

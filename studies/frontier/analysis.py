@@ -7,10 +7,11 @@ Everything is computed from the rows at hand. Ratios are geometric means over se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import mean
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,6 +99,28 @@ class Comparison:
     def words(self) -> str:
         """The verdict, with the direction of an equivalent ratio where it has one: ``"equivalent (lower)"``."""
         return f"equivalent ({self.direction})" if self.verdict == "equivalent" and self.direction else self.verdict
+
+
+class RateClaim(NamedTuple):
+    """ "High rates do no harm along λ": refuted where the spread over rates is larger than plain LoRA's.
+
+    Attributes:
+        n: seeds.
+        middle, lora: :func:`spread` at the middle target, of the middle window and of plain LoRA.
+        why: there is no verdict; empty if there is one.
+    """
+
+    task: str
+    steps: int
+    n: int
+    middle: float
+    lora: float
+    why: str
+
+    @property
+    def verdict(self) -> str:
+        """``"refuted"``, ``"not refuted"``, or empty."""
+        return "" if self.why else "refuted" if self.middle > self.lora else "not refuted"
 
 
 class Analysis:
@@ -271,14 +294,29 @@ class Analysis:
         enough = self.design.enough
         if seeds < enough:
             return f"{_COLLECTING}{seeds} of {enough} seeds"
-        if untuned := [words for arm in arms if (words := self.untuned(task, steps, arm))]:
-            return "; ".join(untuned).replace(f"; {_COLLECTING}", "; ")
+        if untuned := self.untuned(task, steps, *arms):
+            return untuned
         if reached < enough:
             return f"not reached at the chosen rates ({reached} of {seeds} seeds)"
         return ""
 
-    def untuned(self, task: str, steps: int, arm: str) -> str:
-        """Why the best rate of ``arm`` is not known; empty if it is."""
+    def untuned(self, task: str, steps: int, *arms: str) -> str:
+        """Why the best rates of ``arms`` are not known; empty if they are."""
+        found = [words for arm in arms if (words := self._untuned(task, steps, arm))]
+        return "; ".join(found).replace(f"; {_COLLECTING}", "; ")
+
+    def rate_claims(self) -> Iterator[RateClaim]:
+        """Of each new task and length with two such rates of both arms, where the protocol has the claim."""
+        if not self.design.claims_rates:
+            return
+        arm, other, *_ = self.design.main
+        for task, steps in self.design.targets:
+            middle, lora = (spread(self.scores(task, steps, each, 1)) for each in (arm, other))
+            if middle is not None and lora is not None:
+                n = min(len({run.seed for run in self.of(task, steps, each)}) for each in (arm, other))
+                yield RateClaim(task, steps, n, middle, lora, self.untuned(task, steps, arm, other))
+
+    def _untuned(self, task: str, steps: int, arm: str) -> str:
         found, rates = self.scores(task, steps, arm, 1), self.grid(task, steps, arm)
         lacking = [rate for rate in rates if len(found.get(rate, {})) < self.design.enough]
         if lacking:

@@ -64,7 +64,7 @@ def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
 def shared_sections(analysis: Analysis, folder: Path) -> dict[str, str]:
     """What the pages of all models have."""
     found = analysis.comparisons()
-    said = [*sentences(analysis, found), *(rate_sentences(analysis) if analysis.design.claims_rates else ())]
+    said = [*sentences(analysis, found), *rate_sentences(analysis)]
     return {
         "progress": progress(analysis),
         "findings": "\n".join(f"- {sentence}" for sentence in said) or NOT_RUN,
@@ -284,19 +284,13 @@ def rates_table(analysis: Analysis) -> str:
 
 def rate_sentences(analysis: Analysis) -> Iterator[str]:
     """One sentence for each new task and length on the claim that high rates do the middle window no harm along λ."""
-    arm, other = _pairs(analysis)[0]
-    for task, steps in analysis.design.targets:
-        found = [spread(analysis.scores(task, steps, each, 1)) for each in (arm, other)]
-        middle, lora = found
-        if middle is not None and lora is not None:
-            untuned = [words for each in (arm, other) if (words := analysis.untuned(task, steps, each))]
-            said = "refuted" if middle > lora else "not refuted"
-            said = f"no verdict ({'; '.join(untuned)})" if untuned else said
-            yield (
-                f'{cell_title(analysis, task, steps)} steps, "high rates do no harm along λ" – {said}. Highest over '
-                f"lowest KL among the rates that reach the middle target with every seed: {middle:.2f}, plain LoRA's "
-                f"{lora:.2f}."
-            )
+    for found in analysis.rate_claims():
+        said = found.verdict or f"no verdict ({found.why})"
+        yield (
+            f'{cell_title(analysis, found.task, found.steps)} steps, "high rates do no harm along λ" – {said}. Highest '
+            f"over lowest KL among the rates that reach the middle target with every seed: {found.middle:.2f}, plain "
+            f"LoRA's {found.lora:.2f}."
+        )
 
 
 def kept_table(analysis: Analysis) -> str:

@@ -31,8 +31,10 @@ HIGH, ACCURACY = "lose less from the lowest rate to the highest", "learn more, e
 TUNED = "retain more, each at its best rate"
 CONTINUAL, ONE_STREAM = "end higher after five tasks", "end higher after five tasks, at one rate"
 KEPT = "keep more of what pretraining taught, after five tasks"
+RATES = "lose no more to high rates, at equal success"
 SHAPE = "forget least of all positions: a U over the spectrum, at equal success"
-ALIKE, MIXED, NO_VERDICT, REFUTED = "alike", "depends on the target", "no verdict", "refuted"
+ALIKE, MIXED, NO_VERDICT = "alike", "depends on the target", "no verdict"
+REFUTED, NOT_REFUTED = "refuted", "not refuted"
 REACHED = " where reached"
 """After a word: of the targets that all arms reach with enough seeds; not of all three."""
 _AGAINST = {"the first (principal)": PRINCIPAL, "the last (minor)": MINOR, "plain LoRA": LORA}
@@ -46,7 +48,8 @@ _FIXED = {"C6": "MiniLM feed-forward", "C11": "ViT"}
 _SUPPORT = {"C6": "S6"}
 """Added comparisons, at one rate, that a verdict needs too; on the ViT every seed's best rate is that one."""
 _SIDES = {"above": HOLDS, "below": REVERSED}
-_ORDER = (*(f"{word}{part}" for word in (*_VERDICTS.values(), REFUTED) for part in ("", REACHED)), MIXED, NO_VERDICT)
+_WORDS = (*_VERDICTS.values(), REFUTED, NOT_REFUTED)
+_ORDER = (*(f"{word}{part}" for word in _WORDS for part in ("", REACHED)), MIXED, NO_VERDICT)
 _KINDS = ("language", "vision")
 
 
@@ -79,8 +82,8 @@ def results(tables: Tables, studies: Iterable[Source], streams: Continual) -> li
     """All results, by claim, then by what the windows are compared with."""
     studies = list(studies)
     found = [*_of_sweeps(tables), *_of_tests(tables), *_of_frontiers(studies), *_of_shapes(studies)]
-    found += _of_streams(tables, streams)
-    claims = [EQUAL, SHAPE, TUNED, ONE_RATE, HIGH, ACCURACY, CONTINUAL, ONE_STREAM, KEPT]
+    found += [*_of_rates(studies), *_of_streams(tables, streams)]
+    claims = [EQUAL, SHAPE, TUNED, ONE_RATE, HIGH, RATES, ACCURACY, CONTINUAL, ONE_STREAM, KEPT]
     against = [*_AGAINST, *dict.fromkeys(each.against for each in found)]
     return sorted(found, key=lambda each: (claims.index(each.claim), against.index(each.against)))
 
@@ -148,14 +151,25 @@ def _of_shapes(studies: Iterable[Source]) -> Iterator[Result]:
             if not any(each.left.ratio and each.right.ratio for each in targets):
                 continue
             decided = [each.outcome for each in targets if each.outcome]
-            word = decided[0] if len(set(decided)) == 1 else MIXED if decided else NO_VERDICT
-            word += REACHED if 0 < len(decided) < len(targets) else ""
+            word = MIXED if decided else NO_VERDICT
+            if len(set(decided)) == 1:
+                word = decided[0] + (REACHED if len(decided) < len(targets) else "")
             words = [each.verdict for each in targets]
             middle = targets[1]
             n = str(middle.left.ratio.n if middle.left.ratio else 0)
             figure = f"KL of the ends × {ratio_text(middle.left.ratio)} and {ratio_text(middle.right.ratio)}"
             model = f"{study.model} ({cell_title(study.analysis, task, steps)} steps)"
             yield Result(SHAPE, "both ends", study.kind, model, n, figure, word, by_target(words))
+
+
+def _of_rates(studies: Iterable[Source]) -> Iterator[Result]:
+    """The spread of KL over rates at equal success."""
+    for study in studies:
+        for found in study.analysis.rate_claims():
+            figure = f"highest / lowest KL {found.middle:.2f}, plain LoRA's {found.lora:.2f}"
+            model = f"{study.model} ({cell_title(study.analysis, found.task, found.steps)} steps)"
+            word = found.verdict or NO_VERDICT
+            yield Result(RATES, "plain LoRA", study.kind, model, str(found.n), figure, word, found.why)
 
 
 def _of_streams(tables: Tables, streams: Continual) -> Iterator[Result]:

@@ -31,26 +31,34 @@ def save_language_model(folder: Path, chat: bool = True) -> Path:
     return folder
 
 
+def save_base(model: type, config, folder: Path) -> Path:
+    """A model of the class with the same weights every time, and the tokenizer of bytes or an image processor."""
+    torch.manual_seed(0)
+    model(config).save_pretrained(folder)
+    if hasattr(config, "image_size"):
+        from transformers import ViTImageProcessorPil
+
+        size = {"height": config.image_size, "width": config.image_size}
+        ViTImageProcessorPil(size=size).save_pretrained(folder)
+    else:
+        tiny().tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def save_encoder(folder: Path) -> Path:
     """A DistilBERT of 32 × 32 with the same tokenizer."""
     from transformers import DistilBertConfig, DistilBertModel
 
-    torch.manual_seed(0)
     config = DistilBertConfig(vocab_size=257, dim=32, n_layers=2, n_heads=2, hidden_dim=64, pad_token_id=256)
-    DistilBertModel(config).save_pretrained(folder)
-    tiny().tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_base(DistilBertModel, config, folder)
 
 
 def save_vit(folder: Path) -> Path:
     """A ViT of 32 × 32 for images of 16 × 16."""
-    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+    from transformers import ViTConfig, ViTModel
 
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return save_base(ViTModel, ViTConfig(**sizes, image_size=16, patch_size=4), folder)
 
 
 def save_images(folder: Path, classes=("dark", "light"), count=12) -> Path:

@@ -12,7 +12,7 @@ import peft
 import ipca
 from ipca.train import TrainSettings
 from ipca.train.models import Loaded, adapt, load_model
-from tests.helpers.train_runs import tiny
+from tests.helpers.train_runs import save_base
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 TEXT = {"vocab_size": 257, "pad_token_id": 256}
@@ -27,13 +27,9 @@ SEQUENCES = ("sequence-classification", transformers.AutoModelForSequenceClassif
 
 
 def saved(kind, folder):
-    torch.manual_seed(0)
-    auto, config = MODELS[kind]
-    auto(config).save_pretrained(folder)
+    save_base(*MODELS[kind], folder)
     if kind == "of images":
-        transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
         return {"pixel_values": torch.randn(4, 3, 16, 16)}
-    tiny().tiny_tokenizer().save_pretrained(folder)
     return {"input_ids": torch.randint(256, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.train_runs import TEXT, save_images, save_language_model, tiny
+from tests.helpers.train_runs import TEXT, save_base, save_images, save_language_model, tiny
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -76,14 +76,7 @@ KINDS = {
 
 
 def save(model, folder):
-    torch.manual_seed(0)
-    auto, config = MODELS[model]
-    auto(config).save_pretrained(folder)
-    if model == "vit":
-        transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    else:
-        tiny().tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_base(*MODELS[model], folder)
 
 
 def trained(settings, out):

@@ -7,6 +7,7 @@ import pytest
 from studies.continual.analysis import Analysis as Continual
 from studies.continual.rows import Rows as Streams
 from studies.frontier.analysis import Analysis
+from studies.frontier.positions import shapes
 from studies.overview import paper
 from studies.overview.page import Source, answers, sources
 from studies.overview.paper import (
@@ -17,6 +18,7 @@ from studies.overview.paper import (
     KEPT,
     ONE_RATE,
     ONE_STREAM,
+    RATES,
     SHAPE,
     TUNED,
     results,
@@ -36,6 +38,10 @@ def row(verdict, mean="0.1", p="0.02", smallest="0.002"):
 def found_in(tmp_path, claims=None, studies=()):
     tables = Tables({}, {}, {}, [], claims=claims or {})
     return results(tables, studies, Continual(Streams(tmp_path / "streams")))
+
+
+def pairs_in(tmp_path, studies):
+    return [each for each in found_in(tmp_path, studies=studies) if each.claim != RATES]
 
 
 def test_the_words_of_the_window_study(tmp_path):
@@ -67,7 +73,7 @@ def test_the_words_of_the_window_study(tmp_path):
 )
 def test_the_words_of_a_study_at_equal_success(tmp_path, factor, verdict):
     studies = [Source("model", Analysis(SMALL, rows_of(tmp_path / "a", **factor)), {}, "vision")]
-    (found,) = [each for each in found_in(tmp_path, studies=studies) if each.against == "plain LoRA"]
+    (found,) = [each for each in pairs_in(tmp_path, studies) if each.against == "plain LoRA"]
     assert (found.claim, found.kind, found.n, found.verdict) == (EQUAL, "vision", "5", verdict)
     assert found.model == "model (German manual pages, 60 steps)"
     assert found.figure.startswith("KL × ")
@@ -97,7 +103,7 @@ def test_a_test_fixed_beforehand_needs_its_comparison_at_one_rate(tmp_path, fixe
 
 def test_a_study_without_enough_seeds_has_no_verdict_and_says_why(tmp_path):
     studies = [Source("model", Analysis(SMALL, rows_of(tmp_path / "a", seeds=4)), {})]
-    found = found_in(tmp_path, studies=studies)
+    found = pairs_in(tmp_path, studies)
     assert {(each.verdict, each.why) for each in found} == {("no verdict", "collecting: 4 of 5 seeds")}
 
 
@@ -124,15 +130,14 @@ def test_verdicts_that_differ_between_targets_are_all_given(tmp_path):
 
 def test_a_pair_without_a_claim_in_its_protocol_is_only_described(tmp_path):
     analysis = Analysis(replace(SMALL, families=()), rows_of(tmp_path / "a"))
-    found = found_in(tmp_path, studies=[Source("model", analysis, {})])
+    found = pairs_in(tmp_path, [Source("model", analysis, {})])
     assert {(each.verdict, each.why) for each in found} == {("no verdict", "described only")}
 
 
 def test_every_result_at_hand_is_in_both_tables_under_its_word():
     found = results(read_tables(Study()), sources(), Continual(Streams()))
-    assert {EQUAL, SHAPE, TUNED, ONE_RATE, HIGH, ACCURACY, CONTINUAL, ONE_STREAM, KEPT} == {
-        each.claim for each in found
-    }
+    claims = {EQUAL, SHAPE, TUNED, ONE_RATE, HIGH, RATES, ACCURACY, CONTINUAL, ONE_STREAM, KEPT}
+    assert {each.claim for each in found} == claims
     text = sections(found)
     for each in found:
         assert (
@@ -171,3 +176,25 @@ def test_a_shape_that_the_protocol_refutes_is_refuted():
     assert "no U" in found.why
     assert found.verdict in paper._ORDER
     assert list(paper._of_shapes([study for study in sources() if study.model != "MGM"])) == []
+
+
+def test_a_shape_that_differs_between_targets_is_in_the_short_table(monkeypatch):
+    grid = next(study for study in sources() if study.model == "MGM")
+    easiest, middle, hardest = shapes(grid.analysis)[:3]
+    sides = {"left": replace(middle.left, adjusted=0.5, ratio=replace(middle.left.ratio, narrow=None))}
+    sides["right"] = replace(middle.right, adjusted=0.5, ratio=replace(middle.right.ratio, narrow=None))
+    monkeypatch.setattr(paper, "shapes", lambda analysis: [easiest, replace(middle, **sides), hardest])
+    (found,) = paper._of_shapes([grid])
+    assert found.verdict == "depends on the target"
+    assert "**depends on the target**: MGM" in paper.short([found])
+
+
+def test_the_claim_about_rates_is_that_of_the_study(tmp_path):
+    (found,) = paper._of_rates([Source("model", Analysis(SMALL, rows_of(tmp_path, jitter=0.0)), {})])
+    assert (found.claim, found.against, found.n) == (RATES, "plain LoRA", "5")
+    assert (found.verdict, found.why) == ("not refuted", "")
+    assert found.figure == "highest / lowest KL 1.20, plain LoRA's 1.20"
+    few = Source("model", Analysis(SMALL, rows_of(tmp_path / "few", seeds=4)), {})
+    assert [each.verdict for each in paper._of_rates([few])] == ["no verdict"]
+    silent = Analysis(replace(SMALL, claims_rates=False), few.analysis.rows)
+    assert list(paper._of_rates([Source("model", silent, {})])) == []
