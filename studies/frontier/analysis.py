@@ -225,6 +225,14 @@ class Analysis:
         chosen = self.rates(task, steps, arm, at, training=training)
         return {seed: found[rate].get(seed) for seed, rate in chosen.items()}
 
+    def stops_at_edge(self, task: str, steps: int, *arms: str) -> bool:
+        """Whether a rate that stopped runs are taken at is the lowest or the highest that the arm was tried at."""
+        for arm in arms:
+            tried = self.scores(task, steps, arm, 1)
+            if {min(tried), max(tried)}.intersection(self.rates(task, steps, arm, training=True).values()):
+                return True
+        return False
+
     def is_early(self, task: str, steps: int, place: int, *arms: str) -> bool:
         """Whether more than half of the runs that are stopped at a target reach it before their first checkpoint.
 

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "results"
 NOT_RUN = "Not run."
 TARGETS = ("easiest", "middle", "hardest")
-EARLY = "†"
-EARLY_NOTE = (
+EARLY, AT_EDGE = "†", "‡"
+STOPPED_NOTE = (
     f"{EARLY} More than half of these runs reach the target before their first checkpoint, at a quarter of the steps. "
-    "There the curve rests on the base and that checkpoint, and nothing checks the interpolation."
+    "There the curve rests on the base and that checkpoint, and nothing checks the interpolation. "
+    f"{AT_EDGE} A rate that is best for stopping is the lowest or the highest that was tried: another may be better."
 )
 
 
@@ -64,10 +65,11 @@ def sections(analysis: Analysis, folder: Path) -> dict[str, str]:
 def shared_sections(analysis: Analysis, folder: Path) -> dict[str, str]:
     """What the pages of all models have."""
     found = analysis.comparisons()
-    said = [*sentences(analysis, found), *rate_sentences(analysis)]
+    findings = "\n".join(f"- {sentence}" for sentence in (*sentences(analysis, found), *rate_sentences(analysis)))
+    marked = f"\n\n{STOPPED_NOTE}" if EARLY in findings or AT_EDGE in findings else ""
     return {
         "progress": progress(analysis),
-        "findings": "\n".join(f"- {sentence}" for sentence in said) or NOT_RUN,
+        "findings": f"{findings}{marked}" or NOT_RUN,
         "frontier": picture(analysis, folder, "frontier"),
         "comparisons": comparisons_table(analysis, found),
         "targets": targets_table(analysis),
@@ -222,17 +224,18 @@ def training_table(analysis: Analysis) -> str:
                     rates = " / ".join(_rates_text(analysis.rates(task, steps, e, training=True)) for e in (arm, other))
                     rows.append([cell_title(analysis, task, steps), *names, rates, *found])
     head = ["new task, steps", "arm", "against", "rates", *(f"{name} target" for name in TARGETS)]
-    return f"{markdown(head, rows)}\n\n{EARLY_NOTE}" if rows else NOT_RUN
+    return f"{markdown(head, rows)}\n\n{STOPPED_NOTE}" if rows else NOT_RUN
 
 
 def stopped_text(
     analysis: Analysis, task: str, steps: int, place: int, arm: str, other: str, *, seeds: bool = False
 ) -> str:
-    """The ratio of runs that are stopped at a target, marked where they are early; with its n for ``seeds``."""
+    """The ratio of runs that are stopped at a target, marked as :data:`STOPPED_NOTE` says; with its n for ``seeds``."""
     ratio = analysis.compare(task, steps, place, arm, other, training=True).ratio
     if ratio is None:
         return "–"
     mark = EARLY if analysis.is_early(task, steps, place, arm, other) else ""
+    mark += AT_EDGE if analysis.stops_at_edge(task, steps, arm, other) else ""
     return f"{ratio_text(ratio)}{mark}" + (f", n = {ratio.n}" if seeds else "")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ipca.analysis.figures import INK, PALETTE
 from studies.frontier.analysis import Analysis, Comparison
-from studies.frontier.page import EARLY_NOTE, NOT_RUN, TARGETS, by_target, cell_title, ratio_text, stopped_text
+from studies.frontier.page import NOT_RUN, STOPPED_NOTE, TARGETS, by_target, cell_title, ratio_text, stopped_text
 from studies.frontier.protocol import Protocol
 from studies.frontier.rows import Rows
 from studies.language.protocol import PROTOCOL as LANGUAGE
@@ -206,7 +206,7 @@ def choices(found: Mapping[str, list[Found]]) -> str:
         for pairs in found.values()
         for pair in pairs
     ]
-    return f"{markdown(['ratio', 'model, new task', 'as compared', *CHOICES], rows)}\n\n{EARLY_NOTE}"
+    return f"{markdown(['ratio', 'model, new task', 'as compared', *CHOICES], rows)}\n\n{STOPPED_NOTE}"
 
 
 def draw(found: Mapping[str, list[Found]]) -> dict[Path, Figure]:

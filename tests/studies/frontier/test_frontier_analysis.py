@@ -195,6 +195,11 @@ def test_stopped_runs_have_the_rates_that_are_best_for_stopping(tmp_path):
     assert stopped > 2
     row = next(line for line in page.training_table(analysis).splitlines() if "plain LoRA" in line)
     assert "| 0.001 / 0.01 |" in row
+    assert page.AT_EDGE in row, "LoRA's is the highest that was tried"
+    assert analysis.stops_at_edge("german", 60, "middle", "lora")
+    assert not analysis.stops_at_edge("german", 60, "middle", "minor")
+    other = next(line for line in page.training_table(analysis).splitlines() if "minor window" in line)
+    assert page.AT_EDGE not in other
 
 
 def test_stops_before_the_first_checkpoint_are_marked(tmp_path):
