@@ -145,9 +145,10 @@ def _measured_as_in(adapter: Path, settings: TrainSettings, args: argparse.Names
         return settings
     run = read_settings(adapter / RUN)
     run["task"] = read_found(adapter / RUN).get("task", run.get("task"))
-    names = ["max_length", "keep_tokens", "seed", "loss_on", "task"]
+    names = ["max_length", "keep_tokens", "seed", "loss_on", "task", "dtype", "packing"]
+    names += [] if args.batch else ["batch", "micro_batch"]  # a language model's loss is a mean over passes
     names += [] if find_source(settings.data).kind in NO_COLUMNS else ["columns"]
-    unsaid = [name for name in names if getattr(args, name) is None]
+    unsaid = [name for name in names if getattr(args, name, None) is None]
     found = {name: run[name] for name in unsaid if name in run and run[name] != getattr(settings, name)}
     if found:
         log.info(

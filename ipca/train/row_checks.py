@@ -62,6 +62,8 @@ def _check_messages(value: Any, place: str, column: str) -> list[dict[str, str]]
                     f"{place}, column {column!r}, message {k}: expected an answer that is trained on as its text, got "
                     f"{name} {shortened(each[name])}; leave the field out, or the conversation."
                 )
+        if _SPEAKERS[role] == "assistant" and not content.strip():
+            raise DataError(f"{place}, column {column!r}, message {k}: expected the text of an answer, got none.")
         messages.append({"role": _SPEAKERS[role], "content": content})
     if not any(each["role"] == "assistant" for each in messages):
         raise DataError(f"{place}, column {column!r}: expected a message of the assistant, got none.")

@@ -255,11 +255,15 @@ def test_the_tradeoff_measures_as_the_run_did(place, capsys):
     assert json.loads(said.out)["points"][-1]["forgotten"] != as_run["forgotten"]
 
 
+UNLIKE = "text\n" + "".join("word " * (2 + 5 * (k % 3)) + f"{k}\n" for k in range(12))
 TURNS = [{"role": role, "content": text} for role, text in [("user", "a"), ("assistant", "b")] * 2]
 ASKED = {
     "a task": ("a.csv", "text,label\n" + "".join(f"word {k},{k % 2}\n" for k in range(12)), ["--task", "causal-lm"]),
     "the tokens": ("a.jsonl", "\n".join([json.dumps({"messages": TURNS})] * 12), ["--loss-on", "all"]),
     "columns": ("a.csv", "text,body\n" + "".join(f"{k},word {k}\n" for k in range(12)), ["--columns", "text=body"]),
+    "the passes": ("a.csv", UNLIKE, ["--micro-batch", "2"]),
+    "the dtype": ("a.csv", UNLIKE, ["--dtype", "bfloat16"]),
+    "the packing": ("a.csv", UNLIKE, ["--packing"]),
 }
 
 
@@ -273,7 +277,7 @@ def test_the_tradeoff_reads_the_data_as_the_run_did(name, text, options, place, 
     capsys.readouterr()
     assert main([*words, "--json"]) == 0
     said = capsys.readouterr()
-    assert f"{options[0][2:].replace('-', '_')} {options[1]}" in said.err
+    assert f"{options[0][2:].replace('-', '_')} {[*options, 'True'][1]}" in said.err
     last = read_curve(out / "curve.csv")[-1]
     assert json.loads(said.out)["points"][-1]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
 

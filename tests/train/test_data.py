@@ -264,6 +264,7 @@ WRONG = [
             ({"role": ["assistant"], "content": "a"}, "role"),
             ({"role": "assistant", "content": ["a"]}, "role"),
             ({"role": "assistant", "content": None}, "role"),
+            ({"role": "assistant", "content": " \n"}, "the text of an answer, got none"),
             ({**CHAT[1], "weight": 0}, "an answer that is trained on as its text, got weight 0; leave"),
             ({**CHAT[1], "tool_calls": [{"id": "1"}]}, "an answer .* got tool_calls .*; leave"),
             ({**CHAT[1], "function_call": {"name": "f"}}, "an answer .* got function_call .*; leave"),
