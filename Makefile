@@ -153,6 +153,7 @@ study-page: $(READY)
 	$(BIN)/python -m studies.continual.page
 	$(BIN)/python -m studies.overview.page
 	$(BIN)/python -m studies.overview.paper
+	$(BIN)/python -m studies.overview.readme
 
 study-check: $(READY)
 	$(BIN)/python -m studies.window_position.page --check
@@ -162,6 +163,7 @@ study-check: $(READY)
 	$(BIN)/python -m studies.continual.page --check
 	$(BIN)/python -m studies.overview.page --check
 	$(BIN)/python -m studies.overview.paper --check
+	$(BIN)/python -m studies.overview.readme --check
 
 # PYTHON is any interpreter that has torch, triton, peft, transformers and pytest; nothing is installed.
 gpu:

@@ -154,21 +154,9 @@ def mgm():
 
 def test_the_readme_says_of_mgm_what_the_rows_say():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    verdicts, ratios = ratios_on_mgm("0.5", "lora")
-    assert verdicts == ["equivalent", "equivalent"]
-    assert (
-        f"; {ratios} times LoRA's and {ratios_on_mgm('0.5', '1.0')[1]} times the minor window's, within 10 %" in readme
-    )
-    assert ratios_on_mgm("0.5", "1.0")[0] == verdicts
-    verdicts, ratios = ratios_on_mgm("0.5", "0.0")
-    assert verdicts == ["lower", "lower"]
-    assert f"was {ratios} times the principal window's" in readme
-    assert (
-        f"{on_the_other_text('0.5')} (middle) and {on_the_other_text('frozen-A')} (`A` frozen) times LoRA's" in readme
-    )
-    assert f"with `A` frozen {ratios_on_mgm('frozen-A', 'lora')[1]} times LoRA's" in readme
+    assert f"on reversed ones the middle window's was {on_the_other_text('0.5')} times LoRA's" in readme
     (step,) = re.findall(r"gut communities, 60 steps, .* changes by (\d+)% to (\d+)%", checks(mgm()))
-    assert f"one step of the grid of rates changes it by {step[0]} to {step[1]} %" in readme
+    assert f"one step of the grid of rates changes KL by {step[0]} to {step[1]} %" in readme
     (easiest, middle, hardest) = [each for each in shapes(mgm()) if each.left.task == "twins" and each.left.steps == 60]
     assert [each.outcome for each in (easiest, middle, hardest)] == ["refuted", "refuted", ""]
     places = [profile(mgm(), "twins", 60, place) for place in (0, 1)]
@@ -177,29 +165,18 @@ def test_the_readme_says_of_mgm_what_the_rows_say():
     assert len(places[0]) == 11
     assert "MGM shows no U on gut communities: KL is lowest at 0.875 of the way to the minor end." in TEXT
     assert f"lowest at 0.875 of the way to the minor end, {values} times the middle's" in readme
-    second = [mgm().compare("reversed", 60, place, "0.5", "lora") for place in (0, 1)]
-    assert all(c.obstacle.startswith("collecting") for c in second)
-    values = " and ".join(f"{c.ratio.value:.2f}" for c in second)
-    assert f"On a second, made-up task it is {values} times LoRA's so far (collecting, no verdict)." in readme
     paper = (ROOT / "docs" / "results" / "paper.md").read_text(encoding="utf-8")
     assert f"one step of their grid only, which changes KL by {step[0]} to {step[1]} %" in " ".join(paper.split())
 
 
 def test_what_is_said_of_smollm2_is_what_the_rows_say():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     found = Frontier(language.PROTOCOL.results / language.PROTOCOL.model)
     analysis = FrontierAnalysis(language.PROTOCOL.with_targets(Frontier(found.folder / "reference")), found)
-    german, cpp = (
-        [c for c in analysis.comparisons() if (c.task, c.steps, c.arm, c.other) == (task, 60, "middle", "lora")]
-        for task in ("german", "cpp")
-    )
-    said = ["{:.2f}, {:.2f} and {:.2f}".format(*(c.ratio.value for c in each)) for each in (german, cpp)]
+    claims = analysis.comparisons()
+    german = [c for c in claims if (c.task, c.steps, c.arm, c.other) == ("german", 60, "middle", "lora")]
     assert [(c.verdict, c.ratio.n) for c in german] == [("lower", 5)] * 3
-    assert f"the middle window's KL to the base was {said[0]} times LoRA's at three equal targets (5 seeds)" in readme
-    assert f"its KL to the base was {said[0]} times LoRA's |" in TEXT
-    assert all(c.obstacle for c in cpp)
-    assert {len(analysis.scores("cpp", 60, arm, 1)) for arm in ("middle", "lora")} == {1}
-    assert f"on C++ headers it is {said[1]} times so far (one rate each, no verdict)" in readme
+    said = "{:.2f}, {:.2f} and {:.2f}".format(*(c.ratio.value for c in german))
+    assert f"its KL to the base was {said} times LoRA's |" in TEXT
 
 
 def test_the_window_with_a_frozen_moves_mgm_less_and_nothing_is_shown_elsewhere():

@@ -213,7 +213,7 @@ def draw(found: Mapping[str, list[Found]]) -> dict[Path, Figure]:
     """A panel for each question: ratios at the middle target with intervals, one line a pair."""
     if not found:
         return {}
-    what = "KL to the base at equal success (middle target), 95 % intervals"
+    what = "KL to the base at equal success (middle target), 95 % intervals; below 1 the first of the two moved it less"
     note = f"{what}\nfilled: with a verdict by the protocol; hollow: without"
     high = 0.9 + 0.3 * max(map(len, found.values()))
     with sheet(-(-len(found) // 2), min(2, len(found)), note, wide=5.0, high=high) as (figure, axes):

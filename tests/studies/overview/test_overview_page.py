@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from studies.frontier.analysis import Analysis
-from studies.overview import page
+from studies.overview import page, readme
 from studies.overview.page import QUESTIONS, Source, answers, sections
 from tests.studies.frontier.test_frontier_analysis import SMALL, rows_of
 
@@ -111,3 +111,25 @@ def test_the_chart_has_a_panel_for_each_question_with_rows(tmp_path):
     assert [axis.get_title().replace("\n", " ") for axis in figure.axes] == list(QUESTIONS)[:3]
     assert page.draw({}) == {}
     assert sections(answers([])) == {"ratios": "Not run.", "choices": "Not run."}
+
+
+def test_the_readme_has_the_ratios_with_a_word_for_each_pair(tmp_path):
+    found = answers([source(tmp_path / "a", "large"), source(tmp_path / "b", "small", seeds=4)])
+    head, _, first, second = readme.table(found).splitlines()
+    assert head.endswith("| plain LoRA | principal window | minor window |")
+    assert first.startswith("| large, German manual pages, 60 steps | **less**: 0.75, ")
+    assert second.startswith("| small, German manual pages, 60 steps | no verdict yet: 0.75, ")
+    assert "(n = 4) |" in second
+
+
+def test_a_word_of_the_readme_is_that_of_the_targets_with_a_verdict(tmp_path):
+    (found,) = answers([source(tmp_path)])[LORA]
+    easiest, middle, hardest = found.targets
+    unknown = replace(hardest, ratio=None, obstacle="not reached at the chosen rates (0 of 5 seeds)")
+    assert readme.word(replace(found, targets=(easiest, middle, unknown))) == "**less**"
+    mixed = replace(found, targets=(replace(easiest, adjusted=0.5), middle, hardest))
+    assert readme.word(mixed) == "depends on the target"
+    same = replace(found, targets=tuple(replace(c, adjusted=0.5) for c in found.targets))
+    assert readme.word(same) == "no difference shown"
+    none = replace(found, targets=tuple(replace(c, obstacle="collecting") for c in found.targets))
+    assert readme.word(none) == "no verdict yet"
