@@ -47,10 +47,11 @@ from ipca.io.peft_format import (
     write_peft,
 )
 from ipca.io.serving import warn_servers
-from ipca.model.apply import FULLY_TRAINED, adapted_layers, check_inference_mode, install, train_only_adapter
-from ipca.model.merge import check_not_offloaded, check_not_sharded, fully_trained_modules, require_adapted
+from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
+from ipca.model.merge import check_not_offloaded, check_not_sharded, require_adapted
 from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.targets import Target, check_endings, check_not_replicated, validate_targets
+from ipca.model.trained_modules import fully_trained_modules, has_stepped, is_named
 from ipca.model.vocabulary import vocab_size, warn_of_other_vocabulary, warn_of_vocabulary
 from ipca.nn.experts import ExpertsPC
 from ipca.nn.initialization import InitialFactors, certify_init
@@ -223,12 +224,12 @@ def load_adapter(
         raise ValueError(
             f"{sorted(mixed)[0]} is adapted, but the adapter in {folder} does not hold it; unload it first."
         )
-    whole = {name for name, module in model.named_modules() if getattr(module, FULLY_TRAINED, False)}
+    whole = {name for name, module in model.named_modules() if is_named(module) or has_stepped(module)}
     other = sorted(whole - set(saved.modules_to_save))
     if other:
         raise ValueError(
-            f"{other[0]} trains whole in this model, and the adapter in {folder} does not hold it; load onto the plain "
-            "base."
+            f"{other[0] or type(model).__name__} trains whole in this model, and the adapter in {folder} does not hold "
+            "it; load onto the plain base."
         )
     if present:
         _check_resumable(present, saved, form, check_base)
@@ -275,8 +276,8 @@ def collect_adapter(model: nn.Module) -> AdapterContents:
         inside = [path for path in layers if not name or path.startswith(f"{name}.")]
         if inside:
             raise ValueError(
-                f"{name or type(model).__name__} has trainable parameters of its own beside the adapted {inside[0]}; "
-                "an adapter file holds only complete modules, so freeze them."
+                f"{name or type(model).__name__} trains parameters of its own beside the adapted {inside[0]}, which an "
+                "adapter file does not hold: freeze them before training, or put them into a module without it."
             )
     check_endings(list(modules_to_save), [path for path, _ in paths])
     return AdapterContents(layers, modules_to_save)
@@ -296,8 +297,12 @@ def _check_layer(model: nn.Module, name: str, layer: WindowLayer, places: int) -
         raise ValueError(f"the model is itself a {kind}; save its state_dict, or put it into a module.")
     if layer.window is None:
         raise ValueError(f"{name} has no window yet; load its weights first.")
-    if any(p.requires_grad for key, p in layer.named_parameters() if key not in ("lora_A", "lora_B")):
-        raise ValueError(f"{name}: its weight or bias trains, which an adapter file does not hold; freeze them.")
+    others = (p for key, p in layer.named_parameters() if key not in ("lora_A", "lora_B"))
+    if has_stepped(layer) or any(p.requires_grad for p in others):
+        raise ValueError(
+            f"{name}: its weight or bias trains or has trained, which an adapter file does not hold; freeze them "
+            "before training, or name the layer in modules_to_save."
+        )
     if places > 1:
         raise ValueError(f"{name} stands in several places of the model, which PEFT's format cannot express.")
 

@@ -15,6 +15,7 @@ from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights
 from ipca.model.running_statistics import watch_statistics
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, check_not_in_peft, find_modules_to_save, find_targets
+from ipca.model.trained_modules import is_named, name_fully_trained, watch_steps
 from ipca.model.transformers_models import INSTALLED, mark
 from ipca.model.vocabulary import warn_of_vocabulary
 from ipca.nn.initialization import InitialFactors, one_of, warn_null
@@ -25,8 +26,6 @@ from ipca.svd.cache import SpectralCache
 from ipca.window import Window
 
 Model = TypeVar("Model", bound=nn.Module)
-FULLY_TRAINED = "_ipca_fully_trained"
-"""The attribute that marks a module of ``modules_to_save``."""
 
 
 def apply_pc(
@@ -175,6 +174,7 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -
         if not target.quantized:  # which is called, hook and all
             move_device_hook(plain, layer)
     watch_statistics(model)
+    watch_steps(model)
 
 
 def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, trainable: bool = True) -> None:
@@ -186,9 +186,9 @@ def train_only_adapter(model: nn.Module, fully_trained: Iterable[str] = (), *, t
     for layer in adapted_layers(model).values():
         layer.train_factors(trainable)
     for name in fully_trained:
-        setattr(model.get_submodule(name), FULLY_TRAINED, True)
+        name_fully_trained(model.get_submodule(name))
     for module in model.modules():
-        if getattr(module, FULLY_TRAINED, False):
+        if is_named(module):
             module.requires_grad_(trainable)
 
 

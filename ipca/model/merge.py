@@ -10,8 +10,9 @@ from typing import TypeVar
 from torch import nn
 
 from ipca._dtensor import is_sharded_model
-from ipca.model.apply import FULLY_TRAINED, adapted_layers
+from ipca.model.apply import adapted_layers
 from ipca.model.targets import few, has_peft_layers
+from ipca.model.trained_modules import end_training, fully_trained_modules, trained_parameters
 from ipca.nn.offload import has_other_hooks, is_offloaded, move_device_hook
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.quantized_linear import QuantizedLinearPC
@@ -23,7 +24,7 @@ ELSEWHERE = "write the adapter with ipca.save_adapter, and load it onto the base
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter the adapter consists of: all factors, then those of fully trained modules.
+    """Every parameter the adapter consists of, once: all factors, then those of fully trained modules.
 
     These are what an optimizer takes and what :func:`ipca.save_adapter` writes.
 
@@ -41,21 +42,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield layer.lora_A
         yield layer.lora_B
     for module in fully_trained_modules(model).values():
-        yield from module.parameters()
-
-
-def fully_trained_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Fully trained modules: ``modules_to_save``, and those with trainable parameters of their own."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        own = any(p.requires_grad for p in module.parameters(recurse=False))
-        if (
-            (own or getattr(module, FULLY_TRAINED, False))
-            and not isinstance(module, WindowLayer)
-            and not name.startswith(tuple(f"{outer}." for outer in found))
-        ):
-            found[name] = module
-    return found
+        yield from trained_parameters(module)
 
 
 def merge_adapter(model: Model) -> Model:
@@ -140,6 +127,7 @@ def unload(model: Model, *, merge: bool = True) -> Model:
         plain = layer.to_plain(base=not merge).train(layer.training).requires_grad_(False)
         set_layer(model, name, plain)
         move_device_hook(layer, plain)
+    end_training(model, merged=merge)
     if merge and any(isinstance(layer, QuantizedLinearPC) for layer in layers.values()):
         _forget_quantization(model)
     return model

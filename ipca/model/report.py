@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ipca.model.apply import adapted_layers
-from ipca.model.merge import fully_trained_modules
 from ipca.model.targets import has_peft_layers
+from ipca.model.trained_modules import fully_trained_modules, trained_parameters
 from ipca.nn.initialization import InitCertificate, count_null, describe_null
 from ipca.nn.quantization import quantization_kind
 from ipca.svd import SVDReport
@@ -134,7 +134,10 @@ def account(
         worst_start=None if worst is None else (worst[0], worst[1].relative, worst[1].max_abs, worst[1].dtype),
         sources=tuple((count, source) for source, count in sources.items()),
         null=tuple((name, zeros, count) for name, (zeros, count) in null.items() if zeros),
-        modules_to_save=tuple((name, sum(p.numel() for p in m.parameters())) for name, m in modules_to_save.items()),
+        modules_to_save=tuple(
+            (name or type(m).__name__, sum(p.numel() for p in trained_parameters(m)))
+            for name, m in modules_to_save.items()
+        ),
     )
 
 

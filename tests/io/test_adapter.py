@@ -284,7 +284,7 @@ def grow(model):
         (lambda: nn.Sequential(LinearPC(8, 8, 2, device="meta")), "0 has no window yet; load its weights first"),
         (
             lambda: grow(model := adapted(Net())) or model,
-            "Net has trainable parameters of its own beside the adapted a",
+            "Net trains parameters of its own beside the adapted a",
         ),
         (lambda: adapted(Net()).requires_grad_(True), "a: its weight or bias trains"),
     ],
