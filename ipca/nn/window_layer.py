@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca._dtensor import part_like
+from ipca._dtensor import is_sharded, part_like
 from ipca.nn.initialization import (
     InitCertificate,
     InitialFactors,
@@ -443,6 +443,21 @@ class WindowLayer(nn.Module):
                 raise ValueError(f"the state dict holds base_weight, which means nothing without {', '.join(missing)}.")
         if prefix + "_extra_state" in state_dict:
             check_extra_state(self._record(), state_dict[prefix + "_extra_state"])
+        elif any(self._differs(name, state_dict.get(prefix + name)) for name in ("lora_A0", "lora_B0")):
+            raise ValueError(
+                "the state dict holds the frozen factors of another window and no _extra_state, which says of which; "
+                "load a whole state dict, or an adapter with ipca.load_adapter."
+            )
+
+    @torch.no_grad()
+    def _differs(self, name: str, other: Tensor | None) -> bool:
+        """Whether the buffer ``name`` has values, and ``other`` differs from it by more than a cast to 16 bits."""
+        own: Tensor = self._buffers[name]  # type: ignore[assignment]
+        if self.window is None or other is None or other.shape != own.shape:  # PyTorch reports another shape
+            return False
+        if any(each.is_meta or is_sharded(each) for each in (own, other)):
+            return False
+        return bool((other.to(own) - own).norm() > 0.05 * own.norm())
 
     def _state_of_plain(
         self, state_dict: dict[str, Any], prefix: str, assign: bool

@@ -233,6 +233,31 @@ def test_missing_and_unexpected_keys_are_reported_as_by_nn_linear():
         LinearPC(8, 8, 2).load_state_dict({"bias": torch.randn(8)})
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keys", [("lora_",), ("lora_", "base_weight", "bias"), ("lora_B",)], ids=str)
+def test_factors_of_another_window_without_their_record_are_refused(keys, form):
+    linear = nn.Linear(23, 17)
+    layer, other = (LinearPC.from_linear(linear, window, rank=5, form=form) for window in ("minor", "principal"))
+    state = {key: value for key, value in other.state_dict().items() if key.startswith(keys)}
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match="the frozen factors of another window and no _extra_state"):
+        layer.load_state_dict(state, strict=False)
+    assert same(layer, before)
+    assert layer.window.index == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_factors_of_the_same_window_load_without_their_record(form, dtype):
+    linear = nn.Linear(23, 17)
+    layer, other = (LinearPC.from_linear(linear, "principal", rank=5, form=form) for _ in range(2))
+    with torch.no_grad():
+        other.lora_B.mul_(2)
+    state = {key: value.to(dtype) for key, value in other.state_dict().items() if key.startswith("lora_")}
+    layer.load_state_dict(state, strict=False)
+    assert relative(layer.weight, other.weight) <= 4 * torch.finfo(dtype).eps
+
+
 def test_record_in_the_state_dict_is_json():
     _, layer = trained(alpha=8.0)
     record = json.loads(bytes(layer.state_dict()["_extra_state"].tolist()))
