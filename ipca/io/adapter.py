@@ -297,6 +297,11 @@ def _check_layer(model: nn.Module, name: str, layer: WindowLayer, places: int) -
         raise ValueError(f"the model is itself a {kind}; save its state_dict, or put it into a module.")
     if layer.window is None:
         raise ValueError(f"{name} has no window yet; load its weights first.")
+    if hasattr(layer, "base_weight") and "base_weight" not in layer._parameters:
+        raise ValueError(
+            f"{name}: its base_weight is computed from other parameters, as by torch.nn.utils.prune, which an adapter "
+            "file does not hold; prune before the model is adapted, and make it permanent with prune.remove."
+        )
     others = (p for key, p in layer.named_parameters() if key not in ("lora_A", "lora_B"))
     if has_stepped(layer) or any(p.requires_grad for p in others):
         raise ValueError(

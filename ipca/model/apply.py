@@ -18,6 +18,7 @@ from ipca.model.targets import Target, check_not_in_peft, find_modules_to_save, 
 from ipca.model.trained_modules import is_named, name_fully_trained, watch_steps
 from ipca.model.transformers_models import INSTALLED, mark
 from ipca.model.vocabulary import warn_of_vocabulary
+from ipca.nn.attributes import take_attributes
 from ipca.nn.initialization import InitialFactors, one_of, warn_null
 from ipca.nn.offload import move_device_hook
 from ipca.nn.registry import get_layer, layer_class, set_layer
@@ -173,6 +174,7 @@ def install(model: nn.Module, layers: Iterable[tuple[Target, InitialFactors]]) -
         set_layer(model, target.name, layer)
         if not target.quantized:  # which is called, hook and all
             move_device_hook(plain, layer)
+            take_attributes(layer, plain)
     watch_statistics(model)
     watch_steps(model)
 

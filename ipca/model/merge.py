@@ -13,6 +13,7 @@ from ipca._dtensor import is_sharded_model
 from ipca.model.apply import adapted_layers
 from ipca.model.targets import few, has_peft_layers
 from ipca.model.trained_modules import end_training, fully_trained_modules, trained_parameters
+from ipca.nn.attributes import return_attributes
 from ipca.nn.offload import has_other_hooks, is_offloaded, move_device_hook
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.quantized_linear import QuantizedLinearPC
@@ -127,6 +128,7 @@ def unload(model: Model, *, merge: bool = True) -> Model:
         plain = layer.to_plain(base=not merge).train(layer.training).requires_grad_(False)
         set_layer(model, name, plain)
         move_device_hook(layer, plain)
+        return_attributes(layer, plain)
     end_training(model, merged=merge)
     if merge and any(isinstance(layer, QuantizedLinearPC) for layer in layers.values()):
         _forget_quantization(model)

@@ -16,6 +16,7 @@ from ipca._dtensor import is_replicated, is_sharded
 from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, lookup, matches, matches_any
 from ipca.model.settings import AdapterSettings
+from ipca.nn.attributes import held_beside
 from ipca.nn.experts import ExpertsPC, StackPC
 from ipca.nn.layer_kinds import (
     LINEAR,
@@ -352,6 +353,8 @@ def _unfit_reason(
         return MULTIHEAD
     if hasattr(module, "parametrizations"):
         return PARAMETRIZED
+    if why := _holds_more(target, module):
+        return why
     if target.kind is None:
         return f"a {type(module).__name__} may compute something else than an nn.Linear"
     if paths[id(module)] > 1:
@@ -423,6 +426,8 @@ def _unsupported_reason(
         return "its weight is sharded already; adapt the model first, then call fully_shard or parallelize the rest"
     if target.kind is None:
         return _unsupported_module(target.name, module)
+    if why := _holds_more(target, module):
+        return why
     if not target.quantized and has_other_hooks(module):  # a quantized layer is called, and so keeps its hooks
         return "it has hooks or a replaced forward, which would be lost; adapt the model before attaching them"
     owner = modules[target.name.rpartition(".")[0]]
@@ -435,6 +440,17 @@ def _unsupported_reason(
     if paths[id(owner if isinstance(module, ExpertStack) else module)] > 1:
         return SHARED
     return _unsupported_weight(target, module, owners, values)
+
+
+def _holds_more(target: Target, module: nn.Module) -> str | None:
+    """The reason why a layer that holds more than its weight and bias cannot be replaced by another, or None."""
+    held = [] if target.kind is None or target.quantized else held_beside(module)
+    if not held:
+        return None
+    return (
+        f"it holds {few(held)} beside its weight and bias, which would be lost; remove what added it, such as "
+        "torch.nn.utils.prune.remove, remove_weight_norm and remove_spectral_norm do, or exclude the layer"
+    )
 
 
 def _unsupported_module(name: str, module: nn.Module) -> str:

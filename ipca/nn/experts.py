@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ipca.nn.attributes import take_attributes
 from ipca.nn.layer_kinds import EXPERTS, ExpertStack, from_matrix, layer_kind, to_matrix, unsupported_reason
 from ipca.nn.window_layer import LayerOptions, WindowLayer
 from ipca.window import Window
@@ -79,6 +80,7 @@ class ExpertsPC(nn.Module):
         super().__init__()
         self.base = base
         self.training = base.training
+        take_attributes(self, base)
 
     def stacks(self) -> dict[str, StackPC]:
         """The adapted stacks by the parameter's name."""
