@@ -137,6 +137,8 @@ def _targets(model: nn.Module, lora: StockLora, *, doubled: bool, residual: bool
     validate_targets(model, targets)
     for name, layer in lora.layers.items():
         _weight(modules[name], name, layer)
+        if residual or not str(lora.init).startswith("pissa"):  # which PEFT loads on the original, and subtracts again
+            _check_saved_base(modules[name], name, layer)
     return targets
 
 
@@ -209,6 +211,16 @@ def _weight(module: nn.Module, name: str, layer: StockLayer) -> Tensor:
     if tuple(weight.shape) != wanted:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, but the adapter was made for {wanted}.")
     return weight
+
+
+def _check_saved_base(module: nn.Module, name: str, layer: StockLayer) -> None:
+    """Raise ValueError where the base weight that PEFT saved with the adapter is not the one of ``module``."""
+    here = module.weight.detach()  # type: ignore[operator]
+    if layer.base is not None and not torch.equal(here.cpu(), layer.base.to(here.dtype)):
+        raise ValueError(
+            f"the adapter holds the base weight of {name}, and this model has another; give the base that it was "
+            "trained on."
+        )
 
 
 def _no_window(name: str, why: str) -> str:

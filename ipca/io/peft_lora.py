@@ -30,11 +30,15 @@ _INITIALIZATIONS = ("gaussian", "pissa")
 
 @dataclass(frozen=True)
 class StockLayer:
-    """One layer's change ``scaling · lora_B lora_A`` of the weight: ``A (r, in)``, ``B (out, r)``, on the CPU."""
+    """One layer's change ``scaling · lora_B lora_A`` of the weight: ``A (r, in)``, ``B (out, r)``, on the CPU.
+
+    ``base`` is the weight beside it, as PEFT saves that of a head or an embedding; None where it does not.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float
+    base: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -155,7 +159,8 @@ def _layers(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, 
         for of, factor in ((key, A), (other, B)):
             if not bool(torch.isfinite(factor).all()):
                 raise ValueError(f"{WEIGHTS}: {of} holds NaN or Inf; take a checkpoint from before.")
-        layers[name] = StockLayer(A, B, scaling)
+        base, _ = (tensors.pop(f"{PREFIX}{name}.base_layer.{part}", None) for part in ("weight", "bias"))
+        layers[name] = StockLayer(A, B, scaling, base)
     if not layers:
         raise ValueError(f"{WEIGHTS} holds no lora_A.weight: it is no LoRA of linear layers.")
     return layers

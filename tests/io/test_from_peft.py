@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 import ipca
 from ipca import Window
+from ipca.io.peft_lora import read_stock
 from tests.helpers.models import Net, adapted, snapshot
 
 TARGETS = ["a", "b"]
@@ -137,6 +139,57 @@ def test_our_own_adapter_without_its_sidecar(window, rank, tmp_path):
         assert mine.base_sha256 == theirs.base_sha256
     trainable = {name for name, parameter in back.named_parameters() if parameter.requires_grad}
     assert trainable == {"a.lora_A", "a.lora_B", "b.lora_A", "b.lora_B", "norm.weight", "norm.bias"}
+
+
+class Head(Run):
+    """With a layer of a name at which PEFT saves the base weight, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head = nn.Linear(self.b.out_features, 9, bias=False)
+
+    def forward(self, x):
+        return self.lm_head(super().forward(x))
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    get_input_embeddings = get_output_embeddings  # PEFT asks for both
+
+
+def save(model: nn.Module, out: Path) -> None:
+    model.save_pretrained(out, save_embedding_layers=True)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(out / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_with_the_base_weight_of_a_head(dtype, tmp_path):
+    base = Head().to(dtype)
+    model = ipca.apply_pc(copy.deepcopy(base), rank=2, targets=["a", "lm_head"], progress=False)
+    train(model)
+    ipca.export(model, tmp_path / "ours")
+    save(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours"), tmp_path / "again")
+    assert set(read_stock(tmp_path / "again").layers) == {"a", "lm_head"}
+    for there in (dtype, torch.float32):
+        back = ipca.import_peft(copy.deepcopy(base).to(there), tmp_path / "again", progress=False)
+        assert torch.equal(back.lm_head.lora_A, model.lm_head.lora_A)
+        assert back.lm_head.window == model.lm_head.window
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    refuses(other, tmp_path / "again", "the adapter holds the base weight of lm_head, and this model has another")
+
+
+def test_a_pissa_adapter_with_the_base_weight_of_a_head(tmp_path):
+    base = Head()
+    config = LoraConfig(init_lora_weights="pissa", r=2, target_modules=["a", "lm_head"])
+    model = get_peft_model(copy.deepcopy(base), config)
+    residual = copy.deepcopy(model).unload()
+    train(model)
+    save(model, tmp_path)
+    y = logits(model, X).detach()
+    assert off(ipca.import_peft(copy.deepcopy(residual), tmp_path, original=base, progress=False), y) < 1e-6
+    assert off(ipca.import_peft(copy.deepcopy(base), tmp_path, progress=False), y) < 1e-5
 
 
 def test_a_transformers_model_with_conv1d_layers(tmp_path):
