@@ -18,7 +18,7 @@ from ipca.lab.baselines.initialization import (
 )
 from ipca.lab.baselines.methods import kind_of, needs_inputs
 from ipca.lab.baselines.oplora import project_factors
-from ipca.lab.baselines.peft_methods import PEFT_METHODS, apply_peft
+from ipca.lab.baselines.peft_methods import PEFT_METHODS, apply_peft, check_kinds
 from ipca.model.apply import adapt, adapted_layers, install, train_only_adapter
 from ipca.model.decompose import decompose_targets, source_matrix, split_window, window_of
 from ipca.model.settings import AdapterSettings
@@ -96,17 +96,13 @@ def apply(
     batches = calibration if needs_inputs(method) else None
     if needs_inputs(method) and batches is None:
         raise ValueError(f"method {method!r} needs calibration: batches of unlabeled inputs.")
-    if kind == "control" and method != "random-window":
-        _check_reference(method, settings)
+    check_settings(method, settings)
     if kind in ("window", "auto") or method in _OF_WINDOWS:
         chosen = replace(settings, **_OF_WINDOWS.get(method, {"window": method}))
         return adapt(model, chosen, calibration=batches, cache=cache, progress=False)
-    if method in ("lora", "oplora") and settings.train == "A":
-        raise ValueError(
-            f"method {method!r} starts from B = 0, and with train='A' that never trains; use 'B' or 'both'."
-        )
     modules_to_save = find_modules_to_save(model, settings)
     targets = find_targets(model, settings, modules_to_save=modules_to_save)
+    _check_targets(method, targets)
     if kind == "full":
         _train_full_weights(model, targets, modules_to_save)
         return model
@@ -123,14 +119,39 @@ def apply(
     return model
 
 
-def _check_reference(method: str, settings: AdapterSettings) -> None:
-    """Raise ValueError where a control would be made from a window that is found from inputs."""
+def check_settings(method: str, settings: AdapterSettings) -> None:
+    """Raise ValueError where ``method`` cannot work with ``settings``, whatever the model."""
+    if method in ("lora", "oplora") and settings.train == "A":
+        raise ValueError(
+            f"method {method!r} starts from B = 0, and with train='A' that never trains; use 'B' or 'both', or leave "
+            "the method out."
+        )
+    if method == "oft" and settings.rank_pattern:
+        raise ValueError("'oft' has one block size, 4 · rank, for all layers; leave rank_pattern out.")
+    if kind_of(method) != "control" or method == "random-window":
+        return
     for text in (settings.window, *settings.window_pattern.values()):
         if Window(text, settings.rank).needs_calibration:
             raise ValueError(
                 f"the control {method!r} differs from the window of the settings, which must be one of the weight, not "
                 f"{text!r}; choose another window there, or leave the control out."
             )
+
+
+def check_layers(model: nn.Module, methods: Iterable[str], settings: AdapterSettings) -> None:
+    """Raise TypeError or ValueError, as :func:`apply`, where one of ``methods`` is not for a layer of ``model``."""
+    modules_to_save = find_modules_to_save(model, settings)
+    targets = find_targets(model, settings, modules_to_save=modules_to_save, values=False)
+    for method in methods:
+        _check_targets(method, targets)
+
+
+def _check_targets(method: str, targets: list[Target]) -> None:
+    if method in PEFT_METHODS:
+        check_kinds(method, targets)
+    quantized = [target.name for target in targets if target.quantized]
+    if quantized and kind_of(method) == "full":
+        raise ValueError(f"{quantized[0]} is quantized and cannot be fully trained; leave the method 'full' out.")
 
 
 def layer_weights(model: nn.Module, settings: AdapterSettings) -> dict[str, Tensor]:
@@ -207,9 +228,6 @@ def _random_window(target: Target, seed: int) -> Window:
 
 
 def _train_full_weights(model: nn.Module, targets: list[Target], modules_to_save: list[str]) -> None:
-    quantized = [target.name for target in targets if target.quantized]
-    if quantized:
-        raise ValueError(f"{quantized[0]} is quantized and cannot be fully trained; leave the method 'full' out.")
     train_only_adapter(model, modules_to_save)
     for target in targets:
         get_layer(model, target.name).get_parameter("weight").requires_grad_(True)

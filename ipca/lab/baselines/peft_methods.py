@@ -38,6 +38,17 @@ def require_peft(method: str) -> None:
         raise ImportError(f"method {method!r} needs PEFT ({error}); pip install 'ipca-lora[peft]'.") from None
 
 
+def check_kinds(method: str, targets: Sequence[Target]) -> None:
+    """Raise TypeError where PEFT's ``method`` is not for a layer of ``targets``; the message names it."""
+    kinds: tuple[str, ...] = LINEAR if method in ("mica", "corda-ipm", "corda-kpm") else ("linear",)
+    for target in targets:
+        if target.kind not in kinds:
+            raise TypeError(
+                f"{target.name} is a layer of the kind {target.kind!r}; PEFT's {method} is for {' and '.join(kinds)} "
+                "layers: exclude it."
+            )
+
+
 def apply_peft(
     model: nn.Module,
     method: str,
@@ -58,13 +69,7 @@ def apply_peft(
     from peft.tuners.lora.corda import preprocess_corda
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    kinds: tuple[str, ...] = LINEAR if method in ("mica", "corda-ipm", "corda-kpm") else ("linear",)
-    for target in targets:
-        if target.kind not in kinds:
-            raise TypeError(
-                f"{target.name} is a layer of the kind {target.kind!r}; PEFT's {method} is for {' and '.join(kinds)} "
-                "layers: exclude it."
-            )
+    check_kinds(method, targets)
     config, names = _config(method, targets, settings), [target.name for target in targets]
     held = None if batches is None else as_batches(batches)
 
@@ -153,8 +158,6 @@ def _config(method: str, targets: Sequence[Target], settings: AdapterSettings) -
     if method == "osf":
         return OSFConfig(target_modules=layers)
     if method == "oft":
-        if settings.rank_pattern:
-            raise ValueError("'oft' has one block size, 4 · rank, for all layers; leave rank_pattern out.")
         return OFTConfig(target_modules=layers, oft_block_size=4 * settings.rank, use_cayley_neumann=False)
     choices: dict[str, dict[str, Any]] = {
         "mica": {"init_lora_weights": "mica"},

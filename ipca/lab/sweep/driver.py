@@ -22,6 +22,7 @@ from tqdm.contrib import DummyTqdmFile
 from ipca._atomic import locked_folder
 from ipca._error_note import error_note
 from ipca._version import __version__
+from ipca.lab.baselines.adapt import check_layers, check_settings
 from ipca.lab.baselines.methods import needs_inputs
 from ipca.lab.baselines.peft_methods import PEFT_METHODS, require_peft
 from ipca.lab.sweep.decompose import auto_settings, cache_windows, find_windows
@@ -137,6 +138,7 @@ def run(
         use_device(devices[0] if devices else None)
         base = build_base(made)
         windows_of = find_windows(base, made.settings, ((trial.method, trial.seed) for trial in grid.direct_trials()))
+        check_layers(base, grid.methods, made.settings)
         digest = model_sha256(base)
         base = base.to(devices[0]) if devices else base
         first = base_row(made, base)
@@ -302,6 +304,7 @@ def _check_methods(task: Task, grid: Grid) -> None:
     if needing and task.calibration is None:
         raise ValueError(f"the method {needing[0]!r} needs the task's `calibration`, which returns unlabeled batches.")
     for method in grid.methods:
+        check_settings(method, task.settings)
         if method in PEFT_METHODS:
             require_peft(method)
 

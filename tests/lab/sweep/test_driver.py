@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import ipca
 from ipca.lab import baselines, sweep
@@ -226,6 +228,41 @@ def test_windows_of_the_inputs_are_windows_of_a_sweep(tmp_path):
     assert "inputs:0.5" in (tmp_path / "report.html").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="'inputs:minor' needs the task's `calibration`"):
         sweep.run(TASK, tmp_path / "c", **options)
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.out, self.head, self.old = Conv1D(8, 12), nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+
+UNFIT = {
+    "lora": ("lora", {"train": "A"}, "method 'lora' starts from B = 0, and with train='A' that never trains"),
+    "oplora": ("oplora", {"train": "A"}, "method 'oplora' starts from B = 0, and with train='A' that never trains"),
+    "oft": ("oft", {"rank_pattern": {"body": 3}}, "'oft' has one block size, 4 · rank, for all layers"),
+    "haar": ("haar", {"window": "inputs:minor"}, "the control 'haar' differs from the window of the settings"),
+}
+
+
+@pytest.mark.parametrize(("method", "options", "words"), UNFIT.values(), ids=UNFIT)
+def test_a_method_that_the_settings_do_not_fit_is_refused_before_anything_runs(method, options, words, tmp_path):
+    task = sweep_task.task()
+    task = replace(task, settings=replace(task.settings, **options), calibration=sweep_task.calibration)
+    grid = {**GRID, "comparisons": ("same",), "methods": (method,)}
+    with pytest.raises(ValueError, match=words):
+        sweep.run(task, tmp_path / "out", **grid)
+    assert not list((tmp_path / "out").glob("*.*"))
+    planned = {name: value for name, value in grid.items() if name not in ("progress", "report")}
+    with pytest.raises(ValueError, match=words):
+        sweep.plan_sweep(task, tmp_path / "out", **planned)
+
+
+@pytest.mark.parametrize("method", ["kasa", "osf", "oft"])
+def test_a_method_that_the_layers_do_not_fit_is_refused_before_anything_runs(method, tmp_path):
+    task = replace(sweep_task.task(), build=Transposed)
+    with pytest.raises(TypeError, match=f"body is a layer of the kind 'conv1d'; PEFT's {method} is for linear layers"):
+        sweep.run(task, tmp_path / "out", **{**GRID, "comparisons": ("same",), "methods": (method,)})
+    assert not list((tmp_path / "out").glob("*.*"))
 
 
 def test_a_baseline_of_peft_without_peft_is_refused_before_anything_runs(tmp_path, monkeypatch):

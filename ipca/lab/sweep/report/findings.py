@@ -32,7 +32,7 @@ from statistics import mean, stdev
 
 from ipca.lab.baselines import CONTROLS
 from ipca.lab.statistics import LEVEL, Difference, corrected, difference
-from ipca.lab.sweep.report.comparisons import View, edge_of
+from ipca.lab.sweep.report.comparisons import View, edge_of, middle_rate, why_this_rate
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.words import CONTROLS as MEANING
 from ipca.lab.sweep.report.words import Finding, estimated, listed, name, number, result, seeds, too_few
@@ -52,8 +52,8 @@ def against_lora(sweep: Sweep, views: Sequence[View]) -> Finding | None:
     reference = sweep.reference
     if reference is None or not {reference, "lora"} <= set(sweep.methods) or not views:
         return None
-    same = next((v for v in views if v.key == "same"), views[0])
-    view = next((v for v in views if v.key in ("tuned", "best")), same)
+    same = next((v for v in views if v.key == "same"), None)
+    view = next((v for v in views if v.key in ("tuned", "best")), same or views[0])
     tests = corrected(
         {
             metric: difference(view.values(reference, metric), view.values("lora", metric))
@@ -62,10 +62,14 @@ def against_lora(sweep: Sweep, views: Sequence[View]) -> Finding | None:
     )
     if not tests:
         return None
-    at_one_rate = difference(same.values(reference, "retained"), same.values("lora", "retained"))
+    at_one_rate = None
+    if same is not None:
+        at_one_rate = difference(same.values(reference, "retained"), same.values("lora", "retained"))
     lines = [f"{metric.capitalize()}, window {reference} minus plain LoRA: {result(f)}" for metric, f in tests.items()]
     lines.append(f"At {view.title}: {view.note}. Two-sided p, Holm-adjusted over {len(tests)}.")
-    if view is not same and at_one_rate is not None:
+    if same is None:
+        lines.append(f"At one rate: no run has a result at {middle_rate(sweep):g}, {why_this_rate(sweep)}.")
+    elif view is not same and at_one_rate is not None:
         lines.append(f"Retained at {same.title}, {same.note}: {result(at_one_rate)}")
     return Finding(f"Is window {reference} better than plain LoRA?", _lora_answer(tests, at_one_rate), tuple(lines))
 

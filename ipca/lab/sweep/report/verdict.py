@@ -26,7 +26,7 @@ from functools import cached_property
 from statistics import mean
 
 from ipca.lab.statistics import LEVEL, Difference, corrected, difference
-from ipca.lab.sweep.report.comparisons import View, learned, views, why_this_rate
+from ipca.lab.sweep.report.comparisons import View, learned, middle_rate, views, why_this_rate
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.findings import against_lora, controls, suggestion
 from ipca.lab.sweep.report.words import Finding, listed, name, p_value, result, too_few
@@ -112,15 +112,25 @@ def judge(sweep: Sweep) -> Verdict:
     metrics = [metric for metric in ("retained", "drift") if metric in sweep.metrics]
     arms = [Arms(view, metric) for view in here for metric in metrics]
     first = next((a for a in arms if (a.view.key, a.metric) == ("same", "retained")), None)
-    headline, basis = _shape(first)
+    headline, basis = (_no_shape(sweep), ()) if first is None else _shape(first)
     found = [_elsewhere(first, arms), against_lora(sweep, here), *controls(sweep, here), suggestion(sweep)]
     return Verdict(headline, basis, [finding for finding in [*found, _failures(sweep)] if finding is not None], arms)
 
 
-def _shape(arms: Arms | None) -> tuple[str, tuple[str, ...]]:
+def _no_shape(sweep: Sweep) -> str:
+    """The headline without a value at the rate of the comparison."""
+    lr, where = middle_rate(sweep), "Whether forgetting is U-shaped"
+    rates = [f"{at:g}" for at in sweep.lrs if any(sweep.values(m, "retained", "same", at) for m in sweep.methods)]
+    if lr is None or not rates:
+        return f"{where} cannot be determined: no finished run has a value of retained."
+    return (
+        f"{where} at learning rate {lr:g} cannot be determined: no run at this rate, {why_this_rate(sweep)}, has a "
+        f"value of retained. Runs at {listed(rates)} have."
+    )
+
+
+def _shape(arms: Arms) -> tuple[str, tuple[str, ...]]:
     """The headline and its supporting lines."""
-    if arms is None:
-        return "Whether forgetting is U-shaped cannot be determined: no finished run has a value of retained.", ()
     lr = arms.view.lr
     assert lr is not None  # of the same rate
     at = f"at learning rate {lr:g}"

@@ -51,6 +51,19 @@ def verdict(folder, **made):
             {"drop": ("retained",)},
             "Whether forgetting is U-shaped cannot be determined: no finished run has a value of retained.",
         ),
+        (
+            {"fails": dict.fromkeys(QUICK["windows"], 0), "lrs": (1e-3, 1e-2)},
+            "Whether forgetting is U-shaped cannot be determined: no finished run has a value of retained.",
+        ),
+        (
+            {"fails": dict.fromkeys(QUICK["windows"], 1e-2), "lrs": (1e-4, 1e-3, 1e-2, 1e-1)},
+            "Forgetting is U-shaped at learning rate 0.001: the middle windows keep more than both ends.",
+        ),
+        (
+            {"fails": dict.fromkeys(QUICK["windows"], 1e-2), "lrs": (1e-4, 1e-3, 1e-2, 1e-1, 1)},
+            "at learning rate 0.01 cannot be determined: no run at this rate, the middle one of the grid's 5: fixed "
+            "before any result, has a value of retained. Runs at 0.0001 and 0.001 have.",
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
 )
@@ -245,6 +258,20 @@ def test_what_the_rates_do_is_not_the_window_s_doing(own, says, tmp_path):
     found = lora_answer(tmp_path, rows)
     assert found.answer.startswith(says)
     assert any(line.startswith("Retained at the same learning rate, every method at 0.001: ") for line in found.details)
+
+
+@pytest.mark.parametrize("more", [0.3, -0.3])
+def test_a_rate_at_which_every_run_failed_supports_no_claim(more, tmp_path):
+    """The runs at the lowest rate differ by ``more``; the other rates, the middle one too, have diverged."""
+    methods = ("0.0", "0.25", "0.5", "0.75", "1.0")
+    fails = dict.fromkeys((*methods, "lora"), 1e-2)
+    made = {"windows": methods, "methods": ("lora",), "lrs": (1e-3, 1e-2, 1e-1), "seeds": 8, "fails": fails}
+    found = verdict(tmp_path, **made, lora=more)
+    (about,) = [each for each in found.findings if each.question == "Is window 0.5 better than plain LoRA?"]
+    who = "Plain LoRA" if more > 0 else "It"
+    assert about.answer == f"{who} keeps more, but this is not shown at the same rate: the rates may be the cause."
+    assert about.details[-1].startswith("At one rate: no run has a result at 0.01, the middle one of the grid's 3: ")
+    assert found.headline.endswith("has a value of retained. Runs at 0.001 have.")
 
 
 def test_a_best_rate_at_the_edge_of_the_grid_is_named(tmp_path):
