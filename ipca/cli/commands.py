@@ -64,7 +64,8 @@ def inspect(args: argparse.Namespace) -> tuple[Record, str]:
     )
     sums = found.totals()
     text = (
-        f"{found}\n{sums['layers']} layers, {sums['trainable']:,} parameters train ({100 * sums['share']:.2f} %); "
+        f"{found}\n{sums['layers']} layers, {sums['trainable']:,} parameters of factors "
+        f"({100 * sums['share']:.2f} %); "
         f"adapter file {mib(sums['file_bytes'])}, factors in memory {mib(sums['memory_bytes'])}, "
         f"AdamW {mib(sums['adamw_bytes'])} more (float32)"
     )

@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ipca.io.adapter_folder import SIDECAR, read_adapter
 from ipca.io.peft_format import CONFIG, WEIGHTS
 from ipca.io.peft_lora import read_stock
 from ipca.io.serving import server_faults
 
 Record = dict[str, object]
+States = dict[str, dict[str, Tensor]]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -28,16 +31,17 @@ def adapter_record(folder: Path) -> Record:
         FileNotFoundError, ValueError: as :func:`ipca.load_adapter`, or as :func:`ipca.import_peft` for a folder without
             ``ipca.json``.
     """
-    rows, modules_to_save, base = _ours(folder) if (folder / SIDECAR).is_file() else _stock(folder)
+    rows, states, base = _ours(folder) if (folder / SIDECAR).is_file() else _stock(folder)
+    heads = sum(value.numel() for state in states.values() for key, value in state.items() if _trains(key))
     return {
         "kind": "ipca" if (folder / SIDECAR).is_file() else "stock LoRA",
         "base": base,
         "servers": server_faults(_config(folder)),
         "layers": rows,
-        "modules_to_save": modules_to_save,
+        "modules_to_save": list(states),
         "totals": {
             "layers": len(rows),
-            "trainable": sum(row["trainable"] for row in rows),
+            "trainable": sum(row["trainable"] for row in rows) + heads,
             "uncertified": [row["layer"] for row in rows if row.get("certified") is False],
             "file_bytes": (folder / WEIGHTS).stat().st_size,
         },
@@ -72,7 +76,12 @@ def adapter_table(record: Any) -> str:
     return "\n".join(lines)
 
 
-def _ours(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
+def _trains(key: str) -> bool:
+    """Whether ``key`` of a state dict is that of a parameter, and not of a normalization's statistics."""
+    return key.rpartition(".")[2] not in ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _ours(folder: Path) -> tuple[list[dict[str, Any]], States, str | None]:
     saved = read_adapter(folder)
     rows = []
     for name, layer in saved.layers.items():
@@ -97,10 +106,10 @@ def _ours(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
                 "base_sha256": layer.base_sha256,
             }
         )
-    return rows, list(saved.modules_to_save), _base(folder)
+    return rows, saved.modules_to_save, _base(folder)
 
 
-def _stock(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
+def _stock(folder: Path) -> tuple[list[dict[str, Any]], States, str | None]:
     lora = read_stock(folder)
     rows = [
         {
@@ -112,7 +121,7 @@ def _stock(folder: Path) -> tuple[list[dict[str, Any]], list[str], str | None]:
         }
         for name, layer in lora.layers.items()
     ]
-    return rows, list(lora.modules_to_save), _base(folder)
+    return rows, lora.modules_to_save, _base(folder)
 
 
 def _base(folder: Path) -> str | None:

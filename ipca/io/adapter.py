@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -201,7 +201,7 @@ def load_adapter(
 
     Warns:
         RuntimeWarning: it had other names before, or another order of them. Or the vocabulary has another size than
-            that of the model that the adapter was trained on.
+            that of the model that the adapter was trained on. Or a saved module is rounded to fewer bits here.
 
     Raises:
         FileNotFoundError: ``folder`` lacks a file.
@@ -209,6 +209,7 @@ def load_adapter(
             the model is unchanged.
     """
     check_inference_mode()
+    check_not_wrapped(model)
     present = adapted_layers(model)
     if not present:
         check_not_replicated(model)
@@ -225,7 +226,8 @@ def load_adapter(
             f"{sorted(mixed)[0]} is adapted, but the adapter in {folder} does not hold it; unload it first."
         )
     whole = {name for name, module in model.named_modules() if is_named(module) or has_stepped(module)}
-    other = sorted(whole - set(saved.modules_to_save))
+    within = tuple(f"{name}." for name in saved.modules_to_save)
+    other = sorted(name for name in whole if not f"{name}.".startswith(within))
     if other:
         raise ValueError(
             f"{other[0] or type(model).__name__} trains whole in this model, and the adapter in {folder} does not hold "
@@ -246,9 +248,17 @@ def load_adapter(
         for module, state in modules_to_save:
             module.load_state_dict(state)
         train_only_adapter(model, saved.modules_to_save, trainable=trainable)
+    warn_of_rounding(modules_to_save)
     name_classes(model, saved.labels, stacklevel=2)
     warn_of_other_vocabulary(model, saved.vocab_size, saved.modules_to_save)
     return model
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise ValueError where ``model`` is a wrapper, whose paths are not those of the adapter."""
+    inside = "_orig_mod" if "_orig_mod" in model._modules else "module" if isinstance(model, _WRAPPED) else None
+    if inside is not None:
+        raise ValueError(f"the model is inside a {type(model).__name__}; load the adapter onto model.{inside}.")
 
 
 def collect_adapter(model: nn.Module) -> AdapterContents:
@@ -347,6 +357,24 @@ def modules_to_save_state(
         check_untied(model, name)
         found.append((module, state))
     return found
+
+
+def warn_of_rounding(
+    modules_to_save: Iterable[tuple[nn.Module, Mapping[str, torch.Tensor]]], *, stacklevel: int = 3
+) -> None:
+    """Warn where modules have fewer bits than the states that were copied into them."""
+    for module, state in modules_to_save:
+        here = module.state_dict()
+        for key, value in state.items():
+            if value.is_floating_point() and value.dtype.itemsize > here[key].dtype.itemsize:
+                there, own = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, here[key].dtype))
+                warnings.warn(
+                    f"the adapter holds {key} of a {type(module).__name__} in {there}, and this model rounds it to "
+                    f"{own}; cast the module before to keep all of it.",
+                    RuntimeWarning,
+                    stacklevel=stacklevel,
+                )
+                return
 
 
 def _check_peft_fields(folder: Path) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ipca._atomic import uninterrupted
 from ipca._hashing import tensor_sha256
-from ipca.io.adapter import modules_to_save_state
+from ipca.io.adapter import check_not_wrapped, modules_to_save_state, warn_of_rounding
 from ipca.io.adapter_folder import OtherModelError
 from ipca.io.hub import adapter_folder
 from ipca.io.peft_format import split_factor
@@ -74,12 +74,16 @@ def import_peft(
         PEFT's decomposition in float32). Each layer's ``svd_report`` has the window and its certificate, and as
         ``residual`` the distance of the factors from the window, see :func:`identify_window`.
 
+    Warns:
+        RuntimeWarning: a saved module is rounded to fewer bits here.
+
     Raises:
         FileNotFoundError: ``folder`` lacks a file, or has its factors in a pickle.
         ValueError: the adapter trains something other than a window, by a field of its configuration or as measured;
             or it is damaged or does not fit ``model``, which is unchanged.
     """
     check_inference_mode()
+    check_not_wrapped(model)
     lora = read_stock(adapter_folder(folder))
     present = next(iter(adapted_layers(model)), None)
     if present is not None:
@@ -98,6 +102,7 @@ def import_peft(
         for module, state in modules_to_save:
             module.load_state_dict(state)
         train_only_adapter(model, lora.modules_to_save)
+    warn_of_rounding(modules_to_save)
     return model
 
 

@@ -93,6 +93,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         if not isinstance(config, dict):
             raise TypeError(f"it is a {type(config).__name__}, not an object")
+        if "lora_parameters" in config:
+            raise FileNotFoundError(
+                f"{path} is that of an adapter of mlx-lm, which only that reads; give the original."
+            )
         _check_values(config)
     except (ValueError, KeyError, TypeError, RecursionError, re.error) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None

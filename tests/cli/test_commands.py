@@ -158,12 +158,12 @@ def test_inspect_an_adapter(bert, tmp_path, capsys):
     assert {name: layer[name] for name in wanted} == wanted
     assert layer["certified"] is True
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert record["totals"] == {"layers": 6, "trainable": 1664, "uncertified": [], "file_bytes": size}
+    assert record["totals"] == {"layers": 6, "trainable": 1664 + 1056, "uncertified": [], "file_bytes": size}
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     text = capsys.readouterr().out
     assert "[14, 18)" in text
     assert "fully trained: pooler" in text
-    assert f"6 layers, 1,664 parameters train, 6 windows certified; file {size / 1024:.1f} KiB; base: some/base" in text
+    assert f"6 layers, 2,720 parameters train, 6 windows certified; file {size / 1024:.1f} KiB; base: some/base" in text
 
 
 def test_inspect_says_which_windows_are_not_certified(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """import_peft: adapters that stock PEFT has trained and saved, loaded as our layers."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import ipca
 from ipca import Window
@@ -178,6 +180,32 @@ def test_an_adapter_with_the_base_weight_of_a_head(dtype, tmp_path):
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1
     refuses(other, tmp_path / "again", "the adapter holds the base weight of lm_head, and this model has another")
+
+
+@pytest.mark.parametrize("load", [ipca.load_adapter, ipca.import_peft])
+@pytest.mark.parametrize(
+    ("wrap", "inside"), [(torch.compile, "_orig_mod"), (nn.DataParallel, "module"), (AveragedModel, "module")]
+)
+def test_a_wrapper_is_named_with_the_model_inside(load, wrap, inside, tmp_path):
+    base = Run()
+    ipca.save_adapter(ipca.apply_pc(copy.deepcopy(base), rank=2, targets=TARGETS, progress=False), tmp_path)
+    model = wrap(base)
+    with pytest.raises(ValueError, match=rf"the model is inside a \w+; load the adapter onto model\.{inside}\."):
+        load(model, tmp_path)
+
+
+@pytest.mark.parametrize("load", [ipca.load_adapter, ipca.import_peft])
+def test_a_module_that_is_rounded_is_named(load, tmp_path):
+    model = ipca.apply_pc(Run(), rank=2, targets=TARGETS, modules_to_save=["norm"], progress=False)
+    (ipca.save_adapter if load is ipca.load_adapter else ipca.export)(model, tmp_path)
+    options = {"check_base": False} if load is ipca.load_adapter else {"progress": False}
+    other = ipca.unload(model).bfloat16()
+    with pytest.warns(RuntimeWarning, match="of a LayerNorm in float32, and this model rounds it to bfloat16"):
+        load(copy.deepcopy(other), tmp_path, **options)
+    other.norm.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        load(other, tmp_path, **options)
 
 
 def test_a_pissa_adapter_with_the_base_weight_of_a_head(tmp_path):

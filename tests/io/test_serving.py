@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ipca
+from ipca.cli.inspect_adapter import adapter_record
 from ipca.cli.main import main
 from ipca.io.serving import server_faults
 from ipca.peft import PCConfig
@@ -146,6 +147,8 @@ def test_mlx_computes_the_change_of_the_weights(model, tmp_path):
     tensors = load_file(tmp_path / "out" / "adapters.safetensors")
     lora, wanted = config["lora_parameters"], changes(model)
     assert config["fine_tune_type"] == "lora"
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is that of an adapter of mlx-lm, which only"):
+        adapter_record(tmp_path / "out")
     blocks = list(range(SIZES["num_hidden_layers"]))[-config["num_layers"] :]
     adapts = {f"model.layers.{i}.{key}" for i in blocks for key in lora["keys"]} | set(lora["keys"])
     assert {key.rpartition(".")[0] for key in tensors} == wanted.keys() <= adapts

@@ -163,3 +163,14 @@ def test_marks_survive_copies():
     step(model)
     model.requires_grad_(False)
     assert ipca.summary(copy.deepcopy(model)).modules_to_save == (("1", 16),)
+
+
+def test_a_module_that_trains_whole_is_resumed_in_place(tmp_path):
+    base = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))})
+    model = adapted(base, targets=["body"], modules_to_save=["head"])
+    ipca.save_adapter(model, tmp_path)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model["head"](model["body"](torch.randn(4, 8))).square().sum().backward()
+    optimizer.step()
+    ipca.load_adapter(model, tmp_path)
+    assert torch.equal(model["head"][0].weight, torch.ones(8))
