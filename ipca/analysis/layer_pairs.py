@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ipca.analysis.linalg import wide
 from ipca.analysis.peft_layers import active_window, other_tuner, peft_factors, peft_layers, trained_matrix
+from ipca.analysis.without_adapter import check_other_model
 from ipca.model.apply import adapted_layers
 from ipca.model.merge import check_not_sharded
 from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
@@ -91,6 +92,8 @@ def weight_pairs(model: nn.Module, base: Base | None = None) -> Iterator[LayerPa
     for given in (model, base):
         if isinstance(given, nn.Module):
             check_not_sharded(given, "gather it first: save_adapter and load_adapter onto the plain base.")
+    if isinstance(base, nn.Module):
+        check_other_model(model, base)
     inner = inside_peft(model)
     before = named_layers(base) if isinstance(base, nn.Module) else base
     layers: dict[str, nn.Module] = {**adapted_layers(inner)} or peft_layers(inner)

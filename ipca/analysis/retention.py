@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca.analysis.without_adapter import check_base, without_adapter
+from ipca.analysis.without_adapter import check_base, check_other_model, without_adapter
 from ipca.model.batches import check_batches, evaluating, inner_model, names_labels
 
 Measure = Callable[[nn.Module, Any], Any]
@@ -46,8 +46,8 @@ def cross_entropy_rise(
     Raises:
         TypeError: a batch or an output of another kind, or one batch in place of several.
         ValueError: ``base=None`` for a model without an adapter, or with one that has changed the base weights, as
-            PEFT's PiSSA; nothing that counts; labels that do not fit the logits; or a model's own loss that is not the
-            mean cross-entropy of its labels.
+            PEFT's PiSSA; a ``base`` that holds an adapted layer of ``model`` itself; nothing that counts; labels that
+            do not fit the logits; or a model's own loss that is not the mean cross-entropy of its labels.
     """
     return _mean(model, base, batches, loss_of, _cross_entropy, lambda now, then: now.double() - then.double())
 
@@ -141,7 +141,7 @@ def embedding_drift(model: nn.Module, base: nn.Module | None, batches: Iterable[
 
     Raises:
         TypeError: another batch, or a model that gives no hidden states.
-        ValueError: ``base=None`` as for :func:`cross_entropy_rise`, or no batches.
+        ValueError: ``base`` as for :func:`cross_entropy_rise`, or no batches.
     """
 
     def drift(now: Tensor, then: Tensor) -> tuple[Tensor]:
@@ -177,6 +177,8 @@ def _means(
     """
     if base is None:
         check_base(model)
+    else:
+        check_other_model(model, base)
     check_batches(batches)
     totals, items = [0.0], 0
     with evaluating(model, *([] if base is None else [base])):

@@ -10,7 +10,8 @@ from torch import nn
 
 from ipca.model.apply import adapted_layers
 from ipca.model.merge import disabled
-from ipca.model.targets import check_unmerged, has_peft_layers
+from ipca.model.targets import check_unmerged, has_peft_layers, of_peft
+from ipca.nn.window_layer import WindowLayer
 
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of ``init_lora_weights`` with which PEFT writes into the base weight, and whether one begins so."""
@@ -55,6 +56,18 @@ def check_base(model: nn.Module) -> None:
             why = change_of_the_base(vars(config))
             if why:
                 raise ValueError(f"the adapter {name!r} {why}.")
+
+
+def check_other_model(model: nn.Module, base: nn.Module) -> None:
+    """Raise ValueError where an adapted layer of ``model`` is in ``base`` too: a comparison would find no change."""
+    own = set(model.modules())
+    for name, module in base.named_modules():
+        if module in own and (isinstance(module, WindowLayer) or of_peft(module)):
+            raise ValueError(
+                f"base: {name or type(module).__name__} is an adapted layer of the model itself, as adapting changes a "
+                "model in place. Pass the plain model, loaded again or copied before it was adapted; or None, where "
+                "base is optional, for the model without its adapter."
+            )
 
 
 def change_of_the_base(config: Mapping[str, Any]) -> str:

@@ -217,12 +217,12 @@ def _with_endings(modules_to_save: list[str], names: Iterable[str]) -> list[str]
 
 def has_peft_layers(model: nn.Module) -> bool:
     """Whether the model has a tuner layer of PEFT."""
-    return any(_of_peft(module) for module in model.modules())
+    return any(of_peft(module) for module in model.modules())
 
 
 def check_not_in_peft(model: nn.Module) -> None:
     """Raise ValueError where ``model`` has an adapter of PEFT: ours would freeze it, and no file would hold both."""
-    layers = (name for name, module in model.named_modules() if _of_peft(module))
+    layers = (name for name, module in model.named_modules() if of_peft(module))
     prompts = (type(m).__name__ for m in model.modules() if any(c.__name__ == "PeftModel" for c in type(m).__mro__))
     name = next(layers, None) or next(prompts, None)
     if name is not None:
@@ -235,7 +235,7 @@ def check_not_in_peft(model: nn.Module) -> None:
 def check_unmerged(model: nn.Module) -> None:
     """Raise ValueError where PEFT has merged an adapter: the weights are not the base's, and PEFT unmerges at will."""
     for name, module in model.named_modules():
-        if _of_peft(module) and getattr(module, "merged", False):
+        if of_peft(module) and getattr(module, "merged", False):
             adapters = ", ".join(module.merged_adapters)
             raise ValueError(
                 f"{name}: the adapter {adapters!r} is merged into its weight, which is not the base's then; call "
@@ -516,10 +516,10 @@ def _beside_stacks(modules: dict[str, nn.Module], targets: Iterable[str], module
 def _in_peft(modules: dict[str, nn.Module], name: str) -> bool:
     """Whether the module is a tuner layer of PEFT, or in one."""
     parts = name.split(".")
-    return any(_of_peft(modules.get(".".join(parts[:i]))) for i in range(len(parts) + 1))
+    return any(of_peft(modules.get(".".join(parts[:i]))) for i in range(len(parts) + 1))
 
 
-def _of_peft(module: nn.Module | None) -> bool:
+def of_peft(module: nn.Module | None) -> bool:
     """Whether the module is a tuner layer of PEFT, by the name of its base class: PEFT need not be installed."""
     return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import ipca
-from ipca.analysis import forgetting, kl_to_base
+from ipca.analysis import accuracy_drop, cross_entropy_rise, embedding_drift, forgetting, kl_to_base, update_norm
 from ipca.analysis.without_adapter import check_base, without_adapter
 from ipca.nn import LinearPC
 from ipca.nn.registry import set_layer
@@ -123,3 +123,31 @@ def test_gpt2_is_measured_the_same_in_pairs_and_in_mappings():
     assert forgetting(wrapped, None, [(IDS, IDS)]) == forgetting(wrapped, None, BATCHES)
     with pytest.raises(ValueError, match="labels must be class indices"):
         forgetting(model, None, [(IDS, IDS + 1000)])
+
+
+@pytest.mark.parametrize("measure", [kl_to_base, forgetting, cross_entropy_rise, accuracy_drop, embedding_drift])
+@pytest.mark.parametrize("kind", ["ipca", "wrapped", "parallel", "transformers", "injected"])
+def test_a_base_that_was_adapted_in_place_is_refused(base, kind, measure):
+    model = moved(Wrap(ipca.apply_pc(base, rank=3, progress=False)) if kind == "ipca" else adapted(kind, base))
+    before = snapshot(model)
+    for given in (base, model, Wrap(base)):
+        with pytest.raises(ValueError, match=r"q_proj is an adapted layer of the model itself.* Pass the plain model"):
+            measure(model, given, BATCHES)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("kind", ["ipca", "wrapped"])
+def test_weights_are_not_compared_with_those_of_the_model_itself(base, kind):
+    model = ipca.apply_pc(base, rank=3, progress=False) if kind == "ipca" else adapted(kind, base)
+    with pytest.raises(ValueError, match="is an adapted layer of the model itself"):
+        update_norm(model, base)
+
+
+def test_a_base_may_share_plain_layers_and_be_adapted_otherwise(base):
+    plain = copy.deepcopy(base)
+    model = moved(ipca.apply_pc(base, rank=3, targets=["q_proj"], progress=False))
+    apart = kl_to_base(model, plain, BATCHES)
+    plain.model.embed_tokens = model.model.embed_tokens
+    assert kl_to_base(model, plain, BATCHES) == apart > 0
+    again = moved(ipca.apply_pc(plain, rank=3, targets=["q_proj"], progress=False))
+    assert kl_to_base(model, again, BATCHES) > 0
