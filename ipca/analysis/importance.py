@@ -16,7 +16,7 @@ from ipca.analysis.linalg import decompose, wide
 from ipca.model.batches import as_batches, evaluating
 from ipca.model.calibration import measurable
 from ipca.model.targets import find_targets
-from ipca.nn.layer_kinds import read_layer
+from ipca.nn.layer_kinds import read_layer, write_matrix
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.registry import get_layer
 from ipca.window import Window
@@ -96,9 +96,10 @@ def component_importance(
         if not torch.isfinite(torch.tensor(before)):
             raise ValueError(f"the loss of the unchanged model is {before}, with which no change can be compared.")
         for name in names:
-            weight, changes = read_layer(get_layer(model, name))[0], []
+            layer, changes = get_layer(model, name), []
+            weight = read_layer(layer)[0]
             for part in _parts(name, weight, edges[name]):
-                with _without(weight, part):
+                with _without(layer, part):
                     changes.append(_mean_loss(model, held, loss) - before)
                 bar.update()
             change = torch.tensor(changes, dtype=torch.float64)
@@ -124,14 +125,14 @@ def _parts(name: str, weight: Tensor, edges: tuple[int, ...]) -> Iterator[Tensor
 
 
 @contextmanager
-def _without(weight: Tensor, part: Tensor) -> Iterator[None]:
-    """Subtract ``part`` from ``weight``, which shares the layer's memory, and restore its bits afterwards."""
-    kept = weight.clone()
+def _without(layer: nn.Module, part: Tensor) -> Iterator[None]:
+    """Subtract ``part (…, out, in)`` from the weight of ``layer``, and restore its bits afterwards."""
+    kept = read_layer(layer)[0].clone()
     try:
-        weight.copy_(wide(kept) - part)
+        write_matrix(layer, wide(kept) - part)
         yield
     finally:
-        weight.copy_(kept)
+        write_matrix(layer, kept)
 
 
 def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> float:

@@ -103,7 +103,11 @@ def stack_names(module: nn.Module) -> list[str]:
 
 
 def to_matrix(kind: str, weight: Tensor) -> Tensor:
-    """A plain ``weight`` of ``kind`` as ``(out, in)`` or, for experts, ``(E, out, in)``; shares its memory."""
+    """A plain ``weight`` of ``kind`` as ``(out, in)`` or, for experts, ``(E, out, in)``.
+
+    It shares the weight's memory, but that of a convolution in channels-last order is a copy; :func:`write_matrix`
+    writes.
+    """
     if kind in _TRANSPOSED:
         return weight.mT
     return weight.flatten(1) if kind == "conv" else weight
@@ -115,15 +119,22 @@ def from_matrix(kind: str, matrix: Tensor, shape: torch.Size) -> Tensor:
 
 
 def read_layer(module: nn.Module, kind: str | None = None) -> tuple[Tensor, Tensor | None]:
-    """``weight (out, in)`` and ``bias (out,)`` or None of a layer with a kind, sharing memory with it.
+    """``weight (out, in)`` and ``bias (out,)`` or None of a layer with a kind, to be read only (:func:`to_matrix`).
 
-    A quantized weight comes dequantized, in memory of its own. ``kind`` is the layer's :func:`layer_kind`, where it is
+    A quantized weight comes dequantized. ``kind`` is the layer's :func:`layer_kind`, where it is
     known.
     """
     kind = kind or layer_kind(module) or "linear"
     weight, bias = stored_tensor(module, "weight"), stored_tensor(module, "bias")
     matrix = dequantize(module) if is_quantized(kind) else to_matrix(kind, weight.detach())
     return matrix, None if bias is None else bias.detach()
+
+
+@torch.no_grad()
+def write_matrix(module: nn.Module, matrix: Tensor) -> None:
+    """Write ``matrix (…, out, in)`` into the weight of a layer with a kind that is not quantized, in its memory."""
+    weight = stored_tensor(module, "weight")
+    weight.copy_(from_matrix(layer_kind(module) or "linear", matrix, weight.shape))
 
 
 def matrix_shape(module: nn.Module, kind: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ipca.analysis import component_importance
 from ipca.analysis.importance import BlockImportance
@@ -71,6 +72,39 @@ def test_every_kind_of_layer_can_lose_a_block(name):
         plain = size(model, x).item()
         matrix.copy_(without(matrix, found[path].edges[1], found[path].edges[2]))
         assert found[path].change[1].item() == pytest.approx(size(model, x).item() - plain, rel=1e-3, abs=1e-6)
+
+
+LAYOUTS = {
+    "channels_last": (nn.Conv2d, (2, 4, 5, 5), lambda w: w.contiguous(memory_format=torch.channels_last)),
+    "channels_last_3d": (nn.Conv3d, (2, 4, 4, 4, 4), lambda w: w.contiguous(memory_format=torch.channels_last_3d)),
+    "channels last of one dimension": (nn.Conv1d, (2, 4, 9), lambda w: w.mT.contiguous().mT),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_convolution_loses_a_block_in_any_memory_layout(layout):
+    build, shape, arrange = LAYOUTS[layout]
+    plain, x = nn.Sequential(build(4, 6, 3)), torch.randn(shape)
+    other = copy.deepcopy(plain)
+    other[0].weight = nn.Parameter(arrange(other[0].weight.detach()))
+    before, strides = snapshot(other), other[0].weight.stride()
+
+    def size(model, batch):
+        return model(batch).square().mean()
+
+    expected, found = (importance(model, [x], size, ["0"], blocks=3)["0"].change for model in (plain, other))
+    assert (expected != 0).all()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+    def breaks(model, batch):
+        if (model[0].weight != plain[0].weight).any():
+            raise KeyboardInterrupt
+        return size(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        importance(other, [x], breaks, ["0"], blocks=3)
+    assert snapshot(other) == before
+    assert other[0].weight.stride() == strides
 
 
 class Noisy(Plain):

@@ -23,7 +23,7 @@ from ipca.lab.continual.methods import (
 )
 from ipca.model.settings import AdapterSettings
 from ipca.nn.initialization import add_low_rank
-from ipca.nn.layer_kinds import read_layer
+from ipca.nn.layer_kinds import read_layer, write_matrix
 from ipca.nn.registry import get_layer
 from ipca.svd import SpectralCache
 
@@ -284,11 +284,11 @@ def _subtract_change(model: nn.Module, layers: Adapter) -> None:
     """Subtract ``scaling · (B A − B0 A0)`` of every layer from its plain weight in ``model``, rounded once."""
     changed = []
     for name, layer in layers.items():
-        weight, _ = read_layer(get_layer(model, name))
+        plain = get_layer(model, name)
         terms = [(-layer.scaling, layer.lora_B, layer.lora_A), (layer.scaling, layer.lora_B0, layer.lora_A0)]
-        changed.append((weight, add_low_rank(weight, terms)))
-    for weight, new in changed:
-        weight.copy_(new)
+        changed.append((plain, add_low_rank(read_layer(plain)[0], terms)))
+    for plain, weight in changed:
+        write_matrix(plain, weight)
 
 
 def _save_as_peft(model: nn.Module, layers: Adapter, folder: str | os.PathLike[str], base_model: str | None) -> None:

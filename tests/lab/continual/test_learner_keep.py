@@ -58,6 +58,20 @@ def test_removing_one_task_leaves_the_change_of_the_others():
     assert list(learner.kept) == [1]
 
 
+def test_a_task_is_removed_from_a_convolution_in_channels_last_order():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3))
+    original = model[0].weight.detach().clone()
+    learner = ContinualLearner(model, "fresh", AdapterSettings(rank=3, targets=("0",)), tasks=1, keep=True)
+    learner.begin_task()
+    with torch.no_grad():
+        model[0].lora_B.mul_(2)
+    learner.end_task()
+    model.to(memory_format=torch.channels_last)
+    assert (model[0].weight - original).norm() > 0.01
+    learner.remove_task(0)
+    assert (model[0].weight - original).norm() <= 8 * torch.finfo(torch.float32).eps * original.norm()
+
+
 @pytest.mark.parametrize("method", ["disjoint", "o-lora"])
 def test_the_saved_tasks_are_stock_adapters_that_add_up_to_the_weights(method, tmp_path):
     import peft
