@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 Layer = TypeVar("Layer", bound="WindowLayer")
 _FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
+_counting_blocks = threading.Lock()
 
 
 class LayerOptions(TypedDict, total=False):
@@ -120,7 +122,7 @@ class WindowLayer(nn.Module):
         self.svd_report: SVDReport | None = None
         self.certificate: InitCertificate | None = None
         self.subclass: Subclass | None = None
-        self._disabled = False
+        self._disabled, self._disabled_blocks = False, 0
         self._merged: Tensor | None = None
         self.was_called = self.was_read = False
 
@@ -376,12 +378,20 @@ class WindowLayer(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Compute the pretrained function within the block (residual form: up to rounding)."""
-        before, self._disabled = self._disabled, True
+        """Compute the pretrained function within the block (residual form: up to rounding), in every thread.
+
+        Blocks may overlap in any order, as those of two threads or generators do: the last that ends counts.
+        """
+        self._count_disabled_blocks(1)
         try:
             yield
         finally:
-            self._disabled = before
+            self._count_disabled_blocks(-1)
+
+    def _count_disabled_blocks(self, change: int) -> None:
+        with nullcontext() if torch.compiler.is_compiling() else _counting_blocks:  # torch.compile traces no lock
+            self._disabled_blocks += change
+            self._disabled = self._disabled_blocks > 0
 
     # -- printing, saving, loading, casting
 

@@ -4,6 +4,9 @@ import copy
 import io
 import json
 import math
+import sys
+import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -102,6 +105,84 @@ def test_to_linear_gives_the_original_type_back(kind, form, merged):
             parameter.zero_()
     adapted.unmerge()
     assert torch.equal(adapted(x), y)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_blocks_that_overlap_end_in_any_order(first):
+    _, layer = trained()
+    blocks = [ExitStack(), ExitStack()]
+    for block in blocks:
+        block.enter_context(layer.disabled())
+    blocks[first].close()
+    assert layer.is_disabled
+    blocks[1 - first].close()
+    assert not layer.is_disabled
+
+
+def test_generators_that_disable_may_be_closed_in_their_order():
+    _, layer = trained()
+
+    def outputs():
+        with layer.disabled():
+            yield 1
+
+    some, others = outputs(), outputs()
+    assert next(some) == next(others) == 1
+    with pytest.raises(KeyError):
+        some.throw(KeyError)
+    assert layer.is_disabled
+    others.close()
+    assert not layer.is_disabled
+
+
+def test_blocks_of_many_threads_are_all_counted():
+    model = nn.Sequential(trained()[1])
+    wrong = []
+
+    def run():
+        for _ in range(2000):
+            with ipca.disabled(model):
+                if not model[0].is_disabled:
+                    wrong.append(1)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert not model[0].is_disabled
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_compile_within_and_around_a_model(form):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    _, layer = trained(form)
+    x, counter = torch.randn(3, 23), CompileCounter()
+
+    def change(x):
+        with layer.disabled():
+            base = layer(x)
+        return layer(x) - base
+
+    expected = change(x)
+    assert torch.equal(torch.compile(change, backend="eager", fullgraph=True)(x), expected)
+    assert not layer.is_disabled
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    y = compiled(x)
+    with layer.disabled():
+        base = compiled(x)
+        with layer.disabled():
+            assert torch.equal(compiled(x), base)
+    assert torch.equal(y - base, expected)
+    assert counter.frame_count == 2  # however deep the blocks are nested
 
 
 @pytest.mark.parametrize("form", FORMS)
