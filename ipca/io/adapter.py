@@ -47,7 +47,7 @@ from ipca.io.peft_format import (
     write_peft,
 )
 from ipca.io.serving import warn_servers
-from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
+from ipca.model.apply import adapted_layers, check_can_train, install, train_only_adapter
 from ipca.model.merge import check_not_offloaded, check_not_sharded, require_adapted
 from ipca.model.running_statistics import warn_moved_statistics
 from ipca.model.targets import Target, check_endings, check_not_replicated, validate_targets
@@ -207,9 +207,11 @@ def load_adapter(
         FileNotFoundError: ``folder`` lacks a file.
         ValueError: a damaged file, shapes or layers that do not fit, another base, or a model with an adapter of PEFT;
             the model is unchanged.
+        RuntimeError: a lazy module has no parameters yet; or the call or, with ``trainable``, a weight is of
+            ``torch.inference_mode()``.
     """
-    check_inference_mode()
     check_not_wrapped(model)
+    check_can_train(model, trainable=trainable)
     present = adapted_layers(model)
     if not present:
         check_not_replicated(model)

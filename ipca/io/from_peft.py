@@ -23,7 +23,7 @@ from ipca.io.adapter_folder import OtherModelError
 from ipca.io.hub import adapter_folder
 from ipca.io.peft_format import split_factor
 from ipca.io.peft_lora import StockLayer, StockLora, read_stock
-from ipca.model.apply import adapted_layers, check_inference_mode, install, train_only_adapter
+from ipca.model.apply import adapted_layers, check_can_train, install, train_only_adapter
 from ipca.model.targets import Target, validate_targets
 from ipca.nn.initialization import InitialFactors, certify_init, default_adapter_dtype, measure_init
 from ipca.nn.layer_kinds import LINEAR, layer_kind, read_layer
@@ -82,8 +82,8 @@ def import_peft(
         ValueError: the adapter trains something other than a window, by a field of its configuration or as measured;
             or it is damaged or does not fit ``model``, which is unchanged.
     """
-    check_inference_mode()
     check_not_wrapped(model)
+    check_can_train(model)
     lora = read_stock(adapter_folder(folder))
     present = next(iter(adapted_layers(model)), None)
     if present is not None:

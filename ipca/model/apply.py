@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ipca._atomic import uninterrupted
 from ipca.model.calibration import decompose_calibrated
 from ipca.model.decompose import UnquantizedWeights, check_unquantized_weights
 from ipca.model.running_statistics import watch_statistics
 from ipca.model.settings import AdapterSettings
-from ipca.model.targets import Target, check_not_in_peft, find_modules_to_save, find_targets
+from ipca.model.targets import Target, check_not_in_peft, few, find_modules_to_save, find_targets
 from ipca.model.trained_modules import is_named, name_fully_trained, watch_steps
 from ipca.model.transformers_models import INSTALLED, mark
 from ipca.model.vocabulary import warn_of_vocabulary
@@ -100,8 +102,9 @@ def apply_pc(
         TypeError, ValueError: a bad argument, one that is given by both of its names with different values, nothing
             matches, or a layer cannot be adapted; the message names every such layer. Or the model has an adapter of
             PEFT. The model is unchanged.
-        RuntimeError: a layer misses its certificate, or memory ran out during its decomposition; the model is
-            unchanged. (Only where memory runs out later, while layers are exchanged, are some of them adapted.)
+        RuntimeError: a layer misses its certificate, or memory ran out during its decomposition; a lazy module has no
+            parameters yet; or the call or a weight is of ``torch.inference_mode()``. The model is unchanged. (Only
+            where memory runs out later, while layers are exchanged, are some of them adapted.)
     """
     chosen = one_of("targets", targets, "target_modules", target_modules)
     settings = AdapterSettings(
@@ -141,7 +144,7 @@ def adapt(
     progress: bool = True,
 ) -> Model:
     """:func:`apply_pc` with its choices as one record."""
-    check_inference_mode()
+    check_can_train(model)
     check_not_in_peft(model)
     saved = find_modules_to_save(model, settings)
     targets = find_targets(model, settings, modules_to_save=saved)
@@ -199,7 +202,23 @@ def adapted_layers(model: nn.Module) -> dict[str, WindowLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, WindowLayer)}
 
 
-def check_inference_mode() -> None:
-    """Raise RuntimeError within ``torch.inference_mode()``, where new factors could never train."""
+def check_can_train(model: nn.Module, *, trainable: bool = True) -> None:
+    """Raise RuntimeError where new factors of ``model`` could never train, or a layer of it has no parameters yet.
+
+    That is within ``torch.inference_mode()``, or with weights that were made there; without ``trainable`` those do.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("within torch.inference_mode() new factors could never train; leave it first.")
+    named = dict(chain(model.named_parameters(), model.named_buffers()))
+    lazy = [name for name, tensor in named.items() if is_lazy(tensor)]
+    if lazy:
+        raise RuntimeError(
+            f"{few(lazy)}: a lazy module of this {type(model).__name__} has not seen an input, by which it takes its "
+            "shape; run one batch through the model, or load its weights, then adapt it."
+        )
+    made_there = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if trainable and made_there:
+        raise RuntimeError(
+            f"{few(made_there)}: made within torch.inference_mode(), so that new factors could never train; build or "
+            "load the model outside of it, or adapt copy.deepcopy(model), made outside."
+        )

@@ -13,7 +13,7 @@ from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ipca.model.apply import check_inference_mode
+from ipca.model.apply import check_can_train
 from ipca.model.calibration import decompose_calibrated
 from ipca.model.decompose import UnquantizedWeights
 from ipca.model.settings import AdapterSettings
@@ -72,7 +72,7 @@ def prepare(
     """
     if not isinstance(config, PCConfig):
         raise TypeError(f"config must be an ipca.peft.PCConfig, got {type(config).__name__}.")
-    check_inference_mode()
+    check_can_train(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_unmerged(base)
     trial = _trial(base, config)

@@ -14,7 +14,10 @@ from torch import nn
 import ipca
 import ipca.model.apply
 import ipca.nn.initialization
+import ipca.peft
 from ipca import Window
+from ipca.lab import baselines
+from ipca.lab.continual import ContinualLearner
 from ipca.model import AdapterSettings
 from ipca.nn import LinearPC
 from tests.helpers.models import snapshot
@@ -317,3 +320,79 @@ def test_disabled_comes_back(failing):
             raise OSError(os.strerror(5))
     assert torch.equal(model(x), y)
     assert not torch.equal(y, base)
+
+
+LAZY = {
+    "linear": (lambda: nn.LazyLinear(4), "extra.weight, extra.bias"),
+    "convolution": (lambda: nn.LazyConv1d(4, 3), "extra.weight, extra.bias"),
+    "statistics only": (
+        lambda: nn.LazyInstanceNorm1d(track_running_stats=True, affine=False),
+        "extra.running_mean, extra.running_var",
+    ),
+}
+WAYS = {
+    "apply_pc": lambda model, folder: ipca.apply_pc(model, rank=2, targets=["a"], progress=False),
+    "load_adapter": lambda model, folder: ipca.load_adapter(model, folder, check_base=False),
+    "baseline": lambda model, folder: baselines.apply(model, "lora", AdapterSettings(rank=2, targets=("a",)), seed=0),
+    "continual": lambda model, folder: continual(model),
+    "prepare": lambda model, folder: ipca.peft.prepare(model, ipca.peft.PCConfig(r=2, target_modules=["a"])),
+}
+
+
+def continual(model):
+    ContinualLearner(model, "fresh", AdapterSettings(rank=2, targets=("a",))).begin_task()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    ipca.save_adapter(ipca.apply_pc(Plain(), rank=2, targets=["a"], progress=False), folder)
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", LAZY)
+def test_a_lazy_module_is_refused_before_it_has_parameters(kind, way, adapter):
+    build, names = LAZY[kind]
+    model = Plain()
+    model.extra = build()
+    before, trains = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=rf"^{names}: a lazy module of this Plain .* run one batch through"):
+        WAYS[way](model, adapter)
+    assert [type(m) for m in model.modules()] == before
+    assert [p.requires_grad for p in model.parameters()] == trains
+    assert "lora_A" not in str(model.state_dict().keys())
+
+
+def test_a_lazy_module_that_has_run_is_adapted():
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyLinear(8))
+    model(torch.randn(2, 6))
+    assert adapted_names(ipca.apply_pc(model, rank=2, progress=False)) == ["0", "1"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("part", ["a", "b", "model"])
+def test_weights_made_in_inference_mode_are_refused(part, way, adapter):
+    model = Plain()
+    with torch.inference_mode():
+        made = Plain()
+    if part == "model":
+        model = made
+    else:
+        setattr(model, part, getattr(made, part))
+    before = snapshot(model)
+    name = "a" if part == "model" else part
+    with pytest.raises(RuntimeError, match=rf"^{name}.weight.*: made within torch\.inference_mode\(\), .*never train"):
+        WAYS[way](model, adapter)
+    assert snapshot(model) == before
+    copied = copy.deepcopy(model)
+    WAYS[way](copied, adapter)
+    copied(torch.randn(3, 20)).sum().backward()
+
+
+def test_an_adapter_that_does_not_train_loads_onto_weights_made_in_inference_mode(adapter):
+    with torch.inference_mode():
+        model = Plain()
+    x = torch.randn(3, 20)
+    expected = ipca.load_adapter(copy.deepcopy(model), adapter, check_base=False)(x)
+    assert torch.equal(ipca.load_adapter(model, adapter, check_base=False, trainable=False)(x), expected)

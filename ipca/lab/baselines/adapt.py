@@ -19,7 +19,7 @@ from ipca.lab.baselines.initialization import (
 from ipca.lab.baselines.methods import kind_of, needs_inputs
 from ipca.lab.baselines.oplora import project_factors
 from ipca.lab.baselines.peft_methods import PEFT_METHODS, apply_peft, check_kinds
-from ipca.model.apply import adapt, adapted_layers, install, train_only_adapter
+from ipca.model.apply import adapt, adapted_layers, check_can_train, install, train_only_adapter
 from ipca.model.decompose import decompose_targets, source_matrix, split_window, window_of
 from ipca.model.settings import AdapterSettings
 from ipca.model.targets import Target, find_modules_to_save, find_targets
@@ -100,6 +100,7 @@ def apply(
     if kind in ("window", "auto") or method in _OF_WINDOWS:
         chosen = replace(settings, **_OF_WINDOWS.get(method, {"window": method}))
         return adapt(model, chosen, calibration=batches, cache=cache, progress=False)
+    check_can_train(model)
     modules_to_save = find_modules_to_save(model, settings)
     targets = find_targets(model, settings, modules_to_save=modules_to_save)
     _check_targets(method, targets)

@@ -21,6 +21,7 @@ from ipca.lab.continual.methods import (
     find_layers,
     frozen_factor,
 )
+from ipca.model.apply import check_can_train
 from ipca.model.settings import AdapterSettings
 from ipca.nn.initialization import add_low_rank
 from ipca.nn.layer_kinds import read_layer, write_matrix
@@ -117,6 +118,7 @@ class ContinualLearner:
         kind = find_kind(method)
         frozen = frozen_factor(settings, frozen)
         check_options(method, kind, tasks, keep, frozen, orthogonality, protected)
+        check_can_train(model)
         settings = replace(settings, train=OTHER_FACTOR.get(frozen or "", "both"))
         targets, modules_to_save = find_layers(model, method, kind, settings)
         if method == "disjoint" and tasks is not None:
@@ -158,6 +160,7 @@ class ContinualLearner:
         index = len(self.records)
         if self._finished:
             raise RuntimeError("this learner has finished; create a new one to continue.")
+        check_can_train(self.model)
         if self.running:
             raise RuntimeError(f"task {index} is still running; call end_task() first.")
         if self.tasks is not None and index >= self.tasks:
