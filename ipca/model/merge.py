@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from ipca._dtensor import is_sharded_model
 from ipca.model.apply import adapted_layers
+from ipca.model.decompose import naming
 from ipca.model.targets import few, has_peft_layers
 from ipca.model.trained_modules import end_training, fully_trained_modules, trained_parameters
 from ipca.nn.attributes import return_attributes
@@ -58,12 +60,18 @@ def merge_adapter(model: Model) -> Model:
         The same model.
 
     Raises:
-        ValueError: as :func:`adapter_parameters`; or accelerate keeps an adapted layer's weights elsewhere.
+        ValueError: as :func:`adapter_parameters`; accelerate keeps an adapted layer's weights elsewhere; or merging
+            would put NaN or Inf into a weight. No layer is merged by this call then.
     """
     layers = require_adapted(model)
     check_not_offloaded(layers)
-    for layer in layers.values():
-        layer.merge()
+    with ExitStack() as undo:
+        for name, layer in layers.items():
+            if not layer.merged:
+                undo.callback(layer.unmerge)
+                with naming(name):
+                    layer.merge()
+        undo.pop_all()
     return model
 
 
@@ -115,7 +123,9 @@ def unload(model: Model, *, merge: bool = True) -> Model:
     check_not_sharded(model, "save_adapter gathers it: load that onto the plain base and unload there.")
     check_not_offloaded(layers)
     if merge:
-        _check_finite(layers)
+        for name, layer in layers.items():
+            with naming(name):
+                layer.check_mergeable()
     hooked = [name for name, layer in layers.items() if has_other_hooks(layer)]
     if hooked:
         warnings.warn(
@@ -125,7 +135,8 @@ def unload(model: Model, *, merge: bool = True) -> Model:
             stacklevel=2,
         )
     for name, layer in layers.items():
-        plain = layer.to_plain(base=not merge).train(layer.training).requires_grad_(False)
+        with torch.inference_mode(False):  # what is made there could never train
+            plain = layer.to_plain(base=not merge).train(layer.training).requires_grad_(False)
         set_layer(model, name, plain)
         move_device_hook(layer, plain)
         return_attributes(layer, plain)
@@ -133,16 +144,6 @@ def unload(model: Model, *, merge: bool = True) -> Model:
     if merge and any(isinstance(layer, QuantizedLinearPC) for layer in layers.values()):
         _forget_quantization(model)
     return model
-
-
-def _check_finite(layers: Mapping[str, WindowLayer]) -> None:
-    """Raise ValueError where factors hold NaN or Inf, which merging would put into the weight."""
-    for name, layer in layers.items():
-        if not all(bool(factor.isfinite().all()) for factor in (layer.lora_A, layer.lora_B)):
-            raise ValueError(
-                f"{name}: its factors hold NaN or Inf, which merging would put into the weight; load an adapter from "
-                "before, or unload with merge=False."
-            )
 
 
 def _forget_quantization(model: nn.Module) -> None:

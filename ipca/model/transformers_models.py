@@ -181,7 +181,11 @@ def check_can_fold(model: nn.Module, state_dict: Mapping[str, Any] | None) -> No
 
 @torch.no_grad()
 def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """``state_dict`` of ``model`` as that of the plain model, with the trained function; it is not changed."""
+    """``state_dict`` of ``model`` as that of the plain model, with the trained function; it is not changed.
+
+    Raises:
+        ValueError: a weight would hold NaN or Inf.
+    """
     state = dict(state_dict)
     for name, layer in replaced_layers(model).items():
         if f"{name}.base_weight" not in state:
@@ -193,6 +197,11 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
             terms.append((-layer.scaling, own["lora_B0"], own["lora_A0"]))
         base = own["base_weight"]
         weight = from_matrix(layer.kind, add_low_rank(layer.as_matrix(base), terms), base.shape)
+        if not (weight.is_meta or weight.isfinite().all()):
+            raise ValueError(
+                f"{name}: with its adapter folded in, the weight holds NaN or Inf in {weight.dtype}: nothing was "
+                "written. Load an adapter from before, or cast the model to a wider dtype first."
+            )
         state[name if layer.kind in EXPERTS else f"{name}.weight"] = weight.cpu().contiguous()
     return {plain_key(model, key): value for key, value in state.items()}
 

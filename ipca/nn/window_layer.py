@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipca._dtensor import is_sharded, part_like
+from ipca._dtensor import full, is_sharded, part_like
 from ipca.nn.initialization import (
     InitCertificate,
     InitialFactors,
@@ -368,9 +368,45 @@ class WindowLayer(nn.Module):
     # -- merging, disabling
 
     def merge(self) -> None:
-        """Compute ``W_eff`` once and multiply by it only. The base weight stays beside it, for :meth:`unmerge`."""
+        """Compute ``W_eff`` once and multiply by it only. The base weight stays beside it, for :meth:`unmerge`.
+
+        Raises:
+            ValueError: as :meth:`check_mergeable`.
+        """
         if self._merged is None:
+            self.check_mergeable()
+            self._merge()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        with torch.inference_mode(False):  # what is made there could not be differentiated through later
             self._merged = self.as_weight(self.effective_weight()).contiguous()
+
+    @torch.no_grad()
+    def check_mergeable(self) -> None:
+        """Raise ValueError where ``W_eff`` would hold NaN or Inf; it is computed only where its bound does not tell.
+
+        ``|W_eff| ≤ max|W_base| + scaling · Σ max_i‖B_i‖ · max_j‖A_j‖`` with rows ``B_i`` and columns ``A_j``.
+        """
+        if self.lora_A.is_meta:
+            return
+        base, A, B, A0, B0 = map(full, (self.base_matrix(), self.lora_A, self.lora_B, self.lora_A0, self.lora_B0))
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError(
+                "its factors hold NaN or Inf, which merging would put into the weight; load an adapter from before, "
+                "or unload with merge=False."
+            )
+        pairs = [(B, A)] if self.form == "residual" else [(B, A), (B0, A0)]
+        reach = max(map(abs, base.aminmax())).item()
+        for E, D in pairs:
+            E, D = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (E, D))
+            reach += self.scaling * (E.norm(dim=-1).max() * D.norm(dim=-2).max()).item()
+        if reach <= torch.finfo(base.dtype).max / 2 or self.effective_weight().isfinite().all():
+            return
+        raise ValueError(
+            f"the merged weight would hold Inf: it reaches beyond {torch.finfo(base.dtype).max:.3g}, the largest "
+            f"number of {base.dtype}; cast the model to a wider dtype first, or unload with merge=False."
+        )
 
     def unmerge(self) -> None:
         """Undo :meth:`merge`, to the bit."""
@@ -502,7 +538,7 @@ class WindowLayer(nn.Module):
         if base is not None:
             self._reround(base, A0, B0)
         if merged:
-            self.merge()
+            self._merge()
         return self
 
     @torch.no_grad()

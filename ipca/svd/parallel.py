@@ -38,8 +38,8 @@ def workspace(shape: Sequence[int], windows: Iterable[Window]) -> float:
 def thread_map(work: Callable[[Item], Result], items: Sequence[Item], workspaces: Sequence[float]) -> Iterator[Result]:
     """``work(item)`` for each item, in order, as many at a time as there are threads and room for.
 
-    While several run, each has an equal share of PyTorch's threads. Where the largest workspace, in bytes, leaves no
-    room for two, items run one after another with all threads.
+    While several run, each has an equal share of PyTorch's threads, and the inference mode of the caller. Where the
+    largest workspace, in bytes, leaves no room for two, items run one after another with all threads.
 
     Raises:
         Whatever ``work`` raises, at its item's turn; items behind it that have not begun never begin.
@@ -49,10 +49,16 @@ def thread_map(work: Callable[[Item], Result], items: Sequence[Item], workspaces
     if workers < 2 or not _BUSY.acquire(blocking=False):  # another thread's work is being shared out
         yield from map(work, items)
         return
+    inference = torch.is_inference_mode_enabled()
+
+    def run(item: Item) -> Result:
+        with torch.inference_mode(inference):
+            return work(item)
+
     try:
         torch.set_num_threads(threads // workers)  # for the pool's threads too, as these are new
         with ThreadPoolExecutor(workers, thread_name_prefix="ipca") as pool:
-            yield from pool.map(work, items)
+            yield from pool.map(run, items)
     finally:
         torch.set_num_threads(threads)
         _BUSY.release()

@@ -206,6 +206,17 @@ def test_merged_and_disabled_models_are_saved_with_the_trained_function(tmp_path
     assert (logits(type(base).from_pretrained(tmp_path), inputs) - right).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float16, 1e6), (torch.float32, torch.nan)])
+def test_a_weight_that_would_not_be_finite_is_not_saved(dtype, factor, tmp_path):
+    _, model, _ = trained(llama)
+    model.to(dtype)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_B.mul_(factor)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: .* the weight holds NaN or Inf in torch\.float"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_push_to_hub_uploads_the_trained_function(monkeypatch):
     from transformers.utils import hub
 

@@ -115,3 +115,11 @@ def test_two_callers_at_once_leave_the_thread_count_alone(threads):
     for caller in callers:
         caller.join()
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_results_are_of_the_callers_inference_mode(threads, inference):
+    threads(2)
+    with torch.inference_mode(inference):
+        found = list(thread_map(lambda _: torch.ones(1).is_inference(), range(4), [1.0] * 4))
+    assert found == [inference] * 4
