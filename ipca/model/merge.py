@@ -16,6 +16,7 @@ from ipca.model.decompose import naming
 from ipca.model.targets import few, has_peft_layers
 from ipca.model.trained_modules import end_training, fully_trained_modules, trained_parameters
 from ipca.nn.attributes import return_attributes
+from ipca.nn.experts import StackPC
 from ipca.nn.offload import has_other_hooks, is_offloaded, move_device_hook
 from ipca.nn.quantization import quantization_kind
 from ipca.nn.quantized_linear import QuantizedLinearPC
@@ -102,7 +103,7 @@ def unload(model: Model, *, merge: bool = True) -> Model:
     )
 
     Args:
-        model: has adapted layers; changed in place.
+        model: has adapted layers; changed in place, at each path of a layer that has several.
         merge: with the trained function; else with the pretrained one (``form="residual"``: up to rounding). Fully
             trained modules stay as they are.
 
@@ -134,10 +135,14 @@ def unload(model: Model, *, merge: bool = True) -> Model:
             RuntimeWarning,
             stacklevel=2,
         )
-    for name, layer in layers.items():
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    for layer in layers.values():
         with torch.inference_mode(False):  # what is made there could never train
             plain = layer.to_plain(base=not merge).train(layer.training).requires_grad_(False)
-        set_layer(model, name, plain)
+        for path in paths[layer][:1] if isinstance(layer, StackPC) else paths[layer]:
+            set_layer(model, path, plain)
         move_device_hook(layer, plain)
         return_attributes(layer, plain)
     end_training(model, merged=merge)

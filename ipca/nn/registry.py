@@ -62,5 +62,6 @@ def set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
         return
     experts = owner if isinstance(owner, ExpertsPC) else ExpertsPC(owner)
     experts.put(leaf, layer)
-    above, _, place = parent.rpartition(".")
-    setattr(model.get_submodule(above), place, experts if experts.stacks() else experts.base)
+    for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]:
+        above, _, place = path.rpartition(".")
+        setattr(model.get_submodule(above), place, experts if experts.stacks() else experts.base)

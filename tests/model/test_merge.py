@@ -115,3 +115,50 @@ def test_large_weights_are_merged_in_inference_mode_by_several_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(weight, model[0].weight)
+
+
+class Twice(nn.Module):
+    """One layer under two names of its own, and once more in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Linear(20, 20)
+        self.all = nn.ModuleList([self.a])
+        self.block = nn.Sequential(nn.Linear(20, 5))
+        self.again = self.block
+
+    def forward(self, x):
+        return self.again(self.b(x) + self.all[0](self.a(x)))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_layer_at_several_paths_is_unloaded_at_each(merge):
+    model, x = Twice(), torch.randn(3, 20)
+    layer = ipca.nn.LinearPC.from_linear(model.a, rank=3)
+    model.a = model.b = model.all[0] = layer
+    model.block[0] = ipca.nn.LinearPC.from_linear(model.block[0], rank=3)
+    with torch.no_grad():
+        layer.lora_B.mul_(2)
+        expected = model(x)
+        if not merge:
+            with ipca.disabled(model):
+                expected = model(x)
+    ipca.unload(model, merge=merge)
+    assert type(model.a) is nn.Linear
+    assert model.a is model.b is model.all[0]
+    assert model.block is model.again
+    assert type(model.block[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_module_of_experts_at_several_paths_is_unloaded_at_each():
+    case = CASES["experts"]
+    model, x = case.build().eval(), case.x()
+    adapted(model, 2, targets=case.targets)
+    path, experts = next((n, m) for n, m in model.named_modules() if isinstance(m, ipca.nn.ExpertsPC))
+    model.alias = nn.ModuleList([experts])
+    expected = output(model, x)
+    ipca.unload(model)
+    assert model.get_submodule(path) is model.alias[0] is experts.base
+    assert not any(isinstance(m, ipca.nn.ExpertsPC | ipca.nn.WindowLayer) for m in model.modules())
+    torch.testing.assert_close(output(model, x), expected)
