@@ -93,8 +93,8 @@ def save_adapter(
     Warns:
         RuntimeWarning: servers would read ``adapter_config.json`` differently from PEFT; the message names the fields.
             Or ``folder`` has a model card, which still describes what was there before.
-            Or running statistics of BatchNorm moved in training, or a vocabulary was resized after the base was saved,
-            which the adapter does not hold.
+            Or running statistics, such as BatchNorm's, moved in training, or a vocabulary was resized after the base
+            was saved, which the adapter does not hold.
             Or the model reads a layer's weight instead of calling it, which PEFT and servers do not see.
 
     Raises:

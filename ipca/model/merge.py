@@ -13,6 +13,7 @@ from torch import nn
 from ipca._dtensor import is_sharded_model
 from ipca.model.apply import adapted_layers
 from ipca.model.decompose import naming
+from ipca.model.running_statistics import forget_statistics
 from ipca.model.targets import few, has_peft_layers
 from ipca.model.trained_modules import end_training, fully_trained_modules, trained_parameters
 from ipca.nn.attributes import return_attributes
@@ -148,6 +149,7 @@ def unload(model: Model, *, merge: bool = True) -> Model:
     end_training(model, merged=merge)
     if merge and any(isinstance(layer, QuantizedLinearPC) for layer in layers.values()):
         _forget_quantization(model)
+    forget_statistics(model)
     return model
 
 

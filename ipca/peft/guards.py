@@ -47,7 +47,7 @@ from ipca.io.peft_format import PREFIX, WEIGHTS
 from ipca.io.peft_reader import misreading_transformers, plain_copy, read_with_peft
 from ipca.model.heads import find_heads, warn_of_loose_parameters
 from ipca.model.patterns import hint, matches
-from ipca.model.running_statistics import warn_moved_statistics, watch_statistics
+from ipca.model.running_statistics import forget_statistics, warn_moved_statistics, watch_statistics
 from ipca.model.targets import few
 from ipca.model.transformers_models import wrap_libraries
 from ipca.model.weight_reads import weight_reads
@@ -419,12 +419,16 @@ def install_guards() -> None:
     def checked_merge_and_unload(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
         given = signature(merge_and_unload).bind(self, *args, **kwargs).arguments
         warn_bypassed(merged_past_calls(self, given.get("adapter_names")))
-        return merge_and_unload(self, *args, **kwargs)
+        plain = merge_and_unload(self, *args, **kwargs)
+        forget_statistics(plain)
+        return plain
 
     @wraps(unload)
     def warned_unload(self: LoraModel) -> Any:
         warn_unloaded(self)
-        return unload(self)
+        plain = unload(self)
+        forget_statistics(plain)
+        return plain
 
     @wraps(load)
     def resuming_load(

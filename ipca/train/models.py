@@ -175,7 +175,7 @@ def adapt(
         if isinstance(module, ModulesToSaveWrapper):
             for head in module.modules_to_save.values():
                 _widen(head)
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # no adapter file holds its running statistics
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase):  # no adapter file holds its running statistics
             module.register_forward_pre_hook(_frozen)
     return model
 

@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm: a warning where training moved them and the adapter does not hold them."""
+"""Running statistics of norms: a warning where training moved them and the adapter does not hold them."""
 
 import copy
 import warnings
@@ -19,7 +19,14 @@ class Net(nn.Module):
         return self.out(self.norm(self.conv(x)).mean((-2, -1)))
 
 
-NORMS = (nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), nn.SyncBatchNorm(8))
+NORMS = (
+    nn.BatchNorm2d(8),
+    nn.BatchNorm2d(8, affine=False),
+    nn.BatchNorm2d(8, momentum=None),
+    nn.SyncBatchNorm(8),
+    nn.InstanceNorm2d(8, track_running_stats=True),
+    nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+)
 
 
 def trained(base, training=True, **options):
@@ -28,7 +35,7 @@ def trained(base, training=True, **options):
     model.train(training)
     if isinstance(model.norm, nn.SyncBatchNorm):
         model.norm.num_batches_tracked += int(training)  # which has no kernel for a CPU
-        model.norm.running_mean += 0.5
+        model.norm.running_mean += 0.5 * training
         model.eval()
     optimizer = torch.optim.SGD(ipca.adapter_parameters(model), lr=0.1)
     for _ in range(3):
@@ -41,11 +48,13 @@ def trained(base, training=True, **options):
 def test_statistics_that_moved_are_named(norm, tmp_path):
     model = trained(Net(norm))
     for save in (ipca.save_adapter, lambda model, folder: ipca.export(model, f"{folder}/export")):
-        with pytest.warns(RuntimeWarning, match=r"norm: the running statistics of BatchNorm moved .* modules_to_save"):
+        with pytest.warns(RuntimeWarning, match=r"norm: the running statistics of \w+Norm.* moved .* modules_to_save"):
             save(model, tmp_path)
 
 
-@pytest.mark.parametrize("norm", [*NORMS, nn.LayerNorm(4), nn.BatchNorm2d(8, track_running_stats=False)])
+@pytest.mark.parametrize(
+    "norm", [*NORMS, nn.LayerNorm(4), nn.BatchNorm2d(8, track_running_stats=False), nn.InstanceNorm2d(8)]
+)
 def test_what_stood_still_or_is_kept_elsewhere_gives_no_warning(norm, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -53,6 +62,41 @@ def test_what_stood_still_or_is_kept_elsewhere_gives_no_warning(norm, tmp_path):
         still = trained(base, training=False)
         ipca.save_adapter(still, tmp_path / "still")
         ipca.load_adapter(copy.deepcopy(base), tmp_path / "still")
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: type(norm).__name__)
+def test_statistics_of_an_unloaded_model_are_those_of_its_base(norm, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base = ipca.unload(trained(Net(norm)))
+        again = trained(base, training=False)
+        ipca.save_adapter(again, tmp_path)
+    x = torch.randn(4, 3, 6, 6)
+    assert torch.equal(ipca.load_adapter(base.eval(), tmp_path)(x), again(x))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_statistics_of_a_model_that_peft_unloads_too(merge, tmp_path):
+    peft = pytest.importorskip("peft")
+    from ipca.peft import PCConfig
+
+    base = Net(nn.BatchNorm2d(8))
+    for training in (True, False):
+        model = peft.get_peft_model(base, PCConfig(r=3, target_modules=["conv", "out"])).train(training)
+        model(torch.randn(4, 3, 6, 6))
+        if training:
+            base = model.merge_and_unload() if merge else model.unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*running statistics")
+        model.save_pretrained(tmp_path)
+
+
+def test_a_cast_does_not_move_statistics(tmp_path):
+    base = Net(nn.BatchNorm2d(8))
+    base(5 + torch.randn(4, 3, 6, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ipca.save_adapter(trained(base, training=False).bfloat16(), tmp_path)
 
 
 def test_statistics_in_modules_to_save_load_as_trained(tmp_path):
