@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def component_importance(
     found = {}
     with tqdm(total=len(names) * blocks, desc="Importance", unit="block", disable=not progress) as bar:
         before = _mean_loss(model, held, loss)
-        if not torch.isfinite(torch.tensor(before)):
+        if not math.isfinite(before):
             raise ValueError(f"the loss of the unchanged model is {before}, with which no change can be compared.")
         for name in names:
             layer, changes = get_layer(model, name), []
@@ -102,7 +103,7 @@ def component_importance(
                 with _without(layer, part):
                     changes.append(_mean_loss(model, held, loss) - before)
                 bar.update()
-            change = torch.tensor(changes, dtype=torch.float64)
+            change = torch.tensor(changes, dtype=torch.float64, device="cpu")
             found[name] = BlockImportance(tuple(weight.shape), edges[name], before, change)
     return found
 

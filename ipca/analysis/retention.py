@@ -216,11 +216,16 @@ def _both(
             return function(model if base is None else base, batch)
 
     if measure is not None:
-        return torch.as_tensor(measure(model, batch)), torch.as_tensor(of_base(measure))
+        return _as_tensor(measure(model, batch)), _as_tensor(of_base(measure))
     now, (then, shifted) = predict(model, batch), of_base(_with_shift)
     if shifted:  # the base decides for both: its loss is one that was trained to be low
         now, then = now.shifted(), then.shifted()
     return read(now), read(then)
+
+
+def _as_tensor(found: Any) -> Tensor:
+    """A measurement as a tensor on its own device, or the CPU, whatever the default device is."""
+    return found if isinstance(found, Tensor) else torch.as_tensor(found, device="cpu")
 
 
 def _embeddings(model: nn.Module, batch: Any) -> Tensor:

@@ -136,7 +136,7 @@ def draw(case: Case, device: torch.device) -> SimpleNamespace:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = case.dtype, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+        return (scale * torch.randn(shape, generator=generator, device="cpu")).to(device, dtype)
 
     factors = partial(normal, dtype=torch.float32)
     seed = torch.tensor([0x1234_5678_9ABC_DEF0], device=device)

@@ -93,7 +93,7 @@ class Checkpoint:
         dtype = stored.torch_dtype
         if dtype is None:
             raise ValueError(f"{name} has the dtype {stored.dtype}, which cannot be read.")
-        data = torch.empty(stored.size, dtype=torch.uint8)
+        data = torch.empty(stored.size, dtype=torch.uint8, device="cpu")
         rest = data.numpy().data
         with stored.file.open("rb") as file:
             file.seek(stored.start)

@@ -179,7 +179,7 @@ class _Moment:
     """The sum of ``x xᵀ (in, in)`` over inputs, and how many there were."""
 
     def __init__(self, in_features: int) -> None:
-        self.total = torch.zeros(in_features, in_features, dtype=torch.float64)
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device="cpu")
         self.count = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:

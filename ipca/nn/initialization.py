@@ -222,7 +222,8 @@ def _random_rows(like: Tensor, weight: Tensor) -> Tensor:
 
     They are 0 where a ``weight (…, out, in)`` that is not all 0 has a column of zeros: an embedding's padding stays 0.
     """
-    rows = torch.empty(like.shape, dtype=torch.float64).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    rows = torch.empty(like.shape, dtype=torch.float64, device="cpu")
+    rows.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
     used = weight.any(dim=-2, keepdim=True)
     return (rows / like.shape[-1] ** 0.5).to(like) * (used | ~used.any(dim=-1, keepdim=True))
 

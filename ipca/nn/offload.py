@@ -64,7 +64,7 @@ def loaded(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         if hook is not None:
-            hook.post_forward(module, torch.empty(0))
+            hook.post_forward(module, torch.empty(0, device="cpu"))
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

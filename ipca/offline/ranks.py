@@ -68,7 +68,7 @@ class Ranks:
         """
         if self.size == 1:
             return count
-        held = torch.tensor([count])
+        held = torch.tensor([count], device="cpu")
         try:
             work = dist.all_reduce(held, async_op=True)
             while not work.is_completed():

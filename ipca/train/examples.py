@@ -54,7 +54,7 @@ def split(data: Data, settings: TrainSettings, loaded: Loaded, held_out: Data | 
 
 def parted(rows: Any, count: int, seed: int) -> tuple[Any, Any]:
     """``count`` random rows, and the others, both in their order."""
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     return rows.select(sorted(chosen[:count])), rows.select(sorted(chosen[count:]))
 
 

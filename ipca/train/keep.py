@@ -352,8 +352,8 @@ def _batches(sequences: Sequence[list[int]], tokenizer: Any) -> Iterator[dict[st
 
 def _padded(group: list[list[int]], pad: int) -> dict[str, Tensor]:
     length = max(map(len, group))
-    ids = torch.tensor([each + [pad] * (length - len(each)) for each in group])
-    mask = torch.tensor([[1] * len(each) + [0] * (length - len(each)) for each in group])
+    ids = torch.tensor([each + [pad] * (length - len(each)) for each in group], device="cpu")
+    mask = torch.tensor([[1] * len(each) + [0] * (length - len(each)) for each in group], device="cpu")
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 

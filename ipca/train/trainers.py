@@ -109,7 +109,7 @@ def _answered(rows: Any) -> int:
     """How many of a language model's rows have labels: TRL drops the others, or packs them."""
     if "seq_lengths" not in rows.column_names:
         return len(rows)
-    packed = (torch.tensor(row["labels"]).split(row["seq_lengths"]) for row in rows)
+    packed = (torch.tensor(row["labels"], device="cpu").split(row["seq_lengths"]) for row in rows)
     return sum(bool((each != IGNORED).any()) for parts in packed for each in parts)
 
 
@@ -151,7 +151,7 @@ class ImageCollator:
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         pixels = self.processor([row["image"].convert("RGB") for row in rows], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor([row["label"] for row in rows])}
+        return {"pixel_values": pixels, "labels": torch.tensor([row["label"] for row in rows], device="cpu")}
 
 
 def processes() -> int:

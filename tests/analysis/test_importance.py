@@ -185,3 +185,11 @@ def test_what_is_refused_leaves_the_model_as_it_was(options, error, words):
 def test_a_quantized_layer_is_named():
     with pytest.raises(ValueError, match=r": components of a quantized weight cannot be removed; exclude it"):
         importance(quantized_model()[0], batches())
+
+
+def test_the_default_device_does_not_matter():
+    model, held = Plain(), batches()
+    expected = importance(model, held)
+    with torch.device("meta"):
+        found = importance(model, held)
+    assert all(torch.equal(found[name].change, expected[name].change) for name in expected)

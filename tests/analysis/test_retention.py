@@ -472,3 +472,17 @@ def test_an_encoder_decoder_in_a_wrapper_is_masked_as_without_it():
     batches = [{"input_ids": ids, "attention_mask": mask, "labels": ids.flip(1)}]
     assert forgetting(nn.DataParallel(model), None, batches) == forgetting(model, None, batches)
     assert forgetting(model, None, batches).tokens == 24
+
+
+@pytest.mark.parametrize("number", [torch.Tensor.mean, lambda losses: losses.mean().item()])
+def test_the_default_device_does_not_matter(number):
+    model = ipca.apply_pc(Plain(), rank=3, progress=False)
+    train(model)
+    data = [torch.randn(7, 20)]
+
+    def loss_of(model, batch):
+        return number(model(batch).square())
+
+    expected = cross_entropy_rise(model, None, data, loss_of=loss_of)
+    with torch.device("meta"):
+        assert cross_entropy_rise(model, None, data, loss_of=loss_of) == expected != 0

@@ -137,3 +137,10 @@ def test_a_checkpoint_is_a_mapping_by_layer(tmp_path):
     assert torch.equal(weights["b"], torch.ones(3))
     with pytest.raises(KeyError, match=r"no tensor, or more than one, for a\.weight"):
         weights["a"]
+
+
+def test_tensors_are_read_into_memory_whatever_the_default_device_is(sharded):
+    folder, held = sharded
+    with torch.device("meta"):
+        read = {name: Checkpoint.open(folder).read(name) for name in held}
+    assert all(torch.equal(read[name], value) for name, value in held.items())

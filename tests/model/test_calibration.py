@@ -274,3 +274,16 @@ def test_a_mask_counts_by_position_as_by_name():
     assert torch.equal(moments(wrapped, [inside], [(ids, mask)])[inside], named[layers[0]])
     without = moments(model, layers, [(ids,)])
     assert not close(without[layers[0]], named[layers[0]])
+
+
+@pytest.mark.parametrize("window", ["auto", "inputs:minor"])
+def test_the_default_device_does_not_matter(window, batches):
+    plain, model = Plain(), Plain()
+    model.load_state_dict(plain.state_dict())
+    expected = sensitivity(plain, batches, progress=False)
+    ipca.apply_pc(plain, rank=3, window=window, calibration=batches, progress=False)
+    with torch.device("meta"):
+        found = sensitivity(model, batches, progress=False)
+        ipca.apply_pc(model, rank=3, window=window, calibration=batches, progress=False)
+    assert all(torch.equal(found[name].energy, expected[name].energy) for name in expected)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())

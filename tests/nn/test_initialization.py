@@ -201,3 +201,13 @@ def test_low_rank_update_in_blocks_rounds_once(rows, dtype):
     assert torch.equal(add_low_rank(weight, []), before)
     assert torch.equal(weight, before)
     assert not add_low_rank(weight.requires_grad_(), terms).requires_grad
+
+
+def test_null_components_do_not_depend_on_the_default_device():
+    weight = torch.zeros(12, 20)
+    options = {"scaling": 1.0, "form": "intact", "adapter_dtype": torch.float32, "tol": "default"}
+    expected = initial_factors(weight, Window.middle(3), **options)
+    with torch.device("meta"):
+        found = initial_factors(weight, Window.middle(3), **options)
+    assert torch.equal(found.A0, expected.A0)
+    assert found.A0.any()

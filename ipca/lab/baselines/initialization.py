@@ -35,7 +35,8 @@ def plain_lora_factors(
         adapter_dtype: of the factors.
     """
     *experts, out_features, in_features = weight.shape
-    A0 = torch.empty(*experts, rank, in_features, dtype=torch.float64).uniform_(-1, 1, generator=generator)
+    A0 = torch.empty(*experts, rank, in_features, dtype=torch.float64, device="cpu")
+    A0.uniform_(-1, 1, generator=generator)
     A0 = (A0 / in_features**0.5).to(weight.dtype).to(device=weight.device, dtype=adapter_dtype)
     B0 = A0.new_zeros(*experts, out_features, rank)
     exact = InitCertificate(str(weight.dtype).removeprefix("torch."), 0.0, 0.0, 0.0)
@@ -57,12 +58,12 @@ def matched(directions: WindowSVD, magnitudes: WindowSVD) -> WindowSVD:
 
 def random_window(rank: int, d: int, generator: torch.Generator) -> Window:
     """A window whose start is uniform over ``0 … d − rank``."""
-    return Window(int(torch.randint(d - rank + 1, (), generator=generator)), rank)
+    return Window(int(torch.randint(d - rank + 1, (), generator=generator, device="cpu")), rank)
 
 
 def _orthonormal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Haar-random ``(…, m, r)`` with orthonormal columns (Mezzadri, Notices of the AMS 54, 2007)."""
-    Q, R = torch.linalg.qr(torch.randn(like.shape, dtype=torch.float64, generator=generator))
+    Q, R = torch.linalg.qr(torch.randn(like.shape, dtype=torch.float64, generator=generator, device="cpu"))
     return (Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).to(like)
 
 

@@ -204,3 +204,14 @@ def test_quantized_weights_are_not_trained_whole(kind):
     model = nn.Sequential(quantized_layer(kind, torch.randn(64, 64)))
     with pytest.raises(ValueError, match="0 is quantized and cannot be fully trained; leave the method 'full' out"):
         baselines.apply(model, "full", AdapterSettings(rank=3, form="intact"))
+
+
+@pytest.mark.parametrize("method", ["lora", "oplora", "lora-null", *baselines.CONTROLS])
+def test_the_default_device_does_not_matter(method):
+    base, calibration = Plain(), [torch.randn(30, 20)]
+    models = [copy.deepcopy(base) for _ in range(2)]
+    baselines.apply(models[0], method, SETTINGS, seed=1, calibration=calibration)
+    with torch.device("meta"):
+        baselines.apply(models[1], method, SETTINGS, seed=1, calibration=calibration)
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

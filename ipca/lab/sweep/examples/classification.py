@@ -58,7 +58,7 @@ def train(model: nn.Module, groups: list[dict[str, Any]], seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(STEPS):
-        batch = [learned[k] for k in torch.randint(len(learned), (BATCH,), generator=draw)]
+        batch = [learned[k] for k in torch.randint(len(learned), (BATCH,), generator=draw, device="cpu")]
         model(**inputs_of(model, [words for words, _ in batch]), labels=labels_of(model, batch)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

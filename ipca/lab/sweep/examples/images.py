@@ -28,18 +28,18 @@ logging.disable_progress_bar()
 
 def labeled(count: int, size: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images ``(count, 3, size, size)`` from −1 to 1 and their classes; here noisy stripes in four directions."""
-    classes = torch.randint(CLASSES, (count,), generator=draw)
+    classes = torch.randint(CLASSES, (count,), generator=draw, device="cpu")
     angle = (classes / CLASSES * pi).view(-1, 1, 1)
-    place = torch.linspace(0, 1, size)
+    place = torch.linspace(0, 1, size, device="cpu")
     along = angle.cos() * place.view(1, -1, 1) + angle.sin() * place.view(1, 1, -1)
-    stripes = (2 * pi * (8 * along + torch.rand(count, 1, 1, generator=draw))).sin().unsqueeze(1)
-    noise = torch.randn(count, 3, size, size, generator=draw)
+    stripes = (2 * pi * (8 * along + torch.rand(count, 1, 1, generator=draw, device="cpu"))).sin().unsqueeze(1)
+    noise = torch.randn(count, 3, size, size, generator=draw, device="cpu")
     return (0.5 * stripes + 0.5 * noise).clamp(-1, 1), classes
 
 
 def others(size: int) -> Tensor:
     """Images of another kind, whose embeddings must stay; here blurred noise."""
-    coarse = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    coarse = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(1), device="cpu")
     return nn.functional.interpolate(2 * coarse - 1, size=(size, size), mode="bilinear")
 
 

@@ -42,7 +42,7 @@ def train(model: nn.Module, groups: list[dict[str, Any]], seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(STEPS):
-        batch = learned[torch.randint(len(learned), (BATCH,), generator=draw)].to(device_of(model))
+        batch = learned[torch.randint(len(learned), (BATCH,), generator=draw, device="cpu")].to(device_of(model))
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
