@@ -204,7 +204,10 @@ def _verify_cache(held: SpectralCache, args: argparse.Namespace) -> tuple[Record
     damaged = held.verify(remove=args.remove)
     if damaged and not args.remove:
         words = "; ".join(words for _, words in damaged)
-        raise ValueError(f"{len(damaged)} entries are damaged ({words}); ipca cache verify --remove deletes them.")
+        raise ValueError(
+            f"{len(damaged)} entries are damaged ({words}); ipca cache verify --remove deletes them, except files "
+            "without the header of an entry."
+        )
     names = [path.name for path, _ in damaged]
     text = f"removed {len(names)} damaged entries from" if names else "no damaged entry in"
     return {"folder": str(held.folder), "removed": names}, f"{text} {held.folder}"

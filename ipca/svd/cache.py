@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +29,10 @@ VERSION = 1
 """Of the entries' format and of the contract of ``window_svd``; entries of another version are not found."""
 
 _ENDING = ".safetensors"
+_ENTRY, _LEFT_BEHIND = re.compile(r"[0-9a-f]{40}\.safetensors"), re.compile(re.escape(TEMPORARY) + "[0-9a-f]{16}")
+"""Names of the files that a cache writes: an entry, and one that is not complete yet."""
+_LARGEST_HEADER = 1 << 20
+"""Bytes; that of an entry has some hundred."""
 _ABANDONED = 24 * 3600.0
 """Seconds after which a temporary file counts as left behind."""
 
@@ -169,7 +174,8 @@ class SpectralCache:
         """The damaged entries, each with what is wrong; every file is read and compared with its checksum.
 
         Args:
-            remove: delete them.
+            remove: delete them, and return those that are deleted. A file without the header of an entry may be
+                somebody's weights: it stays, with a warning that names it.
         """
         damaged = []
         for path in self._files():
@@ -178,6 +184,9 @@ class SpectralCache:
             except FileNotFoundError:  # another process has deleted it
                 continue
             except (OSError, CorruptFileError) as error:
+                if remove and not _has_header(path):
+                    _warn_foreign(path)
+                    continue
                 damaged.append((path, str(error)))
                 if remove:
                     path.unlink(missing_ok=True)
@@ -185,6 +194,8 @@ class SpectralCache:
 
     def prune(self, *, max_bytes: int | None = None, older_than: float | None = None) -> list[Path]:
         """Delete entries, the least recently used first, and temporary files that killed processes left behind.
+
+        Other files stay; one that has the name of an entry but not its header is named in a warning.
 
         Args:
             max_bytes: delete until the entries take no more than this.
@@ -194,10 +205,10 @@ class SpectralCache:
             The deleted entries.
         """
         now = time.time()
-        for path, status in _by_age(path for path in self._all() if path.name.startswith(TEMPORARY)):
+        for path, status in _by_age(self._files(_LEFT_BEHIND)):
             if now - status.st_mtime > _ABANDONED:
                 path.unlink(missing_ok=True)
-        files = _by_age(self._files())
+        files = _by_age(self._own_files())
         total, deleted = sum(status.st_size for _, status in files), []
         for path, status in files:
             stale = older_than is not None and now - status.st_mtime > older_than
@@ -207,11 +218,18 @@ class SpectralCache:
                 deleted.append(path)
         return deleted
 
-    def _files(self) -> list[Path]:
-        return [path for path in self._all() if path.suffix == _ENDING and not path.name.startswith(".")]
+    def _own_files(self) -> Iterator[Path]:
+        """The files that are entries, sound or not; a warning names the others with such a name."""
+        for path in self._files():
+            if _has_header(path):
+                yield path
+            else:
+                _warn_foreign(path)
 
-    def _all(self) -> list[Path]:
-        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+    def _files(self, name: re.Pattern[str] = _ENTRY) -> list[Path]:
+        """The files in the folder with such a name; it may be a folder that others write in, too."""
+        there = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        return [path for path in there if name.fullmatch(path.name) and path.is_file()]
 
 
 def cached_window_svd(
@@ -291,6 +309,20 @@ def _read_entry(path: Path) -> tuple[CacheKey, WindowSVD]:
     return key, found
 
 
+def _has_header(path: Path) -> bool:
+    """Whether the file at ``path`` has the header of an entry, though perhaps a damaged one's, or is empty or gone."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            size = int.from_bytes(start, "little")
+            header = file.read(size) if size <= _LARGEST_HEADER else b""
+        return not start or {"record", "sha256"} <= json.loads(header)["__metadata__"].keys()
+    except FileNotFoundError:  # another process has deleted it
+        return True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def _report(values: Record) -> SVDReport:
     """The report from its record; fields of a later version are left out."""
     known = {field.name for field in fields(SVDReport)} - {"window"}
@@ -312,6 +344,10 @@ def _by_age(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
         with suppress(FileNotFoundError):  # another process deletes too
             found.append((path, path.stat()))
     return sorted(found, key=lambda item: (item[1].st_mtime, item[0].name))
+
+
+def _warn_foreign(path: Path) -> None:
+    _warn(f"{path} has the name of an entry but not its header, and is not deleted; if nobody needs it, delete it")
 
 
 def _warn(message: str) -> None:

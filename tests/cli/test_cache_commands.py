@@ -65,6 +65,15 @@ def test_prune_by_age_and_by_size(cache, capsys):
     assert list(cache.folder.iterdir()) == [first]
 
 
+def test_a_model_in_the_folder_is_spared(cache, capsys):
+    model = cache.folder / "model.safetensors"
+    model.write_bytes(b"weights")
+    run(cache, "verify", "--remove", "--json")
+    assert json.loads(capsys.readouterr().out)["removed"] == []
+    run(cache, "prune", "--max-bytes", "0")
+    assert list(cache.folder.iterdir()) == [model]
+
+
 def test_prune_wants_to_be_told_what(cache, capsys):
     with pytest.raises(SystemExit) as stop:
         run(cache, "prune")

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,9 +12,10 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ipca import Window, window_svd
-from ipca._atomic import CorruptFileError, read_checksummed, write_checksummed
+from ipca._atomic import TEMPORARY, CorruptFileError, read_checksummed, write_checksummed
 from ipca._hashing import tensor_sha256
 from ipca.svd.cache import CacheKey, SpectralCache, cache_key, cached_window_svd
 
@@ -295,7 +297,7 @@ def test_prune_by_size_takes_the_oldest_first(cache):
 
 def test_prune_clears_away_what_killed_processes_left(cache):
     (path,) = aged(cache, [0])
-    young, old = cache.folder / ".tmp-young", cache.folder / ".tmp-old"
+    young, old = (cache.folder / f"{TEMPORARY}{digit * 16}" for digit in "ab")
     for file in (young, old, cache.folder / "notes.txt"):
         file.write_text("x")
     os.utime(old, (time.time() - 2 * 86400,) * 2)
@@ -311,6 +313,49 @@ def test_verify_removes_on_request(cache):
     assert path == broken
     assert "is damaged" in words
     assert list(cache.folder.iterdir()) == [sound]
+
+
+FOREIGN = ("model.safetensors", "model-00001-of-00002.safetensors", "adapter_model.safetensors", "a.safetensors")
+
+
+def weights(path):
+    """Weights of a model at ``path``, last changed before everything else."""
+    save_file({"weight": torch.ones(3)}, path)
+    os.utime(path, (time.time() - 90 * 86400,) * 2)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_entry_is_not_looked_at(cache, name):
+    (path,) = aged(cache, [1000])
+    weights(cache.folder / name)
+    assert [entry.path for entry in cache.entries()] == [path]
+    assert cache.verify() == cache.verify(remove=True) == []
+    assert cache.prune(max_bytes=10**6) == []
+    assert cache.prune(max_bytes=0, older_than=1) == [path]
+    assert [path.name for path in cache.folder.iterdir()] == [name]
+
+
+def test_weights_with_the_name_of_an_entry_are_named_and_stay(cache):
+    cache.folder.mkdir(parents=True)
+    path = cache.folder / ("0" * 40 + ".safetensors")
+    weights(path)
+    words = f"{path} has the name of an entry but not its header, and is not deleted"
+    with pytest.warns(RuntimeWarning, match=re.escape(words)):
+        assert cache.prune(max_bytes=0) == []
+    with pytest.warns(RuntimeWarning, match=re.escape(words)):
+        assert cache.verify(remove=True) == []
+    assert [found for found, _ in cache.verify()] == [path]
+    assert path.exists()
+
+
+def test_temporary_files_of_others_and_folders_stay(cache):
+    (path,) = aged(cache, [0])
+    other, folder = cache.folder / ".tmp-download", cache.folder / ("a" * 40 + ".safetensors")
+    other.write_text("x")
+    folder.mkdir()
+    os.utime(other, (time.time() - 2 * 86400,) * 2)
+    assert cache.prune(max_bytes=0) == [path]
+    assert sorted(cache.folder.iterdir()) == sorted([other, folder])
 
 
 def test_an_empty_cache(tmp_path):
