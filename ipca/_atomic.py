@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -22,6 +23,8 @@ from torch import Tensor
 from ipca._hashing import tensor_sha256
 
 TEMPORARY = ".tmp-"
+LEFT_BEHIND = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{16}")
+"""The name of a file that is not complete yet, or whose process was killed."""
 Record = dict[str, Any]
 
 

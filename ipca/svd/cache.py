@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipca._atomic import TEMPORARY, CorruptFileError, Record, read_checksummed, write_checksummed
+from ipca._atomic import LEFT_BEHIND, CorruptFileError, Record, read_checksummed, write_checksummed
 from ipca._hashing import tensor_sha256
 from ipca.svd.decompose import check_matrix, tolerance, window_svd
 from ipca.svd.result import SVDReport, WindowSVD
@@ -29,8 +29,8 @@ VERSION = 1
 """Of the entries' format and of the contract of ``window_svd``; entries of another version are not found."""
 
 _ENDING = ".safetensors"
-_ENTRY, _LEFT_BEHIND = re.compile(r"[0-9a-f]{40}\.safetensors"), re.compile(re.escape(TEMPORARY) + "[0-9a-f]{16}")
-"""Names of the files that a cache writes: an entry, and one that is not complete yet."""
+_ENTRY = re.compile(r"[0-9a-f]{40}\.safetensors")
+"""The name of an entry."""
 _LARGEST_HEADER = 1 << 20
 """Bytes; that of an entry has some hundred."""
 _ABANDONED = 24 * 3600.0
@@ -205,7 +205,7 @@ class SpectralCache:
             The deleted entries.
         """
         now = time.time()
-        for path, status in _by_age(self._files(_LEFT_BEHIND)):
+        for path, status in _by_age(self._files(LEFT_BEHIND)):
             if now - status.st_mtime > _ABANDONED:
                 path.unlink(missing_ok=True)
         files = _by_age(self._own_files())

@@ -151,8 +151,8 @@ def run(
             tqdm.write(plan.line(), file=sys.stderr)
         store.prepare()
         cache_windows(base, made.settings, windows_of, SpectralCache(store.spectra), progress=progress)
-        auto = _auto_settings(base, made, store, progress) if "auto" in grid.methods else None
         store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.settings.rank})
+        auto = _auto_settings(base, made, store, progress) if "auto" in grid.methods else None
         work = Work(source or made, store.spectra, early, steps, digest, threads, auto)
         with (
             contextlib.redirect_stdout(DummyTqdmFile(sys.stdout)),  # what the task prints goes above the bar

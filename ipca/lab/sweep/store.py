@@ -7,13 +7,12 @@ import csv
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from ipca._atomic import write_atomic
+from ipca._atomic import LEFT_BEHIND, write_atomic
 from ipca.lab.sweep.trial import COLUMNS, Row, Trial
 
 SETTINGS, ROWS, SECONDS, AUTO, REPORT = "settings.json", "rows.csv", "seconds.csv", "auto.json", "report.html"
@@ -46,8 +45,9 @@ class Store:
     Raises:
         TaskChangedError: the trials were run by another text of the task file.
         ValueError: the folder belongs to another sweep (the message names the differences), its settings are damaged,
-            it holds files with the names of a sweep's files but no settings, or a trial of other settings.
-        OSError: it cannot be read or written.
+            it holds files with the names of a sweep's files or a folder of trials that is not empty but no settings,
+            or a trial of other settings.
+        OSError: it cannot be read or written, or its trials are a file.
     """
 
     def __init__(
@@ -63,33 +63,40 @@ class Store:
         self.trials, self.spectra = folder / "trials", folder / "spectra"
         self.fixed = json.loads(json.dumps(fixed))
         self.earlier_tasks: list[str] = []
+        if self.trials.exists() and not self.trials.is_dir():
+            raise NotADirectoryError(f"{self.trials} is a file; a sweep needs a folder there.")
         if not overwrite:
             _check_overwrite(folder)
         self.stale = False
         then = {} if overwrite and not _is_settings(folder / SETTINGS) else read_settings(folder / SETTINGS)
         if then.get("fixed") == self.fixed:
             self.earlier_tasks = then.get("earlier_tasks", [])
-        elif any(self.trials.glob("*.json")) and not overwrite:
+        elif self._finished() and not overwrite:
             self._go_on(then, accept_task_change)
         else:
             self.stale = True  # no trial was run with these settings
         tasks = self.fixed.get("task_sha256"), *self.earlier_tasks
         self.digests = [_digest({**self.fixed, "task_sha256": task}) for task in tasks]
-        for path in self.trials.glob("*.json"):
+        for path in self._finished():
             self.read(path.stem)  # raises now, and not between trainings
 
     def prepare(self) -> None:
-        """Create the folder, and delete what another sweep has left in it."""
-        if self.stale:
-            if self.trials.exists():
-                shutil.rmtree(self.trials)
-            for name in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):
-                (self.folder / name).unlink(missing_ok=True)
+        """Create the folder, and delete what another sweep has left in it; files that no sweep wrote stay."""
         self.trials.mkdir(parents=True, exist_ok=True)
-        self.stale = False
-        for path in self.trials.glob("*.json") if self.overwrite else ():
+        for path in self._finished() if self.stale or self.overwrite else ():
             if self.read(path.stem) is None:
                 path.unlink()
+        if self.stale:
+            for path in self.trials.iterdir():
+                if LEFT_BEHIND.fullmatch(path.name):
+                    path.unlink()
+            for name in (AUTO, ROWS, SECONDS, REPORT, SETTINGS):
+                (self.folder / name).unlink(missing_ok=True)
+        self.stale = False
+
+    def _finished(self) -> list[Path]:
+        """The files of finished trials, of these settings or of others."""
+        return [path for path in self.trials.glob("*.json") if _read_trial(path) is not None]
 
     def _go_on(self, then: Mapping[str, Any], accept_task_change: bool) -> None:
         """Go on with trials of other settings, ``then``, or raise: only the task file may differ."""
@@ -97,7 +104,7 @@ class Store:
             _refuse_other_sweep(self.folder, then["fixed"], self.fixed)
         before = then.get("task_source")
         if not accept_task_change and not _same_program(before, self.source):
-            count = len(list(self.trials.glob("*.json")))
+            count = len(self._finished())
             raise TaskChangedError(
                 f"the task file has changed since {count} trials in {self.folder} were finished"
                 f"{_first_change(before, self.source)}. Their rows would stand beside those of the changed file"
@@ -120,11 +127,8 @@ class Store:
         if self.stale:
             return None
         path = self.trials / f"{key}.json"
-        try:
-            found = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        if not isinstance(found, dict) or not {"rows", "seconds"} <= set(found):
+        found = _read_trial(path)
+        if found is None:
             return None
         if found.get("fixed_sha256", self.digests[0]) not in self.digests:
             if self.overwrite:
@@ -152,6 +156,15 @@ class Store:
         write_atomic(self.folder / ROWS, _csv(rows, [*COLUMNS, *extra]))
         write_atomic(self.folder / SECONDS, _csv(times, ["trial", "seconds"]))
         return rows
+
+
+def _read_trial(path: Path) -> dict[str, Any] | None:
+    """What :meth:`Store.put` wrote; None where it is not there, damaged, or something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"rows", "seconds"} <= set(found) else None
 
 
 def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
@@ -208,9 +221,10 @@ def _first_change(before: str | None, after: str | None) -> str:
 
 def _check_overwrite(folder: Path) -> None:
     """Raise if a sweep in ``folder`` would overwrite files that no sweep has written."""
-    found = [name for name in (ROWS, SECONDS, REPORT) if (folder / name).exists()]
-    if any((folder / "trials").glob("*.json")):
-        found.append("folder of finished trials")
+    found = [name for name in (AUTO, ROWS, SECONDS, REPORT) if (folder / name).exists()]
+    trials = folder / "trials"
+    if trials.is_dir() and any(trials.iterdir()):
+        found.append("folder 'trials' that is not empty")
     if found and not (folder / SETTINGS).exists():
         raise ValueError(f"{folder} contains a {found[0]} but no {SETTINGS} of a sweep; use a new folder.")
 

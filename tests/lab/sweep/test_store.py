@@ -46,7 +46,7 @@ def test_settings_of_something_else_are_refused(text, tmp_path):
     assert (tmp_path / SETTINGS).read_text() == text
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "seconds.csv", "report.html"])
+@pytest.mark.parametrize("name", ["rows.csv", "seconds.csv", "report.html", "auto.json"])
 def test_files_of_somebody_else_are_not_overwritten(name, tmp_path):
     (tmp_path / name).write_text("precious")
     with pytest.raises(ValueError, match=f"contains a {name} but no settings.json of a sweep; use a new folder"):
@@ -137,9 +137,63 @@ def test_the_permission_covers_the_task_file_only(tmp_path):
 def test_trials_without_settings_are_refused_and_stay(tmp_path):
     opened(tmp_path, early=1).put("done", [], 1.0)
     (tmp_path / SETTINGS).unlink()
-    with pytest.raises(ValueError, match=r"contains a folder of finished trials but no settings\.json of a sweep"):
+    with pytest.raises(ValueError, match=r"contains a folder 'trials' that is not empty but no settings\.json"):
         Store(tmp_path, {"early": 1})
     assert (tmp_path / "trials" / "done.json").is_file()
+
+
+FOREIGN = ("patient-1.csv", "patients.json", "list.json", ".tmp-download", "site/visit.json")
+
+
+def others(folder):
+    """Files of somebody else in a folder named as that of a sweep's trials, with what they hold."""
+    there = {folder / "trials" / name: b'[{"rows": 1}]' if name == "list.json" else b'{"rows": 1}' for name in FOREIGN}
+    for path, text in there.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text)
+    return there
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_trials_of_somebody_else_are_refused_and_stay(name, tmp_path):
+    path = tmp_path / "trials" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    with pytest.raises(ValueError, match=r"contains a folder 'trials' that is not empty but no settings\.json"):
+        sweep.run(sweep_task.task(), tmp_path, **GRID, **QUIET)
+    assert [each.read_text() for each in tmp_path.rglob("*") if each.is_file()] == ["precious"]
+
+
+@pytest.mark.parametrize("settings", ["none", "another", "same"])
+def test_overwriting_leaves_what_no_sweep_wrote(settings, tmp_path):
+    if settings != "none":
+        opened(tmp_path, early=1).put("done", [], 1.0)
+    there = others(tmp_path)
+    Store(tmp_path, {"early": 1 if settings == "same" else 2}, overwrite=True).prepare()
+    assert {path: path.read_bytes() for path in there} == there
+    assert (tmp_path / "trials" / "done.json").exists() == (settings == "same")
+
+
+def test_another_sweep_without_a_trial_takes_none_of_the_files_beside_it(tmp_path):
+    opened(tmp_path, early=1)
+    there = others(tmp_path)
+    opened(tmp_path, early=2)
+    assert {path: path.read_bytes() for path in there} == there
+
+
+def test_a_file_in_place_of_the_trials_is_refused(tmp_path):
+    (tmp_path / "trials").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(NotADirectoryError, match="trials is a file; a sweep needs a folder there"):
+            Store(tmp_path, {"early": 1}, overwrite=overwrite)
+
+
+def test_what_a_killed_sweep_left_is_cleared_away(tmp_path):
+    left = opened(tmp_path, early=1).trials / f".tmp-{'a' * 16}"
+    left.write_text("half")
+    assert opened(tmp_path, early=1).trials.joinpath(left.name).exists()
+    opened(tmp_path, early=2)
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("settings", ["another", "damaged", "gone"])
