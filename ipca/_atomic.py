@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,18 @@ def _seal(record: str, tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def staged_files(
-    folder: str | os.PathLike[str], *, replaced: Callable[[str], bool] = lambda name: False
+    folder: str | os.PathLike[str],
+    *,
+    replaced: Callable[[str], bool] = lambda name: False,
+    merged: Collection[str] = (),
 ) -> Iterator[Path]:
     """A temporary folder whose files replace those of the same names in ``folder`` when the block succeeds.
 
     Args:
         folder: made if missing.
         replaced: whether an entry of ``folder`` is removed then although nothing of its name was written.
+        merged: folders in it that are not replaced as a whole: their files are, each as a file of ``folder`` is, and
+            ``replaced`` is asked about ``"name/file"``.
 
     Raises:
         OSError: ``folder`` cannot be made or written; nothing in it has changed.
@@ -123,7 +128,7 @@ def staged_files(
             yield stage
             fsync_files(stage)
             with uninterrupted():
-                exchange(stage, target, stage / ".old", replaced=replaced)
+                exchange(stage, target, stage / ".old", replaced=replaced, merged=merged)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             if not existed:
@@ -156,15 +161,25 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
-def exchange(stage: Path, target: Path, old: Path, *, replaced: Callable[[str], bool] = lambda name: False) -> None:
+def exchange(
+    stage: Path,
+    target: Path,
+    old: Path,
+    *,
+    replaced: Callable[[str], bool] = lambda name: False,
+    merged: Collection[str] = (),
+) -> None:
     """Move everything in ``stage`` into ``target``, and what it replaces there into the folder ``old``.
 
-    Entries of ``target`` whose name is ``replaced`` are moved to ``old`` too.
+    Entries of ``target`` whose name is ``replaced`` are moved to ``old`` too. Of the folders ``merged`` the files are
+    moved, not the folder.
     Where one move fails, those before it are undone. Where the process is killed, the same call moves the rest.
     """
-    new = {path.name for path in stage.iterdir()}
-    names = sorted(new | {path.name for path in target.iterdir() if replaced(path.name)})
-    old.mkdir(exist_ok=True)
+    new = folder_entries(stage, merged)
+    names = sorted(new | {name for name in folder_entries(target, merged) if replaced(name)})
+    made = [target / name for name in merged if (stage / name).is_dir() and not (target / name).is_dir()]
+    for folder in (old, *(old / name for name in merged), *made):
+        folder.mkdir(exist_ok=True)
     begun = []
     try:
         for name in names:
@@ -179,8 +194,20 @@ def exchange(stage: Path, target: Path, old: Path, *, replaced: Callable[[str], 
                 os.replace(target / name, stage / name)
             if (old / name).exists():
                 os.replace(old / name, target / name)
+        for folder in made:
+            folder.rmdir()
         raise
-    fsync_folder(target)
+    for folder in (target, *(target / name for name in merged)):
+        if folder.is_dir():
+            fsync_folder(folder)
+
+
+def folder_entries(folder: Path, merged: Collection[str]) -> set[str]:
+    """The names in ``folder``, with the files of the folders ``merged`` instead of these."""
+    inside = {
+        f"{name}/{path.name}" for name in merged if (folder / name).is_dir() for path in (folder / name).iterdir()
+    }
+    return {path.name for path in folder.iterdir() if not (path.name in merged and path.is_dir())} | inside
 
 
 def check_writable(folder: str | os.PathLike[str], *, empty: bool = False) -> None:

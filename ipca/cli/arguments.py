@@ -482,7 +482,9 @@ def _report(add: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help=f"of the figures: {', '.join(PICTURES)} (default: all)",
     )
-    add.add_argument("--force", action="store_true", help="write into an output folder that holds something else")
+    add.add_argument(
+        "--force", action="store_true", help="write into an output folder that holds other files, which stay"
+    )
 
 
 def _demo(add: argparse.ArgumentParser) -> None:

@@ -279,13 +279,13 @@ def sweep(args: argparse.Namespace) -> tuple[Record, str]:
 def report(args: argparse.Namespace) -> tuple[Record, str]:
     """Write the report of sweeps again, or with its figures and tables as files; print the verdicts."""
     from ipca.lab import sweep as sweeps
-    from ipca.lab.sweep.report.export import OUTPUTS
+    from ipca.lab.sweep.report.export import check_report_folder
 
     record: Record = {}
     if args.out is None:
         text = f"report: {sweeps.write_report(args.sweeps[0])}"
     else:
-        check_output(args.out, whole=True, overwrite=args.force, resumes=OUTPUTS.issuperset, option="--force")
+        check_report_folder(args.out, overwrite=args.force, option="--force")
         options = {"labels": args.labels, "formats": args.format or PICTURES, "overwrite": args.force}
         found = sweeps.export_report(args.sweeps, args.out, **options)
         text = f"{len(found['figures'])} figures, {len(found['tables'])} tables, rows.csv, report.html: {args.out}"

@@ -233,8 +233,11 @@ def test_a_report_of_two_sweeps_and_one_again(tmp_path, capsys):
     (out / "mine").write_text("precious")
     command = ["report", *folders, "--labels", "SST-2", "RTE", "-o", str(out), "--format", "svg"]
     assert main(command) == 1
-    assert "is not empty; choose a new folder. --force replaces it." in capsys.readouterr().err
+    assert (
+        "paper holds mine, which is not of an earlier report; choose a new folder. --force" in capsys.readouterr().err
+    )
     assert main([*command, "--force", "--json"]) == 0
+    assert (out / "mine").read_text() == "precious"
     record = json.loads(capsys.readouterr().out)
     assert set(record["verdicts"]) == set(folders)
     assert {path.name for path in (out / "figures").iterdir()} == {f"{name}.svg" for name in record["figures"]}

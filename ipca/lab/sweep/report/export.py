@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipca._atomic import staged_files
+from ipca._atomic import folder_entries, staged_files
 from ipca.io.output_folder import check_output
 from ipca.lab.names import PICTURES
 from ipca.lab.sweep.report.combined import read_sweeps
+from ipca.lab.sweep.report.comparisons import TITLES
 from ipca.lab.sweep.report.data import Sweep
 from ipca.lab.sweep.report.figures import figures_of, save_panels
-from ipca.lab.sweep.report.page import render, require_packages
+from ipca.lab.sweep.report.page import is_report, render, require_packages
 from ipca.lab.sweep.report.tables import Table, tables_of
 from ipca.lab.sweep.store import REPORT, ROWS
 
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _FIGURES, _TABLES = "figures", "tables"
-OUTPUTS = {REPORT, ROWS, _FIGURES, _TABLES}
-"""What :func:`export_report` writes into its folder."""
+_VIEWS = "|".join(TITLES)
+_NAME = re.compile(
+    rf"{REPORT}|{ROWS}|"
+    rf"{_FIGURES}/(frontier|frontier-paths|equal-target|[^/]+-({_VIEWS})(-controls)?)\.({'|'.join(PICTURES)})|"
+    rf"{_TABLES}/(arms|frontier|failed|(means|minus-lora|minus-reference)-({_VIEWS}))\.(tex|md)"
+)
+"""The names of what :func:`export_report` writes into its folder."""
 _WHOLE = ("seed", "step", "trainable")
 _TEXT = ("sweep", "method", "kind", "comparison", "status")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -66,7 +72,7 @@ def export_report(
             ``formats``, and ``tables/``: LaTeX ``tabular`` for the package booktabs, and Markdown.
         labels: of the sweeps, in figures and tables; by default the names of their folders.
         formats: ``"png"``, ``"svg"``, ``"pdf"``.
-        overwrite: write into an ``out`` that holds something else than an earlier report.
+        overwrite: write into an ``out`` that holds something else than an earlier report. Files of other names stay.
 
     Returns:
         The names of the ``"figures"`` and of the ``"tables"``, without extension.
@@ -76,16 +82,19 @@ def export_report(
         FileNotFoundError, ValueError: a folder is not that of a sweep, its table is damaged, the sweeps do not compare
             (the message says in what they differ), or an unknown format.
         ImportError: matplotlib or jinja2 is missing.
-        OSError: ``out`` cannot be written; nothing in it has changed.
+        OSError: ``out`` cannot be written, or has a file in place of a folder; nothing in it has changed.
     """
     unknown = [name for name in formats if name not in PICTURES]
     if unknown or not formats:
         raise ValueError(f"formats must be of {', '.join(PICTURES)}; got {', '.join(formats) or 'none'}.")
     require_packages()
-    check_output(out, whole=True, overwrite=overwrite, resumes=OUTPUTS.issuperset)
+    check_report_folder(out, overwrite=overwrite)
+    earlier = is_report(Path(out) / REPORT)
     sweeps = read_sweeps(folders, labels)
     tables = [*tables_of(sweeps), *(found.table for found in figures_of(sweeps) if found.table is not None)]
-    with staged_files(out) as stage:
+    with staged_files(
+        out, replaced=lambda name: earlier and bool(_NAME.fullmatch(name)), merged=(_FIGURES, _TABLES)
+    ) as stage:
         (stage / REPORT).write_text(render(sweeps), encoding="utf-8")
         (stage / _FIGURES).mkdir()
         figures = save_panels(sweeps, stage / _FIGURES, tuple(dict.fromkeys(formats)))
@@ -95,6 +104,30 @@ def export_report(
             (stage / _TABLES / f"{table.key}.md").write_text(markdown(table), encoding="utf-8")
         _write_rows(sweeps, stage / ROWS)
     return {"figures": figures, "tables": [table.key for table in tables]}
+
+
+def check_report_folder(
+    out: str | os.PathLike[str], *, overwrite: bool = False, option: str = "overwrite=True"
+) -> None:
+    """Raise now where :func:`export_report` would not write into ``out``; ``option`` is the way to give ``overwrite``.
+
+    Raises:
+        FileExistsError: it holds something else than an earlier report.
+        OSError: it cannot be written, or has a file in place of a folder.
+        ValueError: its name is empty.
+    """
+    check_output(out, whole=True, overwrite=True)
+    target = Path(out).absolute()
+    for folder in (target / _FIGURES, target / _TABLES):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; a report needs a folder there.")
+    names = folder_entries(target, (_FIGURES, _TABLES)) if target.is_dir() else set()
+    other = [name for name in names if not _NAME.fullmatch(name)] if is_report(target / REPORT) else names
+    if other and not overwrite:
+        raise FileExistsError(
+            f"{target} holds {min(other)}, which is not of an earlier report; choose a new folder. {option} replaces "
+            "files that have the names of a report's files, and no others."
+        )
 
 
 def frame(folder: str | os.PathLike[str]) -> DataFrame:

@@ -56,6 +56,11 @@ def require_packages() -> None:
             raise ImportError(f"the report needs {name}; run: pip install 'ipca-lora[sweep]'") from None
 
 
+def is_report(path: Path) -> bool:
+    """Whether the file at ``path`` is a report on sweeps."""
+    return path.is_file() and b"<title>Window sweep: " in path.read_bytes()[:1000]
+
+
 def verdict(folder: str | os.PathLike[str]) -> str:
     """The verdict on the sweep in ``folder``, as plain text: the headline, then the further findings.
 

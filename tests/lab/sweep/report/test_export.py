@@ -1,6 +1,8 @@
 """The report as files for a paper: figures, tables, rows; one sweep, or several side by side."""
 
 import csv
+import errno
+import os
 import re
 import sys
 from xml.etree import ElementTree
@@ -96,10 +98,90 @@ def test_a_report_is_written_again_and_other_files_are_not_replaced_unasked(pair
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == first
     assert (tmp_path / "out" / "rows.csv").read_bytes() == (folder / "rows.csv").read_bytes()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
-    with pytest.raises(FileExistsError, match=r"is not empty; choose a new folder\. overwrite=True replaces it"):
+    with pytest.raises(
+        FileExistsError, match=r"out holds thesis\.tex, which is not of an earlier report; choose a new"
+    ):
         sweep.export_report([folder], tmp_path / "out")
     with pytest.raises(FileExistsError):  # the sweep's own folder
         sweep.export_report([folder], folder)
+
+
+OTHERS = ("figures/diagram.pdf", "figures/sub/plot.png", "tables/mine.tex", "tables/means.csv", "main.tex", "rows.csv")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_paper_that_holds_no_report_is_not_taken_for_one(name, tmp_path):
+    folder, out = Made(**ONE, seeds=1).write(tmp_path / "a"), tmp_path / "paper"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("precious")
+    with pytest.raises(
+        FileExistsError, match=r"which is not of an earlier report; choose a new folder\. overwrite=True"
+    ):
+        sweep.export_report(folder, out)
+    assert [path.read_text() for path in out.rglob("*") if path.is_file()] == ["precious"]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_other_files_stay_beside_a_report(earlier, tmp_path):
+    folder, out = Made(**ONE, seeds=1).write(tmp_path / "a"), tmp_path / "paper"
+    if earlier:
+        sweep.export_report(folder, out, formats=["pdf"])
+    there = [out / name for name in OTHERS if name != "rows.csv"]
+    for path in there:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious")
+    with pytest.raises(FileExistsError, match="which is not of an earlier report"):
+        sweep.export_report(folder, out, formats=["svg"])
+    names = sweep.export_report(folder, out, formats=["svg"], overwrite=True)
+    assert all(path.read_text() == "precious" for path in there)
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        *(f"{name}.svg" for name in names["figures"]),
+        "diagram.pdf",
+        "sub",
+    }
+
+
+def test_figures_of_an_earlier_report_in_another_format_go(tmp_path):
+    folder, out = Made(**ONE, seeds=1).write(tmp_path / "a"), tmp_path / "paper"
+    sweep.export_report(folder, out, formats=["pdf"])
+    sweep.export_report(folder, out, formats=["svg"])
+    assert {path.suffix for path in (out / "figures").iterdir()} == {".svg"}
+
+
+def test_a_report_that_is_not_ours_is_refused(tmp_path):
+    folder, out = Made(**ONE, seeds=1).write(tmp_path / "a"), tmp_path / "paper"
+    out.mkdir()
+    (out / "report.html").write_text("<html><title>Quarterly report</title>")
+    with pytest.raises(FileExistsError, match=r"holds report\.html, which is not of an earlier report"):
+        sweep.export_report(folder, out)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_place_of_a_folder_is_refused(overwrite, tmp_path):
+    folder, out = Made(**ONE, seeds=1).write(tmp_path / "a"), tmp_path / "paper"
+    out.mkdir()
+    (out / "tables").write_text("precious")
+    with pytest.raises(NotADirectoryError, match="tables is a file; a report needs a folder there"):
+        sweep.export_report(folder, out, overwrite=overwrite)
+    assert [path.name for path in out.iterdir()] == ["tables"]
+
+
+def test_where_a_file_cannot_be_replaced_all_files_are_as_before(tmp_path, monkeypatch):
+    folder, out = Made(**ONE, seeds=1).write(tmp_path / "a"), tmp_path / "paper"
+    sweep.export_report(folder, out, formats=["svg"])
+    (out / "tables").joinpath("mine.tex").write_text("precious")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    replace = os.replace
+
+    def fails(source, target):
+        if os.fspath(target).endswith("report.html"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="No space left"):
+        sweep.export_report(folder, out, formats=["pdf"], overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_an_unknown_format_is_refused_before_anything_is_read(tmp_path):
