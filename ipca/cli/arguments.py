@@ -147,10 +147,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _train(add: argparse.ArgumentParser) -> None:
     _common(add)
-    add.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face model: a folder or its id on the Hub")
+    add.add_argument(
+        "model", nargs="?", type=not_empty, metavar="MODEL", help="a Hugging Face model: a folder or its id on the Hub"
+    )
     add.add_argument(
         "data",
         nargs="?",
+        type=not_empty,
         metavar="DATA",
         help="JSONL, CSV, TSV, Parquet or text, a folder of these or of images by class, or a data set on the Hub",
     )
@@ -200,16 +203,18 @@ def _train(add: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
     run.add_argument("--report-to", nargs="+", metavar="NAME", help="wandb, tensorboard, … as TrainingArguments")
-    add.add_argument("--config", type=Path, metavar="RUN.yaml", help="settings; options of the command line go first")
+    add.add_argument("--config", type=path, metavar="RUN.yaml", help="settings; options of the command line go first")
     add.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     _out(add)
 
 
 def _tradeoff(add: argparse.ArgumentParser) -> None:
     _common(add)
-    add.add_argument("model", metavar="MODEL", help="the base: a folder or its id on the Hub")
-    add.add_argument("adapter", type=Path, metavar="ADAPTER", help="a LoRA of PEFT or of ipca: a folder or an id")
-    add.add_argument("data", metavar="DATA", help="what the adapter was trained for, held out: as for ipca train")
+    add.add_argument("model", type=not_empty, metavar="MODEL", help="the base: a folder or its id on the Hub")
+    add.add_argument("adapter", type=path, metavar="ADAPTER", help="a LoRA of PEFT or of ipca: a folder or an id")
+    add.add_argument(
+        "data", type=not_empty, metavar="DATA", help="what the adapter was trained for, held out: as for ipca train"
+    )
     _about_data(add)
     _budget(add)
     add.add_argument(
@@ -223,7 +228,7 @@ def _tradeoff(add: argparse.ArgumentParser) -> None:
     add.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored; on a CPU float32)")
     add.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the curve (.png, .pdf or .svg)")
     add.add_argument(
-        "-o", "--out", type=Path, metavar="OUT", help="write the adapter with the best, or --scale's, scale"
+        "-o", "--out", type=path, metavar="OUT", help="write the adapter with the best, or --scale's, scale"
     )
     add.add_argument("--force", action="store_true", help="replace what the output folder holds")
 
@@ -249,6 +254,7 @@ def _budget(add: argparse.ArgumentParser) -> Any:
     keep = add.add_argument_group("forgetting")
     keep.add_argument(
         "--keep",
+        type=not_empty,
         metavar="KEEP",
         help="what must not be forgotten: text, rows, images, or a .py with measure(model, processor) (default: for a "
         "language model samples of its own, else nothing)",
@@ -304,7 +310,7 @@ def _init(add: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="device of the decomposition (default cpu)"
     )
     which = add.add_mutually_exclusive_group()
-    which.add_argument("--cache", type=Path, metavar="DIR", help="cache decompositions here (default: $IPCA_CACHE)")
+    which.add_argument("--cache", type=path, metavar="DIR", help="cache decompositions here (default: $IPCA_CACHE)")
     which.add_argument("--no-cache", action="store_true", help="ignore $IPCA_CACHE and do not cache")
     _out(add)
 
@@ -333,10 +339,10 @@ def _export(add: argparse.ArgumentParser) -> None:
 def _convert(add: argparse.ArgumentParser) -> None:
     _common(add)
     _model(add)
-    add.add_argument("adapter", type=Path, metavar="ADAPTER_DIR", help="a folder that PEFT's save_pretrained wrote")
+    add.add_argument("adapter", type=path, metavar="ADAPTER_DIR", help="a folder that PEFT's save_pretrained wrote")
     add.add_argument(
         "--original",
-        type=Path,
+        type=path,
         metavar="MODEL_DIR",
         help="the original model, if MODEL_DIR is the residual base of a PiSSA adapter",
     )
@@ -359,7 +365,7 @@ def _cache(add: argparse.ArgumentParser) -> None:
     prune.add_argument("--older-than", type=seconds, metavar="AGE", help="those not used for AGE, such as 30d")
     for action in (listing, verify, prune):
         _common(action)
-        action.add_argument("--cache", type=Path, metavar="DIR", help="default: $IPCA_CACHE, else ~/.cache/ipca")
+        action.add_argument("--cache", type=path, metavar="DIR", help="default: $IPCA_CACHE, else ~/.cache/ipca")
 
 
 def _doctor(add: argparse.ArgumentParser) -> None:
@@ -393,7 +399,7 @@ def _tune(add: argparse.ArgumentParser) -> None:
 
 def _sweep(add: argparse.ArgumentParser) -> None:
     _common(add)
-    add.add_argument("task", type=Path, metavar="TASK.py", help="a file whose task() returns an ipca.lab.sweep.Task")
+    add.add_argument("task", type=path, metavar="TASK.py", help="a file whose task() returns an ipca.lab.sweep.Task")
     add.add_argument(
         "--windows",
         nargs="+",
@@ -466,12 +472,12 @@ class _PrintExample(argparse.Action):
 
 def _report(add: argparse.ArgumentParser) -> None:
     _common(add)
-    add.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="output folders of ipca sweep")
+    add.add_argument("sweeps", nargs="+", type=path, metavar="SWEEP", help="output folders of ipca sweep")
     add.add_argument("--labels", nargs="+", metavar="NAME", help="of the sweeps (default: the names of their folders)")
     add.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=path,
         help="write report.html, figures/, tables/ and rows.csv here (default: only the "
         "report.html of a single SWEEP, again)",
     )
@@ -491,7 +497,7 @@ def _demo(add: argparse.ArgumentParser) -> None:
     _common(add, quiet=False)
     add.add_argument(
         "--text",
-        type=Path,
+        type=path,
         default=Path("vaderSentiment-3.3.2.tar.gz"),
         help="the source distribution of vaderSentiment 3.3.2 (default: in this folder)",
     )
@@ -528,7 +534,7 @@ def _model(
     optional: bool = False,
     help: str = "a Hugging Face model: a folder or its id on the Hub",
 ) -> None:
-    parser.add_argument("model", type=Path, nargs="?" if optional else None, metavar="MODEL_DIR", help=help)
+    parser.add_argument("model", type=path, nargs="?" if optional else None, metavar="MODEL_DIR", help=help)
     parser.add_argument(
         "--class",
         dest="model_class",
@@ -538,7 +544,7 @@ def _model(
     )
     if adapter:
         parser.add_argument(
-            "adapter", type=Path, metavar="ADAPTER_DIR", help="a folder that save_adapter or ipca init wrote"
+            "adapter", type=path, metavar="ADAPTER_DIR", help="a folder that save_adapter or ipca init wrote"
         )
         parser.add_argument(
             "--any-base", action="store_true", help="do not check that the adapter was made on this model"
@@ -565,10 +571,22 @@ def _choice_of_window(parser: argparse.ArgumentParser) -> None:
 
 def _out(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
     text = "output folder" + (f" (default {default})" if default else "")
-    parser.add_argument("-o", "--out", type=Path, required=default is None, default=default, help=text)
+    parser.add_argument("-o", "--out", type=path, required=default is None, default=default, help=text)
     parser.add_argument(
         "--force", action="store_true", help="replace what the output folder holds; without, it is refused"
     )
+
+
+def not_empty(text: str) -> str:
+    """A path or an id on the Hub as given; ``""``, which a variable of the shell that is not set gives, is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}; is a variable of the shell not set? The current folder is '.'")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path as given; ``Path("")`` would be the current folder."""
+    return Path(not_empty(text))
 
 
 def positive_int(text: str) -> int:
@@ -606,7 +624,7 @@ def share_or_path(text: str) -> float | str:
         value = float(text)
     except ValueError:
         if not re.fullmatch(r"[\d.]+ *%", text):
-            return text
+            return not_empty(text)
         value = math.nan
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, or a file; got {text!r}")
@@ -677,10 +695,14 @@ def device(text: str) -> str:
 
 def picture_path(text: str) -> Path:
     """The path of a picture, in a format that can be drawn."""
-    path = Path(text)
-    if path.suffix not in (".png", ".pdf", ".svg"):
+    found = path(text)
+    if found.suffix not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg")
-    return path
+    return found
+
+
+PATHS = (not_empty, path, picture_path, share_or_path)
+"""The types of arguments that take a path."""
 
 
 def byte_count(text: str) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ipca.cli.arguments import parser
+from ipca.cli.arguments import PATHS, parser
 
 
 def completion(args: argparse.Namespace) -> tuple[dict[str, object], str]:
@@ -27,5 +26,5 @@ def _complete_paths(add: argparse.ArgumentParser, files: Any) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 _complete_paths(command, files)
-        elif action.type is Path:
+        elif action.type in PATHS:
             action.complete = files  # type: ignore[attr-defined]

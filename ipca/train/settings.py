@@ -114,6 +114,9 @@ class TrainSettings:
                 raise TypeError(f"{each.name} is empty; give a value, or leave it out for its default.")
             if isinstance(each.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"{each.name} must be true or false, got {value!r}.")
+        for name in ("model", "data", "keep", "held_out"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; give a path or an id, or leave it out for its default.")
         for name in ("targets", "report_to"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

@@ -51,3 +51,9 @@ def test_what_has_a_default_is_not_empty(name):
 def test_what_is_held_out_is_a_share_or_a_file(wrong):
     with pytest.raises(ValueError, match="held_out must be a share between 0 and 1, or a file"):
         TrainSettings("m", "d", held_out=wrong)
+
+
+@pytest.mark.parametrize("name", ["model", "data", "keep", "held_out"])
+def test_a_path_is_not_empty(name):
+    with pytest.raises(ValueError, match=f"{name} is empty; give a path or an id"):
+        TrainSettings(**{"model": "m", "data": "d", name: ""})
