@@ -33,7 +33,7 @@ from ipca.io.hub import adapter_folder
 from ipca.io.labels import class_names, name_classes
 from ipca.io.model_card import warn_of_card
 from ipca.io.model_folder import WEIGHT_ENDINGS
-from ipca.io.output_folder import check_not_read, check_output, is_adapter_file
+from ipca.io.output_folder import check_not_read, check_output, is_adapter_file, is_training_checkpoint
 from ipca.io.peft_format import (
     CONFIG,
     MATRIX,
@@ -85,7 +85,7 @@ def save_adapter(
         folder: made if missing.
         base_model: name or path of the base, for PEFT's ``base_model_name_or_path``; default ``model.name_or_path``.
         overwrite: replace an adapter of other layers, windows or bases, or one with fully trained modules that
-            ``model`` does not train.
+            ``model`` does not train; write beside the weights of a model, which stay.
 
     A model that ``fully_shard`` has spread over processes must be saved by all of them: they gather it tensor by
     tensor, rank 0 writes, and none returns before the files are complete.
@@ -100,7 +100,8 @@ def save_adapter(
     Raises:
         ValueError: nothing is adapted, something trains that an adapter file cannot hold, PEFT would read another
             adapter than this one, something holds NaN or Inf, or ``folder`` is where the model was loaded from.
-        FileExistsError: ``folder`` holds another adapter, and not ``overwrite``.
+        FileExistsError: ``folder`` holds another adapter, or a finished model, and not
+            ``overwrite``.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
     contents = collect_adapter(model)
@@ -134,12 +135,13 @@ def save_adapter(
 def _is_earlier(folder: Path, held: set[str], layers: Mapping[str, SavedLayer], contents: AdapterContents) -> bool:
     """Whether ``folder``, where ``held`` are the weights, has no adapter but one of the same starts and base.
 
-    It may hold fewer fully trained modules, not others, which would be lost.
+    It may hold fewer fully trained modules, not others, which would be lost. In a training checkpoint an adapter may
+    lie beside a model's weights; a finished model would load with the adapter from then on.
     """
     if not any(name.startswith("adapter") and name.endswith(WEIGHT_ENDINGS) for name in held):
-        return True  # of a training checkpoint, beside which an adapter may lie
+        return not (folder / "config.json").is_file() or is_training_checkpoint(folder)
     try:
-        there, modules = read_record(folder)
+        there, modules, *_ = read_record(folder)
     except (OSError, ValueError):
         return False
     if not contents.modules_to_save.keys() >= set(modules):

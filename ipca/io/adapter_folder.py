@@ -111,14 +111,15 @@ class AdapterFolder:
     vocab_size: int | None = None
 
 
-class _Record(NamedTuple):
-    """``ipca.json`` as read."""
+class Record(NamedTuple):
+    """``ipca.json`` as read; ``initial`` says that nothing has been trained since ``ipca init``."""
 
     layers: dict[str, SavedLayer]
     modules_to_save: list[str]
     adapter_sha256: str | None
     labels: tuple[str, ...]
     vocab_size: int | None
+    initial: bool
 
 
 def svd_record(report: SVDReport) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def sidecar(
         modules_to_save: paths of fully trained modules.
         labels: names of the model's classes, by index.
         vocab_size: number of tokens of the model, where it has a vocabulary.
-        more: entries of other packages' adapters.
+        more: further entries, such as of PEFT's adapters, or ``initial=True`` before any training.
     """
     return {
         "format": 1,
@@ -220,14 +221,13 @@ def read_adapter(folder: str | os.PathLike[str], *, modules_to_save: bool = True
     return AdapterFolder(layers, factors, states, record.labels, record.vocab_size)
 
 
-def read_record(folder: Path) -> tuple[dict[str, SavedLayer], list[str]]:
-    """The layers and fully trained modules that ``ipca.json`` names, without any tensors.
+def read_record(folder: Path) -> Record:
+    """What ``ipca.json`` says, without any tensors.
 
     Raises:
         OSError, ValueError: there is no such file, or a damaged one.
     """
-    record = _read_sidecar(folder / SIDECAR)
-    return record.layers, record.modules_to_save
+    return _read_sidecar(folder / SIDECAR)
 
 
 def read_labels(folder: Path) -> tuple[str, ...]:
@@ -266,7 +266,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_sidecar(path: Path) -> _Record:
+def _read_sidecar(path: Path) -> Record:
     try:
         record = json.loads(path.read_text())
         if record["format"] != 1:
@@ -282,7 +282,8 @@ def _read_sidecar(path: Path) -> _Record:
         tokens = record.get("vocab_size")
         if not isinstance(tokens, int | None):
             raise TypeError(f"vocab_size is {tokens!r}, not a number")
-        return _Record(layers, record["modules_to_save"], record["adapter_sha256"], tuple(labels), tokens)
+        whole, digest, initial = record["modules_to_save"], record["adapter_sha256"], record.get("initial") is True
+        return Record(layers, whole, digest, tuple(labels), tokens, initial)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,20 @@ from typing import Any
 import torch
 
 from ipca._atomic import check_writable
-from ipca.io.adapter_folder import read_adapter
+from ipca.io.adapter_folder import read_adapter, read_record
 from ipca.io.model_folder import WEIGHT_ENDINGS
 
 TRUNCATION = "truncation.json"
-_ADAPTER = ("adapter_config.json", "ipca.json", "adapters.safetensors", TRUNCATION)
+_ADAPTER = (
+    *("adapter_config.json", "ipca.json", "adapters.safetensors", TRUNCATION),
+    *(f"adapter_model.{ending}" for ending in ("safetensors", "bin", "safetensors.index.json", "bin.index.json")),
+)
+_TRAINING = re.compile(
+    r"trainer_state\.json|(optimizer|scheduler|scaler|sampler(_\d+)?|dl_state_dict|optimizer_\d+)(\.(pt|bin))?|"
+    r"rng_state(_\d+)?\.pth|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl|global_step\d+"
+)
+"""Names in a checkpoint from which training goes on: of transformers (and so of ipca train), accelerate, DeepSpeed and
+FSDP. ``training_args.bin`` also lies beside a finished model."""
 
 
 def check_output(
@@ -88,19 +98,30 @@ def check_not_read(
 
 
 def _is_untrained(folder: Path, held: set[str]) -> bool:
-    """Whether ``held``, the weights in ``folder``, are an adapter before training, which can be made again."""
+    """Whether ``held``, the weights in ``folder``, are an adapter before training, which can be made again.
+
+    Of modules that train as a whole nothing shows that they have not, but a record that ``ipca init`` wrote.
+    """
     if not all(map(is_adapter_file, held)):
         return False
     try:
-        factors = read_adapter(folder, modules_to_save=False).factors.values()
+        adapter, record = read_adapter(folder, modules_to_save=False), read_record(folder)
     except (ValueError, OSError):  # damaged, or not ours
         return False
+    if record.modules_to_save and not record.initial:
+        return False
+    factors = adapter.factors.values()
     return all(torch.equal(f.A, f.A0) and torch.equal(f.B, f.B0) for f in factors)
 
 
 def is_adapter_file(name: str) -> bool:
     """Whether ``name`` is that of an adapter's file, which must not lie beside those of another."""
-    return name in _ADAPTER or name.startswith("adapter_model.")
+    return name in _ADAPTER
+
+
+def is_training_checkpoint(folder: Path) -> bool:
+    """Whether training goes on from ``folder``, beside whose weights an adapter may lie."""
+    return any(_TRAINING.fullmatch(path.name) for path in folder.iterdir())
 
 
 def is_weights(name: str) -> bool:

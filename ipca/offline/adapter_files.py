@@ -82,7 +82,9 @@ def write_adapter(
         if doubled:
             saved = {layer.target.name: layer.saved for layer in layers}
             labels = class_names(getattr(source.model, "config", None))
-            record = sidecar(saved, digest, list(contents.modules_to_save), labels, vocab_size(source.model))
+            tokens = vocab_size(source.model)
+            initial = {"initial": True} if whole else {}  # of factors their values show it
+            record = sidecar(saved, digest, list(whole), labels, tokens, **initial)
             (folder / SIDECAR).write_text(json.dumps(record, indent=2) + "\n")
     warn_servers(folder)
 

@@ -249,7 +249,11 @@ def test_init_writes_the_head_of_the_model(form, whole, tmp_path):
     model = ipca.apply_pc(load_model(whole), rank=4, form=form, progress=False)
     if form == "intact":
         ipca.save_adapter(model, tmp_path / "here", base_model=str(whole))
-        assert contents(out) == contents(tmp_path / "here")
+        made, saved = contents(out), contents(tmp_path / "here")
+        record = json.loads(made.pop("ipca.json"))
+        assert record.pop("initial") is True
+        assert record == json.loads(saved.pop("ipca.json"))
+        assert made == saved
         again = ipca.load_adapter(load_model(whole), out)
         assert [name for name, _ in ipca.summary(again).modules_to_save] == ["pre_classifier", "classifier"]
     else:

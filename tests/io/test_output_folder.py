@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import ipca
 from ipca.cli.main import main
@@ -209,6 +209,57 @@ def test_an_adapter_may_lie_in_a_training_checkpoint(tmp_path):
     assert all(contents(tmp_path)[name] == b"theirs" for name in ("model.safetensors", "optimizer.pt"))
 
 
+MARKS = ("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_3.pth")
+MARKS += ("random_states_0.pkl", "scaler.pt", "global_step20/mp_rank_00_model_states.pt", "optimizer_0/.metadata")
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_each_mark_of_a_training_checkpoint_will_do(mark, tmp_path):
+    bert().save_pretrained(tmp_path)
+    (tmp_path / mark).parent.mkdir(exist_ok=True)
+    (tmp_path / mark).write_bytes(b"theirs")
+    ipca.save_adapter(trained(), tmp_path)
+    assert (tmp_path / mark).read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("beside", ["training_args.bin", "optimizer.pt.bak", "README.md", "my_scheduler.pt"])
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_finished_model_is_not_taken_for_a_training_checkpoint(weights, beside, tmp_path):
+    bert().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / weights)
+    (tmp_path / beside).write_bytes(b"theirs")
+    before, model = contents(tmp_path), trained()
+    with pytest.raises(FileExistsError, match=r" holds \S+; choose another folder\. overwrite=True"):
+        ipca.save_adapter(model, tmp_path)
+    assert contents(tmp_path) == before
+    ipca.save_adapter(model, tmp_path, overwrite=True)
+    assert before.items() <= contents(tmp_path).items()
+
+
+BACKUPS = ("adapter_model.safetensors.bak", "adapter_model.step100.safetensors", "adapter_model.old.bin")
+
+
+@pytest.mark.parametrize("name", BACKUPS)
+def test_a_backup_of_an_adapter_stays(name, folders, tmp_path):
+    ipca.save_adapter(trained(), tmp_path / "out")
+    shutil.copy(tmp_path / "out" / WEIGHTS, tmp_path / "out" / name)
+    before = (tmp_path / "out" / name).read_bytes()
+    ipca.save_adapter(trained(seed=2), tmp_path / "out")
+    ipca.save_adapter(trained("value"), tmp_path / "out", overwrite=True)
+    ipca.export(trained("value"), tmp_path / "out", overwrite=True)
+    words = [word.format(top=folders) for word in COMMANDS["init"]]
+    assert main([*words, "-o", str(tmp_path / "out"), "--force", "--quiet"]) == 0
+    assert (tmp_path / "out" / name).read_bytes() == before
+
+
+def test_what_peft_wrote_in_pieces_goes_with_the_adapter(tmp_path):
+    ipca.save_adapter(trained(), tmp_path)
+    (tmp_path / "adapter_model.safetensors.index.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"older")
+    ipca.save_adapter(trained(seed=2), tmp_path)
+    assert contents(tmp_path).keys() == {WEIGHTS, CONFIG, SIDECAR}
+
+
 class WithNorm(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -217,6 +268,29 @@ class WithNorm(torch.nn.Module):
 
     def forward(self, x):
         return self.norm(self.a(x))
+
+
+def classifier() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(bert().config)
+
+
+def test_a_trained_head_is_not_lost_to_an_untrained_adapter(tmp_path, capsys):
+    classifier().save_pretrained(tmp_path / "model")
+    words = ["init", str(tmp_path / "model"), "--rank", "4", "-o", str(tmp_path / "out"), "--quiet"]
+    assert main(words) == 0
+    assert main(words) == 0  # init goes on from its own
+    assert main([*words, "--window", "minor"]) == 0
+    model = ipca.load_adapter(BertForSequenceClassification.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)  # a linear probe: the factors are as they were
+    ipca.save_adapter(model, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert main(words) == 1
+    assert "holds an adapter that is trained or not readable; choose another folder. --force" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match="holds an adapter that is trained"):
+        ipca.export(ipca.apply_pc(classifier(), rank=2, progress=False), tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 def test_an_adapter_with_a_whole_module_is_not_lost_to_one_without(tmp_path):
