@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without σ and ‖ is no error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _short_warnings(args.debug), contextlib.redirect_stdout(_elsewhere(args.json, args.quiet)):
+        with _short_warnings(args.debug), _stdout_elsewhere(args.json, args.quiet):
             record, text = _command(args.command)(args)
         if args.json and record is not None:
             print(json.dumps(record, indent=2), flush=True)
@@ -60,11 +60,37 @@ def _command(name: str) -> Callable[[argparse.Namespace], tuple[Any, str]]:
     return command
 
 
-def _elsewhere(as_json: bool, quiet: bool) -> io.TextIOBase:
-    """The stream of a command's own prints: stdout holds only the record with ``--json``, nothing with ``--quiet``."""
-    if quiet:
-        return io.StringIO()
-    return sys.stderr if as_json else sys.stdout  # type: ignore[return-value]
+@contextlib.contextmanager
+def _stdout_elsewhere(as_json: bool, quiet: bool) -> Iterator[None]:
+    """Send what a command prints to stderr with ``--json``, nowhere with ``--quiet``: stdout is for the record.
+
+    The file descriptor goes there too: processes that the command starts, such as workers of a sweep, inherit it.
+    """
+    if not (as_json or quiet):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stderr), open(os.devnull, "wb") as nowhere:
+        try:
+            before = os.dup(1)
+        except OSError:  # it is closed, for those processes too
+            yield
+            return
+        try:
+            _flush_stdout()
+            with contextlib.suppress(OSError):  # stderr is closed
+                os.dup2(nowhere.fileno() if quiet else 2, 1)
+            yield
+        finally:
+            _flush_stdout()
+            os.dup2(before, 1)
+            os.close(before)
+
+
+def _flush_stdout() -> None:
+    """Write what is buffered for the file descriptor of stdout, before that changes."""
+    if sys.__stdout__ is not None:
+        with contextlib.suppress(OSError, ValueError):  # closed
+            sys.__stdout__.flush()
 
 
 @contextlib.contextmanager

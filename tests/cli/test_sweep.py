@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ipca._atomic import locked_folder
-from ipca.cli.main import main
+from ipca.cli.main import _stdout_elsewhere, main
 from ipca.lab.baselines import CONTROLS
 from tests.helpers import sweep_task
 from tests.helpers.sweep_rows import Made
@@ -202,6 +205,55 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert (record["trainings"], record["finished"], record["exact"]) == (4, 1, True)
     assert record["seconds_left"] == pytest.approx(3 * record["seconds_each"])
+
+
+CHATTY = """
+import os
+from dataclasses import replace
+from tests.helpers import sweep_task
+
+def train(model, groups, seed):
+    print("printed", flush=True)
+    os.system("echo from a program")
+    sweep_task.train(model, groups, seed)
+
+def task():
+    return replace(sweep_task.task(), train=train)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_stdout_is_for_the_record(workers, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CHATTY)
+    command = [sys.executable, "-m", "ipca", "sweep", str(path), *FEW, "--seeds", "2", "--workers", workers]
+    found = {
+        options: subprocess.run(
+            [*command, "-o", str(tmp_path / "-".join(("out", *options))), *options], capture_output=True, text=True
+        )
+        for options in [("--json",), ("--quiet",), ("--json", "--quiet"), ()]
+    }
+    assert all(run.returncode == 0 for run in found.values()), found
+    assert json.loads(found["--json",].stdout)["rows"] == json.loads(found["--json", "--quiet"].stdout)["rows"]
+    assert found["--quiet",].stdout == ""
+    for words in ("printed", "from a program"):
+        assert found["--json",].stderr.count(words) == found[()].stdout.count(words) == 2
+        assert words not in found["--quiet",].stderr + found["--json", "--quiet"].stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "out", "err"),
+    [((False, False), "abc", ""), ((True, False), "", "abc"), ((False, True), "", ""), ((True, True), "", "")],
+)
+def test_other_processes_print_where_the_command_does(options, out, err, capfd):
+    with _stdout_elsewhere(*options):
+        print("a", end="", flush=True)
+        subprocess.run([sys.executable, "-c", "print('b', end='')"], check=True)
+        os.write(1, b"c")
+    assert capfd.readouterr() == (out, err)
+    print("d", end="", flush=True)
+    assert capfd.readouterr().out == "d"
 
 
 def test_a_plan_line_stands_before_the_bars(tmp_path, capsys):
