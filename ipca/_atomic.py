@@ -25,6 +25,7 @@ from ipca._hashing import tensor_sha256
 TEMPORARY = ".tmp-"
 LEFT_BEHIND = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{16}")
 """The name of a file that is not complete yet, or whose process was killed."""
+_STAGE = ".ipca-"
 Record = dict[str, Any]
 
 
@@ -118,12 +119,12 @@ def staged_files(
     Raises:
         OSError: ``folder`` cannot be made or written; nothing in it has changed.
     """
-    target = Path(folder)
-    check_writable(target)
+    check_writable(folder)
+    target = _resolved(folder)
     with _explained(target):
         existed = target.is_dir()
         target.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".ipca-", dir=target))
+        stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=target))
         try:
             yield stage
             fsync_files(stage)
@@ -142,11 +143,18 @@ def staged_files(
 def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block succeeds; ``folder`` must be new or empty.
 
+    An empty one gets the files of a temporary folder inside it: its parent may not be writable, or it may be the place
+    of a mounted file system.
+
     Raises:
         OSError: ``folder`` holds files, or cannot be made; nothing has changed.
     """
-    target = Path(folder).absolute()
-    check_writable(target, empty=True)
+    check_writable(folder, empty=True)
+    target = _resolved(folder)
+    if target.is_dir():
+        with staged_files(target) as stage:
+            yield stage
+        return
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -176,7 +184,7 @@ def exchange(
     Where one move fails, those before it are undone. Where the process is killed, the same call moves the rest.
     """
     new = folder_entries(stage, merged)
-    names = sorted(new | {name for name in folder_entries(target, merged) if replaced(name)})
+    names = sorted(new | {name for name in folder_entries(target, merged) if replaced(name)}, key=_order)
     made = [target / name for name in merged if (stage / name).is_dir() and not (target / name).is_dir()]
     for folder in (old, *(old / name for name in merged), *made):
         folder.mkdir(exist_ok=True)
@@ -202,6 +210,11 @@ def exchange(
             fsync_folder(folder)
 
 
+def _order(name: str) -> tuple[bool, str]:
+    """``config.json`` comes last: without it a model that is half moved does not load."""
+    return name == "config.json", name
+
+
 def folder_entries(folder: Path, merged: Collection[str]) -> set[str]:
     """The names in ``folder``, with the files of the folders ``merged`` instead of these."""
     inside = {
@@ -217,14 +230,27 @@ def check_writable(folder: str | os.PathLike[str], *, empty: bool = False) -> No
         folder: where files are to be written; need not exist.
         empty: whether it must be new or empty.
     """
-    target = Path(folder).absolute()
-    if empty and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty; choose a new folder.")
-    existing = next(path for path in (target, *target.parents) if path.exists())
+    target, real = Path(folder).absolute(), _resolved(folder)
+    if empty and real.is_dir() and any(real.iterdir()):
+        raise FileExistsError(f"{target} {not_empty(real)}.")
+    existing = next(path for path in (real, *real.parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"cannot write {target}: {existing} is not a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write {target}: no permission to write in {existing}.")
+
+
+def not_empty(folder: Path) -> str:
+    """Words for a folder that must be new or empty and holds something."""
+    names = sorted(path.name for path in folder.iterdir())
+    if all(name.startswith(_STAGE) for name in names):
+        return f"holds {names[0]}, of a process that writes there or was killed; delete it, or choose a new folder"
+    return "is not empty; choose a new folder"
+
+
+def _resolved(folder: str | os.PathLike[str]) -> Path:
+    """The absolute path behind links, which need not lead anywhere yet."""
+    return Path(os.path.realpath(folder))
 
 
 def fsync_files(folder: Path) -> None:

@@ -1,12 +1,14 @@
 """Writing: complete files or the old ones, whatever fails in between, and never a trace of the attempt."""
 
 import copy
+import errno
 import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import ipca.io.adapter
 import ipca.io.peft_format
 from ipca._atomic import locked_folder, staged_files, staged_folder
 from ipca.io.adapter_folder import read_adapter
+from ipca.io.output_folder import check_output
 from tests.helpers.models import Net, adapted, snapshot
 
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "ipca.json"
@@ -189,9 +192,93 @@ def test_staged_folder_appears_whole_or_not_at_all(tmp_path, exists):
     assert target.exists() == exists
     with staged_folder(target) as stage:
         fill(stage, "1")
-        assert not exists or os.listdir(target) == []
+        assert not exists or [stage.name] == os.listdir(target)
     assert contents(tmp_path) == {"x/y/sub/one": b"1"}
     assert os.listdir(tmp_path / "x") == ["y"]
+
+
+@pytest.fixture
+def own_folder():
+    """An empty folder of a user who may not write in its parent; the test runs as that user."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        folder = Path(parent, "out")
+        folder.mkdir()
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(0)
+
+
+def test_an_empty_folder_is_filled_in_a_parent_without_permission(own_folder):
+    with staged_folder(own_folder) as stage:
+        fill(stage, "1")
+    assert contents(own_folder) == {"sub/one": b"1"}
+    assert os.listdir(own_folder) == ["sub"]
+
+
+@pytest.mark.parametrize("there", ["empty", "new", "new below"])
+def test_a_link_is_followed(there, tmp_path):
+    real = tmp_path / "disk" / "real"
+    (real if there == "empty" else real.parent).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(real / "deep" if there == "new below" else real)
+    with staged_folder(tmp_path / "link") as stage:
+        fill(stage, "1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link" / "sub" / "one").read_text() == "1"
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+    with staged_files(tmp_path / "link") as stage:
+        (stage / "two").write_text("2")
+    assert sorted(os.listdir(tmp_path / "link")) == ["sub", "two"]
+
+
+def test_a_folder_on_which_a_file_system_is_mounted_is_filled(tmp_path, monkeypatch):
+    target, replace = tmp_path / "mounted", os.replace
+    target.mkdir()
+
+    def busy(source, to):  # as rename does across and onto a mount
+        if os.fspath(to) == os.fspath(target) or (target in Path(to).parents and target not in Path(source).parents):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with staged_folder(target) as stage:
+        fill(stage, "1")
+    assert contents(target) == {"sub/one": b"1"}
+
+
+KILLED = """
+import os, sys
+from ipca import _atomic
+moved = []
+replace = os.replace
+def stop(source, target):
+    if len(moved) == int(sys.argv[2]):
+        os._exit(9)
+    moved.append(replace(source, target))
+os.replace = stop
+with _atomic.staged_folder(sys.argv[1]) as stage:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (stage / name).write_text(name)
+"""
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_model_that_is_moved_halfway_does_not_load_and_is_named(after, tmp_path):
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(after)]).returncode == 9
+    there = sorted(name for name in os.listdir(tmp_path) if not name.startswith(".ipca-"))
+    assert there == ["model.safetensors", "tokenizer.json"][:after]
+    says = (
+        r"is not empty; choose a new folder" if after else r"holds \.ipca-\w+, of a process that .* was killed; delete"
+    )
+    with pytest.raises(FileExistsError, match=says), staged_folder(tmp_path):
+        pass
+    with pytest.raises(FileExistsError, match=says):
+        check_output(tmp_path, whole=True)
 
 
 def test_staged_folder_must_be_new_or_empty(tmp_path):

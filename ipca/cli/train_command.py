@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ipca._atomic import check_writable, staged_files
@@ -90,12 +89,8 @@ def tradeoff(args: argparse.Namespace) -> tuple[Record, str]:
         args.status = OVER_BUDGET
     text = str(found)
     if args.out is not None and chosen:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=args.out.parent) as folder:  # the adapter may be what is replaced
-            made = save_scaled(adapter, Path(folder, "made"), chosen)
-            with staged_files(args.out, replaced=is_run_file) as stage:
-                for path in made.iterdir():
-                    path.replace(stage / path.name)
+        with staged_files(args.out, replaced=is_run_file) as stage:  # the adapter may be what is replaced
+            save_scaled(adapter, stage, chosen)
         point = next(point for point in found.points if point.scale == chosen)
         if settings.budget is not None and point.forgotten > settings.budget:
             text += f"\nabove the budget of {settings.budget:g}: the scale of {chosen:g} was asked for"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ipca._atomic import check_writable
+from ipca._atomic import check_writable, not_empty
 from ipca.io.adapter_folder import read_adapter, read_record
 from ipca.io.model_folder import WEIGHT_ENDINGS
 
@@ -59,7 +59,7 @@ def check_output(
     if not held or overwrite or resumes(held) or (not whole and _is_untrained(target, held)):
         return
     if whole:
-        what = "is not empty; choose a new folder"
+        what = not_empty(target)
     elif any(map(is_adapter_file, held)):
         what = "holds an adapter that is trained or not readable; choose another folder"
     else:

@@ -46,7 +46,7 @@ class WorkFolder:
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        self.out, self.overwrite = out.absolute(), overwrite
+        self.out, self.overwrite = Path(os.path.realpath(out)), overwrite
         self.folder = self.out / WORK
         self.final = self.folder / "final"
         self._lock: int | None = None

@@ -106,6 +106,21 @@ def test_other_files_stay(command, folders, tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_link_to_an_empty_or_a_new_folder_will_do(command, there, folders, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    words = [word.format(top=folders) for word in COMMANDS[command]]
+    assert main([*words, "-o", str(tmp_path / "link"), "--quiet"]) == 0, capsys.readouterr().err
+    assert main([*words, "-o", str(tmp_path / "new"), "--quiet"]) == 0
+    made = contents(tmp_path / "disk" / "real")
+    assert (tmp_path / "link").is_symlink()
+    assert made.keys() == contents(tmp_path / "new").keys()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_force_never_replaces_what_is_read(command, folders, tmp_path, capsys):
     for name in ("model", "adapter", "pissa"):
