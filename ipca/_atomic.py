@@ -289,17 +289,27 @@ def locked_folder(folder: Path, does: str) -> Iterator[None]:
                     folder.rmdir()  # only if it is empty
 
 
+def take_lock(handle: int) -> bool:
+    """Lock the open file ``handle``, on POSIX; False where another process has. Without locks everyone gets in."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system has no locks
+        return True
+    return True
+
+
 @contextmanager
 def _flock(folder: Path, does: str) -> Iterator[None]:
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # of a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RuntimeError(f"another {does} in {folder}; wait for it, or choose another folder.") from None
+        if not take_lock(handle):
+            raise RuntimeError(f"another {does} in {folder}; wait for it, or choose another folder.")
         yield
     finally:
         with suppress(OSError):

@@ -28,6 +28,7 @@ from ipca._atomic import (
     fsync_files,
     fsync_folder,
     read_checksummed,
+    take_lock,
     uninterrupted,
     write_atomic,
     write_checksummed,
@@ -183,16 +184,12 @@ class WorkFolder:
         (self.folder / "layers").mkdir()
 
     def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not POSIX: two processes at once would only do everything twice
+        if os.name != "posix":  # two processes at once would only do everything twice
             return
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(self._lock):
             self.close()
-            raise FileExistsError(f"another process is running in {self.folder}; wait until it has ended.") from None
+            raise FileExistsError(f"another process is running in {self.folder}; wait until it has ended.")
 
     def _layer_file(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:05}.safetensors"

@@ -8,6 +8,7 @@ import pytest
 
 import ipca
 import ipca.offline.decompose
+from ipca._atomic import locked_folder
 from ipca.io.checkpoint import WHOLE
 from ipca.model import AdapterSettings
 from ipca.offline.work_folder import DONE, WORK, WorkFolder
@@ -95,6 +96,20 @@ def test_two_processes_do_not_share_a_folder(run):
     first.close()
     second.open({})
     second.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_will_do(run, monkeypatch, code):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run()
+    assert ipca.load_adapter(run.base, run.out).a.rank == run.settings.rank
+    with locked_folder(run.out, "sweep runs"):
+        pass
 
 
 @pytest.mark.parametrize("existed", [False, True])
