@@ -20,7 +20,13 @@ from ipca.cli.inspect_adapter import adapter_record, adapter_table, is_adapter, 
 from ipca.cli.train_command import log_to_stderr, tradeoff, train
 from ipca.cli.tune_command import tune
 from ipca.io.adapter_folder import SIDECAR, OtherBaseError, OtherModelError, read_adapter
-from ipca.io.model_folder import copy_companions, example_class, load_model, load_with_missing
+from ipca.io.model_folder import (
+    copy_companions,
+    example_class,
+    is_weights_of_any_program,
+    load_model,
+    load_with_missing,
+)
 from ipca.io.output_folder import check_output, is_weights
 from ipca.io.peft_format import WEIGHTS
 from ipca.lab.names import PICTURES
@@ -91,10 +97,15 @@ def merge(args: argparse.Namespace) -> tuple[Record, str]:
     model = _adapted_model(args, writes_model=True)
     layers = ipca.summary(model).layers
     ipca.unload(model)
-    with staged_files(args.out, replaced=is_weights) if args.force else staged_folder(args.out) as stage:
+    with staged_files(args.out, replaced=_is_stale) if args.force else staged_folder(args.out) as stage:
         model.save_pretrained(stage)
         copy_companions(args.model, stage)
     return {"layers": layers, "out": str(args.out)}, f"merged {layers} layers into {args.out}"
+
+
+def _is_stale(name: str) -> bool:
+    """Whether a file of this name must not lie beside the weights of another model."""
+    return is_weights(name) or is_weights_of_any_program(name)
 
 
 def export(args: argparse.Namespace) -> tuple[Record, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,13 @@ _AUTO = {
 }
 """The class of a base by PEFT's ``task_type``, beside which PEFT names none."""
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".index.json")
+_OTHER_PROGRAMS = (
+    *(".gguf", ".ggml", ".llamafile", ".ot", ".ckpt", ".onnx_data", ".onnx.data", ".npz", ".keras", ".tflite", ".pb"),
+    *(".mlmodel", ".pdparams", ".pte", ".engine", ".nemo"),
+)
+"""Endings of weights that nothing here reads or writes, such as those of llama.cpp, rust-bert and ONNX."""
+_LARGEST_COMPANION = 100 * 2**20
+"""Bytes; the largest tokenizers have 40 MB."""
 
 
 def read_config(folder: Path, model_class: str | None = None) -> tuple[Any, Any]:
@@ -171,11 +179,33 @@ def model_digest(folder: Path) -> str:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the small files beside the weights (tokenizer, templates, license) that ``target`` does not have yet."""
-    for path in sorted(source.iterdir()):
-        other = (
-            path.name.startswith((".", "adapter_")) or path.name.endswith(WEIGHT_ENDINGS) or path.name == "ipca.json"
-        )
-        wanted = path.is_file() and not other
-        if wanted and not (target / path.name).exists():
+    """Copy the small files beside the weights (tokenizer, templates, license) that ``target`` does not have yet.
+
+    Weights stay behind in every format: they are those of the model as it was.
+
+    Warns:
+        RuntimeWarning: the model is there in other formats than that of the new weights; the message names the files.
+    """
+    files = [path for path in sorted(source.iterdir()) if path.is_file()]
+    read = ".safetensors" if any(path.suffix == ".safetensors" for path in files) else ".bin"
+    left_out = []
+    for path in files:
+        if path.name.startswith((".", "adapter_")) or path.name == "ipca.json":
+            continue
+        if is_weights_of_any_program(path.name) or path.stat().st_size > _LARGEST_COMPANION:
+            usual = path.name.endswith((read, ".index.json")) or path.name == "training_args.bin"  # no weights
+            left_out += [] if usual else [path.name]
+        elif not (target / path.name).exists():
             shutil.copy2(path, target / path.name)
+    if left_out:
+        warnings.warn(
+            f"left out, as they are weights of {source} before the change or larger than 100 MB: "
+            f"{', '.join(left_out)}; convert the new model where you need it in these formats.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def is_weights_of_any_program(name: str) -> bool:
+    """Whether ``name`` is that of weights in some format, also of those that transformers does not read."""
+    return name.lower().endswith(WEIGHT_ENDINGS + _OTHER_PROGRAMS)

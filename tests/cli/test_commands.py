@@ -68,6 +68,58 @@ def test_init_export_and_merge_keep_the_function(bert, tmp_path, format):
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == (4 if format == "residual" else 8)
 
 
+STALE = ("rust_model.ot", "model.gguf", "MODEL-Q4.GGUF", "model.onnx", "model.onnx_data", "flax_model.msgpack")
+STALE += ("pytorch_model.bin", "tf_model.h5", "weights.npz", "model.ckpt", "consolidated.00.pth", "model.tflite")
+COMPANIONS = ("LICENSE", "tokenizer.json", "vocab.txt", "chat_template.jinja", "spiece.model", "tekken.tiktoken")
+COPYING = {
+    "merge": ("merge", "{model}", "{adapter}"),
+    "export": ("export", "{model}", "{adapter}", "--format", "residual"),
+    "init": ("init", "{model}", "--rank", "4", "--form", "residual"),
+}
+
+
+@pytest.mark.parametrize("command", COPYING)
+def test_weights_of_the_model_before_the_change_are_left_out_and_named(command, bert, tmp_path, capsys):
+    assert main(["init", str(bert), "--rank", "4", "-o", str(tmp_path / "adapter"), "--quiet"]) == 0
+    model = tmp_path / "model"
+    shutil.copytree(bert, model)
+    for name in (*STALE, *COMPANIONS):
+        (model / name).write_bytes(b"old")
+    with (model / "unknown.format").open("wb") as file:
+        file.truncate(101 * 2**20)  # takes no space
+    capsys.readouterr()
+    words = [word.format(model=model, adapter=tmp_path / "adapter") for word in COPYING[command]]
+    with pytest.warns(RuntimeWarning, match="left out, as they are weights of .* before the change") as said:
+        assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    made = tmp_path / "out" / ("" if command == "merge" else "base")
+    there = {path.name for path in made.iterdir()}
+    assert {*COMPANIONS} <= there
+    assert not {*STALE, "unknown.format"} & there
+    (line,) = [str(each.message) for each in said if "left out" in str(each.message)]
+    assert all(name in line for name in (*STALE, "unknown.format"))
+    assert "model.safetensors" not in line
+
+
+def test_the_usual_files_need_no_warning(bert, tmp_path, recwarn):
+    assert main(["init", str(bert), "--rank", "4", "-o", str(tmp_path / "adapter"), "--quiet"]) == 0
+    shutil.copytree(bert, tmp_path / "model")
+    (tmp_path / "model" / "training_args.bin").write_bytes(b"pickle")
+    words = ["merge", str(tmp_path / "model"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--quiet"]
+    assert main(words) == 0
+    assert not [str(each.message) for each in recwarn if "left out" in str(each.message)]
+
+
+def test_force_leaves_no_stale_weights_beside_the_new_ones(bert, tmp_path):
+    assert main(["init", str(bert), "--rank", "4", "-o", str(tmp_path / "adapter"), "--quiet"]) == 0
+    (tmp_path / "out").mkdir()
+    for name in (*STALE, "notes.txt"):
+        (tmp_path / "out" / name).write_bytes(b"old")
+    words = ["merge", str(bert), str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--force", "--quiet"]
+    assert main(words) == 0
+    assert not {*STALE} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out" / "notes.txt").exists()
+
+
 def test_merge_folds_in_what_was_trained(bert, tmp_path):
     model = ipca.apply_pc(BertModel.from_pretrained(bert).eval(), rank=4, progress=False)
     with torch.no_grad():
