@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from ipca.lab.sweep.trial import COLUMNS
 METRICS = ("target", "retained")
 """Larger is better for both. Of the other metrics only ``drift``, smaller is better, is tested."""
 _REQUIRED = ("method", "kind", "position", "comparison", "lr", "seed", "step", "status")
+_AGAIN = "run the sweep again, which writes the file from its finished trials"
 _OTHERS = ("lora", "full", "auto", *BASELINES, *CONTROLS)
 
 
@@ -137,28 +139,69 @@ def read_sweep(folder: str | Path, *, rows: str = ROWS, settings: str = SETTINGS
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: a column is missing, a cell is not a number, or there is no run.
+        ValueError: one of them is damaged, a column is missing, a cell is not a number, or there is no run.
     """
     folder = Path(folder)
     for name in (rows, settings):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} contains no {name}; pass the folder that a sweep wrote.")
-    with (folder / rows).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        missing = [name for name in _REQUIRED if name not in columns]
-        if missing:
-            raise ValueError(f"{folder / rows} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}.")
-        extra = [*METRICS, *(name for name in columns if name not in COLUMNS)]
-        runs = [_run(row, extra, f"{folder / rows}, line {reader.line_num}") for row in reader]
+    columns, table = read_table(folder / rows)
+    missing = [name for name in _REQUIRED if name not in columns]
+    if missing:
+        raise ValueError(f"{folder / rows} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}.")
+    extra = [*METRICS, *(name for name in columns if name not in COLUMNS)]
+    runs = [_run(row, extra, f"{folder / rows}, line {line}") for line, row in table.items()]
     trained = tuple(run for run in runs if run.method != "base")
     if not trained:
         raise ValueError(
             f"{folder / rows} contains no trained run, so there is nothing to report; run the sweep first."
         )
     base = next((run.metrics for run in runs if run.method == "base"), {})
-    found = json.loads((folder / settings).read_text(encoding="utf-8"))
-    return Sweep(folder, trained, base, {**found.pop("fixed", {}), **found})
+    return Sweep(folder, trained, base, _read_settings(folder / settings))
+
+
+def read_table(path: Path) -> tuple[list[str], dict[int, dict[str, str]]]:
+    """The columns of a CSV file and its rows, by the number of their last line in the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no text in UTF-8, or a row has more or fewer cells than there are columns; the message names
+            the line.
+    """
+    data = path.read_bytes()
+    columns: list[str] = []
+    rows: dict[int, dict[str, str]] = {}
+    try:
+        reader = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
+        for cells in reader:
+            if columns and cells and len(cells) != len(columns):
+                raise ValueError(f"it has {len(cells)} of {len(columns)} cells")
+            if columns and cells:
+                rows[reader.line_num] = dict(zip(columns, cells, strict=True))
+            columns = columns or cells
+        if not data:
+            raise ValueError("the file is empty")
+        if not data.endswith((b"\n", b"\r")):
+            raise ValueError("the file ends within it")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: it is not in UTF-8; {_AGAIN}.") from None
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; {_AGAIN}.") from None
+    return columns, rows
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings, with their part ``fixed`` merged in."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts = [found, *(found.get(name, {}) for name in ("fixed", "labels"))]
+        if all(isinstance(part, dict) for part in parts):
+            return {**found.pop("fixed", {}), **found}
+        raise ValueError("it does not hold the settings of a sweep")
+    except (ValueError, AttributeError) as error:
+        why = "it does not hold the settings of a sweep" if isinstance(error, AttributeError) else error
+        raise ValueError(f"{path} is damaged: {why}; {_AGAIN}.") from None
 
 
 def _run(row: dict[str, str], metrics: Iterable[str], where: str) -> Run:
@@ -171,8 +214,12 @@ def _run(row: dict[str, str], metrics: Iterable[str], where: str) -> Run:
 
     def whole(name: str) -> int | None:
         value = number(name)
+        if value is not None and not value.is_integer():
+            raise ValueError(f"{where}: {name} is {row[name]!r}, not a whole number.")
         return None if value is None else int(value)
 
+    if not row["method"]:
+        raise ValueError(f"{where}: method is empty.")
     found = {name: number(name) for name in metrics}
     ok = row["status"] == "ok"
     return Run(

@@ -14,7 +14,7 @@ from ipca.io.output_folder import check_output
 from ipca.lab.names import PICTURES
 from ipca.lab.sweep.report.combined import read_sweeps
 from ipca.lab.sweep.report.comparisons import TITLES
-from ipca.lab.sweep.report.data import Sweep
+from ipca.lab.sweep.report.data import Sweep, read_table
 from ipca.lab.sweep.report.figures import figures_of, save_panels
 from ipca.lab.sweep.report.page import is_report, render, require_packages
 from ipca.lab.sweep.report.tables import Table, tables_of
@@ -142,6 +142,7 @@ def frame(folder: str | os.PathLike[str]) -> DataFrame:
     Raises:
         ImportError: pandas is missing.
         FileNotFoundError: there is no ``rows.csv``.
+        ValueError: it is damaged; the message names the line.
     """
     try:
         import pandas
@@ -150,10 +151,8 @@ def frame(folder: str | os.PathLike[str]) -> DataFrame:
     path = Path(folder) / ROWS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} contains no {ROWS}; pass the folder that a sweep wrote.")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns, rows = list(reader.fieldnames or ()), list(reader)
-    found = {name: [_value(name, row[name]) for row in rows] for name in columns}
+    columns, rows = read_table(path)
+    found = {name: [_value(name, row[name]) for row in rows.values()] for name in columns}
     return pandas.DataFrame(found).astype(dict.fromkeys(set(_WHOLE) & set(columns), "Int64"))
 
 
@@ -204,10 +203,9 @@ def _write_rows(sweeps: Mapping[str, Sweep], path: Path) -> None:
     columns: dict[str, None] = {"sweep": None} if len(sweeps) > 1 else {}
     rows = []
     for label, sweep in sweeps.items():
-        with (sweep.folder / ROWS).open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns |= dict.fromkeys(reader.fieldnames or ())
-            rows += [{"sweep": label, **row} for row in reader]
+        found, table = read_table(sweep.folder / ROWS)
+        columns |= dict.fromkeys(found)
+        rows += [{"sweep": label, **row} for row in table.values()]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns], lineterminator="\n", extrasaction="ignore")
         writer.writeheader()

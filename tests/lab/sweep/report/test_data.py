@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ipca.lab.sweep import frame
 from ipca.lab.sweep.report.comparisons import middle_rate, views
 from ipca.lab.sweep.report.data import read_sweep
 from tests.helpers.sweep_rows import Made, by_hand, write_rows
@@ -58,6 +59,59 @@ def test_a_cell_that_is_no_number_is_named_with_its_line(tmp_path):
     folder = write_rows(tmp_path, [by_hand("0.5", 0, 0.5, 0.5), by_hand("0.5", 1, "high", 0.5)])
     with pytest.raises(ValueError, match=r"rows.csv, line 3: target is 'high', not a number"):
         read_sweep(folder)
+
+
+AGAIN = "; run the sweep again, which writes the file from its finished trials"
+
+
+def cut_line(text: bytes) -> bytes:
+    lines = text.splitlines(keepends=True)
+    return b"".join(lines[:2]) + lines[2][:30]
+
+
+DAMAGED_ROWS = {
+    "cut": (cut_line, r"line 3: it has \d+ of 15 cells"),
+    "cut between": (lambda text: text.replace(b",ok,", b",ok\n", 1), r"line 2: it has \d+ of 15 cells"),
+    "a cell more": (lambda text: text.replace(b",ok,", b",ok,,", 1), r"line 2: it has 16 of 15 cells"),
+    "no text": (lambda text: b"\xff\xfe\x00" + text, "line 1: it is not in UTF-8"),
+    "no text at the end": (lambda text: text.replace(b"lora", b"l\xf6ra"), r"line \d\d: it is not in UTF-8"),
+    "a number cut": (lambda text: text[:-3], r"line \d+: the file ends within it"),
+    "empty": (lambda text: b"", "line 0: the file is empty"),
+    "a quote": (lambda text: text + b'"0.5', r"line \d+: unexpected end of data"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ROWS)
+@pytest.mark.parametrize("read", [read_sweep, frame])
+def test_a_damaged_table_is_named_with_its_line(read, damage, tmp_path):
+    pytest.importorskip("pandas")
+    folder, (change, says) = Made(**SMALL).write(tmp_path), DAMAGED_ROWS[damage]
+    path = folder / "rows.csv"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"rows\.csv, {says}.*{AGAIN}"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "text", [b'{"fixed": {', b"[]", b"3", b"null", b'{"fixed": 3}', b'{"labels": []}', b"\xff", b""]
+)
+def test_damaged_settings_are_named(text, tmp_path):
+    folder = Made(**SMALL).write(tmp_path)
+    (folder / "settings.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"settings\.json is damaged: .+{AGAIN}"):
+        read_sweep(folder)
+
+
+@pytest.mark.parametrize("seed", ["0.5", "nan", "inf"])
+def test_a_seed_that_is_no_whole_number_is_named(seed, tmp_path):
+    folder = write_rows(tmp_path, [by_hand("0.5", 0, 0.5, 0.5), by_hand("0.5", seed, 0.5, 0.5)])
+    with pytest.raises(ValueError, match=rf"rows.csv, line 3: seed is '{seed}', not a whole number"):
+        read_sweep(folder)
+
+
+def test_a_row_without_a_method_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"rows.csv, line 2: method is empty"):
+        read_sweep(write_rows(tmp_path, [by_hand("0.5", 0, 0.5, 0.5) | {"method": ""}]))
 
 
 def test_a_table_of_the_untrained_model_alone_is_refused(tmp_path):
