@@ -55,7 +55,8 @@ def explain(layer: LinearPC, x: Tensor) -> Explanation:
         reason = "the layer is merged" if layer.merged and not layer.is_disabled else "the layer is disabled"
         return Explanation("linear", reason, (), f"{shape}: one plain product, because {reason}.")
     if transformed():
-        return Explanation("reference", "a torch.func transform", (), "The reference, inside a torch.func transform.")
+        reason = "a torch.func transform, or derivatives in forward mode"
+        return Explanation("reference", reason, (), f"The reference, inside {reason}.")
     choice = choose(get_backend(), shape)
     kernels = _kernels(layer, x, choice.backend) if choice.low_rank_in_triton else ()
     text = f"{shape}: {choice.backend}, because {choice.reason}."

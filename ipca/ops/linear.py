@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ipca._dtensor import is_sharded
 from ipca.ops import op, reference, torch_kernels
@@ -124,21 +125,26 @@ def to_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
 
 
 def transformed() -> bool:
-    """Whether a ``torch.func`` transform (grad, vmap, jvp) is running."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a ``torch.func`` transform (grad, vmap, jvp) or a ``forward_ad.dual_level`` is running."""
+    return not torch.compiler.is_compiling() and (_in_functorch() or forward_ad._current_level >= 0)
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _under_transform(x: Tensor, layer: Layer, dropout: float) -> Tensor:
-    """The reference, which ``torch.func`` can transform."""
+    """The reference, which ``torch.func`` can transform and which has derivatives in forward mode."""
     if get_backend() not in ("auto", "reference"):
         raise RuntimeError(
-            f"backend {get_backend()!r} has no rule for torch.func transforms; "
+            f"backend {get_backend()!r} has no rule for torch.func transforms and derivatives in forward mode; "
             "call ipca.set_backend('auto') or ipca.set_backend('reference') first."
         )
-    if dropout > 0:
+    if dropout > 0 and _in_functorch():
         raise RuntimeError("pc_linear has no dropout under torch.func transforms; call eval() or set dropout=0.")
+    noise = new_noise(x, dropout, seed_only=False) if dropout > 0 else None
     with op.without_autocast(x):
-        return reference.pc_linear(x, *layer)
+        return reference.pc_linear(x, *layer, noise, dropout)
 
 
 def _check(x: Tensor, layer: Layer, dropout: float) -> None:
