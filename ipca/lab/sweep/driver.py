@@ -151,8 +151,11 @@ def run(
             tqdm.write(plan.line(), file=sys.stderr)
         store.prepare()
         cache_windows(base, made.settings, windows_of, SpectralCache(store.spectra), progress=progress)
-        store.describe({**grid.record(), "labels": dict(made.labels), "rank": made.settings.rank})
+        record = {**grid.record(), "labels": dict(made.labels), "rank": made.settings.rank}
+        if not (folder / SETTINGS).exists():
+            store.describe(record)  # before any other file, by which a sweep that was killed is known
         auto = _auto_settings(base, made, store, progress) if "auto" in grid.methods else None
+        store.describe(record)
         work = Work(source or made, store.spectra, early, steps, digest, threads, auto)
         with (
             contextlib.redirect_stdout(DummyTqdmFile(sys.stdout)),  # what the task prints goes above the bar
