@@ -58,13 +58,14 @@ def check_output(
     held = names if whole else {name for name in names if is_weights(name)}
     if not held or overwrite or resumes(held) or (not whole and _is_untrained(target, held)):
         return
+    does = "replaces it"
     if whole:
         what = not_empty(target)
     elif any(map(is_adapter_file, held)):
         what = "holds an adapter that is trained or not readable; choose another folder"
     else:
-        what = f"holds {min(held)}; choose another folder"
-    raise FileExistsError(f"{target} {what}. {option} replaces it.")
+        what, does = f"holds {min(held)}; choose another folder", "writes beside it"
+    raise FileExistsError(f"{target} {what}. {option} {does}.")
 
 
 def check_spared(folder: str | os.PathLike[str], inputs: Iterable[Any]) -> None:

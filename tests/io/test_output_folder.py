@@ -80,7 +80,8 @@ def test_commands_refuse_what_they_would_not_go_on_from(command, held, folders, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"ipca: error: {out} ")
     assert "; choose a" in error
-    assert error.endswith(". --force replaces it.")
+    beside = held in ("a model", "weights") and command not in WHOLE  # which stay
+    assert error.endswith(f". --force {'writes beside it' if beside else 'replaces it'}.")
     assert contents(out) == before
 
 
@@ -244,7 +245,7 @@ def test_a_finished_model_is_not_taken_for_a_training_checkpoint(weights, beside
     (tmp_path / "model.safetensors").rename(tmp_path / weights)
     (tmp_path / beside).write_bytes(b"theirs")
     before, model = contents(tmp_path), trained()
-    with pytest.raises(FileExistsError, match=r" holds \S+; choose another folder\. overwrite=True"):
+    with pytest.raises(FileExistsError, match=r" holds \S+; choose another folder\. overwrite=True writes beside it\."):
         ipca.save_adapter(model, tmp_path)
     assert contents(tmp_path) == before
     ipca.save_adapter(model, tmp_path, overwrite=True)
