@@ -63,6 +63,19 @@ def test_a_missing_text_says_how_to_fetch_it(tmp_path):
         load_text(tmp_path / "none.tar.gz")
 
 
+@pytest.mark.parametrize("names", [("data",), ("data", "merged"), ("merged",), ("adapter",)], ids=str)
+def test_folders_of_these_names_are_no_earlier_demo(names, tmp_path):
+    for name in names:
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=f"holds {min(names)}"):
+        run.run_demo(tmp_path / "none.tar.gz", tmp_path / "out")
+    (tmp_path / "out" / "data").mkdir(exist_ok=True)
+    (tmp_path / "out" / "data" / "movies.csv").write_text("text,label\n")
+    with pytest.raises(FileNotFoundError, match="pip download --no-deps"):  # goes on
+        run.run_demo(tmp_path / "none.tar.gz", tmp_path / "out")
+
+
 def test_another_archive_is_refused(tmp_path):
     path = tmp_path / "other.tar.gz"
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
