@@ -175,6 +175,17 @@ def test_what_is_said_of_smollm2_is_what_the_rows_say():
     claims = analysis.comparisons()
     german = [c for c in claims if (c.task, c.steps, c.arm, c.other) == ("german", 60, "middle", "lora")]
     assert [(c.verdict, c.ratio.n) for c in german] == [("lower", 5)] * 3
+    cells = {("german", 60, "middle", end) for end in ("principal", "minor")}
+    ends = [c for c in claims if (c.task, c.steps, c.arm, c.other) in cells]
+    assert [c.verdict for c in ends] == ["lower"] * 6
+    assert {run.arm for run, _ in found.runs() if (run.task, run.steps) == ("german", 60)} == {
+        "middle",
+        "principal",
+        "minor",
+        "lora",
+    }
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "On SmolLM2-135M, German manual pages, both ends move the model more than the middle; positions" in readme
     said = "{:.2f}, {:.2f} and {:.2f}".format(*(c.ratio.value for c in german))
     assert f"its KL to the base was {said} times LoRA's |" in TEXT
 
