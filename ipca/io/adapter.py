@@ -259,8 +259,12 @@ def load_adapter(
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise ValueError where ``model`` is a wrapper, whose paths are not those of the adapter."""
-    inside = "_orig_mod" if "_orig_mod" in model._modules else "module" if isinstance(model, _WRAPPED) else None
+    """Raise ValueError where ``model`` is a wrapper, whose paths are not those of the adapter.
+
+    :func:`ipca.model.targets.check_not_replicated` says more of DistributedDataParallel.
+    """
+    named = isinstance(model, nn.DataParallel | AveragedModel)
+    inside = "_orig_mod" if "_orig_mod" in model._modules else "module" if named else None
     if inside is not None:
         raise ValueError(f"the model is inside a {type(model).__name__}; load the adapter onto model.{inside}.")
 

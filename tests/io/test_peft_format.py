@@ -171,7 +171,7 @@ def test_config_names_the_base_model(tmp_path):
     model.name_or_path = "some/base"
     assert written_config(copy.deepcopy(model), tmp_path)["base_model_name_or_path"] == "some/base"
     model = ipca.apply_pc(model, rank=2, progress=False)
-    ipca.save_adapter(model, tmp_path, base_model="other/base")
+    ipca.save_adapter(model, tmp_path, base_model="other/base", overwrite=True)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "other/base"
 
 
