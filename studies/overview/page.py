@@ -100,9 +100,14 @@ class Found:
         return [ratio_text(each) + n for each, n in zip(found, seeds, strict=True)]
 
     @property
+    def decided(self) -> set[str]:
+        """The verdicts at the targets that have one."""
+        return {c.verdict for c in self.targets if self.claimed and not c.obstacle}
+
+    @property
     def is_decided(self) -> bool:
         """Whether there is a verdict at a target."""
-        return self.claimed and not all(c.obstacle for c in self.targets)
+        return bool(self.decided)
 
     @property
     def verdict(self) -> str:

@@ -134,10 +134,9 @@ def _verdict(pair: Found) -> tuple[str, str]:
     """The word for the three targets, and why there is none."""
     if not pair.is_decided:
         return NO_VERDICT, pair.verdict
-    decided = {c.verdict for c in pair.targets if not c.obstacle}
-    if len(decided) > 1:
+    if len(pair.decided) > 1:
         return MIXED, pair.verdict
-    word = _VERDICTS[decided.pop()]
+    word = _VERDICTS[pair.decided.pop()]
     return (f"{word}{REACHED}", pair.verdict) if any(c.obstacle for c in pair.targets) else (word, "")
 
 

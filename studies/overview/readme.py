@@ -29,8 +29,7 @@ def table(found: Mapping[str, list[Found]]) -> str:
     pairs = {name: {pair.cell: pair for pair in found.get(question, [])} for name, question in _COLUMNS.items()}
     cells = list(dict.fromkeys(cell for of in pairs.values() for cell in of))
     rows = [[cell, *(_text(of[cell]) if cell in of else "–" for of in pairs.values())] for cell in cells]
-    head = "KL of the middle window / KL of another arm, at equal success"
-    return markdown([head, *_COLUMNS], rows)
+    return markdown(["KL with the middle window, over KL with", *_COLUMNS], rows)
 
 
 def _text(pair: Found) -> str:
@@ -41,10 +40,9 @@ def _text(pair: Found) -> str:
 
 def word(pair: Found) -> str:
     """What holds at the targets with a verdict; bold where that is shown."""
-    if not pair.is_decided:
-        return _OPEN
-    decided = {_WORDS[c.verdict] for c in pair.targets if not c.obstacle}
-    return decided.pop() if len(decided) == 1 else "depends on the target"
+    if len(pair.decided) > 1:
+        return "depends on the target"
+    return _WORDS[pair.decided.pop()] if pair.is_decided else _OPEN
 
 
 def main() -> int:
