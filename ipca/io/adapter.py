@@ -100,8 +100,7 @@ def save_adapter(
     Raises:
         ValueError: nothing is adapted, something trains that an adapter file cannot hold, PEFT would read another
             adapter than this one, something holds NaN or Inf, or ``folder`` is where the model was loaded from.
-        FileExistsError: ``folder`` holds another adapter, or a finished model, and not
-            ``overwrite``.
+        FileExistsError: ``folder`` holds another adapter, or a finished model, and not ``overwrite``.
         OSError: ``folder`` cannot be written; what was there is intact.
     """
     contents = collect_adapter(model)
@@ -378,7 +377,7 @@ def warn_of_rounding(
                 there, own = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, here[key].dtype))
                 warnings.warn(
                     f"the adapter holds {key} of a {type(module).__name__} in {there}, and this model rounds it to "
-                    f"{own}; cast the module before to keep all of it.",
+                    f"{own}; cast that module before loading to keep every bit.",
                     RuntimeWarning,
                     stacklevel=stacklevel,
                 )

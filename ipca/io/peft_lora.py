@@ -95,7 +95,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise TypeError(f"it is a {type(config).__name__}, not an object")
         if "lora_parameters" in config:
             raise FileNotFoundError(
-                f"{path} is that of an adapter of mlx-lm, which only that reads; give the original."
+                f"{path} is that of an adapter of mlx-lm, which only mlx-lm reads; give the one it was exported from."
             )
         _check_values(config)
     except (ValueError, KeyError, TypeError, RecursionError, re.error) as error:
